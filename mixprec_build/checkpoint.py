@@ -1,0 +1,329 @@
+"""A Hugging Face checkpoint, opened by its headers alone: names, dtypes, shapes, byte ranges.
+
+Weights are never mapped into memory and never read here beyond what is asked for by :meth:`Checkpoint.read`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Protocol
+
+from .errors import SourceError
+from .header import TensorInfo, header_length, open_regular, parse_header
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Checkpoint", "Files", "LocalFolder", "StoredModule", "ValueReader", "open_checkpoint", "split_name"]
+
+INDEX = "model.safetensors.index.json"
+_MAX_CONFIG_BYTES = 16 << 20
+_MAX_INDEX_BYTES = 64 << 20  # 58 layers x 256 experts in GPTQ are 178,176 entries, 16 MB
+_FIRST_READ = 256 << 10  # most headers come with their length in one read
+
+# The last word of a tensor's name, when it is a part of a module and not a parameter of its own.
+_LEAVES = frozenset(
+    {
+        "weight", "bias", "weight_scale", "weight_scale_inv", "input_scale",
+        "qweight", "qzeros", "scales", "g_idx",
+        "weight_packed", "weight_shape", "weight_g_idx", "weight_zero_point", "input_zero_point",
+        "weight_scale_2", "weight_global_scale", "input_global_scale", "SCB",
+    }
+)  # fmt: skip
+
+
+def split_name(tensor: str) -> tuple[str, str]:
+    """``"a.b.qweight"`` -> ``("a.b", "qweight")``; a parameter like ``"a.A_log"`` is a module of its own."""
+    module, _, leaf = tensor.rpartition(".")
+    return (module, leaf) if leaf in _LEAVES and module else (tensor, "")
+
+
+class Files(Protocol):
+    """Where a checkpoint's files are: a local folder or a hub repository."""
+
+    @property
+    def files(self) -> Mapping[str, int | None]:
+        """Name -> size in bytes."""
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly these bytes of a file."""
+
+    def cached(self, name: str) -> Path | None:
+        """The file on this machine, if it is here."""
+
+    def fetch(self, names: Iterable[str]) -> dict[str, Path]:
+        """Brings the files to this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolder:
+    """A checkpoint in a folder, or a snapshot in the hub's cache (whose files are links into ``blobs/``)."""
+
+    folder: Path
+    files: Mapping[str, int | None]
+
+    @classmethod
+    def open(cls, folder: Path) -> LocalFolder:
+        try:
+            files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if not p.is_dir()}
+        except OSError as error:
+            raise SourceError(f"cannot read it: {error.strerror}", path=error.filename or folder) from error
+        return cls(folder, files)
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        path = self.folder / name
+        fd = open_regular(path)
+        try:
+            data = os.pread(fd, length, offset)
+        except OSError as error:
+            raise SourceError(f"read error: {error.strerror}", path=path) from error
+        finally:
+            os.close(fd)
+        if len(data) != length:
+            raise SourceError(f"ends at byte {offset + len(data)}, {offset + length} were expected", path=path)
+        return data
+
+    def cached(self, name: str) -> Path | None:
+        return self.folder / name
+
+    def fetch(self, names: Iterable[str]) -> dict[str, Path]:
+        return {name: self.folder / name for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModule:
+    """The tensors of one module, by the last word of their names (``""`` for a bare parameter)."""
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """An opened checkpoint.
+
+    ``quantization`` is ``quantization_config`` of ``config.json``, or else ``quantize_config.json``, with
+    ``quantization_file`` naming which; empty for a plain model.
+    """
+
+    location: str
+    storage: Files
+    config: Mapping[str, object]
+    quantization: Mapping[str, object]
+    quantization_file: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, object] = field(repr=False)
+    """Shard name -> its ``__metadata__``."""
+    modules: Mapping[str, StoredModule] = field(repr=False)
+    absent: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Modules known from the index only -> their shard, which the cache of an unreachable hub lacks."""
+
+    @property
+    def commit(self) -> str | None:
+        """The hub commit, for provenance."""
+        return getattr(self.storage, "commit", None)
+
+    def path_of(self, file: str) -> str:
+        """How messages name a file of this checkpoint."""
+        return f"{self.location}/{file}"
+
+    def read(self, tensor: TensorInfo) -> np.ndarray:
+        """A tensor's values, ``shape`` as stored; BF16 and FP8 as ml_dtypes types."""
+        import numpy as np
+
+        from .formats.base import numpy_dtype
+
+        data = self.storage.read(tensor.file, tensor.start, tensor.nbytes)
+        return np.frombuffer(data, dtype=numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+
+
+class ValueReader:
+    """Reads the first values of small tensors of several checkpoints, where they are on this machine.
+
+    A sparse file with nothing but a header is enough to plan with: what lies in a hole is not read.
+    """
+
+    LIMIT = 64 << 10
+
+    def __init__(self, checkpoints: Mapping[str, Checkpoint]):
+        self._checkpoints = checkpoints
+        self._open: dict[tuple[str, str], int | None] = {}
+
+    def __enter__(self) -> ValueReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._open.values():
+            if fd is not None:
+                os.close(fd)
+
+    def read(self, checkpoint: str, tensor: TensorInfo) -> np.ndarray | None:
+        """The first values of a tensor, flat, up to 64 KiB; None where they are not here."""
+        import numpy as np
+
+        from .formats.base import numpy_dtype
+
+        key = (checkpoint, tensor.file)
+        if key not in self._open:
+            path = self._checkpoints[checkpoint].storage.cached(tensor.file)
+            self._open[key] = None if path is None else open_regular(path)
+        fd = self._open[key]
+        if fd is None or not tensor.nbytes:
+            return None
+        try:
+            if os.lseek(fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.nbytes:
+                return None
+            data = os.pread(fd, min(tensor.nbytes, self.LIMIT), tensor.start)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole from here to the end
+                return None
+            path_text = self._checkpoints[checkpoint].path_of(tensor.file)
+            raise SourceError(f"cannot read {tensor.name!r}: {error.strerror}", path=path_text) from error
+        return np.frombuffer(data, dtype=numpy_dtype(tensor.dtype))
+
+
+def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkpoint:
+    """Opens a local folder (relative ones start at ``relative_to``) or a hub id with optional ``@revision``.
+
+    Raises:
+        SourceError: nothing is there, only pickle files are there, or a file contradicts itself or another.
+    """
+    storage = _locate(location, relative_to or Path())
+    config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
+    if config is None:
+        raise SourceError("no config.json; a source is a Hugging Face checkpoint", path=location)
+    quantization, quantization_file = config.get("quantization_config"), "config.json"
+    if quantization is None:
+        quantization_file = "quantize_config.json"
+        quantization = _read_json(storage, location, quantization_file, _MAX_CONFIG_BYTES)
+    if quantization is None:
+        quantization, quantization_file = {}, "config.json"
+    if not isinstance(quantization, dict):
+        raise SourceError("`quantization_config` is not an object", path=f"{location}/{quantization_file}")
+
+    shards, index = _shard_names(storage, location)
+    tensors: dict[str, TensorInfo] = {}
+    metadata = {}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for shard, (found, meta) in zip(
+            shards, pool.map(lambda name: _read_header(storage, location, name), shards), strict=True
+        ):
+            for name in found.keys() & tensors.keys():
+                raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
+            tensors |= found
+            metadata[shard] = meta
+    absent = {}
+    if index is not None:
+        if _offline(storage):
+            absent = {split_name(name)[0]: shard for name, shard in index.items() if shard not in storage.files}
+            index = {name: shard for name, shard in index.items() if shard in storage.files}
+        _check_index(index, tensors, f"{location}/{INDEX}")
+
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for tensor in tensors.values():
+        if not re.fullmatch(r"[^\x00-\x20\x7f\ud800-\udfff*?{}\[\]]+", tensor.name):
+            raise SourceError(f"tensor name {tensor.name!r} has characters no model uses", path=f"{location}/{tensor.file}")
+        module, leaf = split_name(tensor.name)
+        parts.setdefault(module, {})[leaf] = tensor
+    modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
+    return Checkpoint(location, storage, config, quantization, quantization_file, tensors, metadata, modules, absent)
+
+
+def _offline(storage: Files) -> bool:
+    """Whether a hub's cache answers for the hub: it may hold some shards and not others."""
+    return getattr(storage, "offline", None) is not None
+
+
+def _locate(location: str, relative_to: Path) -> Files:
+    folder = relative_to / Path(location).expanduser()
+    if folder.is_dir():
+        return LocalFolder.open(folder)
+    from .hub import HubRepo, parse_repo_id
+
+    looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") != 1
+    parsed = None if looks_local else parse_repo_id(location)
+    if parsed is None:
+        raise SourceError(f"no such folder ({folder.absolute()}), and not a hub id like org/name@revision", path=location)
+    return HubRepo.open(*parsed)
+
+
+def _read_json(storage: Files, location: str, name: str, limit: int) -> dict[str, object] | None:
+    if name not in storage.files:
+        return None
+    path = f"{location}/{name}"
+    size = _size(storage, name)
+    if size > limit:
+        raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
+    try:
+        data = json.loads(storage.read(name, 0, size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"not valid JSON: {error}", path=path) from error
+    if not isinstance(data, dict):
+        raise SourceError("not a JSON object", path=path)
+    return data
+
+
+def _size(storage: Files, name: str) -> int:
+    size = storage.files[name]
+    # An offline cache knows a size only by the file itself.
+    return storage.fetch([name])[name].stat().st_size if size is None else size
+
+
+def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, str] | None]:
+    """The shards of a checkpoint, and the index's tensor -> shard map if there is an index."""
+    index = _read_json(storage, location, INDEX, _MAX_INDEX_BYTES)
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise SourceError("`weight_map` must map tensor names to file names", path=f"{location}/{INDEX}")
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            pure = PureWindowsPath(shard)  # also takes backslashes and drives for what they are
+            if pure.anchor or pure.drive or len(pure.parts) != 1 or PurePosixPath(shard).suffix != ".safetensors":
+                raise SourceError(f"names the file {shard!r}, which is no shard in this folder", path=f"{location}/{INDEX}")
+            if shard not in storage.files and not _offline(storage):
+                raise SourceError(f"the shard {shard} is missing; fetch it again", path=location)
+        return [shard for shard in shards if shard in storage.files], weight_map
+    found = [name for name in storage.files if name.endswith(".safetensors")]
+    if "model.safetensors" in found or len(found) == 1:
+        return ["model.safetensors" if "model.safetensors" in found else found[0]], None
+    if found:
+        raise SourceError(f"{len(found)} .safetensors files but no {INDEX} that says which belong together", path=location)
+    if any(name.endswith((".bin", ".pt", ".pth", ".gguf")) for name in storage.files):
+        raise SourceError(
+            "only safetensors files are read, and there are none here; convert it first, "
+            "e.g. with transformers: save_pretrained(..., safe_serialization=True)",
+            path=location,
+        )
+    raise SourceError("no safetensors files", path=location)
+
+
+def _read_header(storage: Files, location: str, name: str) -> tuple[dict[str, TensorInfo], object]:
+    path = f"{location}/{name}"
+    size = _size(storage, name)
+    first = storage.read(name, 0, min(size, _FIRST_READ))
+    length = header_length(first[:8], path=path, file_size=size)
+    if 8 + length > len(first):
+        first += storage.read(name, len(first), 8 + length - len(first))
+    return parse_header(first[: 8 + length], path=path, file=name, file_size=size)
+
+
+def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: str) -> None:
+    for name, shard in index.items():
+        if name not in tensors:
+            raise SourceError(f"lists {name!r} in {shard}, which does not hold it", path=path)
+        if tensors[name].file != shard:
+            raise SourceError(f"lists {name!r} in {shard}, but it is in {tensors[name].file}", path=path)
+    for name in tensors.keys() - index.keys():
+        raise SourceError(f"does not list {name!r}, which {tensors[name].file} holds", path=path)

@@ -1,0 +1,83 @@
+"""Every error a user of mixprec can cause.
+
+    MixprecError                 exit code 1
+    ├── RecipeError              the YAML: syntax, an unknown key, a name that matches nothing
+    ├── SourceError              a checkpoint: a missing or damaged file, a format that contradicts itself
+    │   └── HubError             a checkpoint on the Hugging Face Hub that cannot be reached or read
+    ├── RefusedError             the recipe and its sources are sound, the mix is not; carries every problem
+    ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
+    ├── WriteError               exit code 3: copying failed; nothing was left where the output belongs
+    └── VerifyError              a written checkpoint differs from its manifest or its sources
+
+A message names the file, the recipe line or the tensor, says what is wrong, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+__all__ = [
+    "HubError",
+    "MixprecError",
+    "OutputError",
+    "RecipeError",
+    "RefusedError",
+    "SourceError",
+    "VerifyError",
+    "WriteError",
+]
+
+
+class MixprecError(Exception):
+    """Base of the errors above. ``str(error)`` is meant for the user, without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RecipeError(MixprecError):
+    """A recipe that cannot be read. ``path`` and ``line`` (1-based) say where, when they are known."""
+
+    def __init__(self, message: str, *, path: Path | str | None = None, line: int | None = None):
+        self.path, self.line = path, line
+        where = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
+        super().__init__(where + message)
+
+
+class SourceError(MixprecError):
+    """A checkpoint that cannot be used as a source. ``path`` is the file or folder at fault."""
+
+    def __init__(self, message: str, *, path: Path | str | None = None):
+        self.path = path
+        super().__init__(message if path is None else f"{path}: {message}")
+
+
+class HubError(SourceError):
+    """A repository or file of the Hugging Face Hub that is missing, private or out of reach."""
+
+
+class RefusedError(MixprecError):
+    """A mix that is refused before anything is written. ``problems`` holds one message for each reason."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = f"refused, {count} problem{'s' if count != 1 else ''}:"
+        super().__init__("\n".join([head, *(f"  - {p}" for p in self.problems)]))
+
+
+class OutputError(MixprecError):
+    """An output folder that mixprec will not write to."""
+
+    exit_code = 2
+
+
+class WriteError(MixprecError):
+    """A build that stopped while writing."""
+
+    exit_code = 3
+
+
+class VerifyError(MixprecError):
+    """A checkpoint whose files, index, manifest or bytes disagree."""

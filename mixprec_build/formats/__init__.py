@@ -1,0 +1,1 @@
+"""Storage formats of a module: one file each, found through :mod:`.registry`."""

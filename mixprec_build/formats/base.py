@@ -1,0 +1,132 @@
+"""What every storage format answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from ..checkpoint import StoredModule
+    from ..header import TensorInfo
+
+__all__ = ["Format", "FormatError", "Reader", "check_tensor", "last_word", "numpy_dtype", "only_leaves", "shape_text"]
+
+Reader = Callable[["TensorInfo"], "npt.NDArray[Any] | None"]
+"""Gives a tensor's first values, flat (all of them up to 64 KiB), or None where only its header is at hand."""
+
+
+class FormatError(Exception):
+    """A module whose tensors contradict one another or the declared quantization. Callers add where it is."""
+
+
+class Format(ABC):
+    """How a module is stored. Instances are frozen dataclasses; equal instances are the same format.
+
+    ``N`` is a linear's number of outputs, ``K`` its number of inputs; a weight is ``[N, K]``.
+    """
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The word for it: ``bf16``, ``fp8_block``, ``gptq_int4``, ..."""
+
+    @property
+    def quantized(self) -> bool:
+        return True
+
+    @property
+    def fuses_as(self) -> object:
+        """Modules run as one GEMM only where this is equal."""
+        return self
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Format | None:
+        """The format of a module in a source whose ``quantization_config`` is given; None if another's.
+
+        Raises:
+            FormatError: it is this format, but its tensors or the configuration contradict it.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Format:
+        """Inverse of :meth:`to_json`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` on nonsense."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, object]:
+        """``kind`` and parameters, all that a runtime needs."""
+
+    @abstractmethod
+    def check(self, module: StoredModule) -> None:
+        """Checks dtypes and shapes of a module's tensors against one another. Raises :class:`FormatError`."""
+
+    @abstractmethod
+    def shape(self, module: StoredModule) -> tuple[int, ...]:
+        """The shape of the weight the module stands for: ``(N, K)`` for a linear."""
+
+    def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
+        """Why SGLang cannot run a linear fused of ``parts`` (one, when not fused), on one GPU."""
+        return []
+
+    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
+        """Why SGLang cannot run an expert of these three projections, on one GPU."""
+        return []
+
+    def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
+        """As the two above, for what only the values of small tensors tell."""
+        return []
+
+    @abstractmethod
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        """The weight in float32 from a module's tensors by leaf. Reference code: readable, not fast."""
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """A safetensors dtype as numpy knows it, with ml_dtypes for BF16 and FP8."""
+    if dtype in _NATIVE:
+        return np.dtype(_NATIVE[dtype])
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, _ML_DTYPES[dtype]))
+
+
+_NATIVE = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
+    "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
+}  # fmt: skip
+_ML_DTYPES = {
+    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+
+def shape_text(leaf: str, module: StoredModule) -> str:
+    """``"scales F16 [16, 768]"``, for messages."""
+    tensor = module.tensors[leaf]
+    return f"{leaf or 'the tensor'} {tensor.dtype} {list(tensor.shape)}"
+
+
+def last_word(module: StoredModule) -> str:
+    """``"down_proj"``."""
+    return module.name.rpartition(".")[2]
+
+
+def check_tensor(module: StoredModule, leaf: str, dtypes: Sequence[str], shape: tuple[int, ...], why: str) -> None:
+    """One tensor of a module must have one of ``dtypes`` and exactly ``shape``; ``why`` says where that is from."""
+    tensor = module.tensors[leaf]
+    if tensor.dtype not in dtypes:
+        raise FormatError(f"{shape_text(leaf, module)}: {' or '.join(dtypes)} was expected")
+    if tensor.shape != shape:
+        raise FormatError(f"{shape_text(leaf, module)}: {list(shape)} was expected {why}")
+
+
+def only_leaves(module: StoredModule, known: set[str], kind: str) -> None:
+    """Raises where a module has a tensor that its format does not know: it would be lost."""
+    for leaf in module.tensors.keys() - known:
+        raise FormatError(f"{shape_text(leaf, module)} does not belong to {kind}")
+

@@ -1,0 +1,75 @@
+"""BF16, FP16 and FP32: ``weight [N, K]`` (or any other shape), optional ``bias [N]``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .base import Format, FormatError, shape_text
+
+if TYPE_CHECKING:
+    from ..checkpoint import StoredModule
+
+__all__ = ["Dense"]
+
+_KINDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_OTHER = {"F64", "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Dense(Format):
+    """Not quantized. ``dtype`` is the weight's safetensors dtype."""
+
+    dtype: str
+
+    @property
+    def kind(self) -> str:
+        return _KINDS.get(self.dtype, self.dtype.lower())
+
+    @property
+    def quantized(self) -> bool:
+        return False
+
+    @property
+    def fuses_as(self) -> object:
+        return "dense"  # SGLang casts each part to the model's dtype as it loads it
+
+    @classmethod
+    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Dense | None:
+        leaves = module.tensors.keys()
+        if not leaves <= {"", "weight", "bias"} or len(leaves & {"", "weight"}) > 1:
+            return None
+        leaf = next(iter(leaves & {"", "weight"}), "bias")
+        dtype = module.tensors[leaf].dtype
+        # Integers are buffers (position ids, token maps) when they are bare parameters, weights when not.
+        if dtype not in _KINDS and not (leaf == "" and dtype in _OTHER):
+            return None
+        found = cls(dtype)
+        found.check(module)
+        return found
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Dense:
+        kind = data["kind"]
+        return cls(next((dtype for dtype, word in _KINDS.items() if word == kind), kind.upper()))
+
+    def to_json(self) -> dict[str, object]:
+        return {"kind": self.kind}
+
+    def check(self, module: StoredModule) -> None:
+        weight, bias = module.tensors.get("weight"), module.tensors.get("bias")
+        if weight is not None and weight.dtype != self.dtype:
+            raise FormatError(f"{shape_text('weight', module)}: {self.dtype} was expected")
+        if weight is not None and bias is not None and bias.shape != weight.shape[:1]:
+            raise FormatError(f"{shape_text('bias', module)} does not fit {shape_text('weight', module)}")
+
+    def shape(self, module: StoredModule) -> tuple[int, ...]:
+        tensors = module.tensors
+        return tensors["weight" if "weight" in tensors else "" if "" in tensors else "bias"].shape
+
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        return tensors["weight" if "weight" in tensors else ""].astype(np.float32)

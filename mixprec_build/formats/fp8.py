@@ -1,0 +1,188 @@
+"""FP8 E4M3: ``weight [N, K]`` in F8_E4M3 with a scale that multiplies it.
+
+==============  ====================  ==========================================  =========================
+kind            scale                 shape                                       declared by
+==============  ====================  ==========================================  =========================
+fp8_block       ``weight_scale_inv``  ``[ceil(N / block_n), ceil(K / block_k)]``  ``weight_block_size``
+fp8_channel     ``weight_scale``      ``[N, 1]`` (or ``[N]``)                     compressed-tensors
+fp8_tensor      ``weight_scale``      ``[]``, ``[1]`` or ``[1, 1]``               fp8, modelopt
+==============  ====================  ==========================================  =========================
+
+Static activations add ``input_scale`` (one value); dynamic ones have none. The layouts are those of
+DeepSeek-V3's ``inference/fp8_cast_bf16.py`` (block) and compressed-tensors' ``float-quantized`` (the others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .base import Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
+
+if TYPE_CHECKING:
+    from ..checkpoint import StoredModule
+
+__all__ = ["Fp8"]
+
+_SCALE_DTYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8(Format):
+    """FP8 E4M3. ``block`` is ``(block_n, block_k)`` for the kind ``fp8_block`` and None for the others."""
+
+    granularity: str
+    """``block``, ``channel`` or ``tensor``."""
+    activations: str = "dynamic"
+    """``dynamic`` or ``static``."""
+    block: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> str:
+        return f"fp8_{self.granularity}"
+
+    @property
+    def scale_leaf(self) -> str:
+        return "weight_scale_inv" if self.granularity == "block" else "weight_scale"
+
+    @classmethod
+    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Fp8 | None:
+        weight = module.tensors.get("weight")
+        if weight is None or weight.dtype != "F8_E4M3":
+            return None
+        if len(weight.shape) != 2:
+            raise FormatError(f"{shape_text('weight', module)}: only two-dimensional FP8 weights are read")
+        leaves = module.tensors.keys() & {"weight_scale", "weight_scale_inv"}
+        if len(leaves) != 1:
+            raise FormatError(f"{shape_text('weight', module)} needs one of weight_scale and weight_scale_inv")
+        activations = _activations(module, quantization)
+        if "weight_scale_inv" in leaves:
+            found = cls("block", activations, _block_size(quantization))
+        elif module.tensors["weight_scale"].shape in ((), (1,), (1, 1)):
+            found = cls("tensor", activations)
+        elif module.tensors["weight_scale"].shape[1:] in ((), (1,)):
+            found = cls("channel", activations)
+        else:
+            raise FormatError(
+                f"{shape_text('weight_scale', module)}: block scales under the name weight_scale "
+                "(compressed-tensors) are not read yet; use a release with weight_scale_inv"
+            )
+        found.check(module)
+        return found
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Fp8:
+        block = data.get("block")
+        if block is not None:
+            block = (int(block[0]), int(block[1]))
+        return cls(data["kind"].removeprefix("fp8_"), data["activations"], block)
+
+    def to_json(self) -> dict[str, object]:
+        block = {"block": list(self.block)} if self.block else {}
+        return {"kind": self.kind, **block, "activations": self.activations}
+
+    def check(self, module: StoredModule) -> None:
+        n, k = self.shape(module)
+        only_leaves(module, {"weight", self.scale_leaf, "input_scale", "bias"}, self.kind)
+        check_tensor(module, "weight", ["F8_E4M3"], (n, k), "")
+        scale = module.tensors[self.scale_leaf].shape
+        if self.block is not None:
+            blocks = (-(-n // self.block[0]), -(-k // self.block[1]))
+            why = f"for weight {[n, k]} in blocks of {list(self.block)}"
+            check_tensor(module, self.scale_leaf, _SCALE_DTYPES, blocks, why)
+        elif self.granularity == "channel":
+            check_tensor(module, self.scale_leaf, _SCALE_DTYPES, (n, *scale[1:]), f"for weight {[n, k]}")
+        else:
+            check_tensor(module, self.scale_leaf, _SCALE_DTYPES, scale, "")
+        if ("input_scale" in module.tensors) != (self.activations == "static"):
+            have = "has an" if "input_scale" in module.tensors else "has no"
+            raise FormatError(f"{have} input_scale although its activations are declared {self.activations}")
+        if "input_scale" in module.tensors and module.tensors["input_scale"].shape not in ((), (1,)):
+            raise FormatError(f"{shape_text('input_scale', module)}: one value was expected")
+        if "bias" in module.tensors:
+            check_tensor(module, "bias", _SCALE_DTYPES, (n,), f"for weight {[n, k]}")
+
+    def shape(self, module: StoredModule) -> tuple[int, ...]:
+        return module.tensors["weight"].shape
+
+    def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
+        limits = []
+        for part in parts:
+            n, k = self.shape(part)
+            if self.block is not None:
+                # fp8.py, Fp8LinearMethod.validate_block_quant_shapes, and the per-block activation kernel
+                block_n, block_k = self.block
+                if k % block_k:
+                    limits.append(f"its {k} inputs are no multiple of {block_k}, the block activations are quantized in")
+                if len(parts) > 1 and n % block_n:
+                    limits.append(f"{last_word(part)} has {n} outputs, no multiple of its block {block_n}, and is fused")
+            limits += self._scale_limits(part)
+        return limits
+
+    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
+        limits = [limit for part in (gate, up, down) for limit in self._scale_limits(part)]
+        if self.block is not None:
+            hidden, intermediate = self.shape(down)
+            # fp8.py, Fp8MoEMethod.create_weights
+            if intermediate % self.block[0] or intermediate % self.block[1]:
+                limits.append(f"its intermediate size {intermediate} is no multiple of the block {list(self.block)}")
+            if hidden % self.block[1]:
+                limits.append(f"its hidden size {hidden} is no multiple of {self.block[1]}")
+        elif self.granularity == "channel" and self.activations == "static":
+            limits.append("experts with channel scales need dynamic activations")
+        return limits
+
+    def _scale_limits(self, part: StoredModule) -> list[str]:
+        if self.granularity == "channel" and len(part.tensors["weight_scale"].shape) == 1:
+            return [f"{shape_text('weight_scale', part)} has one dimension, SGLang loads [N, 1]"]
+        if self.granularity == "channel" and self.activations == "static":
+            return ["channel scales with static activations have no SGLang method"]
+        return []
+
+    def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
+        if not experts or self.granularity != "tensor":
+            return []
+        # fp8.py, Fp8MoEMethod.process_weights_after_loading: w13 has one scale for each expert
+        by_projection = {last_word(part): part for part in parts}
+        pair = [by_projection[p] for p in ("gate_proj", "up_proj", "w1", "w3") if p in by_projection]
+        scales = [read(part.tensors["weight_scale"]) for part in pair]
+        if len({float(s.reshape(-1)[0]) for s in scales if s is not None}) < 2:
+            return []
+        return ["gate and up have different per-tensor scales, and SGLang would requantize them at load"]
+
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        weight = tensors["weight"].astype(np.float32)
+        scale = tensors[self.scale_leaf].astype(np.float32)
+        if self.block is not None:
+            (n, k), (block_n, block_k) = weight.shape, self.block
+            scale = scale.repeat(block_n, axis=0)[:n].repeat(block_k, axis=1)[:, :k]
+        elif self.granularity == "channel":
+            scale = scale.reshape(-1, 1)
+        else:
+            scale = scale.reshape(())
+        return weight * scale
+
+
+def _block_size(quantization: Mapping[str, object]) -> tuple[int, int]:
+    block = quantization.get("weight_block_size")
+    if block is None:
+        raise FormatError("weight_scale_inv, but quantization_config has no weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
+        raise FormatError(f"weight_block_size {block!r} is no pair of positive numbers")
+    return block[0], block[1]
+
+
+def _activations(module: StoredModule, quantization: Mapping[str, object]) -> str:
+    """What the tensors say, once the configuration agrees."""
+    stored = "static" if "input_scale" in module.tensors else "dynamic"
+    declared = quantization.get("activation_scheme", stored)
+    if declared not in ("static", "dynamic"):
+        raise FormatError(f"activation_scheme {declared!r} is neither static nor dynamic")
+    if declared != stored:
+        have = "an" if stored == "static" else "no"
+        raise FormatError(f"activation_scheme is {declared!r}, but the module has {have} input_scale")
+    return stored

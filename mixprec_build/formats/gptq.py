@@ -1,0 +1,237 @@
+"""GPTQ, 4 and 8 bit, as AutoGPTQ and GPTQModel store it.
+
+With ``pack = 32 / bits`` and ``G = ceil(K / group_size)``:
+
+===========  ======  ===============  ==========================================================
+tensor       dtype   shape            holds
+===========  ======  ===============  ==========================================================
+``qweight``  I32     ``[K/pack, N]``  ``pack`` consecutive inputs in each word, lowest bits first
+``qzeros``   I32     ``[G, N/pack]``  zero points, packed along N; layout ``gptq`` (v1) stores them
+                                      minus one, ``gptq_v2`` as they are
+``scales``   F16     ``[G, N]``
+``g_idx``    I32     ``[K]``          the group of each input; ``i // group_size`` unless ``desc_act``
+``bias``     F16     ``[N]``          optional
+===========  ======  ===============  ==========================================================
+
+``W[n, k] = (q[k, n] - zero[g_idx[k], n]) * scales[g_idx[k], n]``. Source of the layout: AutoGPTQ 0.7.1,
+``nn_modules/qlinear/qlinear_cuda.py``, ``QuantLinear.pack``; of ``gptq_v2`` and ``dynamic``: GPTQModel,
+``quantization/config.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .base import Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
+
+if TYPE_CHECKING:
+    from ..checkpoint import StoredModule
+
+__all__ = ["Gptq"]
+
+_MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
+_FLOATS = ("F16", "BF16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq(Format):
+    """GPTQ. ``group_size`` is -1 where one group spans all inputs."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    layout: str
+    """``gptq`` (v1, zero points stored minus one) or ``gptq_v2``."""
+
+    @property
+    def kind(self) -> str:
+        return f"gptq_int{self.bits}"
+
+    @property
+    def fuses_as(self) -> object:
+        # Symmetric kernels never look at the zero points, so their layout does not matter.
+        return replace(self, layout="gptq") if self.sym else self
+
+    @property
+    def pack(self) -> int:
+        """Values in one 32-bit word."""
+        return 32 // self.bits
+
+    @classmethod
+    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Gptq | None:
+        leaves = module.tensors.keys()
+        if not {"qweight", "scales"} <= leaves:
+            return None
+        method = quantization.get("quant_method", "gptq")
+        if method != "gptq":
+            return None
+        if "bits" not in quantization:
+            raise FormatError("GPTQ tensors, but neither config.json nor quantize_config.json says how (bits, sym, ...)")
+        found = _settings(_resolve_dynamic(quantization, module.name))
+        found.check(module)
+        return found
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Gptq:
+        bits = int(data["kind"].removeprefix("gptq_int"))
+        return cls(bits, int(data["group_size"]), bool(data["sym"]), bool(data["desc_act"]), str(data["layout"]))
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "desc_act": self.desc_act,
+            "layout": self.layout,
+        }
+
+    def check(self, module: StoredModule) -> None:
+        only_leaves(module, {"qweight", "qzeros", "scales", "g_idx", "bias"}, self.kind)
+        for leaf in ("qweight", "qzeros", "scales"):
+            if leaf not in module.tensors:
+                raise FormatError(f"{self.kind} needs {leaf}")
+            if len(module.tensors[leaf].shape) != 2:
+                raise FormatError(f"{shape_text(leaf, module)}: two dimensions were expected")
+        groups, n = module.tensors["scales"].shape
+        stored_bits = module.tensors["qzeros"].shape[1] * 32 / n if n else 0
+        if stored_bits in (2, 3, 4, 8) and stored_bits != self.bits:
+            raise FormatError(
+                f"{shape_text('qzeros', module)} beside {shape_text('scales', module)} is {stored_bits:.0f} bit, "
+                f"the configuration says {self.bits}"
+            )
+        rows = module.tensors["qweight"].shape[0]
+        k = rows * self.pack
+        due = 1 if self.group_size == -1 else -(-k // self.group_size)
+        check_tensor(module, "qweight", ["I32"], (rows, n), f"beside {shape_text('scales', module)}")
+        each = f"groups of {self.group_size}" if self.group_size != -1 else "one group"
+        check_tensor(module, "scales", _FLOATS, (due, n), f"for {k} inputs in {each}")
+        check_tensor(module, "qzeros", ["I32"], (groups, n // self.pack), f"beside {shape_text('scales', module)}")
+        if n % self.pack:
+            raise FormatError(f"{n} outputs do not fill whole words of {self.pack} zero points")
+        if "g_idx" in module.tensors:
+            check_tensor(module, "g_idx", ["I32"], (k,), f"for {k} inputs")
+        elif self.desc_act:
+            raise FormatError("desc_act, but no g_idx")
+        if "bias" in module.tensors:
+            check_tensor(module, "bias", _FLOATS, (n,), f"for {n} outputs")
+
+    def shape(self, module: StoredModule) -> tuple[int, ...]:
+        rows, n = module.tensors["qweight"].shape
+        return n, rows * self.pack
+
+    def _kernel_limits(self) -> list[str]:
+        """What no CUDA kernel of SGLang's runs, whatever the shape (marlin_utils.py)."""
+        limits = []
+        if not self.sym:
+            limits.append("asymmetric GPTQ (sym: false) has no CUDA kernel in SGLang")
+        if self.group_size not in _MARLIN_GROUP_SIZES:
+            limits.append(f"group size {self.group_size} has no CUDA kernel in SGLang, only -1, 32, 64 and 128 have")
+        return limits
+
+    def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
+        limits = self._kernel_limits()
+        # marlin_utils.py, verify_marlin_supports_shape: SGLang computes this and does not look at the result
+        n = sum(self.shape(part)[0] for part in parts)
+        k = self.shape(parts[0])[1]
+        if n % 64:
+            limits.append(f"its {n} outputs are no multiple of 64, which Marlin needs")
+        if k % 128:
+            limits.append(f"its {k} inputs are no multiple of 128, which Marlin needs")
+        if self.group_size > 0 and k % self.group_size:
+            limits.append(f"its {k} inputs are no multiple of the group size {self.group_size}")
+        return limits
+
+    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
+        limits = self._kernel_limits()
+        # marlin_utils.py, check_moe_marlin_supports_layer
+        hidden, intermediate = self.shape(down)
+        if hidden % 128:
+            limits.append(f"its hidden size {hidden} is no multiple of 128, which Marlin needs")
+        if intermediate % max(64, self.group_size):
+            need = max(64, self.group_size)
+            limits.append(f"its intermediate size {intermediate} is no multiple of {need}, which Marlin needs")
+        if self.group_size > 0 and hidden % self.group_size:
+            limits.append(f"its hidden size {hidden} is no multiple of the group size {self.group_size}")
+        return limits
+
+    def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
+        limits = []
+        if self.sym:
+            # Marlin takes the zero point of a symmetric weight for granted.
+            due = (1 << (self.bits - 1)) - (self.layout == "gptq")
+            word = np.uint32(sum(due << (self.bits * i) for i in range(self.pack)))
+            for part in parts:
+                qzeros = read(part.tensors["qzeros"])
+                if qzeros is not None and (qzeros.view(np.uint32) != word).any():
+                    limits.append(
+                        f"declared symmetric ({self.layout}), for which every word of qzeros is {word:#010x}, but they "
+                        "hold other zero points: its configuration is wrong, and SGLang would not look at them"
+                    )
+                    break
+        fused = parts[:2] if experts else parts
+        if self.desc_act and len(fused) > 1:
+            orders = [read(part.tensors["g_idx"]) for part in fused]
+            first = orders[0]
+            for part, order in zip(fused[1:], orders[1:], strict=True):
+                if first is not None and order is not None and not np.array_equal(first, order):
+                    limits.append(
+                        f"{last_word(fused[0])} and {last_word(part)} run with one g_idx, but theirs differ (desc_act)"
+                    )
+        return limits
+
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        q = self._unpack(tensors["qweight"].T).T  # [K, N]
+        zeros = self._unpack(tensors["qzeros"])  # [G, N]
+        if self.layout == "gptq":
+            # Modulo 2^bits: a zero point of 0 is stored as all ones.
+            zeros = (zeros + 1) & ((1 << self.bits) - 1)
+        k = q.shape[0]
+        size = k if self.group_size == -1 else self.group_size
+        group = tensors["g_idx"] if "g_idx" in tensors else np.arange(k, dtype=np.int32) // size
+        scales = tensors["scales"].astype(np.float32)
+        return ((q - zeros[group]).astype(np.float32) * scales[group]).T
+
+    def _unpack(self, words: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+        """``[R, C]`` 32-bit words -> ``[R, C * pack]`` values, lowest bits first."""
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+        values = (np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
+        return values.reshape(words.shape[0], -1).astype(np.int32)
+
+
+def _settings(declared: Mapping[str, object]) -> Gptq:
+    bits, group_size = declared.get("bits"), declared.get("group_size", -1)
+    if bits not in (4, 8):
+        raise FormatError(f"GPTQ with {bits} bits is not read, only with 4 and 8")
+    if type(group_size) is not int or (group_size != -1 and group_size < 1):
+        raise FormatError(f"GPTQ group_size {group_size!r} is neither -1 nor a positive number")
+    sym, desc_act = declared.get("sym", True), declared.get("desc_act", False)
+    if type(sym) is not bool or type(desc_act) is not bool:
+        raise FormatError(f"GPTQ sym {sym!r} and desc_act {desc_act!r} must be true or false")
+    layout = declared.get("checkpoint_format") or declared.get("format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        raise FormatError(f"GPTQ checkpoint_format {layout!r} is not read, only gptq and gptq_v2")
+    return Gptq(int(bits), group_size, sym, desc_act, str(layout))  # type: ignore[call-overload]
+
+
+def _resolve_dynamic(quantization: Mapping[str, object], module: str) -> Mapping[str, object]:
+    """The settings of one module: ``dynamic`` maps ``+:regex`` (or a bare regex) to overrides."""
+    dynamic = quantization.get("dynamic")
+    if not isinstance(dynamic, dict):
+        return quantization
+    for pattern, override in dynamic.items():
+        if pattern.startswith("-:"):
+            continue  # modules left unquantized: recognised by their tensors
+        try:
+            hit = re.match(pattern.removeprefix("+:"), module)
+        except re.error as error:
+            raise FormatError(f"`dynamic` holds {pattern!r}, which is no regular expression: {error}") from error
+        if hit and isinstance(override, dict):
+            return {**quantization, **override}
+    return quantization

@@ -1,0 +1,148 @@
+"""The safetensors header: read with every rule of the format checked, and written page-aligned.
+
+A file is ``N`` (8 bytes, little-endian), ``N`` bytes of JSON, and the data section. The JSON maps each tensor
+to ``dtype``, ``shape`` and ``data_offsets`` relative to the data section, which they must cover without
+holes or overlaps. See https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from .errors import SourceError
+
+__all__ = ["DTYPE_BITS", "MAX_HEADER_BYTES", "TensorInfo", "build_header", "header_length", "open_regular", "parse_header"]
+
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+# The library's own cap is 100 MB; a million one-byte tensors fit in 69 MB and cost it seconds and a GiB.
+MAX_HEADER_BYTES = 32 << 20
+_MAX_TENSORS = 300_000
+_PAGE = 4096
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a safetensors file. ``start`` and ``nbytes`` are bytes from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+
+def open_regular(path: Path) -> int:
+    """Opens a regular file for reading; a FIFO, device or folder is refused instead of waited for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"cannot open it: {error.strerror}", path=path) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SourceError("not a regular file", path=path)
+    return fd
+
+
+def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) -> tuple[dict[str, TensorInfo], object]:
+    """Tensors in the order of their data, and ``__metadata__``, from the first ``8 + N`` bytes of a file.
+
+    Raises:
+        SourceError: naming ``path`` and, where one is at fault, the tensor.
+    """
+
+    def bad(message: str) -> NoReturn:
+        raise SourceError(f"damaged safetensors file: {message}", path=path)
+
+    start = len(data)
+    try:
+        header = json.loads(data[8:].decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except RecursionError:
+        bad("its header is nested too deeply")
+    except ValueError as error:
+        bad(f"its header is not valid JSON: {error}")
+    if not isinstance(header, dict):
+        bad("its header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        bad("`__metadata__` must map text to text")
+    if len(header) > _MAX_TENSORS:
+        bad(f"it declares {len(header)} tensors; at most {_MAX_TENSORS} are read")
+
+    tensors = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            bad(f"tensor {name!r} needs `dtype`, `shape` and two `data_offsets`")
+        if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+            bad(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end)):
+            bad(f"tensor {name!r}: `shape` and `data_offsets` must be whole numbers, zero or more")
+        bits = prod(shape) * DTYPE_BITS[dtype]
+        if bits % 8 or bits // 8 != end - begin:
+            bad(f"tensor {name!r}: {dtype} {shape} does not take the {end - begin} bytes it is given")
+        tensors.append(TensorInfo(name, dtype, tuple(shape), file, start + begin, end - begin))
+
+    tensors.sort(key=lambda t: (t.start, t.nbytes))
+    at = start
+    for tensor in tensors:
+        if tensor.start != at:
+            bad(f"tensor {tensor.name!r} starts at {tensor.start - start} where {at - start} was due (hole or overlap)")
+        at += tensor.nbytes
+    if at != file_size:
+        bad(f"{file_size} bytes long, but its tensors end at {at}; fetch the file again")
+    return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def header_length(first8: bytes, *, path: Path | str, file_size: int) -> int:
+    """``N`` of a file from its first eight bytes, checked against the file's size."""
+    length = int.from_bytes(first8, "little")
+    if len(first8) < 8 or length < 2 or 8 + length > file_size:
+        raise SourceError("damaged safetensors file: too short for its header; fetch the file again", path=path)
+    if length > MAX_HEADER_BYTES:
+        raise SourceError(
+            f"damaged safetensors file: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read", path=path
+        )
+    return length
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """The bytes before the data section for ``(name, dtype, shape, nbytes)`` in the order of their data.
+
+    Padded with spaces so that the data section starts on a page boundary, as the format allows.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape, nbytes in tensors:
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (at, at + nbytes)}
+        at += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} is given twice")
+    return out
+
+
+def _no_constants(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")

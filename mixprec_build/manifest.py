@@ -1,0 +1,103 @@
+"""The schema of what a build leaves beside its weights, version 1.
+
+``config.json`` gets ``quantization_config``, small and complete: the formats with their parameters and, as
+patterns, which module has which (the last matching line wins, as in a recipe). ``mixprec_manifest.json``
+lists every module and tensor with its source and checksum, so that a checkpoint can be verified.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import SourceError
+from .patterns import Pattern, PatternError, compress
+
+if TYPE_CHECKING:
+    from .formats.base import Format
+
+__all__ = ["MANIFEST", "METHOD", "Declaration", "name_formats", "quantization_config"]
+
+METHOD = "mixprec"
+VERSION = 1
+MANIFEST = "mixprec_manifest.json"
+CHECKSUM = "xxh3_128"
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """``quantization_config`` of a compiled checkpoint, read back."""
+
+    formats: Mapping[str, Format]
+    rules: tuple[tuple[Pattern, str], ...]
+    default: str
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Declaration:
+        """Raises :class:`SourceError` for another version or a damaged declaration."""
+        from .formats.registry import format_from_json
+
+        if config.get("version") != VERSION:
+            raise SourceError(f"quantization_config version {config.get('version')!r}; this mixprec reads {VERSION}")
+        try:
+            formats = {str(name): format_from_json(data) for name, data in config["formats"].items()}
+            rules = tuple((Pattern(pattern), str(name)) for pattern, name in config["modules"])
+            default = config["default"]
+            for name in (default, *(name for _, name in rules)):
+                if name not in formats:
+                    raise ValueError(f"format {name!r} is not declared")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, PatternError) as error:
+            raise SourceError(f"quantization_config of method mixprec is damaged: {error!r}") from error
+        return cls(formats, rules, default)
+
+    def format_of(self, module: str) -> Format:
+        for pattern, name in reversed(self.rules):
+            if pattern.matches(module):
+                return self.formats[name]
+        return self.formats[self.default]
+
+
+def name_formats(formats: Iterable[Format]) -> dict[Format, str]:
+    """A short name for each distinct format: its kind, numbered where several share one."""
+    names: dict[Format, str] = {}
+    counts: dict[str, int] = {}
+    for fmt in formats:
+        if fmt not in names:
+            counts[fmt.kind] = counts.get(fmt.kind, 0) + 1
+            names[fmt] = fmt.kind if counts[fmt.kind] == 1 else f"{fmt.kind}-{counts[fmt.kind]}"
+    return names
+
+
+def quantization_config(modules: Mapping[str, Format]) -> dict[str, object]:
+    """The declaration of a checkpoint whose modules have these formats (in checkpoint order)."""
+    names = name_formats(modules.values())
+    dense = [fmt for fmt in modules.values() if not fmt.quantized]
+    # The commonest unquantized format, so that norms and embeddings need no line.
+    default = max(names, key=lambda fmt: (not fmt.quantized, dense.count(fmt) if not fmt.quantized else 0))
+    by_format: dict[Format, list[str]] = {fmt: [] for fmt in names if fmt != default}
+    for module, fmt in modules.items():
+        if fmt != default:
+            by_format[fmt].append(module)
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "formats": {name: fmt.to_json() for fmt, name in names.items()},
+        "modules": [[pattern, names[fmt]] for fmt, members in by_format.items() for pattern in compress(members)],
+        "default": names[default],
+    }
+
+
+def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """JSON with one module a line: a manifest of 100,000 tensors stays readable and diffable."""
+    lines = [
+        f" {json.dumps(key)}: {json.dumps(value, indent=1, ensure_ascii=False)}"
+        for key, value in manifest.items()
+        if key != "modules"
+    ]
+    modules = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'), ensure_ascii=False)}"
+        for name, entry in manifest["modules"].items()
+    )
+    return ("{\n" + ",\n".join([*lines, f' "modules": {{\n{modules}\n }}']) + "\n}\n").encode()

@@ -1,0 +1,139 @@
+"""What a model family is: which projections SGLang fuses, what it never quantizes, what its config says.
+
+Names are those of Hugging Face checkpoints. The rules by the last word of a module's name hold for every
+decoder of this kind; :data:`FAMILIES` lists those checked against SGLang's model code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["FAMILIES", "Model", "Role", "fused_groups", "layer_of", "projection_of", "role_of"]
+
+FAMILIES = frozenset(
+    {
+        "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+        "deepseek_v2", "deepseek_v3",
+    }
+)  # fmt: skip
+"""``model_type`` of the families whose fused groups and names were compared with SGLang's."""
+
+_FUSED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+    "q_a_proj": "fused_qkv_a_proj_with_mqa", "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
+}  # fmt: skip
+_EXPERT = re.compile(r"(.+\.experts\.\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
+_LAYER = re.compile(r"\.(\d+)\.")
+_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in"}
+_HEADS = {"lm_head", "embed_out"}
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+
+# Fields of config.json that must agree for two checkpoints to be one model, whatever their format.
+_IDENTITY = (
+    "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "head_dim",
+    "num_attention_heads", "num_key_value_heads", "num_experts", "n_routed_experts", "num_local_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts",
+    "first_k_dense_replace", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    "hidden_act", "rms_norm_eps", "rope_theta",
+)  # fmt: skip
+
+
+class Role(Enum):
+    """What a module is to a serving engine."""
+
+    LINEAR = "linear"
+    EXPERT = "expert"
+    EMBEDDING = "embedding"
+    HEAD = "lm_head"
+    ROUTER = "router"
+    NORM = "norm"
+    PARAMETER = "parameter"
+
+    @property
+    def never_quantized(self) -> bool:
+        """Globs that map whole layers to a quantized source do not mean these."""
+        return self in (Role.ROUTER, Role.NORM, Role.PARAMETER)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The facts of ``config.json`` that planning needs."""
+
+    model_type: str
+    tied_embeddings: bool
+    identity: Mapping[str, object]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> Model:
+        # Multimodal checkpoints keep the decoder's configuration one level down.
+        text = config.get("text_config")
+        flat = {**config, **text} if isinstance(text, dict) else config
+        identity = {key: flat[key] for key in _IDENTITY if flat.get(key) is not None}
+        return cls(str(flat.get("model_type", "")), bool(flat.get("tie_word_embeddings", False)), identity)
+
+    def differences(self, other: Model) -> list[str]:
+        """Fields both configs give, with different values, as ``"hidden_size 4096 and 2048"``."""
+        both = self.identity.keys() & other.identity.keys()
+        return [
+            f"{key} {self.identity[key]} and {other.identity[key]}"
+            for key in _IDENTITY
+            if key in both and self.identity[key] != other.identity[key]
+        ]
+
+
+def role_of(name: str, shape: tuple[int, ...], leaves: Iterable[str]) -> Role:
+    """The role of the module ``name``, whose weight has ``shape`` and whose tensors are ``leaves``."""
+    last = name.rpartition(".")[2]
+    if _EXPERT.fullmatch(name):
+        return Role.EXPERT
+    if last in _EMBEDDINGS:
+        return Role.EMBEDDING
+    if last in _HEADS or name.endswith("shared_head.head"):
+        return Role.HEAD
+    if last in _ROUTERS:
+        return Role.ROUTER
+    if last.endswith(("norm", "layernorm")):
+        return Role.NORM
+    return Role.PARAMETER if len(shape) < 2 or "" in leaves else Role.LINEAR
+
+
+def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """SGLang's name of each fused module or expert -> its members among ``names``; single linears stay alone."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        expert = _EXPERT.fullmatch(name)
+        parent, _, last = name.rpartition(".")
+        key = expert[1] if expert else f"{parent}.{_FUSED[last]}" if last in _FUSED else name
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+def expert_parts(members: Iterable[str]) -> tuple[str, str, str] | None:
+    """``(gate, up, down)`` of one expert's members, or None if they are not these three."""
+    by_last = {name.rpartition(".")[2]: name for name in members}
+    for gate, up, down in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
+        if by_last.keys() == {gate, up, down}:
+            return by_last[gate], by_last[up], by_last[down]
+    return None
+
+
+def is_expert(group: str) -> bool:
+    """Whether a name from :func:`fused_groups` is an expert's."""
+    return re.search(r"\.experts\.\d+$", group) is not None
+
+
+def layer_of(name: str) -> int | None:
+    """The first number between dots: the decoder layer."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def projection_of(name: str) -> str:
+    """A module's column in a layer map: its name within the layer, experts folded into one."""
+    found = _LAYER.search(name)
+    inner = name[found.end() :] if found else name
+    return "experts" if ".experts." in f".{inner}" and _EXPERT.fullmatch(name) else inner

@@ -1,0 +1,430 @@
+"""Recipe + sources -> :class:`Plan`: which tensor comes from where and lies where. Nothing is written here."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .checkpoint import StoredModule, ValueReader, split_name
+from .errors import RecipeError, RefusedError
+from .formats.base import Format
+from .formats.registry import ALIASES
+from .header import TensorInfo, build_header
+from .model import FAMILIES, Role, role_of
+from .patterns import compress, natural_key
+from .recipe import Recipe, Rule
+from .servable import Problems, check_servable
+from .sources import Source, Sources
+
+__all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the output: ``info`` is where its bytes lie in ``source``."""
+
+    source: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModule:
+    """A module of the output. ``rule`` is the recipe line that chose its source, None for the default."""
+
+    name: str
+    role: Role
+    format: Format
+    source: str
+    rule: Rule | None
+    shape: tuple[int, ...]
+    tensors: Mapping[str, PlannedTensor]
+
+    @property
+    def stored(self) -> StoredModule:
+        return StoredModule(self.name, {leaf: tensor.info for leaf, tensor in self.tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One file of the output. ``link`` names the source's file where it is taken over whole."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    link: tuple[str, str] | None = None
+    """(source, file)"""
+
+    def header(self) -> bytes:
+        infos = (tensor.info for tensor in self.tensors)
+        return build_header((info.name, info.dtype, info.shape, info.nbytes) for info in infos)
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(tensor.info.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class RuleUse:
+    """How many modules a line of the recipe matches, and how many it decides."""
+
+    rule: Rule
+    matched: int
+    won: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Tensors of a source that the output does not hold, and why."""
+
+    source: str
+    reason: str
+    tensors: int
+    nbytes: int
+    modules: tuple[str, ...]
+    """Patterns."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """All that a build will do."""
+
+    recipe: Recipe
+    sources: Sources
+    modules: Mapping[str, PlannedModule]
+    shards: tuple[PlannedShard, ...]
+    rules: tuple[RuleUse, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    unservable: tuple[str, ...] = field(default=())
+    """What SGLang could not serve, allowed by the user."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(shard.data_bytes for shard in self.shards)
+
+
+def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = False, link: bool = False) -> Plan:
+    """Decides everything and checks it.
+
+    Raises:
+        RecipeError: a name that no source has, a word that no source answers to.
+        SourceError: a module that is needed is damaged or in a format that is not read.
+        RefusedError: the mix cannot be, or SGLang could not serve it and ``allow_unservable`` is not set.
+    """
+    planner = _Planner(recipe, sources)
+    planner.choose()
+    planner.check_same_model()
+    modules = planner.collect()
+    problems = planner.problems
+    if not problems.found():
+        with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
+            planner.check_biases(modules, reader)
+            check_servable(modules, sources, reader, problems)
+    found = problems.found()
+    if any(p.hard for p in found) or (found and not allow_unservable):
+        raise RefusedError([p.text for p in found])
+    return Plan(
+        recipe=recipe,
+        sources=sources,
+        modules=modules,
+        shards=tuple(_lay_out(modules, recipe.shard_size, sources if link else None)),
+        rules=tuple(planner.rule_uses()),
+        left_out=tuple(planner.left_out(modules)),
+        notes=tuple(planner.notes),
+        unservable=tuple(p.text for p in found),
+    )
+
+
+class _Planner:
+    """The steps of :func:`make_plan` and what they share."""
+
+    def __init__(self, recipe: Recipe, sources: Sources):
+        self.recipe, self.sources = recipe, sources
+        self.default = sources.by_name[recipe.default]
+        self.problems = Problems(recipe)
+        self.notes: list[str] = []
+        self.sources_of_rules = [sources.resolve(rule.source, recipe, rule.line) for rule in recipe.rules]
+        self.matched: Counter[int] = Counter()
+        self.won: Counter[int] = Counter()
+        self.chosen: dict[str, tuple[Source, int | None]] = {}
+        """Module -> its source and the number of the rule that chose it."""
+        self.dropped_biases: set[tuple[str, str]] = set()
+        if self.default.model.model_type not in FAMILIES:
+            self.notes.append(
+                f"model_type {self.default.model.model_type!r} is not among the families checked against SGLang "
+                f"({', '.join(sorted(FAMILIES))}); the common rules for fused projections are used"
+            )
+
+    # Which source each module comes from
+
+    def choose(self) -> None:
+        exact = self._exact_rules()
+        names = sorted({*self.default.checkpoint.modules, *exact}, key=natural_key)
+        globs = [(i, rule.pattern) for i, rule in enumerate(self.recipe.rules) if not rule.pattern.exact]
+        hits = {name: [i for i, pattern in globs if pattern.matches(name)] for name in names}
+        fixed = {name for name in names if self._role(name).never_quantized}
+        # A glob that covers nothing but norms, routers and the like means them; another one does not.
+        means_fixed = {i for i, _ in globs} - {i for name in names if name not in fixed for i in hits[name]}
+        for i in means_fixed:
+            covered = sum(i in hits[name] for name in fixed)
+            if covered:
+                self.notes.append(
+                    f"{self.recipe.rules[i]} covers only tensors that are never quantized (norms, routers, "
+                    f"parameters): {covered} are copied as they are there"
+                )
+        for name in names:
+            self.matched.update(hits[name])
+            candidates = [i for i in hits[name] if name not in fixed or i in means_fixed]
+            winner = exact.get(name, candidates[-1] if candidates else None)
+            if winner is not None:
+                self.won[winner] += 1
+            self.chosen[name] = (self.default if winner is None else self.sources_of_rules[winner], winner)
+
+    def _exact_rules(self) -> dict[str, int]:
+        """Module -> the rule that names it; each such name is a promise that must hold."""
+        exact: dict[str, int] = {}
+        for i, (rule, source) in enumerate(zip(self.recipe.rules, self.sources_of_rules, strict=True)):
+            if not rule.pattern.exact:
+                continue
+            name = rule.pattern.text
+            holders = [s for s in self.sources.by_name.values() if name in s.checkpoint.modules]
+            module, leaf = split_name(name)
+            if not holders and leaf:
+                if leaf == "bias" and any(module in s.checkpoint.modules for s in self.sources.by_name.values()):
+                    raise self._error(rule, f"a bias is never quantized and comes with its module; name {module}")
+                name = module
+                holders = [s for s in self.sources.by_name.values() if name in s.checkpoint.modules]
+            if not holders:
+                raise self._error(rule, f"no source has a module {rule.pattern.text}; {self._nearest(name)}")
+            self.matched[i] += 1
+            exact[name] = i
+            if name not in source.checkpoint.modules:
+                continue  # collect() reports it with the others that are missing
+            fmt = source.format_of(name)
+            asked = ALIASES.get(rule.source, frozenset())
+            if asked and fmt.kind not in asked and not fmt.quantized:
+                held = ", ".join(f"`{s.name}`" for s in holders if s is not source) or "no other source"
+                raise self._error(
+                    rule,
+                    f"{name} is not quantized in `{source.name}`: it is stored as {fmt.kind} there; "
+                    f"remove the line or name another source ({held} has it)",
+                )
+        return exact
+
+    def _nearest(self, name: str) -> str:
+        last = name.rpartition(".")[2]
+        names = sorted({n for s in self.sources.by_name.values() for n in s.checkpoint.modules})
+        alike = [n for n in names if n.endswith(last) and n.count(".") == name.count(".")] or names
+        near = difflib.get_close_matches(name, alike[:5000], n=1, cutoff=0.3)
+        return f"did you mean {near[0]}?" if near else "see `mixprec inspect` for the names it has"
+
+    def _error(self, rule: Rule, message: str) -> RecipeError:
+        return RecipeError(message, path=self.recipe.path, line=rule.line)
+
+    def _role(self, name: str) -> Role:
+        for source in (self.default, *self.sources.by_name.values()):
+            fmt = source.formats.get(name)
+            if isinstance(fmt, Format):
+                stored = source.checkpoint.modules[name]
+                return role_of(name, fmt.shape(stored), stored.tensors)
+        return role_of(name, (0, 0), ())
+
+    # Whether the sources are one model
+
+    def check_same_model(self) -> None:
+        used = {id(source): source for source, _ in self.chosen.values()}
+        for source in used.values():
+            for difference in self.default.model.differences(source.model):
+                self.problems.hard(
+                    f"`{self.default.name}` and `{source.name}` are different models: {difference} in their "
+                    f"config.json; point `{source.name}` (line {source.ref.line}) to a checkpoint of the same model"
+                )
+
+    # The modules, with the tensors they are made of
+
+    def collect(self) -> dict[str, PlannedModule]:
+        modules = {}
+        missing: dict[tuple[str, int | None], list[str]] = {}
+        downgraded: dict[tuple[str, int], list[str]] = {}
+        for name, (source, winner) in self.chosen.items():
+            stored = source.module(name)
+            if stored is None:
+                missing.setdefault((source.name, winner), []).append(name)
+                continue
+            fmt = source.format_of(name)
+            rule = None if winner is None else self.recipe.rules[winner]
+            if rule is not None and winner is not None and self._role(name).never_quantized is False:
+                asked = ALIASES.get(rule.source, frozenset())
+                if asked and fmt.kind not in asked:
+                    downgraded.setdefault((fmt.kind, winner), []).append(name)
+            tensors = {leaf: PlannedTensor(source.name, info) for leaf, info in sorted(stored.tensors.items())}
+            base = self.default.module(name)
+            if base is not None and base is not stored:
+                self._check_shape(name, fmt.shape(stored), source)
+                if "bias" in base.tensors and "bias" not in tensors and "" not in tensors:
+                    tensors["bias"] = PlannedTensor(self.default.name, base.tensors["bias"])
+            modules[name] = PlannedModule(name, self._role(name), fmt, source.name, rule, fmt.shape(stored), tensors)
+        for (source_name, winner), names in missing.items():
+            self._report_missing(source_name, None if winner is None else self.recipe.rules[winner], names)
+        for (kind, winner), names in downgraded.items():
+            self.notes.append(
+                f"{self.recipe.rules[winner]}: {len(names)} of its modules are stored as {kind} there "
+                f"({_some(compress(names))})"
+            )
+        return modules
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], source: Source) -> None:
+        stored = self.default.checkpoint.modules[name]
+        base = self.default.formats[name]
+        if isinstance(base, Format) and base.shape(stored) != shape:
+            self.problems.hard(
+                f"{name} is {list(base.shape(stored))} in `{self.default.name}` and {list(shape)} in "
+                f"`{source.name}` (line {source.ref.line}): these are different models"
+            )
+
+    def _report_missing(self, source_name: str, rule: Rule | None, names: list[str]) -> None:
+        source = self.sources.by_name[source_name]
+        patterns = compress(names)
+        absent = sorted({source.checkpoint.absent[n] for n in names if n in source.checkpoint.absent})
+        if absent:
+            self.problems.hard(
+                f"`{source_name}` is read from the cache, which lacks {_some(absent)} with {_some(patterns)}; "
+                "run once with the hub in reach"
+            )
+            return
+        holders = [s.name for s in self.sources.by_name.values() if all(n in s.checkpoint.modules for n in names)]
+        mend = "name a source that has them"
+        if holders and rule is not None and rule.pattern.exact:
+            mend = f"change line {rule.line} to `{rule.pattern.text}: {holders[0]}`"
+        elif holders:
+            mend = "add after the last line of `weights:` " + ", ".join(f"`{p}: {holders[0]}`" for p in patterns[:4])
+        by = f"by {rule}" if rule is not None else "by default"
+        self.problems.hard(
+            f"`{source_name}` has no {_some(patterns)} ({len(names)} modules), which come from there {by}; {mend}"
+        )
+
+    # Biases that only a quantized source has
+
+    def check_biases(self, modules: dict[str, PlannedModule], reader: ValueReader) -> None:
+        """GPTQ packers write zero biases for linears that have none; such ones are left out."""
+        for name, module in modules.items():
+            base = self.default.module(name)
+            bias = module.tensors.get("bias")
+            if bias is None or base is None or "bias" in base.tensors or module.source == self.default.name:
+                continue
+            values = reader.read(bias.source, bias.info)
+            if values is not None and values.any():
+                self.problems.hard(
+                    f"{name} has a bias in `{bias.source}` that is not zero, and none in `{self.default.name}`: "
+                    "these are different models"
+                )
+                continue
+            tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != "bias"}
+            modules[name] = PlannedModule(
+                name, module.role, module.format, module.source, module.rule, module.shape, tensors
+            )
+            self.dropped_biases.add((bias.source, bias.info.name))
+
+    # Accounts
+
+    def rule_uses(self) -> Iterable[RuleUse]:
+        for i, rule in enumerate(self.recipe.rules):
+            yield RuleUse(rule, self.matched[i], self.won[i])
+            if not self.matched[i]:
+                hint = " (a bias comes with its module)" if rule.pattern.text.endswith(".bias") else ""
+                self.notes.append(f"{rule} matches nothing{hint}")
+            elif not self.won[i]:
+                self.notes.append(f"{rule} never wins: later or exact lines decide all it matches")
+
+    def left_out(self, modules: Mapping[str, PlannedModule]) -> Iterable[LeftOut]:
+        kept = {(t.source, t.info.name) for m in modules.values() for t in m.tensors.values()}
+        for source in self.sources.by_name.values():
+            groups: dict[str, list[TensorInfo]] = {}
+            for tensor in source.checkpoint.tensors.values():
+                if (source.name, tensor.name) not in kept:
+                    groups.setdefault(self._why_left_out(source, tensor, modules), []).append(tensor)
+            for reason, tensors in groups.items():
+                names = {split_name(tensor.name)[0] for tensor in tensors}
+                nbytes = sum(tensor.nbytes for tensor in tensors)
+                yield LeftOut(source.name, reason, len(tensors), nbytes, tuple(compress(names)))
+
+    def _why_left_out(self, source: Source, tensor: TensorInfo, modules: Mapping[str, PlannedModule]) -> str:
+        module = modules.get(split_name(tensor.name)[0])
+        if (source.name, tensor.name) in self.dropped_biases:
+            return f"zero biases that `{self.default.name}` does not have"
+        if module is not None:
+            return f"taken from `{module.source}`"
+        if self.default.model.tied_embeddings and tensor.name.startswith("lm_head."):
+            return "tied to the embedding"
+        return f"not in the model as `{self.default.name}` has it"
+
+
+def _some(words: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+# Files
+
+
+def _lay_out(modules: Mapping[str, PlannedModule], shard_size: int, link: Sources | None) -> list[PlannedShard]:
+    """Shards of at most ``shard_size`` bytes of tensors, in checkpoint order; a module is not torn apart.
+
+    With ``link``, source files that are taken over whole become shards of their own.
+    """
+    linked: list[tuple[tuple[str, str], list[PlannedTensor]]] = []
+    taken: set[tuple[str, str]] = set()
+    if link is not None:
+        linked = list(_whole_files(modules, link))
+        taken = {(t.source, t.info.name) for _, tensors in linked for t in tensors}
+    bins: list[list[PlannedTensor]] = []
+    room = 0
+    for module in modules.values():
+        tensors = [t for t in module.tensors.values() if (t.source, t.info.name) not in taken]
+        if not tensors:
+            continue
+        need = sum(tensor.info.nbytes for tensor in tensors)
+        if not bins or need > room:
+            bins.append([])
+            room = shard_size
+        bins[-1] += tensors
+        room -= need
+    count = len(bins) + len(linked)
+    parts: list[tuple[list[PlannedTensor], tuple[str, str] | None]] = [(_aligned(tensors), None) for tensors in bins]
+    parts += [(tensors, origin) for origin, tensors in linked]
+    return [
+        PlannedShard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(tensors), origin)
+        for i, (tensors, origin) in enumerate(parts, start=1)
+    ]
+
+
+def _aligned(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+    """Moves tensors of odd sizes to the end, wide dtypes first, so that each starts at a multiple of its dtype."""
+
+    def odd(tensor: PlannedTensor) -> int:
+        nbytes, dtype = tensor.info.nbytes, tensor.info.dtype
+        return 0 if nbytes % 8 == 0 else 16 - {"F32": 4, "I32": 4, "U32": 4}.get(dtype, 2 if "16" in dtype else 1)
+
+    return sorted(tensors, key=odd)
+
+
+def _whole_files(
+    modules: Mapping[str, PlannedModule], sources: Sources
+) -> Iterable[tuple[tuple[str, str], list[PlannedTensor]]]:
+    """Source files every tensor of which is in the output, and which readers that want ``pt`` metadata accept."""
+    wanted: dict[tuple[str, str], list[PlannedTensor]] = {}
+    for module in modules.values():
+        for tensor in module.tensors.values():
+            wanted.setdefault((tensor.source, tensor.info.file), []).append(tensor)
+    for (source, file), tensors in wanted.items():
+        checkpoint = sources.by_name[source].checkpoint
+        held = sum(info.file == file for info in checkpoint.tensors.values())
+        metadata = checkpoint.metadata.get(file)
+        if held == len(tensors) and isinstance(metadata, dict) and metadata.get("format") == "pt":
+            yield (source, file), sorted(tensors, key=lambda tensor: tensor.info.start)
+

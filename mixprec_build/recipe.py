@@ -1,0 +1,350 @@
+"""YAML -> :class:`Recipe`. The only place that reads YAML.
+
+Two forms are read, both documented in the README: the native one (``model``, ``sources``, ``default``,
+``weights``, ``output``) and the one under ``mixed_precision:`` (``fp16_path``, ``weight_mapping``, ...).
+YAML is read from its event stream into nodes that know their line, never through a constructor: no tag
+is obeyed, no alias expanded, no scalar turned into a boolean or a date.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .errors import RecipeError
+from .patterns import Pattern, PatternError
+
+__all__ = ["DEFAULT_SHARD_SIZE", "Recipe", "Rule", "SourceRef", "load_recipe", "parse_size"]
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+_MAX_RECIPE_BYTES = 16 << 20
+_MAX_DEPTH = 16
+_UNITS = {"": 1, "B": 1} | {
+    unit: scale**power
+    for power, letter in enumerate("KMGT", start=1)
+    for unit, scale in ((f"{letter}B", 1000), (f"{letter}IB", 1024))
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRef:
+    """A checkpoint the recipe names: a local folder or a hub id with an optional ``@revision``."""
+
+    name: str
+    location: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of ``weights:``: the modules that ``pattern`` matches come from ``source``."""
+
+    pattern: Pattern
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"line {self.line} `{self.pattern.text}: {self.source}`"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the user asked for, checked for form but not yet against any checkpoint."""
+
+    path: Path
+    model: SourceRef
+    sources: Mapping[str, SourceRef]
+    default: str
+    rules: tuple[Rule, ...] = ()
+    shard_size: int = DEFAULT_SHARD_SIZE
+    serving: Mapping[str, object] = field(default_factory=dict)
+    """The sections ``inference:`` and ``server:``, read and kept, without influence on the build."""
+
+    @property
+    def folder(self) -> Path:
+        """Relative locations start here."""
+        return self.path.parent
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe of either form.
+
+    Raises:
+        RecipeError: naming file and line, for anything from a YAML syntax error to an unknown key.
+    """
+    try:
+        if path.stat().st_size > _MAX_RECIPE_BYTES:
+            raise RecipeError(f"larger than {_MAX_RECIPE_BYTES >> 20} MiB; write ranges like {{0..15}}", path=path)
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe: {error.strerror}", path=path) from error
+    reader = _Reader(path)
+    root = reader.parse(data)
+    if not isinstance(root, _Map):
+        raise reader.error("a recipe is a mapping with `model:`, `sources:` and `weights:`", root)
+    return _mixed_precision(reader, root) if "mixed_precision" in root else _native(reader, root)
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"`` -> 5000000000, ``"512MiB"`` -> 536870912. Raises ``ValueError``."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is no size; write 5GB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+# The two forms
+
+
+def _native(reader: _Reader, root: _Map) -> Recipe:
+    reader.only(root, {"model", "sources", "default", "weights", "output", "inference", "server"}, "recipe")
+    model = reader.text(reader.need(root, "model", "the checkpoint that gives config and tokenizer"))
+    sources = {
+        name.text: SourceRef(name.text, reader.text(value).text, name.line)
+        for name, value in reader.map(root.get("sources")).items
+    }
+    for ref in sources.values():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", ref.name):
+            raise RecipeError(f"{ref.name!r} is no name for a source", path=reader.path, line=ref.line)
+    model_ref = SourceRef("model", model.text, model.line)
+    same = [ref for ref in sources.values() if ref.location == model.text]
+    if "default" in root:
+        default = reader.text(root["default"]).text
+        if default not in sources:
+            raise reader.error(_unknown("source", default, sources), root["default"])
+    elif same:
+        default = same[0].name
+    elif "model" in sources:
+        raise reader.error(
+            "the source `model` is another checkpoint than `model:`; say which is meant with `default:`",
+            sources["model"].line,
+        )
+    else:
+        default = model_ref.name
+        sources[default] = model_ref
+    rules = _rules(reader, reader.map(root.get("weights")), sources)
+    return Recipe(
+        reader.path, model_ref, sources, default, rules, _shard_size(reader, root), _serving(reader, root)
+    )
+
+
+_PATHS = {
+    "fp16_path": "fp16",
+    "fp8_path": "fp8",
+    "int4_path": "int4",
+    "gptq_int4_path": "gptq_int4",
+    "awq_int4_path": "awq_int4",
+    "int8_path": "int8",
+}
+
+
+def _mixed_precision(reader: _Reader, root: _Map) -> Recipe:
+    reader.only(root, {"mixed_precision", "output", "inference", "server"}, "recipe with `mixed_precision:`")
+    section = reader.map(root["mixed_precision"])
+    reader.only(section, {*_PATHS, "base_model_path", "weight_mapping"}, "`mixed_precision:`")
+    sources = {
+        name: SourceRef(name, reader.text(section[key]).text, section.line_of(key))
+        for key, name in _PATHS.items()
+        if key in section
+    }
+    if not sources:
+        raise reader.error(f"`mixed_precision:` names no checkpoint; give one of {', '.join(_PATHS)}", section)
+    if "base_model_path" in section:
+        base = reader.text(section["base_model_path"]).text
+        model = SourceRef("model", base, section.line_of("base_model_path"))
+    else:
+        model = next(iter(sources.values()))
+    same = [ref.name for ref in sources.values() if ref.location == model.location]
+    if same:
+        default = same[0]
+    elif "fp16" in sources:
+        default = "fp16"
+    else:
+        default = model.name
+        sources[default] = model
+    rules = _rules(reader, reader.map(section.get("weight_mapping")), sources)
+    return Recipe(
+        reader.path, model, sources, default, rules, _shard_size(reader, root), _serving(reader, root)
+    )
+
+
+# Formats a rule may ask for without naming a source; plan.py finds the source that holds them.
+_FORMAT_WORDS = {
+    "fp16", "bf16", "fp32", "fp8", "fp8_block", "fp8_channel", "fp8_tensor",
+    "int4", "gptq_int4", "awq_int4", "int8", "gptq_int8", "int8_channel", "int8_block",
+}  # fmt: skip
+
+
+def _rules(reader: _Reader, section: _Map, sources: Mapping[str, SourceRef]) -> tuple[Rule, ...]:
+    rules = []
+    for key, value in section.items:
+        source = reader.text(value)
+        if source.text not in sources and source.text not in _FORMAT_WORDS:
+            raise reader.error(_unknown("source", source.text, sources), source)
+        # `X.weight` names the module X also where a source stores X as qweight, qzeros, scales, g_idx.
+        name = key.text.removesuffix(".weight")
+        try:
+            rules.append(Rule(Pattern(name), source.text, key.line))
+        except PatternError as error:
+            raise reader.error(str(error), key) from error
+    return tuple(rules)
+
+
+def _shard_size(reader: _Reader, root: _Map) -> int:
+    output = reader.map(root.get("output"))
+    reader.only(output, {"shard_size"}, "`output:`")
+    if "shard_size" not in output:
+        return DEFAULT_SHARD_SIZE
+    try:
+        size = parse_size(reader.text(output["shard_size"]).text)
+    except ValueError as error:
+        raise reader.error(str(error), output["shard_size"]) from error
+    if size < 1 << 20:
+        raise reader.error("shard_size must be at least 1MiB", output["shard_size"])
+    return size
+
+
+def _serving(reader: _Reader, root: _Map) -> dict[str, object]:
+    return {key: _plain(reader.map(root[key])) for key in ("inference", "server") if key in root}
+
+
+def _plain(node: _Node) -> object:
+    if isinstance(node, _Map):
+        return {key.text: _plain(value) for key, value in node.items}
+    return [_plain(item) for item in node.items] if isinstance(node, _List) else node.text
+
+
+def _unknown(what: str, word: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else "known: " + ", ".join(f"`{k}`" for k in known)
+    return f"unknown {what} `{word}`; {hint}"
+
+
+# YAML nodes that know their line
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    text: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    items: list[_Node]
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Map:
+    items: list[tuple[_Text, _Node]]
+    line: int
+    index: dict[str, int] = field(default_factory=dict)
+    """Key -> position in ``items``."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.index
+
+    def __getitem__(self, key: str) -> _Node:
+        return self.items[self.index[key]][1]
+
+    def get(self, key: str) -> _Node | None:
+        return self[key] if key in self else None
+
+    def line_of(self, key: str) -> int:
+        return self.items[self.index[key]][0].line
+
+
+_Node = _Text | _List | _Map
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Reader:
+    """Reads one file and knows its path for the messages."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def error(self, message: str, at: _Node | int | None) -> RecipeError:
+        line = at if at is None or isinstance(at, int) else at.line
+        return RecipeError(message, path=self.path, line=line)
+
+    def parse(self, data: bytes) -> _Node:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise self.error("not UTF-8 text; is this a recipe?", line) from error
+        try:
+            events = (e for e in yaml.parse(text, Loader=_Loader) if not isinstance(e, yaml.StreamStartEvent))
+            first = next(events)
+            if isinstance(first, yaml.StreamEndEvent):
+                raise self.error("the recipe is empty", None)
+            root = self._node(next(events), events, depth=0)
+            next(events)  # the document's end
+            if not isinstance(next(events), yaml.StreamEndEvent):
+                raise self.error("one document only; remove the second `---`", None)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = None if mark is None else mark.line + 1
+            raise self.error(f"not valid YAML: {error.problem or error.context}", line) from error
+        except yaml.YAMLError as error:
+            raise self.error(f"not valid YAML: {error}", None) from error
+        return root
+
+    def _node(self, event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> _Node:
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise self.error("anchors (&) and aliases (*) are not allowed; quote names that start with *", line)
+        if getattr(event, "tag", None) is not None:
+            raise self.error(f"tags like {event.tag!r} are not allowed", line)
+        if depth > _MAX_DEPTH:
+            raise self.error(f"nested deeper than {_MAX_DEPTH} levels", line)
+        if isinstance(event, yaml.ScalarEvent):
+            return _Text(event.value, line)
+        if isinstance(event, yaml.SequenceStartEvent):
+            items = []
+            while not isinstance(event := next(events), yaml.SequenceEndEvent):
+                items.append(self._node(event, events, depth + 1))
+            return _List(items, line)
+        node = _Map([], line)
+        while not isinstance(event := next(events), yaml.MappingEndEvent):
+            key = self._node(event, events, depth + 1)
+            if not isinstance(key, _Text):
+                raise self.error("a key must be a plain name; quote patterns that start with `{`", key)
+            if key.text in node:
+                raise self.error(f"`{key.text}` is given twice; first on line {node.line_of(key.text)}", key)
+            node.index[key.text] = len(node.items)
+            node.items.append((key, self._node(next(events), events, depth + 1)))
+        return node
+
+    def need(self, node: _Map, key: str, what: str) -> _Node:
+        if key not in node:
+            raise self.error(f"`{key}:` is missing: {what}", node)
+        return node[key]
+
+    def only(self, node: _Map, known: set[str], where: str) -> None:
+        for key, _ in node.items:
+            if key.text not in known:
+                raise self.error(f"in {where}: {_unknown('key', key.text, known)}", key)
+
+    def text(self, node: _Node) -> _Text:
+        if not isinstance(node, _Text) or not node.text:
+            raise self.error("expected one word or name here", node)
+        return node
+
+    def map(self, node: _Node | None) -> _Map:
+        """A mapping; a missing or empty section is an empty one."""
+        if node is None or (isinstance(node, _Text) and not node.text):
+            return _Map([], 1 if node is None else node.line)
+        if not isinstance(node, _Map):
+            raise self.error("expected `key: value` lines here", node)
+        return node
+

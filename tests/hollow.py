@@ -1,0 +1,683 @@
+"""Checkpoints without weights: real names, shapes and dtypes, and a hole where the data would be.
+
+    write_hollow(folder, "Qwen3-235B-A22B", "gptq_int4")
+    write_hollow(folder, "DeepSeek-V3", "fp8_block", layers=4, experts=8)
+
+A folder written here has what an HF checkpoint has: ``config.json``, shards and their index, and stand-ins
+for the tokenizer and generation files. Every shard has a complete safetensors header; its data section is
+a hole (``truncate``), so a checkpoint of 470 GB takes a few megabytes of disk. Whatever reads headers
+(``inspect``, ``plan``) sees the real model; whatever reads data sees zeros.
+
+Three tables describe everything. A *family* function lists the modules of an architecture with their
+unquantized shapes, a *layout* function says which tensors a linear layer of one format is stored as, and
+``_release`` says in which dtypes a variant was published. ``bf16``, ``fp8_block`` of Qwen3 and DeepSeek,
+``fp8_channel`` of Llama 3.3 and ``gptq_int4`` of Qwen3 follow published checkpoints; the other pairs follow
+the tools that write them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["MODELS", "VARIANTS", "Tensor", "hollow_config", "hollow_tensors", "write_hollow"]
+
+Shape = tuple[int, ...]
+Config = dict[str, Any]
+
+SHARD_BYTES = 5_000_000_000
+BLOCK = 128
+GROUP = 128
+PACK = 8  # int4 values in one int32
+
+# The safetensors library orders a file by dtype, widest first, then by name.
+_DTYPE_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
+_DTYPE_ORDER = {dtype: order for order, dtype in enumerate(_DTYPE_BYTES)}
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint, as its header describes it."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the data section."""
+        return self.elements * _DTYPE_BYTES[self.dtype]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Models: the published config.json, without ``quantization_config``
+# --------------------------------------------------------------------------------------------------------
+
+_QWEN3_MOE: Config = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+_LLAMA3: Config = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+
+def _llama3_rope(factor: float) -> Config:
+    return {
+        "factor": factor,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+
+
+MODELS: dict[str, Config] = {
+    "Qwen3-235B-A22B": {
+        **_QWEN3_MOE,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "max_window_layers": 94,
+        "moe_intermediate_size": 1536,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 94,
+    },
+    "Qwen3-30B-A3B": {
+        **_QWEN3_MOE,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_window_layers": 48,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 48,
+    },
+    "Llama-3.3-70B-Instruct": {
+        **_LLAMA3,
+        "eos_token_id": [128001, 128008, 128009],
+        "head_dim": 128,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "rope_scaling": _llama3_rope(8.0),
+        "tie_word_embeddings": False,
+        "transformers_version": "4.47.0.dev0",
+    },
+    "Llama-3.2-1B": {
+        **_LLAMA3,
+        "eos_token_id": 128001,
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "rope_scaling": _llama3_rope(32.0),
+        "tie_word_embeddings": True,
+        "transformers_version": "4.45.0.dev0",
+    },
+    "Qwen2.5-7B-Instruct": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "initializer_range": 0.02,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "model_type": "qwen2",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.1",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+    "DeepSeek-V3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModel": "modeling_deepseek.DeepseekV3Model",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "ep_size": 1,
+        "first_k_dense_replace": 3,
+        "hidden_act": "silu",
+        "hidden_size": 7168,
+        "initializer_range": 0.02,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "model_type": "deepseek_v3",
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1,
+        "pretraining_tp": 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.33.1",
+        "use_cache": True,
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+    },
+}
+
+_TOKENIZER_CLASS = {
+    "qwen3_moe": "Qwen2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "llama": "PreTrainedTokenizerFast",
+    "deepseek_v3": "LlamaTokenizerFast",
+}
+
+
+# --------------------------------------------------------------------------------------------------------
+# Families: which modules an architecture has. ``mtp`` asks for the layers after ``num_hidden_layers``
+# --------------------------------------------------------------------------------------------------------
+
+
+class Module(NamedTuple):
+    """A module before any quantization.
+
+    ``shape`` is its weight's: ``[N, K]`` of a linear layer, ``[vocab, hidden]`` of an embedding, ``[N]`` of
+    a norm. ``linear`` marks the layers that quantized checkpoints quantize; routers, embeddings, ``lm_head``
+    and ``eh_proj`` are never among them. ``bias_name`` is the suffix of a second tensor ``[N]``, if there is
+    one; without a ``bias_dtype`` it has the dtype of what is not quantized.
+    """
+
+    shape: Shape
+    linear: bool = False
+    bias_name: str = ""
+    bias_dtype: str = ""
+
+
+Modules = Iterator[tuple[str, Module]]
+
+
+def _mlp(prefix: str, hidden: int, intermediate: int) -> Modules:
+    """gate_proj and up_proj [intermediate, hidden], down_proj [hidden, intermediate]."""
+    yield f"{prefix}.gate_proj", Module((intermediate, hidden), linear=True)
+    yield f"{prefix}.up_proj", Module((intermediate, hidden), linear=True)
+    yield f"{prefix}.down_proj", Module((hidden, intermediate), linear=True)
+
+
+def _grouped_query_attention(prefix: str, config: Config) -> Modules:
+    """q_proj [Q, hidden], k_proj and v_proj [KV, hidden], o_proj [hidden, Q], with KV fewer heads than Q."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim", hidden // heads)
+    queries, keys = heads * head_dim, config["num_key_value_heads"] * head_dim
+    bias = "bias" if config["model_type"] == "qwen2" else ""
+    yield f"{prefix}.q_proj", Module((queries, hidden), linear=True, bias_name=bias)
+    yield f"{prefix}.k_proj", Module((keys, hidden), linear=True, bias_name=bias)
+    yield f"{prefix}.v_proj", Module((keys, hidden), linear=True, bias_name=bias)
+    yield f"{prefix}.o_proj", Module((hidden, queries), linear=True)
+    if config["model_type"] == "qwen3_moe":
+        yield f"{prefix}.q_norm", Module((head_dim,))
+        yield f"{prefix}.k_norm", Module((head_dim,))
+
+
+def _latent_attention(prefix: str, config: Config) -> Modules:
+    """DeepSeek's MLA: queries through q_lora_rank, keys and values through kv_lora_rank."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    q_rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    yield f"{prefix}.q_a_proj", Module((q_rank, hidden), linear=True)
+    yield f"{prefix}.q_a_layernorm", Module((q_rank,))
+    yield f"{prefix}.q_b_proj", Module((heads * (nope + rope), q_rank), linear=True)
+    yield f"{prefix}.kv_a_proj_with_mqa", Module((kv_rank + rope, hidden), linear=True)
+    yield f"{prefix}.kv_a_layernorm", Module((kv_rank,))
+    yield f"{prefix}.kv_b_proj", Module((heads * (nope + value), kv_rank), linear=True)
+    yield f"{prefix}.o_proj", Module((hidden, heads * value), linear=True)
+
+
+def _layer_norms(prefix: str, config: Config) -> Modules:
+    yield f"{prefix}.input_layernorm", Module((config["hidden_size"],))
+    yield f"{prefix}.post_attention_layernorm", Module((config["hidden_size"],))
+
+
+def _dense_family(config: Config, mtp: bool) -> Modules:
+    """Llama and Qwen2: grouped-query attention and one MLP in each layer."""
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        yield from _grouped_query_attention(f"{prefix}.self_attn", config)
+        yield from _mlp(f"{prefix}.mlp", config["hidden_size"], config["intermediate_size"])
+        yield from _layer_norms(prefix, config)
+
+
+def _qwen3_moe_family(config: Config, mtp: bool) -> Modules:
+    """Qwen3-MoE: every layer has a router [experts, hidden] and its experts, none is shared."""
+    hidden = config["hidden_size"]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        yield from _grouped_query_attention(f"{prefix}.self_attn", config)
+        yield f"{prefix}.mlp.gate", Module((config["num_experts"], hidden))
+        for expert in range(config["num_experts"]):
+            yield from _mlp(f"{prefix}.mlp.experts.{expert}", hidden, config["moe_intermediate_size"])
+        yield from _layer_norms(prefix, config)
+
+
+def _deepseek_v3_family(config: Config, mtp: bool) -> Modules:
+    """DeepSeek-V3: MLA, a few dense layers first, then routed and shared experts.
+
+    The multi-token-prediction module is the layer after the last one, with its own embedding and head.
+    """
+    hidden, experts = config["hidden_size"], config["n_routed_experts"]
+    expert_size = config["moe_intermediate_size"]
+    main_layers = config["num_hidden_layers"]
+    for layer in range(main_layers + (config["num_nextn_predict_layers"] if mtp else 0)):
+        prefix = f"model.layers.{layer}"
+        if layer >= main_layers:
+            yield f"{prefix}.embed_tokens", Module((config["vocab_size"], hidden))
+            yield f"{prefix}.enorm", Module((hidden,))
+            yield f"{prefix}.hnorm", Module((hidden,))
+            yield f"{prefix}.eh_proj", Module((hidden, 2 * hidden))
+            yield f"{prefix}.shared_head.norm", Module((hidden,))
+            yield f"{prefix}.shared_head.head", Module((config["vocab_size"], hidden))
+        yield from _latent_attention(f"{prefix}.self_attn", config)
+        if layer < config["first_k_dense_replace"]:
+            yield from _mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
+        else:
+            router = Module((experts, hidden), bias_name="e_score_correction_bias", bias_dtype="F32")
+            yield f"{prefix}.mlp.gate", router
+            shared_size = expert_size * config["n_shared_experts"]
+            yield from _mlp(f"{prefix}.mlp.shared_experts", hidden, shared_size)
+            for expert in range(experts):
+                yield from _mlp(f"{prefix}.mlp.experts.{expert}", hidden, expert_size)
+        yield from _layer_norms(prefix, config)
+
+
+_FAMILIES: dict[str, Callable[[Config, bool], Modules]] = {
+    "llama": _dense_family,
+    "qwen2": _dense_family,
+    "qwen3_moe": _qwen3_moe_family,
+    "deepseek_v3": _deepseek_v3_family,
+}
+
+
+def _modules(config: Config, mtp: bool) -> Modules:
+    """Every module of the model in the order of its state dict."""
+    embedding = Module((config["vocab_size"], config["hidden_size"]))
+    yield "model.embed_tokens", embedding
+    yield from _FAMILIES[config["model_type"]](config, mtp)
+    yield "model.norm", Module((config["hidden_size"],))
+    if not config["tie_word_embeddings"]:
+        yield "lm_head", embedding
+
+
+# --------------------------------------------------------------------------------------------------------
+# Variants: which tensors a module is stored as, and what config.json says of it
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """How one variant of one model is published.
+
+    ``dense`` is the dtype of what is not quantized, ``scale`` that of the scales, and ``mtp`` says whether
+    the layers after ``num_hidden_layers`` are there: quantizers drop them, because transformers does.
+    """
+
+    dense: str = "BF16"
+    scale: str = "BF16"
+    mtp: bool = True
+
+
+_Layout = tuple[tuple[str, str, Shape], ...]
+
+
+def _dense_layout(shape: Shape, release: Release) -> _Layout:
+    """weight [N, K]."""
+    return (("weight", release.dense, shape),)
+
+
+def _fp8_block_layout(shape: Shape, release: Release) -> _Layout:
+    """weight F8_E4M3 [N, K], weight_scale_inv [ceil(N / 128), ceil(K / 128)]."""
+    scales = tuple(math.ceil(size / BLOCK) for size in shape)
+    return ("weight", "F8_E4M3", shape), ("weight_scale_inv", release.scale, scales)
+
+
+def _fp8_channel_layout(shape: Shape, release: Release) -> _Layout:
+    """weight F8_E4M3 [N, K], weight_scale [N, 1]."""
+    return ("weight", "F8_E4M3", shape), ("weight_scale", release.scale, (shape[0], 1))
+
+
+def _gptq_int4_layout(shape: Shape, release: Release) -> _Layout:
+    """qweight I32 [K / 8, N], qzeros I32 [G, N / 8], scales [G, N], g_idx I32 [K], where G = K / 128."""
+    out, in_ = shape
+    groups = math.ceil(in_ / GROUP)
+    return (
+        ("g_idx", "I32", (in_,)),
+        ("qweight", "I32", (in_ // PACK, out)),
+        ("qzeros", "I32", (groups, out // PACK)),
+        ("scales", release.scale, (groups, out)),
+    )
+
+
+def _fp8_block_config(config: Config) -> Config:
+    quantization: Config = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [BLOCK, BLOCK],
+    }
+    if config["model_type"] == "deepseek_v3":
+        return quantization
+    skipped = ["lm_head"]
+    if config["model_type"] == "qwen3_moe":
+        names = ("input_layernorm", "mlp.gate", "post_attention_layernorm")
+        skipped += [f"model.layers.{n}.{name}" for n in range(config["num_hidden_layers"]) for name in names]
+    return {**quantization, "modules_to_not_convert": skipped}
+
+
+def _fp8_channel_config(config: Config) -> Config:
+    def scheme(dynamic: bool, strategy: str, observer: str | None) -> Config:
+        return {
+            "actorder": None,
+            "block_structure": None,
+            "dynamic": dynamic,
+            "group_size": None,
+            "num_bits": 8,
+            "observer": observer,
+            "observer_kwargs": {},
+            "strategy": strategy,
+            "symmetric": True,
+            "type": "float",
+        }
+
+    routers = [name for name, _ in _modules(config, mtp=False) if name.endswith("mlp.gate")]
+    return {
+        "config_groups": {
+            "group_0": {
+                "input_activations": scheme(True, "token", None),
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": scheme(False, "channel", "minmax"),
+            }
+        },
+        "format": "float-quantized",
+        "global_compression_ratio": None,
+        "ignore": [*routers, "lm_head"],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+def _gptq_int4_config(config: Config) -> Config:
+    """What AutoGPTQ writes. It names no module that it left alone; only the tensors tell."""
+    return {
+        "bits": 4,
+        "checkpoint_format": "gptq",
+        "damp_percent": 0.01,
+        "desc_act": False,
+        "group_size": GROUP,
+        "model_file_base_name": None,
+        "model_name_or_path": None,
+        "quant_method": "gptq",
+        "static_groups": False,
+        "sym": True,
+        "true_sequential": True,
+    }
+
+
+class Variant(NamedTuple):
+    """A format: the layout of its linear layers, its ``quantization_config``, and its usual release."""
+
+    layout: Callable[[Shape, Release], _Layout]
+    config: Callable[[Config], Config] | None
+    release: Release
+
+
+VARIANTS: dict[str, Variant] = {
+    "bf16": Variant(_dense_layout, None, Release()),
+    "fp16": Variant(_dense_layout, None, Release(dense="F16")),
+    "fp8_block": Variant(_fp8_block_layout, _fp8_block_config, Release()),
+    "fp8_channel": Variant(_fp8_channel_layout, _fp8_channel_config, Release(mtp=False)),
+    "gptq_int4": Variant(_gptq_int4_layout, _gptq_int4_config, Release(dense="F16", scale="F16", mtp=False)),
+}
+
+# Releases that differ from the usual one of their variant.
+_RELEASES: dict[tuple[str, str], Release] = {
+    ("DeepSeek-V3", "fp8_block"): Release(scale="F32"),
+    ("DeepSeek-V3", "gptq_int4"): Release(scale="F16", mtp=False),
+}
+
+
+def _release(model: str, variant: str) -> Release:
+    return _RELEASES.get((model, variant), VARIANTS[variant].release)
+
+
+# --------------------------------------------------------------------------------------------------------
+# A model in a variant
+# --------------------------------------------------------------------------------------------------------
+
+
+def hollow_config(
+    model: str, variant: str, *, layers: int | None = None, experts: int | None = None
+) -> Config:
+    """``config.json`` of ``model`` in ``variant``, with ``layers`` hidden layers and ``experts`` experts.
+
+    A shrunk model stays consistent: DeepSeek keeps at least one MoE layer, its expert groups still divide
+    its experts, and no more experts are picked for a token than there are.
+    """
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
+    config = copy.deepcopy(MODELS[model])
+    config["torch_dtype"] = {"BF16": "bfloat16", "F16": "float16"}[_release(model, variant).dense]
+    if layers is not None:
+        _shrink_layers(config, layers)
+    if experts is not None:
+        _shrink_experts(config, experts)
+    quantization = VARIANTS[variant].config
+    if quantization is not None:
+        config["quantization_config"] = quantization(config)
+    return config
+
+
+def _shrink_layers(config: Config, layers: int) -> None:
+    if not 1 <= layers <= config["num_hidden_layers"]:
+        raise ValueError(f"layers must be 1 to {config['num_hidden_layers']}, not {layers}")
+    config["num_hidden_layers"] = layers
+    if "max_window_layers" in config:
+        config["max_window_layers"] = layers
+    if "first_k_dense_replace" in config:
+        config["first_k_dense_replace"] = min(config["first_k_dense_replace"], layers - 1)
+
+
+def _shrink_experts(config: Config, experts: int) -> None:
+    key = "n_routed_experts" if "n_routed_experts" in config else "num_experts"
+    if key not in config:
+        raise ValueError(f"{config['model_type']} has no experts")
+    if not 1 <= experts <= config[key]:
+        raise ValueError(f"experts must be 1 to {config[key]}, not {experts}")
+    config[key] = pickable = experts
+    if "n_group" in config:  # a group is scored by its two best experts
+        groups = next((g for g in (8, 4, 2) if experts % (2 * g) == 0), 1)
+        config["n_group"], config["topk_group"] = groups, min(config["topk_group"], groups)
+        pickable = experts // groups * config["topk_group"]
+    config["num_experts_per_tok"] = min(config["num_experts_per_tok"], pickable)
+
+
+def hollow_tensors(
+    model: str, variant: str, *, layers: int | None = None, experts: int | None = None
+) -> Iterator[Tensor]:
+    """Every tensor of ``model`` in ``variant``, in the order of the state dict."""
+    config = hollow_config(model, variant, layers=layers, experts=experts)
+    release, layout = _release(model, variant), VARIANTS[variant].layout
+
+    @cache
+    def stored(module: Module) -> _Layout:
+        tensors = layout(module.shape, release) if module.linear else _dense_layout(module.shape, release)
+        if module.bias_name:
+            tensors += ((module.bias_name, module.bias_dtype or release.dense, module.shape[:1]),)
+        return tensors
+
+    for name, module in _modules(config, release.mtp):
+        for suffix, dtype, shape in stored(module):
+            yield Tensor(f"{name}.{suffix}", dtype, shape)
+
+
+def write_hollow(
+    folder: Path,
+    model: str,
+    variant: str,
+    *,
+    layers: int | None = None,
+    experts: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write ``model`` in ``variant`` to ``folder``, which is made if need be, and return ``folder``.
+
+    ``layers`` and ``experts`` shrink the model, ``shard_bytes`` (logical bytes) sets how often it is cut.
+    There is always an index, also for a single shard.
+    """
+    config = hollow_config(model, variant, layers=layers, experts=experts)
+    tensors = hollow_tensors(model, variant, layers=layers, experts=experts)
+    shards = _cut(tensors, shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        total += _write_shard(folder / name, shard)
+        weight_map.update((tensor.name, name) for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / "config.json", config)
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "transformers_version")}
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+    tokenizer = {
+        "model_max_length": config["max_position_embeddings"],
+        "tokenizer_class": _TOKENIZER_CLASS[config["model_type"]],
+    }
+    _write_json(folder / "tokenizer_config.json", tokenizer)
+    return folder
+
+
+def _cut(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
+    """Fill one shard after the other, as ``save_pretrained`` does."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        nbytes = tensor.nbytes
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    return shards
+
+
+def _write_shard(path: Path, tensors: Iterable[Tensor]) -> int:
+    """Write a header and a hole of the right size; return the bytes of the hole."""
+    entries = ['"__metadata__":{"format":"pt"}']
+    start = 0
+    for tensor in sorted(tensors, key=lambda tensor: (_DTYPE_ORDER[tensor.dtype], tensor.name)):
+        name, dtype, shape = tensor
+        end = start + tensor.nbytes
+        sizes = ",".join(map(str, shape))
+        entries.append(f'"{name}":{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{start},{end}]}}')
+        start = end
+    header = ("{" + ",".join(entries) + "}").encode("ascii")
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + start)
+    return start
+
+
+def _write_json(path: Path, content: Config) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
