@@ -15,13 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Protocol
 
+import xxhash
+
 from .errors import SourceError
 from .header import TensorInfo, header_length, open_regular, parse_header
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Checkpoint", "Files", "LocalFolder", "StoredModule", "ValueReader", "open_checkpoint", "split_name"]
+__all__ = [
+    "Checkpoint",
+    "Files",
+    "LocalFolder",
+    "StoredModule",
+    "ValueReader",
+    "open_checkpoint",
+    "split_name",
+]
 
 INDEX = "model.safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 << 20
@@ -109,6 +119,17 @@ class StoredModule:
         return sum(t.nbytes for t in self.tensors.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its size, the length and checksum of its header, its ``__metadata__``."""
+
+    size: int
+    header_bytes: int
+    """With the eight bytes of its length: where the data section starts."""
+    header_checksum: str
+    metadata: object
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """An opened checkpoint.
@@ -123,8 +144,7 @@ class Checkpoint:
     quantization: Mapping[str, object]
     quantization_file: str
     tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, object] = field(repr=False)
-    """Shard name -> its ``__metadata__``."""
+    shards: Mapping[str, Shard] = field(repr=False)
     modules: Mapping[str, StoredModule] = field(repr=False)
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Modules known from the index only -> their shard, which the cache of an unreachable hub lacks."""
@@ -133,6 +153,11 @@ class Checkpoint:
     def commit(self) -> str | None:
         """The hub commit, for provenance."""
         return getattr(self.storage, "commit", None)
+
+    @property
+    def folder(self) -> str | None:
+        """The absolute path of a local checkpoint."""
+        return str(self.storage.folder.resolve()) if isinstance(self.storage, LocalFolder) else None
 
     def path_of(self, file: str) -> str:
         """How messages name a file of this checkpoint."""
@@ -214,15 +239,15 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
 
     shards, index = _shard_names(storage, location)
     tensors: dict[str, TensorInfo] = {}
-    metadata = {}
+    headers: dict[str, Shard] = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
-        for shard, (found, meta) in zip(
-            shards, pool.map(lambda name: _read_header(storage, location, name), shards), strict=True
-        ):
+        for shard, data in zip(shards, pool.map(lambda n: _read_header(storage, location, n), shards), strict=True):
+            size = _size(storage, shard)
+            found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
             for name in found.keys() & tensors.keys():
                 raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
             tensors |= found
-            metadata[shard] = meta
+            headers[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata)
     absent = {}
     if index is not None:
         if _offline(storage):
@@ -233,11 +258,13 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
     parts: dict[str, dict[str, TensorInfo]] = {}
     for tensor in tensors.values():
         if not re.fullmatch(r"[^\x00-\x20\x7f\ud800-\udfff*?{}\[\]]+", tensor.name):
-            raise SourceError(f"tensor name {tensor.name!r} has characters no model uses", path=f"{location}/{tensor.file}")
+            raise SourceError(
+                f"tensor name {tensor.name!r} has characters no model uses", path=f"{location}/{tensor.file}"
+            )
         module, leaf = split_name(tensor.name)
         parts.setdefault(module, {})[leaf] = tensor
     modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
-    return Checkpoint(location, storage, config, quantization, quantization_file, tensors, metadata, modules, absent)
+    return Checkpoint(location, storage, config, quantization, quantization_file, tensors, headers, modules, absent)
 
 
 def _offline(storage: Files) -> bool:
@@ -254,7 +281,9 @@ def _locate(location: str, relative_to: Path) -> Files:
     looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") != 1
     parsed = None if looks_local else parse_repo_id(location)
     if parsed is None:
-        raise SourceError(f"no such folder ({folder.absolute()}), and not a hub id like org/name@revision", path=location)
+        raise SourceError(
+            f"no such folder ({folder.absolute()}), and not a hub id like org/name@revision", path=location
+        )
     return HubRepo.open(*parsed)
 
 
@@ -291,7 +320,9 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
         for shard in shards:
             pure = PureWindowsPath(shard)  # also takes backslashes and drives for what they are
             if pure.anchor or pure.drive or len(pure.parts) != 1 or PurePosixPath(shard).suffix != ".safetensors":
-                raise SourceError(f"names the file {shard!r}, which is no shard in this folder", path=f"{location}/{INDEX}")
+                raise SourceError(
+                    f"names the file {shard!r}, which is no shard in this folder", path=f"{location}/{INDEX}"
+                )
             if shard not in storage.files and not _offline(storage):
                 raise SourceError(f"the shard {shard} is missing; fetch it again", path=location)
         return [shard for shard in shards if shard in storage.files], weight_map
@@ -299,7 +330,9 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
     if "model.safetensors" in found or len(found) == 1:
         return ["model.safetensors" if "model.safetensors" in found else found[0]], None
     if found:
-        raise SourceError(f"{len(found)} .safetensors files but no {INDEX} that says which belong together", path=location)
+        raise SourceError(
+            f"{len(found)} .safetensors files but no {INDEX} that says which belong together", path=location
+        )
     if any(name.endswith((".bin", ".pt", ".pth", ".gguf")) for name in storage.files):
         raise SourceError(
             "only safetensors files are read, and there are none here; convert it first, "
@@ -309,14 +342,14 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
     raise SourceError("no safetensors files", path=location)
 
 
-def _read_header(storage: Files, location: str, name: str) -> tuple[dict[str, TensorInfo], object]:
-    path = f"{location}/{name}"
+def _read_header(storage: Files, location: str, name: str) -> bytes:
+    """A shard's bytes up to its data section."""
     size = _size(storage, name)
     first = storage.read(name, 0, min(size, _FIRST_READ))
-    length = header_length(first[:8], path=path, file_size=size)
+    length = header_length(first[:8], path=f"{location}/{name}", file_size=size)
     if 8 + length > len(first):
         first += storage.read(name, len(first), 8 + length - len(first))
-    return parse_header(first[: 8 + length], path=path, file=name, file_size=size)
+    return first[: 8 + length]
 
 
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: str) -> None:

@@ -17,7 +17,15 @@ from typing import NamedTuple, NoReturn
 
 from .errors import SourceError
 
-__all__ = ["DTYPE_BITS", "MAX_HEADER_BYTES", "TensorInfo", "build_header", "header_length", "open_regular", "parse_header"]
+__all__ = [
+    "DTYPE_BITS",
+    "MAX_HEADER_BYTES",
+    "TensorInfo",
+    "build_header",
+    "header_length",
+    "open_regular",
+    "parse_header",
+]
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -115,7 +123,8 @@ def header_length(first8: bytes, *, path: Path | str, file_size: int) -> int:
         raise SourceError("damaged safetensors file: too short for its header; fetch the file again", path=path)
     if length > MAX_HEADER_BYTES:
         raise SourceError(
-            f"damaged safetensors file: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read", path=path
+            f"damaged safetensors file: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read",
+            path=path,
         )
     return length
 

@@ -8,17 +8,34 @@ lists every module and tensor with its source and checksum, so that a checkpoint
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
+from . import __version__
 from .errors import SourceError
 from .patterns import Pattern, PatternError, compress
 
 if TYPE_CHECKING:
     from .formats.base import Format
+    from .plan import Plan
 
-__all__ = ["MANIFEST", "METHOD", "Declaration", "name_formats", "quantization_config"]
+__all__ = [
+    "CHECKSUM",
+    "MANIFEST",
+    "METHOD",
+    "Declaration",
+    "build_manifest",
+    "checksum_of",
+    "dump_manifest",
+    "name_formats",
+    "quantization_config",
+]
 
 METHOD = "mixprec"
 VERSION = 1
@@ -73,9 +90,9 @@ def name_formats(formats: Iterable[Format]) -> dict[Format, str]:
 def quantization_config(modules: Mapping[str, Format]) -> dict[str, object]:
     """The declaration of a checkpoint whose modules have these formats (in checkpoint order)."""
     names = name_formats(modules.values())
-    dense = [fmt for fmt in modules.values() if not fmt.quantized]
     # The commonest unquantized format, so that norms and embeddings need no line.
-    default = max(names, key=lambda fmt: (not fmt.quantized, dense.count(fmt) if not fmt.quantized else 0))
+    counts = Counter(modules.values())
+    default = max(names, key=lambda fmt: (not fmt.quantized, counts[fmt]))
     by_format: dict[Format, list[str]] = {fmt: [] for fmt in names if fmt != default}
     for module, fmt in modules.items():
         if fmt != default:
@@ -87,6 +104,64 @@ def quantization_config(modules: Mapping[str, Format]) -> dict[str, object]:
         "modules": [[pattern, names[fmt]] for fmt, members in by_format.items() for pattern in compress(members)],
         "default": names[default],
     }
+
+
+def build_manifest(
+    plan: Plan, folder: Path, checksums: Mapping[tuple[str, str], str], files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """The manifest of a build whose shards lie in ``folder``; ``files`` are the other files' contents."""
+    names = name_formats(module.format for module in plan.modules.values())
+    shard_of = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    return {
+        "version": VERSION,
+        "mixprec": __version__,
+        "checksum": CHECKSUM,
+        "sources": {
+            name: {
+                "location": source.ref.location,
+                "path": source.checkpoint.folder,
+                "commit": source.checkpoint.commit,
+            }
+            for name, source in plan.sources.by_name.items()
+        },
+        "unservable": list(plan.unservable),
+        "left_out": [asdict(left_out) for left_out in plan.left_out],
+        "formats": {name: fmt.to_json() for fmt, name in names.items()},
+        "files": {
+            **{name: {"bytes": len(data), CHECKSUM: checksum_of(data)} for name, data in sorted(files.items())},
+            **{shard.file: _shard_entry(folder / shard.file) for shard in plan.shards},
+        },
+        "modules": {
+            module.name: {
+                "format": names[module.format],
+                "shape": module.shape,
+                "tensors": {
+                    tensor.info.name: {
+                        "dtype": tensor.info.dtype,
+                        "shape": tensor.info.shape,
+                        "bytes": tensor.info.nbytes,
+                        "file": shard_of[tensor.info.name],
+                        "source": tensor.source,
+                        CHECKSUM: checksums[tensor.source, tensor.info.name],
+                    }
+                    for tensor in module.tensors.values()
+                },
+            }
+            for module in plan.modules.values()
+        },
+    }
+
+
+def _shard_entry(path: Path) -> dict[str, object]:
+    """A shard's size and the checksum of its header; its tensors have their own."""
+    with path.open("rb") as file:
+        first = file.read(8)
+        header = first + file.read(int.from_bytes(first, "little"))
+        return {"bytes": os.fstat(file.fileno()).st_size, "header": checksum_of(header)}
+
+
+def checksum_of(data: bytes) -> str:
+    return str(xxhash.xxh3_128_hexdigest(data))
 
 
 def dump_manifest(manifest: Mapping[str, Any]) -> bytes:

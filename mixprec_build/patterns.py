@@ -132,11 +132,7 @@ def _fold(rows: set[tuple[str, ...]], column: int) -> set[tuple[str, ...]]:
     merged: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for row in rows:
         merged[(*row[:column], *row[column + 1 :])].append(row[column])
-    return {
-        (*rest[:column], text, *rest[column:])
-        for rest, values in merged.items()
-        for text in _braces(values)
-    }
+    return {(*rest[:column], text, *rest[column:]) for rest, values in merged.items() for text in _braces(values)}
 
 
 def _braces(values: Sequence[str]) -> list[str]:

@@ -67,6 +67,12 @@ class PlannedShard:
     def data_bytes(self) -> int:
         return sum(tensor.info.nbytes for tensor in self.tensors)
 
+    def file_bytes(self, sources: Sources) -> int:
+        """The size of the file, header included."""
+        if self.link is not None:
+            return sources.by_name[self.link[0]].checkpoint.shards[self.link[1]].size
+        return len(self.header()) + self.data_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class RuleUse:
@@ -424,7 +430,6 @@ def _whole_files(
     for (source, file), tensors in wanted.items():
         checkpoint = sources.by_name[source].checkpoint
         held = sum(info.file == file for info in checkpoint.tensors.values())
-        metadata = checkpoint.metadata.get(file)
+        metadata = checkpoint.shards[file].metadata
         if held == len(tensors) and isinstance(metadata, dict) and metadata.get("format") == "pt":
             yield (source, file), sorted(tensors, key=lambda tensor: tensor.info.start)
-

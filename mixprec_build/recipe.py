@@ -129,9 +129,7 @@ def _native(reader: _Reader, root: _Map) -> Recipe:
         default = model_ref.name
         sources[default] = model_ref
     rules = _rules(reader, reader.map(root.get("weights")), sources)
-    return Recipe(
-        reader.path, model_ref, sources, default, rules, _shard_size(reader, root), _serving(reader, root)
-    )
+    return Recipe(reader.path, model_ref, sources, default, rules, _shard_size(reader, root), _serving(reader, root))
 
 
 _PATHS = {
@@ -169,9 +167,7 @@ def _mixed_precision(reader: _Reader, root: _Map) -> Recipe:
         default = model.name
         sources[default] = model
     rules = _rules(reader, reader.map(section.get("weight_mapping")), sources)
-    return Recipe(
-        reader.path, model, sources, default, rules, _shard_size(reader, root), _serving(reader, root)
-    )
+    return Recipe(reader.path, model, sources, default, rules, _shard_size(reader, root), _serving(reader, root))
 
 
 # Formats a rule may ask for without naming a source; plan.py finds the source that holds them.
@@ -256,7 +252,8 @@ class _Map:
         return self.items[self.index[key]][1]
 
     def get(self, key: str) -> _Node | None:
-        return self[key] if key in self else None
+        at = self.index.get(key)
+        return None if at is None else self.items[at][1]
 
     def line_of(self, key: str) -> int:
         return self.items[self.index[key]][0].line
@@ -293,18 +290,19 @@ class _Reader:
                 raise self.error("one document only; remove the second `---`", None)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            line = None if mark is None else mark.line + 1
-            raise self.error(f"not valid YAML: {error.problem or error.context}", line) from error
+            at = None if mark is None else mark.line + 1
+            raise self.error(f"not valid YAML: {error.problem or error.context}", at) from error
         except yaml.YAMLError as error:
             raise self.error(f"not valid YAML: {error}", None) from error
         return root
 
     def _node(self, event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> _Node:
-        line = event.start_mark.line + 1
+        line = 1 if event.start_mark is None else event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise self.error("anchors (&) and aliases (*) are not allowed; quote names that start with *", line)
-        if getattr(event, "tag", None) is not None:
-            raise self.error(f"tags like {event.tag!r} are not allowed", line)
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise self.error(f"tags like {tag!r} are not allowed", line)
         if depth > _MAX_DEPTH:
             raise self.error(f"nested deeper than {_MAX_DEPTH} levels", line)
         if isinstance(event, yaml.ScalarEvent):
@@ -347,4 +345,3 @@ class _Reader:
         if not isinstance(node, _Map):
             raise self.error("expected `key: value` lines here", node)
         return node
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, StoredModule, open_checkpoint
 from .errors import RecipeError, SourceError
@@ -13,7 +15,11 @@ from .formats.registry import ALIASES, detect
 from .model import Model
 from .recipe import Recipe, SourceRef
 
-__all__ = ["Source", "Sources", "open_sources"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["Source", "Sources", "open_source", "open_sources"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +55,10 @@ class Source:
             raise SourceError(f"module {name}: {found}", path=self.checkpoint.path_of(first.file))
         return found
 
+    def dequantize(self, name: str) -> npt.NDArray[np.float32]:
+        """The weight of a module in float32, ``[N, K]`` for a linear."""
+        tensors = {leaf: self.checkpoint.read(info) for leaf, info in self.checkpoint.modules[name].tensors.items()}
+        return self.format_of(name).dequantize(tensors)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +82,11 @@ class Sources:
         held = ", ".join(f"`{s.name}` holds {_describe(s)}" for s in self.by_name.values())
         what = "no source holds" if not holders else "several sources hold"
         raise RecipeError(f"{what} `{word}`: {held}; name a source", path=recipe.path, line=line)
+
+
+def open_source(location: str, *, relative_to: Path | None = None) -> Source:
+    """Opens one checkpoint outside any recipe, a compiled one or a plain one, with its formats."""
+    return Source.of(SourceRef(location, location, 0), open_checkpoint(location, relative_to=relative_to))
 
 
 def open_sources(recipe: Recipe) -> Sources:

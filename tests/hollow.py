@@ -543,9 +543,7 @@ def _release(model: str, variant: str) -> Release:
 # --------------------------------------------------------------------------------------------------------
 
 
-def hollow_config(
-    model: str, variant: str, *, layers: int | None = None, experts: int | None = None
-) -> Config:
+def hollow_config(model: str, variant: str, *, layers: int | None = None, experts: int | None = None) -> Config:
     """``config.json`` of ``model`` in ``variant``, with ``layers`` hidden layers and ``experts`` experts.
 
     A shrunk model stays consistent: DeepSeek keeps at least one MoE layer, its expert groups still divide

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from ..checkpoint import StoredModule
     from ..header import TensorInfo
 
-__all__ = ["Format", "FormatError", "Reader", "check_tensor", "last_word", "numpy_dtype", "only_leaves", "shape_text"]
+__all__ = [
+    "Format",
+    "FormatError",
+    "Reader",
+    "check_tensor",
+    "last_word",
+    "numpy_dtype",
+    "only_leaves",
+    "shape_text",
+]
 
 Reader = Callable[["TensorInfo"], "npt.NDArray[Any] | None"]
 """Gives a tensor's first values, flat (all of them up to 64 KiB), or None where only its header is at hand."""
@@ -92,7 +101,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
         return np.dtype(_NATIVE[dtype])
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, _ML_DTYPES[dtype]))
+    scalar: type = getattr(ml_dtypes, _ML_DTYPES[dtype])
+    return np.dtype(scalar)
 
 
 _NATIVE = {
@@ -129,4 +139,3 @@ def only_leaves(module: StoredModule, known: set[str], kind: str) -> None:
     """Raises where a module has a tensor that its format does not know: it would be lost."""
     for leaf in module.tensors.keys() - known:
         raise FormatError(f"{shape_text(leaf, module)} does not belong to {kind}")
-

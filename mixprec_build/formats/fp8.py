@@ -117,9 +117,13 @@ class Fp8(Format):
                 # fp8.py, Fp8LinearMethod.validate_block_quant_shapes, and the per-block activation kernel
                 block_n, block_k = self.block
                 if k % block_k:
-                    limits.append(f"its {k} inputs are no multiple of {block_k}, the block activations are quantized in")
+                    limits.append(
+                        f"its {k} inputs are no multiple of {block_k}, the block activations are quantized in"
+                    )
                 if len(parts) > 1 and n % block_n:
-                    limits.append(f"{last_word(part)} has {n} outputs, no multiple of its block {block_n}, and is fused")
+                    limits.append(
+                        f"{last_word(part)} has {n} outputs, no multiple of its block {block_n}, and is fused"
+                    )
             limits += self._scale_limits(part)
         return limits
 

@@ -73,7 +73,9 @@ class Gptq(Format):
         if method != "gptq":
             return None
         if "bits" not in quantization:
-            raise FormatError("GPTQ tensors, but neither config.json nor quantize_config.json says how (bits, sym, ...)")
+            raise FormatError(
+                "GPTQ tensors, but neither config.json nor quantize_config.json says how (bits, sym, ...)"
+            )
         found = _settings(_resolve_dynamic(quantization, module.name))
         found.check(module)
         return found
@@ -217,7 +219,7 @@ def _settings(declared: Mapping[str, object]) -> Gptq:
     layout = declared.get("checkpoint_format") or declared.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         raise FormatError(f"GPTQ checkpoint_format {layout!r} is not read, only gptq and gptq_v2")
-    return Gptq(int(bits), group_size, sym, desc_act, str(layout))  # type: ignore[call-overload]
+    return Gptq(int(bits), group_size, sym, desc_act, str(layout))
 
 
 def _resolve_dynamic(quantization: Mapping[str, object], module: str) -> Mapping[str, object]:

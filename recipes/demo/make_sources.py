@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 CALIBRATION_TEXT = Path(__file__).parent / "text" / "calibration.txt"
-CALIBRATION_SHAPE = (16, 512)  # sequences, tokens each
+CALIBRATION_SHAPE = (8, 512)  # sequences, tokens each
 MAX_SHARD_SIZE = "100MB"  # small enough that every source has several shards and an index
 
 DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
@@ -89,34 +90,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".demo/sources"), help="folder for the sources")
     out: Path = parser.parse_args().out
 
-    torch.manual_seed(0)
+    quieten_libraries()
     torch.set_grad_enabled(False)
     out.mkdir(parents=True, exist_ok=True)
     bf16 = out / "smollm2-bf16"
     make_once(bf16, write_bf16)
-    make_once(out / "smollm2-fp8", lambda folder: write_fp8(bf16, folder))
-    make_once(out / "smollm2-gptq-int4", lambda folder: write_gptq(bf16, folder))
+    make_once(out / "smollm2-fp8", partial(write_fp8, bf16))
+    make_once(out / "smollm2-gptq-int4", partial(write_gptq, bf16))
+
+
+def quieten_libraries() -> None:
+    """Leave the terminal to this script's own lines of progress."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("auto_gptq").setLevel(logging.ERROR)  # warns that its CUDA kernels are missing
 
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary folder and rename it, so that `folder` exists only when finished."""
     if folder.exists():
-        print(f"{folder.name}: finished earlier, kept", flush=True)
+        print(f"{folder.name}: already made, kept")
         return
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    with timed(f"{folder.name}: made"):
-        write(unfinished)
-    unfinished.rename(folder)
-
-
-@contextmanager
-def timed(step: str) -> Iterator[None]:
-    """Print `step` and how long the block took, once it is done."""
+    print(f"{folder.name}: ", end="", flush=True)
     start = time.perf_counter()
-    yield
-    print(f"{step} ({time.perf_counter() - start:.1f} s)", flush=True)
+    write(unfinished)
+    unfinished.rename(folder)
+    print(f"made in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 # BF16
@@ -125,11 +126,10 @@ def timed(step: str) -> Iterator[None]:
 def write_bf16(folder: Path) -> None:
     """Dequantise the packaged GGUF file and save model, tokenizer and chat template."""
     gguf = find_gguf()
-    with timed(f"  read {gguf.name}"):
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **dense_gguf_options()
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **dense_gguf_options()
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
 
@@ -164,7 +164,8 @@ def write_fp8(bf16: Path, folder: Path) -> None:
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round `weight` [N, K] to float8_e4m3fn [N, K] and a float32 scale [N, 1] of amax / 448 per row."""
     values = weight.float()
-    scale = values.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / FP8_MAX
+    scale = values.abs().amax(dim=1, keepdim=True) / FP8_MAX
+    scale.clamp_min_(torch.finfo(torch.float32).tiny)  # an all-zero row must not divide by zero
     return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
@@ -174,13 +175,9 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def write_gptq(bf16: Path, folder: Path) -> None:
     """Quantise every decoder linear with GPTQ, one decoder layer after the other."""
     model = AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.float32)
-    model.eval()
-    tokens = calibration_tokens(bf16)
-    with timed(f"  GPTQ on {tokens.shape[0]} x {tokens.shape[1]} calibration tokens"):
-        packed = quantize_gptq(model, tokens)
-
-    tensors = {name: t for name, t in read_tensors(bf16).items() if not DECODER_LINEAR.fullmatch(name)}
-    write_quantized(bf16, folder, tensors | packed, GPTQ_CONFIG)
+    packed = quantize_gptq(model, calibration_tokens(bf16))
+    kept = {name: t for name, t in read_tensors(bf16).items() if not DECODER_LINEAR.fullmatch(name)}
+    write_quantized(bf16, folder, kept | packed, GPTQ_CONFIG)
     write_json(folder / "quantize_config.json", GPTQ_CONFIG)
 
 
@@ -194,37 +191,49 @@ def calibration_tokens(bf16: Path) -> Tensor:
 def quantize_gptq(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     """Quantise all decoder linears of a float32 `model` during one forward pass over `tokens` [B, T].
 
-    Hooks on the linears collect the GPTQ Hessians of a layer. A hook on the layer then quantises them
-    and runs the layer once more, so the next layer is calibrated on what the quantised one puts out.
+    Before a layer runs, it is quantised for the input it is about to get. What it then passes on comes
+    from its quantised weights, so the next layer is calibrated on that.
     """
-    gptq_class, packer_class = import_auto_gptq()
+    gptq, packer = import_auto_gptq()
     packed: dict[str, Tensor] = {}
 
-    def quantize_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> Any:
-        for name, (solver, hook) in solvers.pop(layer).items():
-            hook.remove()
-            for suffix, tensor in solve_and_pack(solver, packer_class).items():
-                packed[f"{name}.{suffix}"] = tensor
-        return layer.forward(*args, **kwargs)  # not layer(), which would call this hook again
+    def quantize_layer(prefix: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, solver in observe_linears(gptq, layer, args, kwargs).items():
+            for suffix, tensor in solve_and_pack(solver, packer).items():
+                packed[f"{prefix}.{name}.{suffix}"] = tensor
+        print(".", end="", flush=True)
 
-    solvers: dict[nn.Module, dict[str, tuple[Any, Any]]] = {}
     for index, layer in enumerate(model.model.layers):
-        layer.register_forward_hook(quantize_layer, with_kwargs=True)
-        solvers[layer] = {}
-        for name, linear in layer.named_modules():
-            if isinstance(linear, nn.Linear):
-                solver = gptq_class(linear)
-                solver.quantizer.configure(GPTQ_BITS, perchannel=True, sym=True, mse=False)
-                hook = linear.register_forward_hook(lambda _m, args, out, s=solver: s.add_batch(args[0], out))
-                solvers[layer][f"model.layers.{index}.{name}"] = (solver, hook)
-
+        hook = partial(quantize_layer, f"model.layers.{index}")
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
     # AutoGPTQ synchronises CUDA to time itself, which raises where there is no CUDA device.
     with mock.patch.object(torch.cuda, "synchronize"):
         model.model(tokens, use_cache=False)
+    print(" ", end="")
     return packed
 
 
-def solve_and_pack(solver: Any, packer_class: type[nn.Module]) -> dict[str, Tensor]:
+def observe_linears(gptq: type, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Run `layer` once; return a `gptq` solver for each linear in it, holding the Hessian of its input."""
+    solvers: dict[str, Any] = {}
+    hooks = []
+    for name, linear in layer.named_modules():
+        if isinstance(linear, nn.Linear):
+            solvers[name] = solver = gptq(linear)
+            solver.quantizer.configure(GPTQ_BITS, perchannel=True, sym=True, mse=False)
+            hooks.append(linear.register_forward_hook(partial(add_to_hessian, solver)))
+    layer.forward(*args, **kwargs)  # not layer(), which would call the layer's own hook
+    for hook in hooks:
+        hook.remove()
+    return solvers
+
+
+def add_to_hessian(solver: Any, _linear: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    """Forward hook that shows `solver` the input [B, T, K] of its linear."""
+    solver.add_batch(args[0], output)
+
+
+def solve_and_pack(solver: Any, packer: type[nn.Module]) -> dict[str, Tensor]:
     """Run GPTQ on one linear [N, K] and leave the stored weight in it.
 
     Returns `qweight` int32 [K/8, N], `qzeros` int32 [K/g, N/8], `scales` float16 [K/g, N] and `g_idx`
@@ -233,18 +242,18 @@ def solve_and_pack(solver: Any, packer_class: type[nn.Module]) -> dict[str, Tens
     linear = solver.layer
     scale, zero, g_idx = solver.fasterquant(percdamp=GPTQ_DAMP, group_size=GPTQ_GROUP_SIZE)
     solver.free()
-    # Packed with float32 scales, the codes come out as GPTQ chose them; rounding the scales first would
-    # also work here, but only because 4-bit codes are small.
-    packer = packer_class(GPTQ_BITS, GPTQ_GROUP_SIZE, linear.in_features, linear.out_features, bias=False)
-    packer.pack(linear, scale, zero, g_idx)
+    # Packed with float32 scales, the codes come out as GPTQ chose them; only then are scales rounded.
+    quantized = packer(GPTQ_BITS, GPTQ_GROUP_SIZE, linear.in_features, linear.out_features, bias=False)
+    quantized.pack(linear, scale, zero, g_idx)
     tensors = {
-        "qweight": packer.qweight,
-        "qzeros": packer.qzeros,
-        "scales": packer.scales.half(),
-        "g_idx": packer.g_idx,
+        "qweight": quantized.qweight,
+        "qzeros": quantized.qzeros,
+        "scales": quantized.scales.half(),
+        "g_idx": quantized.g_idx,
     }
     stored = dequantize_gptq(tensors["qweight"], tensors["scales"])
-    torch.testing.assert_close(stored, linear.weight.data, rtol=2**-10, atol=1e-7)
+    # Float16 keeps 11 bits of a scale; a wrong code would be off by at least 1/8.
+    torch.testing.assert_close(stored, linear.weight.data, rtol=2**-11, atol=1e-7)
     linear.weight.data = stored
     return tensors
 
@@ -296,9 +305,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_quantized(
-    bf16: Path, folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]
-) -> None:
+def write_quantized(bf16: Path, folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> None:
     """Write `tensors`, the BF16 model's config with `quantization` added, and its tokenizer files."""
     save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE)
     config = json.loads((bf16 / "config.json").read_text(encoding="utf-8"))

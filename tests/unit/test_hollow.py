@@ -74,9 +74,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("model", "variant", "elements", "count"), PUBLISHED)
-def test_sizes_are_the_published_ones(
-    model: str, variant: str, elements: dict[str, int], count: int | None
-) -> None:
+def test_sizes_are_the_published_ones(model: str, variant: str, elements: dict[str, int], count: int | None) -> None:
     found: Counter[str] = Counter()
     tensors = 0
     for tensor in hollow_tensors(model, variant):

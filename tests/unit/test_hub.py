@@ -150,9 +150,7 @@ def test_open_resolves_a_revision_and_lists_the_files(
     assert not (tmp_path / "home" / "hub").exists()
 
 
-def test_a_repository_keeps_its_commit_when_the_branch_moves(
-    hub: HubServer, model: Path, tmp_path: Path
-) -> None:
+def test_a_repository_keeps_its_commit_when_the_branch_moves(hub: HubServer, model: Path, tmp_path: Path) -> None:
     commit = hub.add(REPO, model)
     repo = HubRepo.open(REPO)
     newer = tmp_path / "newer"
@@ -230,9 +228,7 @@ def test_fetch_downloads_the_named_files_only(hub: HubServer, model: Path) -> No
 
 
 @pytest.mark.parametrize("revision", [None, "v1", "commit"])
-def test_offline_the_cache_serves_what_it_holds(
-    hub: HubServer, model: Path, load: Load, revision: str | None
-) -> None:
+def test_offline_the_cache_serves_what_it_holds(hub: HubServer, model: Path, load: Load, revision: str | None) -> None:
     commit = hub.add(REPO, model, "main", "v1")
     revision = commit if revision == "commit" else revision
     paths = HubRepo.open(REPO, revision).fetch(["extra/notes.txt", SHARD])
@@ -333,8 +329,7 @@ def test_tokens_are_not_shown(hub: HubServer, model: Path, load: Load, monkeypat
     hub.add(REPO, model)
     monkeypatch.setenv("HF_TOKEN", TOKEN)  # of no account
     assert refusal(lambda: HubRepo.open(REPO)) == (
-        f"org/model@main: {hub.url} does not accept your token: log in again with `hf auth login`, or "
-        "correct HF_TOKEN"
+        f"org/model@main: {hub.url} does not accept your token: log in again with `hf auth login`, or correct HF_TOKEN"
     )
     hub.answers.append(Answer(403, headers={"X-Error-Message": f"Bearer {TOKEN} may not"}))
     assert refusal(lambda: HubRepo.open(REPO)).endswith(f"{hub.url} answered 403: Bearer *** may not")
@@ -366,7 +361,13 @@ def test_what_does_not_exist(hub: HubServer, model: Path) -> None:
 
 
 def test_what_cannot_exist_is_not_asked_for(hub: HubServer) -> None:
-    for repo_id, revision in [("./model", None), (REPO + "@v1", None), (REPO, ""), (REPO, "../../x"), (REPO, "@")]:
+    for repo_id, revision in [
+        ("./model", None),
+        (REPO + "@v1", None),
+        (REPO, ""),
+        (REPO, "../../x"),
+        (REPO, "@"),
+    ]:
         assert "is not a repository of the Hub" in refusal(partial(HubRepo.open, repo_id, revision))
     assert hub.requests == []
 
@@ -417,9 +418,7 @@ def test_a_failing_server_is_asked_again(hub: HubServer, model: Path) -> None:
     assert repo.read("config.json", 0, 1) == b"{"
     hub.answers = [Answer(503)] * 50
     message = refusal(lambda: repo.read("config.json", 0, 1))
-    assert message == (
-        f"org/model@main/config.json: {hub.url} answered 503 (Service Unavailable): try again later"
-    )
+    assert message == (f"org/model@main/config.json: {hub.url} answered 503 (Service Unavailable): try again later")
     assert len(hub.answers) >= 40
     assert "answered 503 (Service Unavailable): try again later" in refusal(lambda: repo.fetch([SHARD]))
 
@@ -451,9 +450,7 @@ def test_something_that_is_not_the_hub(hub: HubServer) -> None:
         (OSError("Consistency check failed:\nfile should be"), "Consistency check failed:"),
     ],
 )
-def test_a_failing_download(
-    hub: HubServer, model: Path, monkeypatch: Patch, error: Exception, expected: str
-) -> None:
+def test_a_failing_download(hub: HubServer, model: Path, monkeypatch: Patch, error: Exception, expected: str) -> None:
     hub.add(REPO, model)
     repo = HubRepo.open(REPO)
 

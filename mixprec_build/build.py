@@ -1,0 +1,52 @@
+"""The steps of ``mixprec build``, for the command line and for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .copier import Progress
+from .plan import Plan, make_plan
+from .recipe import load_recipe
+from .sources import open_sources
+from .write import check_output, fetch, write
+
+__all__ = ["plan_recipe", "run_plan"]
+
+
+def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = False) -> Plan:
+    """Reads a recipe, opens its sources by their headers and decides everything. Writes nothing.
+
+    Raises:
+        RecipeError, SourceError, RefusedError: see their docstrings.
+    """
+    recipe = load_recipe(path)
+    return make_plan(recipe, open_sources(recipe), allow_unservable=allow_unservable, link=link)
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    force: bool = False,
+    link: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Fetches what is missing, checks the values that only headers were known of, and writes ``out``.
+
+    Returns the path of the manifest.
+
+    Raises:
+        OutputError, SourceError, RefusedError, WriteError: see their docstrings.
+    """
+    check_output(plan, out, force=force)
+    away = [
+        source
+        for source in plan.sources.by_name.values()
+        if any(source.checkpoint.storage.cached(file) is None for file in source.checkpoint.shards)
+    ]
+    if away:
+        # Scales, zero points and norms of a hub's files can be looked at only now.
+        fetch(plan)
+        plan = make_plan(plan.recipe, plan.sources, allow_unservable=bool(plan.unservable), link=link)
+    return write(plan, out, force=force, jobs=jobs, progress=progress)

@@ -1,0 +1,230 @@
+"""The command line: argument parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import MixprecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .copier import Progress
+    from .plan import Plan
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="mixprec",
+    help="Compile several checkpoints of one model into one whose weights keep the formats they came in.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Allowed(str, Enum):
+    """What ``--allow`` lets pass."""
+
+    UNSERVABLE = "unservable"
+
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="A checkpoint's folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON, for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Allow = Annotated[
+    list[Allowed], typer.Option("--allow", help="`unservable`: build also what SGLang could not serve, and record it.")
+]
+Link = Annotated[bool, typer.Option("--link", help="Reflink or hard-link source files that are taken over whole.")]
+
+
+@app.command()
+def build(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that mixprec wrote before.")] = False,
+    allow: Allow = [],  # noqa: B006 (typer copies it)
+    link: Link = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Copying threads.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a recipe's sources into one checkpoint."""
+    from .build import run_plan
+
+    plan = _plan(recipe, allow, link)
+    _show_plan_notes(plan, quiet or as_json)
+    with _bar("writing", plan.tensor_bytes, quiet or as_json) as progress:
+        manifest = run_plan(plan, out, force=force, link=link, jobs=jobs, progress=progress)
+    if as_json:
+        from .report import plan_facts
+
+        _print_json({"output": str(out), "manifest": str(manifest), **plan_facts(plan)})
+    elif not quiet:
+        from .report import human
+
+        print(f"{out}: {len(plan.modules):,} modules, {human(plan.tensor_bytes)} in {len(plan.shards)} files")
+        print(f"next: mixprec inspect {out}")
+
+
+@app.command()
+def plan(recipe: RecipePath, allow: Allow = [], link: Link = False, as_json: AsJson = False) -> None:  # noqa: B006
+    """Show what a build would write, without writing it."""
+    from .report import plan_facts, show_plan
+
+    facts = plan_facts(_plan(recipe, allow, link))
+    if as_json:
+        _print_json(facts)
+    else:
+        show_plan(facts, _console())
+
+
+@app.command()
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
+    """Show what a checkpoint holds: a compiled one or any other on disk."""
+    from .report import inspect_facts, show_inspect
+    from .sources import open_source
+
+    facts = inspect_facts(open_source(str(folder)), folder)
+    if as_json:
+        _print_json(facts)
+    else:
+        show_inspect(facts, _console())
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="A source's name, folder or hub id: how far are quantized weights from its?"),
+    ] = None,
+    source: Annotated[
+        list[str], typer.Option("--source", help="NAME=LOCATION: where a source has moved to.", metavar="NAME=LOCATION")
+    ] = [],  # noqa: B006
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a compiled checkpoint with its sources, bit for bit."""
+    from .verify import read_manifest
+    from .verify import verify as run
+
+    moved = dict(_pair(item) for item in source)
+    total = sum(t["bytes"] for m in read_manifest(folder)["modules"].values() for t in m["tensors"].values())
+    with _bar("comparing", total, quiet or as_json) as progress:
+        result = run(folder, sources=moved, progress=progress)
+    errors = _errors_against(folder, against, moved) if against else []
+    if as_json:
+        _print_json(
+            {
+                "bit_for_bit": result.bit_for_bit,
+                "by_checksum": result.by_checksum,
+                "gone": result.gone,
+                "differences": result.differences,
+                "errors": [{"module": e.module, "format": e.kind, "relative": e.relative} for e in errors],
+            }
+        )
+    elif not quiet:
+        from .report import show_errors
+
+        for reason in result.gone:
+            print(f"compared by checksum only, source {reason}")
+        print(f"{result.bit_for_bit:,} tensors equal their sources bit for bit, {result.by_checksum:,} by checksum")
+        if errors:
+            show_errors(errors, against or "", _console())
+    if result.differences:
+        for difference in result.differences:
+            print(f"differs: {difference}", file=sys.stderr)
+        raise typer.Exit(1)
+    if not quiet and not as_json:
+        print("no difference")
+
+
+def _errors_against(folder: Path, against: str, moved: dict[str, str]) -> list[Any]:
+    from .sources import open_source
+    from .verify import read_manifest, weight_errors
+
+    entry = read_manifest(folder)["sources"].get(against, {})
+    location = moved.get(against) or entry.get("path") or entry.get("location") or against
+    return list(weight_errors(open_source(str(folder)), open_source(location)))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, location = text.partition("=")
+    if not (name and equals and location):
+        raise typer.BadParameter(f"{text!r} is not NAME=LOCATION", param_hint="--source")
+    return name, location
+
+
+def _plan(recipe: Path, allow: list[Allowed], link: bool) -> Plan:
+    from .build import plan_recipe
+
+    return plan_recipe(recipe, allow_unservable=Allowed.UNSERVABLE in allow, link=link)
+
+
+def _show_plan_notes(plan: Plan, quiet: bool) -> None:
+    if quiet:
+        return
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for problem in plan.unservable:
+        print(f"SGLang cannot serve this: {problem}", file=sys.stderr)
+
+
+@contextmanager
+def _bar(what: str, total: int, quiet: bool) -> Iterator[Progress]:
+    """A progress bar with bytes and rate on standard error, where that is a terminal."""
+    if quiet:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=_console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    # Piped output is for other programs: wide enough that nothing is folded.
+    return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
+
+
+def _print_json(facts: object) -> None:
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"mixprec {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script ``mixprec``: errors become one message and an exit code."""
+    try:
+        app()
+    except MixprecError as error:
+        print(f"mixprec: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Copies planned tensors from sources to shards, byte for byte, hashing them on the way.
+
+Bytes are read with ``pread`` and written with ``pwrite`` through one small buffer a thread: no mapping that a
+truncated source could turn into a crash, no memory that grows with a tensor.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from .errors import SourceError, WriteError
+from .header import open_regular
+from .plan import Plan, PlannedShard, PlannedTensor
+
+__all__ = ["Copier", "Progress", "pwrite_all", "write_errors"]
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were just done, from any thread."""
+
+_BUFFER = 4 << 20
+_FICLONE = 0x40049409  # linux/fs.h
+
+
+@dataclass(slots=True)
+class _Output:
+    """A shard being written. Its file is synced and closed by whoever finishes its last batch."""
+
+    path: Path
+    fd: int
+    pending: int = 0
+    queued: bool = False
+    """Whether all of its batches have been handed out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Tensors that follow one another in a shard, from the byte ``start`` on; no fd where only to be hashed."""
+
+    output: _Output
+    write: bool
+    start: int
+    tensors: Sequence[PlannedTensor]
+
+
+class Copier:
+    """Writes the shards of ``plan`` into the folder ``stage`` from source files at ``paths``."""
+
+    def __init__(self, plan: Plan, paths: Mapping[tuple[str, str], Path], stage: Path, progress: Progress):
+        self._plan, self._paths, self._stage, self._progress = plan, paths, stage, progress
+        self._lock = threading.Lock()
+        self._failed = threading.Event()
+        self._sources: dict[tuple[str, str], int] = {}
+        self._unfinished: set[int] = set()
+        self._checksums: dict[tuple[str, str], str] = {}
+
+    def run(self, jobs: int) -> dict[tuple[str, str], str]:
+        """Copies everything with ``jobs`` threads; returns ``(source, tensor)`` -> hexadecimal xxh3_128.
+
+        Raises:
+            SourceError: a source cannot be read or is not what was planned with.
+            WriteError: the disk fails.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._close_unfinished)
+            for key, path in self._paths.items():
+                self._sources[key] = stack.enter_context(self._source(key, path))
+            batches = self._batches()
+            with ThreadPoolExecutor(max_workers=jobs) as pool:
+                workers = [pool.submit(self._work, batches) for _ in range(jobs)]
+                try:
+                    for worker in workers:
+                        worker.result()
+                except BaseException:
+                    self._failed.set()
+                    raise
+        return self._checksums
+
+    def _close_unfinished(self) -> None:
+        for fd in self._unfinished:
+            os.close(fd)
+
+    @contextmanager
+    def _source(self, key: tuple[str, str], path: Path) -> Iterator[int]:
+        """An open source file whose header is still the one that was planned with, before and after."""
+        checkpoint = self._plan.sources.by_name[key[0]].checkpoint
+        shard = checkpoint.shards[key[1]]
+        fd = open_regular(path)
+        try:
+            before = os.fstat(fd)
+            header = os.pread(fd, shard.header_bytes, 0)
+            if before.st_size != shard.size or xxhash.xxh3_128_hexdigest(header) != shard.header_checksum:
+                raise SourceError("changed since it was planned; start again", path=path)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            yield fd
+            after = os.fstat(fd)
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise SourceError("changed while it was copied; start again", path=path)
+        finally:
+            os.close(fd)
+
+    def _batches(self) -> Iterator[_Batch]:
+        """All batches, shard by shard; a shard's file is created when its first batch is due."""
+        for shard in self._plan.shards:
+            output, copy, at = self._create(shard)
+            group: list[PlannedTensor] = []
+            size = 0
+            start = at
+            for tensor in shard.tensors:
+                if group and size + tensor.info.nbytes > _BUFFER:
+                    output.pending += 1
+                    yield _Batch(output, copy, start, group)
+                    group, size, start = [], 0, at
+                group.append(tensor)
+                size += tensor.info.nbytes
+                at += tensor.info.nbytes
+            output.pending += 1
+            output.queued = True
+            yield _Batch(output, copy, start, group)
+
+    def _create(self, shard: PlannedShard) -> tuple[_Output, bool, int]:
+        """The output file, whether its data is still to be written, and where its data section starts."""
+        path = self._stage / shard.file
+        if shard.link is not None:
+            source, file = shard.link
+            data_start = self._plan.sources.by_name[source].checkpoint.shards[file].header_bytes
+            if _link(self._paths[shard.link], path):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._unfinished.add(fd)
+                return _Output(path, fd), False, data_start
+            header = os.pread(self._sources[shard.link], data_start, 0)
+        else:
+            header = shard.header()
+        with write_errors(path):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._unfinished.add(fd)
+            os.posix_fallocate(fd, 0, len(header) + shard.data_bytes)
+            pwrite_all(fd, memoryview(header), 0)
+        return _Output(path, fd), True, len(header)
+
+    def _work(self, batches: Iterator[_Batch]) -> None:
+        buffer = memoryview(bytearray(_BUFFER))
+        while not self._failed.is_set():
+            with self._lock:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            try:
+                self._copy(batch, buffer)
+                self._finish(batch.output)
+            except BaseException:
+                self._failed.set()
+                raise
+
+    def _copy(self, batch: _Batch, buffer: memoryview) -> None:
+        fd = batch.output.fd if batch.write else None
+        if len(batch.tensors) == 1:
+            self._stream(batch.tensors[0], fd, batch.start, buffer)
+            return
+        filled = 0
+        for tensor in batch.tensors:
+            window = buffer[filled : filled + tensor.info.nbytes]
+            self._read(tensor, 0, window)
+            self._note(tensor, xxhash.xxh3_128_hexdigest(window))
+            filled += tensor.info.nbytes
+        if fd is not None:
+            with write_errors(batch.output.path):
+                pwrite_all(fd, buffer[:filled], batch.start)
+        self._progress(filled)
+
+    def _stream(self, tensor: PlannedTensor, fd: int | None, start: int, buffer: memoryview) -> None:
+        """A tensor of any size, through the buffer."""
+        digest = xxhash.xxh3_128()
+        for at in range(0, tensor.info.nbytes, _BUFFER):
+            window = buffer[: min(_BUFFER, tensor.info.nbytes - at)]
+            self._read(tensor, at, window)
+            digest.update(window)
+            if fd is not None:
+                with write_errors(self._stage):
+                    pwrite_all(fd, window, start + at)
+            self._progress(len(window))
+            if self._failed.is_set():
+                return
+        self._note(tensor, digest.hexdigest())
+
+    def _read(self, tensor: PlannedTensor, at: int, window: memoryview) -> None:
+        """Fills ``window`` from the byte ``at`` of a tensor on."""
+        fd = self._sources[tensor.source, tensor.info.file]
+        done = 0
+        while done < len(window):
+            try:
+                got = os.preadv(fd, [window[done:]], tensor.info.start + at + done)
+            except OSError as error:
+                path = self._paths[tensor.source, tensor.info.file]
+                raise SourceError(f"cannot read {tensor.info.name}: {error.strerror}", path=path) from error
+            if got == 0:
+                path = self._paths[tensor.source, tensor.info.file]
+                raise SourceError(f"ends inside {tensor.info.name}; fetch the file again", path=path)
+            done += got
+
+    def _note(self, tensor: PlannedTensor, checksum: str) -> None:
+        self._checksums[tensor.source, tensor.info.name] = checksum
+
+    def _finish(self, output: _Output) -> None:
+        with self._lock:
+            output.pending -= 1
+            last = output.queued and output.pending == 0
+            if last:
+                self._unfinished.discard(output.fd)
+        if last:
+            try:
+                with write_errors(output.path):
+                    os.fsync(output.fd)
+            finally:
+                os.close(output.fd)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """A reflink if the file system can, else a hard link, else False."""
+    real = source.resolve()
+    try:
+        with real.open("rb") as old, target.open("xb") as new:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        return True
+    except OSError:
+        target.unlink(missing_ok=True)
+    try:
+        os.link(real, target)
+    except OSError:
+        return False
+    return True
+
+
+def pwrite_all(fd: int, data: memoryview, at: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, at)
+        data, at = data[done:], at + done
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = {
+            errno.ENOSPC: "free some space and start again",
+            errno.EDQUOT: "your quota is used up; free some space and start again",
+            errno.EACCES: "write permission is missing",
+        }.get(error.errno or 0, "nothing was left behind")
+        raise WriteError(f"{error.filename or path}: {error.strerror}; {hint}") from error

@@ -1,0 +1,306 @@
+"""What a checkpoint or a plan holds, as facts (plain data, for ``--json``) and as tables for a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .formats.base import Format, FormatError
+from .manifest import MANIFEST, METHOD, name_formats
+from .model import Role, layer_of, projection_of, role_of
+from .patterns import compress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .plan import Plan
+    from .sources import Source
+    from .verify import WeightError
+
+__all__ = ["human", "inspect_facts", "plan_facts", "show_errors", "show_inspect", "show_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A module as a report sees it. ``shape`` is that of the weight it stands for."""
+
+    name: str
+    role: Role
+    format: Format
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+# Facts
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """What ``mixprec plan --json`` prints."""
+    stored = [_Stored(m.name, m.role, m.format, m.shape, m.nbytes) for m in plan.modules.values()]
+    sources = [
+        {
+            "name": name,
+            "location": source.ref.location,
+            "commit": source.checkpoint.commit,
+            "holds": sorted(source.holds),
+            "modules": sum(module.source == name for module in plan.modules.values()),
+            "bytes": sum(t.info.nbytes for shard in plan.shards for t in shard.tensors if t.source == name),
+        }
+        for name, source in plan.sources.by_name.items()
+    ]
+    return {
+        **_facts(stored),
+        "file_bytes": sum(shard.file_bytes(plan.sources) for shard in plan.shards),
+        "shards": len(plan.shards),
+        "rules": [
+            {"line": use.rule.line, "pattern": use.rule.pattern.text, "source": use.rule.source}
+            | {"matched": use.matched, "won": use.won}
+            for use in plan.rules
+        ],
+        "sources": sources,
+        "left_out": [asdict(left_out) for left_out in plan.left_out],
+        "notes": list(plan.notes),
+        "unservable": list(plan.unservable),
+    }
+
+
+def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
+    """What ``mixprec inspect --json`` prints, for a compiled checkpoint or any other."""
+    stored = []
+    unread: dict[str, list[str]] = {}
+    for name, module in source.checkpoint.modules.items():
+        fmt = source.formats[name]
+        if isinstance(fmt, FormatError):
+            unread.setdefault(str(fmt), []).append(name)
+        else:
+            shape = fmt.shape(module)
+            stored.append(_Stored(name, role_of(name, shape, module.tensors), fmt, shape, module.nbytes))
+    compiled = source.checkpoint.quantization.get("quant_method") == METHOD
+    facts = {
+        "location": source.checkpoint.location,
+        "model_type": source.model.model_type,
+        **_facts(stored),
+        "file_bytes": sum(shard.size for shard in source.checkpoint.shards.values()),
+        "shards": len(source.checkpoint.shards),
+        "unread": [{"reason": reason, "modules": compress(names)} for reason, names in unread.items()],
+        "serve": f"python -m sglang.launch_server --model-path {source.checkpoint.location}"
+        + (f" --quantization {METHOD}" if compiled else ""),
+    }
+    manifest = folder / MANIFEST
+    if compiled and manifest.is_file():
+        recorded = json.loads(manifest.read_bytes())
+        facts |= {
+            "sources": [{"name": name, **entry} for name, entry in recorded["sources"].items()],
+            "checksum": recorded["checksum"],
+            "unservable": recorded["unservable"],
+        }
+    return facts
+
+
+def _facts(modules: Iterable[_Stored]) -> dict[str, Any]:
+    modules = list(modules)
+    names = name_formats(module.format for module in modules)
+    formats: list[dict[str, Any]] = []
+    for fmt, name in names.items():
+        members = [module for module in modules if module.format == fmt]
+        parameters = sum(prod(module.shape) for module in members)
+        nbytes = sum(module.nbytes for module in members)
+        formats.append(
+            {
+                "name": name,
+                **fmt.to_json(),
+                "modules": len(members),
+                "parameters": parameters,
+                "bytes": nbytes,
+                "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
+            }
+        )
+    parameters = sum(entry["parameters"] for entry in formats)
+    nbytes = sum(entry["bytes"] for entry in formats)
+    return {
+        "modules": len(modules),
+        "parameters": parameters,
+        "bytes": nbytes,
+        "fp16_bytes": 2 * parameters,
+        "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
+        "compression": round(2 * parameters / nbytes, 3) if nbytes else None,
+        "formats": formats,
+        "layers": _layer_map(modules, names),
+    }
+
+
+def _layer_map(modules: Iterable[_Stored], names: Mapping[Format, str]) -> list[dict[str, Any]]:
+    """For each decoder layer, projection -> format name -> how many modules (experts count by expert)."""
+    layers: dict[int, dict[str, Counter[str]]] = {}
+    for module in modules:
+        layer = layer_of(module.name)
+        if layer is None or module.role not in (Role.LINEAR, Role.EXPERT, Role.EMBEDDING, Role.HEAD):
+            continue
+        column = layers.setdefault(layer, {}).setdefault(projection_of(module.name), Counter())
+        # An expert is counted once, by its down projection.
+        if module.role is not Role.EXPERT or module.name.endswith(("down_proj", "w2")):
+            column[names[module.format]] += 1
+    return [
+        {"layer": layer, "projections": {name: dict(counts) for name, counts in columns.items()}}
+        for layer, columns in sorted(layers.items())
+    ]
+
+
+# Tables
+
+
+def show_plan(facts: Mapping[str, Any], console: Console) -> None:
+    """Prints the facts of a plan: rules, sources, formats, layer map, notes."""
+    rules = _table("line", "pattern", "source", "modules", "decides", title="Rules")
+    for rule in facts["rules"]:
+        rules.add_row(*(str(rule[k]) for k in ("line", "pattern", "source", "matched", "won")))
+    if facts["rules"]:
+        console.print(rules)
+    sources = _table("source", "holds", "modules", "bytes", "location", title="Sources")
+    for source in facts["sources"]:
+        commit = f"@{source['commit'][:12]}" if source["commit"] else ""
+        sources.add_row(
+            source["name"],
+            ", ".join(source["holds"]),
+            f"{source['modules']:,}",
+            human(source["bytes"]),
+            source["location"] + commit,
+        )
+    console.print(sources)
+    _show_formats(facts, console)
+    _show_layers(facts, console)
+    for left_out in facts["left_out"]:
+        console.print(
+            f"left out of `{left_out['source']}`: {left_out['tensors']:,} tensors, {human(left_out['nbytes'])}, "
+            f"{left_out['reason']}",
+            style="dim",
+            markup=False,
+        )
+    _show_notes(facts, console)
+
+
+def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
+    """Prints the facts of a checkpoint."""
+    console.print(f"{facts['location']} ({facts['model_type']})", style="bold", markup=False)
+    _show_formats(facts, console)
+    _show_layers(facts, console)
+    for entry in facts["unread"]:
+        console.print(f"not read: {', '.join(entry['modules'][:4])}: {entry['reason']}", style="yellow", markup=False)
+    for source in facts.get("sources", []):
+        where = f"{source['location']}@{source['commit']}" if source["commit"] else source["path"]
+        console.print(f"source `{source['name']}`: {where}", markup=False)
+    if "checksum" in facts:
+        console.print(f"every tensor has a {facts['checksum']} checksum: `mixprec verify` compares them", markup=False)
+    _show_notes(facts, console)
+    console.print(f"serve it with: {facts['serve']}", markup=False, soft_wrap=True)
+
+
+def show_errors(errors: Iterable[WeightError], against: str, console: Console, most: int = 20) -> None:
+    """Prints how far modules are from their unquantized weights, worst first."""
+    errors = sorted(errors, key=lambda error: -error.relative)
+    table = _table("module", "format", "relative error", title=f"‖W−Ŵ‖/‖W‖ against {against}, worst first")
+    for error in errors[:most]:
+        table.add_row(error.module, error.kind, f"{error.relative:.5f}")
+    console.print(table)
+    by_kind: dict[str, list[float]] = {}
+    for error in errors:
+        by_kind.setdefault(error.kind, []).append(error.relative)
+    for kind, values in by_kind.items():
+        console.print(f"{kind}: mean {sum(values) / len(values):.5f} over {len(values)} modules", markup=False)
+
+
+def _show_formats(facts: Mapping[str, Any], console: Console) -> None:
+    table = _table("format", "modules", "parameters", "bytes", "bits/weight", "details", title="Formats")
+    for entry in facts["formats"]:
+        known = ("name", "kind", "modules", "parameters", "bytes", "bits_per_weight")
+        details = ", ".join(f"{k} {str(v).lower()}" for k, v in entry.items() if k not in known)
+        table.add_row(
+            entry["name"],
+            f"{entry['modules']:,}",
+            f"{entry['parameters']:,}",
+            human(entry["bytes"]),
+            f"{entry['bits_per_weight'] or 0:.2f}",
+            details,
+        )
+    console.print(table)
+    console.print(
+        f"{facts['modules']:,} modules, {facts['parameters']:,} parameters in {facts['bytes']:,} bytes "
+        f"({human(facts['bytes'])}, {facts['bits_per_weight'] or 0:.2f} bits/weight): {facts['compression'] or 0:.2f} "
+        f"times smaller than FP16 ({human(facts['fp16_bytes'])}); "
+        f"{facts['shards']} files of {facts['file_bytes']:,} bytes",
+        markup=False,
+    )
+
+
+def _show_layers(facts: Mapping[str, Any], console: Console) -> None:
+    """Rows are layers, equal neighbours folded; columns are projections, those that never differ folded."""
+    layers = [(row["layer"], {k: _cell(v) for k, v in row["projections"].items()}) for row in facts["layers"]]
+    if not layers:
+        return
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys(name for _, row in layers for name in row):
+        columns.setdefault(tuple(row.get(name, "") for _, row in layers), []).append(name)
+    heads = [_joined(names) for names in columns.values()]
+    table = _table("layers", *heads, title="Layer map")
+    cells = list(zip(*columns, strict=True))
+    first = 0
+    for i in range(1, len(cells) + 1):
+        if i == len(cells) or cells[i] != cells[first]:
+            low, high = layers[first][0], layers[i - 1][0]
+            table.add_row(str(low) if low == high else f"{low}-{high}", *cells[first])
+            first = i
+    console.print(table)
+
+
+def _cell(counts: Mapping[str, int]) -> str:
+    if sum(counts.values()) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _joined(names: list[str]) -> str:
+    """``self_attn.q_proj``, ``self_attn.k_proj`` -> ``self_attn.{q,k}_proj``, a line for each parent."""
+    parents: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        parents.setdefault(parent, []).append(last)
+    lines = []
+    for parent, lasts in parents.items():
+        prefix = f"{parent}." if parent else ""
+        if len(lasts) > 1 and all(last.endswith("_proj") for last in lasts):
+            lines.append(f"{prefix}{{{','.join(last.removesuffix('_proj') for last in lasts)}}}_proj")
+        else:
+            lines.append(prefix + ",".join(lasts))
+    return "\n".join(lines)
+
+
+def _show_notes(facts: Mapping[str, Any], console: Console) -> None:
+    for note in facts.get("notes", []):
+        console.print(f"note: {note}", style="yellow", markup=False)
+    for problem in facts.get("unservable", []):
+        console.print(f"SGLang cannot serve this: {problem}", style="red", markup=False)
+
+
+def _table(*heads: str, title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        number = head in ("line", "modules", "decides", "parameters", "bytes", "bits/weight", "relative error")
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def human(nbytes: float) -> str:
+    """``138_400_000_000`` -> ``"138.4 GB"``, in powers of ten like disks and hubs."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

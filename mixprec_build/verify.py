@@ -1,0 +1,230 @@
+"""Does a compiled checkpoint equal its sources, bit for bit; and how far are its weights from FP16?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import SourceError, VerifyError
+from .formats.base import Format
+from .header import TensorInfo, open_regular
+from .manifest import CHECKSUM, MANIFEST, METHOD, VERSION
+from .sources import Source
+
+__all__ = ["Verification", "WeightError", "verify", "weight_errors"]
+
+_BUFFER = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The outcome: how tensors were compared, and every difference found."""
+
+    bit_for_bit: int
+    by_checksum: int
+    gone: tuple[str, ...]
+    """Sources that could not be opened, with the reason: their tensors were compared by checksum."""
+    differences: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """``relative`` is ‖W−Ŵ‖/‖W‖ (Frobenius) of a module's dequantized weight."""
+
+    module: str
+    kind: str
+    relative: float
+
+
+def verify(
+    folder: Path, *, sources: Mapping[str, str] | None = None, progress: Callable[[int], None] | None = None
+) -> Verification:
+    """Checks files, headers, index and manifest against one another, and every tensor against its source.
+
+    ``sources`` gives new locations of sources by name. A tensor whose source is gone is compared by checksum.
+
+    Raises:
+        VerifyError: there is no manifest, or it cannot be read.
+        SourceError: the checkpoint itself cannot be opened.
+    """
+    manifest = read_manifest(folder)
+    checkpoint = open_checkpoint(str(folder.absolute()))
+    opened, gone = _open_sources(manifest, sources or {})
+    differences = [*_file_differences(folder, manifest, checkpoint), *_structure_differences(manifest, checkpoint)]
+    recorded = {
+        name: entry
+        for module in manifest["modules"].values()
+        for name, entry in module["tensors"].items()
+        if name in checkpoint.tensors
+    }
+    bit_for_bit = 0
+
+    def check(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, str | None]:
+        name, entry = item
+        result = _compare(checkpoint, checkpoint.tensors[name], entry, opened.get(entry["source"]))
+        if progress is not None:
+            progress(int(entry["bytes"]))
+        return result
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for direct, difference in pool.map(check, recorded.items()):
+            bit_for_bit += direct
+            if difference is not None:
+                differences.append(difference)
+    return Verification(bit_for_bit, len(recorded) - bit_for_bit, tuple(gone), tuple(differences))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises :class:`VerifyError`."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["version"] != VERSION or manifest["checksum"] != CHECKSUM:
+            raise VerifyError(f"{path}: version {manifest['version']}; this mixprec reads version {VERSION}")
+        for module in manifest["modules"].values():
+            for entry in module["tensors"].values():
+                if not {"dtype", "shape", "bytes", "file", "source", CHECKSUM} <= entry.keys():
+                    raise KeyError("tensor fields")
+        if not isinstance(manifest["files"], dict) or not isinstance(manifest["sources"], dict):
+            raise TypeError("files and sources")
+    except FileNotFoundError:
+        raise VerifyError(f"{path}: not there; `mixprec verify` checks what `mixprec build` wrote") from None
+    except OSError as error:
+        raise VerifyError(f"{path}: cannot read it: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise VerifyError(f"{path}: damaged: {error!r}; build the checkpoint again") from error
+    return dict(manifest)
+
+
+def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[str]]:
+    opened, gone = {}, []
+    unknown = moved.keys() - manifest["sources"].keys()
+    if unknown:
+        known = ", ".join(manifest["sources"])
+        raise VerifyError(f"the checkpoint has no source `{min(unknown)}`; its sources are {known}")
+    for name, entry in manifest["sources"].items():
+        location = moved.get(name) or entry["path"] or f"{entry['location'].partition('@')[0]}@{entry['commit']}"
+        try:
+            opened[name] = open_checkpoint(location)
+        except SourceError as error:
+            if name in moved:
+                raise
+            gone.append(f"`{name}`: {error}")
+    return opened, gone
+
+
+def _file_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    present = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    for name in sorted(present - manifest["files"].keys() - {MANIFEST}):
+        yield f"{name}: not in the manifest"
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if name not in present:
+            yield f"{name}: missing"
+        elif path.stat().st_size != entry["bytes"]:
+            yield f"{name}: {path.stat().st_size} bytes, {entry['bytes']} were written"
+        elif "header" in entry:
+            shard = checkpoint.shards.get(name)
+            if shard is None:
+                yield f"{name}: not in the index"
+            elif shard.header_checksum != entry["header"]:
+                yield f"{name}: its header was changed"
+        elif xxhash.xxh3_128_hexdigest(path.read_bytes()) != entry[CHECKSUM]:
+            yield f"{name}: its bytes were changed"
+
+
+def _structure_differences(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.quantization.get("quant_method") != METHOD:
+        yield f"config.json: quant_method is not {METHOD}"
+    elif checkpoint.quantization.get("formats") != manifest["formats"]:
+        yield "config.json: its formats are not those of the manifest"
+    recorded = {name: entry for module in manifest["modules"].values() for name, entry in module["tensors"].items()}
+    for name, entry in recorded.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            yield f"{name}: missing from {entry['file']}"
+        elif (info.dtype, list(info.shape), info.file) != (entry["dtype"], entry["shape"], entry["file"]):
+            yield (
+                f"{name}: {info.dtype} {list(info.shape)} in {info.file}, "
+                f"built as {entry['dtype']} {entry['shape']} in {entry['file']}"
+            )
+    for name in checkpoint.tensors.keys() - recorded.keys():
+        yield f"{name}: in {checkpoint.tensors[name].file}, but not in the manifest"
+
+
+def _compare(
+    checkpoint: Checkpoint, info: TensorInfo, entry: Mapping[str, Any], source: Checkpoint | None
+) -> tuple[bool, str | None]:
+    """Whether a tensor was compared with its source's bytes (else by checksum), and the difference if any."""
+    digest = xxhash.xxh3_128()
+    direct = source is not None and info.name in source.tensors
+    first = None
+    if source is not None and direct:
+        origin = source.tensors[info.name]
+        where = f"{info.name} in {info.file}"
+        if (origin.dtype, origin.shape) != (info.dtype, info.shape):
+            return True, f"{where}: {info.dtype} {list(info.shape)}, {origin.dtype} {list(origin.shape)} in its source"
+        at = 0
+        for mine, theirs in zip(_chunks(checkpoint, info), _chunks(source, origin), strict=True):
+            digest.update(mine)
+            if first is None and mine != theirs:
+                first = at + next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+            at += len(mine)
+    else:
+        for mine in _chunks(checkpoint, info):
+            digest.update(mine)
+    intact = digest.hexdigest() == entry[CHECKSUM]
+    if first is not None and intact:
+        return True, f"{info.name}: source `{entry['source']}` has changed since the build (byte {first})"
+    if first is not None or not intact:
+        at_byte = f"byte {first} is not its source's" if first is not None else "its checksum is not the manifest's"
+        return direct, f"{info.name} in {info.file}: {at_byte}"
+    return direct, None
+
+
+def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
+    """A tensor's bytes, a few MiB at a time."""
+    path = checkpoint.storage.cached(info.file)
+    if path is None:
+        path = checkpoint.storage.fetch([info.file])[info.file]
+    with closing(os.fdopen(open_regular(path), "rb", buffering=0)) as file:
+        for at in range(0, info.nbytes, _BUFFER):
+            want = min(_BUFFER, info.nbytes - at)
+            data = os.pread(file.fileno(), want, info.start + at)
+            if len(data) != want:
+                raise SourceError(f"ends inside {info.name}", path=path)
+            yield data
+
+
+def weight_errors(
+    checkpoint: Source, reference: Source, progress: Callable[[str], None] | None = None
+) -> Iterator[WeightError]:
+    """The relative error of each quantized module against the same module of an unquantized checkpoint.
+
+    Raises:
+        VerifyError: the reference lacks a module, holds it quantized itself, or in another shape.
+    """
+    for name, fmt in checkpoint.formats.items():
+        if not isinstance(fmt, Format) or not fmt.quantized:
+            continue
+        other = reference.formats.get(name)
+        if not isinstance(other, Format) or other.quantized:
+            raise VerifyError(f"{reference.checkpoint.location}: holds no unquantized {name} to compare with")
+        if progress is not None:
+            progress(name)
+        exact, ours = reference.dequantize(name), checkpoint.dequantize(name)
+        if exact.shape != ours.shape:
+            raise VerifyError(f"{name}: {list(ours.shape)}, but {list(exact.shape)} in the reference")
+        norm = float(np.linalg.norm(exact))
+        distance = float(np.linalg.norm(exact - ours))
+        yield WeightError(name, fmt.kind, distance / norm if norm else distance)
