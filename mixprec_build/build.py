@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .copier import Progress
@@ -20,7 +23,8 @@ def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = Fals
         RecipeError, SourceError, RefusedError: see their docstrings.
     """
     recipe = load_recipe(path)
-    return make_plan(recipe, open_sources(recipe), allow_unservable=allow_unservable, link=link)
+    with _no_garbage_collection():
+        return make_plan(recipe, open_sources(recipe), allow_unservable=allow_unservable, link=link)
 
 
 def run_plan(
@@ -50,3 +54,15 @@ def run_plan(
         fetch(plan)
         plan = make_plan(plan.recipe, plan.sources, allow_unservable=bool(plan.unservable), link=link)
     return write(plan, out, force=force, jobs=jobs, progress=progress)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Planning makes a million small objects that all stay: looking for garbage among them takes a third longer."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -63,8 +63,10 @@ def build(
 ) -> None:
     """Compile a recipe's sources into one checkpoint."""
     from .build import run_plan
+    from .write import check_output
 
     plan = _plan(recipe, allow, link)
+    check_output(plan, out, force=force)
     _show_plan_notes(plan, quiet or as_json)
     with _bar("writing", plan.tensor_bytes, quiet or as_json) as progress:
         manifest = run_plan(plan, out, force=force, link=link, jobs=jobs, progress=progress)
@@ -141,7 +143,9 @@ def verify(
 
         for reason in result.gone:
             print(f"compared by checksum only, source {reason}")
-        print(f"{result.bit_for_bit:,} tensors equal their sources bit for bit, {result.by_checksum:,} by checksum")
+        print(
+            f"{result.bit_for_bit:,} tensors compared with their sources bit for bit, {result.by_checksum:,} by checksum"
+        )
         if errors:
             show_errors(errors, against or "", _console())
     if result.differences:

@@ -219,8 +219,10 @@ def _get_range(url: str, headers: dict[str, str], offset: int, length: int, wher
         try:
             return _get_range_once(url, headers, offset, length, where)
         except _http_error() as error:
-            if getattr(error, "response", None) is not None:
-                raise  # an answer, if a bad one: _stream has repeated what may be repeated
+            response = getattr(error, "response", None)
+            if response is not None:  # an answer, if a bad one: _stream has repeated what may be repeated
+                response.close()  # http_backoff leaves the last one open
+                raise
             time.sleep(wait)
     return _get_range_once(url, headers, offset, length, where)
 
@@ -309,9 +311,7 @@ def _explain(error: Exception, repo_id: str, where: str, token: str) -> HubError
     # hf_hub_download covers why the Hub did not answer with "not found in the cache"
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    hub, reason = _endpoint(), _reason(error)
-    if token:
-        reason = reason.replace(token, "***")
+    hub, reason = _endpoint(), _reason(error, token)
     status: int | None = getattr(getattr(error, "response", None), "status_code", None)
     unreachable = False
 
@@ -348,8 +348,9 @@ def _explain(error: Exception, repo_id: str, where: str, token: str) -> HubError
     return _UnreachableError(message, path=where) if unreachable else HubError(message, path=where)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, token: str) -> str:
     """One line on what happened: the Hub's own words, or the error at the root of the chain."""
+    text: str
     response = getattr(error, "response", None)
     if response is not None:
         text = getattr(error, "server_message", None) or responses.get(response.status_code, "unknown")
@@ -358,7 +359,9 @@ def _reason(error: BaseException) -> str:
         while inner := error.__cause__ or next((a for a in error.args if isinstance(a, BaseException)), None):
             error = inner
         text = str(error).strip() or type(error).__name__
-    return str(text.splitlines()[0][:200])
+    if token:
+        text = text.replace(token, "***")
+    return text.splitlines()[0][:200]
 
 
 def _endpoint() -> str:

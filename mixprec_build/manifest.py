@@ -118,7 +118,7 @@ def build_manifest(
         "checksum": CHECKSUM,
         "sources": {
             name: {
-                "location": source.ref.location,
+                "location": source.location,
                 "path": source.checkpoint.folder,
                 "commit": source.checkpoint.commit,
             }

@@ -248,7 +248,7 @@ class _Planner:
             for difference in self.default.model.differences(source.model):
                 self.problems.hard(
                     f"`{self.default.name}` and `{source.name}` are different models: {difference} in their "
-                    f"config.json; point `{source.name}` (line {source.ref.line}) to a checkpoint of the same model"
+                    f"config.json; point `{source.name}` (line {source.line}) to a checkpoint of the same model"
                 )
 
     # The modules, with the tensors they are made of
@@ -290,7 +290,7 @@ class _Planner:
         if isinstance(base, Format) and base.shape(stored) != shape:
             self.problems.hard(
                 f"{name} is {list(base.shape(stored))} in `{self.default.name}` and {list(shape)} in "
-                f"`{source.name}` (line {source.ref.line}): these are different models"
+                f"`{source.name}` (line {source.line}): these are different models"
             )
 
     def _report_missing(self, source_name: str, rule: Rule | None, names: list[str]) -> None:

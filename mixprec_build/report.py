@@ -46,7 +46,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     sources = [
         {
             "name": name,
-            "location": source.ref.location,
+            "location": source.location,
             "commit": source.checkpoint.commit,
             "holds": sorted(source.holds),
             "modules": sum(module.source == name for module in plan.modules.values()),

@@ -95,14 +95,14 @@ def _check_group(
 ) -> None:
     expert = is_expert(name)
     if len({part.format.fuses_as for part in parts}) > 1:
-        what = "the projections of one expert" if expert else f"{name.rpartition('.')[2]}, one GEMM in SGLang"
+        what = "the projections of one expert" if expert else f"parts of {name.rpartition('.')[2]}, one GEMM in SGLang,"
         owners = "; ".join(f"{_last(part.name)} is {_described(part.format)} from {_origin(part)}" for part in parts)
         source = _common_source(parts, sources, expert)
         change = [part for part in parts if part.source != source]
         exact = next((part.rule for part in change if part.rule is not None and part.rule.pattern.exact), None)
         problems.soft(
             [part.name for part in parts],
-            f"{what}, must share a format, but {owners}",
+            f"{what} must share a format, but {owners}",
             _Mend(source, exact),
             [part.name for part in change],
         )

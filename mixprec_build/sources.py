@@ -13,11 +13,12 @@ from .errors import RecipeError, SourceError
 from .formats.base import Format, FormatError
 from .formats.registry import ALIASES, detect
 from .model import Model
-from .recipe import Recipe, SourceRef
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from .recipe import Recipe, SourceRef
 
 __all__ = ["Source", "Sources", "open_source", "open_sources"]
 
@@ -26,7 +27,10 @@ __all__ = ["Source", "Sources", "open_source", "open_sources"]
 class Source:
     """One checkpoint of a recipe."""
 
-    ref: SourceRef
+    name: str
+    location: str
+    line: int
+    """Of the recipe; 0 outside any."""
     checkpoint: Checkpoint
     formats: Mapping[str, Format | FormatError]
     model: Model
@@ -34,15 +38,12 @@ class Source:
     """Kinds of its quantized formats; of its unquantized ones where it has no others."""
 
     @classmethod
-    def of(cls, ref: SourceRef, checkpoint: Checkpoint) -> Source:
+    def of(cls, name: str, checkpoint: Checkpoint, line: int = 0) -> Source:
         formats = detect(checkpoint)
         held = {fmt for fmt in formats.values() if isinstance(fmt, Format)}
         kinds = {fmt.kind for fmt in held if fmt.quantized} or {fmt.kind for fmt in held}
-        return cls(ref, checkpoint, formats, Model.from_config(checkpoint.config), frozenset(kinds))
-
-    @property
-    def name(self) -> str:
-        return self.ref.name
+        model = Model.from_config(checkpoint.config)
+        return cls(name, checkpoint.location, line, checkpoint, formats, model, frozenset(kinds))
 
     def module(self, name: str) -> StoredModule | None:
         return self.checkpoint.modules.get(name)
@@ -86,7 +87,7 @@ class Sources:
 
 def open_source(location: str, *, relative_to: Path | None = None) -> Source:
     """Opens one checkpoint outside any recipe, a compiled one or a plain one, with its formats."""
-    return Source.of(SourceRef(location, location, 0), open_checkpoint(location, relative_to=relative_to))
+    return Source.of(location, open_checkpoint(location, relative_to=relative_to))
 
 
 def open_sources(recipe: Recipe) -> Sources:
@@ -102,7 +103,7 @@ def open_sources(recipe: Recipe) -> Sources:
     by_name = {}
     for name, ref in recipe.sources.items():
         checkpoint = opened[ref.location]
-        source = Source.of(ref, checkpoint)
+        source = Source.of(name, checkpoint, ref.line)
         _check_claim(source, recipe)
         by_name[name] = source
     return Sources(opened[recipe.model.location], by_name)
@@ -123,11 +124,11 @@ def _check_claim(source: Source, recipe: Recipe) -> None:
         return
     unread = next((f for f in source.formats.values() if isinstance(f, FormatError)), None)
     raise RecipeError(
-        f"the source `{source.name}` ({source.ref.location}) holds {_describe(source)}"
+        f"the source `{source.name}` ({source.location}) holds {_describe(source)}"
         + (f" (a module is {unread})" if unread is not None else "")
         + "; rename it after what it holds, or point it to another checkpoint",
         path=recipe.path,
-        line=source.ref.line,
+        line=source.line,
     )
 
 

@@ -1,4 +1,7 @@
-"""What every storage format answers."""
+"""What every storage format answers.
+
+numpy is imported where values are looked at: `mixprec inspect` reads headers and starts without it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ..checkpoint import StoredModule
     from ..header import TensorInfo
 
@@ -97,6 +100,8 @@ class Format(ABC):
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """A safetensors dtype as numpy knows it, with ml_dtypes for BF16 and FP8."""
+    import numpy as np
+
     if dtype in _NATIVE:
         return np.dtype(_NATIVE[dtype])
     import ml_dtypes

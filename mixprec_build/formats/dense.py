@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from .base import Format, FormatError, shape_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ..checkpoint import StoredModule
 
 __all__ = ["Dense"]
@@ -72,4 +72,4 @@ class Dense(Format):
         return tensors["weight" if "weight" in tensors else "" if "" in tensors else "bias"].shape
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        return tensors["weight" if "weight" in tensors else ""].astype(np.float32)
+        return tensors["weight" if "weight" in tensors else ""].astype("float32")

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from .base import Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ..checkpoint import StoredModule
 
 __all__ = ["Fp8"]
@@ -159,8 +159,8 @@ class Fp8(Format):
         return ["gate and up have different per-tensor scales, and SGLang would requantize them at load"]
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        weight = tensors["weight"].astype(np.float32)
-        scale = tensors[self.scale_leaf].astype(np.float32)
+        weight: npt.NDArray[np.float32] = tensors["weight"].astype("float32")
+        scale: npt.NDArray[np.float32] = tensors[self.scale_leaf].astype("float32")
         if self.block is not None:
             (n, k), (block_n, block_k) = weight.shape, self.block
             scale = scale.repeat(block_n, axis=0)[:n].repeat(block_k, axis=1)[:, :k]
@@ -168,7 +168,8 @@ class Fp8(Format):
             scale = scale.reshape(-1, 1)
         else:
             scale = scale.reshape(())
-        return weight * scale
+        weight *= scale
+        return weight
 
 
 def _block_size(quantization: Mapping[str, object]) -> tuple[int, int]:

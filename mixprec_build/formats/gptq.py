@@ -25,12 +25,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from .base import Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ..checkpoint import StoredModule
 
 __all__ = ["Gptq"]
@@ -164,6 +164,8 @@ class Gptq(Format):
         return limits
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
+        import numpy as np
+
         limits = []
         if self.sym:
             # Marlin takes the zero point of a symmetric weight for granted.
@@ -189,6 +191,8 @@ class Gptq(Format):
         return limits
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        import numpy as np
+
         q = self._unpack(tensors["qweight"].T).T  # [K, N]
         zeros = self._unpack(tensors["qzeros"])  # [G, N]
         if self.layout == "gptq":
@@ -202,6 +206,8 @@ class Gptq(Format):
 
     def _unpack(self, words: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
         """``[R, C]`` 32-bit words -> ``[R, C * pack]`` values, lowest bits first."""
+        import numpy as np
+
         shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
         values = (np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
         return values.reshape(words.shape[0], -1).astype(np.int32)

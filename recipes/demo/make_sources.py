@@ -113,11 +113,10 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    print(f"{folder.name}: ", end="", flush=True)
     start = time.perf_counter()
     write(unfinished)
     unfinished.rename(folder)
-    print(f"made in {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{folder.name}: made in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 # BF16
@@ -197,19 +196,19 @@ def quantize_gptq(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     gptq, packer = import_auto_gptq()
     packed: dict[str, Tensor] = {}
 
-    def quantize_layer(prefix: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def quantize_layer(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, solver in observe_linears(gptq, layer, args, kwargs).items():
             for suffix, tensor in solve_and_pack(solver, packer).items():
-                packed[f"{prefix}.{name}.{suffix}"] = tensor
-        print(".", end="", flush=True)
+                packed[f"model.layers.{index}.{name}.{suffix}"] = tensor
+        if (index + 1) % 10 == 0:
+            print(f"  layer {index + 1} after {time.perf_counter() - start:.1f} s", flush=True)
 
+    start = time.perf_counter()
     for index, layer in enumerate(model.model.layers):
-        hook = partial(quantize_layer, f"model.layers.{index}")
-        layer.register_forward_pre_hook(hook, with_kwargs=True)
+        layer.register_forward_pre_hook(partial(quantize_layer, index), with_kwargs=True)
     # AutoGPTQ synchronises CUDA to time itself, which raises where there is no CUDA device.
     with mock.patch.object(torch.cuda, "synchronize"):
         model.model(tokens, use_cache=False)
-    print(" ", end="")
     return packed
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hub_server import Answer, HubServer
 
 from mixprec_build import hub as hub_module
 from mixprec_build.errors import HubError
 from mixprec_build.hub import HubRepo, parse_repo_id
-from tests.hub_server import Answer, HubServer
 
 REPO = "org/model"
 SHARD = "model-00001-of-00002.safetensors"
@@ -333,6 +333,8 @@ def test_tokens_are_not_shown(hub: HubServer, model: Path, load: Load, monkeypat
     )
     hub.answers.append(Answer(403, headers={"X-Error-Message": f"Bearer {TOKEN} may not"}))
     assert refusal(lambda: HubRepo.open(REPO)).endswith(f"{hub.url} answered 403: Bearer *** may not")
+    hub.answers.append(Answer(403, headers={"X-Error-Message": "x" * 190 + TOKEN}))
+    assert TOKEN[:5] not in refusal(lambda: HubRepo.open(REPO))
     for damaged in (TOKEN + "\x7f", TOKEN + "…"):
         monkeypatch.setenv("HF_TOKEN", damaged)
         assert refusal(lambda: HubRepo.open(REPO)) == (
@@ -393,7 +395,7 @@ def test_a_body_cut_short_is_asked_for_again(hub: HubServer, model: Path) -> Non
     hub.cuts = [100] * 10
     message = refusal(lambda: repo.read(SHARD, 0, 1024))
     assert message.startswith(f"org/model@main/{SHARD}: the connection to {hub.url} failed (")
-    assert "100" in message
+    assert "100 bytes" in message
     assert len(hub.cuts) == 6
 
 
