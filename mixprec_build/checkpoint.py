@@ -155,6 +155,11 @@ class Checkpoint:
         return getattr(self.storage, "commit", None)
 
     @property
+    def offline(self) -> str | None:
+        """Why the cache answered for the hub; None when it did not have to."""
+        return getattr(self.storage, "offline", None)
+
+    @property
     def folder(self) -> str | None:
         """The absolute path of a local checkpoint."""
         return str(self.storage.folder.resolve()) if isinstance(self.storage, LocalFolder) else None

@@ -160,6 +160,9 @@ class _Planner:
         self.chosen: dict[str, tuple[Source, int | None]] = {}
         """Module -> its source and the number of the rule that chose it."""
         self.dropped_biases: set[tuple[str, str]] = set()
+        for source in sources.by_name.values():
+            if source.checkpoint.offline is not None:
+                self.notes.append(f"`{source.name}` is read from the cache: {source.checkpoint.offline}")
         if self.default.model.model_type not in FAMILIES:
             self.notes.append(
                 f"model_type {self.default.model.model_type!r} is not among the families checked against SGLang "
