@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import xxhash
 
 from .errors import SourceError
-from .header import TensorInfo, header_length, open_regular, parse_header
+from .header import TensorInfo, header_length, open_regular, parse_header, pread_all
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +91,7 @@ class LocalFolder:
         path = self.folder / name
         fd = open_regular(path)
         try:
-            data = os.pread(fd, length, offset)
+            data = pread_all(fd, length, offset)
         except OSError as error:
             raise SourceError(f"read error: {error.strerror}", path=path) from error
         finally:
@@ -211,15 +211,18 @@ class ValueReader:
         fd = self._open[key]
         if fd is None or not tensor.nbytes:
             return None
+        path_text = self._checkpoints[checkpoint].path_of(tensor.file)
+        want = min(tensor.nbytes, self.LIMIT)
         try:
             if os.lseek(fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.nbytes:
                 return None
-            data = os.pread(fd, min(tensor.nbytes, self.LIMIT), tensor.start)
+            data = pread_all(fd, want, tensor.start)
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole from here to the end
                 return None
-            path_text = self._checkpoints[checkpoint].path_of(tensor.file)
             raise SourceError(f"cannot read {tensor.name!r}: {error.strerror}", path=path_text) from error
+        if len(data) != want:
+            raise SourceError(f"ends inside {tensor.name}; fetch the file again", path=path_text)
         return np.frombuffer(data, dtype=numpy_dtype(tensor.dtype))
 
 
@@ -262,7 +265,7 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
 
     parts: dict[str, dict[str, TensorInfo]] = {}
     for tensor in tensors.values():
-        if not re.fullmatch(r"[^\x00-\x20\x7f\ud800-\udfff*?{}\[\]]+", tensor.name):
+        if not re.fullmatch(r"[^\x00-\x20\x7f-\x9f\ud800-\udfff*?{}\[\]]+", tensor.name):
             raise SourceError(
                 f"tensor name {tensor.name!r} has characters no model uses", path=f"{location}/{tensor.file}"
             )

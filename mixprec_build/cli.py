@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,9 +145,8 @@ def verify(
 
         for reason in result.gone:
             print(f"compared by checksum only, source {reason}")
-        print(
-            f"{result.bit_for_bit:,} tensors compared with their sources bit for bit, {result.by_checksum:,} by checksum"
-        )
+        compared = f"{result.bit_for_bit:,} tensors bit for bit with their sources, {result.by_checksum:,} by checksum"
+        print(f"compared {compared}")
         if errors:
             show_errors(errors, against or "", _console())
     if result.differences:
@@ -223,11 +224,23 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """The console script ``mixprec``: errors become one message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A path need not be text, and a terminal need not know every letter.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except MixprecError as error:
-        print(f"mixprec: {error}", file=sys.stderr)
+        print(f"mixprec: {_printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # standard output is full, say
+        print(f"mixprec: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _printable(text: str) -> str:
+    """Without characters that would command the terminal: a message may quote a stranger's file."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ truncated source could turn into a crash, no memory that grows with a tensor.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 import xxhash
 
 from .errors import SourceError, WriteError
-from .header import open_regular
+from .header import open_regular, pread_all
 from .plan import Plan, PlannedShard, PlannedTensor
 
 __all__ = ["Copier", "Progress", "pwrite_all", "write_errors"]
@@ -27,8 +28,11 @@ __all__ = ["Copier", "Progress", "pwrite_all", "write_errors"]
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just done, from any thread."""
 
-_BUFFER = 4 << 20
+# Stays in a core's second-level cache between read, hash and write: 4 MiB took four times as long.
+_BUFFER = 256 << 10
+_WRITEBACK = 16 << 20
 _FICLONE = 0x40049409  # linux/fs.h
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux; a hint, so its absence costs time only
 
 
 @dataclass(slots=True)
@@ -38,6 +42,8 @@ class _Output:
     path: Path
     fd: int
     pending: int = 0
+    dirty: int = 0
+    """Bytes written since the kernel was last told to put them on disk."""
     queued: bool = False
     """Whether all of its batches have been handed out."""
 
@@ -97,7 +103,7 @@ class Copier:
         fd = open_regular(path)
         try:
             before = os.fstat(fd)
-            header = os.pread(fd, shard.header_bytes, 0)
+            header = _read_start(fd, shard.header_bytes, path)
             if before.st_size != shard.size or xxhash.xxh3_128_hexdigest(header) != shard.header_checksum:
                 raise SourceError("changed since it was planned; start again", path=path)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -137,7 +143,7 @@ class Copier:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._unfinished.add(fd)
                 return _Output(path, fd), False, data_start
-            header = os.pread(self._sources[shard.link], data_start, 0)
+            header = _read_start(self._sources[shard.link], data_start, self._paths[shard.link])
         else:
             header = shard.header()
         with write_errors(path):
@@ -162,9 +168,8 @@ class Copier:
                 raise
 
     def _copy(self, batch: _Batch, buffer: memoryview) -> None:
-        fd = batch.output.fd if batch.write else None
         if len(batch.tensors) == 1:
-            self._stream(batch.tensors[0], fd, batch.start, buffer)
+            self._stream(batch, buffer)
             return
         filled = 0
         for tensor in batch.tensors:
@@ -172,25 +177,31 @@ class Copier:
             self._read(tensor, 0, window)
             self._note(tensor, xxhash.xxh3_128_hexdigest(window))
             filled += tensor.info.nbytes
-        if fd is not None:
-            with write_errors(batch.output.path):
-                pwrite_all(fd, buffer[:filled], batch.start)
-        self._progress(filled)
+        self._write(batch, buffer[:filled], batch.start)
 
-    def _stream(self, tensor: PlannedTensor, fd: int | None, start: int, buffer: memoryview) -> None:
+    def _stream(self, batch: _Batch, buffer: memoryview) -> None:
         """A tensor of any size, through the buffer."""
+        (tensor,) = batch.tensors
         digest = xxhash.xxh3_128()
         for at in range(0, tensor.info.nbytes, _BUFFER):
             window = buffer[: min(_BUFFER, tensor.info.nbytes - at)]
             self._read(tensor, at, window)
             digest.update(window)
-            if fd is not None:
-                with write_errors(self._stage):
-                    pwrite_all(fd, window, start + at)
-            self._progress(len(window))
+            self._write(batch, window, batch.start + at)
             if self._failed.is_set():
                 return
         self._note(tensor, digest.hexdigest())
+
+    def _write(self, batch: _Batch, data: memoryview, at: int) -> None:
+        output = batch.output
+        if batch.write:
+            with write_errors(output.path):
+                pwrite_all(output.fd, data, at)
+            output.dirty += len(data)
+            if output.dirty >= _WRITEBACK:
+                output.dirty = 0
+                start_writeback(output.fd)
+        self._progress(len(data))
 
     def _read(self, tensor: PlannedTensor, at: int, window: memoryview) -> None:
         """Fills ``window`` from the byte ``at`` of a tensor on."""
@@ -224,6 +235,14 @@ class Copier:
                 os.close(output.fd)
 
 
+def _read_start(fd: int, length: int, path: Path) -> bytes:
+    """The first bytes of a source file."""
+    try:
+        return pread_all(fd, length, 0)
+    except OSError as error:
+        raise SourceError(f"cannot read it: {error.strerror}", path=path) from error
+
+
 def _link(source: Path, target: Path) -> bool:
     """A reflink if the file system can, else a hard link, else False."""
     real = source.resolve()
@@ -244,6 +263,12 @@ def pwrite_all(fd: int, data: memoryview, at: int) -> None:
     while data:
         done = os.pwrite(fd, data, at)
         data, at = data[done:], at + done
+
+
+def start_writeback(fd: int) -> None:
+    """Has the kernel start writing a file's dirty pages: the disk works while the copy goes on, not after it."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # SYNC_FILE_RANGE_WRITE, fcntl.h
 
 
 @contextmanager

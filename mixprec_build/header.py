@@ -11,7 +11,6 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from math import prod
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -25,6 +24,8 @@ __all__ = [
     "header_length",
     "open_regular",
     "parse_header",
+    "pread_all",
+    "read_regular",
 ]
 
 DTYPE_BITS: Mapping[str, int] = {
@@ -63,6 +64,26 @@ def open_regular(path: Path) -> int:
     return fd
 
 
+def pread_all(fd: int, length: int, offset: int) -> bytes:
+    """These bytes of a file, fewer only where it ends: one ``pread`` gives no more than 2 GiB."""
+    parts = []
+    while length > 0 and (data := os.pread(fd, length, offset)):
+        parts.append(data)
+        length, offset = length - len(data), offset + len(data)
+    return b"".join(parts)
+
+
+def read_regular(path: Path) -> bytes:
+    """A whole small file. Raises :class:`SourceError`, also for what would never end."""
+    fd = open_regular(path)
+    try:
+        return pread_all(fd, os.fstat(fd).st_size, 0)
+    except OSError as error:
+        raise SourceError(f"cannot read it: {error.strerror}", path=path) from error
+    finally:
+        os.close(fd)
+
+
 def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) -> tuple[dict[str, TensorInfo], object]:
     """Tensors in the order of their data, and ``__metadata__``, from the first ``8 + N`` bytes of a file.
 
@@ -71,7 +92,9 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
     """
 
     def bad(message: str) -> NoReturn:
-        raise SourceError(f"damaged safetensors file: {message}", path=path)
+        # A name or shape may be as long as the header.
+        short = message if len(message) <= 1000 else f"{message[:1000]}..."
+        raise SourceError(f"damaged safetensors file: {short}", path=path)
 
     start = len(data)
     try:
@@ -100,7 +123,11 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
             bad(f"tensor {name!r} has the unknown dtype {dtype!r}")
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end)):
             bad(f"tensor {name!r}: `shape` and `data_offsets` must be whole numbers, zero or more")
-        bits = prod(shape) * DTYPE_BITS[dtype]
+        bits = DTYPE_BITS[dtype]
+        for n in shape:
+            bits *= n
+            if bits >= 1 << 67:  # checked here: the product of a million dimensions takes hours
+                bad(f"tensor {name!r}: {dtype} {shape} overflows")
         if bits % 8 or bits // 8 != end - begin:
             bad(f"tensor {name!r}: {dtype} {shape} does not take the {end - begin} bytes it is given")
         tensors.append(TensorInfo(name, dtype, tuple(shape), file, start + begin, end - begin))

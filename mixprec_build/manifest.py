@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from . import __version__
-from .errors import SourceError
+from .errors import SourceError, VerifyError
+from .header import read_regular
 from .patterns import Pattern, PatternError, compress
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "dump_manifest",
     "name_formats",
     "quantization_config",
+    "read_manifest",
 ]
 
 METHOD = "mixprec"
@@ -165,7 +167,11 @@ def checksum_of(data: bytes) -> str:
 
 
 def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """JSON with one module a line: a manifest of 100,000 tensors stays readable and diffable."""
+    """JSON with one module a line: a manifest of 100,000 tensors stays readable and diffable.
+
+    Its last line holds the checksum of all before it, so that a manifest that was damaged does not pass for
+    a checkpoint that was.
+    """
     lines = [
         f" {json.dumps(key)}: {json.dumps(value, indent=1, ensure_ascii=False)}"
         for key, value in manifest.items()
@@ -175,4 +181,42 @@ def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
         f"  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'), ensure_ascii=False)}"
         for name, entry in manifest["modules"].items()
     )
-    return ("{\n" + ",\n".join([*lines, f' "modules": {{\n{modules}\n }}']) + "\n}\n").encode()
+    text = "{\n" + ",\n".join([*lines, f' "modules": {{\n{modules}\n }}']) + ",\n"
+    # A path that is no UTF-8 has lone surrogates here; escaped by a backslash they are JSON again.
+    data = text.encode(errors="backslashreplace")
+    return data + _seal(data)
+
+
+def _seal(data: bytes) -> bytes:
+    """The last lines of a manifest that starts with ``data``."""
+    return f' "manifest_{CHECKSUM}": "{checksum_of(data)}"\n}}\n'.encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises :class:`VerifyError` where there is none, or none that is whole."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise VerifyError(f"{path}: not there; `mixprec verify` checks what `mixprec build` wrote")
+    try:
+        data = read_regular(path)
+        manifest = json.loads(data)
+        if manifest["version"] != VERSION or manifest["checksum"] != CHECKSUM:
+            raise VerifyError(f"{path}: version {manifest['version']!r}; this mixprec reads version {VERSION}")
+        body = data[: -len(_seal(b""))]
+        if data != body + _seal(body):
+            raise VerifyError(f"{path}: was changed after it was written; build the checkpoint again")
+        for module in manifest["modules"].values():
+            for entry in module["tensors"].values():
+                if not {"dtype", "shape", "bytes", "file", "source", CHECKSUM} <= entry.keys():
+                    raise KeyError("tensor fields")
+        for entry in manifest["files"].values():
+            if not {"bytes", CHECKSUM} <= entry.keys() and not {"bytes", "header"} <= entry.keys():
+                raise KeyError("file fields")
+        for entry in manifest["sources"].values():
+            if not {"location", "path", "commit"} <= entry.keys():
+                raise KeyError("source fields")
+    except SourceError as error:
+        raise VerifyError(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise VerifyError(f"{path}: damaged: {error!r}; build the checkpoint again") from error
+    return dict(manifest)

@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 __all__ = ["Pattern", "PatternError", "compress", "natural_key"]
 
+_T = TypeVar("_T")
 _SPECIAL = re.compile(r"[*?{}\[\]]")
 _RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
-_NUMBER = re.compile(r"(\d+)")
+_NUMBER = re.compile(r"(\d{1,15})")  # int() refuses digits without end
 
-# Bounds for patterns that come from strangers: a `.*` each, tried against every module name.
-_MAX_STARS = 8
+# Bounds for patterns that come from strangers: a `.*` each, tried against every module name. The time that a
+# hostile pair of them takes grows with the name's length to the power of the stars.
+_MAX_STARS = 4
 _MAX_ALTERNATIVES = 10_000
 
 
@@ -139,12 +142,18 @@ def _braces(values: Sequence[str]) -> list[str]:
     """``values`` as one brace expression, or unchanged where braces cannot say them."""
     if len(values) == 1:
         return list(values)
-    # '007' and '7' are different names: only plain numbers become ranges.
-    if all(v.isdecimal() and v == str(int(v)) for v in values):
-        return ["{" + ",".join(_spans(sorted(map(int, values)))) + "}"]
+    # '007' and '7' are different names: only plain numbers, as long as _RANGE reads them, become ranges.
+    if all(re.fullmatch(r"0|[1-9][0-9]{0,5}", v) for v in values):
+        numbers = sorted(map(int, values))
+        return ["{" + ",".join(_spans(some)) + "}" for some in _chunks(numbers)]
     if all(re.fullmatch(r"\w+", v) for v in values):
-        return ["{" + ",".join(sorted(values)) + "}"]
+        return ["{" + ",".join(some) + "}" for some in _chunks(sorted(values))]
     return list(values)
+
+
+def _chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """As many at a time as one pattern may hold."""
+    return (values[at : at + _MAX_ALTERNATIVES] for at in range(0, len(values), _MAX_ALTERNATIVES))
 
 
 def _spans(numbers: Sequence[int]) -> list[str]:

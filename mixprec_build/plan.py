@@ -15,7 +15,7 @@ from .header import TensorInfo, build_header
 from .model import FAMILIES, Role, role_of
 from .patterns import compress, natural_key
 from .recipe import Recipe, Rule
-from .servable import Problems, check_servable
+from .servable import Mend, Problems, check_servable, gives
 from .sources import Source, Sources
 
 __all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan"]
@@ -260,6 +260,7 @@ class _Planner:
         modules = {}
         missing: dict[tuple[str, int | None], list[str]] = {}
         downgraded: dict[tuple[str, int], list[str]] = {}
+        clashes: dict[tuple[tuple[int, ...], tuple[int, ...], str], list[str]] = {}
         for name, (source, winner) in self.chosen.items():
             stored = source.module(name)
             if stored is None:
@@ -274,12 +275,20 @@ class _Planner:
             tensors = {leaf: PlannedTensor(source.name, info) for leaf, info in sorted(stored.tensors.items())}
             base = self.default.module(name)
             if base is not None and base is not stored:
-                self._check_shape(name, fmt.shape(stored), source)
+                due = self._shape_clash(name, fmt.shape(stored))
+                if due is not None:
+                    clashes.setdefault((due, fmt.shape(stored), source.name), []).append(name)
                 if "bias" in base.tensors and "bias" not in tensors and "" not in tensors:
                     tensors["bias"] = PlannedTensor(self.default.name, base.tensors["bias"])
             modules[name] = PlannedModule(name, self._role(name), fmt, source.name, rule, fmt.shape(stored), tensors)
         for (source_name, winner), names in missing.items():
             self._report_missing(source_name, None if winner is None else self.recipe.rules[winner], names)
+        for (due, shape, source_name), names in clashes.items():
+            self.problems.hard(
+                f"{_some(compress(names))}: {list(due)} in `{self.default.name}` and {list(shape)} in `{source_name}`, "
+                f"these are different models; point `{source_name}` (line {self.sources.by_name[source_name].line}) "
+                "to a checkpoint of the same model"
+            )
         for (kind, winner), names in downgraded.items():
             self.notes.append(
                 f"{self.recipe.rules[winner]}: {len(names)} of its modules are stored as {kind} there "
@@ -287,14 +296,11 @@ class _Planner:
             )
         return modules
 
-    def _check_shape(self, name: str, shape: tuple[int, ...], source: Source) -> None:
-        stored = self.default.checkpoint.modules[name]
+    def _shape_clash(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape a module has in the default source, where it is another one."""
         base = self.default.formats[name]
-        if isinstance(base, Format) and base.shape(stored) != shape:
-            self.problems.hard(
-                f"{name} is {list(base.shape(stored))} in `{self.default.name}` and {list(shape)} in "
-                f"`{source.name}` (line {source.line}): these are different models"
-            )
+        due = base.shape(self.default.checkpoint.modules[name]) if isinstance(base, Format) else shape
+        return due if due != shape else None
 
     def _report_missing(self, source_name: str, rule: Rule | None, names: list[str]) -> None:
         source = self.sources.by_name[source_name]
@@ -306,16 +312,11 @@ class _Planner:
                 "run once with the hub in reach"
             )
             return
-        holders = [s.name for s in self.sources.by_name.values() if all(n in s.checkpoint.modules for n in names)]
-        mend = "name a source that has them"
-        if holders and rule is not None and rule.pattern.exact:
-            mend = f"change line {rule.line} to `{rule.pattern.text}: {holders[0]}`"
-        elif holders:
-            mend = "add after the last line of `weights:` " + ", ".join(f"`{p}: {holders[0]}`" for p in patterns[:4])
+        holders = [s.name for s in self.sources.by_name.values() if gives(s, names)]
+        mend = self.problems.mended(*Mend.of(holders[0] if holders else None, [(name, rule) for name in names]))
         by = f"by {rule}" if rule is not None else "by default"
-        self.problems.hard(
-            f"`{source_name}` has no {_some(patterns)} ({len(names)} modules), which come from there {by}; {mend}"
-        )
+        count = "1 module" if len(names) == 1 else f"{len(names)} modules"
+        self.problems.hard(f"`{source_name}` has no {_some(patterns)} ({count}), which come from there {by}{mend}")
 
     # Biases that only a quantized source has
 

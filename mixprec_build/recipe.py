@@ -103,7 +103,7 @@ def parse_size(text: str) -> int:
 
 
 def _native(reader: _Reader, root: _Map) -> Recipe:
-    reader.only(root, {"model", "sources", "default", "weights", "output", "inference", "server"}, "recipe")
+    reader.only(root, {"model", "sources", "default", "weights", "output", "inference", "server"}, "the recipe")
     model = reader.text(reader.need(root, "model", "the checkpoint that gives config and tokenizer"))
     sources = {
         name.text: SourceRef(name.text, reader.text(value).text, name.line)
@@ -143,7 +143,7 @@ _PATHS = {
 
 
 def _mixed_precision(reader: _Reader, root: _Map) -> Recipe:
-    reader.only(root, {"mixed_precision", "output", "inference", "server"}, "recipe with `mixed_precision:`")
+    reader.only(root, {"mixed_precision", "output", "inference", "server"}, "a recipe with `mixed_precision:`")
     section = reader.map(root["mixed_precision"])
     reader.only(section, {*_PATHS, "base_model_path", "weight_mapping"}, "`mixed_precision:`")
     sources = {
@@ -291,7 +291,9 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             at = None if mark is None else mark.line + 1
-            raise self.error(f"not valid YAML: {error.problem or error.context}", at) from error
+            # `*.mlp: fp8` is an alias to YAML, and one with a bad name.
+            hint = "; quote names that start with *" if "alias" in (error.context or "") else ""
+            raise self.error(f"not valid YAML: {error.problem or error.context}{hint}", at) from error
         except yaml.YAMLError as error:
             raise self.error(f"not valid YAML: {error}", None) from error
         return root

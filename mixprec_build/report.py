@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .formats.base import Format, FormatError
-from .manifest import MANIFEST, METHOD, name_formats
+from .manifest import MANIFEST, METHOD, name_formats, read_manifest
 from .model import Role, layer_of, projection_of, role_of
 from .patterns import compress
 
@@ -92,13 +91,12 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         "serve": f"python -m sglang.launch_server --model-path {source.checkpoint.location}"
         + (f" --quantization {METHOD}" if compiled else ""),
     }
-    manifest = folder / MANIFEST
-    if compiled and manifest.is_file():
-        recorded = json.loads(manifest.read_bytes())
+    if compiled and (folder / MANIFEST).exists():
+        recorded = read_manifest(folder)
         facts |= {
             "sources": [{"name": name, **entry} for name, entry in recorded["sources"].items()],
             "checksum": recorded["checksum"],
-            "unservable": recorded["unservable"],
+            "unservable": recorded.get("unservable", []),
         }
     return facts
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .formats.base import Format
+from .formats.registry import ALIASES
 from .header import TensorInfo
 from .model import Role, expert_parts, fused_groups, is_expert
 from .patterns import compress
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from .checkpoint import StoredModule, ValueReader
     from .plan import PlannedModule
     from .recipe import Recipe, Rule
-    from .sources import Sources
+    from .sources import Source, Sources
 
-__all__ = ["Problem", "Problems", "check_servable"]
+__all__ = ["Mend", "Problem", "Problems", "check_servable", "gives"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,40 +42,57 @@ class Problems:
     def __init__(self, recipe: Recipe):
         self._last_line = max((rule.line for rule in recipe.rules), default=None)
         self._hard: list[str] = []
-        self._soft: dict[tuple[str, _Mend], tuple[list[str], list[str]]] = {}
+        self._soft: dict[tuple[str, Mend | None], tuple[list[str], list[str]]] = {}
 
     def hard(self, text: str) -> None:
         self._hard.append(text)
 
-    def soft(self, modules: Iterable[str], text: str, mend: _Mend, mend_modules: Iterable[str]) -> None:
-        """``text`` is about all of ``modules``; ``mend`` says how to change the source of ``mend_modules``."""
-        about, change = self._soft.setdefault((text, mend), ([], []))
+    def soft(self, modules: Iterable[str], text: str, mend: Mend | None = None, change: Iterable[str] = ()) -> None:
+        """``text`` is about all of ``modules``; ``mend`` also says which source ``change`` should come from."""
+        about, changed = self._soft.setdefault((text, mend), ([], []))
         about += modules
-        change += mend_modules
+        changed += change
 
     def found(self) -> list[Problem]:
         soft = [
-            Problem(f"{_some(compress(about))}: {text}{mend.sentence(change, self._last_line)}", hard=False)
+            Problem(f"{_some(compress(about))}: {text}{self.mended(mend, change)}", hard=False)
             for (text, mend), (about, change) in self._soft.items()
         ]
         return [Problem(text, hard=True) for text in dict.fromkeys(self._hard)] + soft
 
+    def mended(self, mend: Mend | None, change: Sequence[str]) -> str:
+        """The sentence that ends a problem."""
+        return "" if mend is None else mend.sentence(change, self._last_line)
+
 
 @dataclass(frozen=True, slots=True)
-class _Mend:
-    """The smallest change: ``source`` for some modules, by a new line or (``rule``) by changing an exact one."""
+class Mend:
+    """The smallest change: ``source`` for some modules, by changing the exact lines that name them or by new lines."""
 
     source: str | None
-    rule: Rule | None = None
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def of(cls, source: str | None, modules: Iterable[tuple[str, Rule | None]]) -> tuple[Mend, list[str]]:
+        """For modules with the lines that chose their sources; also which of them need a new line."""
+        exact: dict[Rule, None] = {}
+        others = []
+        for name, rule in modules:
+            if rule is not None and rule.pattern.exact:
+                exact[rule] = None
+            else:
+                others.append(name)
+        return cls(source, tuple(exact)), others
 
     def sentence(self, modules: Sequence[str], last_line: int | None) -> str:
         if self.source is None:
             return ". No source of this recipe can take their place: add one that can"
-        if self.rule is not None:
-            return f". Change line {self.rule.line} to `{self.rule.pattern.text}: {self.source}`"
-        where = "under `weights:`" if last_line is None else f"below line {last_line}"
-        lines = ", ".join(f"`{pattern}: {self.source}`" for pattern in compress(modules)[:4])
-        return f". Add {where}: {lines}"
+        steps = [f"change line {rule.line} to `{rule.pattern.text}: {self.source}`" for rule in self.rules]
+        if modules:
+            where = "under `weights:`" if last_line is None else f"below line {last_line}"
+            steps.append(f"add {where}: {_some([f'`{pattern}: {self.source}`' for pattern in compress(modules)], 8)}")
+        sentence = ", ".join(steps)
+        return f". {sentence[0].upper()}{sentence[1:]}"
 
 
 def check_servable(
@@ -99,13 +117,8 @@ def _check_group(
         owners = "; ".join(f"{_last(part.name)} is {_described(part.format)} from {_origin(part)}" for part in parts)
         source = _common_source(parts, sources, expert)
         change = [part for part in parts if part.source != source]
-        exact = next((part.rule for part in change if part.rule is not None and part.rule.pattern.exact), None)
-        problems.soft(
-            [part.name for part in parts],
-            f"{what} must share a format, but {owners}",
-            _Mend(source, exact),
-            [part.name for part in change],
-        )
+        text = f"{what} must share a format, but {owners}"
+        problems.soft([part.name for part in parts], text, *_mend(source, change))
         return
     fmt = parts[0].format
     origin = {tensor.info.name: tensor.source for part in parts for tensor in part.tensors.values()}
@@ -117,9 +130,12 @@ def _check_group(
     limits = [*_shape_limits(fmt, stored, expert), *fmt.value_limits(stored, read, experts=expert)]
     for limit in limits:
         source = _common_source(parts, sources, expert, other_than=parts[0].source)
-        exact = next((part.rule for part in parts if part.rule is not None and part.rule.pattern.exact), None)
-        names = [part.name for part in parts]
-        problems.soft(names, f"{_described(fmt)} from {_origin(parts[0])}: {limit}", _Mend(source, exact), names)
+        text = f"{_described(fmt)} from {_origin(parts[0])}: {limit}"
+        problems.soft([part.name for part in parts], text, *_mend(source, parts))
+
+
+def _mend(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Mend, list[str]]:
+    return Mend.of(source, [(part.name, part.rule) for part in parts])
 
 
 def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool) -> list[str]:
@@ -143,51 +159,56 @@ def _common_source(
     order = sorted(sources.by_name, key=lambda name: -votes.count(name))
     for name in order:
         source = sources.by_name[name]
-        if name == other_than or not all(isinstance(source.formats.get(part.name), Format) for part in parts):
+        if name == other_than or not gives(source, [part.name for part in parts]):
             continue
         formats = [source.format_of(part.name) for part in parts]
+        if any(_role_limit(part.name, part.role, fmt) for part, fmt in zip(parts, formats, strict=True)):
+            continue
         stored = [source.checkpoint.modules[part.name] for part in parts]
         if len({fmt.fuses_as for fmt in formats}) == 1 and not _shape_limits(formats[0], stored, expert):
             return name
     return None
 
 
+def gives(source: Source, modules: Iterable[str]) -> bool:
+    """Whether a recipe may take all of ``modules`` from ``source``, as what the source's name says they are."""
+    claimed = ALIASES.get(source.name)
+    formats = [source.formats.get(name) for name in modules]
+    return all(isinstance(fmt, Format) and (claimed is None or fmt.kind in claimed) for fmt in formats)
+
+
 def _check_never_quantized(module: PlannedModule, sources: Sources, problems: Problems) -> None:
-    if not module.format.quantized:
+    limit = _role_limit(module.name, module.role, module.format)
+    if limit is None:
         return
-    last = _last(module.name)
-    if module.role in (Role.EMBEDDING, Role.HEAD, Role.ROUTER):
-        limit = f"SGLang has no quantized {module.role.value}"
-    elif last == "kv_b_proj":
-        limit = "SGLang reads kv_b_proj outside its quantization methods and needs it unquantized"
-    elif last.endswith("a_proj") or last == "kv_a_proj_with_mqa":
-        if "int4" not in module.format.kind:
-            return
-        limit = "SGLang joins q_a_proj and kv_a_proj along an axis that packed Int4 does not have"
-    else:
-        return
-    dense = [
-        name
-        for name, source in sources.by_name.items()
-        if isinstance(fmt := source.formats.get(module.name), Format) and not fmt.quantized
-    ]
-    rule = module.rule if module.rule is not None and module.rule.pattern.exact else None
-    mend = _Mend(dense[0] if dense else None, rule)
-    problems.soft([module.name], f"{_described(module.format)} from {_origin(module)}: {limit}", mend, [module.name])
+    source = _common_source([module], sources, expert=False)
+    text = f"{_described(module.format)} from {_origin(module)}: {limit}"
+    problems.soft([module.name], text, *_mend(source, [module]))
+
+
+def _role_limit(name: str, role: Role, fmt: Format) -> str | None:
+    """Why SGLang has no place for a module in ``fmt``, whatever its shape."""
+    last = _last(name)
+    if not fmt.quantized:
+        return None
+    if role in (Role.EMBEDDING, Role.HEAD, Role.ROUTER):
+        return f"SGLang has no quantized {role.value}"
+    if last == "kv_b_proj":
+        return "SGLang reads kv_b_proj outside its quantization methods and needs it unquantized"
+    if last in ("q_a_proj", "kv_a_proj_with_mqa") and "int4" in fmt.kind:
+        return "SGLang joins q_a_proj and kv_a_proj along an axis that packed Int4 does not have"
+    return None
 
 
 def _check_same_weights(
     modules: Mapping[str, PlannedModule], sources: Sources, reader: ValueReader, problems: Problems
 ) -> None:
-    """Norms must agree between sources: where they do not, linears were quantized from other weights."""
-    users: dict[str, list[str]] = {}
-    for module in modules.values():
-        if module.format.quantized:
-            users.setdefault(module.source, []).append(module.name)
+    """Norms must agree between all sources that weights come from: where they do not, one is another model's."""
+    users = {module.source for module in modules.values() if module.role not in (Role.NORM, Role.PARAMETER)}
     norms = [module for module in modules.values() if module.role is Role.NORM and "weight" in module.tensors]
-    for name in users:
-        differing = []
-        for norm in norms:
+    for name in sources.by_name:
+        differing: dict[str, list[str]] = {}
+        for norm in norms if name in users else ():
             mine, other = norm.tensors["weight"], sources.by_name[name].module(norm.name)
             if mine.source == name or other is None or "weight" not in other.tensors:
                 continue
@@ -196,15 +217,13 @@ def _check_same_weights(
                 continue
             # One rounding to FP16 or BF16 lies between releases of one model, no more.
             if not np.allclose(a.astype(np.float32), b.astype(np.float32), rtol=2**-7, atol=1e-6):
-                differing.append(norm)
-        if differing:
-            against = differing[0].source
+                differing.setdefault(mine.source, []).append(norm.name)
+        for against, names in differing.items():
             problems.soft(
-                [norm.name for norm in differing],
-                f"`{name}` and `{against}` hold different values, so the linears of `{name}` were quantized from "
-                "other weights (another revision or fine-tune, or scales folded into the norms); take them from one",
-                _Mend(name),
-                [norm.name for norm in differing],
+                names,
+                f"`{name}` (line {sources.by_name[name].line}) and `{against}` (line {sources.by_name[against].line}) "
+                "hold different values, so they do not hold the same weights (another revision or fine-tune, or "
+                "scales folded into the norms); point one of them to a checkpoint of the other's weights",
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +16,11 @@ import xxhash
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import SourceError, VerifyError
 from .formats.base import Format
-from .header import TensorInfo, open_regular
-from .manifest import CHECKSUM, MANIFEST, METHOD, VERSION
+from .header import TensorInfo, open_regular, pread_all, read_regular
+from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, read_manifest
 from .sources import Source
 
-__all__ = ["Verification", "WeightError", "verify", "weight_errors"]
+__all__ = ["Verification", "WeightError", "read_manifest", "verify", "weight_errors"]
 
 _BUFFER = 4 << 20
 
@@ -84,28 +83,6 @@ def verify(
     return Verification(bit_for_bit, len(recorded) - bit_for_bit, tuple(gone), tuple(differences))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises :class:`VerifyError`."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["version"] != VERSION or manifest["checksum"] != CHECKSUM:
-            raise VerifyError(f"{path}: version {manifest['version']}; this mixprec reads version {VERSION}")
-        for module in manifest["modules"].values():
-            for entry in module["tensors"].values():
-                if not {"dtype", "shape", "bytes", "file", "source", CHECKSUM} <= entry.keys():
-                    raise KeyError("tensor fields")
-        if not isinstance(manifest["files"], dict) or not isinstance(manifest["sources"], dict):
-            raise TypeError("files and sources")
-    except FileNotFoundError:
-        raise VerifyError(f"{path}: not there; `mixprec verify` checks what `mixprec build` wrote") from None
-    except OSError as error:
-        raise VerifyError(f"{path}: cannot read it: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise VerifyError(f"{path}: damaged: {error!r}; build the checkpoint again") from error
-    return dict(manifest)
-
-
 def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[str]]:
     opened, gone = {}, []
     unknown = moved.keys() - manifest["sources"].keys()
@@ -139,7 +116,7 @@ def _file_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Che
                 yield f"{name}: not in the index"
             elif shard.header_checksum != entry["header"]:
                 yield f"{name}: its header was changed"
-        elif xxhash.xxh3_128_hexdigest(path.read_bytes()) != entry[CHECKSUM]:
+        elif checksum_of(read_regular(path)) != entry[CHECKSUM]:
             yield f"{name}: its bytes were changed"
 
 
@@ -200,7 +177,10 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
     with closing(os.fdopen(open_regular(path), "rb", buffering=0)) as file:
         for at in range(0, info.nbytes, _BUFFER):
             want = min(_BUFFER, info.nbytes - at)
-            data = os.pread(file.fileno(), want, info.start + at)
+            try:
+                data = pread_all(file.fileno(), want, info.start + at)
+            except OSError as error:
+                raise SourceError(f"cannot read {info.name}: {error.strerror}", path=path) from error
             if len(data) != want:
                 raise SourceError(f"ends inside {info.name}", path=path)
             yield data

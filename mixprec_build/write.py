@@ -6,16 +6,19 @@ not at all.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from .checkpoint import INDEX, LocalFolder
 from .copier import Copier, Progress, pwrite_all, write_errors
-from .errors import OutputError, WriteError
+from .errors import OutputError, SourceError, WriteError
+from .header import read_regular
 from .manifest import MANIFEST, build_manifest, dump_manifest, quantization_config
 from .plan import Plan
 
@@ -29,36 +32,61 @@ _KEPT_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY.md"}
 
 def check_output(plan: Plan, out: Path, *, force: bool) -> None:
     """Refuses an output folder that holds something else or overlaps a source. Raises :class:`OutputError`."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
+    try:
+        if out.is_symlink():
+            raise OutputError(f"{out}: is a link; name the folder itself")
+        _check_overlap(plan, out)
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: is a file; name a folder")
+        if not out.is_dir() or not any(out.iterdir()):
+            return
         if not force:
             raise OutputError(f"{out}: exists and is not empty; pass --force to replace it, or name another folder")
-        if not (out / MANIFEST).is_file():
-            raise OutputError(
-                f"{out}: holds files that mixprec did not write; remove it yourself or name another folder"
-            )
+        foreign = sorted({entry.name for entry in out.iterdir()} - _written(out))
+    except (OSError, RuntimeError) as error:  # the latter for a loop of links, before Python 3.13
+        raise OutputError(f"{out}: cannot be used: {getattr(error, 'strerror', error)}") from error
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"{out}: holds files that mixprec did not write ({', '.join(foreign[:3])}{more}); "
+            "remove it yourself or name another folder"
+        )
+
+
+def _check_overlap(plan: Plan, out: Path) -> None:
     target = out.resolve()
-    for source in plan.sources.by_name.values():
-        storage = source.checkpoint.storage
-        if not isinstance(storage, LocalFolder):
+    sources = {"model": plan.sources.model} | {s.name: s.checkpoint for s in plan.sources.by_name.values()}
+    for name, checkpoint in sources.items():
+        if not isinstance(checkpoint.storage, LocalFolder):
             continue
-        folder = storage.folder.resolve()
+        folder = checkpoint.storage.folder.resolve()
         if target == folder or target in folder.parents or folder in target.parents:
-            raise OutputError(f"{out}: overlaps the source `{source.name}` ({folder}); name another folder")
+            raise OutputError(f"{out}: overlaps the source `{name}` ({folder}); name another folder")
+
+
+def _written(out: Path) -> set[str]:
+    """The names in a folder that its manifest lists; none where it has no manifest."""
+    try:
+        files = json.loads(read_regular(out / MANIFEST))["files"]
+        return {MANIFEST, *(name.partition("/")[0] for name in files)}
+    except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
 
 
 def fetch(plan: Plan) -> dict[tuple[str, str], Path]:
     """Brings the source files a plan needs to this machine: ``(source, file)`` -> path."""
-    needed: dict[str, set[str]] = {}
+    needed: dict[str, set[str]] = {name: set() for name in plan.sources.by_name}
     for shard in plan.shards:
         for tensor in shard.tensors:
-            needed.setdefault(tensor.source, set()).add(tensor.info.file)
-    return {
-        (source, file): path
-        for source, files in needed.items()
-        for file, path in plan.sources.by_name[source].checkpoint.storage.fetch(sorted(files)).items()
-    }
+            needed[tensor.source].add(tensor.info.file)
+    paths = {}
+    for source, shards in needed.items():
+        storage = plan.sources.by_name[source].checkpoint.storage
+        # With these in the cache the same recipe plans and builds again without the hub.
+        described_by = {"config.json", "quantize_config.json", INDEX} & storage.files.keys()
+        fetched = storage.fetch(sorted(shards | described_by))
+        paths.update({(source, file): fetched[file] for file in shards})
+    return paths
 
 
 def companion_files(plan: Plan) -> list[str]:
@@ -86,11 +114,13 @@ def write(
     check_output(plan, out, force=force)
     paths = fetch(plan)
     companions = plan.sources.model.storage.fetch(companion_files(plan))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = out.parent / f".{out.name}.mixprec-{secrets.token_hex(4)}"
+    # `.` has no name of its own to put another folder beside.
+    target = out.resolve()
+    stage = target.parent / f".{target.name}.mixprec-{secrets.token_hex(4)}"
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
         with write_errors(stage):
-            stage.mkdir()
+            _make_folder(stage, out)
             _check_space(plan, stage)
             checksums = Copier(plan, paths, stage, progress or (lambda _: None)).run(
                 jobs or min(8, os.cpu_count() or 1)
@@ -98,9 +128,13 @@ def write(
             files = _write_companions(plan, stage, companions)
             _write_file(stage / MANIFEST, dump_manifest(build_manifest(plan, stage, checksums, files)))
             _sync(stage)
-            _publish(stage, out)
-    finally:
+            _publish(stage, target, force=force)
+    except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
     return out / MANIFEST
 
 
@@ -117,7 +151,7 @@ def _write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -
     config["quantization_config"] = quantization_config({name: m.format for name, m in plan.modules.items()})
     weight_map = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    contents: dict[str, bytes] = {name: path.read_bytes() for name, path in companions.items()}
+    contents: dict[str, bytes] = {name: read_regular(path) for name, path in companions.items()}
     contents["config.json"] = _json(config)
     contents[INDEX] = _json(index)
     for name, data in contents.items():
@@ -126,10 +160,21 @@ def _write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -
 
 
 def _json(data: object) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes the escape it was read from.
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 # Disk
+
+
+def _make_folder(stage: Path, out: Path) -> None:
+    try:
+        stage.parent.mkdir(parents=True, exist_ok=True)
+        stage.mkdir()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutputError(f"{out}: cannot be created: {error.strerror}") from error
 
 
 def _check_space(plan: Plan, stage: Path) -> None:
@@ -141,12 +186,13 @@ def _check_space(plan: Plan, stage: Path) -> None:
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        pwrite_all(fd, memoryview(data), 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with write_errors(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            pwrite_all(fd, memoryview(data), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _sync(folder: Path) -> None:
@@ -157,21 +203,34 @@ def _sync(folder: Path) -> None:
         os.close(fd)
 
 
-def _publish(stage: Path, out: Path) -> None:
+def _publish(stage: Path, out: Path, *, force: bool) -> None:
     """The finished folder takes its name by one rename; a folder it replaces goes first, and last of all away."""
     old = None
-    if out.is_dir():
-        if any(out.iterdir()):
-            old = stage.with_name(f"{stage.name}-old")
-            out.rename(old)
-        else:
-            out.rmdir()
+    if force and out.is_dir() and any(out.iterdir()):
+        old = stage.with_name(f"{stage.name}-old")
     try:
-        stage.rename(out)
-    except OSError:
         if old is not None:
+            out.rename(old)
+        try:
+            stage.rename(out)  # also onto an empty folder
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise OutputError(f"{out}: something else was put there meanwhile; it was left as it is") from error
+            raise
+        try:
+            _sync(out.parent)
+        except OSError:
+            out.rename(stage)
+            raise
+    except BaseException:
+        if old is not None and old.exists() and not out.exists():
             old.rename(out)
         raise
-    _sync(out.parent)
     if old is not None:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            raise WriteError(
+                f"{old}: {error.strerror}: the new checkpoint is in place, but this one, which it replaces, "
+                "could not be removed; remove it yourself"
+            ) from error

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import SourceError
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -104,6 +106,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
     if dtype in _NATIVE:
         return np.dtype(_NATIVE[dtype])
+    if dtype not in _ML_DTYPES:
+        raise SourceError(f"values of dtype {dtype} are not read")
     import ml_dtypes
 
     scalar: type = getattr(ml_dtypes, _ML_DTYPES[dtype])

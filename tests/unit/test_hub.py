@@ -15,10 +15,13 @@ from typing import Protocol
 
 import pytest
 from hub_server import Answer, HubServer
+from tiny import tree, write_sources
 
 from mixprec_build import hub as hub_module
-from mixprec_build.errors import HubError
+from mixprec_build.build import plan_recipe, run_plan
+from mixprec_build.errors import HubError, RefusedError
 from mixprec_build.hub import HubRepo, parse_repo_id
+from mixprec_build.verify import verify
 
 REPO = "org/model"
 SHARD = "model-00001-of-00002.safetensors"
@@ -484,3 +487,38 @@ assert "huggingface_hub" not in sys.modules
 """
     root = Path(hub_module.__file__).parents[1]
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
+
+
+def test_a_build_downloads_only_what_its_plan_needs(hub: HubServer, tmp_path: Path, load: Load) -> None:
+    """Planning reads headers; building fetches the shards that hold a wanted tensor; then no hub is needed."""
+    for name, folder in write_sources(tmp_path, shards=4).items():
+        hub.add(f"org/{name}", folder)
+    recipe = tmp_path / "hub.yaml"
+    recipe.write_text(
+        "model: org/bf16\nsources: {bf16: org/bf16, fp8: org/fp8@main}\nweights: {model.layers.0.self_attn.*: fp8}\n"
+    )
+    planned = plan_recipe(recipe)
+    assert all(request.range for request in hub.log(".safetensors")), "headers by range requests"
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    run_plan(planned, tmp_path / "out")
+    wanted = {(t.source, t.info.file) for shard in planned.shards for t in shard.tensors}
+    cached = {p.parents[2].name.removeprefix("models--org--"): set() for p in (tmp_path / "home").rglob("config.json")}
+    for path in (tmp_path / "home").rglob("*.safetensors"):
+        cached[path.parents[2].name.removeprefix("models--org--")].add(path.name)
+    assert {(source, file) for source, files in cached.items() for file in files} == wanted
+    assert len(cached["fp8"]) < 4, "the recipe needs one layer's attention"
+    assert not verify(tmp_path / "out").differences
+
+    load(HF_HUB_OFFLINE="1")
+    hub.requests.clear()
+    again = plan_recipe(recipe)
+    assert all("is read from the cache" in note for note in again.notes) and len(again.notes) == 2
+    run_plan(again, tmp_path / "again")
+    first, second = tree(tmp_path / "out"), tree(tmp_path / "again")
+    # Only the account of what was left out is shorter: nothing is known of the shards that were never fetched.
+    assert first.pop("mixprec_manifest.json") != second.pop("mixprec_manifest.json")
+    assert first == second
+    assert hub.requests == []
+    recipe.write_text(recipe.read_text().replace("layers.0.self_attn.*", "layers.1.mlp.*"))
+    with pytest.raises(RefusedError, match=r"`fp8` is read from the cache, which lacks .*safetensors"):
+        plan_recipe(recipe)

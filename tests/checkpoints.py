@@ -1,0 +1,351 @@
+"""Small real checkpoints, written by the safetensors library.
+
+    write_tiny(folder, LLAMA, "bf16")
+    write_tiny(folder, QWEN3_MOE, "gptq_int4", group_size=64)
+    write_tiny(folder, DEEPSEEK, "fp8_block", skip=["*.kv_b_proj"])
+
+The weights of a :class:`Tiny` follow from its fields alone, so that its variants are quantizations of the same
+weights: norms, routers, embeddings and biases are equal in all of them, linears are rounded to nearest and
+dequantize to what ``bf16`` holds, within the format's error. Every size is a multiple of what SGLang's kernels
+ask for, and no linear is square by accident: a transposed one is noticed.
+
+What a test wants broken it breaks in ``edit``, which gets the tensors and ``config.json`` before they are written.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+__all__ = ["DEEPSEEK", "LLAMA", "QWEN3_MOE", "VARIANTS", "Config", "Tensors", "Tiny", "tiny_tensors", "write_tiny"]
+
+Array = npt.NDArray[Any]
+Tensors = dict[str, Array]
+Config = dict[str, Any]
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+PACK = 8  # 4-bit values in a 32-bit word
+
+
+# Models
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model: ``family`` is its ``model_type``; two with different seeds are fine-tunes of one another."""
+
+    family: str
+    layers: int = 2
+    hidden: int = 128
+    intermediate: int = 256
+    experts: int = 4
+    vocab: int = 384
+    tied: bool = False
+    attention_bias: bool = False
+    mtp: int = 0
+    """Layers for multi-token prediction after the last one (DeepSeek)."""
+    seed: int = 0
+
+
+LLAMA = Tiny("llama")
+QWEN3_MOE = Tiny("qwen3_moe")
+DEEPSEEK = Tiny("deepseek_v3")
+
+# Attention: queries [256, hidden], keys and values [128, hidden]; DeepSeek's through ranks of 128.
+_HEADS, _KV_HEADS, _HEAD_DIM = 4, 2, 64
+_RANK, _ROPE, _NOPE, _VALUE = 128, 64, 64, 128
+
+
+class _Module(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    linear: bool = False
+    bias: bool = False
+
+
+def _modules(model: Tiny) -> Iterator[_Module]:
+    """Every module in the order of the state dict; ``linear`` ones are what quantizers quantize."""
+    deepseek = model.family.startswith("deepseek")
+    yield _Module("model.embed_tokens", (model.vocab, model.hidden))
+    for layer in range(model.layers + model.mtp):
+        prefix = f"model.layers.{layer}"
+        if layer >= model.layers:
+            yield _Module(f"{prefix}.eh_proj", (model.hidden, 2 * model.hidden))
+            yield _Module(f"{prefix}.enorm", (model.hidden,))
+            yield _Module(f"{prefix}.shared_head.head", (model.vocab, model.hidden))
+        yield from (
+            _latent_attention(model, f"{prefix}.self_attn") if deepseek else _attention(model, f"{prefix}.self_attn")
+        )
+        if model.family == "llama" or (deepseek and layer == 0):
+            yield from _mlp(f"{prefix}.mlp", model.hidden, model.intermediate)
+        else:
+            yield _Module(f"{prefix}.mlp.gate", (model.experts, model.hidden))
+            if deepseek:
+                yield from _mlp(f"{prefix}.mlp.shared_experts", model.hidden, model.intermediate)
+            for expert in range(model.experts):
+                yield from _mlp(f"{prefix}.mlp.experts.{expert}", model.hidden, model.intermediate)
+        yield _Module(f"{prefix}.input_layernorm", (model.hidden,))
+        yield _Module(f"{prefix}.post_attention_layernorm", (model.hidden,))
+    yield _Module("model.norm", (model.hidden,))
+    if not model.tied:
+        yield _Module("lm_head", (model.vocab, model.hidden))
+
+
+def _mlp(prefix: str, hidden: int, intermediate: int) -> Iterator[_Module]:
+    yield _Module(f"{prefix}.gate_proj", (intermediate, hidden), linear=True)
+    yield _Module(f"{prefix}.up_proj", (intermediate, hidden), linear=True)
+    yield _Module(f"{prefix}.down_proj", (hidden, intermediate), linear=True)
+
+
+def _attention(model: Tiny, prefix: str) -> Iterator[_Module]:
+    queries, keys = _HEADS * _HEAD_DIM, _KV_HEADS * _HEAD_DIM
+    for name, outputs in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        yield _Module(f"{prefix}.{name}", (outputs, model.hidden), linear=True, bias=model.attention_bias)
+    yield _Module(f"{prefix}.o_proj", (model.hidden, queries), linear=True)
+    if model.family == "qwen3_moe":
+        yield _Module(f"{prefix}.q_norm", (_HEAD_DIM,))
+        yield _Module(f"{prefix}.k_norm", (_HEAD_DIM,))
+
+
+def _latent_attention(model: Tiny, prefix: str) -> Iterator[_Module]:
+    """As in DeepSeek-V3, kv_a_proj_with_mqa [192, hidden] ends inside a block of 128."""
+    yield _Module(f"{prefix}.q_a_proj", (_RANK, model.hidden), linear=True)
+    yield _Module(f"{prefix}.q_a_layernorm", (_RANK,))
+    yield _Module(f"{prefix}.q_b_proj", (_HEADS * (_NOPE + _ROPE), _RANK), linear=True)
+    yield _Module(f"{prefix}.kv_a_proj_with_mqa", (_RANK + _ROPE, model.hidden), linear=True)
+    yield _Module(f"{prefix}.kv_a_layernorm", (_RANK,))
+    yield _Module(f"{prefix}.kv_b_proj", (_HEADS * (_NOPE + _VALUE), _RANK), linear=True)
+    yield _Module(f"{prefix}.o_proj", (model.hidden, _HEADS * _VALUE), linear=True)
+
+
+def _config(model: Tiny) -> Config:
+    config: Config = {
+        "model_type": model.family,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.intermediate,
+        "num_attention_heads": _HEADS,
+        "num_hidden_layers": model.layers,
+        "num_key_value_heads": _KV_HEADS,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": model.tied,
+        "vocab_size": model.vocab,
+    }
+    if model.family == "qwen3_moe":
+        config |= {"num_experts": model.experts, "num_experts_per_tok": 2, "moe_intermediate_size": model.intermediate}
+    if model.family.startswith("deepseek"):
+        config |= {"n_routed_experts": model.experts, "first_k_dense_replace": 1, "n_shared_experts": 1}
+        config |= {"q_lora_rank": _RANK, "kv_lora_rank": _RANK, "num_nextn_predict_layers": model.mtp}
+        config |= {"qk_nope_head_dim": _NOPE, "qk_rope_head_dim": _ROPE, "v_head_dim": _VALUE}
+    else:
+        config["head_dim"] = _HEAD_DIM
+    return config
+
+
+def _weight(model: Tiny, module: _Module) -> Array:
+    """Values that BF16 holds exactly, in float32: the same for every variant."""
+    rng = np.random.default_rng([model.seed, zlib.crc32(module.name.encode())])
+    values = rng.standard_normal(module.shape, dtype=np.float32)
+    if len(module.shape) == 1:
+        values = 1 + values / 8
+    return values.astype(BF16).astype(np.float32)
+
+
+# Variants
+
+
+def _dense(dtype: npt.DTypeLike, weight: Array) -> Tensors:
+    return {"weight": weight.astype(dtype)}
+
+
+def _to_fp8(weight: Array, scale: Array) -> Array:
+    return (weight / scale).clip(-448, 448).astype(FP8)
+
+
+def _fp8_block(weight: Array, block: tuple[int, int] = (128, 128), activations: str = "dynamic") -> Tensors:
+    n, k = weight.shape
+    blocks = -(-n // block[0]), -(-k // block[1])
+    padded = np.zeros((blocks[0] * block[0], blocks[1] * block[1]), np.float32)
+    padded[:n, :k] = abs(weight)
+    scale = padded.reshape(blocks[0], block[0], blocks[1], block[1]).max(axis=(1, 3)) / np.float32(448)
+    spread = scale.repeat(block[0], axis=0)[:n].repeat(block[1], axis=1)[:, :k]
+    return {"weight": _to_fp8(weight, spread), "weight_scale_inv": scale}
+
+
+def _fp8_channel(weight: Array, activations: str = "dynamic") -> Tensors:
+    scale = (abs(weight).max(axis=1, keepdims=True) / 448).astype(BF16)
+    return {"weight": _to_fp8(weight, scale.astype(np.float32)), "weight_scale": scale} | _input_scale(activations)
+
+
+def _fp8_tensor(weight: Array, activations: str = "dynamic", scale: float | None = 1 / 64) -> Tensors:
+    """``scale`` is the same for every module, as in checkpoints that fuse gate and up; None takes each one's own."""
+    one = np.float32(abs(weight).max() / 448 if scale is None else scale)
+    return {"weight": _to_fp8(weight, one), "weight_scale": np.array(one)} | _input_scale(activations)
+
+
+def _input_scale(activations: str) -> Tensors:
+    return {"input_scale": np.array(np.float32(0.25))} if activations == "static" else {}
+
+
+def _gptq_int4(
+    weight: Array,
+    group_size: int = 128,
+    sym: bool = True,
+    desc_act: bool = False,
+    layout: str = "gptq",
+    zero_bias: bool = False,
+) -> Tensors:
+    """Rounded to nearest, no GPTQ: only the storage is real."""
+    n, k = weight.shape
+    size = k if group_size == -1 else group_size
+    g_idx = np.arange(k, dtype=np.int32) // size
+    if desc_act:
+        # One order for all linears of a width: those fused share their input, and its order.
+        g_idx = np.random.default_rng(k).permutation(g_idx)
+    groups = -(-k // size)
+    inputs = weight.T.astype(np.float32)  # [K, N]
+    scales, zeros = np.empty((groups, n), np.float16), np.full((groups, n), 8, np.uint32)
+    for group in range(groups):
+        rows = inputs[g_idx == group]
+        if sym:
+            scales[group] = abs(rows).max(axis=0) / 7
+        else:
+            low, high = rows.min(axis=0), rows.max(axis=0)
+            scales[group] = (high - low) / 15
+            zeros[group] = (-low / scales[group]).round().clip(0, 15)
+    q = ((inputs / scales[g_idx]).round() + zeros[g_idx]).clip(0, 15).astype(np.uint32)
+    tensors: Tensors = {
+        "g_idx": g_idx,
+        "qweight": _packed(q.T).T.copy(),
+        "qzeros": _packed((zeros - (layout == "gptq")) & 15),
+        "scales": scales,
+    }
+    return tensors | ({"bias": np.zeros(n, np.float16)} if zero_bias else {})
+
+
+def _packed(values: Array) -> Array:
+    """``[R, C]`` 4-bit values -> ``[R, C / 8]`` 32-bit words, lowest bits first."""
+    nibbles = values.astype(np.uint32).reshape(values.shape[0], -1, PACK)
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    return np.bitwise_or.reduce(nibbles << shifts, axis=2).view(np.int32)
+
+
+def _fp8_config(block: tuple[int, int] = (128, 128), activations: str = "dynamic") -> Config:
+    return {"quant_method": "fp8", "activation_scheme": activations, "weight_block_size": list(block)}
+
+
+def _compressed_config(activations: str = "dynamic", **_: object) -> Config:
+    return {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
+def _fp8_tensor_config(activations: str = "dynamic", **_: object) -> Config:
+    return {"quant_method": "fp8", "activation_scheme": activations}
+
+
+def _gptq_config(
+    group_size: int = 128, sym: bool = True, desc_act: bool = False, layout: str = "gptq", **_: object
+) -> Config:
+    settings = {"bits": 4, "group_size": group_size, "sym": sym, "desc_act": desc_act}
+    return {"quant_method": "gptq", "checkpoint_format": layout, **settings}
+
+
+class _Variant(NamedTuple):
+    """How a linear is stored, what config.json says of it, and the dtype of what is not quantized."""
+
+    store: Callable[..., Tensors]
+    config: Callable[..., Config] | None
+    dense: np.dtype[Any]
+
+
+VARIANTS: Mapping[str, _Variant] = {
+    "bf16": _Variant(lambda weight: _dense(BF16, weight), None, BF16),
+    "fp16": _Variant(lambda weight: _dense(np.float16, weight), None, np.dtype(np.float16)),
+    "fp8_block": _Variant(_fp8_block, _fp8_config, BF16),
+    "fp8_channel": _Variant(_fp8_channel, _compressed_config, BF16),
+    "fp8_tensor": _Variant(_fp8_tensor, _fp8_tensor_config, BF16),
+    "gptq_int4": _Variant(_gptq_int4, _gptq_config, np.dtype(np.float16)),
+}
+
+
+# Checkpoints
+
+
+def tiny_tensors(
+    model: Tiny, variant: str, *, also: Iterable[str] = (), skip: Iterable[str] = (), **options: Any
+) -> Tensors:
+    """Every tensor of ``model`` in ``variant``.
+
+    ``also`` and ``skip`` are patterns of modules that are quantized besides the linears, or not. ``options`` are
+    the parameters of the variant: ``block``, ``activations``, ``scale``, ``group_size``, ``sym``, ``desc_act``,
+    ``layout``, ``zero_bias``.
+    """
+    chosen = VARIANTS[variant]
+    tensors: Tensors = {}
+    for module in _modules(model):
+        weight = _weight(model, module)
+        quantized = module.linear or any(fnmatchcase(module.name, pattern) for pattern in also)
+        if not quantized or any(fnmatchcase(module.name, pattern) for pattern in skip):
+            stored = _dense(chosen.dense, weight)
+        else:
+            stored = chosen.store(weight, **options)
+        if module.bias:
+            stored["bias"] = weight[:, 0].astype(chosen.dense)
+        tensors |= {f"{module.name}.{leaf}": tensor for leaf, tensor in stored.items()}
+    return tensors
+
+
+def write_tiny(
+    folder: Path,
+    model: Tiny,
+    variant: str,
+    *,
+    edit: Callable[[Tensors, Config], None] | None = None,
+    shards: int = 1,
+    **options: Any,
+) -> Path:
+    """Writes a checkpoint to ``folder``, which is made, and returns ``folder``. For ``options`` see above."""
+    tensors = tiny_tensors(model, variant, **options)
+    config = _config(model)
+    describe = VARIANTS[variant].config
+    if describe is not None:
+        config["quantization_config"] = describe(**{k: v for k, v in options.items() if k not in ("also", "skip")})
+    if edit is not None:
+        edit(tensors, config)
+    folder.mkdir(parents=True)
+    _write_weights(folder, tensors, shards)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {"do_sample": False})
+    _write_json(folder / "tokenizer_config.json", {"model_max_length": 512})
+    return folder
+
+
+def _write_weights(folder: Path, tensors: Tensors, shards: int) -> None:
+    # save_file takes memory as it lies: a transposed view would be written in the wrong order.
+    tensors = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in tensors.items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    each = -(-len(tensors) // shards)
+    names = list(tensors)
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = names[number * each : (number + 1) * each]
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(value.nbytes for value in tensors.values())
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, content: Config) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

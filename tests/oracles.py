@@ -1,0 +1,87 @@
+"""What the tests of the formats stand on: auto-gptq's packers, and modules stated by dtype and shape.
+
+auto-gptq 0.7.1 is the reference for GPTQ's layout, but ``import auto_gptq`` wants libraries of 2024. Its two
+packers written in plain torch need none of them, so they are imported alone, with bare namespaces where their
+packages would be.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mixprec_build.checkpoint import StoredModule
+from mixprec_build.formats.base import numpy_dtype
+from mixprec_build.header import DTYPE_BITS, TensorInfo
+
+Stated = tuple[str, tuple[int, ...]]
+"""A dtype and a shape."""
+
+_SAFETENSORS_DTYPE = {numpy_dtype(dtype): dtype for dtype in ("F32", "F16", "BF16", "F8_E4M3", "I32", "I64", "I8")}
+
+
+def auto_gptq_packers() -> tuple[type[Any], type[Any]]:
+    """``QuantLinear`` of ``qlinear_cuda``, which heeds ``g_idx``, and of ``qlinear_cuda_old``, which does not."""
+    spec = find_spec("auto_gptq")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError("auto-gptq is not installed; `make setup` installs it without its requirements")
+    folder = Path(spec.submodule_search_locations[0])
+    for name in ("auto_gptq", "auto_gptq.nn_modules", "auto_gptq.nn_modules.qlinear"):
+        namespace = ModuleType(name)
+        namespace.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+        sys.modules[name] = namespace
+    for kernels in ("autogptq_cuda_64", "autogptq_cuda_256"):
+        # Built for a CUDA runtime of 2024; None makes their import fail, and the packers then do without.
+        sys.modules[kernels] = None  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        heeding = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda")
+        old = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda_old")
+    return heeding.QuantLinear, old.QuantLinear
+
+
+def stated(tensors: Mapping[str, Stated], name: str = "model.layers.0.mlp.down_proj") -> StoredModule:
+    """A module of which only the header is known."""
+    infos = {}
+    for leaf, (dtype, shape) in tensors.items():
+        full = f"{name}.{leaf}" if leaf else name
+        infos[leaf] = TensorInfo(full, dtype, shape, "model.safetensors", 0, prod(shape) * DTYPE_BITS[dtype] // 8)
+    return StoredModule(name, infos)
+
+
+def stated_of(arrays: Mapping[str, np.ndarray[Any, Any]], name: str = "model.layers.0.mlp.down_proj") -> StoredModule:
+    """The module that these arrays are stored as."""
+    return stated({leaf: (_SAFETENSORS_DTYPE[array.dtype], array.shape) for leaf, array in arrays.items()}, name)
+
+
+def gptq(n: int, k: int, *, bits: int = 4, group_size: int = 128, **changed: Stated | None) -> dict[str, Stated]:
+    """The tensors of a GPTQ linear; ``changed`` replaces, adds or (None) takes away."""
+    pack, groups = 32 // bits, 1 if group_size == -1 else -(-k // group_size)
+    tensors: dict[str, Stated | None] = {
+        "qweight": ("I32", (k // pack, n)),
+        "qzeros": ("I32", (groups, n // pack)),
+        "scales": ("F16", (groups, n)),
+        "g_idx": ("I32", (k,)),
+    }
+    return {leaf: tensor for leaf, tensor in (tensors | changed).items() if tensor is not None}
+
+
+def fp8(n: int, k: int, scale: tuple[int, ...], **changed: Stated | None) -> dict[str, Stated]:
+    """The tensors of an FP8 linear with ``weight_scale`` of this shape; ``changed`` as for :func:`gptq`."""
+    tensors: dict[str, Stated | None] = {"weight": ("F8_E4M3", (n, k)), "weight_scale": ("F32", scale)}
+    return {leaf: tensor for leaf, tensor in (tensors | changed).items() if tensor is not None}
+
+
+def fp8_block(n: int, k: int, block: tuple[int, int] = (128, 128), **changed: Stated | None) -> dict[str, Stated]:
+    """The tensors of an FP8 linear in blocks; ``changed`` as for :func:`gptq`."""
+    grid: Stated = ("F32", (-(-n // block[0]), -(-k // block[1])))
+    return fp8(n, k, (), **{"weight_scale": None, "weight_scale_inv": grid, **changed})

@@ -1,0 +1,229 @@
+"""A Llama of two layers in three formats, complete enough for transformers to load: milliseconds to write.
+
+    sources = write_sources(tmp_path)         # tmp_path/{bf16,fp8,int4}
+    recipe = write_recipe(tmp_path / "mix.yaml")
+
+The three are one model: FP8 and Int4 are rounded from the BF16 weights, so that their errors mean something.
+Written with torch and the safetensors library, never with the code under test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+__all__ = [
+    "COMPANIONS",
+    "CONFIG",
+    "LEFT_BEHIND",
+    "LINEARS",
+    "cpu_seconds",
+    "file_tensors",
+    "folder_tensors",
+    "run_python",
+    "tree",
+    "write_recipe",
+    "write_sources",
+    "write_tiny",
+]
+
+Tensors = dict[str, torch.Tensor]
+
+HIDDEN = 128  # the least that Marlin and FP8 blocks take
+VOCAB = 64
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj") + (
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+CONFIG: Mapping[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-05,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "an_unknown_key": {"kept": ["as", "it", "is", "é", 1e-05]},
+}
+
+# What comes with a model's weights and goes along with it; bytes that no JSON writer would produce.
+COMPANIONS: Mapping[str, bytes] = {
+    "tokenizer.json": b'{"version" :  "1.0", "text": "\xe2\x96\x81"}',
+    "tokenizer_config.json": b'{"chat_template": null}\r\n',
+    "tokenizer.model": bytes(range(256)),
+    "merges.txt": b"a b\n",
+    "chat_template.jinja": b"{{ messages }}",
+    "generation_config.json": b'{"do_sample": true}',
+    "modeling_tiny.py": b"raise SystemExit  # never run\n",
+    "LICENSE": b"as you like\n",
+}
+
+# What lies there too and must not: it describes other files than those of the output, or runs when it is read.
+LEFT_BEHIND: Mapping[str, bytes] = {
+    "README.md": b"# The source",
+    "quantize_config.json": b'{"bits": 3}',
+    "quant_config.json": b'{"w_bit": 3}',
+    "hf_quant_config.json": b'{"producer": {}}',
+    "pytorch_model.bin": b"\x80\x04.",
+    "pytorch_model.bin.index.json": b'{"weight_map": {}}',
+    "training_args.bin": b"\x80\x04.",
+    ".gitattributes": b"*.bin\n",
+}
+
+_QUANTIZATION: Mapping[str, Mapping[str, object]] = {
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [HIDDEN, HIDDEN]},
+    "int4": {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
+}
+
+
+def write_sources(folder: Path, **changes: Any) -> dict[str, Path]:
+    """``folder/{bf16,fp8,int4}``; ``changes`` as for :func:`write_tiny`."""
+    return {variant: write_tiny(folder / variant, variant, **changes) for variant in ("bf16", "fp8", "int4")}
+
+
+def write_tiny(folder: Path, variant: str = "bf16", *, shards: int = 2, seed: int = 0, companions: bool = True) -> Path:
+    """One checkpoint: ``bf16``, ``fp8`` (128 x 128 blocks) or ``int4`` (GPTQ, groups of 64)."""
+    folder.mkdir(parents=True)
+    config = dict(CONFIG)
+    if variant in _QUANTIZATION:
+        config["quantization_config"] = dict(_QUANTIZATION[variant])
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    if companions:
+        for name, data in {**COMPANIONS, **LEFT_BEHIND}.items():
+            (folder / name).write_bytes(data)
+    tensors = _tensors(variant, seed)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names, weight_map = list(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        mine = names[len(names) * i // shards : len(names) * (i + 1) // shards]
+        save_file({name: tensors[name] for name in mine}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(mine, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return folder
+
+
+def write_recipe(
+    path: Path,
+    weights: Mapping[str, str] | None = None,
+    *,
+    sources: Iterable[str] = ("bf16", "fp8", "int4"),
+    shard_size: str | None = "1MiB",
+) -> Path:
+    """A recipe beside the sources: attention in FP8, the MLPs in Int4, the rest in BF16."""
+    if weights is None:
+        weights = {"model.layers.*.self_attn.*": "fp8", "model.layers.*.mlp.*": "int4"}
+    lines = ["model: ./bf16", "default: bf16", "sources:", *(f"  {name}: ./{name}" for name in sources)]
+    if weights:
+        lines += ["weights:", *(f'  "{pattern}": {source}' for pattern, source in weights.items())]
+    if shard_size is not None:
+        lines.append(f"output: {{shard_size: {shard_size}}}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _tensors(variant: str, seed: int) -> Tensors:
+    random = torch.Generator().manual_seed(seed)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=random) * 0.05).bfloat16()
+
+    dense = torch.float16 if variant == "int4" else torch.bfloat16
+    out: Tensors = {"model.embed_tokens.weight": weight(VOCAB, HIDDEN).to(dense)}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            out[f"{prefix}{norm}.weight"] = (1 + weight(HIDDEN)).to(dense)
+        for linear in LINEARS:
+            out |= _linear(f"{prefix}{linear}", weight(HIDDEN, HIDDEN), variant)
+    out["model.norm.weight"] = (1 + weight(HIDDEN)).to(dense)
+    out["lm_head.weight"] = weight(VOCAB, HIDDEN).to(dense)
+    return out
+
+
+def _linear(name: str, weight: torch.Tensor, variant: str) -> Tensors:
+    if variant == "bf16":
+        return {f"{name}.weight": weight}
+    if variant == "fp8":
+        scale = weight.float().abs().max() / 448
+        return {
+            f"{name}.weight": (weight.float() / scale).to(torch.float8_e4m3fn),
+            f"{name}.weight_scale_inv": scale.reshape(1, 1),
+        }
+    groups = weight.float().T.reshape(-1, 64, weight.shape[0])  # [G, 64, N]
+    scales = (groups.abs().amax(1) / 7).half()
+    codes = (groups / scales[:, None].float()).round().clamp(-8, 7).long().reshape(weight.T.shape) + 8
+    shifts = torch.arange(0, 32, 4)
+    words = (codes.reshape(-1, 8, codes.shape[1]) << shifts[None, :, None]).sum(1)
+    return {
+        # Words of which the highest bit is set are negative numbers.
+        f"{name}.qweight": torch.where(words >= 1 << 31, words - (1 << 32), words).int(),
+        f"{name}.qzeros": torch.full((groups.shape[0], weight.shape[0] // 8), 0x77777777, dtype=torch.int32),
+        f"{name}.scales": scales,
+        f"{name}.g_idx": (torch.arange(weight.shape[1]) // 64).int(),
+    }
+
+
+def file_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Name -> dtype, shape and bytes of each tensor of a file, as the safetensors library gives them."""
+    out = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            view = file.get_slice(name)
+            tensor = file.get_tensor(name).contiguous()
+            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            out[name] = (view.get_dtype(), view.get_shape(), data)
+    return out
+
+
+def folder_tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """As :func:`file_tensors`, over all of a folder's files."""
+    return {name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in file_tensors(path).items()}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative path."""
+    return dict(_walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield str(path.relative_to(folder)), path.read_bytes()
+
+
+def run_python(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, away from the hub."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """User and system time of a fresh interpreter."""
+    before = os.times()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    after = os.times()
+    return after.children_user - before.children_user + after.children_system - before.children_system

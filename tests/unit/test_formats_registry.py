@@ -1,0 +1,264 @@
+"""Which format a module has, what contradicts it, and the declaration that carries it to a runtime."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import Stated, fp8, fp8_block, gptq, stated
+from safetensors.torch import save_file
+
+from mixprec_build.checkpoint import open_checkpoint
+from mixprec_build.errors import SourceError
+from mixprec_build.formats.base import Format, FormatError
+from mixprec_build.formats.dense import Dense
+from mixprec_build.formats.fp8 import Fp8
+from mixprec_build.formats.gptq import Gptq
+from mixprec_build.formats.registry import detect, format_from_json, recognise
+from mixprec_build.manifest import quantization_config
+
+Tensors = dict[str, Stated]
+Config = dict[str, Any]
+
+GPTQ: Config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+BLOCK: Config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+CHANNEL: Config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+ONE: Stated = ("F32", (1,))
+
+SOUND: list[tuple[Tensors, Config, Format]] = [
+    (gptq(256, 512), GPTQ, Gptq(4, 128, True, False, "gptq")),
+    (gptq(256, 512, g_idx=None), GPTQ, Gptq(4, 128, True, False, "gptq")),
+    (gptq(256, 512, bits=8, group_size=-1), GPTQ | {"bits": 8, "group_size": -1}, Gptq(8, -1, True, False, "gptq")),
+    (gptq(256, 520), GPTQ | {"sym": False, "desc_act": True}, Gptq(4, 128, False, True, "gptq")),
+    (gptq(256, 512, scales=("BF16", (4, 256))), GPTQ | {"checkpoint_format": "gptq_v2"},
+     Gptq(4, 128, True, False, "gptq_v2")),
+    (gptq(256, 512, bias=("F16", (256,))), GPTQ, Gptq(4, 128, True, False, "gptq")),
+    (fp8_block(200, 300, bias=("BF16", (200,))), BLOCK, Fp8("block", "dynamic", (128, 128))),
+    (fp8_block(200, 300, (64, 32)), BLOCK | {"weight_block_size": [64, 32]}, Fp8("block", "dynamic", (64, 32))),
+    (fp8(256, 512, (256, 1)), CHANNEL, Fp8("channel")),
+    (fp8(256, 512, (256,)), CHANNEL, Fp8("channel")),
+    (fp8(256, 512, (), input_scale=("F32", ())), BLOCK | {"activation_scheme": "static"}, Fp8("tensor", "static")),
+    (fp8(256, 512, (1,), input_scale=ONE), {"quant_method": "modelopt"}, Fp8("tensor", "static")),
+    ({"weight": ("BF16", (256, 512)), "bias": ("F32", (256,))}, GPTQ, Dense("BF16")),  # what `dynamic` leaves out
+    ({"": ("F32", (7,))}, {}, Dense("F32")),  # A_log
+    ({"": ("I64", (1, 512))}, {}, Dense("I64")),  # position_ids
+    ({"bias": ("F32", (256,))}, {}, Dense("F32")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "config", "expected"), SOUND)
+def test_what_is_sound_is_recognised(tensors: Tensors, config: Config, expected: Format) -> None:
+    assert recognise(stated(tensors), config) == expected
+
+
+# Tensors, configuration, and how the message starts.
+CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
+    # GPTQ: its tensors against one another
+    (gptq(256, 512, scales=None), GPTQ, "gptq_int4 needs scales"),
+    (gptq(256, 512, qzeros=None), GPTQ, "gptq_int4 needs qzeros"),
+    (gptq(256, 512, scales=("F16", (256,))), GPTQ, "scales F16 [256]: two dimensions were expected"),
+    (gptq(256, 512, scales=("I8", (4, 256))), GPTQ, "scales I8 [4, 256]: F16 or BF16 or F32 was expected"),
+    (gptq(256, 512, qweight=("I64", (64, 256))), GPTQ, "qweight I64 [64, 256]: I32 was expected"),
+    (gptq(256, 512, qweight=("I32", (64, 128))), GPTQ,
+     "qweight I32 [64, 128]: [64, 256] was expected beside scales F16 [4, 256]"),
+    (gptq(256, 512, qzeros=("I32", (3, 32))), GPTQ,
+     "qzeros I32 [3, 32]: [4, 32] was expected beside scales F16 [4, 256]"),
+    (gptq(260, 512), GPTQ, "260 outputs do not fill whole words of 8 zero points"),
+    (gptq(256, 512, g_idx=("I32", (256,))), GPTQ, "g_idx I32 [256]: [512] was expected for 512 inputs"),
+    (gptq(256, 512, bias=("F16", (512,))), GPTQ, "bias F16 [512]: [256] was expected for 256 outputs"),
+    (gptq(256, 512, lora_a=("F16", (8, 512))), GPTQ, "lora_a F16 [8, 512] does not belong to gptq_int4"),
+    # GPTQ: its tensors against the configuration
+    (gptq(256, 512, bits=8), GPTQ, "qzeros I32 [4, 64] beside scales F16 [4, 256] is 8 bit, the configuration says 4"),
+    (gptq(256, 512), GPTQ | {"bits": 8},
+     "qzeros I32 [4, 32] beside scales F16 [4, 256] is 4 bit, the configuration says 8"),
+    (gptq(256, 512, qzeros=("I32", (4, 24))), GPTQ,
+     "qzeros I32 [4, 24] beside scales F16 [4, 256] is 3 bit, the configuration says 4"),
+    (gptq(256, 512, group_size=64), GPTQ,
+     "scales F16 [8, 256]: [4, 256] was expected for 512 inputs in groups of 128"),
+    (gptq(256, 512), GPTQ | {"group_size": -1},
+     "scales F16 [4, 256]: [1, 256] was expected for 512 inputs in one group"),
+    (gptq(256, 512, g_idx=None), GPTQ | {"desc_act": True}, "desc_act, but no g_idx"),
+    (gptq(256, 512, group_size=64), GPTQ | {"dynamic": {r"+:.*down_proj": {"group_size": 32}}},
+     "scales F16 [8, 256]: [16, 256] was expected for 512 inputs in groups of 32"),
+    # GPTQ: what the configuration may say
+    (gptq(256, 512), GPTQ | {"bits": 3}, "GPTQ with 3 bits is not read, only with 4 and 8"),
+    (gptq(256, 512), GPTQ | {"bits": 2}, "GPTQ with 2 bits is not read"),
+    (gptq(256, 512), GPTQ | {"group_size": 0}, "GPTQ group_size 0 is neither -1 nor a positive number"),
+    (gptq(256, 512), GPTQ | {"group_size": "128"}, "GPTQ group_size '128' is neither"),
+    (gptq(256, 512), GPTQ | {"sym": "yes"}, "GPTQ sym 'yes' and desc_act False must be true or false"),
+    (gptq(256, 512), GPTQ | {"checkpoint_format": "marlin"},
+     "GPTQ checkpoint_format 'marlin' is not read, only gptq and gptq_v2"),
+    (gptq(256, 512), GPTQ | {"dynamic": {"+:(": {"bits": 8}}},
+     "`dynamic` holds '+:(', which is no regular expression: "),
+    (gptq(256, 512), {}, "GPTQ tensors, but neither config.json nor quantize_config.json says how"),
+    (gptq(256, 512), {"quant_method": "auto-round", "bits": 4},
+     "qweight I32 [64, 256] of quant_method 'auto-round' is not read, only of gptq"),
+    # FP8
+    (fp8(256, 512, (), weight_scale=None), BLOCK,
+     "weight F8_E4M3 [256, 512] needs one of weight_scale and weight_scale_inv"),
+    (fp8_block(256, 512, weight_scale=ONE), BLOCK, "weight F8_E4M3 [256, 512] needs one of weight_scale and"),
+    (fp8(256, 512, (), weight=("F8_E4M3", (8, 256, 512))), BLOCK,
+     "weight F8_E4M3 [8, 256, 512]: only two-dimensional FP8 weights are read"),
+    (fp8_block(256, 512, weight_scale_inv=("F32", (4, 2))), BLOCK,
+     "weight_scale_inv F32 [4, 2]: [2, 4] was expected for weight [256, 512] in blocks of [128, 128]"),
+    (fp8_block(256, 512, (64, 64)), BLOCK, "weight_scale_inv F32 [4, 8]: [2, 4] was expected"),
+    (fp8_block(256, 512, weight_scale_inv=("F8_E8M0", (2, 4))), BLOCK,
+     "weight_scale_inv F8_E8M0 [2, 4]: F32 or BF16 or F16 was expected"),
+    (fp8_block(256, 512), CHANNEL, "weight_scale_inv, but quantization_config has no weight_block_size"),
+    (fp8_block(256, 512), BLOCK | {"weight_block_size": [128, 0]},
+     "weight_block_size [128, 0] is no pair of positive numbers"),
+    (fp8_block(256, 512), BLOCK | {"weight_block_size": 128}, "weight_block_size 128 is no pair"),
+    (fp8(256, 512, (512, 1)), CHANNEL, "weight_scale F32 [512, 1]: [256, 1] was expected for weight [256, 512]"),
+    (fp8(256, 512, (2, 4)), CHANNEL, "weight_scale F32 [2, 4]: block scales under the name weight_scale"),
+    (fp8(256, 512, (1,), input_scale=("F32", (512,))), {}, "input_scale F32 [512]: one value was expected"),
+    (fp8(256, 512, (1,), bias=("F16", (512,))), {}, "bias F16 [512]: [256] was expected for weight [256, 512]"),
+    (fp8(256, 512, (1,), weight_zero_point=ONE), {}, "weight_zero_point F32 [1] does not belong to fp8_tensor"),
+    (fp8(256, 512, (1,)), {"activation_scheme": "static"},
+     "activation_scheme is 'static', but the module has no input_scale"),
+    (fp8(256, 512, (1,), input_scale=ONE), {"activation_scheme": "dynamic"},
+     "activation_scheme is 'dynamic', but the module has an input_scale"),
+    (fp8(256, 512, (1,)), {"activation_scheme": "none"}, "activation_scheme 'none' is neither static nor dynamic"),
+    # Dense
+    ({"weight": ("BF16", (256, 512)), "bias": ("BF16", (512,))}, {},
+     "bias BF16 [512] does not fit weight BF16 [256, 512]"),
+    # Formats that are known by their tensors and not read
+    (gptq(256, 512, g_idx=None), {"quant_method": "awq", "bits": 4}, "stored as AWQ (qweight I32 [64, 256], qzeros "),
+    ({"weight": ("I8", (256, 512)), "weight_scale": ("F32", (256, 1))}, CHANNEL,
+     "stored as Int8 (W8A8) (weight I8 [256, 512], "),
+    ({"weight_packed": ("I32", (256, 64)), "weight_scale": ("BF16", (256, 4)), "weight_shape": ("I64", (2,))}, CHANNEL,
+     "stored as compressed-tensors pack-quantized ("),
+    (fp8(256, 512, (1,), weight=("F8_E5M2", (256, 512))), BLOCK, "stored as FP8 E5M2 (weight F8_E5M2 [256, 512], "),
+    ({"weight": ("U8", (256, 256)), "weight_scale": ("F8_E4M3", (256, 32))}, {},
+     "stored as a 4-bit float format (NVFP4, MXFP4)"),
+    ({"": ("F8_E4M3", (256, 512))}, BLOCK, "stored in no format mixprec knows (the tensor F8_E4M3 [256, 512])"),
+    ({"weight": ("BF16", (256, 512)), "SCB": ("F32", (256,))}, {},
+     "stored in no format mixprec knows (SCB F32 [256], weight "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "config", "message"), CONTRADICTIONS, ids=[c[2] for c in CONTRADICTIONS])
+def test_what_contradicts_itself_is_told(tensors: Tensors, config: Config, message: str) -> None:
+    with pytest.raises(FormatError, match="^" + re.escape(message)):
+        recognise(stated(tensors), config)
+
+
+SIZES = st.integers(1, 1 << 20)
+FORMATS = (
+    st.sampled_from(("BF16", "F16", "F32", "F64", "I64", "U8", "BOOL")).map(Dense)
+    | st.builds(Fp8, st.sampled_from(("channel", "tensor")), st.sampled_from(("static", "dynamic")))
+    | st.builds(Fp8, st.just("block"), st.sampled_from(("static", "dynamic")), st.tuples(SIZES, SIZES))
+    | st.builds(
+        Gptq, st.sampled_from((4, 8)), st.just(-1) | SIZES, st.booleans(), st.booleans(),
+        st.sampled_from(("gptq", "gptq_v2")),
+    )
+)  # fmt: skip
+
+
+@given(FORMATS)
+def test_a_format_survives_json(fmt: Format) -> None:
+    assert format_from_json(json.loads(json.dumps(fmt.to_json()))) == fmt
+
+
+G = Gptq(4, 128, True, False, "gptq").to_json()
+F = Fp8("block", "dynamic", (128, 128)).to_json()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"kind": None},
+        {"kind": "awq_int4"},  # of a later version: not to be taken for something unquantized
+        {"kind": "f8_e4m3"},
+        {"kind": "gptq_int4"},
+        G | {"kind": "gptq_int2"},
+        G | {"group_size": 0},
+        G | {"sym": "false"},
+        G | {"layout": "gptq_v3"},
+        {key: value for key, value in F.items() if key != "block"},
+        F | {"block": [128]},
+        F | {"block": [128, "128"]},
+        F | {"activations": "sometimes"},
+    ],
+    ids=str,
+)
+def test_a_damaged_declaration_is_refused(data: Config) -> None:
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        format_from_json(data)
+
+
+# Modules of a compiled checkpoint, by format.
+MIXED: dict[str, tuple[Tensors, Format]] = {
+    "model.embed_tokens": ({"weight": ("BF16", (64, 128))}, Dense("BF16")),
+    "model.layers.0.mlp.down_proj": (gptq(64, 128, group_size=64), Gptq(4, 64, True, False, "gptq")),
+    "model.layers.1.mlp.down_proj": (gptq(64, 128, group_size=-1), Gptq(4, -1, False, True, "gptq_v2")),
+    "model.layers.2.mlp.down_proj": (fp8_block(64, 128, (48, 48)), Fp8("block", "dynamic", (48, 48))),
+    "model.layers.3.mlp.down_proj": (fp8(64, 128, (), input_scale=ONE), Fp8("tensor", "static")),
+    "model.norm": ({"weight": ("BF16", (128,))}, Dense("BF16")),
+    "model.position_ids": ({"": ("I64", (1, 8))}, Dense("I64")),
+}
+
+TORCH = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8,
+}  # fmt: skip
+
+
+def write(folder: Path, modules: dict[str, Tensors], config: Config) -> Path:
+    tensors = {
+        f"{name}.{leaf}" if leaf else name: torch.zeros(shape, dtype=TORCH[dtype])
+        for name, leaves in modules.items()
+        for leaf, (dtype, shape) in leaves.items()
+    }
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return folder
+
+
+def test_detects_a_checkpoint_and_keeps_what_is_not_read_as_errors(tmp_path: Path) -> None:
+    modules: dict[str, Tensors] = {
+        "model.layers.0.mlp.up_proj": fp8_block(256, 128),
+        "model.layers.0.mlp.down_proj": fp8_block(128, 256, weight_scale_inv=None),
+        "model.layers.0.input_layernorm": {"weight": ("BF16", (128,))},
+        "model.layers.0.mlp.gate": {"weight": ("I8", (8, 128))},
+    }
+    found = detect(open_checkpoint(str(write(tmp_path, modules, BLOCK))))
+    errors = {name: str(found.pop(name)) for name in modules if isinstance(found[name], FormatError)}
+    assert found == {
+        "model.layers.0.mlp.up_proj": Fp8("block", "dynamic", (128, 128)),
+        "model.layers.0.input_layernorm": Dense("BF16"),
+    }
+    # Only modules that are used matter, so each keeps its own reason.
+    assert errors.keys() == {"model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate"}
+    assert "needs one of weight_scale" in errors["model.layers.0.mlp.down_proj"]
+    assert "Int8 (W8A8)" in errors["model.layers.0.mlp.gate"]
+
+
+def test_a_compiled_checkpoint_has_what_it_declares(tmp_path: Path) -> None:
+    modules = {name: tensors for name, (tensors, _) in MIXED.items()}
+    formats = {name: fmt for name, (_, fmt) in MIXED.items()}
+    config = quantization_config(formats)
+    folder = write(tmp_path, modules, config)
+    assert detect(open_checkpoint(str(folder))) == formats
+
+    # Nothing is guessed: tensors that are not as declared are an error of that module alone.
+    changed = "model.layers.0.mlp.down_proj"
+    write(folder, modules | {changed: gptq(64, 128, group_size=32)}, config)
+    found = detect(open_checkpoint(str(folder)))
+    assert isinstance(found[changed], FormatError)
+    assert "[2, 64] was expected for 128 inputs in groups of 64" in str(found[changed])
+    assert {name: fmt for name, fmt in found.items() if name != changed} == {
+        name: fmt for name, fmt in formats.items() if name != changed
+    }
+
+    for damage in ({"version": 2}, {"default": "int3"}, {"formats": {"bf16": {"kind": "awq_int4"}}}):
+        write(folder, modules, config | damage)
+        with pytest.raises(SourceError, match=r"version 2|damaged"):
+            detect(open_checkpoint(str(folder)))
