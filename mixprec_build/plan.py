@@ -331,7 +331,8 @@ class _Planner:
             if values is not None and values.any():
                 self.problems.hard(
                     f"{name} has a bias in `{bias.source}` that is not zero, and none in `{self.default.name}`: "
-                    "these are different models"
+                    f"these are different models; point `{bias.source}` "
+                    f"(line {self.sources.by_name[bias.source].line}) to a checkpoint of the same model"
                 )
                 continue
             tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != "bias"}

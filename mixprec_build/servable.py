@@ -126,7 +126,8 @@ def _check_group(
     def read(info: TensorInfo) -> np.ndarray | None:
         return reader.read(origin[info.name], info)
 
-    stored = [part.stored for part in parts]
+    by_name = {part.name: part.stored for part in parts}
+    stored = [by_name[member] for member in (expert and expert_parts(by_name)) or by_name]
     limits = [*_shape_limits(fmt, stored, expert), *fmt.value_limits(stored, read, experts=expert)]
     for limit in limits:
         source = _common_source(parts, sources, expert, other_than=parts[0].source)
@@ -195,8 +196,12 @@ def _role_limit(name: str, role: Role, fmt: Format) -> str | None:
         return f"SGLang has no quantized {role.value}"
     if last == "kv_b_proj":
         return "SGLang reads kv_b_proj outside its quantization methods and needs it unquantized"
-    if last in ("q_a_proj", "kv_a_proj_with_mqa") and "int4" in fmt.kind:
-        return "SGLang joins q_a_proj and kv_a_proj along an axis that packed Int4 does not have"
+    if last in ("q_a_proj", "kv_a_proj_with_mqa"):
+        # deepseek_weight_loader.py: torch.cat along the first axis, or the first of two scalars
+        if fmt.kind.startswith(("gptq", "awq")):
+            return "SGLang joins q_a_proj and kv_a_proj by rows, and packed formats hold outputs in columns"
+        if fmt.kind == "fp8_tensor":
+            return "SGLang joins q_a_proj and kv_a_proj and would keep one of their two per-tensor scales"
     return None
 
 

@@ -55,8 +55,8 @@ def check_output(plan: Plan, out: Path, *, force: bool) -> None:
 
 def _check_overlap(plan: Plan, out: Path) -> None:
     target = out.resolve()
-    sources = {"model": plan.sources.model} | {s.name: s.checkpoint for s in plan.sources.by_name.values()}
-    for name, checkpoint in sources.items():
+    sources = [(source.name, source.checkpoint) for source in plan.sources.by_name.values()]
+    for name, checkpoint in [*sources, ("model", plan.sources.model)]:
         if not isinstance(checkpoint.storage, LocalFolder):
             continue
         folder = checkpoint.storage.folder.resolve()

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,7 @@ Tensors = dict[str, torch.Tensor]
 
 HIDDEN = 128  # the least that Marlin and FP8 blocks take
 VOCAB = 64
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj") + (
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+LINEARS = tuple(f"self_attn.{x}_proj" for x in "qkvo") + tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 
 CONFIG: Mapping[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -214,11 +210,13 @@ def _walk(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield str(path.relative_to(folder)), path.read_bytes()
 
 
-def run_python(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, away from the hub."""
+def run_python(
+    *arguments: str, cwd: Path | None = None, under: Sequence[str] = (), timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, away from the hub; ``under`` is a command that runs it."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    command = [*under, sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
 
 
 def cpu_seconds(*arguments: str) -> float:

@@ -124,7 +124,9 @@ class Fp8(Format):
                     limits.append(
                         f"its {k} inputs are no multiple of {block_k}, the block activations are quantized in"
                     )
-                if len(parts) > 1 and n % block_n:
+                # DeepSeek's q_a_proj and kv_a_proj_with_mqa are one ReplicatedLinear, joined in this order: the
+                # end of the second may be ragged, and is in DeepSeek-V3 (576 outputs).
+                if len(parts) > 1 and n % block_n and last_word(part) != "kv_a_proj_with_mqa":
                     limits.append(
                         f"{last_word(part)} has {n} outputs, no multiple of its block {block_n}, and is fused"
                     )

@@ -192,6 +192,7 @@ def test_a_checkpoint_with_dynamic_overrides(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     dynamic = {
         "-:lm_head": {},
+        r"layers\.": {"bits": 8},  # matched from the start of the name, so this hits nothing
         r"+:.*\.1\..*": {"bits": 8, "group_size": 64},
         r".*\.2\.mlp": {"group_size": -1, "desc_act": True},
         r"+:.*\.layers\.": {"bits": 4},  # the first hit wins

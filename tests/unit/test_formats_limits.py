@@ -26,6 +26,7 @@ Tensors = dict[str, Stated]
 
 ONE: Stated = ("F32", (1,))
 B128 = Fp8("block", "dynamic", (128, 128))
+QKV_A = (1536, "q_a_proj"), (576, "kv_a_proj_with_mqa")
 
 
 def int4(group_size: int = 128, *, bits: int = 4, sym: bool = True, desc_act: bool = False) -> Gptq:
@@ -74,6 +75,14 @@ def test_linear_limits(fmt: Format, parts: list[Tensors], expected: list[str]) -
     for module in modules:
         fmt.check(module)
     check(fmt.linear_limits(modules), expected)
+
+
+def test_the_end_of_deepseeks_joined_projections_may_be_ragged() -> None:
+    # One output partition to SGLang, which then checks none; the blocks of the first part must end where it ends.
+    q_a, kv_a = (stated(fp8_block(n, 256), f"self_attn.{name}") for n, name in QKV_A)
+    assert B128.linear_limits([q_a, kv_a]) == []
+    ragged = stated(fp8_block(192, 256), q_a.name)
+    check(B128.linear_limits([ragged, kv_a]), ["q_a_proj has 192 outputs, no multiple of its block 128"])
 
 
 # The format, hidden and intermediate size, and words of each limit.

@@ -248,15 +248,17 @@ def test_a_compiled_checkpoint_has_what_it_declares(tmp_path: Path) -> None:
     folder = write(tmp_path, modules, config)
     assert detect(open_checkpoint(str(folder))) == formats
 
-    # Nothing is guessed: tensors that are not as declared are an error of that module alone.
-    changed = "model.layers.0.mlp.down_proj"
-    write(folder, modules | {changed: gptq(64, 128, group_size=32)}, config)
-    found = detect(open_checkpoint(str(folder)))
-    assert isinstance(found[changed], FormatError)
-    assert "[2, 64] was expected for 128 inputs in groups of 64" in str(found[changed])
-    assert {name: fmt for name, fmt in found.items() if name != changed} == {
-        name: fmt for name, fmt in formats.items() if name != changed
+    # Nothing is guessed: tensors that are not as declared are an error of their module alone.
+    changed: dict[str, Tensors] = {
+        "model.layers.0.mlp.down_proj": gptq(64, 128, group_size=32),
+        "model.layers.3.mlp.down_proj": fp8(64, 128, ()),
     }
+    write(folder, modules | changed, config)
+    found = detect(open_checkpoint(str(folder)))
+    int4, static = (str(found.pop(name)) for name in changed)
+    assert int4.endswith("[2, 64] was expected for 128 inputs in groups of 64")
+    assert static == "has no input_scale although its activations are declared static"
+    assert found == {name: fmt for name, fmt in formats.items() if name not in changed}
 
     for damage in ({"version": 2}, {"default": "int3"}, {"formats": {"bf16": {"kind": "awq_int4"}}}):
         write(folder, modules, config | damage)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import QWEN3_MOE, write_tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixprec_build.checkpoint import open_checkpoint
