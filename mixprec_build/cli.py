@@ -229,7 +229,7 @@ def main() -> None:
             # A path need not be text, and a terminal need not know every letter.
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="mixprec")
     except MixprecError as error:
         print(f"mixprec: {_printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

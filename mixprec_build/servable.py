@@ -82,7 +82,7 @@ class Mend:
                 exact[rule] = None
             else:
                 others.append(name)
-        return cls(source, tuple(exact)), others
+        return cls(source, tuple(sorted(exact, key=lambda rule: rule.line))), others
 
     def sentence(self, modules: Sequence[str], last_line: int | None) -> str:
         if self.source is None:

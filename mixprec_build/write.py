@@ -128,6 +128,7 @@ def write(
             files = _write_companions(plan, stage, companions)
             _write_file(stage / MANIFEST, dump_manifest(build_manifest(plan, stage, checksums, files)))
             _sync(stage)
+            check_output(plan, out, force=force)  # hours may have passed
             _publish(stage, target, force=force)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
@@ -174,7 +175,7 @@ def _make_folder(stage: Path, out: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OutputError(f"{out}: cannot be created: {error.strerror}") from error
+        raise OutputError(f"{out}: cannot be created ({error.filename}: {error.strerror})") from error
 
 
 def _check_space(plan: Plan, stage: Path) -> None:
@@ -196,11 +197,12 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with write_errors(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _publish(stage: Path, out: Path, *, force: bool) -> None:
@@ -219,7 +221,7 @@ def _publish(stage: Path, out: Path, *, force: bool) -> None:
             raise
         try:
             _sync(out.parent)
-        except OSError:
+        except WriteError:
             out.rename(stage)
             raise
     except BaseException:

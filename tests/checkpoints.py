@@ -84,10 +84,9 @@ def _modules(model: Tiny) -> Iterator[_Module]:
             yield _Module(f"{prefix}.eh_proj", (model.hidden, 2 * model.hidden))
             yield _Module(f"{prefix}.enorm", (model.hidden,))
             yield _Module(f"{prefix}.shared_head.head", (model.vocab, model.hidden))
-        yield from (
-            _latent_attention(model, f"{prefix}.self_attn") if deepseek else _attention(model, f"{prefix}.self_attn")
-        )
-        if model.family == "llama" or (deepseek and layer == 0):
+        attention = _latent_attention if deepseek else _attention
+        yield from attention(model, f"{prefix}.self_attn")
+        if not (deepseek or model.family.endswith("_moe")) or (deepseek and layer == 0):
             yield from _mlp(f"{prefix}.mlp", model.hidden, model.intermediate)
         else:
             yield _Module(f"{prefix}.mlp.gate", (model.experts, model.hidden))

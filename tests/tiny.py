@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ __all__ = [
     "CONFIG",
     "LEFT_BEHIND",
     "LINEARS",
+    "at_most",
     "cpu_seconds",
     "file_tensors",
     "folder_tensors",
@@ -96,17 +100,19 @@ def write_sources(folder: Path, **changes: Any) -> dict[str, Path]:
     return {variant: write_tiny(folder / variant, variant, **changes) for variant in ("bf16", "fp8", "int4")}
 
 
-def write_tiny(folder: Path, variant: str = "bf16", *, shards: int = 2, seed: int = 0, companions: bool = True) -> Path:
-    """One checkpoint: ``bf16``, ``fp8`` (128 x 128 blocks) or ``int4`` (GPTQ, groups of 64)."""
+def write_tiny(folder: Path, variant: str = "bf16", *, shards: int = 2, seed: int = 0, experts: int = 0) -> Path:
+    """One checkpoint: ``bf16``, ``fp8`` (128 x 128 blocks) or ``int4`` (GPTQ, groups of 64).
+
+    With ``experts``, the last layer has a router and as many experts instead of its MLP.
+    """
     folder.mkdir(parents=True)
     config = dict(CONFIG)
     if variant in _QUANTIZATION:
         config["quantization_config"] = dict(_QUANTIZATION[variant])
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    if companions:
-        for name, data in {**COMPANIONS, **LEFT_BEHIND}.items():
-            (folder / name).write_bytes(data)
-    tensors = _tensors(variant, seed)
+    for name, data in {**COMPANIONS, **LEFT_BEHIND}.items():
+        (folder / name).write_bytes(data)
+    tensors = _tensors(variant, seed, experts)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -140,7 +146,7 @@ def write_recipe(
     return path
 
 
-def _tensors(variant: str, seed: int) -> Tensors:
+def _tensors(variant: str, seed: int, experts: int) -> Tensors:
     random = torch.Generator().manual_seed(seed)
 
     def weight(*shape: int) -> torch.Tensor:
@@ -152,7 +158,11 @@ def _tensors(variant: str, seed: int) -> Tensors:
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             out[f"{prefix}{norm}.weight"] = (1 + weight(HIDDEN)).to(dense)
-        for linear in LINEARS:
+        linears = list(LINEARS)
+        if experts and layer:
+            out[f"{prefix}mlp.gate.weight"] = weight(experts, HIDDEN).to(dense)
+            linears[4:] = [linear.replace(".", f".experts.{i}.") for i in range(experts) for linear in LINEARS[4:]]
+        for linear in linears:
             out |= _linear(f"{prefix}{linear}", weight(HIDDEN, HIDDEN), variant)
     out["model.norm.weight"] = (1 + weight(HIDDEN)).to(dense)
     out["lm_head.weight"] = weight(VOCAB, HIDDEN).to(dense)
@@ -208,6 +218,22 @@ def _walk(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             yield str(path.relative_to(folder)), path.read_bytes()
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError where the main thread waits for something that never comes."""
+
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run_python(

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save, save_file
-from tiny import cpu_seconds, folder_tensors, run_python, write_recipe, write_sources, write_tiny
+from tiny import at_most, cpu_seconds, folder_tensors, run_python, write_recipe, write_sources, write_tiny
 
 from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.checkpoint import Checkpoint, ValueReader, open_checkpoint, split_name
@@ -30,15 +28,8 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
     """A file that is waited for, say a FIFO, fails its test instead of stopping the run."""
-
-    def late(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with at_most(60):
+        yield
 
 
 def checkpoint(folder: Path, index: object = None, **shards: Mapping[str, torch.Tensor]) -> Path:

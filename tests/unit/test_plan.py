@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, Tiny, write_tiny
+from checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,21 +177,21 @@ def test_a_word_for_a_format_finds_its_source(zoo: Path, tmp_path: Path, sources
     ("sources", "word", "message"),
     [
         (
-            "bf16 one=gptq_int4 two=gptq_int4",
+            "bf16 a=gptq_int4 b=gptq_int4",
             "int4",
-            "several sources hold `int4`: `bf16` holds bf16, `one` holds gptq_int4, `two` holds gptq_int4; name a source",
+            "several sources hold `int4`: `bf16` holds bf16, `a` holds gptq_int4, `b` holds gptq_int4; name a source",
         ),
         (
             "full=bf16 half=fp16",
             "fp16",
-            "`half`",
+            "several sources hold `fp16`: `full` holds bf16, `half` holds fp16; name a source",
         ),
         (
             "bf16 fp8=fp8_block",
             "int4",
             "no source holds `int4`: `bf16` holds bf16, `fp8` holds fp8_block; name a source",
         ),
-        ("bf16 fp8=fp8_block", "fp8_tensor", "no source holds `fp8_tensor`: "),
+        ("full=bf16 fp8=fp8_block", "fp8_tensor", "no source holds `fp8_tensor`: "),
         ("bf16 int4=gptq_int4", "awq_int4", "no source holds `awq_int4`: "),
         ("bf16 int4=gptq_int4", "int8", "no source holds `int8`: "),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import QWEN3_MOE, write_tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixprec_build.checkpoint import open_checkpoint
@@ -198,7 +198,7 @@ def test_the_weight_names_its_module(tmp_path: Path, name: str, module: str) -> 
 
 
 def test_every_word_for_a_format_has_a_meaning() -> None:
-    assert _FORMAT_WORDS == ALIASES.keys()
+    assert ALIASES.keys() == _FORMAT_WORDS
 
 
 # Errors: each names file and line, and the nearest word that is known

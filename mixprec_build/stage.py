@@ -1,0 +1,164 @@
+"""The hidden folder a build is written in, beside its output, and what survives there when a build is stopped.
+
+    .out.mixprec/
+        lock        locked (flock) by the build that is writing, and naming it: host and pid
+        journal     a line for each finished shard: its key and its tensors' checksums, with a checksum of the line
+        out/        the checkpoint, renamed to its final name when it is whole
+
+A shard enters the journal only when its bytes and its name are on the disk. Its key stands for everything that
+its bytes depend on, so the next build takes over a shard only where it would write the same one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from .errors import OutputError
+from .header import read_regular
+
+__all__ = ["Stage", "sync_folder"]
+
+
+@dataclass(slots=True)
+class Stage:
+    """An opened and locked stage; see :func:`Stage.open`."""
+
+    folder: Path
+    finished: dict[str, tuple[str, Mapping[str, str]]] = field(default_factory=dict)
+    """Shard -> its key, and the checksums of its tensors by name."""
+
+    @property
+    def payload(self) -> Path:
+        """Where the checkpoint grows."""
+        return self.folder / "out"
+
+    @property
+    def replaced(self) -> Path:
+        """Where an output that is being replaced waits to be removed."""
+        return self.folder / "replaced"
+
+    @classmethod
+    @contextmanager
+    def open(cls, out: Path) -> Iterator[Stage]:
+        """The stage of ``out``, new or left by an earlier build, for one build at a time.
+
+        Leaving it removes it, unless shards are finished in it that the next build can take over.
+
+        Raises:
+            OutputError: another build is writing to ``out``.
+            OSError: the folder cannot be written.
+        """
+        folder = out.with_name(f".{out.name}.mixprec")
+        lock = _lock(folder, out)
+        stage = cls(folder)
+        try:
+            stage._recover()
+            yield stage
+        finally:
+            if not stage.payload.exists() or not stage.finished:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                stage._drop_unfinished()
+                os.ftruncate(lock, 0)
+            os.close(lock)
+
+    def record(self, shard: str, key: str, checksums: Mapping[str, str]) -> None:
+        """Notes a shard as finished. Its data must have been synced."""
+        sync_folder(self.payload)
+        line = json.dumps({"shard": shard, "key": key, "checksums": checksums}, ensure_ascii=True)
+        data = f"{xxhash.xxh3_128_hexdigest(line.encode())} {line}\n".encode()
+        fd = os.open(self.folder / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if os.write(fd, data) != len(data):
+                raise OSError(f"{self.folder}: the journal could not be written")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self.finished[shard] = (key, checksums)
+
+    def keep(self, keys: Mapping[str, str]) -> None:
+        """Forgets finished shards that this build, whose shards have ``keys``, would not write the same."""
+        self.finished = {
+            shard: entry
+            for shard, entry in self.finished.items()
+            if keys.get(shard) == entry[0] and (self.payload / shard).is_file()
+        }
+        self._drop_unfinished()
+
+    def _recover(self) -> None:
+        """Reads the journal. A line that was cut short or garbled ends it: what follows was never promised."""
+        self.payload.mkdir(exist_ok=True)
+        if self.replaced.exists():
+            shutil.rmtree(self.replaced)
+        journal = self.folder / "journal"
+        data = read_regular(journal) if journal.exists() else b""
+        whole = 0
+        for line in data.splitlines(keepends=True):
+            digest, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or xxhash.xxh3_128_hexdigest(text).encode() != digest:
+                break
+            entry = json.loads(text)
+            self.finished[entry["shard"]] = (entry["key"], entry["checksums"])
+            whole += len(line)
+        if whole < len(data):
+            os.truncate(journal, whole)
+
+    def _drop_unfinished(self) -> None:
+        for path in self.payload.iterdir():
+            if path.name not in self.finished:
+                path.unlink()
+
+
+def _lock(folder: Path, out: Path) -> int:
+    """The locked lock file's descriptor."""
+    path = folder / "lock"
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # a build that finished removed the folder just now
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 200, 0).decode(errors="replace") or "unknown"
+            os.close(fd)
+            raise OutputError(
+                f"{out}: another mixprec build is writing there ({holder}); wait for it or name another folder"
+            ) from None
+        # Locks of other hosts are not always seen on network file systems; a name left by a killed build is.
+        holder = os.pread(fd, 200, 0).decode(errors="replace")
+        host = holder.partition(" ")[0]
+        if host and host != socket.gethostname():
+            os.close(fd)
+            raise OutputError(
+                f"{out}: a mixprec build on another host ({holder}) may still be writing there; "
+                f"if it is not, remove {folder}"
+            )
+        try:
+            if os.fstat(fd).st_ino == path.stat().st_ino:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{socket.gethostname()} pid {os.getpid()}".encode(), 0)
+                return fd
+        except FileNotFoundError:
+            pass  # locked a file that its build had removed: try the new one
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's entries on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,192 @@
+"""The recipes of this repository, planned against checkpoints with the real names and shapes, and no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from hollow import write_hollow
+
+from mixprec_build.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+# What the repositories of the hub hold that the recipes name.
+HUB: Mapping[str, tuple[str, str]] = {
+    "Qwen/Qwen3-235B-A22B": ("Qwen3-235B-A22B", "bf16"),
+    "Qwen/Qwen3-235B-A22B-FP8": ("Qwen3-235B-A22B", "fp8_block"),
+    "Qwen/Qwen3-235B-A22B-GPTQ-Int4": ("Qwen3-235B-A22B", "gptq_int4"),
+    "Qwen/Qwen3-30B-A3B": ("Qwen3-30B-A3B", "bf16"),
+    "Qwen/Qwen3-30B-A3B-FP8": ("Qwen3-30B-A3B", "fp8_block"),
+    "Qwen/Qwen3-30B-A3B-GPTQ-Int4": ("Qwen3-30B-A3B", "gptq_int4"),
+    "meta-llama/Llama-3.3-70B-Instruct": ("Llama-3.3-70B-Instruct", "bf16"),
+    "RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic": ("Llama-3.3-70B-Instruct", "fp8_channel"),
+    "shuyuej/Llama-3.3-70B-Instruct-GPTQ": ("Llama-3.3-70B-Instruct", "gptq_int4"),
+    "deepseek-ai/DeepSeek-V3": ("DeepSeek-V3", "fp8_block"),
+    "unsloth/DeepSeek-V3-bf16": ("DeepSeek-V3", "bf16"),
+    "OPEA/DeepSeek-V3-int4-sym-gptq-inc": ("DeepSeek-V3", "gptq_int4"),
+}
+
+# Plans in a process of its own, so that its time and memory can be told from those of the tests. The memory is
+# that of VmHWM: ru_maxrss of a new process starts with what its parent had.
+PLANNER = """
+import json, re, sys, time
+from pathlib import Path
+from mixprec_build import sources
+from mixprec_build.build import plan_recipe
+from mixprec_build.report import plan_facts
+
+folders = json.loads(sys.argv[2])
+open_checkpoint = sources.open_checkpoint
+sources.open_checkpoint = lambda location, **_: open_checkpoint(folders[location])
+facts = plan_facts(plan_recipe(Path(sys.argv[1])))
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+print(json.dumps({"facts": facts, "cpu_seconds": time.process_time(), "peak_bytes": int(peak[1]) * 1024}))
+"""
+
+
+class Planned(Protocol):
+    def __call__(self, recipe: str) -> Mapping[str, Any]: ...
+
+
+@pytest.fixture(scope="module")
+def hollow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a hub id, written once."""
+    root = tmp_path_factory.mktemp("hollow")
+
+    def folder(location: str) -> Path:
+        assert location in HUB, f"say in HUB what {location} holds"
+        model, variant = HUB[location]
+        path = root / model / variant
+        return path if path.exists() else write_hollow(path, model, variant)
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planned(hollow: Callable[[str], Path]) -> Planned:
+    """What planning a recipe gave, and what it took."""
+    results: dict[str, Mapping[str, Any]] = {}
+
+    def plan(name: str) -> Mapping[str, Any]:
+        if name not in results:
+            path = RECIPES / name
+            recipe = load_recipe(path)
+            folders = {ref.location: str(hollow(ref.location)) for ref in (recipe.model, *recipe.sources.values())}
+            command = [sys.executable, "-W", "error", "-c", PLANNER, str(path), json.dumps(folders)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            results[name] = json.loads(done.stdout)
+        return results[name]
+
+    return plan
+
+
+# For each recipe: layer -> projection -> format -> how many
+
+Row = dict[str, dict[str, int]]
+
+
+def _all(fmt: str, *names: str) -> Row:
+    return {name: {fmt: 1} for name in names}
+
+
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def qwen3_235b(layer: int) -> Row:
+    if layer <= 3 or layer >= 90:
+        experts = {"fp8_block": 128}
+    else:
+        experts = {"fp8_block": 16, "gptq_int4": 112} if layer <= 11 else {"gptq_int4": 128}
+    return _all("fp8_block", *ATTENTION) | {"experts": experts}
+
+
+def qwen3_30b(layer: int) -> Row:
+    return _all("fp8_block", *ATTENTION) | {"experts": {"fp8_block" if layer in (0, 1, 46, 47) else "gptq_int4": 128}}
+
+
+def llama_70b(layer: int) -> Row:
+    gate_up = "gptq_int4" if 2 <= layer <= 77 else "fp8_channel"
+    return _all("fp8_channel", *ATTENTION, "mlp.down_proj") | _all(gate_up, "mlp.gate_proj", "mlp.up_proj")
+
+
+def deepseek_v3(layer: int) -> Row:
+    latent = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+    row = _all("fp8_block", *(f"self_attn.{name}" for name in latent)) | _all("bf16", "self_attn.kv_b_proj")
+    if layer == 61:
+        row |= _all("bf16", "eh_proj", "embed_tokens", "shared_head.head")
+    if layer < 3:
+        return row | _all("fp8_block", *MLP)
+    row |= _all("fp8_block", *(name.replace("mlp.", "mlp.shared_experts.") for name in MLP))
+    return row | {"experts": {"gptq_int4" if 4 <= layer <= 59 else "fp8_block": 256}}
+
+
+LAYERS: Mapping[str, tuple[int, Callable[[int], Row]]] = {
+    "qwen3-235b-a22b.yaml": (94, qwen3_235b),
+    "qwen3-30b-a3b.yaml": (48, qwen3_30b),
+    "llama-3.3-70b.yaml": (80, llama_70b),
+    "deepseek-v3.yaml": (62, deepseek_v3),
+}
+
+BIG = {"qwen3-235b-a22b.yaml", "deepseek-v3.yaml"}
+EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in BIG else []) for name in LAYERS]
+
+
+def test_every_recipe_is_here() -> None:
+    assert {path.name for path in RECIPES.glob("*.yaml")} == LAYERS.keys()
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_line_does_what_it_says(planned: Planned, name: str) -> None:
+    facts = planned(name)["facts"]
+    assert facts["notes"] == facts["unservable"] == []
+    assert all(rule["won"] for rule in facts["rules"])
+    count, expected = LAYERS[name]
+    assert {row["layer"]: row["projections"] for row in facts["layers"]} == {n: expected(n) for n in range(count)}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_it_is_as_large_as_it_says(planned: Planned, hollow: Callable[[str], Path], name: str) -> None:
+    """`# Bytes   138 GB of weights, against 470 GB in BF16, ...`: each number to its last digit."""
+    recipe = load_recipe(RECIPES / name)
+    stated = re.search(
+        r"# Bytes +([\d.]+) GB of weights, against ([\d.]+) GB in BF16, ([\d.]+) GB in FP8 and ([\d.]+) GB in GPTQ-Int4",
+        (RECIPES / name).read_text(),
+    )
+    assert stated
+    nbytes = [planned(name)["facts"]["bytes"]]
+    for source in ("bf16", "fp8", "int4"):
+        index = hollow(recipe.sources[source].location) / "model.safetensors.index.json"
+        nbytes.append(json.loads(index.read_text())["metadata"]["total_size"])
+    for text, exact in zip(stated.groups(), nbytes, strict=True):
+        digits = len(text.partition(".")[2])
+        assert text == f"{exact / 1e9:.{digits}f}"
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_byte_of_its_sources_is_accounted_for(planned: Planned, hollow: Callable[[str], Path], name: str) -> None:
+    facts = planned(name)["facts"]
+    for source in facts["sources"]:
+        index = hollow(load_recipe(RECIPES / name).sources[source["name"]].location) / "model.safetensors.index.json"
+        left_out = sum(account["nbytes"] for account in facts["left_out"] if account["source"] == source["name"])
+        assert source["bytes"] + left_out == json.loads(index.read_text())["metadata"]["total_size"]
+    # 5 GB a file, and the headers are small.
+    assert facts["bytes"] / 5e9 <= facts["shards"] <= facts["bytes"] / 5e9 * 1.1 + 1
+    assert facts["bytes"] < facts["file_bytes"] < facts["bytes"] + 30_000_000
+
+
+@pytest.mark.slow
+def test_235_billion_parameters_are_planned_on_a_laptop(planned: Planned) -> None:
+    """Three checkpoints, 36,945 modules, 125 to 470 GB each: processor time and memory of the whole process."""
+    result = planned("qwen3-235b-a22b.yaml")
+    assert result["facts"]["modules"] == 94 * (128 * 3 + 9) + 3
+    assert result["cpu_seconds"] < 15
+    assert result["peak_bytes"] < 1.5 * 2**30
