@@ -6,19 +6,19 @@ Weights are never mapped into memory and never read here beyond what is asked fo
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 
 from .errors import SourceError
-from .header import TensorInfo, header_length, open_regular, parse_header, pread_all
+from .header import TensorInfo, header_length, inside, load_json, open_regular, parse_header, pread_all
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "LocalFolder",
     "StoredModule",
     "ValueReader",
+    "hide_password",
     "open_checkpoint",
     "split_name",
 ]
@@ -36,7 +37,15 @@ __all__ = [
 INDEX = "model.safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_INDEX_BYTES = 64 << 20  # 58 layers x 256 experts in GPTQ are 178,176 entries, 16 MB
+_MAX_JSON_VALUES = 2_000_000
+_MAX_JSON_DEPTH = 64
+_MAX_HEADERS_BYTES = 256 << 20  # of all shards; those of 178,176 tensors take 25 MB
+_MAX_TENSORS = 500_000
+_MAX_NAME = 256
 _FIRST_READ = 256 << 10  # most headers come with their length in one read
+
+# What models use: no blanks, nothing that commands a terminal, and nothing that means something in a pattern.
+_NAME = re.compile(rf"[^\x00-\x20\x7f-\x9f\ud800-\udfff*?{{}}\[\]]{{1,{_MAX_NAME}}}")
 
 # The last word of a tensor's name, when it is a part of a module and not a parameter of its own.
 _LEAVES = frozenset(
@@ -53,6 +62,14 @@ def split_name(tensor: str) -> tuple[str, str]:
     """``"a.b.qweight"`` -> ``("a.b", "qweight")``; a parameter like ``"a.A_log"`` is a module of its own."""
     module, _, leaf = tensor.rpartition(".")
     return (module, leaf) if leaf in _LEAVES and module else (tensor, "")
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+
+
+def hide_password(text: str) -> str:
+    """A URL without the user name and password in front of its host; other text as it is."""
+    return re.sub(r"(:/+).*@", r"\1***@", text, flags=re.DOTALL) if _URL.match(text) else text
 
 
 class Files(Protocol):
@@ -74,7 +91,10 @@ class Files(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalFolder:
-    """A checkpoint in a folder, or a snapshot in the hub's cache (whose files are links into ``blobs/``)."""
+    """A checkpoint in a folder, or a snapshot in the hub's cache (whose files are links into ``blobs/``).
+
+    A file that is a link to elsewhere is listed, and refused when it is asked for.
+    """
 
     folder: Path
     files: Mapping[str, int | None]
@@ -88,7 +108,7 @@ class LocalFolder:
         return cls(folder, files)
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        path = self.folder / name
+        path = inside(self.folder, name)
         fd = open_regular(path)
         try:
             data = pread_all(fd, length, offset)
@@ -101,10 +121,10 @@ class LocalFolder:
         return data
 
     def cached(self, name: str) -> Path | None:
-        return self.folder / name
+        return inside(self.folder, name)
 
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
-        return {name: self.folder / name for name in names}
+        return {name: inside(self.folder, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +148,8 @@ class Shard:
     """With the eight bytes of its length: where the data section starts."""
     header_checksum: str
     metadata: object
+    modified: int | None
+    """When its file was last changed (ns), where that is on this machine: the plan rests on its values too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -248,14 +270,19 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
     shards, index = _shard_names(storage, location)
     tensors: dict[str, TensorInfo] = {}
     headers: dict[str, Shard] = {}
+    reader = _HeaderReader(storage, location)
     with ThreadPoolExecutor(max_workers=8) as pool:
-        for shard, data in zip(shards, pool.map(lambda n: _read_header(storage, location, n), shards), strict=True):
+        for shard, data in zip(shards, pool.map(reader.read, shards), strict=True):
             size = _size(storage, shard)
             found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
             for name in found.keys() & tensors.keys():
                 raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
             tensors |= found
-            headers[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata)
+            if len(tensors) > _MAX_TENSORS:
+                raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
+            file = storage.cached(shard)
+            modified = None if file is None else file.stat().st_mtime_ns
+            headers[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata, modified)
     absent = {}
     if index is not None:
         if _offline(storage):
@@ -265,10 +292,9 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
 
     parts: dict[str, dict[str, TensorInfo]] = {}
     for tensor in tensors.values():
-        if not re.fullmatch(r"[^\x00-\x20\x7f-\x9f\ud800-\udfff*?{}\[\]]+", tensor.name):
-            raise SourceError(
-                f"tensor name {tensor.name!r} has characters no model uses", path=f"{location}/{tensor.file}"
-            )
+        if not _NAME.fullmatch(tensor.name):
+            what = f"longer than {_MAX_NAME} characters" if len(tensor.name) > _MAX_NAME else "characters no model uses"
+            raise SourceError(f"tensor name {tensor.name[:_MAX_NAME]!r} has {what}", path=f"{location}/{tensor.file}")
         module, leaf = split_name(tensor.name)
         parts.setdefault(module, {})[leaf] = tensor
     modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
@@ -281,9 +307,16 @@ def _offline(storage: Files) -> bool:
 
 
 def _locate(location: str, relative_to: Path) -> Files:
-    folder = relative_to / Path(location).expanduser()
-    if folder.is_dir():
-        return LocalFolder.open(folder)
+    try:
+        folder = relative_to / Path(location).expanduser()
+        if folder.is_dir():
+            return LocalFolder.open(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError for the home folder of a user that does not exist
+        raise SourceError(f"cannot be looked at: {getattr(error, 'strerror', error)}", path=location) from error
+    if _URL.match(location):
+        raise SourceError(
+            "a URL; write a local folder or a hub id like org/name@revision", path=hide_password(location)
+        )
     from .hub import HubRepo, parse_repo_id
 
     looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") != 1
@@ -303,12 +336,23 @@ def _read_json(storage: Files, location: str, name: str, limit: int) -> dict[str
     if size > limit:
         raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
     try:
-        data = json.loads(storage.read(name, 0, size).decode("utf-8"))
+        data = load_json(storage.read(name, 0, size), _MAX_JSON_VALUES)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"not valid JSON: {error}", path=path) from error
     if not isinstance(data, dict):
         raise SourceError("not a JSON object", path=path)
+    if _deeper_than(_MAX_JSON_DEPTH, data):
+        # Who prints or writes it would run out of stack.
+        raise SourceError(f"nested deeper than {_MAX_JSON_DEPTH} levels", path=path)
     return data
+
+
+def _deeper_than(depth: int, value: object) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        level = [child for children in inner for child in children]
+    return bool(level)
 
 
 def _size(storage: Files, name: str) -> int:
@@ -350,14 +394,24 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
     raise SourceError("no safetensors files", path=location)
 
 
-def _read_header(storage: Files, location: str, name: str) -> bytes:
-    """A shard's bytes up to its data section."""
-    size = _size(storage, name)
-    first = storage.read(name, 0, min(size, _FIRST_READ))
-    length = header_length(first[:8], path=f"{location}/{name}", file_size=size)
-    if 8 + length > len(first):
-        first += storage.read(name, len(first), 8 + length - len(first))
-    return first[: 8 + length]
+class _HeaderReader:
+    """Reads what comes before the data section of shards, for several threads at a time."""
+
+    def __init__(self, storage: Files, location: str):
+        self._storage, self._location = storage, location
+        self._lock, self._total = Lock(), 0
+
+    def read(self, name: str) -> bytes:
+        size = _size(self._storage, name)
+        first = self._storage.read(name, 0, min(size, _FIRST_READ))
+        end = 8 + header_length(first[:8], path=f"{self._location}/{name}", file_size=size)
+        with self._lock:
+            self._total += end
+            if self._total > _MAX_HEADERS_BYTES:
+                raise SourceError(f"headers of more than {_MAX_HEADERS_BYTES} bytes in all", path=self._location)
+        if end > len(first):
+            first += self._storage.read(name, len(first), end - len(first))
+        return first[:end]
 
 
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: str) -> None:

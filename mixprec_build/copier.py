@@ -22,6 +22,7 @@ import xxhash
 from .errors import SourceError, WriteError
 from .header import open_regular, pread_all
 from .plan import Plan, PlannedShard, PlannedTensor
+from .stage import Stage
 
 __all__ = ["Copier", "Progress", "pwrite_all", "write_errors"]
 
@@ -39,6 +40,7 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux;
 class _Output:
     """A shard being written. Its file is synced and closed by whoever finishes its last batch."""
 
+    shard: PlannedShard
     path: Path
     fd: int
     pending: int = 0
@@ -59,15 +61,19 @@ class _Batch:
 
 
 class Copier:
-    """Writes the shards of ``plan`` into the folder ``stage`` from source files at ``paths``."""
+    """Writes the shards of ``plan`` into ``stage`` from source files at ``paths``.
 
-    def __init__(self, plan: Plan, paths: Mapping[tuple[str, str], Path], stage: Path, progress: Progress):
+    Shards that an interrupted build has finished there are taken over.
+    """
+
+    def __init__(self, plan: Plan, paths: Mapping[tuple[str, str], Path], stage: Stage, progress: Progress):
         self._plan, self._paths, self._stage, self._progress = plan, paths, stage, progress
         self._lock = threading.Lock()
         self._failed = threading.Event()
         self._sources: dict[tuple[str, str], int] = {}
         self._unfinished: set[int] = set()
         self._checksums: dict[tuple[str, str], str] = {}
+        self._keys: dict[str, str] = {}
 
     def run(self, jobs: int) -> dict[tuple[str, str], str]:
         """Copies everything with ``jobs`` threads; returns ``(source, tensor)`` -> hexadecimal xxh3_128.
@@ -80,6 +86,9 @@ class Copier:
             stack.callback(self._close_unfinished)
             for key, path in self._paths.items():
                 self._sources[key] = stack.enter_context(self._source(key, path))
+            self._keys = {shard.file: self._key(shard) for shard in self._plan.shards}
+            self._stage.keep(self._keys)
+            self._check_space()
             batches = self._batches()
             with ThreadPoolExecutor(max_workers=jobs) as pool:
                 workers = [pool.submit(self._work, batches) for _ in range(jobs)]
@@ -104,7 +113,8 @@ class Copier:
         try:
             before = os.fstat(fd)
             header = _read_start(fd, shard.header_bytes, path)
-            if before.st_size != shard.size or xxhash.xxh3_128_hexdigest(header) != shard.header_checksum:
+            same = before.st_size == shard.size and shard.modified in (None, before.st_mtime_ns)
+            if not same or xxhash.xxh3_128_hexdigest(header) != shard.header_checksum:
                 raise SourceError("changed since it was planned; start again", path=path)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield fd
@@ -117,6 +127,9 @@ class Copier:
     def _batches(self) -> Iterator[_Batch]:
         """All batches, shard by shard; a shard's file is created when its first batch is due."""
         for shard in self._plan.shards:
+            if shard.file in self._stage.finished:
+                self._take_over(shard)
+                continue
             output, copy, at = self._create(shard)
             group: list[PlannedTensor] = []
             size = 0
@@ -133,16 +146,43 @@ class Copier:
             output.queued = True
             yield _Batch(output, copy, start, group)
 
+    def _check_space(self) -> None:
+        """A disk too small is told before hours of copying."""
+        unfinished = (s for s in self._plan.shards if s.file not in self._stage.finished and s.link is None)
+        need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished)
+        with write_errors(self._stage.folder):
+            free = os.statvfs(self._stage.folder)
+        if need > free.f_bavail * free.f_frsize:
+            raise WriteError(
+                f"{self._stage.folder.parent}: {need} bytes are needed, {free.f_bavail * free.f_frsize} are free"
+            )
+
+    def _key(self, shard: PlannedShard) -> str:
+        """Stands for all that a shard's bytes depend on: its header, and the ranges and states of its sources."""
+        digest = xxhash.xxh3_128(shard.header())
+        for tensor in shard.tensors:
+            state = os.fstat(self._sources[tensor.source, tensor.info.file])
+            checksum = self._plan.sources.by_name[tensor.source].checkpoint.shards[tensor.info.file].header_checksum
+            origin = (checksum, state.st_size, state.st_mtime_ns, tensor.info.start, shard.link is None)
+            digest.update(repr((tensor.source, tensor.info.file, *origin)).encode())
+        return digest.hexdigest()
+
+    def _take_over(self, shard: PlannedShard) -> None:
+        checksums = self._stage.finished[shard.file].checksums
+        for tensor in shard.tensors:
+            self._note(tensor, checksums[tensor.info.name])
+        self._progress(shard.data_bytes)
+
     def _create(self, shard: PlannedShard) -> tuple[_Output, bool, int]:
         """The output file, whether its data is still to be written, and where its data section starts."""
-        path = self._stage / shard.file
+        path = self._stage.payload / shard.file
         if shard.link is not None:
             source, file = shard.link
             data_start = self._plan.sources.by_name[source].checkpoint.shards[file].header_bytes
             if _link(self._paths[shard.link], path):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._unfinished.add(fd)
-                return _Output(path, fd), False, data_start
+                return _Output(shard, path, fd), False, data_start
             header = _read_start(self._sources[shard.link], data_start, self._paths[shard.link])
         else:
             header = shard.header()
@@ -151,7 +191,7 @@ class Copier:
             self._unfinished.add(fd)
             os.posix_fallocate(fd, 0, len(header) + shard.data_bytes)
             pwrite_all(fd, memoryview(header), 0)
-        return _Output(path, fd), True, len(header)
+        return _Output(shard, path, fd), True, len(header)
 
     def _work(self, batches: Iterator[_Batch]) -> None:
         buffer = memoryview(bytearray(_BUFFER))
@@ -233,6 +273,10 @@ class Copier:
                     os.fsync(output.fd)
             finally:
                 os.close(output.fd)
+            file = output.shard.file
+            checksums = {t.info.name: self._checksums[t.source, t.info.name] for t in output.shard.tensors}
+            with self._lock, write_errors(self._stage.folder):
+                self._stage.record(file, self._keys[file], checksums)
 
 
 def _read_start(fd: int, length: int, path: Path) -> bytes:
@@ -277,8 +321,8 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = {
-            errno.ENOSPC: "free some space and start again",
-            errno.EDQUOT: "your quota is used up; free some space and start again",
-            errno.EACCES: "write permission is missing",
-        }.get(error.errno or 0, "nothing was left behind")
-        raise WriteError(f"{error.filename or path}: {error.strerror}; {hint}") from error
+            errno.ENOSPC: "; free some space",
+            errno.EDQUOT: "; your quota is used up, free some space",
+            errno.EACCES: "; write permission is missing",
+        }.get(error.errno or 0, "")
+        raise WriteError(f"{error.filename or path}: {error.strerror}{hint}") from error

@@ -7,6 +7,7 @@
     ├── RefusedError             the recipe and its sources are sound, the mix is not; carries every problem
     ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
     ├── WriteError               exit code 3: copying failed; nothing was left where the output belongs
+    │   └── InterruptedBuildError  exit code 130: Ctrl-C
     └── VerifyError              a written checkpoint differs from its manifest or its sources
 
 A message names the file, the recipe line or the tensor, says what is wrong, and what to do about it.
@@ -20,6 +21,7 @@ from typing import ClassVar
 
 __all__ = [
     "HubError",
+    "InterruptedBuildError",
     "MixprecError",
     "OutputError",
     "RecipeError",
@@ -77,6 +79,12 @@ class WriteError(MixprecError):
     """A build that stopped while writing."""
 
     exit_code = 3
+
+
+class InterruptedBuildError(WriteError):
+    """A build that the user stopped. The message says how to go on."""
+
+    exit_code = 130
 
 
 class VerifyError(MixprecError):

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .errors import SourceError
 
@@ -22,6 +22,8 @@ __all__ = [
     "TensorInfo",
     "build_header",
     "header_length",
+    "inside",
+    "load_json",
     "open_regular",
     "parse_header",
     "pread_all",
@@ -38,6 +40,8 @@ DTYPE_BITS: Mapping[str, int] = {
 # The library's own cap is 100 MB; a million one-byte tensors fit in 69 MB and cost it seconds and a GiB.
 MAX_HEADER_BYTES = 32 << 20
 _MAX_TENSORS = 300_000
+_MAX_JSON_VALUES = 4_000_000  # a tensor takes 13
+_MAX_FILE_BYTES = 256 << 20
 _PAGE = 4096
 
 
@@ -73,15 +77,49 @@ def pread_all(fd: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def read_regular(path: Path) -> bytes:
-    """A whole small file. Raises :class:`SourceError`, also for what would never end."""
+def read_regular(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:
+    """A whole small file. Raises :class:`SourceError`, also for what would never end or is larger than ``limit``."""
     fd = open_regular(path)
     try:
-        return pread_all(fd, os.fstat(fd).st_size, 0)
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
+        return pread_all(fd, size, 0)
     except OSError as error:
         raise SourceError(f"cannot read it: {error.strerror}", path=path) from error
     finally:
         os.close(fd)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a checkpoint's file. Links are followed within the folder, and as the hub's cache makes them.
+
+    Raises:
+        SourceError: it is a link to anywhere else, which may be a file that is no stranger's to read.
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    # models--org--name/snapshots/<commit>/<file> -> models--org--name/blobs/<etag>
+    repository = next((parent.parent for parent in home.parents if parent.name == "snapshots"), home)
+    cached = repository.name.startswith("models--") and target.parent == Path(os.path.realpath(repository / "blobs"))
+    if not cached and home not in target.parents:
+        raise SourceError(f"a link to {target}, outside of the checkpoint; put the file itself there", path=path)
+    return path
+
+
+def load_json(data: bytes, most: int, **hooks: Any) -> Any:
+    """The JSON of a stranger's file, if it has no more than ``most`` values: each may take 100 bytes of memory.
+
+    Raises:
+        ValueError: it has more, or is no JSON in UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    # Every value but the first comes after one of these bytes.
+    if sum(map(data.count, (b",", b":", b"[", b"{"))) > most:
+        raise ValueError(f"more than {most} values")
+    return json.loads(data.decode("utf-8"), **hooks)
 
 
 def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) -> tuple[dict[str, TensorInfo], object]:
@@ -98,7 +136,7 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
 
     start = len(data)
     try:
-        header = json.loads(data[8:].decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        header = load_json(data[8:], _MAX_JSON_VALUES, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except RecursionError:
         bad("its header is nested too deeply")
     except ValueError as error:

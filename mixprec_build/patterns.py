@@ -13,21 +13,31 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import TypeVar
 
-__all__ = ["Pattern", "PatternError", "compress", "natural_key"]
+__all__ = ["Pattern", "PatternError", "PatternReader", "compress", "natural_key"]
 
 _T = TypeVar("_T")
 _SPECIAL = re.compile(r"[*?{}\[\]]")
+_TOKEN = re.compile(r"\*+|\?|\{[^}]*\}|[^*?{}\[\]]+|.")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 _NUMBER = re.compile(r"(\d{1,15})")  # int() refuses digits without end
 
-# Bounds for patterns that come from strangers: a `.*` each, tried against every module name. The time that a
-# hostile pair of them takes grows with the name's length to the power of the stars.
+# Bounds for patterns that come from strangers; sizes are in characters, braces written out.
 _MAX_STARS = 4
 _MAX_ALTERNATIVES = 10_000
+_MAX_SIZE = 200_000
+_MAX_FILE_GLOBS = 2_000
+_MAX_FILE_SIZE = 1_000_000
+_MAX_FOLDED_NUMBERS = 8
+
+_Words = tuple[str, ...]
+"""A part of a pattern: the words of a pair of braces, a text as the only word, none for ``?``."""
 
 
 class PatternError(ValueError):
@@ -44,66 +54,182 @@ class Pattern:
 
     text: str
     exact: bool = field(init=False)
+    size: int = field(init=False, repr=False, compare=False)
+    """In characters, with its braces written out."""
     _match: Callable[[str], object] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exact", _SPECIAL.search(self.text) is None)
-        regex = re.compile(_to_regex(self.text), re.DOTALL)
-        object.__setattr__(self, "_match", regex.fullmatch)
+        segments = _parse(self.text)
+        match: Callable[[str], object]
+        exact = _SPECIAL.search(self.text) is None
+        if exact:
+            match = self.text.__eq__
+        elif _needs_no_search(segments):
+            match = re.compile(_to_regex(segments), re.DOTALL).fullmatch
+        else:
+            match = partial(_walk, [[_by_length(words) for words in segment] for segment in segments])
+        object.__setattr__(self, "exact", exact)
+        object.__setattr__(self, "size", _size(segments))
+        object.__setattr__(self, "_match", match)
 
     def matches(self, name: str) -> bool:
         return name == self.text if self.exact else self._match(name) is not None
 
 
-def _to_regex(text: str) -> str:
+class PatternReader:
+    """Parses the patterns of one file, a stranger's perhaps, and bounds what they are together."""
+
+    def __init__(self) -> None:
+        self._globs = self._size = 0
+
+    def read(self, text: str) -> Pattern:
+        """Raises :class:`PatternError` for a malformed pattern, and for one too many."""
+        pattern = Pattern(text)
+        if not pattern.exact:
+            self._globs += 1
+            self._size += pattern.size
+        if self._globs > _MAX_FILE_GLOBS:
+            raise PatternError(f"more than {_MAX_FILE_GLOBS} patterns in one file")
+        if self._size > _MAX_FILE_SIZE:
+            raise PatternError(f"the patterns of one file, written out, have more than {_MAX_FILE_SIZE} characters")
+        return pattern
+
+
+# Parsing
+
+
+def _parse(text: str) -> list[list[_Words]]:
+    """What is between the stars: ``"a.*.{b,c}?"`` -> ``[[("a.",)], [(".",), ("b", "c"), ()]]``."""
     if not text:
         raise PatternError("an empty name matches nothing")
-    out, at = [], 0
-    stars = len(re.findall(r"\*+", text))
-    if stars > _MAX_STARS:
-        raise PatternError(f"{text!r} has {stars} wildcards '*'; at most {_MAX_STARS} are allowed")
-    while at < len(text):
-        char = text[at]
-        if char == "*":
-            while text[at + 1 : at + 2] == "*":
-                at += 1
-            out.append(".*")
-        elif char == "?":
-            out.append(".")
-        elif char == "{":
-            end = text.find("}", at)
-            if end < 0:
-                raise PatternError(f"{text!r}: '{{' without a closing '}}'")
-            words = _alternatives(text[at + 1 : end], text)
-            out.append("(?:" + "|".join(map(re.escape, words)) + ")")
-            at = end
-        elif char in "}[]":
-            hint = "write ranges as {0..15}" if char != "}" else "'}' without an opening '{'"
-            raise PatternError(f"{text!r}: unexpected {char!r}; {hint}")
+    if _UNPRINTABLE.search(text):
+        raise PatternError(f"{_short(text)} has characters that no name has")
+    segments: list[list[_Words]] = [[]]
+    for token in _TOKEN.findall(text):
+        if token[0] == "*":
+            segments.append([])
+        elif token == "?":
+            segments[-1].append(())
+        elif token in ("{", "}", "[", "]"):
+            hints = {"{": "'{' without a closing '}'", "}": "unexpected '}'; '}' without an opening '{'"}
+            hint = hints.get(token, f"unexpected {token!r}; write ranges as {{0..15}}")
+            raise PatternError(f"{_short(text)}: {hint}")
         else:
-            out.append(re.escape(char))
-        at += 1
-    return "".join(out)
+            words = _alternatives(token[1:-1], text) if token[0] == "{" else (token,)
+            segments[-1].append(words)
+    stars = len(segments) - 1
+    if stars > _MAX_STARS:
+        raise PatternError(f"{_short(text)} has {stars} wildcards '*'; at most {_MAX_STARS} are allowed")
+    if _size(segments) > _MAX_SIZE:
+        raise PatternError(f"{_short(text)}, written out, has more than {_MAX_SIZE} characters")
+    return segments
 
 
-def _alternatives(body: str, text: str) -> list[str]:
+def _alternatives(body: str, text: str) -> _Words:
     words: dict[str, None] = {}
     for item in (part.strip() for part in body.split(",")):
         span = _RANGE.fullmatch(item)
         if span:
             low, high = int(span[1]), int(span[2])
             if low > high:
-                raise PatternError(f"{text!r}: the range {item} is empty; write {{{high}..{low}}}")
+                raise PatternError(f"{_short(text)}: the range {item} is empty; write {{{high}..{low}}}")
             if high - low >= _MAX_ALTERNATIVES:
-                raise PatternError(f"{text!r}: the range {item} is longer than {_MAX_ALTERNATIVES}")
+                raise PatternError(f"{_short(text)}: the range {item} is longer than {_MAX_ALTERNATIVES}")
             words.update(dict.fromkeys(map(str, range(low, high + 1))))
         elif not item or ".." in item or _SPECIAL.search(item):
-            raise PatternError(f"{text!r}: {item!r} is no number, word or range like 0..15")
+            raise PatternError(f"{_short(text)}: {_short(item)} is no number, word or range like 0..15")
         else:
             words[item] = None
-    if len(words) > _MAX_ALTERNATIVES:
-        raise PatternError(f"{text!r}: more than {_MAX_ALTERNATIVES} alternatives")
-    return list(words)
+        if len(words) > _MAX_ALTERNATIVES:
+            raise PatternError(f"{_short(text)}: more than {_MAX_ALTERNATIVES} alternatives")
+    return tuple(words)
+
+
+def _size(segments: Sequence[Sequence[_Words]]) -> int:
+    return sum(sum(map(len, words)) or 1 for segment in segments for words in segment)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:200]}...")
+
+
+# Matching. A regex that tries one way after another can take forever on a name that almost matches: it is used
+# where there is one way only, which is the case for what people and `compress` write.
+
+
+def _needs_no_search(segments: Sequence[Sequence[_Words]]) -> bool:
+    """Whether each segment matches in one way at most at any place, and those between two stars can be kept where
+    they match first."""
+    *before, last = segments
+    return (
+        all(_matches_one_way(segment, at_end=False) for segment in before)
+        and _matches_one_way(last, at_end=True)
+        and all(_ends_first_where_it_starts_first(segment) for segment in segments[1:-1])
+    )
+
+
+def _matches_one_way(segment: Sequence[_Words], *, at_end: bool) -> bool:
+    """No word begins another, or what follows the braces decides between them."""
+    for i, words in enumerate(segment):
+        if not any(longer.startswith(word) for word, longer in pairwise(sorted(words))):
+            continue
+        if i + 1 == len(segment):
+            return at_end
+        after = segment[i + 1]
+        if len(after) != 1 or any(after[0][0] in word for word in words):
+            return False
+    return True
+
+
+def _ends_first_where_it_starts_first(segment: Sequence[_Words]) -> bool:
+    """No match lies within a longer one: to begin later and end earlier it would have to be too short."""
+    longest = sum(max(map(len, words), default=1) for words in segment)
+    shortest = sum(min(map(len, words), default=1) for words in segment)
+    head = segment[0][0][:100] if len(segment[0]) == 1 else ""
+    later = next((n for n in range(1, len(head)) if head.startswith(head[n:])), max(1, len(head)))
+    return longest - shortest <= later
+
+
+def _to_regex(segments: Sequence[Sequence[_Words]]) -> str:
+    first, *others = map(_segment_regex, segments)
+    if not others:
+        return first
+    *between, last = others
+    # What a lookahead has found is not tried again elsewhere; Python has atomic groups from 3.11 on only.
+    kept = [rf"(?=(.*?{segment}))\{number}" for number, segment in enumerate(between, start=1)]
+    if between and not last:
+        kept[-1] = ".*" + between[-1]  # nothing after it can fail, and this is faster
+    return "".join([first, *kept, ".*", last])
+
+
+def _segment_regex(segment: Sequence[_Words]) -> str:
+    return "".join("(?:" + "|".join(map(re.escape, words)) + ")" if words else "." for words in segment)
+
+
+def _by_length(words: _Words) -> dict[int, set[str]]:
+    groups: dict[int, set[str]] = defaultdict(set)
+    for word in words:
+        groups[len(word)].add(word)
+    return dict(groups)
+
+
+def _walk(segments: Sequence[Sequence[Mapping[int, set[str]]]], name: str) -> bool | None:
+    """True for a match, else None. Looks for all ways at once: every place where each part can end."""
+    ends = {0}
+    for number, segment in enumerate(segments):
+        if number:  # after a star
+            ends = set(range(min(ends), len(name) + 1))
+        for part in segment:
+            if part:
+                ends = {end + n for end in ends for n, words in part.items() if name[end : end + n] in words}
+            else:
+                ends = {end + 1 for end in ends if end < len(name)}
+            if not ends:
+                return None
+    return True if len(name) in ends else None
+
+
+# Folding
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -124,7 +250,7 @@ def compress(names: Iterable[str]) -> list[str]:
     patterns: list[str] = []
     for width, rows in by_width.items():
         # Columns: text, number, text, ..., text, last word.
-        for column in [width - 1, *range(width - 3, 0, -2)]:
+        for column in [width - 1, *range(width - 3, 0, -2)[:_MAX_FOLDED_NUMBERS]]:
             rows = _fold(rows, column)
         patterns += ["".join(row) for row in rows]
     return sorted(patterns, key=natural_key)

@@ -18,7 +18,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -26,16 +26,26 @@ import xxhash
 from .errors import OutputError
 from .header import read_regular
 
-__all__ = ["Stage", "sync_folder"]
+__all__ = ["FinishedShard", "Stage", "sync_folder"]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A line of the journal."""
+
+    key: str
+    nbytes: int
+    checksums: Mapping[str, str]
+    """By tensor."""
 
 
 @dataclass(slots=True)
 class Stage:
     """An opened and locked stage; see :func:`Stage.open`."""
 
+    out: Path
     folder: Path
-    finished: dict[str, tuple[str, Mapping[str, str]]] = field(default_factory=dict)
-    """Shard -> its key, and the checksums of its tensors by name."""
+    finished: dict[str, FinishedShard] = field(default_factory=dict)
 
     @property
     def payload(self) -> Path:
@@ -60,7 +70,7 @@ class Stage:
         """
         folder = out.with_name(f".{out.name}.mixprec")
         lock = _lock(folder, out)
-        stage = cls(folder)
+        stage = cls(out, folder)
         try:
             stage._recover()
             yield stage
@@ -75,7 +85,8 @@ class Stage:
     def record(self, shard: str, key: str, checksums: Mapping[str, str]) -> None:
         """Notes a shard as finished. Its data must have been synced."""
         sync_folder(self.payload)
-        line = json.dumps({"shard": shard, "key": key, "checksums": checksums}, ensure_ascii=True)
+        entry = FinishedShard(key, (self.payload / shard).stat().st_size, checksums)
+        line = json.dumps({"shard": shard, **asdict(entry)})
         data = f"{xxhash.xxh3_128_hexdigest(line.encode())} {line}\n".encode()
         fd = os.open(self.folder / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -84,14 +95,25 @@ class Stage:
             os.fsync(fd)
         finally:
             os.close(fd)
-        self.finished[shard] = (key, checksums)
+        self.finished[shard] = entry
+
+    def kept(self, shards: int) -> str:
+        """What a stopped build leaves and how to go on, for its message."""
+        if not self.finished:
+            return "nothing was left behind"
+        return (
+            f"{len(self.finished)} of {shards} files are finished and kept in {self.folder}: "
+            "the same command goes on from there"
+        )
 
     def keep(self, keys: Mapping[str, str]) -> None:
         """Forgets finished shards that this build, whose shards have ``keys``, would not write the same."""
         self.finished = {
             shard: entry
             for shard, entry in self.finished.items()
-            if keys.get(shard) == entry[0] and (self.payload / shard).is_file()
+            if keys.get(shard) == entry.key
+            and (path := self.payload / shard).is_file()
+            and path.stat().st_size == entry.nbytes
         }
         self._drop_unfinished()
 
@@ -99,7 +121,10 @@ class Stage:
         """Reads the journal. A line that was cut short or garbled ends it: what follows was never promised."""
         self.payload.mkdir(exist_ok=True)
         if self.replaced.exists():
-            shutil.rmtree(self.replaced)
+            if self.out.exists():
+                shutil.rmtree(self.replaced)
+            else:
+                self.replaced.rename(self.out)  # killed between the two renames that replace an output
         journal = self.folder / "journal"
         data = read_regular(journal) if journal.exists() else b""
         whole = 0
@@ -108,7 +133,8 @@ class Stage:
             if not line.endswith(b"\n") or xxhash.xxh3_128_hexdigest(text).encode() != digest:
                 break
             entry = json.loads(text)
-            self.finished[entry["shard"]] = (entry["key"], entry["checksums"])
+            shard = entry.pop("shard")
+            self.finished[shard] = FinishedShard(**entry)
             whole += len(line)
         if whole < len(data):
             os.truncate(journal, whole)
@@ -131,13 +157,13 @@ def _lock(folder: Path, out: Path) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(fd, 200, 0).decode(errors="replace") or "unknown"
+            holder = _holder(fd) or "unknown"
             os.close(fd)
             raise OutputError(
                 f"{out}: another mixprec build is writing there ({holder}); wait for it or name another folder"
             ) from None
         # Locks of other hosts are not always seen on network file systems; a name left by a killed build is.
-        holder = os.pread(fd, 200, 0).decode(errors="replace")
+        holder = _holder(fd)
         host = holder.partition(" ")[0]
         if host and host != socket.gethostname():
             os.close(fd)
@@ -152,7 +178,17 @@ def _lock(folder: Path, out: Path) -> int:
                 return fd
         except FileNotFoundError:
             pass  # locked a file that its build had removed: try the new one
+        except OSError:
+            os.close(fd)
+            if not (folder / "journal").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    """What a lock file says, ``""`` if nothing; after a power loss it may hold zero bytes instead of a name."""
+    return os.pread(fd, 200, 0).strip(b"\0").decode(errors="replace")
 
 
 def sync_folder(folder: Path) -> None:

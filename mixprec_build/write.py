@@ -1,7 +1,7 @@
 """Plan -> files. Obeys; decides nothing.
 
-Everything is written into a hidden folder beside the output, synced, and renamed: the output appears whole or
-not at all.
+Everything is written into a hidden folder beside the output (:mod:`.stage`), synced, and renamed: the output appears
+whole or not at all, and a build that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint import INDEX, LocalFolder
 from .copier import Copier, Progress, pwrite_all, write_errors
-from .errors import OutputError, SourceError, WriteError
+from .errors import InterruptedBuildError, MixprecError, OutputError, SourceError, WriteError
 from .header import read_regular
 from .manifest import MANIFEST, build_manifest, dump_manifest, quantization_config
 from .plan import Plan
+from .stage import Stage, sync_folder
 
 __all__ = ["check_output", "companion_files", "fetch", "write"]
 
@@ -116,27 +116,49 @@ def write(
     companions = plan.sources.model.storage.fetch(companion_files(plan))
     # `.` has no name of its own to put another folder beside.
     target = out.resolve()
-    stage = target.parent / f".{target.name}.mixprec-{secrets.token_hex(4)}"
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with write_errors(stage):
-            _make_folder(stage, out)
-            _check_space(plan, stage)
-            checksums = Copier(plan, paths, stage, progress or (lambda _: None)).run(
-                jobs or min(8, os.cpu_count() or 1)
-            )
-            files = _write_companions(plan, stage, companions)
-            _write_file(stage / MANIFEST, dump_manifest(build_manifest(plan, stage, checksums, files)))
-            _sync(stage)
-            check_output(plan, out, force=force)  # hours may have passed
-            _publish(stage, target, force=force)
+        with _stage(target, out) as stage:
+            # A build that was killed while it replaced an output may have left that output in the stage.
+            check_output(plan, out, force=force)
+            try:
+                copier = Copier(plan, paths, stage, progress or (lambda _: None))
+                checksums = copier.run(jobs or min(8, os.cpu_count() or 1))
+                files = _write_companions(plan, stage.payload, companions)
+                _write_file(
+                    stage.payload / MANIFEST, dump_manifest(build_manifest(plan, stage.payload, checksums, files))
+                )
+                with write_errors(stage.payload):
+                    sync_folder(stage.payload)
+                check_output(plan, out, force=force)
+                _publish(stage, force=force)
+            except KeyboardInterrupt:
+                raise InterruptedBuildError(f"{out}: interrupted; {stage.kept(len(plan.shards))}") from None
+            except MixprecError as error:
+                if stage.finished or isinstance(error, WriteError):
+                    error.args = (f"{error}; {stage.kept(len(plan.shards))}",)
+                raise
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
         raise
     return out / MANIFEST
+
+
+@contextmanager
+def _stage(target: Path, out: Path) -> Iterator[Stage]:
+    """The opened stage; :class:`OutputError` where the output's folder cannot even be begun."""
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stage = stack.enter_context(Stage.open(target))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                with write_errors(out):
+                    raise
+            raise OutputError(f"{out}: cannot be created ({error.filename}: {error.strerror})") from error
+        yield stage
 
 
 # The files beside the weights
@@ -168,24 +190,6 @@ def _json(data: object) -> bytes:
 # Disk
 
 
-def _make_folder(stage: Path, out: Path) -> None:
-    try:
-        stage.parent.mkdir(parents=True, exist_ok=True)
-        stage.mkdir()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OutputError(f"{out}: cannot be created ({error.filename}: {error.strerror})") from error
-
-
-def _check_space(plan: Plan, stage: Path) -> None:
-    need = sum(shard.file_bytes(plan.sources) for shard in plan.shards if shard.link is None)
-    free = os.statvfs(stage)
-    have = free.f_bavail * free.f_frsize
-    if need > have:
-        raise WriteError(f"{stage.parent}: {need} bytes are needed, {have} are free; nothing was written")
-
-
 def _write_file(path: Path, data: bytes) -> None:
     with write_errors(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -196,43 +200,35 @@ def _write_file(path: Path, data: bytes) -> None:
             os.close(fd)
 
 
-def _sync(folder: Path) -> None:
-    with write_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _publish(stage: Path, out: Path, *, force: bool) -> None:
+def _publish(stage: Stage, *, force: bool) -> None:
     """The finished folder takes its name by one rename; a folder it replaces goes first, and last of all away."""
-    old = None
+    out, replaced = stage.out, None
     if force and out.is_dir() and any(out.iterdir()):
-        old = stage.with_name(f"{stage.name}-old")
-    try:
-        if old is not None:
-            out.rename(old)
+        replaced = stage.replaced
+    with write_errors(out):
         try:
-            stage.rename(out)  # also onto an empty folder
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise OutputError(f"{out}: something else was put there meanwhile; it was left as it is") from error
+            if replaced is not None:
+                out.rename(replaced)
+            try:
+                stage.payload.rename(out)  # also onto an empty folder
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise OutputError(f"{out}: something else was put there meanwhile; it was left as it is") from error
+                raise
+            try:
+                sync_folder(out.parent)
+            except OSError:
+                out.rename(stage.payload)
+                raise
+        except BaseException:
+            if replaced is not None and replaced.exists() and not out.exists():
+                replaced.rename(out)
             raise
+    if replaced is not None:
         try:
-            _sync(out.parent)
-        except WriteError:
-            out.rename(stage)
-            raise
-    except BaseException:
-        if old is not None and old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    if old is not None:
-        try:
-            shutil.rmtree(old)
+            shutil.rmtree(replaced)
         except OSError as error:
             raise WriteError(
-                f"{old}: {error.strerror}: the new checkpoint is in place, but this one, which it replaces, "
+                f"{replaced}: {error.strerror}: the new checkpoint is in place, but this one, which it replaces, "
                 "could not be removed; remove it yourself"
             ) from error

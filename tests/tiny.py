@@ -116,7 +116,8 @@ def write_tiny(folder: Path, variant: str = "bf16", *, shards: int = 2, seed: in
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    names, weight_map = list(tensors), {}
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         mine = names[len(names) * i // shards : len(names) * (i + 1) // shards]

@@ -472,15 +472,16 @@ HEAVY = ("torch", "safetensors", "numpy", "transformers", "huggingface_hub", "ya
 def test_inspect_starts_light(tmp_path: Path) -> None:
     write_sources(tmp_path)
     run_plan(plan_recipe(write_recipe(tmp_path / "mix.yaml")), tmp_path / "out")
-    for name in ("bf16", "fp8", "int4", "out"):
-        for option in ("", "--json"):
-            script = (
-                "import sys; from mixprec_build.cli import main\n"
-                f"sys.argv = ['mixprec', 'inspect', {str(tmp_path / name)!r}, *{option.split()!r}]\n"
-                "try: main()\n"
-                f"finally: print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
-            )
-            assert run_python("-c", script).stdout.endswith("heavy: []\n")
+    script = (
+        "import sys; from contextlib import suppress; from mixprec_build.cli import main\n"
+        "for name in ('bf16', 'fp8', 'int4', 'out'):\n"
+        "    for options in ([], ['--json']):\n"
+        "        sys.argv = ['mixprec', 'inspect', name, *options]\n"
+        "        with suppress(SystemExit): main()\n"
+        f"print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    ended = run_python("-c", script, cwd=tmp_path)
+    assert ended.stdout.count("Layer map") == 4 and ended.stdout.endswith("heavy: []\n")
 
 
 def test_inspect_takes_little_time(tmp_path: Path) -> None:

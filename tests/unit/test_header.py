@@ -35,6 +35,9 @@ PATH = "model.safetensors"
 DAMAGED = f"{PATH}: damaged safetensors file: "
 
 
+judge: Callable[[bytes], list[tuple[str, Any]]] = safetensors.deserialize
+
+
 def pack(header: object, data: bytes = b"") -> bytes:
     """A file of this header (bytes as they are, anything else as JSON) and this data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -213,10 +216,10 @@ def test_refuses_what_breaks_the_format(bad: Bad) -> None:
     assert str(caught.value).startswith(DAMAGED + bad.message)
     assert caught.value.path == PATH
     if bad.stricter:
-        safetensors.deserialize(bad.data)
+        judge(bad.data)
     else:
         with pytest.raises(safetensors.SafetensorError):
-            safetensors.deserialize(bad.data)
+            judge(bad.data)
 
 
 def test_refuses_a_header_over_the_cap_before_reading_it() -> None:
@@ -237,7 +240,7 @@ def test_refuses_a_header_over_the_cap_before_reading_it() -> None:
 )
 def test_accepts_what_the_library_accepts(header: bytes) -> None:
     data = pack(header, b"1" if b"[0,1]" in header else b"")
-    assert set(read(data)[0]) == {name for name, _ in safetensors.deserialize(data)}
+    assert set(read(data)[0]) == {name for name, _ in judge(data)}
 
 
 @pytest.mark.parametrize("name", ["", "../../x", "/etc/passwd", "a\0b", "a b", "é▁", "\u202e", "x" * 10_000])
@@ -245,7 +248,7 @@ def test_a_name_is_only_a_name(name: str) -> None:
     data = pack({name: entry()}, b"1234")
     tensors, _ = read(data)
     assert tensors == {name: TensorInfo(name, "U8", (4,), PATH, len(data) - 4, 4)}
-    assert [found for found, _ in safetensors.deserialize(data)] == [name]
+    assert [found for found, _ in judge(data)] == [name]
 
 
 def test_a_damaged_name_is_escaped_and_cut_short() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixprec_build.patterns import Pattern, PatternError, compress, natural_key
@@ -59,6 +59,7 @@ def names_for(draw: st.DrawFn, pattern: list[str]) -> str:
     return draw(st.sampled_from([name, name, name[:at] + name[at + 1 :], name[:at] + "0" + name[at:]]))
 
 
+@settings(deadline=None)
 @given(st.data(), pieces)
 def test_matches_what_the_oracle_matches(data: st.DataObject, pattern: list[str]) -> None:
     text = "".join(pattern)
@@ -149,17 +150,20 @@ def matched(patterns: list[str], superset: list[str]) -> list[str]:
     return [name for name in superset if any(pattern.matches(name) for pattern in parsed)]
 
 
+@settings(deadline=None)
 @given(st.sets(st.sampled_from(NAMES)))
 def test_compressed_names_are_exactly_the_names(names: set[str]) -> None:
     assert matched(compress(names), NAMES) == [name for name in NAMES if name in names]
 
 
+@settings(deadline=None)
 @given(st.sets(st.text("ab01.-_٣²é", min_size=1, max_size=8), max_size=12), st.data())
 def test_compressed_names_of_any_shape(superset: set[str], data: st.DataObject) -> None:
     names = data.draw(st.sets(st.sampled_from(sorted(superset)))) if superset else set()
     assert set(matched(compress(names), sorted(superset))) == names
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 10**9) | st.integers(999_990, 1_000_010), min_size=1))
 def test_compressed_numbers_of_any_size(numbers: set[int]) -> None:
     names = {f"a.{number}.b" for number in numbers}
@@ -196,6 +200,7 @@ def test_compress_does_not_depend_on_order() -> None:
 # natural_key
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(NAMES)))
 def test_natural_order(names: list[str]) -> None:
     ordered = sorted(names, key=natural_key)

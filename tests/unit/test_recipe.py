@@ -129,6 +129,8 @@ def test_both_forms_mean_the_same(tmp_path: Path) -> None:
             "mixed_precision: {fp16_path: a, gptq_int4_path: b, awq_int4_path: c, int8_path: d, "
             "weight_mapping: {x: awq_int4, y: int8}}\n",
         ),
+        # Of two names for it, the first is.
+        ("model: a\nsources: {fp16: a, fp8: a}\ndefault: fp16\n", "mixed_precision: {fp16_path: a, fp8_path: a}\n"),
         # A word for a format needs no source of that name.
         (
             "model: a\nsources: {fp16: a, gptq_int4: b}\nweights: {x: int4}\n",

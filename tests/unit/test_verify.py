@@ -90,7 +90,7 @@ def owner(data: bytes, path: Path, at: int) -> str:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header.pop("__metadata__")
-    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    spans: dict[str, list[int]] = {name: entry["data_offsets"] for name, entry in header.items()}
     assert spans.keys() == file_tensors(path).keys()
     return next(name for name, (begin, end) in spans.items() if begin <= at - start < end)
 

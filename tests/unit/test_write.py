@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import threading
@@ -37,7 +38,7 @@ from tiny import (
 
 from mixprec_build import copier
 from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.errors import MixprecError, OutputError, SourceError, WriteError
+from mixprec_build.errors import InterruptedBuildError, MixprecError, OutputError, SourceError, WriteError
 from mixprec_build.header import DTYPE_BITS, TensorInfo, parse_header
 from mixprec_build.plan import PlannedShard, PlannedTensor, _aligned
 from mixprec_build.verify import verify
@@ -45,6 +46,8 @@ from mixprec_build.verify import verify
 INDEX = "model.safetensors.index.json"
 MANIFEST = "mixprec_manifest.json"
 MIB = 1 << 20
+
+STAGE = r"\.out\.mixprec"
 
 Patch = pytest.MonkeyPatch
 
@@ -122,7 +125,7 @@ def test_shards_are_no_larger_than_asked(tmp_path: Path) -> None:
 
 
 def awkward() -> dict[str, torch.Tensor]:
-    """Tensors around the size of the copy buffer, thousands of tiny ones, empty ones, odd ones."""
+    """Tensors around the size of the copy buffer, a thousand tiny ones, empty ones, odd ones."""
     random = torch.Generator().manual_seed(0)
     sizes = {
         "larger": copier._BUFFER * 2 + 3,
@@ -134,7 +137,7 @@ def awkward() -> dict[str, torch.Tensor]:
         f"{name}.A_log": torch.randint(256, (size,), generator=random, dtype=torch.uint8)
         for name, size in sizes.items()
     }
-    for i in range(3000):
+    for i in range(1000):
         tensors[f"model.layers.{i}.norm.weight"] = torch.tensor([i], dtype=torch.float32)
     for i, dtype in enumerate((torch.uint8, torch.float16, torch.float32, torch.float64, torch.bool, torch.int16)):
         tensors[f"odd.{i}.a"] = torch.ones(3, dtype=dtype)
@@ -506,8 +509,8 @@ def test_a_folder_that_appears_meanwhile_is_left_alone(mix: Path, tmp_path: Path
 
     with pytest.raises(OutputError, match=f"{out}: "):
         build(mix, out, force=force, progress=appear)
-    assert tree(tmp_path) == {"out/thesis.tex": b"..."}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tree(out) == {"thesis.tex": b"..."}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mixprec", "out"], "what was copied is kept"
 
 
 # Failures
@@ -571,15 +574,17 @@ def test_nothing_is_left_and_nothing_is_lost_when_a_call_fails(
         else:
             assert type(caught.value) is WriteError and caught.value.exit_code == 3
             assert message.startswith(f"{tmp_path}")
-            if function in ("pwrite", "posix_fallocate"):
-                assert re.match(rf"{tmp_path}/\.out\.mixprec-[0-9a-f]{{8}}/[\w.-]+: ", message)
+            if function == "posix_fallocate":
+                assert re.match(rf"{tmp_path}/{STAGE}/[\w./-]+: ", message)
             assert ("quota" in message) == (number == errno.EDQUOT)
+        assert ("are finished and kept in" in message) == (tmp_path / ".out.mixprec").exists()
+        shutil.rmtree(tmp_path / ".out.mixprec", ignore_errors=True)
         assert listing(tmp_path) == before, (function, nth)
 
 
 def test_a_header_that_cannot_be_read_is_the_sources_fault(mix: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     plan = plan_recipe(mix)
-    Fault(monkeypatch, "pread", errno.EIO, 1)
+    Fault(monkeypatch, "pread", errno.EIO, 2)  # the first is that of the lock
     with pytest.raises(SourceError, match=f"{mix.parent}/.*safetensors: cannot read it: Input/output error"):
         run_plan(plan, tmp_path / "out")
     assert listing(tmp_path) == {}
@@ -616,7 +621,7 @@ def test_a_disk_too_small_is_told_before_a_byte_is_written(mix: Path, tmp_path: 
     monkeypatch.setattr(os, "statvfs", almost_full)
     with pytest.raises(WriteError) as caught:
         build(mix, tmp_path / "out")
-    assert str(caught.value) == f"{tmp_path}: 229408 bytes are needed, 4096 are free; nothing was written"
+    assert str(caught.value) == f"{tmp_path}: 229408 bytes are needed, 4096 are free; nothing was left behind"
     assert listing(tmp_path) == {}
 
 
@@ -631,7 +636,7 @@ def test_folders_that_were_made_for_a_failed_build_go_with_it(mix: Path, tmp_pat
 def test_an_old_output_that_cannot_be_removed_is_named(mix: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     out = build(mix, tmp_path / "out")
     Fault(monkeypatch, "rmdir", errno.EIO, 1)
-    with pytest.raises(WriteError, match=rf"{tmp_path}/\.out\.mixprec-\w+-old: .*the new checkpoint is in place"):
+    with pytest.raises(WriteError, match=rf"{tmp_path}/{STAGE}/replaced: .*the new checkpoint is in place"):
         build(mix, out, force=True)
     assert verify(out).differences == ()
 
@@ -651,7 +656,7 @@ def test_an_interrupt_leaves_nothing(mix: Path, tmp_path: Path, nth: int, jobs: 
             raise KeyboardInterrupt
 
     plan = plan_recipe(mix)
-    with Patch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+    with Patch.context() as monkeypatch, pytest.raises(InterruptedBuildError, match="nothing was left behind"):
         monkeypatch.setattr(copier, "_BUFFER", 10_000)  # many small steps
         run_plan(plan, out, force=force, jobs=jobs, progress=interrupt)
     assert listing(tmp_path) == before
@@ -676,7 +681,7 @@ def test_a_kill_leaves_no_output_but_the_one_before(mix: Path, tmp_path: Path, f
     after = listing(tmp_path)
     assert before.items() <= after.items()
     stage = {name.partition("/")[0] for name in after.keys() - before.keys()}
-    assert len(stage) == 1 and re.fullmatch(r"\.out\.mixprec-[0-9a-f]{8}", stage.pop())
+    assert len(stage) == 1 and re.fullmatch(STAGE, stage.pop())
     assert verify(build(mix, out, force=force)).differences == ()
 
 
@@ -705,36 +710,37 @@ def become_fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
-SHARD = Path("int4") / "model-00001-of-00002.safetensors"
-
-
-@pytest.mark.parametrize("change", [truncate, grow, remove, change_header, become_fifo])
-def test_a_source_that_changed_since_the_plan(own_mix: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
-    plan = plan_recipe(own_mix)
-    path = own_mix.parent / SHARD
-    change(path)
-    message = {
-        remove: "cannot open it: No such file or directory",
-        become_fifo: "not a regular file",
-    }.get(change, "changed since it was planned; start again")
-    with pytest.raises(SourceError) as caught:
-        run_plan(plan, tmp_path / "out")
-    assert str(caught.value) == f"{path}: {message}"
-    assert [path.name for path in tmp_path.iterdir()] == ["own"]
-
-
-def cut_short(path: Path) -> None:
-    os.truncate(path, 5000)
-
-
 def touch(path: Path) -> None:
     os.utime(path, ns=(0, 0))
 
 
 def rewrite(path: Path) -> None:
+    """A value, in place."""
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
+
+
+SHARD = Path("int4") / "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("change", [truncate, grow, remove, change_header, become_fifo, touch, rewrite])
+def test_a_source_that_changed_since_the_plan(own_mix: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
+    plan = plan_recipe(own_mix)
+    path = own_mix.parent / SHARD
+    change(path)
+    messages: dict[object, str] = {
+        remove: "cannot open it: No such file or directory",
+        become_fifo: "not a regular file",
+    }
+    with pytest.raises(SourceError) as caught:
+        run_plan(plan, tmp_path / "out")
+    assert str(caught.value) == f"{path}: {messages.get(change, 'changed since it was planned; start again')}"
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, 5000)
 
 
 @pytest.mark.parametrize("change", [cut_short, grow, touch, rewrite])
@@ -755,7 +761,7 @@ def test_a_source_that_changes_while_it_is_copied(
         run_plan(plan, tmp_path / "out", jobs=1, progress=progress)
     expected = "ends inside model.layers." if change is cut_short else "changed while it was copied; start again"
     assert str(caught.value).startswith(f"{path}: {expected}")
-    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_file_stays_open(mix: Path, tmp_path: Path) -> None:

@@ -1,0 +1,303 @@
+"""Builds that are stopped, by anything and at any moment: what they leave, and that the next one goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tree, write_recipe, write_sources
+
+from mixprec_build import copier
+from mixprec_build.errors import InterruptedBuildError, OutputError, SourceError, WriteError
+from mixprec_build.plan import Plan, make_plan
+from mixprec_build.recipe import load_recipe
+from mixprec_build.sources import open_sources
+from mixprec_build.verify import verify
+from mixprec_build.write import write
+
+# Runs a build in which the nth system call that changes the disk is the last: the process is killed before it,
+# and with "power" what was written and never synced is lost, too.
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_resume import planned
+from mixprec_build.write import write
+
+nth, how = int(sys.argv[4]), sys.argv[5]
+calls, unsynced = 0, set()
+
+def path_of(fd):
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+def counted(name):
+    real = getattr(os, name)
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == nth:
+            if how == "power":
+                for path in filter(os.path.isfile, unsynced):
+                    size = os.path.getsize(path)  # names and sizes may survive where data does not
+                    os.truncate(path, 0)
+                    os.truncate(path, size)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name in ("pwrite", "write", "posix_fallocate"):
+            unsynced.add(path_of(arguments[0]))
+        result = real(*arguments, **options)
+        if name == "fsync":
+            unsynced.discard(path_of(arguments[0]))
+        return result
+    setattr(os, name, call)
+
+plan = planned(Path(sys.argv[2]))
+for name in ("pwrite", "write", "posix_fallocate", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate"):
+    counted(name)
+write(plan, Path(sys.argv[3]), force=True, jobs=1 + nth % 2)
+print(calls)
+"""
+
+
+def planned(recipe: Path) -> Plan:
+    """A plan of several shards, smaller than a recipe may ask for, copied in many small steps."""
+    copier._BUFFER = 10_000
+    small = replace(load_recipe(recipe), shard_size=40_000)
+    return make_plan(small, open_sources(small))
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mix")
+    write_sources(folder)
+    return write_recipe(folder / "mix.yaml")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(mix: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    write(planned(mix), out)
+    assert len(list(out.glob("*.safetensors"))) >= 5
+    return tree(out)
+
+
+def drive(recipe: Path, out: Path, nth: int, how: str) -> subprocess.CompletedProcess[str]:
+    arguments = [str(Path(__file__).parent), str(recipe), str(out), str(nth), how]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", DRIVER, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+@pytest.mark.parametrize("how", ["kill", "power"])
+@pytest.mark.parametrize("before", ["nothing", "an output"])
+def test_killed_at_any_moment(mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, how: str, before: str) -> None:
+    """Before or after, never between; and the next build makes what an undisturbed one makes."""
+    whole = drive(mix, tmp_path / "whole", 0, how)
+    assert whole.returncode == 0, whole.stderr
+    calls = int(whole.stdout) + 12 * (before == "an output")
+    kills = 13
+    for nth in sorted(random.Random(how + before).sample(range(1, calls), kills)):
+        out = tmp_path / str(nth) / "out"
+        out.parent.mkdir()
+        if before == "an output":
+            write(planned(mix), out)
+            (out / "mixprec_manifest.json").read_bytes()
+        killed = drive(mix, out, nth, how)
+        assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
+        if out.exists():
+            assert tree(out) == undisturbed, nth
+        else:
+            # Only between the two renames that replace an output is there none: it waits in the stage.
+            assert before == "nothing" or tree(out.parent / ".out.mixprec" / "replaced") == undisturbed
+        write(planned(mix), out, force=True)
+        assert tree(out) == undisturbed, nth
+        assert [entry.name for entry in out.parent.iterdir()] == ["out"], nth
+
+
+def stop_after(shards: int) -> Any:
+    """A progress callback that presses Ctrl-C when so many files are finished."""
+
+    def progress(_: int) -> None:
+        journals = [p for p in Path(progress.folder).glob(".*.mixprec/journal")]  # type: ignore[attr-defined]
+        if journals and len(journals[0].read_bytes().splitlines()) >= shards:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def interrupted(recipe: Path, out: Path, shards: int) -> str:
+    progress = stop_after(shards)
+    progress.folder = out.parent
+    with pytest.raises(InterruptedBuildError) as caught:
+        write(planned(recipe), out, jobs=1, progress=progress)
+    assert caught.value.exit_code == 130
+    return str(caught.value)
+
+
+def test_an_interrupted_build_goes_on(mix: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    """Finished shards are not copied again, and the message says how to go on."""
+    out = tmp_path / "out"
+    message = interrupted(mix, out, 3)
+    plan = planned(mix)
+    count = len(plan.shards)
+    assert message == (
+        f"{out}: interrupted; 3 of {count} files are finished and kept in {tmp_path}/.out.mixprec: "
+        "the same command goes on from there"
+    )
+    stage = tmp_path / ".out.mixprec"
+    kept = {p.name: p.stat() for p in (stage / "out").iterdir()}
+    assert sorted(kept) == [shard.file for shard in plan.shards[:3]]
+    done: list[int] = []
+    write(plan, out, progress=done.append)
+    assert sum(done) == plan.tensor_bytes
+    for name, state in kept.items():
+        after = (out / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (state.st_ino, state.st_mtime_ns)
+    assert tree(out) == undisturbed
+    assert not stage.exists()
+
+
+def test_another_recipe_takes_over_only_what_is_the_same(mix: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(mix, out, 3)
+    other = write_recipe(mix.with_name("other.yaml"), {"model.layers.1.*": "fp8"})
+    write(planned(other), out)
+    assert not verify(out).differences
+    write(planned(other), tmp_path / "fresh")
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_a_source_that_changed_is_copied_again(tmp_path: Path) -> None:
+    """Also where its header stayed the same."""
+    write_sources(tmp_path)
+    recipe, out = write_recipe(tmp_path / "mix.yaml"), tmp_path / "out"
+    interrupted(recipe, out, 3)
+    path = next((tmp_path / "fp8").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    write(planned(recipe), out)
+    assert not verify(out).differences
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "garbage", "file gone", "file short"])
+def test_a_journal_that_cannot_be_trusted(
+    mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, damage: str
+) -> None:
+    out, stage = tmp_path / "out", tmp_path / ".out.mixprec"
+    interrupted(mix, out, 3)
+    journal, first = stage / "journal", next((stage / "out").iterdir())
+    data = journal.read_bytes()
+    if damage == "cut":
+        journal.write_bytes(data[:-5])
+    elif damage == "flipped":
+        journal.write_bytes(data[:60] + bytes([data[60] ^ 1]) + data[61:])
+    elif damage == "garbage":
+        journal.write_bytes(data + b"\x00" * 100)
+    elif damage == "file gone":
+        first.unlink()
+    else:
+        os.truncate(first, first.stat().st_size - 1)
+    write(planned(mix), out)
+    assert tree(out) == undisturbed
+
+
+def test_two_builds_into_one_folder(mix: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "out", []
+
+    def second(_: int) -> None:
+        if not refused:
+            with pytest.raises(OutputError) as caught:
+                write(planned(mix), out)
+            refused.append(str(caught.value))
+
+    write(planned(mix), out, jobs=1, progress=second)
+    host = os.uname().nodename
+    assert refused == [
+        f"{out}: another mixprec build is writing there ({host} pid {os.getpid()}); wait for it or name another folder"
+    ]
+    assert not verify(out).differences
+
+
+def test_a_lock_of_another_host_is_respected(mix: Path, tmp_path: Path) -> None:
+    """On network file systems locks of other hosts are not always seen; the name in the file is."""
+    stage = tmp_path / ".out.mixprec"
+    stage.mkdir()
+    (stage / "lock").write_text("elsewhere pid 7")
+    with pytest.raises(OutputError, match=rf"another host \(elsewhere pid 7\).*remove {stage}"):
+        write(planned(mix), tmp_path / "out")
+    (stage / "lock").write_text(f"{os.uname().nodename} pid 7")
+    write(planned(mix), tmp_path / "out")
+
+
+def test_a_killed_builds_lock_is_free(mix: Path, tmp_path: Path) -> None:
+    stage = tmp_path / ".out.mixprec"
+    stage.mkdir()
+    with (stage / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match=r"another mixprec build is writing there \(unknown\)"):
+            write(planned(mix), tmp_path / "out")
+    write(planned(mix), tmp_path / "out")
+    assert not stage.exists()
+
+
+def test_a_failing_disk_keeps_what_is_finished(
+    mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", os.posix_fallocate
+    calls: list[int] = []
+
+    def full(fd: int, offset: int, length: int) -> None:
+        calls.append(length)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        real(fd, offset, length)
+
+    with monkeypatch.context() as patch, pytest.raises(WriteError) as caught:
+        patch.setattr(os, "posix_fallocate", full)
+        write(planned(mix), out, jobs=1)
+    assert "No space left on device; free some space; 3 of" in str(caught.value)
+    assert "the same command goes on from there" in str(caught.value)
+    write(planned(mix), out)
+    assert tree(out) == undisturbed
+
+
+def test_a_read_error_keeps_what_is_finished(mix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+    calls: list[int] = []
+
+    def failing(fd: int, buffers: list[memoryview], at: int) -> int:
+        calls.append(at)
+        if len(calls) == 20:
+            raise OSError(5, "Input/output error")
+        return real(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(SourceError, match=r"Input/output error; \d of \d+ files are finished and kept"):
+        write(planned(mix), tmp_path / "out", jobs=1)
+
+
+def test_the_clock_does_not_matter(mix: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    """Kept files from the future or the distant past are taken over by their key, not by their age."""
+    out, stage = tmp_path / "out", tmp_path / ".out.mixprec"
+    interrupted(mix, out, 3)
+    for at, path in zip((0, 2**33, 1), (stage / "out").iterdir(), strict=True):
+        os.utime(path, (at, at))
+    write(planned(mix), out)
+    assert tree(out) == undisturbed
+
+
+def test_journal_lines_name_shards(mix: Path, tmp_path: Path) -> None:
+    interrupted(mix, tmp_path / "out", 2)
+    lines = (tmp_path / ".out.mixprec" / "journal").read_bytes().splitlines()
+    assert [json.loads(line.partition(b" ")[2])["shard"] for line in lines] == [
+        shard.file for shard in planned(mix).shards[:2]
+    ]
