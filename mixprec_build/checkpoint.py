@@ -44,8 +44,7 @@ _MAX_TENSORS = 500_000
 _MAX_NAME = 256
 _FIRST_READ = 256 << 10  # most headers come with their length in one read
 
-# What models use: no blanks, nothing that commands a terminal, and nothing that means something in a pattern.
-_NAME = re.compile(rf"[^\x00-\x20\x7f-\x9f\ud800-\udfff*?{{}}\[\]]{{1,{_MAX_NAME}}}")
+_NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # beside what cannot be seen; a pattern means something else by these
 
 # The last word of a tensor's name, when it is a part of a module and not a parameter of its own.
 _LEAVES = frozenset(
@@ -292,9 +291,7 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
 
     parts: dict[str, dict[str, TensorInfo]] = {}
     for tensor in tensors.values():
-        if not _NAME.fullmatch(tensor.name):
-            what = f"longer than {_MAX_NAME} characters" if len(tensor.name) > _MAX_NAME else "characters no model uses"
-            raise SourceError(f"tensor name {tensor.name[:_MAX_NAME]!r} has {what}", path=f"{location}/{tensor.file}")
+        _check_name(tensor, location)
         module, leaf = split_name(tensor.name)
         parts.setdefault(module, {})[leaf] = tensor
     modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
@@ -412,6 +409,14 @@ class _HeaderReader:
         if end > len(first):
             first += self._storage.read(name, len(first), end - len(first))
         return first[:end]
+
+
+def _check_name(tensor: TensorInfo, location: str) -> None:
+    name, path = tensor.name, f"{location}/{tensor.file}"
+    if len(name) > _MAX_NAME:
+        raise SourceError(f"tensor name {name[:_MAX_NAME]!r}... is longer than any model's", path=path)
+    if not name or not name.isprintable() or _NOT_IN_NAMES.search(name):
+        raise SourceError(f"tensor name {name!r} has characters no model uses", path=path)
 
 
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: str) -> None:

@@ -95,7 +95,7 @@ def inside(folder: Path, name: str) -> Path:
     """The path of a checkpoint's file. Links are followed within the folder, and as the hub's cache makes them.
 
     Raises:
-        SourceError: it is a link to anywhere else, which may be a file that is no stranger's to read.
+        SourceError: it is a link to anywhere else, to a file of the user's perhaps.
     """
     path = folder / name
     if not path.is_symlink():

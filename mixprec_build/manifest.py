@@ -12,15 +12,16 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from . import __version__
+from .checkpoint import hide_password
 from .errors import SourceError, VerifyError
-from .header import read_regular
-from .patterns import Pattern, PatternError, compress
+from .header import inside, load_json, read_regular
+from .patterns import Pattern, PatternError, PatternReader, compress
 
 if TYPE_CHECKING:
     from .formats.base import Format
@@ -44,6 +45,17 @@ VERSION = 1
 MANIFEST = "mixprec_manifest.json"
 CHECKSUM = "xxh3_128"
 
+_MAX_BYTES = 128 << 20
+_MAX_VALUES = 8_000_000  # a tensor takes 19
+_MAX_SOURCES = 100
+_MAX_TEXT = 4096  # as long as a path may be
+
+# The fields that are read back, and what they must be.
+_SOURCE = {"location": str, "path": str | None, "commit": str | None}
+_FILE = {"bytes": int, CHECKSUM: str}
+_SHARD = {"bytes": int, "header": str}
+_TENSOR = {"dtype": str, "shape": list, "bytes": int, "file": str, "source": str, CHECKSUM: str}
+
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
@@ -59,16 +71,18 @@ class Declaration:
         from .formats.registry import format_from_json
 
         if config.get("version") != VERSION:
-            raise SourceError(f"quantization_config version {config.get('version')!r}; this mixprec reads {VERSION}")
+            found = config.get("version")
+            raise SourceError(f"quantization_config version {found!r:.100}; this mixprec reads {VERSION}")
+        patterns = PatternReader()
         try:
             formats = {str(name): format_from_json(data) for name, data in config["formats"].items()}
-            rules = tuple((Pattern(pattern), str(name)) for pattern, name in config["modules"])
+            rules = tuple((patterns.read(pattern), str(name)) for pattern, name in config["modules"])
             default = config["default"]
             for name in (default, *(name for _, name in rules)):
                 if name not in formats:
                     raise ValueError(f"format {name!r} is not declared")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, PatternError) as error:
-            raise SourceError(f"quantization_config of method mixprec is damaged: {error!r}") from error
+            raise SourceError(f"quantization_config of method mixprec is damaged: {error!r:.500}") from error
         return cls(formats, rules, default)
 
     def format_of(self, module: str) -> Format:
@@ -193,30 +207,65 @@ def _seal(data: bytes) -> bytes:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises :class:`VerifyError` where there is none, or none that is whole."""
-    path = folder / MANIFEST
-    if not path.exists():
+    """The manifest of a compiled checkpoint, every field that is used checked for its type.
+
+    Raises:
+        VerifyError: there is none, or none that is whole.
+    """
+    path = hide_password(str(folder / MANIFEST))
+    if not (folder / MANIFEST).exists():
         raise VerifyError(f"{path}: not there; `mixprec verify` checks what `mixprec build` wrote")
     try:
-        data = read_regular(path)
-        manifest = json.loads(data)
+        data = read_regular(inside(folder, MANIFEST), _MAX_BYTES)
+        manifest = load_json(data, _MAX_VALUES)
         if manifest["version"] != VERSION or manifest["checksum"] != CHECKSUM:
-            raise VerifyError(f"{path}: version {manifest['version']!r}; this mixprec reads version {VERSION}")
+            raise VerifyError(f"{path}: version {manifest['version']!r:.100}; this mixprec reads version {VERSION}")
         body = data[: -len(_seal(b""))]
         if data != body + _seal(body):
             raise VerifyError(f"{path}: was changed after it was written; build the checkpoint again")
-        for module in manifest["modules"].values():
-            for entry in module["tensors"].values():
-                if not {"dtype", "shape", "bytes", "file", "source", CHECKSUM} <= entry.keys():
-                    raise KeyError("tensor fields")
-        for entry in manifest["files"].values():
-            if not {"bytes", CHECKSUM} <= entry.keys() and not {"bytes", "header"} <= entry.keys():
-                raise KeyError("file fields")
-        for entry in manifest["sources"].values():
-            if not {"location", "path", "commit"} <= entry.keys():
-                raise KeyError("source fields")
+        _check_fields(manifest)
     except SourceError as error:
         raise VerifyError(str(error)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise VerifyError(f"{path}: damaged: {error!r}; build the checkpoint again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise VerifyError(f"{path}: damaged: {error!r:.500}; build the checkpoint again") from error
     return dict(manifest)
+
+
+def _check_fields(manifest: Mapping[str, Any]) -> None:
+    """Raises ``ValueError``, ``KeyError`` or ``TypeError`` where a manifest is not what ``build_manifest`` makes."""
+    for section in ("sources", "formats", "files", "modules"):
+        _check_type(manifest[section], dict, section)
+    if len(manifest["sources"]) > _MAX_SOURCES:
+        raise ValueError(f"more than {_MAX_SOURCES} sources")
+    for source in manifest["sources"].values():
+        _check_entry(source, _SOURCE)
+    for name, file in manifest["files"].items():
+        pure = PureWindowsPath(name)  # also takes backslashes and drives for what they are
+        if pure.anchor or ".." in pure.parts:
+            raise ValueError(f"the file {name!r:.200} is not in this folder")
+        _check_entry(file, _SHARD if "header" in file else _FILE)
+    for module in manifest["modules"].values():
+        _check_type(module["tensors"], dict, "tensors")
+        for tensor in module["tensors"].values():
+            _check_entry(tensor, _TENSOR)
+            if not all(type(n) is int for n in tensor["shape"]):
+                raise ValueError("a shape holds more than whole numbers")
+    for problem in manifest.get("unservable", []):
+        _check_type(problem, str, "unservable")
+
+
+def _check_entry(entry: object, fields: Mapping[str, Any]) -> None:
+    _check_type(entry, dict, "an entry")
+    for name, kind in fields.items():
+        value = entry[name]  # type: ignore[index]
+        _check_type(value, kind, name)
+        if isinstance(value, int) and not 0 <= value < 1 << 63:
+            raise ValueError(f"{name} is {value}")
+        if isinstance(value, str) and len(value) > _MAX_TEXT:
+            raise ValueError(f"{name} has {len(value)} characters")
+
+
+def _check_type(value: object, kind: Any, name: str) -> None:
+    """``kind`` is what ``isinstance`` takes."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {type(value).__name__}")

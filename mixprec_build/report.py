@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     from .sources import Source
     from .verify import WeightError
 
-__all__ = ["human", "inspect_facts", "plan_facts", "show_errors", "show_inspect", "show_plan"]
+__all__ = ["human", "inspect_facts", "plan_facts", "printable", "show_errors", "show_inspect", "show_plan"]
+
+# What a terminal shows at most; --json has all of it.
+_MAX_LINES = 1000
+_MAX_NAMES = 500
+_MAX_COLUMNS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +94,16 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         "file_bytes": sum(shard.size for shard in source.checkpoint.shards.values()),
         "shards": len(source.checkpoint.shards),
         "unread": [{"reason": reason, "modules": compress(names)} for reason, names in unread.items()],
-        "serve": f"python -m sglang.launch_server --model-path {source.checkpoint.location}"
+        "serve": f"python -m sglang.launch_server --model-path {shlex.quote(source.checkpoint.location)}"
         + (f" --quantization {METHOD}" if compiled else ""),
     }
     if compiled and (folder / MANIFEST).exists():
         recorded = read_manifest(folder)
         facts |= {
-            "sources": [{"name": name, **entry} for name, entry in recorded["sources"].items()],
+            "sources": [
+                {"name": name} | {key: entry[key] for key in ("location", "path", "commit")}
+                for name, entry in recorded["sources"].items()
+            ],
             "checksum": recorded["checksum"],
             "unservable": recorded.get("unservable", []),
         }
@@ -103,15 +112,17 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
 
 def _facts(modules: Iterable[_Stored]) -> dict[str, Any]:
     modules = list(modules)
-    names = name_formats(module.format for module in modules)
+    by_format: dict[Format, list[_Stored]] = {}
+    for module in modules:
+        by_format.setdefault(module.format, []).append(module)
+    names = name_formats(by_format)
     formats: list[dict[str, Any]] = []
-    for fmt, name in names.items():
-        members = [module for module in modules if module.format == fmt]
+    for fmt, members in by_format.items():
         parameters = sum(prod(module.shape) for module in members)
         nbytes = sum(module.nbytes for module in members)
         formats.append(
             {
-                "name": name,
+                "name": names[fmt],
                 **fmt.to_json(),
                 "modules": len(members),
                 "parameters": parameters,
@@ -156,14 +167,16 @@ def _layer_map(modules: Iterable[_Stored], names: Mapping[Format, str]) -> list[
 def show_plan(facts: Mapping[str, Any], console: Console) -> None:
     """Prints the facts of a plan: rules, sources, formats, layer map, notes."""
     rules = _table("line", "pattern", "source", "modules", "decides", title="Rules")
-    for rule in facts["rules"]:
-        rules.add_row(*(str(rule[k]) for k in ("line", "pattern", "source", "matched", "won")))
+    for rule in facts["rules"][:_MAX_LINES]:
+        _add_row(rules, *(str(rule[k]) for k in ("line", "pattern", "source", "matched", "won")))
     if facts["rules"]:
         console.print(rules)
+        _say_how_many_more(facts["rules"], console)
     sources = _table("source", "holds", "modules", "bytes", "location", title="Sources")
     for source in facts["sources"]:
         commit = f"@{source['commit'][:12]}" if source["commit"] else ""
-        sources.add_row(
+        _add_row(
+            sources,
             source["name"],
             ", ".join(source["holds"]),
             f"{source['modules']:,}",
@@ -174,29 +187,30 @@ def show_plan(facts: Mapping[str, Any], console: Console) -> None:
     _show_formats(facts, console)
     _show_layers(facts, console)
     for left_out in facts["left_out"]:
-        console.print(
+        _say(
             f"left out of `{left_out['source']}`: {left_out['tensors']:,} tensors, {human(left_out['nbytes'])}, "
             f"{left_out['reason']}",
+            console,
             style="dim",
-            markup=False,
         )
     _show_notes(facts, console)
 
 
 def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
     """Prints the facts of a checkpoint."""
-    console.print(f"{facts['location']} ({facts['model_type']})", style="bold", markup=False)
+    _say(f"{facts['location']} ({facts['model_type']})", console, style="bold")
     _show_formats(facts, console)
     _show_layers(facts, console)
-    for entry in facts["unread"]:
-        console.print(f"not read: {', '.join(entry['modules'][:4])}: {entry['reason']}", style="yellow", markup=False)
+    for entry in facts["unread"][:_MAX_LINES]:
+        _say(f"not read: {', '.join(entry['modules'][:4])}: {entry['reason']}", console, style="yellow")
+    _say_how_many_more(facts["unread"], console)
     for source in facts.get("sources", []):
         where = f"{source['location']}@{source['commit']}" if source["commit"] else source["path"]
-        console.print(f"source `{source['name']}`: {where}", markup=False)
+        _say(f"source `{source['name']}`: {where}", console)
     if "checksum" in facts:
-        console.print(f"every tensor has a {facts['checksum']} checksum: `mixprec verify` compares them", markup=False)
+        _say(f"every tensor has a {facts['checksum']} checksum: `mixprec verify` compares them", console)
     _show_notes(facts, console)
-    console.print(f"serve it with: {facts['serve']}", markup=False, soft_wrap=True)
+    _say(f"serve it with: {facts['serve']}", console, soft_wrap=True)
 
 
 def show_errors(errors: Iterable[WeightError], against: str, console: Console, most: int = 20) -> None:
@@ -204,21 +218,22 @@ def show_errors(errors: Iterable[WeightError], against: str, console: Console, m
     errors = sorted(errors, key=lambda error: -error.relative)
     table = _table("module", "format", "relative error", title=f"‖W−Ŵ‖/‖W‖ against {against}, worst first")
     for error in errors[:most]:
-        table.add_row(error.module, error.kind, f"{error.relative:.5f}")
+        _add_row(table, error.module, error.kind, f"{error.relative:.5f}")
     console.print(table)
     by_kind: dict[str, list[float]] = {}
     for error in errors:
         by_kind.setdefault(error.kind, []).append(error.relative)
     for kind, values in by_kind.items():
-        console.print(f"{kind}: mean {sum(values) / len(values):.5f} over {len(values)} modules", markup=False)
+        _say(f"{kind}: mean {sum(values) / len(values):.5f} over {len(values)} modules", console)
 
 
 def _show_formats(facts: Mapping[str, Any], console: Console) -> None:
     table = _table("format", "modules", "parameters", "bytes", "bits/weight", "details", title="Formats")
-    for entry in facts["formats"]:
+    for entry in facts["formats"][:_MAX_LINES]:
         known = ("name", "kind", "modules", "parameters", "bytes", "bits_per_weight")
         details = ", ".join(f"{k} {str(v).lower()}" for k, v in entry.items() if k not in known)
-        table.add_row(
+        _add_row(
+            table,
             entry["name"],
             f"{entry['modules']:,}",
             f"{entry['parameters']:,}",
@@ -227,12 +242,13 @@ def _show_formats(facts: Mapping[str, Any], console: Console) -> None:
             details,
         )
     console.print(table)
-    console.print(
+    _say_how_many_more(facts["formats"], console)
+    _say(
         f"{facts['modules']:,} modules, {facts['parameters']:,} parameters in {facts['bytes']:,} bytes "
         f"({human(facts['bytes'])}, {facts['bits_per_weight'] or 0:.2f} bits/weight): {facts['compression'] or 0:.2f} "
         f"times smaller than FP16 ({human(facts['fp16_bytes'])}); "
         f"{facts['shards']} files of {facts['file_bytes']:,} bytes",
-        markup=False,
+        console,
     )
 
 
@@ -241,9 +257,16 @@ def _show_layers(facts: Mapping[str, Any], console: Console) -> None:
     layers = [(row["layer"], {k: _cell(v) for k, v in row["projections"].items()}) for row in facts["layers"]]
     if not layers:
         return
+    names = dict.fromkeys(name for _, row in layers for name in row)
+    if len(layers) > _MAX_LINES or len(names) > _MAX_NAMES:
+        _say(f"no layer map: {len(layers):,} layers with {len(names):,} projections", console)
+        return
     columns: dict[tuple[str, ...], list[str]] = {}
-    for name in dict.fromkeys(name for _, row in layers for name in row):
+    for name in names:
         columns.setdefault(tuple(row.get(name, "") for _, row in layers), []).append(name)
+    if len(columns) > _MAX_COLUMNS:
+        _say(f"no layer map: {len(columns):,} projections differ from one another", console)
+        return
     heads = [_joined(names) for names in columns.values()]
     table = _table("layers", *heads, title="Layer map")
     cells = list(zip(*columns, strict=True))
@@ -251,7 +274,7 @@ def _show_layers(facts: Mapping[str, Any], console: Console) -> None:
     for i in range(1, len(cells) + 1):
         if i == len(cells) or cells[i] != cells[first]:
             low, high = layers[first][0], layers[i - 1][0]
-            table.add_row(str(low) if low == high else f"{low}-{high}", *cells[first])
+            _add_row(table, str(low) if low == high else f"{low}-{high}", *cells[first])
             first = i
     console.print(table)
 
@@ -279,20 +302,50 @@ def _joined(names: list[str]) -> str:
 
 
 def _show_notes(facts: Mapping[str, Any], console: Console) -> None:
-    for note in facts.get("notes", []):
-        console.print(f"note: {note}", style="yellow", markup=False)
-    for problem in facts.get("unservable", []):
-        console.print(f"SGLang cannot serve this: {problem}", style="red", markup=False)
+    for start, style, lines in (
+        ("note", "yellow", facts.get("notes", [])),
+        ("SGLang cannot serve this", "red", facts.get("unservable", [])),
+    ):
+        for line in lines[:_MAX_LINES]:
+            _say(f"{start}: {line}", console, style=style)
+        _say_how_many_more(lines, console)
+
+
+# Text. Strangers' names and words are in all of it: rich must see neither markup nor emoji in it, and the terminal no
+# commands.
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what is not visible: control characters, line ends, changes of direction."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _say(line: str, console: Console, *, style: str = "", soft_wrap: bool = False) -> None:
+    from rich.text import Text
+
+    console.print(Text(printable(line), style), soft_wrap=soft_wrap)
+
+
+def _say_how_many_more(shown: Sized, console: Console) -> None:
+    if len(shown) > _MAX_LINES:
+        _say(f"... and {len(shown) - _MAX_LINES:,} more, which --json lists", console)
 
 
 def _table(*heads: str, title: str) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(printable(title), "table.title"), title_justify="left")
     for head in heads:
         number = head in ("line", "modules", "decides", "parameters", "bytes", "bits/weight", "relative error")
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
+        table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
     return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(printable(cell)) for cell in cells))
 
 
 def human(nbytes: float) -> str:

@@ -16,8 +16,9 @@ import xxhash
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import SourceError, VerifyError
 from .formats.base import Format
-from .header import TensorInfo, open_regular, pread_all, read_regular
+from .header import TensorInfo, inside, open_regular, pread_all, read_regular
 from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, read_manifest
+from .report import printable
 from .sources import Source
 
 __all__ = ["Verification", "WeightError", "read_manifest", "verify", "weight_errors"]
@@ -80,7 +81,9 @@ def verify(
             bit_for_bit += direct
             if difference is not None:
                 differences.append(difference)
-    return Verification(bit_for_bit, len(recorded) - bit_for_bit, tuple(gone), tuple(differences))
+    return Verification(
+        bit_for_bit, len(recorded) - bit_for_bit, tuple(map(printable, gone)), tuple(map(printable, differences))
+    )
 
 
 def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[str]]:
@@ -90,7 +93,7 @@ def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tupl
         known = ", ".join(manifest["sources"])
         raise VerifyError(f"the checkpoint has no source `{min(unknown)}`; its sources are {known}")
     for name, entry in manifest["sources"].items():
-        location = moved.get(name) or entry["path"] or f"{entry['location'].partition('@')[0]}@{entry['commit']}"
+        location = moved.get(name) or entry["path"] or _on_hub(entry)
         try:
             opened[name] = open_checkpoint(location)
         except SourceError as error:
@@ -98,6 +101,12 @@ def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tupl
                 raise
             gone.append(f"`{name}`: {error}")
     return opened, gone
+
+
+def _on_hub(entry: Mapping[str, Any]) -> str:
+    """The hub id of a source at the commit it was built from."""
+    repository = str(entry["location"]).partition("@")[0]
+    return f"{repository}@{entry['commit']}" if entry["commit"] else repository
 
 
 def _file_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
@@ -116,7 +125,7 @@ def _file_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Che
                 yield f"{name}: not in the index"
             elif shard.header_checksum != entry["header"]:
                 yield f"{name}: its header was changed"
-        elif checksum_of(read_regular(path)) != entry[CHECKSUM]:
+        elif checksum_of(read_regular(inside(folder, name))) != entry[CHECKSUM]:
             yield f"{name}: its bytes were changed"
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from tiny import run_python, tree, write_recipe, write_sources, write_tiny
 
-from mixprec_build import __version__, copier
+from mixprec_build import __version__
 from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.cli import main
 from mixprec_build.report import human, inspect_facts, plan_facts
@@ -321,8 +321,8 @@ def test_a_full_disk(mixprec: Run, mix: Path, tmp_path: Path, monkeypatch: Patch
 
     monkeypatch.setattr(os, "pwrite", full)
     ended = mixprec("build", mix, "-o", tmp_path / "out", "--quiet")
-    assert (ended.code, ended.out) == (3, "") and ended.err.startswith(f"mixprec: {tmp_path}/.out.mixprec")
-    assert ended.err.endswith(": No space left on device; free some space and start again\n")
+    assert (ended.code, ended.out) == (3, "") and ended.err.startswith(f"mixprec: {tmp_path}/")
+    assert ": No space left on device; free some space" in ended.err and ended.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -381,8 +381,8 @@ def test_an_interrupt(mix: Path, tmp_path: Path) -> None:
     )
     ended = run_python("-c", script, "build", str(mix), "-o", str(tmp_path / "out"))
     assert ended.returncode == 128 + signal.SIGINT and "Traceback" not in ended.stderr
-    assert list(tmp_path.iterdir()) == []
-    assert copier.pwrite_all.__name__ == "pwrite_all"
+    assert "interrupted; " in ended.stderr and ended.stdout == ""
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.mixprec"}, "no output, at most a stage to resume"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -218,10 +218,10 @@ def test_modules_that_are_not_read_are_told_with_the_reason(tmp_path: Path) -> N
     assert "not read: model.layers.{0..5}.mlp.up_proj: stored as Int8 (W8A8)" in shown(facts)
 
 
-@pytest.mark.parametrize("model_type", ["[/red]", "[link=http://x]", "a\nb", 7, None, ["list"]])
+@pytest.mark.parametrize("model_type", ["[/red]", "[link=http://x]", 7, None, ["list"]])
 def test_a_model_type_is_shown_as_it_is(tmp_path: Path, model_type: object) -> None:
     folder = plain(tmp_path / "a", {"model.norm.weight": torch.ones(8)}, {"model_type": model_type})
-    assert f"({model_type})" in shown(facts_of(folder)).replace("\n\n", "\n")
+    assert f"({model_type})\n" in shown(facts_of(folder))
 
 
 def test_a_checkpoint_of_nothing(tmp_path: Path) -> None:
