@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from sys import intern
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,7 @@ import xxhash
 
 from .errors import SourceError
 from .header import TensorInfo, header_length, inside, load_json, open_regular, parse_header, pread_all
+from .patterns import MAX_NAME
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +43,6 @@ _MAX_JSON_VALUES = 2_000_000
 _MAX_JSON_DEPTH = 64
 _MAX_HEADERS_BYTES = 256 << 20  # of all shards; those of 178,176 tensors take 25 MB
 _MAX_TENSORS = 500_000
-_MAX_NAME = 256
 _FIRST_READ = 256 << 10  # most headers come with their length in one read
 
 _NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # beside what cannot be seen; a pattern means something else by these
@@ -60,7 +61,7 @@ _LEAVES = frozenset(
 def split_name(tensor: str) -> tuple[str, str]:
     """``"a.b.qweight"`` -> ``("a.b", "qweight")``; a parameter like ``"a.A_log"`` is a module of its own."""
     module, _, leaf = tensor.rpartition(".")
-    return (module, leaf) if leaf in _LEAVES and module else (tensor, "")
+    return (module, intern(leaf)) if leaf in _LEAVES and module else (tensor, "")
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
@@ -413,8 +414,8 @@ class _HeaderReader:
 
 def _check_name(tensor: TensorInfo, location: str) -> None:
     name, path = tensor.name, f"{location}/{tensor.file}"
-    if len(name) > _MAX_NAME:
-        raise SourceError(f"tensor name {name[:_MAX_NAME]!r}... is longer than any model's", path=path)
+    if len(name) > MAX_NAME:
+        raise SourceError(f"tensor name {name[:MAX_NAME]!r}... is longer than any model's", path=path)
     if not name or not name.isprintable() or _NOT_IN_NAMES.search(name):
         raise SourceError(f"tensor name {name!r} has characters no model uses", path=path)
 

@@ -12,8 +12,8 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,7 @@ class Copier:
                         worker.result()
                 except BaseException:
                     self._failed.set()
+                    _wait_for(workers)
                     raise
         return self._checksums
 
@@ -159,7 +160,7 @@ class Copier:
 
     def _key(self, shard: PlannedShard) -> str:
         """Stands for all that a shard's bytes depend on: its header, and the ranges and states of its sources."""
-        digest = xxhash.xxh3_128(shard.header())
+        digest = xxhash.xxh3_128(shard.header)
         for tensor in shard.tensors:
             state = os.fstat(self._sources[tensor.source, tensor.info.file])
             checksum = self._plan.sources.by_name[tensor.source].checkpoint.shards[tensor.info.file].header_checksum
@@ -185,7 +186,7 @@ class Copier:
                 return _Output(shard, path, fd), False, data_start
             header = _read_start(self._sources[shard.link], data_start, self._paths[shard.link])
         else:
-            header = shard.header()
+            header = shard.header
         with write_errors(path):
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._unfinished.add(fd)
@@ -277,6 +278,13 @@ class Copier:
             checksums = {t.info.name: self._checksums[t.source, t.info.name] for t in output.shard.tensors}
             with self._lock, write_errors(self._stage.folder):
                 self._stage.record(file, self._keys[file], checksums)
+
+
+def _wait_for(workers: Sequence[Future[None]]) -> None:
+    """Waits through any number of Ctrl-C: the files that these threads write to are closed next."""
+    while not all(worker.done() for worker in workers):
+        with suppress(KeyboardInterrupt):
+            wait(workers)
 
 
 def _read_start(fd: int, length: int, path: Path) -> bytes:

@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import SourceError
@@ -152,6 +153,7 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
         bad(f"it declares {len(header)} tensors; at most {_MAX_TENSORS} are read")
 
     tensors = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -168,7 +170,9 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
                 bad(f"tensor {name!r}: {dtype} {shape} overflows")
         if bits % 8 or bits // 8 != end - begin:
             bad(f"tensor {name!r}: {dtype} {shape} does not take the {end - begin} bytes it is given")
-        tensors.append(TensorInfo(name, dtype, tuple(shape), file, start + begin, end - begin))
+        # One string for each dtype and one tuple for each shape, not one for each of 100,000 tensors.
+        sizes = shapes.setdefault(key := tuple(shape), key)
+        tensors.append(TensorInfo(name, intern(dtype), sizes, file, start + begin, end - begin))
 
     tensors.sort(key=lambda t: (t.start, t.nbytes))
     at = start
@@ -199,14 +203,17 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> by
 
     Padded with spaces so that the data section starts on a page boundary, as the format allows.
     """
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # Pieced together: a dictionary of all entries would take many times the memory of their text.
+    out = bytearray(8) + b'{"__metadata__":{"format":"pt"}'
     at = 0
     for name, dtype, shape, nbytes in tensors:
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (at, at + nbytes)}
+        key, sizes = json.dumps(name, ensure_ascii=False), ",".join(map(str, shape))
+        out += f',{key}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{at},{at + nbytes}]}}'.encode()
         at += nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _PAGE)
-    return len(text).to_bytes(8, "little") + text
+    out += b"}"
+    out += b" " * (-len(out) % _PAGE)
+    out[:8] = (len(out) - 8).to_bytes(8, "little")
+    return bytes(out)
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

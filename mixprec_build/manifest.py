@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from . import __version__
 from .checkpoint import hide_password
 from .errors import SourceError, VerifyError
 from .header import inside, load_json, read_regular
-from .patterns import Pattern, PatternError, PatternReader, compress
+from .patterns import Patience, Pattern, PatternError, PatternReader, compress
 
 if TYPE_CHECKING:
     from .formats.base import Format
@@ -64,6 +64,7 @@ class Declaration:
     formats: Mapping[str, Format]
     rules: tuple[tuple[Pattern, str], ...]
     default: str
+    _patience: Patience = field(default_factory=Patience, repr=False, compare=False)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Declaration:
@@ -86,9 +87,14 @@ class Declaration:
         return cls(formats, rules, default)
 
     def format_of(self, module: str) -> Format:
-        for pattern, name in reversed(self.rules):
-            if pattern.matches(module):
-                return self.formats[name]
+        """Raises :class:`SourceError` when the patterns take too long."""
+        try:
+            with self._patience:
+                for pattern, name in reversed(self.rules):
+                    if pattern.matches(module):
+                        return self.formats[name]
+        except PatternError as error:
+            raise SourceError(f"quantization_config of method mixprec {error}") from error
         return self.formats[self.default]
 
 
@@ -125,9 +131,11 @@ def quantization_config(modules: Mapping[str, Format]) -> dict[str, object]:
 def build_manifest(
     plan: Plan, folder: Path, checksums: Mapping[tuple[str, str], str], files: Mapping[str, bytes]
 ) -> dict[str, Any]:
-    """The manifest of a build whose shards lie in ``folder``; ``files`` are the other files' contents."""
+    """The manifest of a build whose shards lie in ``folder``; ``files`` are the other files' contents.
+
+    ``modules`` are ``(name, entry)`` pairs made one at a time: all at once would take more memory than the build.
+    """
     names = name_formats(module.format for module in plan.modules.values())
-    shard_of = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     return {
         "version": VERSION,
         "mixprec": __version__,
@@ -147,25 +155,27 @@ def build_manifest(
             **{name: {"bytes": len(data), CHECKSUM: checksum_of(data)} for name, data in sorted(files.items())},
             **{shard.file: _shard_entry(folder / shard.file) for shard in plan.shards},
         },
-        "modules": {
-            module.name: {
-                "format": names[module.format],
-                "shape": module.shape,
-                "tensors": {
-                    tensor.info.name: {
-                        "dtype": tensor.info.dtype,
-                        "shape": tensor.info.shape,
-                        "bytes": tensor.info.nbytes,
-                        "file": shard_of[tensor.info.name],
-                        "source": tensor.source,
-                        CHECKSUM: checksums[tensor.source, tensor.info.name],
-                    }
-                    for tensor in module.tensors.values()
-                },
-            }
-            for module in plan.modules.values()
-        },
+        "modules": _module_entries(plan, names, checksums),
     }
+
+
+def _module_entries(
+    plan: Plan, names: Mapping[Format, str], checksums: Mapping[tuple[str, str], str]
+) -> Iterator[tuple[str, dict[str, object]]]:
+    shard_of = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    for module in plan.modules.values():
+        tensors = {
+            tensor.info.name: {
+                "dtype": tensor.info.dtype,
+                "shape": tensor.info.shape,
+                "bytes": tensor.info.nbytes,
+                "file": shard_of[tensor.info.name],
+                "source": tensor.source,
+                CHECKSUM: checksums[tensor.source, tensor.info.name],
+            }
+            for tensor in module.tensors.values()
+        }
+        yield module.name, {"format": names[module.format], "shape": module.shape, "tensors": tensors}
 
 
 def _shard_entry(path: Path) -> dict[str, object]:
@@ -176,34 +186,41 @@ def _shard_entry(path: Path) -> dict[str, object]:
         return {"bytes": os.fstat(file.fileno()).st_size, "header": checksum_of(header)}
 
 
-def checksum_of(data: bytes) -> str:
+def checksum_of(data: bytes | memoryview) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
-def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """JSON with one module a line: a manifest of 100,000 tensors stays readable and diffable.
+def dump_manifest(manifest: Mapping[str, Any]) -> Iterator[bytes]:
+    """JSON with one module a line, piece by piece: a manifest of 100,000 tensors stays readable and diffable.
 
     Its last line holds the checksum of all before it, so that a manifest that was damaged does not pass for
     a checkpoint that was.
     """
-    lines = [
-        f" {json.dumps(key)}: {json.dumps(value, indent=1, ensure_ascii=False)}"
-        for key, value in manifest.items()
-        if key != "modules"
-    ]
-    modules = ",\n".join(
-        f"  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'), ensure_ascii=False)}"
-        for name, entry in manifest["modules"].items()
-    )
-    text = "{\n" + ",\n".join([*lines, f' "modules": {{\n{modules}\n }}']) + ",\n"
-    # A path that is no UTF-8 has lone surrogates here; escaped by a backslash they are JSON again.
-    data = text.encode(errors="backslashreplace")
-    return data + _seal(data)
+    digest = xxhash.xxh3_128()
+    for text in _manifest_text(manifest):
+        # A path that is no UTF-8 has lone surrogates here; escaped by a backslash they are JSON again.
+        data = text.encode(errors="backslashreplace")
+        digest.update(data)
+        yield data
+    yield _seal(digest.hexdigest())
 
 
-def _seal(data: bytes) -> bytes:
-    """The last lines of a manifest that starts with ``data``."""
-    return f' "manifest_{CHECKSUM}": "{checksum_of(data)}"\n}}\n'.encode()
+def _manifest_text(manifest: Mapping[str, Any]) -> Iterator[str]:
+    before = "{\n"
+    for key, value in manifest.items():
+        if key != "modules":
+            yield f"{before} {json.dumps(key)}: {json.dumps(value, indent=1, ensure_ascii=False)}"
+            before = ",\n"
+    before += ' "modules": {\n'
+    for name, entry in manifest["modules"]:
+        yield f"{before}  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'), ensure_ascii=False)}"
+        before = ",\n"
+    yield "\n },\n"
+
+
+def _seal(checksum: str) -> bytes:
+    """The last lines of a manifest, with the checksum of those before."""
+    return f' "manifest_{CHECKSUM}": "{checksum}"\n}}\n'.encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -220,8 +237,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = load_json(data, _MAX_VALUES)
         if manifest["version"] != VERSION or manifest["checksum"] != CHECKSUM:
             raise VerifyError(f"{path}: version {manifest['version']!r:.100}; this mixprec reads version {VERSION}")
-        body = data[: -len(_seal(b""))]
-        if data != body + _seal(body):
+        body = memoryview(data)[: -len(_seal(checksum_of(b"")))]
+        if data[len(body) :] != _seal(checksum_of(body)):
             raise VerifyError(f"{path}: was changed after it was written; build the checkpoint again")
         _check_fields(manifest)
     except SourceError as error:
@@ -250,8 +267,9 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
             _check_entry(tensor, _TENSOR)
             if not all(type(n) is int for n in tensor["shape"]):
                 raise ValueError("a shape holds more than whole numbers")
-    for problem in manifest.get("unservable", []):
-        _check_type(problem, str, "unservable")
+    unservable = manifest.get("unservable", [])
+    for value, kind in ((unservable, list), *((problem, str) for problem in unservable)):
+        _check_type(value, kind, "unservable")
 
 
 def _check_entry(entry: object, fields: Mapping[str, Any]) -> None:

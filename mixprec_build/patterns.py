@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from time import thread_time
 from typing import TypeVar
 
-__all__ = ["Pattern", "PatternError", "PatternReader", "compress", "natural_key"]
+__all__ = ["MAX_NAME", "Patience", "Pattern", "PatternError", "PatternReader", "compress", "natural_key"]
 
 _T = TypeVar("_T")
 _SPECIAL = re.compile(r"[*?{}\[\]]")
@@ -27,6 +28,9 @@ _TOKEN = re.compile(r"\*+|\?|\{[^}]*\}|[^*?{}\[\]]+|.")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 _NUMBER = re.compile(r"(\d{1,15})")  # int() refuses digits without end
+
+MAX_NAME = 256
+"""Longer names are refused where they are read: none is ever matched."""
 
 # Bounds for patterns that come from strangers; sizes are in characters, braces written out.
 _MAX_STARS = 4
@@ -93,6 +97,27 @@ class PatternReader:
         if self._size > _MAX_FILE_SIZE:
             raise PatternError(f"the patterns of one file, written out, have more than {_MAX_FILE_SIZE} characters")
         return pattern
+
+
+class Patience:
+    """The time that matching may take in all, where patterns and names are a stranger's: ``with patience: ...``.
+
+    Many thousands of names against a few patterns take a tenth of a second.
+    """
+
+    SECONDS = 20.0
+
+    def __init__(self) -> None:
+        self._spent = self._began = 0.0
+
+    def __enter__(self) -> None:
+        """Raises :class:`PatternError` once the time is spent."""
+        if self._spent > self.SECONDS:
+            raise PatternError(f"takes more than {self.SECONDS:.0f} seconds to match")
+        self._began = thread_time()
+
+    def __exit__(self, *_: object) -> None:
+        self._spent += thread_time() - self._began
 
 
 # Parsing
@@ -232,9 +257,15 @@ def _walk(segments: Sequence[Sequence[Mapping[int, set[str]]]], name: str) -> bo
 # Folding
 
 
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that puts ``layers.2`` before ``layers.10``."""
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in _NUMBER.split(name) if part)
+def natural_key(name: str) -> str:
+    """Sort key that puts ``layers.2`` before ``layers.10``: numbers go by their length, then by their digits."""
+    return _NUMBER.sub(_number_key, name)
+
+
+def _number_key(number: re.Match[str]) -> str:
+    digits = number[0].lstrip("0") or "0"
+    # The length as one character, below all that names are made of; leading zeros make 07 differ from 7.
+    return chr(min(len(digits), 31)) + digits + "\x00" * (len(number[0]) - len(digits))
 
 
 def compress(names: Iterable[str]) -> list[str]:

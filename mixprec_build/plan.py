@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .checkpoint import StoredModule, ValueReader, split_name
 from .errors import RecipeError, RefusedError
@@ -50,7 +51,7 @@ class PlannedModule:
         return sum(tensor.info.nbytes for tensor in self.tensors.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlannedShard:
     """One file of the output. ``link`` names the source's file where it is taken over whole."""
 
@@ -59,7 +60,9 @@ class PlannedShard:
     link: tuple[str, str] | None = None
     """(source, file)"""
 
+    @cached_property
     def header(self) -> bytes:
+        """All before the data section, for a shard that is not linked."""
         infos = (tensor.info for tensor in self.tensors)
         return build_header((info.name, info.dtype, info.shape, info.nbytes) for info in infos)
 
@@ -71,7 +74,7 @@ class PlannedShard:
         """The size of the file, header included."""
         if self.link is not None:
             return sources.by_name[self.link[0]].checkpoint.shards[self.link[1]].size
-        return len(self.header()) + self.data_bytes
+        return len(self.header) + self.data_bytes
 
 
 @dataclass(frozen=True, slots=True)

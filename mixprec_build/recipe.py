@@ -16,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
+from .checkpoint import hide_password
 from .errors import RecipeError
-from .patterns import Pattern, PatternError
+from .patterns import Pattern, PatternError, PatternReader
 
 __all__ = ["DEFAULT_SHARD_SIZE", "Recipe", "Rule", "SourceRef", "load_recipe", "parse_size"]
 
@@ -25,6 +26,9 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 
 _MAX_RECIPE_BYTES = 16 << 20
 _MAX_DEPTH = 16
+_MAX_NODES = 500_000
+_MAX_SOURCES = 100
+_MAX_WORD = 4096  # as long as a path may be
 _UNITS = {"": 1, "B": 1} | {
     unit: scale**power
     for power, letter in enumerate("KMGT", start=1)
@@ -81,6 +85,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         if path.stat().st_size > _MAX_RECIPE_BYTES:
             raise RecipeError(f"larger than {_MAX_RECIPE_BYTES >> 20} MiB; write ranges like {{0..15}}", path=path)
+        if path.is_fifo() or path.is_char_device():  # which may never end
+            raise RecipeError("cannot read the recipe: not a regular file", path=path)
         data = path.read_bytes()
     except OSError as error:
         raise RecipeError(f"cannot read the recipe: {error.strerror}", path=path) from error
@@ -109,9 +115,11 @@ def _native(reader: _Reader, root: _Map) -> Recipe:
         name.text: SourceRef(name.text, reader.text(value).text, name.line)
         for name, value in reader.map(root.get("sources")).items
     }
+    if len(sources) > _MAX_SOURCES:
+        raise reader.error(f"more than {_MAX_SOURCES} sources", root["sources"])
     for ref in sources.values():
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", ref.name):
-            raise RecipeError(f"{ref.name!r} is no name for a source", path=reader.path, line=ref.line)
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", ref.name):
+            raise RecipeError(f"{ref.name[:64]!r} is no name for a source", path=reader.path, line=ref.line)
     model_ref = SourceRef("model", model.text, model.line)
     same = [ref for ref in sources.values() if ref.location == model.text]
     if "default" in root:
@@ -178,7 +186,7 @@ _FORMAT_WORDS = {
 
 
 def _rules(reader: _Reader, section: _Map, sources: Mapping[str, SourceRef]) -> tuple[Rule, ...]:
-    rules = []
+    rules, patterns = [], PatternReader()
     for key, value in section.items:
         source = reader.text(value)
         if source.text not in sources and source.text not in _FORMAT_WORDS:
@@ -186,7 +194,7 @@ def _rules(reader: _Reader, section: _Map, sources: Mapping[str, SourceRef]) -> 
         # `X.weight` names the module X also where a source stores X as qweight, qzeros, scales, g_idx.
         name = key.text.removesuffix(".weight")
         try:
-            rules.append(Rule(Pattern(name), source.text, key.line))
+            rules.append(Rule(patterns.read(name), source.text, key.line))
         except PatternError as error:
             raise reader.error(str(error), key) from error
     return tuple(rules)
@@ -217,7 +225,7 @@ def _plain(node: _Node) -> object:
 
 
 def _unknown(what: str, word: str, known: Iterable[str]) -> str:
-    known = sorted(known)
+    known, word = sorted(known), word[:100]
     near = difflib.get_close_matches(word, known, n=1)
     hint = f"did you mean `{near[0]}`?" if near else "known: " + ", ".join(f"`{k}`" for k in known)
     return f"unknown {what} `{word}`; {hint}"
@@ -268,6 +276,7 @@ class _Reader:
 
     def __init__(self, path: Path):
         self.path = path
+        self._nodes = 0
 
     def error(self, message: str, at: _Node | int | None) -> RecipeError:
         line = at if at is None or isinstance(at, int) else at.line
@@ -304,9 +313,12 @@ class _Reader:
             raise self.error("anchors (&) and aliases (*) are not allowed; quote names that start with *", line)
         tag = getattr(event, "tag", None)
         if tag is not None:
-            raise self.error(f"tags like {tag!r} are not allowed", line)
+            raise self.error(f"tags like {tag[:100]!r} are not allowed", line)
         if depth > _MAX_DEPTH:
             raise self.error(f"nested deeper than {_MAX_DEPTH} levels", line)
+        self._nodes += 1
+        if self._nodes > _MAX_NODES:
+            raise self.error(f"more than {_MAX_NODES} words; write ranges like {{0..15}}", line)
         if isinstance(event, yaml.ScalarEvent):
             return _Text(event.value, line)
         if isinstance(event, yaml.SequenceStartEvent):
@@ -320,7 +332,8 @@ class _Reader:
             if not isinstance(key, _Text):
                 raise self.error("a key must be a plain name; quote patterns that start with `{`", key)
             if key.text in node:
-                raise self.error(f"`{key.text}` is given twice; first on line {node.line_of(key.text)}", key)
+                first = node.line_of(key.text)
+                raise self.error(f"`{key.text[:200]}` is given twice; first on line {first}", key)
             node.index[key.text] = len(node.items)
             node.items.append((key, self._node(next(events), events, depth + 1)))
         return node
@@ -338,6 +351,10 @@ class _Reader:
     def text(self, node: _Node) -> _Text:
         if not isinstance(node, _Text) or not node.text:
             raise self.error("expected one word or name here", node)
+        if len(node.text) > _MAX_WORD:
+            raise self.error(f"a word of {len(node.text)} characters", node)
+        if hide_password(node.text) != node.text:
+            raise self.error("a URL with a password; write org/name, and log in with `hf auth login` or HF_TOKEN", node)
         return node
 
     def map(self, node: _Node | None) -> _Map:

@@ -18,7 +18,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -86,8 +86,9 @@ class Stage:
         """Notes a shard as finished. Its data must have been synced."""
         sync_folder(self.payload)
         entry = FinishedShard(key, (self.payload / shard).stat().st_size, checksums)
-        line = json.dumps({"shard": shard, **asdict(entry)})
-        data = f"{xxhash.xxh3_128_hexdigest(line.encode())} {line}\n".encode()
+        fields = {"shard": shard, "key": entry.key, "nbytes": entry.nbytes, "checksums": entry.checksums}
+        line = json.dumps(fields).encode()
+        data = b"%s %s\n" % (xxhash.xxh3_128_hexdigest(line).encode(), line)
         fd = os.open(self.folder / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if os.write(fd, data) != len(data):

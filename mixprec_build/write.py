@@ -10,12 +10,12 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint import INDEX, LocalFolder
-from .copier import Copier, Progress, pwrite_all, write_errors
+from .copier import Copier, Progress, write_errors
 from .errors import InterruptedBuildError, MixprecError, OutputError, SourceError, WriteError
 from .header import read_regular
 from .manifest import MANIFEST, build_manifest, dump_manifest, quantization_config
@@ -178,7 +178,7 @@ def _write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -
     contents["config.json"] = _json(config)
     contents[INDEX] = _json(index)
     for name, data in contents.items():
-        _write_file(stage / name, data)
+        _write_file(stage / name, [data])
     return contents
 
 
@@ -190,14 +190,13 @@ def _json(data: object) -> bytes:
 # Disk
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def _write_file(path: Path, chunks: Iterable[bytes]) -> None:
     with write_errors(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            pwrite_all(fd, memoryview(data), 0)
+        with os.fdopen(fd, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
             os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _publish(stage: Stage, *, force: bool) -> None:

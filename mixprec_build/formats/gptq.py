@@ -20,11 +20,15 @@ tensor       dtype   shape            holds
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..patterns import MAX_NAME, Patience, PatternError
 from .base import Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
 
 if TYPE_CHECKING:
@@ -245,18 +249,103 @@ def _settings(declared: Mapping[str, object]) -> Gptq:
     return Gptq(int(bits), group_size, sym, desc_act, str(layout))
 
 
+# Overrides for single modules
+
+
 def _resolve_dynamic(quantization: Mapping[str, object], module: str) -> Mapping[str, object]:
     """The settings of one module: ``dynamic`` maps ``+:regex`` (or a bare regex) to overrides."""
     dynamic = quantization.get("dynamic")
     if not isinstance(dynamic, dict):
         return quantization
-    for pattern, override in dynamic.items():
-        if pattern.startswith("-:"):
-            continue  # modules left unquantized: recognised by their tensors
-        try:
-            hit = re.match(pattern.removeprefix("+:"), module)
-        except re.error as error:
-            raise FormatError(f"`dynamic` holds {pattern!r}, which is no regular expression: {error}") from error
-        if hit and isinstance(override, dict):
-            return {**quantization, **override}
-    return quantization
+    try:
+        override = _Dynamic.of(dynamic).find(module)
+    except PatternError as error:
+        raise FormatError(f"`dynamic` {error}") from error
+    return quantization if override is None else {**quantization, **override}
+
+
+class _Dynamic:
+    """``dynamic`` of one configuration.
+
+    Its regexes are a stranger's, and Python's can take longer than anyone waits. Those in use are plain, so what
+    could take long is refused by counting ways before any is tried, which bounds one match to seconds, and
+    :class:`Patience` bounds them all together.
+    """
+
+    _latest: ClassVar[_Dynamic | None] = None
+
+    def __init__(self, dynamic: Mapping[str, object]):
+        self._dynamic, self._patience = dynamic, Patience()
+
+    @classmethod
+    def of(cls, dynamic: Mapping[str, object]) -> _Dynamic:
+        """One for all modules of a checkpoint, which are looked up one after another."""
+        if cls._latest is None or cls._latest._dynamic is not dynamic:
+            cls._latest = cls(dynamic)
+        return cls._latest
+
+    def find(self, module: str) -> Mapping[str, object] | None:
+        """What the first regex that matches overrides.
+
+        Raises:
+            PatternError: one is no regex, or may take too long; or all of them have.
+        """
+        with self._patience:
+            for pattern, override in self._dynamic.items():
+                # `-:` stands for modules left unquantized, which are recognised by their tensors.
+                if not isinstance(override, dict) or pattern.startswith("-:"):
+                    continue
+                if _compiled(pattern).match(module):
+                    return override
+        return None
+
+
+_MAX_REGEX = 1000
+_MAX_WAYS = 600_000_000  # at most 20 seconds
+_REGEX_TOKEN = re.compile(
+    r"(?P<repeat>(?:[*+]|\{\d{1,3}(?:,\d{0,3})?\})\??)|(?P<maybe>\?\??)|(?P<or>\|)"
+    r"|(?P<open>\((?:\?[:=!])?(?!\?))|(?P<close>\))"
+    r"|\\[^0-9]|\[\^?\]?(?:\\.|[^\]\\\[])*\]|[^\\\[{(]",  # an escape, a set, any other character
+    re.DOTALL,
+)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A key of ``dynamic``. Raises :class:`PatternError` for what is no regex, and for one that may take too long."""
+    regex = pattern.removeprefix("+:")
+    shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
+    if len(regex) > _MAX_REGEX or _ways(regex) > _MAX_WAYS:
+        raise PatternError(
+            f"holds {shown}: a regular expression that repeats or names a group, or has too many ways to match, is "
+            "not read"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return re.compile(regex)
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise PatternError(f"holds {shown}, which is no regular expression: {error}") from error
+
+
+def _ways(pattern: str) -> float:
+    """In how many ways, at most, a regex can be laid over a name; infinite where it repeats groups or looks back."""
+    pattern = pattern.removesuffix("$").removesuffix(".*")  # which match whatever is left
+    ways, repeats, branches = 1, 0, [1]
+    at, before = 0, None
+    while at < len(pattern):
+        token = _REGEX_TOKEN.match(pattern, at)
+        if token is None or (token.lastgroup == "repeat" and before == "close"):
+            return math.inf
+        at, before = token.end(), token.lastgroup
+        if before == "repeat":
+            repeats += 1
+        elif before == "maybe":
+            ways *= 2
+        elif before == "or":
+            branches[-1] += 1
+        elif before == "open":
+            branches.append(1)
+        elif before == "close" and len(branches) > 1:
+            ways *= branches.pop()
+    return ways * math.prod(branches) * math.comb(MAX_NAME + repeats, repeats)

@@ -486,14 +486,13 @@ def test_inspect_starts_light(tmp_path: Path) -> None:
 
 
 def test_inspect_takes_little_time(tmp_path: Path) -> None:
-    """CPU time, best of several: other processes slow it, nothing makes it faster than it is."""
+    """CPU time, best of several, in seconds or, where all is slow, beside that of the command line alone."""
     folder = str(write_tiny(tmp_path / "a", "int4"))
-    times = []
-    for _ in range(15):
+    times, bare = [], []
+    for _ in range(5):
         times.append(cpu_seconds("-m", "mixprec_build.cli", "inspect", folder))
-        if len(times) >= 5 and min(times) < 0.3:
-            break
-    assert min(times) < 0.3
+        bare.append(cpu_seconds("-m", "mixprec_build.cli", "--version"))
+    assert min(times) < max(0.3, 1.8 * min(bare))
 
 
 def test_opening_reads_headers_only(tmp_path: Path, monkeypatch: Patch) -> None:

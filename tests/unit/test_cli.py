@@ -370,16 +370,19 @@ def test_module_and_console_script_are_one(mix: Path) -> None:
 
 
 def test_an_interrupt(mix: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle of the copy."""
+    """Ctrl-C in the middle of the copy, and again while it waits for its threads: they still write to open files."""
     script = START + (
-        "real = copier.pwrite_all\n"
+        "import time; real = copier.pwrite_all\n"
         "def interrupted(*arguments):\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    real(*arguments)\n"
+        "    for _ in range(2):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.2)\n"
+        "    try: real(*arguments)\n"
+        "    except OSError as error: print('too late:', error)\n"
         "copier.pwrite_all = interrupted\n"
         "cli.main()\n"
     )
-    ended = run_python("-c", script, "build", str(mix), "-o", str(tmp_path / "out"))
+    ended = run_python("-c", script, "build", str(mix), "-o", str(tmp_path / "out"), "--jobs", "1")
     assert ended.returncode == 128 + signal.SIGINT and "Traceback" not in ended.stderr
     assert "interrupted; " in ended.stderr and ended.stdout == ""
     assert {path.name for path in tmp_path.iterdir()} <= {".out.mixprec"}, "no output, at most a stage to resume"

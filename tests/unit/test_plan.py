@@ -487,7 +487,7 @@ def test_a_build_is_as_large_as_its_plan_says(wide: Path, tmp_path: Path, mix: s
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == plan.tensor_bytes
     if not link:
-        assert sum(written.values()) == plan.tensor_bytes + sum(len(shard.header()) for shard in plan.shards)
+        assert sum(written.values()) == plan.tensor_bytes + sum(len(shard.header) for shard in plan.shards)
 
 
 @settings(deadline=None)

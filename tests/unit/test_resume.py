@@ -27,7 +27,7 @@ from mixprec_build.write import write
 # Runs a build in which the nth system call that changes the disk is the last: the process is killed before it,
 # and with "power" what was written and never synced is lost, too.
 DRIVER = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_resume import planned
@@ -39,24 +39,27 @@ calls, unsynced = 0, set()
 def path_of(fd):
     return os.readlink(f"/proc/self/fd/{fd}")
 
+lock = threading.RLock()  # the end comes to all threads at once
+
 def counted(name):
     real = getattr(os, name)
     def call(*arguments, **options):
         global calls
-        calls += 1
-        if calls == nth:
-            if how == "power":
-                for path in filter(os.path.isfile, list(unsynced)):
-                    size = os.path.getsize(path)  # names and sizes may survive where data does not
-                    os.truncate(path, 0)
-                    os.truncate(path, size)
-            os.kill(os.getpid(), signal.SIGKILL)
-        if name in ("pwrite", "write", "posix_fallocate"):
-            unsynced.add(path_of(arguments[0]))
-        result = real(*arguments, **options)
-        if name == "fsync":
-            unsynced.discard(path_of(arguments[0]))
-        return result
+        with lock:
+            calls += 1
+            if calls == nth:
+                if how == "power":
+                    for path in filter(os.path.isfile, unsynced):
+                        size = os.path.getsize(path)  # names and sizes may survive where data does not
+                        os.truncate(path, 0)
+                        os.truncate(path, size)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name in ("pwrite", "write", "posix_fallocate"):
+                unsynced.add(path_of(arguments[0]))
+            result = real(*arguments, **options)
+            if name == "fsync":
+                unsynced.discard(path_of(arguments[0]))
+            return result
     setattr(os, name, call)
 
 plan = planned(Path(sys.argv[2]))

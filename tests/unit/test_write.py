@@ -179,7 +179,7 @@ def test_every_tensor_starts_at_a_multiple_of_its_dtype(drawn: list[tuple[str, l
         nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
         tensors.append(PlannedTensor("s", TensorInfo(str(i), dtype, tuple(shape), "x", 0, nbytes)))
     shard = PlannedShard("x", tuple(_aligned(tensors)))
-    assert_aligned(shard.header() + bytes(shard.data_bytes))
+    assert_aligned(shard.header + bytes(shard.data_bytes))
 
 
 def test_the_same_bytes_whatever_the_number_of_threads(mix: Path, tmp_path: Path) -> None:
@@ -362,11 +362,12 @@ def test_link_leaves_files_that_are_not_whole(mix: Path, tmp_path: Path) -> None
     assert tree(tmp_path / "out") == tree(build(mix, tmp_path / "copied"))
 
 
-def test_link_leaves_files_that_do_not_say_pt(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("metadata", [None, {"made": "by hand"}, {"format": "np"}])
+def test_link_leaves_files_that_do_not_say_pt(whole: Path, tmp_path: Path, metadata: dict[str, str] | None) -> None:
     for path in (tmp_path / "bf16").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     assert [shard.link for shard in plan_recipe(whole, link=True).shards] == [None]
 
 
@@ -772,9 +773,10 @@ def test_a_source_that_changes_while_it_is_copied(
 def test_no_file_stays_open(mix: Path, tmp_path: Path) -> None:
     before = set(Path("/proc/self/fd").iterdir())
     build(mix, tmp_path / "out")
-    for nth in range(1, 5):
+    for function, nth in (("fsync", 1), ("fsync", 2), ("pwrite", 2), ("pwrite", 3), ("posix_fallocate", 1)):
         with Patch.context() as patch:
-            Fault(patch, "fsync", errno.EIO, nth)
+            Fault(patch, function, errno.EIO, nth)
             with pytest.raises(WriteError):
-                build(mix, tmp_path / "out", force=True)
+                build(mix, tmp_path / "fails")
+        shutil.rmtree(tmp_path / ".fails.mixprec", ignore_errors=True)
     assert set(Path("/proc/self/fd").iterdir()) == before

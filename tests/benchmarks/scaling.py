@@ -1,0 +1,86 @@
+"""How `mixprec build` grows: with bytes (x1, x4, x16) and with tensors (x1, x10, x100), and the exponents.
+
+Each checkpoint is BF16 and taken over whole. An exponent of 1 is linear; the fit is over the time that the
+smallest checkpoint does not explain (start-up).
+
+    python tests/benchmarks/scaling.py [--rounds 3] [--folder .demo/bench]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from copy_speed import timed
+
+from mixprec_build.header import build_header
+
+MIB = 1 << 20
+BY_BYTES = [(100, 1 * MIB), (400, 1 * MIB), (1600, 1 * MIB)]
+BY_TENSORS = [(1_440, 128), (14_400, 128), (144_000, 128)]
+
+
+def make(folder: Path, count: int, nbytes: int) -> None:
+    """``count`` BF16 tensors of ``nbytes`` bytes each, named as the experts of a MoE are."""
+    import numpy as np
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_hidden_layers": 94}))
+    names = [
+        f"model.layers.{i // 384}.mlp.experts.{i // 3 % 128}.{('gate', 'up', 'down')[i % 3]}_proj.weight"
+        for i in range(count)
+    ]
+    block = np.random.default_rng(0).bytes(nbytes)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(build_header((name, "BF16", (8, nbytes // 16), nbytes) for name in names))
+        for _ in names:
+            file.write(block)
+    (folder / "recipe.yaml").write_text(f"model: {folder}\n")
+
+
+def measure(folder: Path, count: int, nbytes: int, rounds: int) -> float:
+    """Median seconds of a build, printed with its peak memory."""
+    # In a child: a parent's peak memory would be counted as its children's.
+    maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder / "in", count, nbytes))
+    maker.start()
+    maker.join()
+    command = [sys.executable, "-m", "mixprec_build.cli", "build", str(folder / "in" / "recipe.yaml"), "-q", "-o"]
+    seconds, peaks = [], []
+    for _ in range(rounds):
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        taken, peak = timed([*command, str(folder / "out")])
+        seconds.append(taken)
+        peaks.append(peak)
+    median = statistics.median(seconds)
+    print(f"  {count:7,} tensors  {count * nbytes / 1e6:8.1f} MB  {median:6.2f} s  peak {max(peaks):4.0f} MiB")
+    shutil.rmtree(folder)
+    return median
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    """Of the growth between the last two, start-up taken off: that of the first, scaled down to nothing."""
+    start = seconds[0] - (seconds[1] - seconds[0]) / (sizes[1] / sizes[0] - 1)
+    return math.log((seconds[2] - start) / (seconds[1] - start)) / math.log(sizes[2] / sizes[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path(".demo/bench"))
+    args = parser.parse_args()
+    for what, cases in (("bytes", BY_BYTES), ("tensors", BY_TENSORS)):
+        print(f"growing {what}")
+        seconds = [measure(args.folder.resolve() / "scaling", *case, args.rounds) for case in cases]
+        print(f"  exponent {exponent([count for count, _ in cases], seconds):.2f}")
+
+
+if __name__ == "__main__":
+    main()
