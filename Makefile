@@ -42,6 +42,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python tests/benchmarks/copy_speed.py
+	$(BIN)/python tests/benchmarks/scaling.py
 
 clean:
 	rm -rf .demo .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
