@@ -102,7 +102,7 @@ class LocalFolder:
     @classmethod
     def open(cls, folder: Path) -> LocalFolder:
         try:
-            files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if not p.is_dir()}
+            files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.exists() and not p.is_dir()}
         except OSError as error:
             raise SourceError(f"cannot read it: {error.strerror}", path=error.filename or folder) from error
         return cls(folder, files)

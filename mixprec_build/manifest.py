@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -73,7 +74,7 @@ class Declaration:
 
         if config.get("version") != VERSION:
             found = config.get("version")
-            raise SourceError(f"quantization_config version {found!r:.100}; this mixprec reads {VERSION}")
+            raise SourceError(f"quantization_config version {brief(found)}; this mixprec reads {VERSION}")
         patterns = PatternReader()
         try:
             formats = {str(name): format_from_json(data) for name, data in config["formats"].items()}
@@ -81,7 +82,7 @@ class Declaration:
             default = config["default"]
             for name in (default, *(name for _, name in rules)):
                 if name not in formats:
-                    raise ValueError(f"format {name!r} is not declared")
+                    raise ValueError(f"format {brief(name)} is not declared")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, PatternError) as error:
             raise SourceError(f"quantization_config of method mixprec is damaged: {error!r:.500}") from error
         return cls(formats, rules, default)
@@ -236,7 +237,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         data = read_regular(inside(folder, MANIFEST), _MAX_BYTES)
         manifest = load_json(data, _MAX_VALUES)
         if manifest["version"] != VERSION or manifest["checksum"] != CHECKSUM:
-            raise VerifyError(f"{path}: version {manifest['version']!r:.100}; this mixprec reads version {VERSION}")
+            raise VerifyError(f"{path}: version {brief(manifest['version'])}; this mixprec reads version {VERSION}")
         body = memoryview(data)[: -len(_seal(checksum_of(b"")))]
         if data[len(body) :] != _seal(checksum_of(body)):
             raise VerifyError(f"{path}: was changed after it was written; build the checkpoint again")
@@ -259,7 +260,7 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
     for name, file in manifest["files"].items():
         pure = PureWindowsPath(name)  # also takes backslashes and drives for what they are
         if pure.anchor or ".." in pure.parts:
-            raise ValueError(f"the file {name!r:.200} is not in this folder")
+            raise ValueError(f"the file {name[:200]!r} is not in this folder")
         _check_entry(file, _SHARD if "header" in file else _FILE)
     for module in manifest["modules"].values():
         _check_type(module["tensors"], dict, "tensors")

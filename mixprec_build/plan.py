@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from .header import TensorInfo, build_header
 from .model import FAMILIES, Role, role_of
 from .patterns import compress, natural_key
 from .recipe import Recipe, Rule
-from .servable import Mend, Problems, check_servable, gives
+from .servable import Mend, Problems, check_servable, gives, some
 from .sources import Source, Sources
 
 __all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan"]
@@ -288,14 +288,14 @@ class _Planner:
             self._report_missing(source_name, None if winner is None else self.recipe.rules[winner], names)
         for (due, shape, source_name), names in clashes.items():
             self.problems.hard(
-                f"{_some(compress(names))}: {list(due)} in `{self.default.name}` and {list(shape)} in `{source_name}`, "
+                f"{some(compress(names))}: {list(due)} in `{self.default.name}` and {list(shape)} in `{source_name}`, "
                 f"these are different models; point `{source_name}` (line {self.sources.by_name[source_name].line}) "
                 "to a checkpoint of the same model"
             )
         for (kind, winner), names in downgraded.items():
             self.notes.append(
                 f"{self.recipe.rules[winner]}: {len(names)} of its modules are stored as {kind} there "
-                f"({_some(compress(names))})"
+                f"({some(compress(names))})"
             )
         return modules
 
@@ -311,7 +311,7 @@ class _Planner:
         absent = sorted({source.checkpoint.absent[n] for n in names if n in source.checkpoint.absent})
         if absent:
             self.problems.hard(
-                f"`{source_name}` is read from the cache, which lacks {_some(absent)} with {_some(patterns)}; "
+                f"`{source_name}` is read from the cache, which lacks {some(absent)} with {some(patterns)}; "
                 "run once with the hub in reach"
             )
             return
@@ -319,7 +319,7 @@ class _Planner:
         mend = self.problems.mended(*Mend.of(holders[0] if holders else None, [(name, rule) for name in names]))
         by = f"by {rule}" if rule is not None else "by default"
         count = "1 module" if len(names) == 1 else f"{len(names)} modules"
-        self.problems.hard(f"`{source_name}` has no {_some(patterns)} ({count}), which come from there {by}{mend}")
+        self.problems.hard(f"`{source_name}` has no {some(patterns)} ({count}), which come from there {by}{mend}")
 
     # Biases that only a quantized source has
 
@@ -376,11 +376,6 @@ class _Planner:
         if self.default.model.tied_embeddings and tensor.name.startswith("lm_head."):
             return "tied to the embedding"
         return f"not in the model as `{self.default.name}` has it"
-
-
-def _some(words: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
 
 
 # Files

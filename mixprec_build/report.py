@@ -27,6 +27,7 @@ __all__ = ["human", "inspect_facts", "plan_facts", "printable", "show_errors", "
 
 # What a terminal shows at most; --json has all of it.
 _MAX_LINES = 1000
+_MAX_LINE = 10_000
 _MAX_NAMES = 500
 _MAX_COLUMNS = 40
 
@@ -323,7 +324,8 @@ def printable(text: str) -> str:
 def _say(line: str, console: Console, *, style: str = "", soft_wrap: bool = False) -> None:
     from rich.text import Text
 
-    console.print(Text(printable(line), style), soft_wrap=soft_wrap)
+    shown = line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}..."
+    console.print(Text(printable(shown), style), soft_wrap=soft_wrap)
 
 
 def _say_how_many_more(shown: Sized, console: Console) -> None:

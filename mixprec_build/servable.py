@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe, Rule
     from .sources import Source, Sources
 
-__all__ = ["Mend", "Problem", "Problems", "check_servable", "gives"]
+__all__ = ["Mend", "Problem", "Problems", "check_servable", "gives", "some"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Problems:
 
     def found(self) -> list[Problem]:
         soft = [
-            Problem(f"{_some(compress(about))}: {text}{self.mended(mend, change)}", hard=False)
+            Problem(f"{some(compress(about))}: {text}{self.mended(mend, change)}", hard=False)
             for (text, mend), (about, change) in self._soft.items()
         ]
         return [Problem(text, hard=True) for text in dict.fromkeys(self._hard)] + soft
@@ -90,7 +90,7 @@ class Mend:
         steps = [f"change line {rule.line} to `{rule.pattern.text}: {self.source}`" for rule in self.rules]
         if modules:
             where = "under `weights:`" if last_line is None else f"below line {last_line}"
-            steps.append(f"add {where}: {_some([f'`{pattern}: {self.source}`' for pattern in compress(modules)], 8)}")
+            steps.append(f"add {where}: {some([f'`{pattern}: {self.source}`' for pattern in compress(modules)], 8)}")
         sentence = ", ".join(steps)
         return f". {sentence[0].upper()}{sentence[1:]}"
 
@@ -246,6 +246,7 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _some(patterns: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
-    return ", ".join(patterns[:most]) + more
+def some(words: Sequence[str], most: int = 4) -> str:
+    """The first few, and how many more, for messages."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

@@ -57,6 +57,10 @@ class Stage:
         """Where an output that is being replaced waits to be removed."""
         return self.folder / "replaced"
 
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "journal"
+
     @classmethod
     @contextmanager
     def open(cls, out: Path) -> Iterator[Stage]:
@@ -86,16 +90,8 @@ class Stage:
         """Notes a shard as finished. Its data must have been synced."""
         sync_folder(self.payload)
         entry = FinishedShard(key, (self.payload / shard).stat().st_size, checksums)
-        fields = {"shard": shard, "key": entry.key, "nbytes": entry.nbytes, "checksums": entry.checksums}
-        line = json.dumps(fields).encode()
-        data = b"%s %s\n" % (xxhash.xxh3_128_hexdigest(line).encode(), line)
-        fd = os.open(self.folder / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            if os.write(fd, data) != len(data):
-                raise OSError(f"{self.folder}: the journal could not be written")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _write_and_close(fd, _line(shard, entry))
         self.finished[shard] = entry
 
     def kept(self, shards: int) -> str:
@@ -109,13 +105,21 @@ class Stage:
 
     def keep(self, keys: Mapping[str, str]) -> None:
         """Forgets finished shards that this build, whose shards have ``keys``, would not write the same."""
-        self.finished = {
+        kept = {
             shard: entry
             for shard, entry in self.finished.items()
             if keys.get(shard) == entry.key
             and (path := self.payload / shard).is_file()
             and path.stat().st_size == entry.nbytes
         }
+        if kept != self.finished:
+            # Before anything else is written under the names it forgets: the build whose they were may come back.
+            self.finished = kept
+            fresh = self.folder / "journal.new"
+            fd = os.open(fresh, os.O_WRONLY | os.O_TRUNC | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            _write_and_close(fd, b"".join(_line(shard, entry) for shard, entry in kept.items()))
+            fresh.rename(self._journal)
+            sync_folder(self.folder)
         self._drop_unfinished()
 
     def _recover(self) -> None:
@@ -126,8 +130,7 @@ class Stage:
                 shutil.rmtree(self.replaced)
             else:
                 self.replaced.rename(self.out)  # killed between the two renames that replace an output
-        journal = self.folder / "journal"
-        data = read_regular(journal) if journal.exists() else b""
+        data = read_regular(self._journal) if self._journal.exists() else b""
         whole = 0
         for line in data.splitlines(keepends=True):
             digest, _, text = line.rstrip(b"\n").partition(b" ")
@@ -138,12 +141,25 @@ class Stage:
             self.finished[shard] = FinishedShard(**entry)
             whole += len(line)
         if whole < len(data):
-            os.truncate(journal, whole)
+            os.truncate(self._journal, whole)
 
     def _drop_unfinished(self) -> None:
         for path in self.payload.iterdir():
             if path.name not in self.finished:
                 path.unlink()
+
+
+def _line(shard: str, entry: FinishedShard) -> bytes:
+    fields = {"shard": shard, "key": entry.key, "nbytes": entry.nbytes, "checksums": entry.checksums}
+    line = json.dumps(fields).encode()
+    return b"%s %s\n" % (xxhash.xxh3_128_hexdigest(line).encode(), line)
+
+
+def _write_and_close(fd: int, data: bytes) -> None:
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
 
 
 def _lock(folder: Path, out: Path) -> int:

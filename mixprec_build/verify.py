@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from .checkpoint import Checkpoint, open_checkpoint
@@ -211,9 +212,19 @@ def weight_errors(
             raise VerifyError(f"{reference.checkpoint.location}: holds no unquantized {name} to compare with")
         if progress is not None:
             progress(name)
-        exact, ours = reference.dequantize(name), checkpoint.dequantize(name)
+        exact, ours = _dequantized(reference, name), _dequantized(checkpoint, name)
         if exact.shape != ours.shape:
             raise VerifyError(f"{name}: {list(ours.shape)}, but {list(exact.shape)} in the reference")
-        norm = float(np.linalg.norm(exact))
-        distance = float(np.linalg.norm(exact - ours))
+        with np.errstate(all="ignore"):  # weights may be infinite or no numbers: then so is the result
+            norm = float(np.linalg.norm(exact))
+            distance = float(np.linalg.norm(exact - ours))
         yield WeightError(name, fmt.kind, distance / norm if norm else distance)
+
+
+def _dequantized(source: Source, name: str) -> npt.NDArray[np.float32]:
+    try:
+        with np.errstate(all="ignore"):
+            return source.dequantize(name)
+    except (IndexError, ValueError, MemoryError) as error:  # a g_idx that points nowhere, say
+        where = source.checkpoint.location
+        raise VerifyError(f"{where}: {name} cannot be dequantized: {error}") from error

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .base import Format, FormatError, shape_text
+from .base import Format, FormatError, only_leaves, shape_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +61,7 @@ class Dense(Format):
         return {"kind": self.kind}
 
     def check(self, module: StoredModule) -> None:
+        only_leaves(module, {"", "weight", "bias"}, self.kind)
         weight, bias = module.tensors.get("weight"), module.tensors.get("bias")
         if weight is not None and weight.dtype != self.dtype:
             raise FormatError(f"{shape_text('weight', module)}: {self.dtype} was expected")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
 
 from .base import Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
@@ -82,7 +83,7 @@ class Fp8(Format):
         except FormatError as error:
             raise ValueError(str(error)) from error
         if activations not in ("static", "dynamic"):
-            raise ValueError(f"activations {activations!r} are neither static nor dynamic")
+            raise ValueError(f"activations {brief(activations)} are neither static nor dynamic")
         return cls(granularity, activations, block)
 
     def to_json(self) -> dict[str, object]:
@@ -90,8 +91,10 @@ class Fp8(Format):
         return {"kind": self.kind, **block, "activations": self.activations}
 
     def check(self, module: StoredModule) -> None:
-        n, k = self.shape(module)
         only_leaves(module, {"weight", self.scale_leaf, "input_scale", "bias"}, self.kind)
+        if not {"weight", self.scale_leaf} <= module.tensors.keys() or len(self.shape(module)) != 2:
+            raise FormatError(f"{self.kind} needs weight with two dimensions, and {self.scale_leaf}")
+        n, k = self.shape(module)
         check_tensor(module, "weight", ["F8_E4M3"], (n, k), "")
         scale = module.tensors[self.scale_leaf].shape
         if self.block is not None:
@@ -178,7 +181,8 @@ class Fp8(Format):
         scale: npt.NDArray[np.float32] = tensors[self.scale_leaf].astype("float32")
         if self.block is not None:
             (n, k), (block_n, block_k) = weight.shape, self.block
-            scale = scale.repeat(block_n, axis=0)[:n].repeat(block_k, axis=1)[:, :k]
+            # No block is taken for larger than the weight: its size is only what a configuration says.
+            scale = scale.repeat(min(block_n, n), axis=0)[:n].repeat(min(block_k, k), axis=1)[:, :k]
         elif self.granularity == "channel":
             scale = scale.reshape(-1, 1)
         else:
@@ -192,7 +196,7 @@ def _block_size(quantization: Mapping[str, object]) -> tuple[int, int]:
     if block is None:
         raise FormatError("weight_scale_inv, but quantization_config has no weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        raise FormatError(f"weight_block_size {block!r} is no pair of positive numbers")
+        raise FormatError(f"weight_block_size {brief(block)} is no pair of positive numbers")
     return block[0], block[1]
 
 
@@ -201,7 +205,7 @@ def _activations(module: StoredModule, quantization: Mapping[str, object]) -> st
     stored = "static" if "input_scale" in module.tensors else "dynamic"
     declared = quantization.get("activation_scheme", stored)
     if declared not in ("static", "dynamic"):
-        raise FormatError(f"activation_scheme {declared!r} is neither static nor dynamic")
+        raise FormatError(f"activation_scheme {brief(declared)} is neither static nor dynamic")
     if declared != stored:
         have = "an" if stored == "static" else "no"
         raise FormatError(f"activation_scheme is {declared!r}, but the module has {have} input_scale")

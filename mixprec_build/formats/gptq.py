@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..patterns import MAX_NAME, Patience, PatternError
@@ -76,7 +77,9 @@ class Gptq(Format):
         if method == "awq":
             return None
         if method != "gptq":
-            raise FormatError(f"{shape_text('qweight', module)} of quant_method {method!r} is not read, only of gptq")
+            raise FormatError(
+                f"{shape_text('qweight', module)} of quant_method {brief(method)} is not read, only of gptq"
+            )
         if "bits" not in quantization:
             raise FormatError(
                 "GPTQ tensors, but neither config.json nor quantize_config.json says how (bits, sym, ...)"
@@ -237,15 +240,15 @@ class Gptq(Format):
 def _settings(declared: Mapping[str, object]) -> Gptq:
     bits, group_size = declared.get("bits"), declared.get("group_size", -1)
     if bits not in (4, 8):
-        raise FormatError(f"GPTQ with {bits} bits is not read, only with 4 and 8")
+        raise FormatError(f"GPTQ with {brief(bits)} bits is not read, only with 4 and 8")
     if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise FormatError(f"GPTQ group_size {group_size!r} is neither -1 nor a positive number")
+        raise FormatError(f"GPTQ group_size {brief(group_size)} is neither -1 nor a positive number")
     sym, desc_act = declared.get("sym", True), declared.get("desc_act", False)
     if type(sym) is not bool or type(desc_act) is not bool:
-        raise FormatError(f"GPTQ sym {sym!r} and desc_act {desc_act!r} must be true or false")
+        raise FormatError(f"GPTQ sym {brief(sym)} and desc_act {brief(desc_act)} must be true or false")
     layout = declared.get("checkpoint_format") or declared.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
-        raise FormatError(f"GPTQ checkpoint_format {layout!r} is not read, only gptq and gptq_v2")
+        raise FormatError(f"GPTQ checkpoint_format {brief(layout)} is not read, only gptq and gptq_v2")
     return Gptq(int(bits), group_size, sym, desc_act, str(layout))
 
 
@@ -290,6 +293,8 @@ class _Dynamic:
         Raises:
             PatternError: one is no regex, or may take too long; or all of them have.
         """
+        if len(self._dynamic) > _MAX_OVERRIDES:
+            raise PatternError(f"holds more than {_MAX_OVERRIDES} regular expressions")
         with self._patience:
             for pattern, override in self._dynamic.items():
                 # `-:` stands for modules left unquantized, which are recognised by their tensors.
@@ -300,6 +305,7 @@ class _Dynamic:
         return None
 
 
+_MAX_OVERRIDES = 4096
 _MAX_REGEX = 1000
 _MAX_WAYS = 600_000_000  # at most 20 seconds
 _REGEX_TOKEN = re.compile(
@@ -310,7 +316,7 @@ _REGEX_TOKEN = re.compile(
 )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_MAX_OVERRIDES)
 def _compiled(pattern: str) -> re.Pattern[str]:
     """A key of ``dynamic``. Raises :class:`PatternError` for what is no regex, and for one that may take too long."""
     regex = pattern.removeprefix("+:")

@@ -54,12 +54,12 @@ def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
     for name, module in checkpoint.modules.items():
         try:
             if declaration is not None:
-                found[name] = declaration.format_of(name)
-                declaration.format_of(name).check(module)
+                found[name] = fmt = declaration.format_of(name)
+                fmt.check(module)
             else:
                 found[name] = recognise(module, checkpoint.quantization)
         except FormatError as error:
-            found[name] = error
+            found[name] = error.with_traceback(None)  # which would keep all that was at hand, for every module
     return found
 
 

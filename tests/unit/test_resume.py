@@ -21,6 +21,7 @@ from mixprec_build.errors import InterruptedBuildError, OutputError, SourceError
 from mixprec_build.plan import Plan, make_plan
 from mixprec_build.recipe import load_recipe
 from mixprec_build.sources import open_sources
+from mixprec_build.stage import Stage
 from mixprec_build.verify import verify
 from mixprec_build.write import write
 
@@ -303,3 +304,18 @@ def test_journal_lines_name_shards(mix: Path, tmp_path: Path) -> None:
     assert [json.loads(line.partition(b" ")[2])["shard"] for line in lines] == [
         shard.file for shard in planned(mix).shards[:2]
     ]
+
+
+def test_what_one_build_forgets_no_later_one_believes(tmp_path: Path) -> None:
+    """A finished shard that another recipe's build began to overwrite, at the same size, before it was killed."""
+    with Stage.open(tmp_path / "out") as stage:
+        for shard in ("a", "b"):
+            (stage.payload / shard).write_bytes(b"1234")
+            stage.record(shard, f"key of {shard}", {})
+    with Stage.open(tmp_path / "out") as stage:
+        stage.keep({"a": "another key", "b": "key of b"})
+        (stage.payload / "a").write_bytes(b"....")
+    with Stage.open(tmp_path / "out") as stage:
+        stage.keep({"a": "key of a", "b": "key of b"})
+        assert list(stage.finished) == ["b"]
+        assert [path.name for path in stage.payload.iterdir()] == ["b"]
