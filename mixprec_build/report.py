@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .formats.base import Format, FormatError
-from .manifest import MANIFEST, METHOD, name_formats, read_manifest
+from .manifest import CHECKSUM, MANIFEST, METHOD, name_formats, read_manifest
 from .model import Role, layer_of, projection_of, role_of
 from .patterns import compress
 
@@ -106,6 +106,8 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
                 for name, entry in recorded["sources"].items()
             ],
             "checksum": recorded["checksum"],
+            # Over all of the manifest, and so over the checksum of every tensor: equal ones are equal checkpoints.
+            "manifest_checksum": recorded[f"manifest_{CHECKSUM}"],
             "unservable": recorded.get("unservable", []),
         }
     return facts
@@ -209,7 +211,7 @@ def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
         where = f"{source['location']}@{source['commit']}" if source["commit"] else source["path"]
         _say(f"source `{source['name']}`: {where}", console)
     if "checksum" in facts:
-        _say(f"every tensor has a {facts['checksum']} checksum: `mixprec verify` compares them", console)
+        _say(f"checksums: {facts['checksum']} of every tensor, {facts['manifest_checksum']} of the manifest", console)
     _show_notes(facts, console)
     _say(f"serve it with: {facts['serve']}", console, soft_wrap=True)
 

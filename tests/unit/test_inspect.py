@@ -165,7 +165,9 @@ def test_a_compiled_checkpoint_tells_its_sources(folder: Path) -> None:
     assert facts["checksum"] == "xxh3_128" and facts["unservable"] == []
     assert facts["serve"] == f"python -m sglang.launch_server --model-path {folder / 'out'} --quantization mixprec"
     text = shown(facts)
-    assert f"source `fp8`: {folder / 'fp8'}\n" in text and "`mixprec verify`" in text
+    assert f"source `fp8`: {folder / 'fp8'}\n" in text
+    assert f"{facts['manifest_checksum']} of the manifest" in text
+    assert facts["manifest_checksum"] in (folder / "out" / "mixprec_manifest.json").read_text().splitlines()[-2]
 
 
 def test_a_plain_checkpoint_has_none(folder: Path) -> None:
