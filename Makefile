@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench fuzz clean
 
 setup: .venv/.ready
 
@@ -43,6 +43,10 @@ format: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/copy_speed.py
 	$(BIN)/python tests/benchmarks/scaling.py
+
+fuzz: setup
+	$(BIN)/pip install --quiet atheris
+	$(BIN)/python tests/fuzz/fuzz_readers.py --seconds 60
 
 clean:
 	rm -rf .demo .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -269,14 +269,15 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
             if not all(type(n) is int for n in tensor["shape"]):
                 raise ValueError("a shape holds more than whole numbers")
     unservable = manifest.get("unservable", [])
-    for value, kind in ((unservable, list), *((problem, str) for problem in unservable)):
-        _check_type(value, kind, "unservable")
+    _check_type(unservable, list, "unservable")
+    for problem in unservable:
+        _check_type(problem, str, "unservable")
 
 
-def _check_entry(entry: object, fields: Mapping[str, Any]) -> None:
+def _check_entry(entry: Any, fields: Mapping[str, Any]) -> None:
     _check_type(entry, dict, "an entry")
     for name, kind in fields.items():
-        value = entry[name]  # type: ignore[index]
+        value = entry[name]
         _check_type(value, kind, name)
         if isinstance(value, int) and not 0 <= value < 1 << 63:
             raise ValueError(f"{name} is {value}")

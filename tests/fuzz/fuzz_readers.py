@@ -1,0 +1,341 @@
+"""Coverage-guided fuzzing of all that reads a stranger's file, with atheris (``pip install atheris``).
+
+    python tests/fuzz/fuzz_readers.py --seconds 60                   # all targets, a share of the time each
+    python tests/fuzz/fuzz_readers.py --seconds 600 --target recipe
+    python tests/fuzz/fuzz_readers.py --target recipe --input "b'model: [a'"
+
+A target raises for what no reader may do: anything but its own errors, more than a gigabyte, more than some seconds.
+Such an input is printed, for ``--input``, and the exit code is 1. What was found before is a row of
+``tests/unit/test_hostile.py``.
+
+Bytes that are mutated at random hardly ever become a checkpoint. Targets that read JSON therefore take the bytes as
+choices: where in a sound document to put which hostile value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+with atheris.instrument_imports(include=["mixprec_build"]):
+    from mixprec_build import header, manifest, patterns, recipe, report, sources, verify
+    from mixprec_build.build import plan_recipe, run_plan
+    from mixprec_build.errors import MixprecError, RecipeError, SourceError
+    from mixprec_build.formats import base, gptq
+
+import safetensors
+from checkpoints import LLAMA, write_tiny
+from rich.console import Console
+
+Target = Callable[[bytes], None]
+Choices = atheris.FuzzedDataProvider
+
+SLOWEST = 40  # seconds for one input
+MEMORY = 1024  # MiB
+FOLDER = Path()  # of the sources and what is built of them: set when a target starts
+
+
+# Hostile documents
+
+
+DEEP: Any = json.loads("[" * 70 + "]" * 70)
+DEEPER = "a list in a list in a list ..."  # which only text can be: see dump()
+
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 8, 128, 1 << 31, 1 << 63, 10**400, 0.5, -0.0, float("nan"), float("inf"),
+    "", "x", "0", "\x1b[2J", "\x9b", "\u202e", "\ud800", "a\nb", "[/red]", ":smile:", "../x", "/etc/passwd", "C:\\x",
+    "a\0b", "~nobody/x", "x" * 5000, "9" * 5000, "gptq", "fp8", "mixprec", "gptq_int4", "fp8_block", "bf16", "awq",
+    [], {}, [0], [[]], [None], ["x"], ["*", "bf16"], [["*", "fp8_block"]], [["*", "bf16"]], [["*", "gptq_int4"]],
+    {"x": None}, {"": {}}, DEEP, DEEPER,
+    [1 << 30, 1 << 30], [1 << 62, 1 << 62], [0, 1 << 62, 1 << 62], [-1],
+    {"+:(a|a)*b": {"bits": 8}}, {".*.*.*.*.*b": {"bits": 8}},
+    "*", "**", "?", "{0..9999}", "{a,aa}" * 20, "*a*a*a*", "model.layers.*", "model.safetensors", "config.json",
+)  # fmt: skip
+
+
+def changed(document: Any, choices: Choices) -> Any:
+    """A copy of a document in which some values are replaced, added, or gone."""
+    document = json.loads(json.dumps(document))
+    for _ in range(choices.ConsumeIntInRange(1, 4)):
+        change(document, choices)
+    return document
+
+
+def change(node: Any, choices: Choices) -> None:
+    while isinstance(node, dict | list) and node:
+        key = choices.PickValueInList(list(node) if isinstance(node, dict) else list(range(len(node))))
+        inner = node[key]
+        if isinstance(inner, dict | list) and inner and choices.ConsumeBool():
+            node = inner
+            continue
+        action = choices.ConsumeIntInRange(0, 3)
+        if action == 0:
+            del node[key]
+        elif action == 1 and isinstance(node, dict):
+            node[choices.PickValueInList([value for value in VALUES if isinstance(value, str)])] = inner
+        else:
+            node[key] = copy.deepcopy(choices.PickValueInList(list(VALUES)))
+        return
+
+
+def dump(document: Any) -> bytes:
+    return json.dumps(document).replace(f'"{DEEPER}"', "[" * 900 + "]" * 900).encode()
+
+
+def sealed(text: bytes) -> bytes:
+    """A manifest with the checksum that its last line holds."""
+    text = re.sub(rb', "manifest_xxh3_128": "[^"]*"}$', b"}", text)
+    text = text[:-1] + b", "
+    return text + f' "manifest_xxh3_128": "{manifest.checksum_of(text)}"\n}}\n'.encode()
+
+
+# Targets
+
+
+def fuzz_header(data: bytes) -> None:
+    """What is accepted is also accepted by the safetensors library."""
+    text = data[1:]
+    whole = data if not data or data[0] % 2 else len(text).to_bytes(8, "little") + text
+    read_header(whole)
+
+
+def fuzz_header_entries(data: bytes) -> None:
+    choices = Choices(data)
+    entries = {name: {"dtype": "U8", "shape": [2], "data_offsets": [2 * i, 2 * i + 2]} for i, name in enumerate("ab")}
+    text = dump(changed({"__metadata__": {"format": "pt"}, **entries}, choices))
+    read_header(len(text).to_bytes(8, "little") + text + bytes(4))
+
+
+def read_header(whole: bytes) -> None:
+    try:
+        end = 8 + header.header_length(whole[:8], path="x", file_size=len(whole))
+        found, _ = header.parse_header(whole[:end], path="x", file="x", file_size=len(whole))
+    except SourceError:
+        return
+    if b"\\ud" in whole[:end].lower():  # half a character, which the library refuses; names with one are refused later
+        return
+    try:
+        theirs = safetensors.deserialize(whole)
+    except safetensors.SafetensorError as error:
+        # In keys that neither of us reads, the library is the stricter.
+        if "recursion limit" in str(error) or "number out of range" in str(error):
+            return
+        raise
+    assert found.keys() == {name for name, _ in theirs}, "the library reads other tensors"
+
+
+def fuzz_recipe(data: bytes) -> None:
+    path = FOLDER / "fuzzed.yaml"
+    path.write_bytes(data)
+    with suppress(RecipeError):
+        recipe.load_recipe(path)
+
+
+def fuzz_plan(data: bytes) -> None:
+    """A source whose config.json, index or header is hostile, inspected and planned with."""
+    choices = Choices(data)
+    name = choices.PickValueInList(["int4", "fp8", "bf16"])
+    with Hostile(FOLDER / name, choices):
+        inspect(FOLDER / name)
+        with suppress(MixprecError):
+            report.show_plan(report.plan_facts(plan_recipe(FOLDER / "mix.yaml")), console())
+
+
+def fuzz_compiled(data: bytes) -> None:
+    """A compiled checkpoint whose config.json, index, header or manifest is hostile, inspected and verified."""
+    choices = Choices(data)
+    with Hostile(FOLDER / "out", choices):
+        inspect(FOLDER / "out")
+        with suppress(MixprecError):
+            found = verify.verify(FOLDER / "out")
+            assert all(line.isprintable() for line in (*found.gone, *found.differences))
+        with suppress(MixprecError):
+            reference, ours = sources.open_source(str(FOLDER / "bf16")), sources.open_source(str(FOLDER / "out"))
+            list(verify.weight_errors(ours, reference))
+
+
+def inspect(folder: Path) -> None:
+    with suppress(MixprecError):
+        facts = report.inspect_facts(sources.open_source(str(folder)), folder)
+        out = console()
+        report.show_inspect(facts, out)
+        shown = out.file.getvalue()  # type: ignore[attr-defined]
+        assert all(line.isprintable() for line in shown.split("\n")), "what a terminal obeys"
+        json.dumps(facts)
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=160)
+
+
+class Hostile:
+    """One file of a folder changed for as long as the context lasts."""
+
+    def __init__(self, folder: Path, choices: Choices):
+        files = ["config.json", "model.safetensors.index.json", "header", manifest.MANIFEST]
+        self.file = choices.PickValueInList([f for f in files if f == "header" or (folder / f).exists()])
+        self.path = folder / self.file
+        if self.file == "header":
+            self.path = sorted(folder.glob("*.safetensors"))[0]
+        self.before = self.path.read_bytes()
+        self.path.write_bytes(self.changed(choices))
+
+    def changed(self, choices: Choices) -> bytes:
+        if self.file == "header":
+            end = 8 + int.from_bytes(self.before[:8], "little")
+            text = dump(changed(json.loads(self.before[8:end]), choices))
+            return len(text).to_bytes(8, "little") + text + self.before[end:]
+        text = dump(changed(json.loads(self.before), choices))
+        return sealed(text) if self.file == manifest.MANIFEST else text
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.path.write_bytes(self.before)
+
+
+NAME = "model.layers.11.mlp.experts.111.up_proj"
+
+
+def fuzz_patterns(data: bytes) -> None:
+    choices = Choices(data)
+    text = choices.ConsumeUnicode(60)
+    names = [choices.ConsumeUnicodeNoSurrogates(30), "a" * 200, NAME]
+    with suppress(patterns.PatternError):
+        pattern = patterns.Pattern(text)
+        segments = [[patterns._by_length(words) for words in segment] for segment in patterns._parse(text)]
+        for name in names:
+            assert pattern.matches(name) == bool(patterns._walk(segments, name)), "two ways to match disagree"
+    folded = [patterns.Pattern(text) for text in patterns.compress([NAME, *filter(str.isidentifier, names)])]
+    assert any(pattern.matches(NAME) for pattern in folded)
+
+
+def fuzz_dynamic(data: bytes) -> None:
+    """Regexes in the configuration of a GPTQ checkpoint."""
+    choices = Choices(data)
+    dynamic = {choices.ConsumeUnicode(40): {"bits": 8} for _ in range(2)}
+    for name in (NAME, "a" * 200):
+        with suppress(base.FormatError):
+            gptq._resolve_dynamic({"dynamic": dynamic}, name)
+
+
+TARGETS: dict[str, Target] = {
+    name.removeprefix("fuzz_"): value for name, value in globals().items() if name.startswith("fuzz_")
+}
+
+RECIPES = (
+    b"model: a\nsources:\n  fp8: b\n  int4: ./c\ndefault: fp8\nweights:\n  model.layers.{0..3}.mlp.*: fp8\n"
+    b"  '*.down_proj': int4\noutput: {shard_size: 5GB}\ninference: {a: [1, {b: c}]}\n",
+    b"mixed_precision:\n  fp16_path: a\n  gptq_int4_path: b\n  base_model_path: c\n  weight_mapping: {x: int4}\n",
+)
+HEADERS = (
+    b'\0{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":{"format":"pt"}}',
+    b"\0{}      ",
+)
+SEEDS: dict[str, tuple[bytes, ...]] = {
+    "header": HEADERS,
+    "recipe": RECIPES,
+    "patterns": (b"\x01model.layers.{0..3}.*.{a,b}?", b"\x01*a*{0..127}*x*"),
+    "dynamic": (b"\x01+:.*\\.1[0-9]\\.(?:gate|up)_proj.*", b"\x01(a+)+$"),
+}
+WORDS = {
+    "header": ('"dtype"', '"shape"', '"data_offsets"', '"F32"', '"BF16"', "[0,4]", '"__metadata__"'),
+    "recipe": ("model:", "sources:", "weights:", "default:", "output:", "shard_size:", "mixed_precision:", "&a", "*a"),
+    "patterns": ("{0..3}", "{a,aa}", "*", "?", "{0..9999}", "layers.", "}", "[", "..", ","),
+    "dynamic": (".*", "(?:a|b)", "(?=", "+", "{1,2}", "\\\\.", "[0-9]", "(?P<", "\\\\1", "-:", "+:"),
+}
+
+
+# Running
+
+
+def prepare(folder: Path) -> None:
+    """Sources and what is compiled of them, for the targets to change."""
+    for name, variant in (("bf16", "bf16"), ("fp8", "fp8_block"), ("int4", "gptq_int4")):
+        write_tiny(folder / name, LLAMA, variant, shards=2)
+    (folder / "mix.yaml").write_text(
+        "model: ./bf16\nsources: {bf16: ./bf16, fp8: ./fp8, int4: ./int4}\n"
+        "weights: {'model.layers.*.self_attn.*': fp8, 'model.layers.*.mlp.*': int4}\n"
+    )
+    run_plan(plan_recipe(folder / "mix.yaml"), folder / "out")
+
+
+def run_one(target: str, folder: Path, seconds: int) -> None:
+    """Fuzzes one target in this process, which libFuzzer ends."""
+    global FOLDER
+    FOLDER = folder
+    corpus = folder / f"corpus-{target}"
+    corpus.mkdir(exist_ok=True)
+    for i, seed in enumerate(SEEDS.get(target, (bytes(range(64)), bytes(range(255, 100, -1))))):
+        (corpus / f"seed-{i}").write_bytes(seed)
+    options = [f"-max_total_time={seconds}", f"-timeout={SLOWEST}", f"-rss_limit_mb={MEMORY}", "-max_len=4096"]
+    options += [f"-artifact_prefix={folder}/found-{target}-", "-print_final_stats=1", str(corpus)]
+    if target in WORDS:
+        words = folder / f"words-{target}"
+        words.write_text("".join('"' + word.replace('"', '\\"') + '"\n' for word in WORDS[target]))
+        options.insert(0, f"-dict={words}")
+    atheris.Setup([sys.argv[0], *options], TARGETS[target])
+    atheris.Fuzz()
+
+
+def run_all(targets: list[str], seconds: int) -> int:
+    """Each target in a process of its own. Returns the exit code."""
+    code = 0
+    with tempfile.TemporaryDirectory(prefix="mixprec-fuzz-") as name:
+        folder = Path(name)
+        prepare(folder)
+        for target in targets:
+            share = max(1, seconds // len(targets))
+            command = [sys.executable, __file__, "--seconds", str(share), "--target", target, "--in", name]
+            offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            ended = subprocess.run(command, capture_output=True, text=True, errors="backslashreplace", env=offline)
+            found = sorted(folder.glob(f"found-{target}-*"))
+            runs = [line for line in ended.stderr.splitlines() if "number_of_executed_units" in line]
+            print(f"{target}: {runs[-1].split()[-1] if runs else '?'} inputs", flush=True)
+            if ended.returncode or found:
+                code = 1
+                print(ended.stdout[-4000:] or ended.stderr[-4000:])
+                for path in found:
+                    print(f"{target}: {path.read_bytes()!r}")
+                    path.unlink()
+    return code
+
+
+def main() -> None:
+    global FOLDER
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=60, help="for all targets together")
+    parser.add_argument("--target", choices=sorted(TARGETS))
+    parser.add_argument("--input", type=ast.literal_eval, help="bytes, as a finding is printed: only these are tried")
+    parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.folder is not None:
+        run_one(given.target, given.folder, given.seconds)
+    if given.input is not None:
+        with tempfile.TemporaryDirectory(prefix="mixprec-fuzz-") as name:
+            prepare(Path(name))
+            FOLDER = Path(name)
+            TARGETS[given.target](given.input)
+        return
+    sys.exit(run_all([given.target] if given.target else list(TARGETS), given.seconds))
+
+
+if __name__ == "__main__":
+    main()
