@@ -1,0 +1,1 @@
+"""SGLang plugin that serves what `mixprec build` compiles. SGLang finds it by its entry point, ``plugin.register``."""

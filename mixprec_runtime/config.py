@@ -1,0 +1,154 @@
+"""``--quantization mixprec``: looks a layer up by its name and hands it SGLang's own method for its format."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from mixprec_build.errors import SourceError
+from mixprec_build.formats.base import Format
+from mixprec_build.manifest import METHOD, Declaration
+
+from . import launch
+from .experts import MixedExpertsMethod
+from .native import NativeFormat
+
+__all__ = ["MixPrecConfig"]
+
+_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
+
+# Modules that SGLang joins into one layer: packed_modules_mapping has them for some models only.
+_JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+
+
+class MixPrecConfig(QuantizationConfig):
+    """The quantization of a compiled checkpoint.
+
+    ``from_config`` reads ``quantization_config`` of ``config.json``; :meth:`bind` then tells which modules there are.
+    """
+
+    # Models look at this attribute of whatever config they are given.
+    weight_block_size = None
+
+    def __init__(self, declaration: Declaration):
+        super().__init__()
+        self.declaration = declaration
+        self.native = {fmt: NativeFormat(fmt) for fmt in declaration.formats.values()}
+        self._mapper: Any = None
+        self._formats: dict[str, Format] | None = None
+        self._experts: dict[str, dict[int, dict[str, Format]]] = {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MixPrecConfig:
+        """Raises :class:`ValueError` for a damaged declaration."""
+        try:
+            return cls(Declaration.from_json(config))
+        except SourceError as error:
+            raise ValueError(f"config.json of this checkpoint: {error}") from error
+
+    def bind(self, modules: Iterable[str]) -> None:
+        """Takes the names of all modules of the checkpoint, as Hugging Face spells them."""
+        formats = {name: self.declaration.format_of(name) for name in modules}
+        if self._mapper is not None:
+            formats = self._mapper.apply_dict(formats)
+        experts: dict[str, dict[int, dict[str, Format]]] = defaultdict(lambda: defaultdict(dict))
+        for name, fmt in formats.items():
+            found = _EXPERT.fullmatch(name)
+            if found:
+                experts[found[1]][int(found[2])][found[3]] = fmt
+        self._formats, self._experts = formats, experts
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """SGLang's method for ``layer``, which ``prefix`` names as SGLang does.
+
+        None where the layer makes its own unquantized method: embeddings, attention, dense experts.
+
+        Raises:
+            ValueError: parts of one layer are declared in formats that do not go together, or the layer has no
+                quantized method.
+        """
+        from sglang.srt.layers.linear import LinearBase
+        from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+        from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        if self._formats is None:
+            raise RuntimeError(
+                "mixprec's hook into SGLang's model loader is not in place: the log above says why. Start SGLang with "
+                "launch_server, `sglang serve` or sgl.Engine, which load plugins in every process"
+            )
+        if isinstance(layer, FusedMoE):
+            return self._experts_method(layer, prefix)
+        if isinstance(layer, LinearBase):
+            fmt = self._one_format(prefix, self._members(prefix))
+            return self._native(fmt).get_quant_method(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding) and prefix in self._formats:
+            fmt = self._formats[prefix]
+            if fmt.quantized:
+                raise ValueError(f"{prefix} is {fmt.kind}, and SGLang serves embeddings and lm_head unquantized only")
+        return None
+
+    def _members(self, prefix: str) -> dict[str, Format]:
+        """The modules of the checkpoint that one of SGLang's layers holds."""
+        assert self._formats is not None
+        parent, _, last = prefix.rpartition(".")
+        joined = self.packed_modules_mapping.get(last) or _JOINED.get(last, ())
+        names = [prefix, *(f"{parent}.{part}" if parent else part for part in joined)]
+        found = {name: self._formats[name] for name in names if name in self._formats}
+        # Mixtral (models/mixtral.py:291) tells its layers names without the leading "model."
+        return found or {name: self._formats[f"model.{name}"] for name in names if f"model.{name}" in self._formats}
+
+    def _one_format(self, prefix: str, formats: Mapping[str, Format]) -> Format | None:
+        """The format of a layer's parts; None where the checkpoint has no such layer."""
+        if len({fmt.fuses_as for fmt in formats.values()}) > 1:
+            parts = ", ".join(f"{name} {fmt.kind}" for name, fmt in formats.items())
+            raise ValueError(f"{prefix} is one layer to SGLang and needs one format, but the checkpoint has {parts}")
+        return next(iter(formats.values()), None)
+
+    def _native(self, fmt: Format | None) -> NativeFormat:
+        """Layers that the checkpoint does not have (all of a tied head, say) are made unquantized; that none is
+        left without weights is checked after loading."""
+        return self.native[fmt] if fmt in self.native else NativeFormat(self.declaration.formats[self.declaration.default])
+
+    def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        formats: dict[int, Format] = {}
+        stored = self._experts.get(prefix) or self._experts.get(f"model.{prefix}", {})
+        for expert, parts in sorted(stored.items()):
+            fmt = self._one_format(f"{prefix}.{expert}", {f"{prefix}.{expert}.{p}": f for p, f in parts.items()})
+            assert fmt is not None
+            formats[expert] = fmt
+        kinds = dict.fromkeys(formats.values())
+        if len(kinds) > 1:
+            launch.check_mixed_experts()
+            return MixedExpertsMethod(formats, self.native, prefix)
+        return self._native(next(iter(kinds), None)).get_quant_method(layer, prefix)
+
+    # What SGLang asks of every config
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        dtypes = [torch.bfloat16, torch.half, torch.float32]
+        return [dtype for dtype in dtypes if all(dtype in fmt.get_supported_act_dtypes() for fmt in self.native.values())]
+
+    def get_min_capability(self) -> int:  # type: ignore[override]  # a checkpoint needs what its formats need
+        return max(fmt.get_min_capability() for fmt in self.native.values())
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
+        self._mapper = hf_to_sglang_mapper

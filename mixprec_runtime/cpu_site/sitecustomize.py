@@ -1,0 +1,28 @@
+"""First on PYTHONPATH of a SGLang without a GPU: stands in for sgl_kernel, whose library needs a CUDA driver to load.
+
+SGLang's CPU engine imports names of it that it then never calls. Spawned workers find this file by the environment.
+"""
+
+import sys
+import types
+from typing import Any
+
+
+def _stand_in() -> types.ModuleType:
+    module = types.ModuleType("sgl_kernel")
+    module.__path__ = []
+    module.__version__ = "0.0.0"
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("sgl_kernel needs a GPU, and this process runs without one")
+
+    def lookup(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return missing
+
+    module.__getattr__ = lookup  # type: ignore[method-assign]
+    return module
+
+
+sys.modules["sgl_kernel"] = _stand_in()

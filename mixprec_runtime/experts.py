@@ -1,0 +1,212 @@
+"""One MoE layer whose experts are stored in several formats.
+
+The experts of each format are a group: a FusedMoE of their own, whose weights SGLang's method for the format
+creates, loads, repacks and runs. To its group an expert has a number from 0 up; routed ids of other groups become
+-1, which is how SGLang marks experts of other expert-parallel ranks, so every kernel skips them. Each group runs on
+all tokens, and the outputs are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+from sglang.srt.utils import is_cpu
+from torch.nn import Module, ModuleList, Parameter
+
+from mixprec_build.formats.base import Format
+from mixprec_build.patterns import compress
+from mixprec_build.servable import some
+
+from .native import NativeFormat
+
+__all__ = ["ExpertGroup", "MixedExpertsMethod"]
+
+
+class ExpertGroup(FusedMoE):
+    """The experts of one format of one layer on this rank."""
+
+    virtual_rank = True
+
+    def weight_loader(
+        self, param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int | None
+    ) -> None:
+        """Loads by the number within the group; the layer around it knows which expert that is."""
+        self._weight_loader_impl(
+            param=param, loaded_weight=loaded_weight, weight_name=weight_name, shard_id=shard_id, expert_id=expert_id
+        )
+
+
+class MixedExpertsMethod(FusedMoEMethodBase):
+    """The method of a FusedMoE layer whose experts differ in format.
+
+    Args:
+        formats: the format of each routed expert of the layer, by its number in the checkpoint.
+        native: SGLang's configs of these formats.
+        prefix: the layer's name.
+    """
+
+    def __init__(self, formats: Mapping[int, Format], native: Mapping[Format, NativeFormat], prefix: str):
+        self._formats, self._native, self._prefix = formats, native, prefix
+        self._streams: list[torch.cuda.Stream] = []
+
+    def create_weights(
+        self,
+        layer: FusedMoE,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        self._refuse(layer, extra)
+        here = {e: layer._map_global_expert_id_to_local_expert_id(e) for e in self._formats}
+        members: dict[Format, list[int]] = {}
+        for expert, local in here.items():
+            if local >= 0:
+                members.setdefault(self._formats[expert], []).append(expert)
+        layer.groups = ModuleList(
+            self._group(layer, fmt, len(experts), hidden_size, intermediate_size_per_partition, params_dtype)
+            for fmt, experts in members.items()
+        )
+        place = {expert: (g, i) for g, experts in enumerate(members.values()) for i, expert in enumerate(experts)}
+        # A row for each group: local id -> number in the group, or -1. The last column answers for an id of -1.
+        numbers = torch.full((len(members), num_experts + 1), -1, dtype=torch.int32)
+        for expert, (g, i) in place.items():
+            numbers[g, here[expert]] = i
+        layer.register_buffer("group_numbers", numbers.to(next(layer.parameters()).device), persistent=False)
+        self._register_doors(layer, place)
+
+    def _refuse(self, layer: FusedMoE, extra: Mapping[str, Any]) -> None:
+        config = layer.moe_runner_config
+        if layer.num_fused_shared_experts:
+            raise ValueError(
+                f"{self._prefix}: experts in several formats cannot take in the shared ones; start SGLang with "
+                "--disable-shared-experts-fusion"
+            )
+        for name, unfit in (
+            ("apply_router_weight_on_input", config.apply_router_weight_on_input),
+            ("no_combine", config.no_combine),
+            ("biases", extra.get("with_bias")),
+        ):
+            if unfit:
+                raise ValueError(f"{self._prefix}: experts in several formats do not go with {name} in this version")
+
+    def _group(
+        self, layer: FusedMoE, fmt: Format, experts: int, hidden: int, intermediate: int, dtype: torch.dtype
+    ) -> ExpertGroup:
+        config = layer.moe_runner_config
+        with _only_rank():
+            group = ExpertGroup(
+                num_experts=experts,
+                hidden_size=hidden,
+                intermediate_size=intermediate * layer.moe_tp_size,
+                layer_id=layer.layer_id,
+                top_k=layer.top_k,
+                params_dtype=dtype,
+                quant_config=self._native[fmt],
+                prefix=f"{self._prefix}.{fmt.kind}",
+                activation=config.activation,
+                # A runner that works in place would overwrite what the next group reads.
+                inplace=False,
+                routed_scaling_factor=config.routed_scaling_factor,
+                gemm1_alpha=config.gemm1_alpha,
+                gemm1_clamp_limit=config.gemm1_clamp_limit,
+                is_gated=config.is_gated,
+            )
+        # The Triton runner filters ids of -1 only where there are more experts than it holds.
+        group.moe_runner_config.num_experts = experts + 1
+        return group
+
+    def _register_doors(self, layer: FusedMoE, place: Mapping[int, tuple[int, int]]) -> None:
+        """Models look for parameters of the layer: empty ones pass on what they are given to the expert's group."""
+        for name in sorted({name for group in layer.groups for name, _ in group.named_parameters(recurse=False)}):
+            door = Parameter(torch.empty(0), requires_grad=False)
+            door.weight_loader = self._door(layer, name, place)
+            layer.register_parameter(name, door)
+
+    def _door(self, layer: FusedMoE, name: str, place: Mapping[int, tuple[int, int]]) -> Any:
+        def load(_: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int) -> None:
+            if expert_id not in place:  # another rank's
+                return
+            number, index = place[expert_id]
+            group = layer.groups[number]
+            parameter = group._parameters.get(name)
+            if parameter is None:
+                raise ValueError(
+                    f"{self._prefix}.{expert_id} is declared {self._formats[expert_id].kind}, and the checkpoint has a "
+                    f"tensor for {name} of it, which that format does not have"
+                )
+            parameter.weight_loader(parameter, loaded_weight, weight_name, shard_id=shard_id, expert_id=index)
+
+        return load
+
+    def create_moe_runner(self, layer: Module, moe_runner_config: Any) -> None:
+        self.moe_runner_config = moe_runner_config
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Closes the doors. SGLang goes on to the groups by itself: they are modules with methods of their own."""
+        for name in list(layer._parameters):
+            del layer._parameters[name]
+
+    def apply(self, layer: Module, dispatch_output: Any) -> Any:
+        from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+        topk = dispatch_output.topk_output
+        # One gather for all groups: [groups, tokens, top_k]
+        ids = layer.group_numbers[:, topk.topk_ids]
+
+        def run(number: int) -> torch.Tensor:
+            group = layer.groups[number]
+            mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=ids[number]))
+            return group.quant_method.apply(group, mine).hidden_states
+
+        outputs = list(self._outputs(len(layer.groups), run))
+        return StandardCombineInput(hidden_states=_sum(outputs, dispatch_output.hidden_states))
+
+    def _outputs(self, groups: int, run: Any) -> Iterator[torch.Tensor]:
+        """The groups' outputs; in a CUDA graph they are computed side by side, since each alone leaves a GPU idle."""
+        if groups < 2 or is_cpu() or not torch.cuda.is_current_stream_capturing():
+            yield from map(run, range(groups))
+            return
+        main = torch.cuda.current_stream()
+        while len(self._streams) < groups - 1:
+            self._streams.append(torch.cuda.Stream())
+        results = {}
+        for number, stream in enumerate(self._streams, start=1):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                results[number] = run(number)
+        results[0] = run(0)
+        for stream in self._streams:
+            main.wait_stream(stream)
+        yield from (results[number] for number in range(groups))
+
+
+def _sum(outputs: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Sums in float32 where there are more than two: each addition in 16 bits rounds once more."""
+    if not outputs:
+        return torch.zeros_like(like)
+    if len(outputs) <= 2:
+        return sum(outputs[1:], outputs[0])
+    total = outputs[0].float()
+    for output in outputs[1:]:
+        total += output
+    return total.to(like.dtype)
+
+
+@contextmanager
+def _only_rank() -> Iterator[None]:
+    """While a group is made: it is a rank with no others, whatever the layer's expert parallelism.
+
+    0.5.23 checks ``ParallelContext.override`` against the process groups, which are not meant here.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    with patch.dict(get_parallel()._overrides, {"moe_ep_size": 1, "moe_ep_rank": 0}):
+        yield

@@ -1,0 +1,204 @@
+"""Where stock SGLang is wrong about a format it has, mended on the instance of its method.
+
+Each mend is inert where a later SGLang does the right thing by itself. Line numbers are those of SGLang 0.5.17.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
+from torch.nn import Module, Parameter
+
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.fp8 import Fp8
+from mixprec_build.formats.gptq import Gptq
+
+__all__ = ["mend_experts", "mend_linear"]
+
+
+def mend_linear(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
+    """Mends the method of one linear layer."""
+    if isinstance(fmt, Fp8) and fmt.block is not None:
+        _check_block_partition(method, fmt.block)
+        _answer_to_weight_scale(method)
+    if isinstance(fmt, Gptq):
+        _mind_marlin_shapes(method, fmt)
+    _name_errors(method, fmt, prefix)
+
+
+def mend_experts(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
+    """Mends the method of one FusedMoE layer."""
+    if isinstance(fmt, Gptq):
+        _mend_marlin_experts(method, fmt)
+    _name_errors(method, fmt, prefix)
+
+
+def _name_errors(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
+    """SGLang's complaints about shapes do not say which layer they are about, nor what to do."""
+    create = method.create_weights
+
+    def create_weights(layer: Module, *args: Any, **kwargs: Any) -> None:
+        try:
+            create(layer, *args, **kwargs)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(
+                f"{prefix} ({fmt.kind}): {error} Serve with fewer tensor-parallel ranks, or build the checkpoint "
+                "with another format for this module."
+            ) from error
+
+    method.create_weights = create_weights
+
+
+def _answer_to_weight_scale(method: QuantizeMethodBase) -> None:
+    """Llama renames ``weight_scale_inv`` to ``weight_scale`` while loading (models/llama.py:679 and
+    model_loader/auto_loader.py:192), a parameter that block FP8 does not have, and drops it with a warning.
+
+    Until the weights are loaded, an empty parameter of that name passes on what it is given.
+    """
+    create, process = method.create_weights, method.process_weights_after_loading
+
+    def create_weights(layer: Module, *args: Any, **kwargs: Any) -> None:
+        create(layer, *args, **kwargs)
+        alias = Parameter(torch.empty(0), requires_grad=False)
+
+        def load(_: Parameter, loaded_weight: torch.Tensor, *shard: Any) -> None:
+            layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, loaded_weight, *shard)
+
+        alias.weight_loader = load  # type: ignore[attr-defined]
+        layer.register_parameter("weight_scale", alias)
+
+    def process_weights_after_loading(layer: Module) -> None:
+        layer._parameters.pop("weight_scale", None)
+        process(layer)
+
+    method.create_weights = create_weights
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -> None:
+    """SGLang compares with the global tensor-parallel size (quantization/fp8.py:478), which is not this layer's
+    under data-parallel attention, and then cuts through a block without a word."""
+    create = method.create_weights
+
+    def create_weights(
+        layer: Module, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+    ) -> None:
+        for size, whole, step in (
+            (input_size_per_partition, kwargs["input_size"], block[1]),
+            (sum(output_partition_sizes), kwargs["output_size"], block[0]),
+        ):
+            if size < whole and size % step:
+                raise ValueError(f"a rank would hold {size} of {whole}, no multiple of the FP8 block {step}.")
+        create(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+
+    method.create_weights = create_weights
+
+
+def _mind_marlin_shapes(method: QuantizeMethodBase, fmt: Gptq) -> None:
+    """``check_marlin_supports_shape`` is called, and its answer dropped (gpu/quantization/gptq_kernels.py:139)."""
+    create = method.create_weights
+
+    def create_weights(
+        layer: Module, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+    ) -> None:
+        fits, why = check_marlin_supports_shape(
+            sum(output_partition_sizes), input_size_per_partition, kwargs["input_size"], fmt.group_size
+        )
+        if not fits:
+            raise ValueError(str(why))
+        create(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+
+    method.create_weights = create_weights
+
+
+def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
+    """GPTQ experts on Marlin (quantization/gptq/schemes/gptq_moe.py, gpu/quantization/gptq_kernels.py).
+
+    - Their scales are made FP16 whatever the model's dtype (gptq_moe.py:217), which the kernel refuses to multiply
+      with BF16 activations: made again in the model's dtype, one rounding at load.
+    - Without desc_act, ``w2_scales`` gets the rows of all ranks (gptq_moe.py:184) instead of this rank's, and is
+      then half filled or fails to load.
+    - The scales of w13 are permuted as if its inputs were as many as this rank's intermediate size
+      (gptq_kernels.py:338), which is wrong where that is no more than one group.
+    - Zero points are made in the model's dtype and kept for ever, although symmetric weights have none to read.
+    - Ids of -1, which stand for experts of other ranks, are left out by the kernel only where it is given an
+      ``expert_map`` (kernels/ops/moe/fused_marlin_moe.py), and GPTQ gives none: elsewhere it multiplies by whatever
+      lies before the weights. Only whether there is a map matters, not what is in it.
+    """
+    create_runner = method.create_moe_runner
+    create, process = method.create_weights, method.process_weights_after_loading
+
+    def create_weights(
+        layer: Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> None:
+        if fmt.desc_act and layer.moe_tp_size > 1:
+            raise ValueError(
+                "experts with desc_act cannot be cut for tensor parallelism; use expert parallelism (--ep-size)."
+            )
+        if not check_moe_marlin_supports_layer(layer, fmt.group_size):
+            raise ValueError(
+                f"Marlin has no kernel for experts of hidden size {hidden_size} and {intermediate_size_per_partition} "
+                f"intermediate columns a rank in groups of {fmt.group_size}."
+            )
+        with _seen(layer, moe_tp_size=1):
+            create(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
+        for weight in ("w13", "w2"):
+            _recast(layer, f"{weight}_scales", params_dtype)
+            _recast(layer, f"{weight}_qzeros", torch.int32)
+
+    def process_weights_after_loading(layer: Module) -> None:
+        with _seen(layer, intermediate_size_per_partition=layer.hidden_size):
+            process(layer)
+        for name in ("w13_qzeros", "w2_qzeros"):
+            layer._parameters.pop(name, None)
+
+    def create_moe_runner(layer: Module, *args: Any, **kwargs: Any) -> None:
+        create_runner(layer, *args, **kwargs)
+        if layer.moe_ep_size > 1 or getattr(layer, "virtual_rank", False):
+            _skip_other_ranks(layer.scheme.kernel.runner)
+
+    method.create_weights = create_weights
+    method.create_moe_runner = create_moe_runner
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def _skip_other_ranks(runner: Any) -> None:
+    run = runner.run
+    some_map = torch.empty(0, dtype=torch.int32)
+
+    def run_with_map(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:
+        if quant_info.expert_map is None:
+            quant_info.expert_map = some_map
+        return run(dispatch_output, quant_info, *args, **kwargs)
+
+    runner.run = run_with_map
+
+
+def _recast(layer: Module, name: str, dtype: torch.dtype) -> None:
+    """Makes a parameter that nothing was loaded into once more, in ``dtype``."""
+    old = getattr(layer, name)
+    if old.dtype != dtype:
+        new = Parameter(torch.empty_like(old, dtype=dtype), requires_grad=False)
+        new.__dict__.update(old.__dict__)
+        layer.register_parameter(name, new)
+
+
+@contextmanager
+def _seen(layer: Module, **values: Any) -> Iterator[None]:
+    """Attributes of a layer, for the length of one call, as SGLang's code should have read them."""
+    before = {name: getattr(layer, name) for name in values}
+    layer.__dict__.update(values)
+    try:
+        yield
+    finally:
+        layer.__dict__.update(before)

@@ -1,0 +1,123 @@
+"""Where mixprec looks on while SGLang loads a model: AROUND and AFTER hooks of SGLang's own hook registry.
+
+Each returns at once for models of other quantization methods.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from mixprec_build.errors import MixprecError
+from mixprec_build.manifest import MANIFEST, METHOD, read_manifest
+
+from . import launch, memory, reference
+from .config import MixPrecConfig
+from .strict import load_strictly
+
+__all__ = ["register"]
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Registers the hooks that this process can need: those into modules that it has imported.
+
+    SGLang loads plugins in a worker once the worker's own module is imported. Resolving a hook imports its module,
+    which would cost the processes that load no model seconds.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook, kind in (
+        ("sglang.srt.model_loader.loader._initialize_model", initialize_model, HookType.AROUND),
+        ("sglang.srt.model_loader.utils.get_model_architecture", get_model_architecture, HookType.AROUND),
+        ("sglang.srt.managers.scheduler.Scheduler.__init__", ready, HookType.AFTER),
+        ("sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_to_internal_state, HookType.AFTER),
+    ):
+        if any(name in sys.modules for name in (target.rpartition(".")[0], target.rsplit(".", 2)[0])):
+            HookRegistry.register(target, hook, kind)
+
+
+def initialize_model(
+    original: Callable[..., Module], model_config: Any, load_config: Any, quant_config: Any = None
+) -> Module:
+    """``_initialize_model``: reads the manifest before layers are made, and checks what is loaded into them after."""
+    if not isinstance(quant_config, MixPrecConfig):
+        return original(model_config, load_config, quant_config)
+    if model_config.is_draft_model:
+        raise RuntimeError("mixprec serves no draft models: leave out --speculative-draft-model-path for this checkpoint")
+    manifest = _manifest(model_config)
+    modules = manifest["modules"]
+    _check_declaration(quant_config, modules)
+    quant_config.bind(modules)
+    launch.check_arguments()
+    model = original(model_config, load_config, quant_config)
+    declared = {name: tensor for module in modules.values() for name, tensor in module["tensors"].items()}
+    load_weights = model.load_weights
+
+    def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
+        # Later updates of weights, by a trainer say, bring some tensors only.
+        del model.load_weights
+        return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
+
+    model.load_weights = load_once  # type: ignore[assignment]
+    return model
+
+
+def _manifest(model_config: Any) -> dict[str, Any]:
+    path = Path(model_config.model_path)
+    if not path.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(model_config.model_path, MANIFEST, revision=model_config.revision)).parent
+    try:
+        return read_manifest(path)
+    except MixprecError as error:
+        raise RuntimeError(f"{error} (SGLang is given the whole folder that `mixprec build` writes)") from error
+
+
+def _check_declaration(config: MixPrecConfig, modules: Mapping[str, Any]) -> None:
+    """Raises ``RuntimeError`` where config.json declares other formats than the manifest."""
+    kinds = {name: fmt.kind for name, fmt in config.declaration.formats.items()}
+    for name, module in modules.items():
+        kind = config.declaration.format_of(name).kind
+        if kind != kinds.get(module["format"]):
+            raise RuntimeError(
+                f"config.json declares {name} as {kind}, the manifest as {module['format']}: one of them was changed "
+                "after building; build the checkpoint again"
+            )
+
+
+def get_model_architecture(original: Callable[..., Any], model_config: Any) -> Any:
+    """Methods that SGLang does not know get ``QuantMixtralForCausalLM`` (model_loader/utils.py:214), which keeps every
+    expert as separate linears. Ours are FP8 and Marlin's, which it serves as it serves dense experts."""
+    if model_config.quantization != METHOD:
+        return original(model_config)
+    model_config.quantization = "fp8"
+    try:
+        return original(model_config)
+    finally:
+        model_config.quantization = METHOD
+
+
+def ready(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """``Scheduler.__init__``: the model is on its device and about to serve."""
+    runner = scheduler.tp_worker.model_runner
+    if runner.model_config.quantization == METHOD:
+        memory.check_placement(runner.model, torch.device(runner.device))
+        memory.serve(runner.model)
+        if reference.in_use():
+            reference.announce(logger)
+
+
+def add_to_internal_state(output: Any, *_: Any) -> None:
+    """``Scheduler.get_internal_state``, which /server_info and ``Engine.get_server_info`` show."""
+    stats = memory.get_mixed_precision_memory_stats()
+    if stats:
+        output.internal_state[METHOD] = stats

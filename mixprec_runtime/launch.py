@@ -1,0 +1,67 @@
+"""Arguments of SGLang's that a mixprec checkpoint cannot be served with, refused before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["argument_problems", "check_arguments", "check_mixed_experts", "mixed_problems"]
+
+
+def check_arguments() -> None:
+    """Raises ``RuntimeError`` with the flags to change."""
+    _raise(argument_problems(_server_args()))
+
+
+def check_mixed_experts() -> None:
+    """For a layer whose experts differ in format. Raises ``RuntimeError`` with the flags to change."""
+    _raise(mixed_problems(_server_args()))
+
+
+def _server_args() -> Any:
+    from sglang.srt.runtime_context import get_server_args
+
+    return get_server_args()
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise RuntimeError(f"this checkpoint cannot be served so: {'; '.join(problems)}")
+
+
+def argument_problems(args: Any) -> list[str]:
+    """What to change in SGLang's ``ServerArgs`` for any compiled checkpoint."""
+    problems = []
+    if getattr(args, "tokenizer_worker_num", 1) > 1:
+        problems.append("--tokenizer-worker-num above 1 starts processes that load no plugins; leave it out")
+    if getattr(args, "moe_a2a_backend", None) not in (None, "none"):
+        problems.append(
+            f"--moe-a2a-backend {args.moe_a2a_backend} asks for SGLang's own quantization configs by their class; "
+            "leave it out"
+        )
+    if getattr(args, "moe_runner_backend", "auto") not in ("auto", "triton"):
+        problems.append(
+            f"--moe-runner-backend {args.moe_runner_backend} is one kernel for all formats; leave it out, and each "
+            "gets its own"
+        )
+    if getattr(args, "load_format", "auto") not in ("auto", "safetensors"):
+        problems.append(f"--load-format {args.load_format} does not read compiled checkpoints; leave it out")
+    if getattr(args, "torchao_config", ""):
+        problems.append("--torchao-config would quantize weights once more; leave it out")
+    return problems
+
+
+def mixed_problems(args: Any) -> list[str]:
+    """What to change where experts of one layer differ in format."""
+    problems = []
+    if getattr(args, "moe_runner_backend", "auto") != "auto":
+        problems.append(f"--moe-runner-backend {args.moe_runner_backend} is one kernel for all formats; leave it out")
+    if getattr(args, "enable_eplb", False) or getattr(args, "ep_num_redundant_experts", 0):
+        problems.append(
+            "--enable-eplb and --ep-num-redundant-experts move experts between places of one format; leave them out "
+            "while experts of a layer differ"
+        )
+    if getattr(args, "init_expert_location", "trivial") != "trivial":
+        problems.append("--init-expert-location places experts elsewhere than the checkpoint; leave it out")
+    if getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None):
+        problems.append("--enable-lora and --lora-paths know experts of one format only; leave them out")
+    return problems

@@ -1,0 +1,114 @@
+"""Each storage format as SGLang's own quantization config runs it.
+
+One small config of SGLang's for each distinct format; the methods that it hands out are SGLang's objects, of
+SGLang's classes (its linear layers choose a weight loader by the class's name). Where stock SGLang is wrong, the
+instance is mended: see :mod:`mixprec_runtime.fixes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase, QuantizationConfig
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
+from sglang.srt.utils import is_cpu
+
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.fp8 import Fp8
+from mixprec_build.formats.gptq import Gptq
+
+from . import fixes, reference
+
+__all__ = ["NativeFormat", "sglang_config"]
+
+
+def sglang_config(fmt: Format) -> QuantizationConfig | None:
+    """SGLang's own config for a format; None for what is not quantized.
+
+    Raises:
+        ValueError: SGLang has none.
+    """
+    if not fmt.quantized:
+        return None
+    if isinstance(fmt, Fp8) and fmt.granularity == "channel":
+        return W8A8Fp8Config(is_checkpoint_fp8_serialized=True)
+    if isinstance(fmt, Fp8):
+        return Fp8Config(
+            is_checkpoint_fp8_serialized=True,
+            activation_scheme=fmt.activations,
+            weight_block_size=list(fmt.block) if fmt.block else None,
+        )
+    if isinstance(fmt, Gptq) and fmt.sym:
+        settings: dict[str, Any] = {
+            "bits": fmt.bits, "group_size": fmt.group_size, "sym": True, "desc_act": fmt.desc_act,
+            "quant_method": "gptq",
+        }  # fmt: skip
+        return GPTQMarlinConfig(
+            weight_bits=fmt.bits,
+            group_size=fmt.group_size,
+            desc_act=fmt.desc_act,
+            is_sym=True,
+            lm_head_quantized=False,
+            dynamic={},
+            full_config=settings,
+        )
+    raise ValueError(f"SGLang has no kernel for {fmt.kind} {fmt.to_json()}")
+
+
+class NativeFormat(QuantizationConfig):
+    """One format of a checkpoint: hands layers SGLang's method for it, mended where SGLang is wrong.
+
+    It is the ``quant_config`` of a group of experts, so it answers as SGLang's own config of the format would.
+    """
+
+    def __init__(self, fmt: Format):
+        super().__init__()
+        self.format = fmt
+        with reference.pretend_hopper():
+            self._config = sglang_config(fmt)
+
+    def get_name(self) -> str:
+        return "unquant" if self._config is None else self._config.get_name()
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        if self._config is None or is_cpu():
+            return [torch.bfloat16, torch.half, torch.float32]
+        return list(self._config.get_supported_act_dtypes())
+
+    def get_min_capability(self) -> int:  # type: ignore[override]  # Fp8Config, too, answers by instance
+        return 75 if self._config is None else self._config.get_min_capability()
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NativeFormat:
+        raise NotImplementedError("made by MixPrecConfig")
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | FusedMoEMethodBase | None:
+        """SGLang's method for a linear or a FusedMoE layer. None for an unquantized FusedMoE, which then makes its own."""
+        from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+        experts = isinstance(layer, FusedMoE)
+        if self._config is None:
+            if is_cpu() and experts:
+                return reference.unquantized_experts()
+            return None if experts else UnquantizedLinearMethod()
+        with reference.pretend_hopper():
+            method = self._config.get_quant_method(layer, prefix)
+        if method is None:
+            raise ValueError(f"{prefix}: SGLang has no {self.format.kind} method for {type(layer).__name__}")
+        method.mixprec_format = self.format
+        mend = fixes.mend_experts if experts else fixes.mend_linear
+        mend(method, self.format, prefix)
+        if is_cpu():
+            reference.stand_in(method, self.format, experts=experts)
+        return method

@@ -1,0 +1,71 @@
+"""The entry point ``sglang.srt.plugins``: tells SGLang that there is a quantization method called mixprec.
+
+SGLang calls :func:`register` in its main process and in every worker, and only logs what it raises. So it raises
+nothing: a SGLang that does not fit gets a method that says so as soon as a compiled checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+from packaging.version import Version
+
+from mixprec_build import __version__
+from mixprec_build.manifest import METHOD
+
+__all__ = ["NEWEST", "OLDEST", "register", "version_problem"]
+
+logger = logging.getLogger(__name__)
+
+OLDEST, NEWEST = Version("0.5.15.post1"), Version("0.5.23")
+
+
+def version_problem(version: str) -> str | None:
+    """Why this SGLang does not fit; None if it does."""
+    if OLDEST <= Version(version) <= NEWEST:
+        return None
+    return (
+        f"mixprec {__version__} serves with SGLang {OLDEST} to {NEWEST}, and this is SGLang {version}. "
+        f"Install one that fits: pip install 'sglang>={OLDEST},<={NEWEST}'"
+    )
+
+
+def register() -> None:
+    """Adds the method, and hooks into the loading of models. Nothing of it runs for other methods' models."""
+    from sglang.srt.layers import quantization
+    from sglang.srt.server_args import QUANTIZATION_CHOICES, add_quantization_method_choices
+    from sglang.version import __version__ as sglang_version
+
+    problem = version_problem(sglang_version)
+    method: Any
+    if problem is None:
+        from . import hooks
+        from .config import MixPrecConfig as method
+
+        hooks.register()
+    else:
+        logger.error(problem)
+        method = type("UnfitSGLang", (_Unfit,), {"problem": problem})
+    for methods in (
+        quantization.BASE_QUANTIZATION_METHODS,
+        quantization.QUANTIZATION_METHODS,
+        quantization.CPU_QUANTIZATION_METHODS,
+    ):
+        methods[METHOD] = method
+    if METHOD not in QUANTIZATION_CHOICES:
+        add_quantization_method_choices([METHOD])
+
+
+class _Unfit:
+    """Stands where the method would be, and refuses."""
+
+    problem: ClassVar[str]
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any) -> None:
+        return None
+
+    @classmethod
+    def from_config(cls, config: Any) -> Any:
+        raise RuntimeError(cls.problem)

@@ -1,0 +1,237 @@
+"""Nothing is lost on the way from the checkpoint to the GPU.
+
+SGLang's models drop a tensor that finds no parameter, some with a warning and some without a word, and serve
+whatever lay in a parameter that none was loaded into. Here tensors are followed while a model loads them: they
+arrive as a subclass of ``torch.Tensor`` that remembers its names in the checkpoint through every view, cast and
+concatenation, and notes each parameter that it is copied into. Afterwards every tensor must have been copied
+somewhere, and every element of every parameter must have been written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from mixprec_build.patterns import compress
+from mixprec_build.servable import some
+
+__all__ = ["LoadError", "Ledger", "load_strictly"]
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_CASTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_DERIVED = re.compile(r".*_g_idx_sort_indices")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(.+)\.(\d+)\.[^.]+\.[^.]+")
+
+
+class LoadError(RuntimeError):
+    """A checkpoint that did not reach the model whole."""
+
+
+class Ledger:
+    """What arrived, and where it went.
+
+    Args:
+        declared: tensor name -> its ``dtype`` (as safetensors writes it) and ``shape``, from the manifest.
+        parameters: the model's parameters by name.
+    """
+
+    def __init__(self, declared: Mapping[str, Mapping[str, Any]], parameters: Iterable[tuple[str, torch.Tensor]]):
+        self._declared = declared
+        self._parameters = dict(parameters)
+        self._by_storage: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self._parameters.items():
+            if parameter.numel():
+                self._by_storage[parameter.untyped_storage().data_ptr()].append(name)
+        self._written: dict[int, dict[object, int]] = defaultdict(dict)
+        self.arrived: set[str] = set()
+        self.used: set[str] = set()
+
+    def follow(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a checkpoint, watched.
+
+        Raises:
+            LoadError: one is not what the manifest declares.
+        """
+        for name, tensor in weights:
+            self._check(name, tensor)
+            self.arrived.add(name)
+            yield name, _Arriving.of(tensor, self, (name,))
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        declared = self._declared.get(name)
+        if declared is None:
+            raise LoadError(f"{name} is not in the checkpoint's manifest: a file was added or changed after building")
+        dtype, shape = _DTYPES[declared["dtype"]], tuple(declared["shape"])
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise LoadError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, and was built as {dtype} {list(shape)}: the "
+                "checkpoint was changed after building; `mixprec verify` says where"
+            )
+
+    def copied(self, names: Iterable[str], into: torch.Tensor) -> None:
+        """Notes that ``names`` were written to ``into``, a view of a parameter perhaps.
+
+        Raises:
+            LoadError: the copy changes quantized values.
+        """
+        self.used.update(names)
+        storage = into.untyped_storage().data_ptr()
+        if storage not in self._by_storage:
+            return
+        for name in names:
+            dtype = _DTYPES[self._declared[name]["dtype"]]
+            if dtype != into.dtype and not {dtype, into.dtype} <= _CASTS:
+                raise LoadError(
+                    f"{name} is {dtype}, and {self._by_storage[storage][0]}, which SGLang loads it into, is "
+                    f"{into.dtype}: the layer is not in the format that the checkpoint declares"
+                )
+        self._written[storage][into.storage_offset(), into.shape, into.stride()] = into.numel()
+
+    def unused(self) -> list[str]:
+        """Tensors of the manifest that were copied nowhere, or never arrived."""
+        return [name for name in self._declared if name not in self.used]
+
+    def unfilled(self) -> list[str]:
+        """Parameters that were not written in full."""
+        return [
+            name
+            for storage, names in self._by_storage.items()
+            for name in names
+            if sum(self._written[storage].values()) < self._parameters[name].numel()
+        ]
+
+
+class _Arriving(torch.Tensor):
+    """A tensor that came from a checkpoint, or was made from such ones."""
+
+    _ledger: Ledger
+    _names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, ledger: Ledger, names: tuple[str, ...]) -> _Arriving:
+        arriving = tensor.as_subclass(cls)
+        arriving._ledger, arriving._names = ledger, names
+        return arriving
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor | tuple | list) or func in _WRITES:
+                sources = [arg for arg in _flat((*args, *(kwargs or {}).values())) if isinstance(arg, cls)]
+                if not sources:
+                    return result
+                ledger = sources[0]._ledger
+                names = tuple(dict.fromkeys(name for source in sources for name in source._names))
+                if func in _WRITES and not isinstance(args[0], cls):
+                    ledger.copied(names, args[0] if func is torch.Tensor.copy_ else args[0][args[1]])
+                    return result
+                return _wrapped(result, ledger, names)
+        return result
+
+
+_WRITES = (torch.Tensor.copy_, torch.Tensor.__setitem__)
+
+
+def _flat(args: Iterable[Any]) -> Iterator[Any]:
+    for arg in args:
+        if isinstance(arg, tuple | list):
+            yield from _flat(arg)
+        else:
+            yield arg
+
+
+def _wrapped(result: Any, ledger: Ledger, names: tuple[str, ...]) -> Any:
+    if isinstance(result, torch.Tensor):
+        return _Arriving.of(result, ledger, names)
+    if type(result) in (tuple, list):
+        return type(result)(_wrapped(item, ledger, names) for item in result)
+    return result
+
+
+def load_strictly(
+    model: Module,
+    load_weights: Callable[..., Any],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    declared: Mapping[str, Mapping[str, Any]],
+) -> Any:
+    """``model.load_weights(weights)``, and the check that all of it arrived.
+
+    Raises:
+        LoadError: names the tensors that were lost and the parameters that were not filled.
+    """
+    ledger = Ledger(declared, model.named_parameters())
+    try:
+        result = load_weights(ledger.follow(weights))
+    except KeyError as error:
+        raise LoadError(
+            f"SGLang's {type(model).__name__} has no parameter {error}: the layer was not made in the format that the "
+            "checkpoint declares"
+        ) from error
+    belongs = _here(model)
+    lost = [name for name in ledger.unused() if belongs(name)]
+    unfilled = [name for name in ledger.unfilled() if not _may_be_empty(name, declared)]
+    problems = []
+    if lost:
+        missing = [name for name in lost if name not in ledger.arrived]
+        what = "are not in its files" if missing else "found no parameter in SGLang's model"
+        problems.append(f"{_listed(missing or lost)} {what}")
+    if unfilled:
+        problems.append(f"nothing was loaded into {_listed(unfilled)} (or not all of it)")
+    if problems:
+        raise LoadError(f"the checkpoint did not reach the model whole: {'; '.join(problems)}")
+    return result
+
+
+def _listed(names: list[str]) -> str:
+    return f"{len(names)} tensors ({some(compress(names))})" if len(names) > 1 else names[0]
+
+
+def _may_be_empty(parameter: str, declared: Mapping[str, Any]) -> bool:
+    """Parameters that need no tensor: made after loading, or an input order (``g_idx``) that files may leave out."""
+    if _DERIVED.fullmatch(parameter):
+        return True
+    return parameter.endswith("g_idx") and not any(name.endswith(".g_idx") for name in declared)
+
+
+def _here(model: Module) -> Callable[[str], bool]:
+    """Tells which tensors of a checkpoint a model on this rank is meant to take."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.runtime_context import get_parallel
+
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    layers = getattr(config, "num_hidden_layers", None)
+    inner: Any = getattr(model, "model", model)
+    first, end = getattr(inner, "start_layer", 0), getattr(inner, "end_layer", layers)
+    moe = {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
+    tied = getattr(config, "tie_word_embeddings", False)
+
+    def belongs(name: str) -> bool:
+        if name.endswith((".inv_freq", ".cos_cached", ".sin_cached")) or (tied and name == "lm_head.weight"):
+            return False
+        layer = _LAYER.search(name)
+        if layer is None:
+            return get_parallel().pp_size == 1  # the first and the last stage have what is in no layer
+        # Layers past the last are for speculative decoding, those of other stages are loaded there.
+        if layers is not None and not (first <= int(layer[1]) < end):
+            return False
+        expert = _EXPERT.fullmatch(name)
+        if expert and expert[1] in moe:
+            return moe[expert[1]]._map_global_expert_id_to_local_expert_id(int(expert[2])) >= 0
+        return True
+
+    return belongs
