@@ -116,20 +116,20 @@ class MixPrecConfig(QuantizationConfig):
     def _native(self, fmt: Format | None) -> NativeFormat:
         """Layers that the checkpoint does not have (all of a tied head, say) are made unquantized; that none is
         left without weights is checked after loading."""
-        return self.native[fmt] if fmt in self.native else NativeFormat(self.declaration.formats[self.declaration.default])
+        return self.native[fmt or self.declaration.formats[self.declaration.default]]
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         formats: dict[int, Format] = {}
+        kinds: dict[object, Format] = {}  # BF16 and FP16 experts run together
         stored = self._experts.get(prefix) or self._experts.get(f"model.{prefix}", {})
         for expert, parts in sorted(stored.items()):
             fmt = self._one_format(f"{prefix}.{expert}", {f"{prefix}.{expert}.{p}": f for p, f in parts.items()})
             assert fmt is not None
-            formats[expert] = fmt
-        kinds = dict.fromkeys(formats.values())
+            formats[expert] = kinds.setdefault(fmt.fuses_as, fmt)
         if len(kinds) > 1:
             launch.check_mixed_experts()
             return MixedExpertsMethod(formats, self.native, prefix)
-        return self._native(next(iter(kinds), None)).get_quant_method(layer, prefix)
+        return self._native(next(iter(kinds.values()), None)).get_quant_method(layer, prefix)
 
     # What SGLang asks of every config
 
@@ -138,7 +138,9 @@ class MixPrecConfig(QuantizationConfig):
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         dtypes = [torch.bfloat16, torch.half, torch.float32]
-        return [dtype for dtype in dtypes if all(dtype in fmt.get_supported_act_dtypes() for fmt in self.native.values())]
+        return [
+            dtype for dtype in dtypes if all(dtype in fmt.get_supported_act_dtypes() for fmt in self.native.values())
+        ]
 
     def get_min_capability(self) -> int:  # type: ignore[override]  # a checkpoint needs what its formats need
         return max(fmt.get_min_capability() for fmt in self.native.values())

@@ -8,24 +8,25 @@ all tokens, and the outputs are summed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton
+import triton.language as tl
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cpu
 from torch.nn import Module, ModuleList, Parameter
 
 from mixprec_build.formats.base import Format
-from mixprec_build.patterns import compress
-from mixprec_build.servable import some
+from mixprec_build.formats.fp8 import Fp8
 
 from .native import NativeFormat
 
-__all__ = ["ExpertGroup", "MixedExpertsMethod"]
+__all__ = ["ExpertGroup", "MixedExpertsMethod", "add_up"]
 
 
 class ExpertGroup(FusedMoE):
@@ -157,17 +158,20 @@ class MixedExpertsMethod(FusedMoEMethodBase):
     def apply(self, layer: Module, dispatch_output: Any) -> Any:
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-        topk = dispatch_output.topk_output
+        hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        if not len(hidden_states):  # not all of SGLang's runners take none
+            return StandardCombineInput(hidden_states=torch.empty_like(hidden_states))
         # One gather for all groups: [groups, tokens, top_k]
         ids = layer.group_numbers[:, topk.topk_ids]
 
         def run(number: int) -> torch.Tensor:
             group = layer.groups[number]
             mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=ids[number]))
-            return group.quant_method.apply(group, mine).hidden_states
+            with _tiles_of_the_layer(layer, group, len(hidden_states)):
+                return group.quant_method.apply(group, mine).hidden_states
 
         outputs = list(self._outputs(len(layer.groups), run))
-        return StandardCombineInput(hidden_states=_sum(outputs, dispatch_output.hidden_states))
+        return StandardCombineInput(hidden_states=add_up(outputs) if outputs else torch.zeros_like(hidden_states))
 
     def _outputs(self, groups: int, run: Any) -> Iterator[torch.Tensor]:
         """The groups' outputs; in a CUDA graph they are computed side by side, since each alone leaves a GPU idle."""
@@ -188,16 +192,58 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         yield from (results[number] for number in range(groups))
 
 
-def _sum(outputs: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """Sums in float32 where there are more than two: each addition in 16 bits rounds once more."""
-    if not outputs:
-        return torch.zeros_like(like)
+def add_up(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum, rounded once: where there are more than two, in float32."""
     if len(outputs) <= 2:
-        return sum(outputs[1:], outputs[0])
+        return outputs[0] + outputs[1] if len(outputs) == 2 else outputs[0]
+    if len(outputs) == 3 and outputs[0].is_cuda:
+        total = torch.empty_like(outputs[0])
+        _add_three[(triton.cdiv(total.numel(), 1024),)](*outputs, total, total.numel(), BLOCK=1024)
+        return total
     total = outputs[0].float()
     for output in outputs[1:]:
         total += output
-    return total.to(like.dtype)
+    return total.to(outputs[0].dtype)
+
+
+@triton.jit
+def _add_three(a, b, c, total, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One launch where torch takes four: these layers are bound by launches."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < size
+    value = tl.load(a + at, there).to(tl.float32) + tl.load(b + at, there).to(tl.float32)
+    value += tl.load(c + at, there).to(tl.float32)
+    tl.store(total + at, value.to(total.dtype.element_ty), there)
+
+
+@contextmanager
+def _tiles_of_the_layer(layer: FusedMoE, group: ExpertGroup, tokens: int) -> Iterator[None]:
+    """Lets the Triton runner choose its tiles as for the whole layer.
+
+    It chooses by how many experts and tokens it sees. A group sees all tokens, of which it gets a share only: the
+    tokens that each of its experts gets are as many as in a layer of all the experts, and so are the best tiles.
+    Files of tuned tiles, too, exist for whole layers.
+    """
+    weights = group._parameters
+    if is_cpu() or "w13_weight" not in weights:
+        yield
+        return
+    from sglang.srt.layers.moe.moe_runner.triton_utils import override_config
+    from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config import try_get_optimal_moe_config
+
+    fmt = group.quant_config.format
+    fp8 = isinstance(fmt, Fp8)
+    tiles = try_get_optimal_moe_config(
+        (layer.num_local_experts, *weights["w13_weight"].shape[1:]),
+        (layer.num_local_experts, *weights["w2_weight"].shape[1:]),
+        layer.top_k,
+        "fp8_w8a8" if fp8 else None,
+        tokens,
+        block_shape=list(fmt.block) if fp8 and fmt.block else None,
+        per_channel_quant=fp8 and fmt.granularity == "channel",
+    )
+    with override_config(tiles):
+        yield
 
 
 @contextmanager

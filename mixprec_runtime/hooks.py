@@ -51,7 +51,7 @@ def initialize_model(
     if not isinstance(quant_config, MixPrecConfig):
         return original(model_config, load_config, quant_config)
     if model_config.is_draft_model:
-        raise RuntimeError("mixprec serves no draft models: leave out --speculative-draft-model-path for this checkpoint")
+        raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
     manifest = _manifest(model_config)
     modules = manifest["modules"]
     _check_declaration(quant_config, modules)

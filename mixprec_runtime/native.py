@@ -94,7 +94,7 @@ class NativeFormat(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | FusedMoEMethodBase | None:
-        """SGLang's method for a linear or a FusedMoE layer. None for an unquantized FusedMoE, which then makes its own."""
+        """SGLang's method for a linear or a FusedMoE layer; None where a FusedMoE makes its own, for dense experts."""
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
         experts = isinstance(layer, FusedMoE)

@@ -93,7 +93,7 @@ def _dequantize_linear(layer: Module, fmt: Format) -> None:
 
 
 def _dequantize_experts(layer: Module, fmt: Format) -> None:
-    """Turns ``w13_* [E, ...]`` and ``w2_* [E, ...]`` into dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
+    """Turns ``w13_*`` and ``w2_*`` ``[E, ...]`` into dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
     for weight, parts in (("w13", 2), ("w2", 1)):
         stored = {
             name.removeprefix(f"{weight}_"): parameter.data

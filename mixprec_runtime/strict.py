@@ -20,7 +20,7 @@ from torch.nn import Module
 from mixprec_build.patterns import compress
 from mixprec_build.servable import some
 
-__all__ = ["LoadError", "Ledger", "load_strictly"]
+__all__ = ["Ledger", "LoadError", "load_strictly"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["DEEPSEEK", "LLAMA", "MIXTRAL", "QWEN2", "QWEN3", "QWEN3_MOE", "Shape", "write_sources"]
+__all__ = ["DEEPSEEK", "LLAMA", "MIXTRAL", "QWEN2", "QWEN3", "QWEN3_MOE", "Shape", "quantize", "write_sources"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -137,6 +137,8 @@ def _config(shape: Shape) -> dict[str, Any]:
         config |= {"q_lora_rank": _RANK, "kv_lora_rank": _RANK, "num_nextn_predict_layers": 0}
         config |= {"qk_nope_head_dim": _NOPE, "qk_rope_head_dim": _ROPE, "v_head_dim": _VALUE}
         config |= {"num_key_value_heads": shape.heads, "attention_bias": False}
+        yarn = {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+        config["rope_scaling"] = {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
     elif shape.family == "mixtral":
         config |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.top_k, "sliding_window": None}
     elif shape.experts:
@@ -255,6 +257,23 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
     "gptq_int4_act": (lambda w: _gptq(w, desc_act=True), _gptq_config(desc_act=True)),
     "gptq_int8": (lambda w: _gptq(w, bits=8), _gptq_config(bits=8)),
 }
+
+
+def quantize(weight: torch.Tensor, variant: str) -> tuple[Tensors, torch.Tensor]:
+    """A weight ``[N, K]`` in a format, and what that stands for, in float32."""
+    tensors = _VARIANTS[variant][0](weight)
+    if "qweight" in tensors:
+        bits = 32 * tensors["qweight"].shape[0] // weight.shape[1]
+        shifts = torch.arange(0, 32, bits, device=weight.device)
+        q = (tensors["qweight"].long()[:, None] >> shifts[None, :, None]) & ((1 << bits) - 1)
+        q = q.reshape(weight.shape[1], -1) - (1 << (bits - 1))
+        # SGLang rounds the scales to BF16 for models of that type.
+        return tensors, (q * tensors["scales"].bfloat16().float()[tensors["g_idx"].long()]).t().contiguous()
+    scale = tensors.get("weight_scale", torch.ones((), device=weight.device))
+    if "weight_scale_inv" in tensors:
+        scale = tensors["weight_scale_inv"].repeat_interleave(128, 0)[: len(weight)]
+        scale = scale.repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return tensors, tensors["weight"].float() * scale
 
 
 def write_sources(

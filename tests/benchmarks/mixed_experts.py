@@ -1,0 +1,87 @@
+"""What a layer with experts in several formats costs, beside native layers of one format.
+
+    python tests/benchmarks/mixed_experts.py [30b] [235b]
+
+Microseconds of one layer in CUDA-graph replay, median of 15, and for each mix the ratio to the mean of the native
+layers weighted by how many experts the mix holds of each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "gpu")]
+
+import layers  # noqa: E402
+
+SHAPES = {"30b": (2048, 768), "235b": (4096, 1536)}
+MIXES = [
+    [("fp8_block", 16), ("gptq_int4", 112)],
+    [("fp8_block", 64), ("gptq_int4", 64)],
+    [("bf16", 4), ("fp8_block", 28), ("gptq_int4", 96)],
+]
+TOKENS = (1, 8, 32, 128, 512, 4096)
+EXPERTS, TOP_K, REPEAT = 128, 8, 4
+
+
+def measure(function: Callable[[], object]) -> float:
+    """Microseconds of one call."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEAT):
+            function()
+    graph.replay()
+    times = []
+    for _ in range(15):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / REPEAT * 1e3)
+    return statistics.median(times)
+
+
+def row(groups: list[tuple[str, int]], hidden: int, intermediate: int) -> list[float]:
+    layer, _ = layers.make_layer(groups, hidden=hidden, intermediate=intermediate)
+    generator = torch.Generator("cuda").manual_seed(1)
+    times = []
+    for tokens in TOKENS:
+        x = torch.randn(tokens, hidden, generator=generator, device="cuda").bfloat16()
+        scores = torch.randn(tokens, EXPERTS, generator=generator, device="cuda").softmax(-1)
+        weights, ids = scores.topk(TOP_K)
+        weights, ids = weights / weights.sum(-1, keepdim=True), ids.int()
+        times.append(measure(lambda x=x, ids=ids, weights=weights: layers.run(layer, x, ids, weights)))
+    return times
+
+
+@torch.no_grad()
+def main() -> None:
+    layers.start_sglang()
+    for shape in sys.argv[1:] or SHAPES:
+        hidden, intermediate = SHAPES[shape]
+        print(f"\n{shape}: hidden {hidden}, intermediate {intermediate}, {EXPERTS} experts, top-{TOP_K}")
+        print(f"{'tokens':40s}" + "".join(f"{tokens:9d}" for tokens in TOKENS))
+        native = {}
+        for kind in ("bf16", "fp8_block", "gptq_int4"):
+            native[kind] = row([(kind, EXPERTS)], hidden, intermediate)
+            print(f"{kind:40s}" + "".join(f"{time:9.1f}" for time in native[kind]), flush=True)
+        for mix in MIXES:
+            times = row(mix, hidden, intermediate)
+            due = [sum(native[kind][i] * count for kind, count in mix) / EXPERTS for i in range(len(TOKENS))]
+            name = " + ".join(f"{kind} {count}" for kind, count in mix)
+            print(f"{name:40s}" + "".join(f"{time:9.1f}" for time in times))
+            ratios = "".join(f"{time / parts:9.2f}" for time, parts in zip(times, due, strict=True))
+            print(f"{'  ratio to its parts':40s}" + ratios, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Serves one checkpoint with stock SGLang in this process and prints what it answers, as JSON on the last line.
+
+    python tests/gpu/ask.py MODEL '{"dtype": "bfloat16", "logits": true, "speed": true, "engine": {"tp_size": 2}}'
+
+Greedy tokens and their logprobs for fixed prompts, and on demand the whole distribution at every position of the
+prompts, tokens a second, and memory. SGLang is not told of mixprec: its plugin is found, or not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+QUIET = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "skip_tokenizer_init": True,
+    "log_level": "warning",
+    "disable_radix_cache": True,
+    "random_seed": 0,
+}
+
+
+def prompts(vocab: int, count: int, length: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(3, vocab) for _ in range(length)] for _ in range(count)]
+
+
+def answer(engine: Any, ids: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    greedy = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    out = engine.generate(input_ids=ids, sampling_params=greedy, return_logprob=True)
+    return {
+        "tokens": [o["output_ids"] for o in out],
+        "logprobs": [[entry[0] for entry in o["meta_info"]["output_token_logprobs"]] for o in out],
+    }
+
+
+def distributions(engine: Any, ids: list[list[int]], vocab: int) -> list[list[list[float]]]:
+    """Log probabilities ``[prompt][position][token]``, at the positions after the first token."""
+    rows = []
+    for prompt in ids:
+        out = engine.generate(
+            input_ids=prompt,
+            sampling_params={"temperature": 0, "max_new_tokens": 1},
+            return_logprob=True,
+            logprob_start_len=0,
+            top_logprobs_num=vocab,
+        )
+        positions = []
+        for top in out["meta_info"]["input_top_logprobs"][1:]:
+            row = [0.0] * vocab
+            for logprob, token, _ in top:
+                row[token] = logprob
+            positions.append(row)
+        rows.append(positions)
+    return rows
+
+
+def speed(engine: Any, vocab: int, repeats: int) -> dict[str, float]:
+    """Tokens a second: decoding at three batch sizes, and prefill of one prompt of 4,096 tokens."""
+
+    def run(ids: list[list[int]], new_tokens: int) -> float:
+        started = time.perf_counter()
+        greedy = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        engine.generate(input_ids=ids, sampling_params=greedy)
+        return time.perf_counter() - started
+
+    rates = {}
+    for batch in (1, 16, 128):
+        ids = prompts(vocab, batch, 16)
+        run(ids, 8)
+        seconds = [run(ids, 72) - run(ids, 8) for _ in range(repeats)]
+        rates[f"decode_{batch}"] = batch * 64 / statistics.median(seconds)
+    long = prompts(vocab, 1, 4096)
+    run(long, 1)
+    rates["prefill_4096"] = 4096 / statistics.median(run(long, 1) for _ in range(2 * repeats))
+    return rates
+
+
+def main() -> None:
+    import sglang
+
+    path, options = sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+    vocab = json.loads(Path(path, "config.json").read_text())["vocab_size"]
+    started = time.perf_counter()
+    engine = sglang.Engine(
+        model_path=path, dtype=options.get("dtype", "auto"), **{**QUIET, **options.get("engine", {})}
+    )
+    result: dict[str, Any] = {"start_s": time.perf_counter() - started}
+    ids = prompts(vocab, options.get("prompts", 32), 24)
+    if options.get("answer", True):
+        result |= answer(engine, ids, options.get("new_tokens", 64))
+    if options.get("logits"):
+        result["distributions"] = distributions(engine, prompts(vocab, 4, 64), vocab)
+    if options.get("speed"):
+        result["speed"] = speed(engine, vocab, options["speed"])
+    info = engine.get_server_info()["internal_states"][0]
+    result["memory"] = info.get("mixprec")
+    result["weight_gb"] = info["memory_usage"].get("weight")
+    result["startup"] = info.get("startup_time")
+    engine.shutdown()
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""One FusedMoE layer of SGLang's, made by mixprec from a declaration: no model, no server.
+
+start_sglang()
+layer, weights = make_layer([("fp8_block", 16), ("gptq_int4", 112)], hidden=2048, intermediate=768)
+run(layer, x, ids, topk_weights)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from serving import quantize
+
+from mixprec_build.formats.dense import Dense
+from mixprec_build.formats.fp8 import Fp8
+from mixprec_build.formats.gptq import Gptq
+from mixprec_build.manifest import Declaration
+from mixprec_build.patterns import Pattern
+
+__all__ = ["DEVICE", "FORMATS", "make_layer", "reference", "run", "start_sglang"]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = {
+    "bf16": Dense("BF16"),
+    "fp8_block": Fp8("block", "dynamic", (128, 128)),
+    "fp8_channel": Fp8("channel"),
+    "fp8_tensor": Fp8("tensor"),
+    "gptq_int4": Gptq(4, 128, True, False, "gptq"),
+    "gptq_int8": Gptq(8, 128, True, False, "gptq"),
+}
+PREFIX = "model.layers.0.mlp.experts"
+Weights = dict[tuple[int, str], torch.Tensor]
+
+
+def start_sglang(port: int = 29511) -> None:
+    """What a layer needs around it: arguments, and process groups of one rank."""
+    import sglang.srt.server_args as arguments
+    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.layers.moe import initialize_moe_config
+
+    args = arguments.ServerArgs(model_path="dummy", device=DEVICE)
+    arguments.set_global_server_args_for_scheduler(args)
+    init_distributed_environment(
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method=f"tcp://127.0.0.1:{port}",
+        backend="nccl" if DEVICE == "cuda" else "gloo",
+    )
+    initialize_model_parallel(1)
+    initialize_moe_config(args)
+
+
+def make_layer(
+    groups: Sequence[tuple[str, int]],
+    *,
+    hidden: int,
+    intermediate: int,
+    top_k: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    config: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[torch.nn.Module, Weights]:
+    """A loaded layer with its experts in these formats, in this order, and the weights it stands for, in float32.
+
+    ``config`` is SGLang's own quantization config, for a layer without mixprec.
+    """
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    from mixprec_runtime.config import MixPrecConfig
+
+    kinds = [kind for kind, count in groups for _ in range(count)]
+    if config is None:
+        config = mixed_config(MixPrecConfig, kinds)
+    with torch.device(DEVICE), _default_dtype(dtype):
+        layer = FusedMoE(
+            num_experts=len(kinds),
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            layer_id=0,
+            top_k=top_k,
+            params_dtype=dtype,
+            quant_config=config,
+            prefix=PREFIX,
+            inplace=False,
+            **options,
+        )
+    weights: Weights = {}
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    for expert, kind in enumerate(kinds):
+        for shard, n, k in (("w1", intermediate, hidden), ("w3", intermediate, hidden), ("w2", hidden, intermediate)):
+            weight = torch.randn(n, k, generator=generator, device=DEVICE) / k**0.5
+            tensors, weights[expert, shard] = quantize(weight, kind)
+            for leaf, tensor in tensors.items():
+                name = f"{'w2' if shard == 'w2' else 'w13'}_{leaf}"
+                parameter = dict(layer.named_parameters())[name]
+                parameter.weight_loader(parameter, tensor, f"experts.{name}", shard_id=shard, expert_id=expert)
+    for module in list(layer.modules()):
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            method.process_weights_after_loading(module)
+    return layer, weights
+
+
+def mixed_config(config: Any, kinds: Sequence[str]) -> Any:
+    rules = tuple((Pattern(f"{PREFIX}.{expert}.*"), kind) for expert, kind in enumerate(kinds))
+    declaration = Declaration({kind: FORMATS[kind] for kind in dict.fromkeys(["bf16", *kinds])}, rules, "bf16")
+    made = config(declaration)
+    parts = ("gate_proj", "up_proj", "down_proj")
+    made.bind([f"{PREFIX}.{expert}.{part}" for expert in range(len(kinds)) for part in parts])
+    return made
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def run(layer: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    topk = StandardTopKOutput(topk_weights=weights, topk_ids=ids, router_logits=x[:, :1])
+    out = layer.quant_method.apply(layer, StandardDispatchOutput(x, None, topk))
+    return out.hidden_states
+
+
+def reference(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dense: Weights) -> torch.Tensor:
+    """The layer in float64."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        token, choice = (ids == expert).nonzero(as_tuple=True)
+        h = x[token].double()
+        w1, w3, w2 = (dense[expert, shard].double() for shard in ("w1", "w3", "w2"))
+        y = (torch.nn.functional.silu(h @ w1.t()) * (h @ w3.t())) @ w2.t()
+        out.index_add_(0, token, y * weights[token, choice, None].double())
+    return out

@@ -1,0 +1,50 @@
+"""What transformers says about the dequantized weights of a checkpoint, in float32: the distribution that serving
+it should come near. ``python tests/gpu/reference.py MODEL`` prints JSON as ``ask.py`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from ask import prompts
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from mixprec_build.sources import open_source
+
+
+def write_dense(checkpoint: Path, folder: Path) -> None:
+    """Writes a checkpoint's weights to ``folder`` in float32."""
+    source = open_source(str(checkpoint))
+    tensors = {}
+    for name, module in source.checkpoint.modules.items():
+        weight = torch.from_numpy(source.dequantize(name).copy())
+        tensors[name if "" in module.tensors else f"{name}.weight"] = weight
+        if "bias" in module.tensors:
+            bias = source.checkpoint.read(module.tensors["bias"])
+            tensors[f"{name}.bias"] = torch.from_numpy(bias.astype("float32"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        write_dense(Path(sys.argv[1]), Path(folder))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    rows = []
+    for prompt in prompts(model.config.vocab_size, 4, 64):
+        logits = model(torch.tensor([prompt], device=device)).logits[0, :-1]
+        rows.append(logits.log_softmax(-1).tolist())
+    print(json.dumps({"distributions": rows}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Layers whose experts differ in format against float64 arithmetic on the dequantized weights, on SGLang's kernels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sglang")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+import layers  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 512, 256, 24, 8
+KINDS = ("bf16", "fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "gptq_int8")
+TOKENS = (0, 1, 7, 64, 65, 4096)
+# Activations are rounded to FP8 for FP8 weights, and not for the others.
+ERRORS = {"fp8": 0.06, "other": 0.012}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sglang() -> Iterator[None]:
+    layers.start_sglang()
+    yield
+
+
+def combinations() -> list[tuple[str, ...]]:
+    return [*itertools.combinations(KINDS, 2), *itertools.combinations(KINDS, 3)]
+
+
+def routings(tokens: int, groups: int) -> dict[str, torch.Tensor]:
+    """Routed ids ``[tokens, 8]``: what a router may come to, and what hurts."""
+    each = EXPERTS // groups
+    generator = torch.Generator().manual_seed(tokens)
+    random = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :TOP_K]
+    if not tokens:
+        return {"none": random.to(torch.int32)}
+    one_group = torch.arange(TOP_K) % each
+    spread = torch.arange(TOP_K) * EXPERTS // TOP_K
+    ids = {"random": random, "one group": one_group.repeat(tokens, 1), "all groups": spread.repeat(tokens, 1)}
+    ids["last group"] = ids["one group"] + each * (groups - 1)
+    foreign = random.clone()
+    foreign[:, ::2] = -1
+    ids["other ranks"] = foreign
+    return {name: value.to(torch.int32) for name, value in ids.items()}
+
+
+@pytest.mark.parametrize("kinds", combinations(), ids="+".join)
+def test_a_mixed_layer_is_right(kinds: tuple[str, ...]) -> None:
+    layer, dense = layers.make_layer(
+        [(kind, EXPERTS // len(kinds)) for kind in kinds], hidden=HIDDEN, intermediate=INTERMEDIATE
+    )
+    limit = ERRORS["fp8" if any(kind.startswith("fp8") for kind in kinds) else "other"]
+    for tokens in TOKENS:
+        for name, ids in routings(tokens, len(kinds)).items():
+            ids = ids.cuda()
+            x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+            weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+            out = layers.run(layer, x, ids, weights)
+            assert out.shape == x.shape and out.dtype == x.dtype
+            if tokens:
+                due = layers.reference(x, ids, weights, dense)
+                error = ((out.double() - due).norm() / due.norm()).item()
+                assert error < limit, f"{tokens} tokens, {name}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of one format: their sum differs from the native layer by one rounding of the sum."""
+    import mixprec_runtime.config as config
+    from mixprec_runtime.experts import MixedExpertsMethod
+
+    whole, dense = layers.make_layer([(kind, EXPERTS)], hidden=HIDDEN, intermediate=INTERMEDIATE)
+    made = config.MixPrecConfig._experts_method
+
+    def split(self: config.MixPrecConfig, layer: object, prefix: str) -> object:
+        fmt = layers.FORMATS[kind]
+        twin = type(fmt)(*(getattr(fmt, name) for name in fmt.__dataclass_fields__))
+        native = {fmt: self.native[fmt]}
+        halves = _Halves({e: fmt if e < EXPERTS // 2 else twin for e in range(EXPERTS)}, native, prefix)
+        return halves
+
+    class _Halves(MixedExpertsMethod):
+        """Groups by identity, where the method groups by equality."""
+
+        def create_weights(self, layer, *args, **kwargs):  # type: ignore[no-untyped-def]
+            first = [e for e in self._formats if e < EXPERTS // 2]
+            self._formats = {e: _Named(fmt, e in first) for e, fmt in self._formats.items()}
+            native = next(iter(self._native.values()))
+            self._native = dict.fromkeys(set(self._formats.values()), native)
+            super().create_weights(layer, *args, **kwargs)
+
+    class _Named:
+        def __init__(self, fmt: object, first: bool):
+            self.kind, self._key = fmt.kind, first  # type: ignore[attr-defined]
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, _Named) and self._key == other._key
+
+        def __hash__(self) -> int:
+            return hash(self._key)
+
+    monkeypatch.setattr(config.MixPrecConfig, "_experts_method", split)
+    halves, _ = layers.make_layer([(kind, EXPERTS)], hidden=HIDDEN, intermediate=INTERMEDIATE)
+    assert len(halves.groups) == 2
+    for tokens in TOKENS[1:]:
+        ids = routings(tokens, 2)["random"].cuda()
+        x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+        a, b = layers.run(whole, x, ids, weights).double(), layers.run(halves, x, ids, weights).double()
+        assert ((a - b).norm() / a.norm()).item() < 0.01
+        # Tokens whose experts all lie in one half take the same path, up to the order of one sum.
+        alone = routings(tokens, 2)["one group"].cuda()
+        a, b = layers.run(whole, x, alone, weights), layers.run(halves, x, alone, weights)
+        assert ((a.double() - b.double()).norm() / a.double().norm()).item() < 0.01
+    del made, dense
+
+
+def test_a_mixed_layer_in_a_cuda_graph_and_with_other_tokens() -> None:
+    """Captured with some tokens, replayed with others: groups run side by side in a graph."""
+    layer, dense = layers.make_layer(
+        [("fp8_block", 8), ("gptq_int4", 8), ("bf16", 8)], hidden=HIDDEN, intermediate=INTERMEDIATE
+    )
+    tokens = 48
+    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    ids = routings(tokens, 3)["random"].cuda()
+    weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+    layers.run(layer, x, ids, weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [layers.run(layer, x, ids, weights) for _ in range(6)]
+    for name, other in routings(tokens, 3).items():
+        ids.copy_(other)
+        x.normal_()
+        graph.replay()
+        due = layers.reference(x, ids, weights, dense)
+        for out in outs:
+            assert ((out.double() - due).norm() / due.norm()).item() < ERRORS["fp8"], name
+
+
+def test_routed_scaling_is_applied_once() -> None:
+    """By the runners of the groups, as by the native layer's."""
+    groups = [("fp8_block", 8), ("gptq_int4", 16)]
+    sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE}
+    scaled, _ = layers.make_layer(groups, **sizes, routed_scaling_factor=2.5)
+    plain, _ = layers.make_layer(groups, **sizes)
+    x = torch.randn(33, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    ids, weights = routings(33, 2)["random"].cuda(), torch.rand(33, TOP_K, device="cuda").softmax(-1)
+    a, b = layers.run(scaled, x, ids, weights).double(), layers.run(plain, x, ids, weights).double()
+    assert ((a - 2.5 * b).norm() / a.norm()).item() < 0.01

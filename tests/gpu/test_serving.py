@@ -1,0 +1,161 @@
+"""Compiled checkpoints on a real GPU with SGLang's own kernels, beside the same weights served natively.
+
+    make gpu-test           # or: python -m pytest tests/gpu
+
+Each checkpoint is served in a process of its own, several at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sglang")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, Shape, write_sources  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+HERE = Path(__file__).parent
+SIZES = {"hidden": 1024, "layers": 4, "heads": 16, "kv_heads": 8, "head_dim": 128, "vocab": 1024}
+DENSE = QWEN3.of(**SIZES, intermediate=3072)
+MOE = QWEN3_MOE.of(**SIZES, experts=32, top_k=8, expert_intermediate=512)
+VARIANTS = ["bf16", "fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4"]
+
+# name -> (shape, lines of `weights:`)
+MIXES: Mapping[str, tuple[Shape, list[str]]] = {
+    "attention fp8, experts int4": (MOE, ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.*: gptq_int4"]),
+    "attention bf16, mlp fp8": (DENSE, ["model.layers.*.mlp.*: fp8_channel"]),
+    "layer by layer": (
+        DENSE,
+        ["model.layers.0.*: fp8_block", "model.layers.1.*: gptq_int4", "model.layers.2.*: fp8_tensor"],
+    ),
+    "experts in three formats": (
+        MOE,
+        ["model.layers.*.mlp.experts.*: gptq_int4", "model.layers.*.mlp.experts.{0..7}.*: fp8_block",
+         "model.layers.*.mlp.experts.{9,30}.*: bf16"],
+    ),
+    "llama": (LLAMA.of(**SIZES, intermediate=2048), ["*: fp8_block", "model.layers.1.*: gptq_int4"]),
+    "mixtral": (
+        MIXTRAL.of(**SIZES, expert_intermediate=512),
+        ["model.layers.*.block_sparse_moe.*: gptq_int4", "model.layers.2.block_sparse_moe.*: fp8_block"],
+    ),
+    "deepseek": (
+        DEEPSEEK.of(**SIZES, intermediate=2048, expert_intermediate=512),
+        ["model.layers.*.self_attn.{q_b,o}_proj: fp8_block", "model.layers.*.mlp.experts.*: gptq_int4",
+         "model.layers.*.mlp.experts.{0,1}.*: fp8_block", "model.layers.0.mlp.*: fp8_block"],
+    ),
+}  # fmt: skip
+
+
+class Server:
+    """Builds, serves and remembers: what is asked for twice is done once."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(4)
+        self._sources: dict[Shape, dict[str, Path]] = {}
+        self._running: dict[tuple[str, str], Future[dict[str, Any]]] = {}
+
+    def sources(self, shape: Shape) -> dict[str, Path]:
+        if shape not in self._sources:
+            folder = self._folder / f"sources-{len(self._sources)}"
+            self._sources[shape] = write_sources(folder, shape, VARIANTS)
+        return self._sources[shape]
+
+    def build(self, shape: Shape, name: str, lines: list[str]) -> Path:
+        out = self._folder / f"{shape.family}-{name.replace(' ', '-').replace(',', '')}"
+        if not out.exists():
+            sources = self.sources(shape)
+            text = [f"model: {sources['bf16']}", "sources:", *(f"  {v}: {p}" for v, p in sources.items())]
+            text += ["default: bf16", "weights:", *(f"  '{a}': {b}" for a, b in (line.split(": ") for line in lines))]
+            recipe = out.with_suffix(".yaml")
+            recipe.write_text("\n".join(text if lines else text[:-1]))
+            subprocess.run([sys.executable, "-m", "mixprec_build", "build", recipe, "-o", out], check=True)
+        return out
+
+    def ask(self, path: Path, script: str = "ask.py", **options: Any) -> Future[dict[str, Any]]:
+        key = (f"{script} {path}", json.dumps(options, sort_keys=True))
+        if key not in self._running:
+            self._running[key] = self._pool.submit(self._run, path, script, options)
+        return self._running[key]
+
+    def _run(self, path: Path, script: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        engine = {"mem_fraction_static": 0.15, "disable_cuda_graph": True, **options.get("engine", {})}
+        command = [sys.executable, str(HERE / script), str(path), json.dumps({**options, "engine": engine})]
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+        print(f"{path.name} {script} {time.perf_counter() - started:.0f} s")
+        if done.returncode:
+            raise AssertionError(f"{' '.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}")
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    server = Server(tmp_path_factory.mktemp("gpu"))
+    # All at once, so that engines start side by side; the tests then wait for theirs.
+    for shape, variant in IDENTITIES:
+        _identity(server, shape, variant)
+    for shape, lines in MIXES.values():
+        _mix(server, shape, lines)
+    return server
+
+
+IDENTITIES = [
+    (shape, variant) for shape in (DENSE, MOE) for variant in ("bf16", "fp8_block", "fp8_channel", "gptq_int4")
+]
+
+
+def _identity(server: Server, shape: Shape, variant: str) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:
+    # Stock GPTQ experts run in FP16 only.
+    options: dict[str, Any] = {"dtype": "half" if variant == "gptq_int4" and shape.experts else "bfloat16"}
+    native = options if variant != "fp8_channel" else {**options, "engine": {"quantization": "w8a8_fp8"}}
+    lines = [] if variant == "bf16" else [f"*: {variant}"]
+    ours = server.build(shape, f"all-{variant}", lines)
+    return server.ask(ours, **options), server.ask(server.sources(shape)[variant], **native)
+
+
+def _mix(server: Server, shape: Shape, lines: list[str]) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:
+    name = next(name for name, mix in MIXES.items() if mix == (shape, lines))
+    out = server.build(shape, name, lines)
+    return server.ask(out, dtype="bfloat16", logits=True), server.ask(out, "reference.py")
+
+
+@pytest.mark.parametrize(("shape", "variant"), IDENTITIES, ids=[f"{s.family}-{v}" for s, v in IDENTITIES])
+def test_a_uniform_checkpoint_answers_as_natively(server: Server, shape: Shape, variant: str) -> None:
+    ours, native = (future.result() for future in _identity(server, shape, variant))
+    assert ours["tokens"] == native["tokens"]
+    assert ours["logprobs"] == native["logprobs"]
+    manifest = _stored_bytes(server.build(shape, f"all-{variant}", []))
+    assert ours["memory"]["weight_mb"] * 2**20 == pytest.approx(manifest, rel=0.01)
+
+
+def _stored_bytes(folder: Path) -> int:
+    manifest = json.loads((folder / "mixprec_manifest.json").read_text())
+    return sum(t["bytes"] for module in manifest["modules"].values() for t in module["tensors"].values())
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_a_mix_answers_as_its_dequantized_weights(server: Server, name: str) -> None:
+    shape, lines = MIXES[name]
+    ours, reference = (future.result() for future in _mix(server, shape, lines))
+    p, q = (torch.tensor(side["distributions"], dtype=torch.float64) for side in (reference, ours))
+    divergence = (p.exp() * (p - q)).sum(-1)
+    cosine = torch.nn.functional.cosine_similarity(p - p.mean(-1, keepdim=True), q - q.mean(-1, keepdim=True), dim=-1)
+    print(f"\n{name}: KL mean {divergence.mean():.2e} max {divergence.max():.2e}, cosine min {cosine.min():.5f}")
+    print(f"  start {ours['start_s']:.0f} s, {ours['memory']}")
+    assert divergence.mean() < 0.01
+    assert cosine.min() > 0.98
