@@ -26,7 +26,7 @@ from mixprec_build.formats.fp8 import Fp8
 
 from .native import NativeFormat
 
-__all__ = ["ExpertGroup", "MixedExpertsMethod", "add_up"]
+__all__ = ["ExpertGroup", "MixedExpertsMethod", "add_up", "numbers_in_groups"]
 
 
 class ExpertGroup(FusedMoE):
@@ -161,8 +161,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         if not len(hidden_states):  # not all of SGLang's runners take none
             return StandardCombineInput(hidden_states=torch.empty_like(hidden_states))
-        # One gather for all groups: [groups, tokens, top_k]
-        ids = layer.group_numbers[:, topk.topk_ids]
+        ids = numbers_in_groups(topk.topk_ids, layer.group_numbers)
 
         def run(number: int) -> torch.Tensor:
             group = layer.groups[number]
@@ -192,6 +191,31 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         yield from (results[number] for number in range(groups))
 
 
+def numbers_in_groups(ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Routed ids ``[tokens, top_k]`` as each group numbers them, ``[groups, tokens, top_k]``, int32.
+
+    ``numbers [groups, experts + 1]``, int32, has -1 for experts of other groups, and in its last column.
+    """
+    if not ids.is_cuda:
+        return numbers[:, ids.long()]
+    groups, columns = numbers.shape
+    out = torch.empty((groups, *ids.shape), dtype=torch.int32, device=ids.device)
+    grid = (triton.cdiv(ids.numel(), 1024),)
+    _number[grid](ids.contiguous(), numbers, out, ids.numel(), columns, GROUPS=groups, BLOCK=1024)
+    return out
+
+
+@triton.jit
+def _number(ids, numbers, out, size, columns, GROUPS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One launch where indexing takes two: at few tokens these layers are bound by launches."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < size
+    expert = tl.load(ids + at, there, other=-1)
+    column = tl.where(expert < 0, columns - 1, expert)
+    for group in tl.static_range(GROUPS):
+        tl.store(out + group * size + at, tl.load(numbers + group * columns + column, there), there)
+
+
 def add_up(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum, rounded once: where there are more than two, in float32."""
     if len(outputs) <= 2:
@@ -208,7 +232,7 @@ def add_up(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @triton.jit
 def _add_three(a, b, c, total, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One launch where torch takes four: these layers are bound by launches."""
+    """One launch where torch takes four."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < size
     value = tl.load(a + at, there).to(tl.float32) + tl.load(b + at, there).to(tl.float32)

@@ -35,6 +35,8 @@ def mend_experts(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
     """Mends the method of one FusedMoE layer."""
     if isinstance(fmt, Gptq):
         _mend_marlin_experts(method, fmt)
+    if isinstance(fmt, Fp8) and fmt.granularity == "tensor" and fmt.activations == "dynamic":
+        _mend_tensor_scaled_experts(method)
     _name_errors(method, fmt, prefix)
 
 
@@ -164,12 +166,44 @@ def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
 
     def create_moe_runner(layer: Module, *args: Any, **kwargs: Any) -> None:
         create_runner(layer, *args, **kwargs)
-        if layer.moe_ep_size > 1 or getattr(layer, "virtual_rank", False):
+        if _sees_other_ranks(layer):
             _skip_other_ranks(layer.scheme.kernel.runner)
 
     method.create_weights = create_weights
     method.create_moe_runner = create_moe_runner
     method.process_weights_after_loading = process_weights_after_loading
+
+
+def _sees_other_ranks(layer: Module) -> bool:
+    """Whether routed ids may be -1: those of experts on other ranks, or in other groups of a mixed layer."""
+    return bool(layer.moe_ep_size > 1 or getattr(layer, "virtual_rank", False))
+
+
+def _mend_tensor_scaled_experts(method: QuantizeMethodBase) -> None:
+    """FP8 with one scale a tensor quantizes activations with one scale as well, the largest of all rows
+    (kernels/ops/moe/fused_moe_triton_kernels.py:765). Rows of experts elsewhere hold what memory held before, and
+    set that scale. Activations are scaled token by token instead, with the same weights and weight scales."""
+    create_runner = method.create_moe_runner
+
+    def create_moe_runner(layer: Module, *args: Any, **kwargs: Any) -> None:
+        create_runner(layer, *args, **kwargs)
+        if not _sees_other_ranks(layer):
+            return
+        run = method.runner.run
+        columns: dict[str, torch.Tensor] = {}
+
+        def run_by_token(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:
+            for name, weight in (("w13_scale", quant_info.w13_weight), ("w2_scale", quant_info.w2_weight)):
+                if name not in columns:
+                    scale = getattr(quant_info, name).reshape(-1, 1, 1)
+                    columns[name] = scale.expand(-1, weight.shape[1], 1).contiguous()
+                setattr(quant_info, name, columns[name])
+            quant_info.per_channel_quant = True
+            return run(dispatch_output, quant_info, *args, **kwargs)
+
+        method.runner.run = run_by_token
+
+    method.create_moe_runner = create_moe_runner
 
 
 def _skip_other_ranks(runner: Any) -> None:
