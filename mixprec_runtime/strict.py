@@ -10,8 +10,10 @@ somewhere, and every element of every parameter must have been written.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from threading import Lock
 from typing import Any
 
 import torch
@@ -54,8 +56,10 @@ class Ledger:
             if parameter.numel():
                 self._by_storage[parameter.untyped_storage().data_ptr()].append(name)
         self._written: dict[int, dict[object, int]] = defaultdict(dict)
+        self._lock = Lock()
         self.arrived: set[str] = set()
-        self.used: set[str] = set()
+        self.used: Counter[str] = Counter()
+        """How many elements were copied from each tensor."""
 
     def follow(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a checkpoint, watched.
@@ -85,7 +89,9 @@ class Ledger:
         Raises:
             LoadError: the copy changes quantized values.
         """
-        self.used.update(names)
+        with self._lock:  # DeepSeek's loaders run in threads
+            for name in names:
+                self.used[name] += into.numel()
         storage = into.untyped_storage().data_ptr()
         if storage not in self._by_storage:
             return
@@ -98,9 +104,9 @@ class Ledger:
                 )
         self._written[storage][into.storage_offset(), into.shape, into.stride()] = into.numel()
 
-    def unused(self) -> list[str]:
-        """Tensors of the manifest that were copied nowhere, or never arrived."""
-        return [name for name in self._declared if name not in self.used]
+    def unused(self, ranks: int) -> list[str]:
+        """Tensors of the manifest of which less was copied than one of ``ranks`` takes."""
+        return [name for name, t in self._declared.items() if self.used[name] * ranks < prod(t["shape"])]
 
     def unfilled(self) -> list[str]:
         """Parameters that were not written in full."""
@@ -181,16 +187,21 @@ def load_strictly(
             f"SGLang's {type(model).__name__} has no parameter {error}: the layer was not made in the format that the "
             "checkpoint declares"
         ) from error
-    belongs = _here(model)
-    lost = [name for name in ledger.unused() if belongs(name)]
-    unfilled = [name for name in ledger.unfilled() if not _may_be_empty(name, declared)]
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from sglang.srt.runtime_context import get_parallel
+
+    belongs, ranks = _here(model), get_parallel().tp_size
+    # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
+    padded = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
+    lost = [name for name in ledger.unused(ranks) if belongs(name) and not (name in padded and ranks > 1)]
+    unfilled = [n for n in ledger.unfilled() if n not in padded and not _may_be_empty(n, declared)]
     problems = []
     if lost:
         missing = [name for name in lost if name not in ledger.arrived]
-        what = "are not in its files" if missing else "found no parameter in SGLang's model"
-        problems.append(f"{_listed(missing or lost)} {what}")
+        what = "not in its files" if missing else "dropped by SGLang's model, or not loaded in full"
+        problems.append(f"{_listed(missing or lost)}: {what}")
     if unfilled:
-        problems.append(f"nothing was loaded into {_listed(unfilled)} (or not all of it)")
+        problems.append(f"{_listed(unfilled)}: parameters that were not filled")
     if problems:
         raise LoadError(f"the checkpoint did not reach the model whole: {'; '.join(problems)}")
     return result

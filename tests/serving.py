@@ -52,8 +52,8 @@ QWEN3_MOE = Shape("qwen3_moe", "Qwen3MoeForCausalLM", experts=8)
 MIXTRAL = Shape("mixtral", "MixtralForCausalLM", experts=8)
 DEEPSEEK = Shape("deepseek_v3", "DeepseekV3ForCausalLM", experts=8)
 
-# DeepSeek's attention: low ranks, and heads of two parts.
-_RANK, _ROPE, _NOPE, _VALUE = 128, 64, 128, 128
+# DeepSeek's attention: low ranks, and heads of two parts. SGLang's kernels know the sizes of V2 and V3.
+_RANK, _KV_RANK, _ROPE, _NOPE, _VALUE = 256, 512, 64, 128, 128
 
 
 def _modules(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -93,9 +93,9 @@ def _attention(shape: Shape, prefix: str) -> Iterator[tuple[str, tuple[int, ...]
         yield f"{prefix}.q_a_proj", (_RANK, shape.hidden)
         yield f"{prefix}.q_a_layernorm", (_RANK,)
         yield f"{prefix}.q_b_proj", (shape.heads * (_NOPE + _ROPE), _RANK)
-        yield f"{prefix}.kv_a_proj_with_mqa", (_RANK + _ROPE, shape.hidden)
-        yield f"{prefix}.kv_a_layernorm", (_RANK,)
-        yield f"{prefix}.kv_b_proj", (shape.heads * (_NOPE + _VALUE), _RANK)
+        yield f"{prefix}.kv_a_proj_with_mqa", (_KV_RANK + _ROPE, shape.hidden)
+        yield f"{prefix}.kv_a_layernorm", (_KV_RANK,)
+        yield f"{prefix}.kv_b_proj", (shape.heads * (_NOPE + _VALUE), _KV_RANK)
         yield f"{prefix}.o_proj", (shape.hidden, shape.heads * _VALUE)
         return
     yield f"{prefix}.q_proj", (shape.heads * shape.head_dim, shape.hidden)
@@ -134,7 +134,7 @@ def _config(shape: Shape) -> dict[str, Any]:
         config |= {"num_experts_per_tok": shape.top_k, "moe_intermediate_size": shape.expert_intermediate}
         config |= {"n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
         config |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "moe_layer_freq": 1}
-        config |= {"q_lora_rank": _RANK, "kv_lora_rank": _RANK, "num_nextn_predict_layers": 0}
+        config |= {"q_lora_rank": _RANK, "kv_lora_rank": _KV_RANK, "num_nextn_predict_layers": 0}
         config |= {"qk_nope_head_dim": _NOPE, "qk_rope_head_dim": _ROPE, "v_head_dim": _VALUE}
         config |= {"num_key_value_heads": shape.heads, "attention_bias": False}
         yarn = {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}

@@ -33,8 +33,10 @@ def prompts(vocab: int, count: int, length: int) -> list[list[int]]:
 
 
 def answer(engine: Any, ids: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """One prompt after the other: how requests that arrive together are batched is a matter of timing, and kernels
+    add in another order for another batch."""
     greedy = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    out = engine.generate(input_ids=ids, sampling_params=greedy, return_logprob=True)
+    out = [engine.generate(input_ids=prompt, sampling_params=greedy, return_logprob=True) for prompt in ids]
     return {
         "tokens": [o["output_ids"] for o in out],
         "logprobs": [[entry[0] for entry in o["meta_info"]["output_token_logprobs"]] for o in out],

@@ -1,0 +1,186 @@
+"""SGLang's own models in this process, on any rank of any tensor or expert parallelism, without a GPU.
+
+SGLang takes its GPU code paths here, on tensors of the CPU: only its ``SGLANG_USE_CPU_ENGINE`` asks for others. So
+layers are made and filled as on a GPU; that ends where kernels begin, with the processing after loading.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import runpy
+import socket
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from serving import Shape, write_sources
+
+import mixprec_runtime.cpu
+
+__all__ = ["build", "free_port", "load", "make", "rank_of", "serve", "start", "tensors_of"]
+
+VARIANTS = [
+    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "gptq_int4_g64", "gptq_int4_act", "gptq_int8",
+]  # fmt: skip
+
+
+# Checkpoints
+
+
+def sources(folder: Path, shape: Shape) -> dict[str, Path]:
+    """The variants of a model, written once below ``folder``."""
+    home = folder / f"sources-{abs(hash(shape))}"
+    return {v: home / v for v in VARIANTS} if home.exists() else write_sources(home, shape, VARIANTS)
+
+
+def build(folder: Path, shape: Shape, lines: Mapping[str, str], out: Path) -> Path:
+    """Compiles a mix; ``lines`` are those below ``weights:``."""
+    from mixprec_build.build import plan_recipe, run_plan
+
+    # Sources must not be named as a format that they do not hold.
+    text = [f"model: {sources(folder, shape)['bf16']}", "sources:"]
+    text += [f"  from_{variant}: {path}" for variant, path in sources(folder, shape).items()]
+    text += ["default: from_bf16", "weights:", *(f"  '{name}': from_{variant}" for name, variant in lines.items())]
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text("\n".join(text if lines else text[:-1]))
+    run_plan(plan_recipe(recipe), out)
+    return out
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, as the safetensors library reads them."""
+    from safetensors.torch import load_file
+
+    return {name: t for path in sorted(checkpoint.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+# SGLang in this process
+
+
+def stand_ins() -> None:
+    """For modules that SGLang imports names of, and never calls here."""
+    runpy.run_path(str(Path(mixprec_runtime.cpu.__file__).with_name("cpu_site") / "sitecustomize.py"))
+    vllm, ops = types.ModuleType("vllm"), types.ModuleType("vllm._custom_ops")
+    vllm.__path__ = []
+    ops.rotary_embedding = None  # type: ignore[attr-defined]
+    sys.modules |= {"vllm": vllm, "vllm._custom_ops": ops}
+
+
+def start() -> None:
+    """What SGLang's workers do before they make a model: plugins, process groups of one rank."""
+    stand_ins()
+    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.layers.quantization import marlin_utils
+    from sglang.srt.model_loader import loader  # noqa: F401  (its hooks go into modules that are imported)
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import get_parallel
+
+    load_plugins()
+    marlin_utils.get_device_capability = lambda *_: (9, 0)
+    publish(server_args("dummy"))
+    get_parallel()._overrides.update(_ranks(0, 1, 1))
+    init_distributed_environment(
+        world_size=1, rank=0, local_rank=0, distributed_init_method=f"tcp://127.0.0.1:{free_port()}", backend="gloo"
+    )
+    initialize_model_parallel()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def server_args(path: Path | str, **options: Any) -> Any:
+    # By the module, so that the class is looked up where this SGLang has it.
+    return importlib.import_module("sglang.srt.server_args").ServerArgs(model_path=str(path), device="cpu", **options)
+
+
+def publish(args: Any) -> None:
+    from sglang.srt.layers.moe import initialize_moe_config
+
+    importlib.import_module("sglang.srt.server_args").set_global_server_args_for_scheduler(args)
+    # 0.5.23's takes none: it reads what was published.
+    initialize_moe_config(*[args][: len(inspect.signature(initialize_moe_config).parameters)])
+
+
+def _ranks(rank: int, tp: int, ep: int) -> dict[str, int]:
+    """What ``get_parallel()`` says on one of ``tp`` ranks, of which ``ep`` share the experts out."""
+    moe_tp = tp // ep
+    return {
+        "tp_size": tp, "tp_rank": rank, "attn_tp_size": tp, "attn_tp_rank": rank, "attn_dp_size": 1, "attn_dp_rank": 0,
+        "pp_size": 1, "pp_rank": 0, "attn_cp_size": 1, "attn_cp_rank": 0, "moe_dp_size": 1, "moe_dp_rank": 0,
+        "moe_ep_size": ep, "moe_ep_rank": rank // moe_tp, "moe_tp_size": moe_tp, "moe_tp_rank": rank % moe_tp,
+    }  # fmt: skip
+
+
+@contextmanager
+def rank_of(rank: int, tp: int, ep: int = 1) -> Iterator[None]:
+    """This process passes for one of several ranks while layers are made and loaded."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    values: dict[str, Any] = dict(_ranks(rank, tp, ep))
+    if tp > 1:  # 0.5.23's linear layers ask their group
+        values |= {name: _Group(getattr(parallel, name), rank, tp) for name in ("tp_group", "attn_tp_group")}
+    with patch.dict(parallel._overrides, values):
+        yield
+
+
+class _Group:
+    """A process group of one rank that says it is one of several."""
+
+    def __init__(self, group: Any, rank: int, size: int):
+        self._group, self.rank_in_group, self.world_size = group, rank, size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+
+def make(checkpoint: Path, dtype: str = "bfloat16", **options: Any) -> tuple[torch.nn.Module, Any]:
+    """The model that SGLang makes of a checkpoint, empty, and its ``ModelConfig``. ``options`` are ServerArgs'."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader import loader
+
+    args = server_args(checkpoint, dtype=dtype, **options)
+    publish(args)
+    config = ModelConfig.from_server_args(args)
+    quantization = loader._get_quantization_config(config, LoadConfig())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype)
+    try:
+        # Looked up where SGLang's loaders look it up, with mixprec's hook around it.
+        return loader._initialize_model(config, LoadConfig(), quantization), config
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load(model: torch.nn.Module, config: Any) -> None:
+    """Loads a checkpoint's files as SGLang does, up to the processing after."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    model.load_weights(DefaultModelLoader(LoadConfig())._get_all_weights(config, model))
+
+
+def serve(checkpoint: Path, **options: Any) -> torch.nn.Module:
+    """:func:`make` and :func:`load`."""
+    model, config = make(checkpoint, **options)
+    load(model, config)
+    return model
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A layer's own parameters that hold something."""
+    return {name: p.data for name, p in module.named_parameters(recurse=False) if p.numel()}
+
+
+def classes_of(objects: Sequence[object]) -> list[str]:
+    return [type(item).__name__ for item in objects]
