@@ -157,6 +157,27 @@ def verify(
         print("no difference")
 
 
+@app.command()
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A compiled checkpoint to be served.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that this machine can serve compiled checkpoints, or this one, with SGLang."""
+    from mixprec_runtime.doctor import examine
+
+    findings = examine(folder)
+    if as_json:
+        _print_json([{"status": f.status, "subject": f.subject, "text": f.text} for f in findings])
+    else:
+        from .report import show_findings
+
+        show_findings([(f.status, f.subject, f.text) for f in findings], _console())
+    if any(f.status == "fail" for f in findings):
+        raise typer.Exit(1)
+
+
 def _errors_against(folder: Path, against: str, moved: dict[str, str]) -> list[Any]:
     from .sources import open_source
     from .verify import read_manifest, weight_errors

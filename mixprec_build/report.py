@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from .sources import Source
     from .verify import WeightError
 
-__all__ = ["human", "inspect_facts", "plan_facts", "printable", "show_errors", "show_inspect", "show_plan"]
+__all__ = [
+    "human",
+    "inspect_facts",
+    "plan_facts",
+    "printable",
+    "show_errors",
+    "show_findings",
+    "show_inspect",
+    "show_plan",
+]
 
 # What a terminal shows at most; --json has all of it.
 _MAX_LINES = 1000
@@ -321,6 +330,13 @@ def _show_notes(facts: Mapping[str, Any], console: Console) -> None:
 def printable(text: str) -> str:
     """``text`` with escapes for what is not visible: control characters, line ends, changes of direction."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def show_findings(findings: Iterable[tuple[str, str, str]], console: Console) -> None:
+    """What `mixprec doctor` found: ``(status, subject, text)``, with the status ``ok``, ``warn`` or ``fail``."""
+    styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    for status, subject, text in findings:
+        _say(f"{status:4}  {subject}: {text}", console, style=styles[status], soft_wrap=True)
 
 
 def _say(line: str, console: Console, *, style: str = "", soft_wrap: bool = False) -> None:

@@ -29,6 +29,10 @@ from .native import NativeFormat
 __all__ = ["ExpertGroup", "MixedExpertsMethod", "add_up", "numbers_in_groups"]
 
 
+# The tensors that a module may be stored as, in any format.
+_LEAVES = ("weight", "weight_scale", "weight_scale_inv", "input_scale", "qweight", "qzeros", "scales", "g_idx")
+
+
 class ExpertGroup(FusedMoE):
     """The experts of one format of one layer on this rank."""
 
@@ -125,8 +129,13 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         return group
 
     def _register_doors(self, layer: FusedMoE, place: Mapping[int, tuple[int, int]]) -> None:
-        """Models look for parameters of the layer: empty ones pass on what they are given to the expert's group."""
-        for name in sorted({name for group in layer.groups for name, _ in group.named_parameters(recurse=False)}):
+        """Models look for parameters of the layer: empty ones pass on what they are given to the expert's group.
+
+        There is one for every tensor of every format: Mixtral (models/mixtral.py:448) looks for those of experts of
+        other ranks too, whose formats this rank may have no group of.
+        """
+        names = {f"{weight}_{leaf}" for weight in ("w13", "w2") for leaf in _LEAVES}
+        for name in sorted(names.union(*(dict(group.named_parameters(recurse=False)) for group in layer.groups))):
             door = Parameter(torch.empty(0), requires_grad=False)
             door.weight_loader = self._door(layer, name, place)
             layer.register_parameter(name, door)

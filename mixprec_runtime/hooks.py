@@ -15,6 +15,7 @@ import torch
 from torch.nn import Module
 
 from mixprec_build.errors import MixprecError
+from mixprec_build.formats.registry import format_from_json
 from mixprec_build.manifest import MANIFEST, METHOD, read_manifest
 
 from . import launch, memory, reference
@@ -54,7 +55,7 @@ def initialize_model(
         raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
     manifest = _manifest(model_config)
     modules = manifest["modules"]
-    _check_declaration(quant_config, modules)
+    _check_declaration(quant_config, manifest)
     quant_config.bind(modules)
     launch.check_arguments()
     model = original(model_config, load_config, quant_config)
@@ -82,15 +83,15 @@ def _manifest(model_config: Any) -> dict[str, Any]:
         raise RuntimeError(f"{error} (SGLang is given the whole folder that `mixprec build` writes)") from error
 
 
-def _check_declaration(config: MixPrecConfig, modules: Mapping[str, Any]) -> None:
-    """Raises ``RuntimeError`` where config.json declares other formats than the manifest."""
-    kinds = {name: fmt.kind for name, fmt in config.declaration.formats.items()}
-    for name, module in modules.items():
-        kind = config.declaration.format_of(name).kind
-        if kind != kinds.get(module["format"]):
+def _check_declaration(config: MixPrecConfig, manifest: Mapping[str, Any]) -> None:
+    """Raises ``RuntimeError`` where config.json declares other formats, or other parameters, than the manifest."""
+    built = {name: format_from_json(data) for name, data in manifest["formats"].items()}
+    for name, module in manifest["modules"].items():
+        now, then = config.declaration.format_of(name), built[module["format"]]
+        if now != then:
             raise RuntimeError(
-                f"config.json declares {name} as {kind}, the manifest as {module['format']}: one of them was changed "
-                "after building; build the checkpoint again"
+                f"config.json declares {name} as {now.kind} {now.to_json()}, the manifest as {then.to_json()}: one of "
+                "them was changed after building; build the checkpoint again"
             )
 
 

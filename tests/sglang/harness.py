@@ -12,8 +12,8 @@ import runpy
 import socket
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +23,10 @@ from serving import Shape, write_sources
 
 import mixprec_runtime.cpu
 
-__all__ = ["build", "free_port", "load", "make", "rank_of", "serve", "start", "tensors_of"]
+__all__ = [
+    "build", "free_port", "load", "make", "parameters_of", "rank_of", "serve", "server_args", "sources", "stage_of",
+    "start", "tensors_of",
+]  # fmt: skip
 
 VARIANTS = [
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "gptq_int4_g64", "gptq_int4_act", "gptq_int8",
@@ -39,13 +42,12 @@ def sources(folder: Path, shape: Shape) -> dict[str, Path]:
     return {v: home / v for v in VARIANTS} if home.exists() else write_sources(home, shape, VARIANTS)
 
 
-def build(folder: Path, shape: Shape, lines: Mapping[str, str], out: Path) -> Path:
-    """Compiles a mix; ``lines`` are those below ``weights:``."""
+def build(paths: Mapping[str, Path], lines: Mapping[str, str], out: Path) -> Path:
+    """Compiles a mix of sources; ``lines`` are those below ``weights:``."""
     from mixprec_build.build import plan_recipe, run_plan
 
     # Sources must not be named as a format that they do not hold.
-    text = [f"model: {sources(folder, shape)['bf16']}", "sources:"]
-    text += [f"  from_{variant}: {path}" for variant, path in sources(folder, shape).items()]
+    text = [f"model: {paths['bf16']}", "sources:", *(f"  from_{name}: {path}" for name, path in paths.items())]
     text += ["default: from_bf16", "weights:", *(f"  '{name}': from_{variant}" for name, variant in lines.items())]
     recipe = out.with_suffix(".yaml")
     recipe.write_text("\n".join(text if lines else text[:-1]))
@@ -127,9 +129,28 @@ def rank_of(rank: int, tp: int, ep: int = 1) -> Iterator[None]:
 
     parallel = get_parallel()
     values: dict[str, Any] = dict(_ranks(rank, tp, ep))
-    if tp > 1:  # 0.5.23's linear layers ask their group
-        values |= {name: _Group(getattr(parallel, name), rank, tp) for name in ("tp_group", "attn_tp_group")}
+    for kind, group_rank, size in (  # 0.5.23's layers ask their group
+        ("tp", rank, tp),
+        ("attn_tp", rank, tp),
+        ("moe_ep", values["moe_ep_rank"], ep),
+        ("moe_tp", values["moe_tp_rank"], tp // ep),
+    ):
+        values[f"{kind}_group"] = _Group(getattr(parallel, f"{kind}_group"), group_rank, size)
     with patch.dict(parallel._overrides, values):
+        yield
+
+
+@contextmanager
+def stage_of(rank: int, stages: int) -> Iterator[None]:
+    """This process passes for one of several pipeline stages."""
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    group = _Group(parallel.pp_group, rank, stages)
+    # 0.5.23 has it in its context only.
+    known = patch.object(parallel_state, "_PP", group) if hasattr(parallel_state, "_PP") else nullcontext()
+    with known, patch.dict(parallel._overrides, {"pp_size": stages, "pp_rank": rank, "pp_group": group}):
         yield
 
 
@@ -138,6 +159,7 @@ class _Group:
 
     def __init__(self, group: Any, rank: int, size: int):
         self._group, self.rank_in_group, self.world_size = group, rank, size
+        self.is_first_rank, self.is_last_rank = rank == 0, rank == size - 1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
@@ -180,7 +202,3 @@ def serve(checkpoint: Path, **options: Any) -> torch.nn.Module:
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A layer's own parameters that hold something."""
     return {name: p.data for name, p in module.named_parameters(recurse=False) if p.numel()}
-
-
-def classes_of(objects: Sequence[object]) -> list[str]:
-    return [type(item).__name__ for item in objects]

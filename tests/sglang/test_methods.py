@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import build, make, rank_of
-from mixes import MIXES, SHAPES
+import torch
+from harness import make, parameters_of, rank_of
+from mixes import MIXES, Expected, mix
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -30,3 +31,48 @@ EXPERTS = {
     "gptq_int4_g64": "GPTQMarlinMoEMethod",
     "gptq_int8": "GPTQMarlinMoEMethod",
 }
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize("name", MIXES)
+def test_every_layer_is_of_the_class_and_shape_of_its_format(folder: Path, name: str, tp: int, ep: int) -> None:
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    with rank_of(tp - 1, tp, ep):
+        model, _ = make(mix(folder, name))
+    expected = Expected(folder, MIXES[name], tp - 1, tp, ep)
+    seen = set()
+    for path, module in model.named_modules():
+        method = type(getattr(module, "quant_method", None)).__name__
+        seen.add(method)
+        if isinstance(module, LinearBase):
+            assert method == LINEAR[expected.variant(expected.parts(path)[0])], path
+            alike(path, module, expected.linear(path))
+        elif path.endswith(".experts"):
+            groups = expected.groups(path)
+            mixed = len(expected.groups(path, everywhere=True)) > 1
+            assert (method == "MixedExpertsMethod") == mixed, path
+            for layer, (variant, numbers) in zip(groups_of(module), groups.items(), strict=True):
+                assert type(layer.quant_method).__name__ == EXPERTS[variant], path
+                alike(path, layer, expected.experts(path, numbers))
+        elif isinstance(module, VocabParallelEmbedding):
+            assert method == "UnquantizedEmbeddingMethod", path
+            alike(path, module, {"weight": expected.plain(f"{path}.weight")})
+        elif isinstance(module, RadixAttention):
+            assert method == "NoneType", path
+    assert seen >= {LINEAR[v] for line, v in MIXES[name][1].items() if "experts" not in line}
+
+
+def groups_of(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The layers that hold a MoE layer's weights: itself, or one for each format."""
+    yield from getattr(layer, "groups", [layer])
+
+
+def alike(path: str, layer: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """Names, shapes and dtypes. SGLang makes Marlin's scales in the model's dtype."""
+    made = {name: (tuple(p.shape), p.dtype) for name, p in parameters_of(layer).items() if "sort_indices" not in name}
+    assert made == {
+        name: (tuple(t.shape), torch.bfloat16 if name.endswith("scales") else t.dtype) for name, t in expected.items()
+    }, path

@@ -1,0 +1,168 @@
+"""`mixprec doctor`: can this machine serve, and can it serve this checkpoint? Answered before a long launch fails.
+
+Works without SGLang and without a GPU, whose absence is then what it reports.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixprec_build import __version__
+from mixprec_build.checkpoint import Checkpoint, open_checkpoint
+from mixprec_build.errors import MixprecError
+from mixprec_build.formats.base import Format
+from mixprec_build.manifest import METHOD, Declaration, read_manifest
+from mixprec_build.servable import some
+
+from .plugin import version_problem
+
+__all__ = ["Finding", "examine"]
+
+GROUP = "sglang.srt.plugins"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. ``status`` is ``ok``, ``warn`` (something to know) or ``fail`` (will not serve)."""
+
+    status: str
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """``capability`` is 90 for a Hopper GPU."""
+
+    name: str
+    capability: int
+
+
+def examine(out: Path | None = None) -> list[Finding]:
+    """Everything that serving needs, and with ``out`` what serving that compiled checkpoint needs."""
+    gpu, missing = _find_gpu()
+    findings = [*_versions(), *_plugin()]
+    if gpu is None:
+        findings.append(Finding("warn", "GPU", f"{missing}; `python -m mixprec_runtime.cpu` serves slowly, for a try"))
+    else:
+        findings.append(Finding("ok", "GPU", f"{gpu.name}, compute capability {gpu.capability / 10}"))
+    findings += _formats(gpu)
+    if out is not None:
+        findings += _checkpoint(out, gpu)
+    return findings
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("ok", "mixprec", f"{__version__}, Python {platform.python_version()}")
+    for package in ("torch", "transformers"):
+        version = _version(package)
+        yield Finding("ok" if version else "warn", package, version or "not installed")
+    sglang = _version("sglang")
+    if sglang is None:
+        yield Finding("fail", "SGLang", "not installed; pip install 'mixprec[sglang]'")
+    else:
+        problem = version_problem(sglang)
+        yield Finding("fail", "SGLang", problem) if problem else Finding("ok", "SGLang", sglang)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plugin() -> Iterator[Finding]:
+    points = [point for point in importlib.metadata.entry_points(group=GROUP) if point.name == METHOD]
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    if not points:
+        yield Finding("fail", "plugin", f"no entry point {METHOD} in {GROUP}: install mixprec beside SGLang with pip")
+    elif allowed is not None and METHOD not in [name.strip() for name in allowed.split(",")]:
+        yield Finding("fail", "plugin", f"SGLANG_PLUGINS={allowed} leaves it out: add {METHOD}, or unset it")
+    else:
+        yield Finding("ok", "plugin", f"SGLang sees {points[0].value}")
+
+
+def _find_gpu() -> tuple[Gpu | None, str]:
+    if importlib.util.find_spec("torch") is None:
+        return None, "no torch to look for one with"
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, "none that torch can use"
+    major, minor = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), 10 * major + minor), ""
+
+
+# kind -> (what SGLang runs it with, the least compute capability)
+_KERNELS = {
+    "bf16": ("dense GEMM, Triton for experts", 80),
+    "fp16": ("dense GEMM, Triton for experts", 75),
+    "fp32": ("cast to the model's dtype when loaded", 75),
+    "fp8_block": ("block FP8 (DeepGEMM or Triton), Triton for experts", 80),
+    "fp8_channel": ("FP8 GEMM with token and channel scales, Triton for experts", 89),
+    "fp8_tensor": ("FP8 GEMM, Triton for experts", 80),
+    "gptq_int4": ("Marlin", 80),
+    "gptq_int8": ("Marlin", 80),
+}
+
+
+def _formats(gpu: Gpu | None) -> Iterator[Finding]:
+    for kind, (kernel, least) in _KERNELS.items():
+        if gpu is not None and gpu.capability < least:
+            text = f"{kernel}: needs compute capability {least / 10}, this GPU has {gpu.capability / 10}"
+            yield Finding("warn", kind, text)
+        else:
+            yield Finding("ok", kind, f"{kernel}, compute capability {least / 10} and up")
+
+
+def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
+    try:
+        checkpoint = open_checkpoint(str(out))
+        if checkpoint.quantization.get("quant_method") != METHOD:
+            yield Finding("fail", str(out), "was not built by mixprec: SGLang serves it as what it is")
+            return
+        manifest = read_manifest(out)
+        declaration = Declaration.from_json(checkpoint.quantization)
+        formats = {name: declaration.format_of(name) for name in manifest["modules"]}
+    except MixprecError as error:
+        yield Finding("fail", str(out), str(error))
+        return
+    counts = Counter(formats.values())
+    problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
+    yield from problems
+    if not problems:
+        modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())
+        yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}")
+
+
+def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Tensors whose headers are not as the manifest says; `mixprec verify` compares their bytes."""
+    declared = {name: tensor for module in manifest["modules"].values() for name, tensor in module["tensors"].items()}
+    stored = {name: (info.dtype, list(info.shape)) for name, info in checkpoint.tensors.items()}
+    changed = [name for name, t in declared.items() if stored.get(name) != (t["dtype"], t["shape"])]
+    changed += stored.keys() - declared.keys()
+    if changed:
+        yield Finding("fail", "tensors", f"not as they were built: {some(changed)}; build the checkpoint again")
+
+
+def _not_served(
+    checkpoint: Checkpoint, manifest: Mapping[str, Any], counts: Mapping[Format, int], gpu: Gpu | None
+) -> Iterator[Finding]:
+    for problem in manifest["unservable"]:
+        yield Finding("fail", "unservable", problem)
+    for fmt, count in counts.items():
+        least = _KERNELS[fmt.kind][1] if fmt.kind in _KERNELS else 0
+        if gpu is not None and gpu.capability < least:
+            yield Finding("fail", fmt.kind, f"{count:,} modules need a GPU of compute capability {least / 10}")
+    dtype = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    if dtype == "float32" and any(fmt.quantized for fmt in counts):
+        yield Finding("warn", "dtype", "config.json says float32: start SGLang with --dtype bfloat16 or half")

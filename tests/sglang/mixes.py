@@ -1,0 +1,224 @@
+"""The checkpoints that these tests serve, and where in SGLang's models each of their tensors belongs.
+
+Written down from what the formats and models are, without mixprec: the tests compare with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from harness import build, sources, tensors_of
+from serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, Shape
+
+__all__ = ["MIXES", "Expected", "Mix", "mix"]
+
+# Large enough for four ranks of every format.
+_SIZES = {"hidden": 512, "intermediate": 1024, "expert_intermediate": 512, "heads": 4, "kv_heads": 2, "head_dim": 128}
+
+Mix = tuple[Shape, Mapping[str, str]]
+
+MIXES: Mapping[str, Mix] = {
+    "llama": (
+        LLAMA.of(**_SIZES, layers=3),
+        {
+            "model.layers.0.self_attn.*": "fp8_block",
+            "model.layers.0.mlp.*": "gptq_int4",
+            "model.layers.1.self_attn.*": "fp8_channel",
+            "model.layers.1.mlp.*": "fp8_tensor",
+            "model.layers.1.mlp.down_proj": "gptq_int8",
+            "model.layers.2.self_attn.*": "gptq_int4_act",
+            "model.layers.2.self_attn.o_proj": "bf16",
+            "model.layers.2.mlp.*": "gptq_int4_g64",
+            "model.layers.2.mlp.down_proj": "gptq_int4_act",
+        },
+    ),
+    "qwen2": (
+        QWEN2.of(**_SIZES),
+        {
+            "model.layers.0.self_attn.*": "gptq_int4",
+            "model.layers.0.mlp.*": "fp8_block",
+            "model.layers.1.self_attn.*": "fp8_tensor",
+        },
+    ),
+    "qwen3": (
+        QWEN3.of(**_SIZES),
+        {"model.layers.*.self_attn.*": "fp8_block", "model.layers.1.mlp.*": "fp8_channel"},
+    ),
+    "qwen3_moe": (
+        QWEN3_MOE.of(**_SIZES, layers=4),
+        {
+            "model.layers.*.self_attn.*": "fp8_block",
+            "model.layers.0.mlp.experts.*": "gptq_int4",
+            "model.layers.1.mlp.experts.*": "fp8_block",
+            "model.layers.2.mlp.experts.*": "gptq_int4",
+            "model.layers.2.mlp.experts.{0..2}.*": "fp8_block",
+            "model.layers.2.mlp.experts.4.*": "fp8_channel",
+            "model.layers.2.mlp.experts.6.*": "bf16",
+            "model.layers.3.mlp.experts.{1,2,7}.*": "fp8_tensor",
+            "model.layers.3.mlp.experts.{4,5}.*": "gptq_int8",
+            "model.layers.3.mlp.experts.6.*": "gptq_int4_g64",
+        },
+    ),
+    "mixtral": (
+        MIXTRAL.of(**_SIZES, layers=3),
+        {
+            "model.layers.*.self_attn.*": "fp8_channel",
+            "model.layers.0.block_sparse_moe.experts.*": "gptq_int4_g64",
+            "model.layers.1.block_sparse_moe.experts.*": "fp8_tensor",
+            "model.layers.2.block_sparse_moe.experts.{0..3}.*": "gptq_int8",
+        },
+    ),
+    "deepseek": (
+        DEEPSEEK.of(**_SIZES, layers=3),
+        {
+            "model.layers.*.self_attn.q_b_proj": "fp8_channel",
+            "model.layers.*.self_attn.o_proj": "fp8_block",
+            "model.layers.0.mlp.*": "gptq_int4",
+            "model.layers.1.mlp.experts.*": "fp8_channel",
+            "model.layers.1.mlp.shared_experts.*": "fp8_block",
+            "model.layers.2.mlp.experts.*": "gptq_int4",
+            "model.layers.2.mlp.experts.{3,5}.*": "fp8_block",
+        },
+    ),
+}
+
+
+def mix(folder: Path, name: str) -> Path:
+    """The checkpoint of that name, built once below ``folder``."""
+    out, (shape, lines) = folder / name, MIXES[name]
+    return out if out.exists() else build(sources(folder, shape), lines, out)
+
+
+def variant_of(mix: Mix, module: str) -> str:
+    """Which source's format a linear module has: by the last line that matches."""
+    found = "bf16"
+    for line, variant in mix[1].items():
+        if any(fnmatchcase(module, pattern) for pattern in _patterns(line)):
+            found = variant
+    return found
+
+
+def _patterns(line: str) -> list[str]:
+    braces = re.search(r"\{(.*?)\}", line)
+    if not braces:
+        return [line]
+    first, dots, last = braces[1].partition("..")
+    numbers = range(int(first), int(last) + 1) if dots else braces[1].split(",")
+    return [line.replace(braces[0], str(number)) for number in numbers]
+
+
+# What SGLang joins. The parts are in the order in which its GEMM has them.
+_PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+_EXPERT_PARTS = {
+    "mixtral": {"w13": ("w1", "w3"), "w2": ("w2",)},
+    "": {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)},
+}
+_LINEAR = re.compile(r"(?!.*\.(kv_b_proj|q_a_proj)$).*(_proj|\.w[123])")  # what the sources hold quantized
+_ROW_PARALLEL = ("o_proj", "down_proj", "w2")
+_WHOLE = ("gate", "fused_qkv_a_proj_with_mqa")
+
+# Leaf -> which axis runs over a module's outputs, which over its inputs.
+_AXES = {
+    "weight": (0, 1), "weight_scale_inv": (0, 1), "weight_scale": (0, None), "bias": (0, None),
+    "qweight": (1, 0), "qzeros": (1, 0), "scales": (1, 0), "g_idx": (None, 0),
+}  # fmt: skip
+
+
+class Expected:
+    """What the parameters of a model must hold on one of ``tp`` ranks, of which ``ep`` share the experts out."""
+
+    def __init__(self, folder: Path, mix: Mix, rank: int = 0, tp: int = 1, ep: int = 1):
+        self.shape, self._mix, self._rank, self._tp, self._ep = mix[0], mix, rank, tp, ep
+        stored = {variant: tensors_of(path) for variant, path in sources(folder, mix[0]).items()}
+        self._tensors: dict[str, torch.Tensor] = {}
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in stored["bf16"]):
+            own = stored[self.variant(module)]
+            self._tensors |= {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] == module}
+
+    def variant(self, module: str) -> str:
+        """Which source a module comes from."""
+        return variant_of(self._mix, module) if _LINEAR.fullmatch(module) else "bf16"
+
+    def local(self) -> list[int]:
+        """The experts of this rank."""
+        each = self.shape.experts // self._ep
+        first = self._rank // (self._tp // self._ep) * each
+        return list(range(first, first + each))
+
+    def groups(self, layer: str, *, everywhere: bool = False) -> dict[str, list[int]]:
+        """This rank's experts of a layer by their format, in the order of their numbers; or those of all ranks."""
+        groups: dict[str, list[int]] = {}
+        down = _EXPERT_PARTS.get(self.shape.family, _EXPERT_PARTS[""])["w2"][0]
+        for expert in range(self.shape.experts) if everywhere else self.local():
+            groups.setdefault(self.variant(f"{layer}.{expert}.{down}"), []).append(expert)
+        return groups
+
+    def parts(self, layer: str) -> list[str]:
+        """The modules of the checkpoint that a linear layer of SGLang's joins."""
+        parent, _, last = layer.rpartition(".")
+        return [f"{parent}.{part}" for part in _PARTS.get(last, (last,))]
+
+    def linear(self, layer: str) -> dict[str, torch.Tensor]:
+        return self._joined(self.parts(layer), layer.rpartition(".")[2], self._tp, self._rank)
+
+    def experts(self, layer: str, numbers: list[int]) -> dict[str, torch.Tensor]:
+        """Stacked tensors of these experts, which share a format."""
+        tp = self._tp // self._ep
+        out = {}
+        for weight, parts in _EXPERT_PARTS.get(self.shape.family, _EXPERT_PARTS[""]).items():
+            each = [
+                self._joined([f"{layer}.{e}.{part}" for part in parts], weight, tp, self._rank % tp) for e in numbers
+            ]
+            for leaf in each[0]:
+                stacked = torch.stack([_bytes(tensors[leaf]) for tensors in each]).view(each[0][leaf].dtype)
+                scalars = leaf == "weight_scale" and each[0][leaf].numel() == len(parts)
+                out[f"{weight}_{leaf}"] = stacked.squeeze(-1) if scalars else stacked
+        return out
+
+    def _joined(self, modules: list[str], last: str, tp: int, rank: int) -> dict[str, torch.Tensor]:
+        leaves = [leaf for leaf in _AXES if f"{modules[0]}.{leaf}" in self._tensors]
+        out = {}
+        for leaf in leaves:
+            cut = [self._cut(f"{module}.{leaf}", leaf, last, tp, rank) for module in modules]
+            outputs = _AXES[leaf][0]
+            if cut[0].dim() == 0:
+                out[leaf] = torch.stack(cut)
+            elif outputs is None:
+                out[leaf] = cut[-1]  # the parts' input orders are one
+            else:
+                out[leaf] = torch.cat([_bytes(t) for t in cut], outputs).view(cut[0].dtype)
+        return out
+
+    def _cut(self, name: str, leaf: str, last: str, tp: int, rank: int) -> torch.Tensor:
+        tensor = self._tensors[name]
+        outputs, inputs = _AXES[leaf]
+        if tensor.dim() == 0 or last in _WHOLE:
+            return tensor
+        if last in _ROW_PARALLEL:
+            # With desc_act, inputs of any group may be on any rank.
+            act = self.variant(name.rpartition(".")[0]).endswith("_act") and leaf in ("scales", "qzeros")
+            return tensor if inputs is None or act else tensor.chunk(tp, inputs)[rank]
+        if outputs is None:
+            return tensor
+        if ".k_proj" in name or ".v_proj" in name:
+            copies = max(1, tp // self.shape.kv_heads)
+            return tensor.chunk(tp // copies, outputs)[rank // copies]
+        return tensor.chunk(tp, outputs)[rank]
+
+    def plain(self, name: str) -> torch.Tensor:
+        """Any other tensor."""
+        tensor = self._tensors[name]
+        return tensor.chunk(self._tp)[self._rank] if "embed_tokens" in name or "lm_head" in name else tensor
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """FP8 knows neither cat nor stack in every torch."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

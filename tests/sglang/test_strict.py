@@ -1,0 +1,252 @@
+"""A checkpoint reaches SGLang's model whole, or the server stops and says which tensor did not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import build, load, make, rank_of, serve, sources, stage_of, tensors_of
+from mixes import MIXES, mix
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.usefixtures("sglang")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint whose files were changed after it was built."""
+
+    def copy(name: str, edit: Callable[[Tensors], object] | None = None, **config: Any) -> Path:
+        out = shutil.copytree(mix(folder, name), tmp_path / name)
+        if edit:
+            change_tensors(out, edit)
+        change_config(out, config)
+        return out
+
+    return copy
+
+
+def change_tensors(checkpoint: Path, edit: Callable[[Tensors], object]) -> None:
+    tensors = tensors_of(checkpoint)
+    edit(tensors)
+    first, *rest = sorted(checkpoint.glob("*.safetensors"))
+    for path in rest:
+        path.unlink()
+    save_file(tensors, first, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, first.name)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def change_config(checkpoint: Path, values: dict[str, Any]) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# Tensors that were changed after the build
+
+GONE = [
+    ("llama", "model.layers.1.self_attn.k_proj.weight_scale"),
+    ("llama", "model.layers.0.mlp.up_proj.qweight"),
+    ("llama", "model.layers.0.self_attn.v_proj.weight_scale_inv"),
+    ("llama", "model.norm.weight"),
+    ("qwen2", "model.layers.1.self_attn.q_proj.bias"),
+    ("qwen3_moe", "model.layers.0.mlp.experts.3.down_proj.scales"),
+    ("qwen3_moe", "model.layers.2.mlp.experts.1.gate_proj.weight_scale_inv"),
+    ("mixtral", "model.layers.2.block_sparse_moe.experts.7.w3.weight"),
+    ("deepseek", "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"),
+    ("deepseek", "model.layers.1.mlp.gate.e_score_correction_bias"),
+]
+
+
+@pytest.mark.parametrize(("name", "gone"), GONE)
+def test_a_tensor_that_is_not_in_the_files_stops_the_server(copy: Any, name: str, gone: str) -> None:
+    checkpoint = copy(name, lambda tensors: tensors.pop(gone))
+    # DeepSeek joins q_a_proj and kv_a_proj once it has both: then what it kept of the other is lost, too.
+    with pytest.raises(RuntimeError, match=rf"{gone}.*not in its files"):
+        serve(checkpoint)
+
+
+def test_a_tensor_that_the_manifest_does_not_have_stops_the_server(copy: Any) -> None:
+    checkpoint = copy("llama", lambda tensors: tensors.update({"model.layers.0.mlp.new.weight": torch.zeros(2)}))
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.new\.weight is not in the checkpoint's manifest"):
+        serve(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("gone", "change"),
+    [
+        ("model.norm.weight", lambda t: t.half()),
+        ("model.layers.0.mlp.up_proj.scales", lambda t: t.float()),
+        ("model.layers.1.self_attn.q_proj.weight_scale", lambda t: t[:, 0]),
+        ("model.layers.0.mlp.down_proj.qweight", lambda t: t[:-8]),
+    ],
+)
+def test_a_tensor_of_another_dtype_or_shape_stops_the_server(copy: Any, gone: str, change: Any) -> None:
+    checkpoint = copy("llama", lambda tensors: tensors.update({gone: change(tensors[gone]).contiguous()}))
+    with pytest.raises(RuntimeError, match=rf"{gone} is torch.*was built as"):
+        serve(checkpoint)
+
+
+# Tensors that SGLang loses, or loads wrongly
+
+
+def test_a_tensor_that_finds_no_parameter_stops_the_server(folder: Path, tmp_path: Path) -> None:
+    paths = sources(folder, MIXES["llama"][0])
+    lone = shutil.copytree(paths["bf16"], tmp_path / "bf16")
+    change_tensors(lone, lambda tensors: tensors.update({"model.layers.1.mlp.unknown.weight": torch.zeros(64, 64)}))
+    checkpoint = build({**paths, "bf16": lone}, {"model.layers.0.mlp.*": "fp8_block"}, tmp_path / "out")
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.unknown\.weight: dropped by SGLang's model"):
+        serve(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_parameter_that_nothing_is_loaded_into_stops_the_server(folder: Path, name: str) -> None:
+    model, config = make(mix(folder, name))
+    model.model.norm.register_parameter("stray", torch.nn.Parameter(torch.empty(7)))
+    with pytest.raises(RuntimeError, match=r"model\.norm\.stray: parameters that were not filled"):
+        load(model, config)
+
+
+def test_a_parameter_that_is_filled_by_half_stops_the_server(folder: Path) -> None:
+    model, config = make(mix(folder, "llama"))
+    weight = model.model.layers[1].mlp.down_proj.qweight
+    half = len(weight) // 2
+    weight._weight_loader = lambda parameter, loaded: parameter.data[:half].copy_(loaded[:half])
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.down_proj\.qweight"):
+        load(model, config)
+
+
+def test_a_quantized_tensor_that_is_loaded_into_another_dtype_stops_the_server(folder: Path) -> None:
+    """Without mixprec SGLang casts FP8 codes to BF16, forgets their scales, and answers."""
+    model, config = make(mix(folder, "llama"))
+    layer = model.model.layers[1].self_attn.o_proj
+    layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.o_proj\.weight is torch\.float8_e4m3fn.*bfloat16"):
+        load(model, config)
+
+
+# What is declared
+
+
+def declaration(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
+
+
+def test_a_module_that_config_declares_otherwise_than_the_manifest_stops_the_server(folder: Path, copy: Any) -> None:
+    declared = declaration(mix(folder, "llama"))
+    declared["modules"].append(["model.layers.1.mlp.down_proj", "fp8_block"])
+    with pytest.raises(RuntimeError, match=r"config\.json declares model\.layers\.1\.mlp\.down_proj as fp8_block"):
+        make(copy("llama", quantization_config=declared))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("gptq_int4", {"group_size": 64}), ("gptq_int4", {"desc_act": True}), ("fp8_tensor", {"activations": "static"})],
+)
+def test_a_format_whose_parameters_config_changes_stops_the_server(
+    folder: Path, copy: Any, name: str, changed: dict[str, Any]
+) -> None:
+    declared = declaration(mix(folder, "llama"))
+    declared["formats"][name] |= changed
+    with pytest.raises(RuntimeError, match=rf"config\.json declares model\.layers\.\d\..* as {name}"):
+        make(copy("llama", quantization_config=declared))
+
+
+def test_parts_of_one_layer_in_different_formats_stop_the_server(folder: Path, copy: Any) -> None:
+    """`--allow unservable` builds such checkpoints."""
+    from mixprec_runtime.config import MixPrecConfig
+
+    declared = declaration(mix(folder, "llama"))
+    declared["modules"].append(["model.layers.1.self_attn.k_proj", "fp8_block"])
+    config = MixPrecConfig.from_config(declared)
+    config.bind([f"model.layers.1.self_attn.{part}_proj" for part in "qkvo"])
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    with pytest.raises(ValueError, match=r"qkv_proj is one layer.*k_proj fp8_block.*"):
+        ReplicatedLinear(512, 512, quant_config=config, prefix="model.layers.1.self_attn.qkv_proj")
+
+
+def test_a_missing_manifest_stops_the_server(copy: Any) -> None:
+    checkpoint = copy("llama")
+    (checkpoint / "mixprec_manifest.json").unlink()
+    with pytest.raises(RuntimeError, match=r"mixprec_manifest\.json: not there.*the whole folder"):
+        make(checkpoint)
+
+
+def test_a_changed_manifest_stops_the_server(copy: Any) -> None:
+    checkpoint = copy("llama")
+    path = checkpoint / "mixprec_manifest.json"
+    path.write_text(path.read_text().replace('"fp8_channel"', '"fp8_tensor"', 1))
+    with pytest.raises(RuntimeError, match=r"mixprec_manifest\.json: was changed after it was written"):
+        make(checkpoint)
+
+
+# What SGLang leaves out for good reasons
+
+
+def custom(folder: Path, tmp_path: Path, name: str, edit: Callable[[Tensors], object], **config: Any) -> Path:
+    """A mix of edited sources."""
+    shape, lines = MIXES[name]
+    paths = {}
+    for variant, path in sources(folder, shape).items():
+        paths[variant] = shutil.copytree(path, tmp_path / variant)
+        change_tensors(paths[variant], edit)
+        change_config(paths[variant], config)
+    return build(paths, lines, tmp_path / "out")
+
+
+def test_a_tied_head_is_not_missed(folder: Path, tmp_path: Path) -> None:
+    serve(custom(folder, tmp_path, "qwen3", lambda t: t.pop("lm_head.weight"), tie_word_embeddings=True))
+
+
+def test_a_head_that_is_stored_although_tied_is_not_missed(folder: Path, tmp_path: Path) -> None:
+    serve(custom(folder, tmp_path, "llama", lambda t: None, tie_word_embeddings=True))
+
+
+def test_an_old_rotary_buffer_is_not_missed(folder: Path, tmp_path: Path) -> None:
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(64)}
+    serve(custom(folder, tmp_path, "llama", lambda t: t.update(buffer)))
+
+
+def test_layers_for_speculation_are_not_missed(folder: Path, tmp_path: Path) -> None:
+    past = MIXES["deepseek"][0].layers
+
+    def add(tensors: Tensors) -> None:
+        more = {n.replace(".2.", f".{past}.", 1): t.clone() for n, t in tensors.items() if ".layers.2." in n}
+        tensors |= {**more, f"model.layers.{past}.eh_proj.weight": torch.zeros(512, 1024, dtype=torch.bfloat16)}
+
+    serve(custom(folder, tmp_path, "deepseek", add, num_nextn_predict_layers=1))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_what_other_pipeline_stages_hold_is_not_missed(folder: Path, name: str) -> None:
+    for rank in range(2):
+        with stage_of(rank, 2):
+            serve(mix(folder, name))
+
+
+def test_what_this_pipeline_stage_holds_is_missed(folder: Path, copy: Any) -> None:
+    gone = "model.layers.2.mlp.down_proj.qweight"
+    checkpoint = copy("llama", lambda tensors: tensors.pop(gone))
+    with stage_of(0, 2):
+        serve(checkpoint)
+    with stage_of(1, 2), pytest.raises(RuntimeError, match=gone):
+        serve(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek"])
+def test_an_expert_is_missed_on_its_rank_only(folder: Path, copy: Any, name: str) -> None:
+    experts = "block_sparse_moe" if name == "mixtral" else "mlp"
+    gone = next(n for n in tensors_of(mix(folder, name)) if f"layers.2.{experts}.experts.5." in n)
+    checkpoint = copy(name, lambda tensors: tensors.pop(gone))
+    with rank_of(0, 2, 2):
+        serve(checkpoint)
+    with rank_of(1, 2, 2), pytest.raises(RuntimeError, match=gone):
+        serve(checkpoint)

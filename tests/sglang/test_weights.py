@@ -1,0 +1,48 @@
+"""What SGLang's own ``load_weights`` leaves in each parameter is, bit for bit, what the sources' tensors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import parameters_of, rank_of, serve
+from mixes import MIXES, Expected, mix
+from test_methods import groups_of
+
+pytestmark = pytest.mark.usefixtures("sglang")
+
+RANKS = [(0, 1, 1), (0, 2, 1), (1, 2, 1), (0, 4, 1), (1, 4, 1), (2, 4, 1), (3, 4, 1)]
+EXPERT_RANKS = [(0, 2, 2), (1, 2, 2), (1, 4, 2), (2, 4, 2)]
+
+
+@pytest.mark.parametrize(("rank", "tp", "ep"), RANKS + EXPERT_RANKS)
+@pytest.mark.parametrize("name", MIXES)
+def test_every_parameter_holds_the_bytes_of_its_sources(folder: Path, name: str, rank: int, tp: int, ep: int) -> None:
+    from sglang.srt.layers.linear import LinearBase
+
+    expected = Expected(folder, MIXES[name], rank, tp, ep)
+    if ep > 1 and not expected.shape.experts:
+        pytest.skip("no experts")
+    with rank_of(rank, tp, ep):
+        model = serve(mix(folder, name))
+    for path, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            same(path, module, expected.linear(path))
+        elif path.endswith(".experts"):
+            for layer, numbers in zip(groups_of(module), expected.groups(path).values(), strict=True):
+                same(path, layer, expected.experts(path, numbers))
+        elif ".groups." not in path:
+            same(path, module, {leaf: expected.plain(f"{path}.{leaf}") for leaf in parameters_of(module)})
+
+
+def same(path: str, layer: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    held = {name: tensor for name, tensor in parameters_of(layer).items() if "sort_indices" not in name}
+    assert held.keys() == expected.keys(), path
+    for name, tensor in expected.items():
+        # Scales of GPTQ are FP16 in the files, and rounded once to the model's dtype.
+        assert torch.equal(bits(held[name]), bits(tensor.to(held[name].dtype))), f"{path}.{name}"
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor
