@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
@@ -58,7 +59,6 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 
     def __init__(self, formats: Mapping[int, Format], native: Mapping[Format, NativeFormat], prefix: str):
         self._formats, self._native, self._prefix = formats, native, prefix
-        self._streams: list[torch.cuda.Stream] = []
 
     def create_weights(
         self,
@@ -137,7 +137,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         names = {f"{weight}_{leaf}" for weight in ("w13", "w2") for leaf in _LEAVES}
         for name in sorted(names.union(*(dict(group.named_parameters(recurse=False)) for group in layer.groups))):
             door = Parameter(torch.empty(0), requires_grad=False)
-            door.weight_loader = self._door(layer, name, place)
+            door.weight_loader = self._door(layer, name, place)  # type: ignore[attr-defined]
             layer.register_parameter(name, door)
 
     def _door(self, layer: FusedMoE, name: str, place: Mapping[int, tuple[int, int]]) -> Any:
@@ -156,15 +156,15 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 
         return load
 
-    def create_moe_runner(self, layer: Module, moe_runner_config: Any) -> None:
+    def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
         self.moe_runner_config = moe_runner_config
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Closes the doors. SGLang goes on to the groups by itself: they are modules with methods of their own."""
         for name in list(layer._parameters):
             del layer._parameters[name]
 
-    def apply(self, layer: Module, dispatch_output: Any) -> Any:
+    def apply(self, layer: Any, dispatch_output: Any) -> Any:
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
         hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
@@ -176,7 +176,8 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             group = layer.groups[number]
             mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=ids[number]))
             with _tiles_of_the_layer(layer, group, len(hidden_states)):
-                return group.quant_method.apply(group, mine).hidden_states
+                out: torch.Tensor = group.quant_method.apply(group, mine).hidden_states
+                return out
 
         outputs = list(self._outputs(len(layer.groups), run))
         return StandardCombineInput(hidden_states=add_up(outputs) if outputs else torch.zeros_like(hidden_states))
@@ -187,17 +188,22 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             yield from map(run, range(groups))
             return
         main = torch.cuda.current_stream()
-        while len(self._streams) < groups - 1:
-            self._streams.append(torch.cuda.Stream())
+        beside = [_side_stream(number) for number in range(1, groups)]
         results = {}
-        for number, stream in enumerate(self._streams, start=1):
+        for number, stream in enumerate(beside, start=1):
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
                 results[number] = run(number)
         results[0] = run(0)
-        for stream in self._streams:
+        for stream in beside:
             main.wait_stream(stream)
         yield from (results[number] for number in range(groups))
+
+
+@lru_cache
+def _side_stream(number: int) -> torch.cuda.Stream:
+    """One for all layers, which run one after the other."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def numbers_in_groups(ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -214,7 +220,7 @@ def numbers_in_groups(ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _number(ids, numbers, out, size, columns, GROUPS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One launch where indexing takes two: at few tokens these layers are bound by launches."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -239,7 +245,7 @@ def add_up(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return total.to(outputs[0].dtype)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _add_three(a, b, c, total, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One launch where torch takes four."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

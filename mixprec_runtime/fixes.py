@@ -44,7 +44,7 @@ def _name_errors(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
     """SGLang's complaints about shapes do not say which layer they are about, nor what to do."""
     create = method.create_weights
 
-    def create_weights(layer: Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:
         try:
             create(layer, *args, **kwargs)
         except (ValueError, AssertionError) as error:
@@ -64,7 +64,7 @@ def _answer_to_weight_scale(method: QuantizeMethodBase) -> None:
     """
     create, process = method.create_weights, method.process_weights_after_loading
 
-    def create_weights(layer: Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:
         create(layer, *args, **kwargs)
         alias = Parameter(torch.empty(0), requires_grad=False)
 
@@ -74,7 +74,7 @@ def _answer_to_weight_scale(method: QuantizeMethodBase) -> None:
         alias.weight_loader = load  # type: ignore[attr-defined]
         layer.register_parameter("weight_scale", alias)
 
-    def process_weights_after_loading(layer: Module) -> None:
+    def process_weights_after_loading(layer: Any) -> None:
         layer._parameters.pop("weight_scale", None)
         process(layer)
 
@@ -88,7 +88,7 @@ def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -
     create = method.create_weights
 
     def create_weights(
-        layer: Module, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+        layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
     ) -> None:
         for size, whole, step in (
             (input_size_per_partition, kwargs["input_size"], block[1]),
@@ -106,7 +106,7 @@ def _mind_marlin_shapes(method: QuantizeMethodBase, fmt: Gptq) -> None:
     create = method.create_weights
 
     def create_weights(
-        layer: Module, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+        layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
     ) -> None:
         fits, why = check_marlin_supports_shape(
             sum(output_partition_sizes), input_size_per_partition, kwargs["input_size"], fmt.group_size
@@ -136,7 +136,7 @@ def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
     create, process = method.create_weights, method.process_weights_after_loading
 
     def create_weights(
-        layer: Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -158,13 +158,13 @@ def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
             _recast(layer, f"{weight}_scales", params_dtype)
             _recast(layer, f"{weight}_qzeros", torch.int32)
 
-    def process_weights_after_loading(layer: Module) -> None:
+    def process_weights_after_loading(layer: Any) -> None:
         with _seen(layer, intermediate_size_per_partition=layer.hidden_size):
             process(layer)
         for name in ("w13_qzeros", "w2_qzeros"):
             layer._parameters.pop(name, None)
 
-    def create_moe_runner(layer: Module, *args: Any, **kwargs: Any) -> None:
+    def create_moe_runner(layer: Any, *args: Any, **kwargs: Any) -> None:
         create_runner(layer, *args, **kwargs)
         if _sees_other_ranks(layer):
             _skip_other_ranks(layer.scheme.kernel.runner)
@@ -174,7 +174,7 @@ def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
     method.process_weights_after_loading = process_weights_after_loading
 
 
-def _sees_other_ranks(layer: Module) -> bool:
+def _sees_other_ranks(layer: Any) -> bool:
     """Whether routed ids may be -1: those of experts on other ranks, or in other groups of a mixed layer."""
     return bool(layer.moe_ep_size > 1 or getattr(layer, "virtual_rank", False))
 
@@ -185,7 +185,7 @@ def _mend_tensor_scaled_experts(method: QuantizeMethodBase) -> None:
     set that scale. Activations are scaled token by token instead, with the same weights and weight scales."""
     create_runner = method.create_moe_runner
 
-    def create_moe_runner(layer: Module, *args: Any, **kwargs: Any) -> None:
+    def create_moe_runner(layer: Any, *args: Any, **kwargs: Any) -> None:
         create_runner(layer, *args, **kwargs)
         if not _sees_other_ranks(layer):
             return
@@ -218,7 +218,7 @@ def _skip_other_ranks(runner: Any) -> None:
     runner.run = run_with_map
 
 
-def _recast(layer: Module, name: str, dtype: torch.dtype) -> None:
+def _recast(layer: Any, name: str, dtype: torch.dtype) -> None:
     """Makes a parameter that nothing was loaded into once more, in ``dtype``."""
     old = getattr(layer, name)
     if old.dtype != dtype:
@@ -228,7 +228,7 @@ def _recast(layer: Module, name: str, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _seen(layer: Module, **values: Any) -> Iterator[None]:
+def _seen(layer: Any, **values: Any) -> Iterator[None]:
     """Attributes of a layer, for the length of one call, as SGLang's code should have read them."""
     before = {name: getattr(layer, name) for name in values}
     layer.__dict__.update(values)

@@ -60,7 +60,7 @@ def initialize_model(
     launch.check_arguments()
     model = original(model_config, load_config, quant_config)
     declared = {name: tensor for module in modules.values() for name, tensor in module["tensors"].items()}
-    load_weights = model.load_weights
+    load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
         # Later updates of weights, by a trainer say, bring some tensors only.

@@ -57,17 +57,20 @@ def measure(model: Module) -> dict[str, Any]:
     dense = 0
     seen: set[tuple[int, int]] = set()
     for path, module in model.named_modules():
-        fmt = getattr(getattr(module, "quant_method", None), "mixprec_format", None)
+        fmt: Format | None = getattr(getattr(module, "quant_method", None), "mixprec_format", None)
         layer = _LAYER.search(f"{path}.")
         for name, parameter in module.named_parameters(recurse=False):
             place = (parameter.data_ptr(), parameter.numel())
             if not parameter.numel() or place in seen:
                 continue
             seen.add(place)
-            quantized = fmt is not None and fmt.quantized and name != "bias"
-            by_format[fmt.kind if quantized else _DTYPES.get(parameter.dtype, str(parameter.dtype))] += parameter.nbytes
             by_layer[layer[1] if layer else "other"] += parameter.nbytes
-            dense += 2 * _weights_in(name, parameter, fmt) if quantized else parameter.nbytes
+            if fmt is not None and fmt.quantized and name != "bias":
+                by_format[fmt.kind] += parameter.nbytes
+                dense += 2 * _weights_in(name, parameter, fmt)
+            else:
+                by_format[_DTYPES.get(parameter.dtype, str(parameter.dtype))] += parameter.nbytes
+                dense += parameter.nbytes
     total = by_format.total()
     return {
         "weight_mb": total / _MIB,
@@ -85,7 +88,7 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def _weights_in(name: str, parameter: torch.Tensor, fmt: Format) -> int:
     """How many of the model's weights a parameter of a quantized layer holds: none, if scales or orders."""
     if name.endswith("qweight"):
-        return parameter.numel() * 32 // fmt.bits  # type: ignore[attr-defined]  # packed formats have bits
+        return parameter.numel() * 32 // int(fmt.bits)  # type: ignore[attr-defined]  # packed formats have bits
     return parameter.numel() if name.endswith("weight") else 0
 
 

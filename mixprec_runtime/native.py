@@ -79,7 +79,7 @@ class NativeFormat(QuantizationConfig):
             return [torch.bfloat16, torch.half, torch.float32]
         return list(self._config.get_supported_act_dtypes())
 
-    def get_min_capability(self) -> int:  # type: ignore[override]  # Fp8Config, too, answers by instance
+    def get_min_capability(self) -> int:  # of the instance, as Fp8Config's is
         return 75 if self._config is None else self._config.get_min_capability()
 
     @staticmethod

@@ -7,7 +7,7 @@ loading they are dequantized by the formats' reference arithmetic, and activatio
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +28,7 @@ from mixprec_build.formats.gptq import Gptq
 
 __all__ = ["announce", "in_use", "pretend_hopper", "stand_in", "unquantized_experts"]
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 def in_use() -> bool:
@@ -58,7 +58,7 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, *, experts: bool) -> None:
     """Replaces what ``method`` does after loading, and its arithmetic."""
     create = method.create_weights
 
-    def create_weights(layer: Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:
         with pretend_hopper():
             create(layer, *args, **kwargs)
 
@@ -79,7 +79,7 @@ def unquantized_experts() -> FusedMoEMethodBase:
     return method
 
 
-def _dequantize_linear(layer: Module, fmt: Format) -> None:
+def _dequantize_linear(layer: Any, fmt: Format) -> None:
     """Turns all of a layer's parameters but the bias into one dense ``weight [N, K]``."""
     stored = {
         leaf: parameter.data
@@ -92,7 +92,7 @@ def _dequantize_linear(layer: Module, fmt: Format) -> None:
     layer.register_parameter("weight", Parameter(weight.to(layer.params_dtype), requires_grad=False))
 
 
-def _dequantize_experts(layer: Module, fmt: Format) -> None:
+def _dequantize_experts(layer: Any, fmt: Format) -> None:
     """Turns ``w13_*`` and ``w2_*`` ``[E, ...]`` into dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
     for weight, parts in (("w13", 2), ("w2", 1)):
         stored = {
@@ -135,7 +135,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
-def _apply_experts(layer: Module, dispatch_output: Any) -> Any:
+def _apply_experts(layer: Any, dispatch_output: Any) -> Any:
     """A FusedMoE in plain torch. Ids outside ``[0, num_local_experts)`` are experts of other ranks.
 
     ``routed_scaling_factor`` is not applied: on a CPU, models multiply by it themselves (deepseek_v2.py:1011).

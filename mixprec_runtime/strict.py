@@ -134,22 +134,27 @@ class _Arriving(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        # Every shape that a loader asks for comes by here: what is neither a write nor a tensor leaves first.
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor | tuple | list) or func in _WRITES:
-                sources = [arg for arg in _flat((*args, *(kwargs or {}).values())) if isinstance(arg, cls)]
-                if not sources:
-                    return result
-                ledger = sources[0]._ledger
-                names = tuple(dict.fromkeys(name for source in sources for name in source._names))
-                if func in _WRITES and not isinstance(args[0], cls):
-                    ledger.copied(names, args[0] if func is torch.Tensor.copy_ else args[0][args[1]])
-                    return result
-                return _wrapped(result, ledger, names)
-        return result
+            result = func(*args, **kwargs) if kwargs else func(*args)
+            if func in _WRITES:
+                copy = func is torch.Tensor.copy_
+                into, value = args[0], args[1 if copy else 2]
+                if type(value) is cls and type(into) is not cls:
+                    value._ledger.copied(value._names, into if copy else into[args[1]])
+                return result
+            if isinstance(result, torch.Tensor):
+                source = args[0]
+                if type(source) is cls and not (len(args) > 1 and isinstance(args[1], torch.Tensor)):
+                    return cls.of(result, source._ledger, source._names)
+            elif not isinstance(result, (tuple, list)) or isinstance(result, torch.Size):
+                return result
+            sources = [arg for arg in _flat((*args, *(kwargs or {}).values())) if type(arg) is cls]
+            names = tuple(dict.fromkeys(name for source in sources for name in source._names))
+            return _wrapped(result, sources[0]._ledger, names)
 
 
-_WRITES = (torch.Tensor.copy_, torch.Tensor.__setitem__)
+_WRITES = {torch.Tensor.copy_, torch.Tensor.__setitem__}
 
 
 def _flat(args: Iterable[Any]) -> Iterator[Any]:
@@ -163,9 +168,7 @@ def _flat(args: Iterable[Any]) -> Iterator[Any]:
 def _wrapped(result: Any, ledger: Ledger, names: tuple[str, ...]) -> Any:
     if isinstance(result, torch.Tensor):
         return _Arriving.of(result, ledger, names)
-    if type(result) in (tuple, list):
-        return type(result)(_wrapped(item, ledger, names) for item in result)
-    return result
+    return type(result)(_wrapped(item, ledger, names) for item in result) if type(result) in (tuple, list) else result
 
 
 def load_strictly(
@@ -236,13 +239,13 @@ def _here(model: Module) -> Callable[[str], bool]:
             return False
         layer = _LAYER.search(name)
         if layer is None:
-            return get_parallel().pp_size == 1  # the first and the last stage have what is in no layer
+            return bool(get_parallel().pp_size == 1)  # the first and the last stage have what is in no layer
         # Layers past the last are for speculative decoding, those of other stages are loaded there.
-        if layers is not None and not (first <= int(layer[1]) < end):
+        if end is not None and not (first <= int(layer[1]) < end):
             return False
         expert = _EXPERT.fullmatch(name)
         if expert and expert[1] in moe:
-            return moe[expert[1]]._map_global_expert_id_to_local_expert_id(int(expert[2])) >= 0
+            return bool(moe[expert[1]]._map_global_expert_id_to_local_expert_id(int(expert[2])) >= 0)
         return True
 
     return belongs

@@ -11,7 +11,7 @@ from typing import Any
 def _stand_in() -> types.ModuleType:
     module = types.ModuleType("sgl_kernel")
     module.__path__ = []
-    module.__version__ = "0.0.0"
+    module.__version__ = "0.0.0"  # type: ignore[attr-defined]
 
     def missing(*_: Any, **__: Any) -> None:
         raise RuntimeError("sgl_kernel needs a GPU, and this process runs without one")
