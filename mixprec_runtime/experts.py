@@ -20,7 +20,7 @@ import triton.language as tl
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cpu
-from torch.nn import Module, ModuleList, Parameter
+from torch.nn import ModuleList, Parameter
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8

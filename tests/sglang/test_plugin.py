@@ -1,0 +1,135 @@
+"""SGLang finds the plugin by its entry point, and takes the method from a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import last_json, make, run_python
+from mixes import mix
+
+START = """
+import json, sys
+import sglang.srt.configs.model_config  # SGLang's main process has it in any case
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+if len(sys.argv) > 2:
+    import sglang.version
+    sglang.version.__version__ = sys.argv[2]
+load_plugins()
+"""
+
+MAIN_PROCESS = START + """
+from sglang.srt.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from sglang.srt.server_args import prepare_server_args
+ours = [t for t, hooks in HookRegistry._hooks.items() if any("mixprec" in h.__module__ for _, h, _ in hooks)]
+heavy = ["managers.scheduler", "managers.tp_worker", "model_executor.model_runner", "models.llama", "models.qwen3_moe"]
+out = {
+    "method": QUANTIZATION_METHODS["mixprec"].__name__,
+    "same": get_quantization_config("mixprec") is QUANTIZATION_METHODS["mixprec"],
+    "heavy": [name for name in heavy if f"sglang.srt.{name}" in sys.modules],
+    "hooks": ours,
+    "flag": prepare_server_args(
+        ["--model-path", sys.argv[1], "--device", "cpu", "--quantization", "mixprec"]
+    ).quantization,
+    "no flag": prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu"]).quantization,
+}
+import sglang.srt.managers.scheduler
+from mixprec_runtime import hooks
+HookRegistry.reset()
+hooks.register()
+HookRegistry.apply_hooks()
+out["worker"] = sorted(HookRegistry._patched)
+print(json.dumps(out))
+"""
+
+UNFIT = START + """
+from sglang.srt.configs.load_config import LoadConfig
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_loader.loader import _get_quantization_config
+from sglang.srt.server_args import ServerArgs
+config = ModelConfig.from_server_args(ServerArgs(model_path=sys.argv[1], device="cpu"))
+try:
+    _get_quantization_config(config, LoadConfig())
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_fresh_process_knows_the_method(folder: Path) -> None:
+    out = last_json(run_python(MAIN_PROCESS, str(mix(folder, "llama"))))
+    assert (out["method"], out["same"], out["flag"], out["no flag"]) == ("MixPrecConfig", True, "mixprec", None)
+    assert out["heavy"] == []
+    assert not any("Scheduler" in target for target in out["hooks"])
+    assert out["worker"] == [
+        "sglang.srt.managers.scheduler.Scheduler.__init__",
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        "sglang.srt.model_loader.loader._initialize_model",
+        "sglang.srt.model_loader.utils.get_model_architecture",
+    ]
+
+
+def test_a_sglang_that_does_not_fit_is_told_so_when_it_loads_a_checkpoint(folder: Path) -> None:
+    message = last_json(run_python(UNFIT, str(mix(folder, "llama")), "0.6.0"))
+    assert "serves with SGLang 0.5.15.post1 to 0.5.23, and this is SGLang 0.6.0" in message
+    assert "pip install 'sglang>=0.5.15.post1,<=0.5.23'" in message
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("0.5.15", False),
+        ("0.5.15.post1", True),
+        ("0.5.17", True),
+        ("0.5.17.dev3+g12ab", True),
+        ("0.5.23", True),
+        ("0.5.23.post1", False),
+        ("0.5.24rc1", False),
+        ("0.6.0", False),
+    ],
+)
+def test_versions_that_fit(version: str, fits: bool) -> None:
+    from mixprec_runtime.plugin import version_problem
+
+    assert (version_problem(version) is None) == fits
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("flag", [None, "mixprec"])
+def test_the_method_is_taken_from_the_checkpoint(folder: Path, flag: str | None) -> None:
+    _, config = make(mix(folder, "qwen3"), quantization=flag)
+    assert config.quantization == "mixprec"
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("flag", ["fp8", "gptq_marlin", "w8a8_fp8"])
+def test_another_method_is_refused(folder: Path, flag: str) -> None:
+    with pytest.raises(ValueError, match=rf"mixprec.*{flag}"):
+        make(mix(folder, "qwen3"), quantization=flag)
+
+
+@pytest.mark.usefixtures("sglang")
+def test_models_of_other_methods_are_left_alone(folder: Path) -> None:
+    from harness import sources
+    from mixes import MIXES
+
+    model, config = make(sources(folder, MIXES["llama"][0])["fp8_block"])
+    assert config.quantization == "fp8"
+    method = model.model.layers[0].self_attn.qkv_proj.quant_method
+    assert type(method).__name__ == "Fp8LinearMethod" and not vars(method).keys() & {"create_weights", "mixprec_format"}
+    assert "load_weights" not in vars(model)
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("damage", [{"version": 2}, {"default": "nothing"}, {"formats": {"x": {"kind": "bogus"}}}])
+def test_a_damaged_declaration_is_refused(folder: Path, tmp_path: Path, damage: dict[str, Any]) -> None:
+    import json
+    import shutil
+
+    checkpoint = shutil.copytree(mix(folder, "qwen3"), tmp_path / "damaged")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] |= damage
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json of this checkpoint: quantization_config"):
+        make(checkpoint)
