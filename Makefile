@@ -1,11 +1,16 @@
-# Everything runs in .venv, which `make setup` creates; nothing outside this folder is touched.
+# Everything runs in .venv, which `make setup` creates, and what needs SGLang in .venv-sglang, which `make sglang`
+# creates; nothing outside this folder is touched.
 
 PYTHON ?= python3
 # Any recent torch serves the demo and the tests, without CUDA, too.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# The main target of the plugin, and the ends of what it supports: these two are only unpacked.
+SGLANG ?= 0.5.17
+OTHERS := 0.5.15.post1 0.5.23
+SGLANG_BIN := .venv-sglang/bin
 
-.PHONY: setup demo test lint format bench fuzz clean
+.PHONY: setup demo test lint format bench fuzz sglang test-sglang serve-demo gpu-test gpu-bench clean
 
 setup: .venv/.ready
 
@@ -31,6 +36,38 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+sglang: .venv-sglang/.ready
+
+.venv-sglang/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-sglang
+	$(SGLANG_BIN)/pip install --quiet --upgrade pip
+	$(SGLANG_BIN)/pip install --quiet sglang==$(SGLANG) pytest
+	$(SGLANG_BIN)/pip install --quiet --editable .
+	for version in $(OTHERS); do \
+	  $(SGLANG_BIN)/pip install --quiet --no-deps --upgrade --target .venv-sglang/versions/$$version sglang==$$version \
+	    || exit; done
+	touch $@
+
+# The plugin inside the real SGLang, without a GPU.
+test-sglang: sglang
+	MIXPREC_SGLANG_VERSIONS="$(subst $() $(),:,$(OTHERS:%=$(CURDIR)/.venv-sglang/versions/%))" \
+	  $(SGLANG_BIN)/python -m pytest -o filterwarnings=default tests/sglang
+
+serve-demo: sglang .demo/smollm2-mixed
+	$(SGLANG_BIN)/python recipes/demo/serve.py .demo/smollm2-mixed
+
+.demo/smollm2-mixed: setup
+	$(BIN)/python recipes/demo/make_sources.py --out .demo/sources
+	$(BIN)/mixprec build recipes/demo/smollm2.yaml -o $@ --force
+
+# On a machine with a GPU and SGLang, in the environment that has them.
+gpu-test:
+	$(PYTHON) -m pytest -o filterwarnings=default -s tests/gpu
+
+gpu-bench:
+	$(PYTHON) tests/benchmarks/mixed_experts.py
+	$(PYTHON) tests/benchmarks/serving.py .demo/gpu-bench
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +86,4 @@ fuzz: setup
 	$(BIN)/python tests/fuzz/fuzz_readers.py --seconds 60
 
 clean:
-	rm -rf .demo .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .demo .venv .venv-sglang .pytest_cache .mypy_cache .ruff_cache .hypothesis

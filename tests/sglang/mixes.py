@@ -213,6 +213,14 @@ class Expected:
             return tensor.chunk(tp // copies, outputs)[rank // copies]
         return tensor.chunk(tp, outputs)[rank]
 
+    def modules(self) -> dict[str, dict[str, torch.Tensor]]:
+        """All tensors, uncut, by module and leaf."""
+        out: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in self._tensors.items():
+            module, _, leaf = name.rpartition(".")
+            out.setdefault(module, {})[leaf] = tensor
+        return out
+
     def plain(self, name: str) -> torch.Tensor:
         """Any other tensor."""
         tensor = self._tensors[name]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import last_json, make, run_python
-from mixes import mix
+from harness import last_json, make, run_python, sources
+from mixes import MIXES, mix
 
 START = """
 import json, sys
@@ -111,9 +113,6 @@ def test_another_method_is_refused(folder: Path, flag: str) -> None:
 
 @pytest.mark.usefixtures("sglang")
 def test_models_of_other_methods_are_left_alone(folder: Path) -> None:
-    from harness import sources
-    from mixes import MIXES
-
     model, config = make(sources(folder, MIXES["llama"][0])["fp8_block"])
     assert config.quantization == "fp8"
     method = model.model.layers[0].self_attn.qkv_proj.quant_method
@@ -124,9 +123,6 @@ def test_models_of_other_methods_are_left_alone(folder: Path) -> None:
 @pytest.mark.usefixtures("sglang")
 @pytest.mark.parametrize("damage", [{"version": 2}, {"default": "nothing"}, {"formats": {"x": {"kind": "bogus"}}}])
 def test_a_damaged_declaration_is_refused(folder: Path, tmp_path: Path, damage: dict[str, Any]) -> None:
-    import json
-    import shutil
-
     checkpoint = shutil.copytree(mix(folder, "qwen3"), tmp_path / "damaged")
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"] |= damage

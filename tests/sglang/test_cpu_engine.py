@@ -1,0 +1,222 @@
+"""Stock SGLang on a CPU, end to end: it answers with the tokens that transformers finds for the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import free_port, last_json
+from mixes import MIXES, Expected, mix
+
+import mixprec_runtime.cpu
+
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [400, 30, 2, 77, 5]]
+TOKENS = 12
+
+# One process answers for several checkpoints: most of a start is imports.
+ASK = """
+import json, sys
+import sglang
+from mixprec_runtime.cpu import ENGINE
+
+if __name__ == "__main__":
+    prompts, tokens, jobs = json.loads(sys.argv[1])
+    answers = []
+    for path, options in jobs:
+        settings = {**ENGINE, "dtype": "float32", "log_level": "warning", **options}
+        engine = sglang.Engine(model_path=path, skip_tokenizer_init=True, **settings)
+        greedy = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        out = engine.generate(input_ids=prompts, sampling_params=greedy)
+        info = engine.get_server_info()
+        engine.shutdown()
+        answers.append({"tokens": [o["output_ids"] for o in out], "memory": info["internal_states"][0].get("mixprec")})
+    print(json.dumps(answers))
+"""
+
+
+def ask(folder: Path, jobs: list[tuple[Path, dict[str, Any]]], ranks: int = 1) -> list[dict[str, Any]]:
+    # A file, since spawned workers import the main module again.
+    script = folder / "ask.py"
+    script.write_text(ASK)
+    command = [sys.executable, "-W", "ignore", str(script), json.dumps([PROMPTS, TOKENS, jobs], default=str)]
+    environment = mixprec_runtime.cpu.environment(ranks)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    answers: list[dict[str, Any]] = last_json(done)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, dict[str, Any]]:
+    """What engines of one rank answer."""
+    names = ["llama", "qwen3_moe"]
+    return dict(zip(names, ask(folder, [(mix(folder, name), {}) for name in names]), strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_the_engine_answers_as_transformers(alone: Any, folder: Path, tmp_path: Path, name: str) -> None:
+    assert alone[name]["tokens"] == transformers_tokens(folder, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_server_info_tells_what_the_weights_weigh(alone: Any, folder: Path, name: str) -> None:
+    memory = alone[name]["memory"]
+    # The reference of a CPU keeps dequantized weights, in the model's dtype.
+    dense = sum(tensor.numel() * 4 for tensor in dequantized(folder, name).values())
+    assert memory["weight_mb"] * 2**20 == pytest.approx(dense, rel=0.01)
+    assert memory["bytes_by_layer"].keys() == {*map(str, range(MIXES[name][0].layers)), "other"}
+
+
+@pytest.mark.parametrize(("name", "experts"), [("qwen3_moe", 1), ("mixtral", 2)])
+def test_two_ranks_answer_as_transformers(folder: Path, tmp_path: Path, name: str, experts: int) -> None:
+    (answer,) = ask(folder, [(mix(folder, name), {"tp_size": 2, "ep_size": experts})], ranks=2)
+    assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
+
+
+def transformers_tokens(folder: Path, name: str, scratch: Path) -> list[list[int]]:
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((mix(folder, name) / "config.json").read_text())
+    del config["quantization_config"]
+    (scratch / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    save_file(dequantized(folder, name), scratch / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
+    answers = []
+    for prompt in PROMPTS:
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+@cache
+def dequantized(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The weights that a mix's tensors stand for, in float32."""
+    expected = Expected(folder, MIXES[name])
+    out = {}
+    for module, tensors in expected.modules().items():
+        for leaf in ("bias", "e_score_correction_bias"):
+            if leaf in tensors:
+                out[f"{module}.{leaf}"] = tensors.pop(leaf).float()
+        if tensors:
+            out[f"{module}.weight"] = dense(tensors).contiguous()
+    return out
+
+
+def dense(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    if "qweight" in tensors:
+        packed, scales, group = tensors["qweight"], tensors["scales"].float(), tensors["g_idx"].long()
+        bits = 32 * len(packed) // len(group)
+        codes = (packed[:, None] >> torch.arange(0, 32, bits)[None, :, None]) & (2**bits - 1)
+        return ((codes.reshape(len(group), -1) - 2 ** (bits - 1)) * scales[group]).t()
+    weight = tensors["weight"].float()
+    if "weight_scale_inv" in tensors:
+        return weight * tensors["weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return weight * tensors["weight_scale"] if "weight_scale" in tensors else weight
+
+
+# Over HTTP
+
+
+def write_tokenizer(checkpoint: Path, vocab: int) -> None:
+    """A tokenizer whose words are the tokens' numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {str(number): number for number in range(vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "2", "unk_token": "0"}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+class Server:
+    """``python -m mixprec_runtime.cpu``."""
+
+    def __init__(self, checkpoint: Path, log: Path, *flags: str):
+        self.port, self._log = free_port(), log
+        command = [sys.executable, "-W", "ignore", "-m", "mixprec_runtime.cpu", "--model-path", str(checkpoint)]
+        command += ["--port", str(self.port), "--dtype", "float32", *flags]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+            return json.loads(text) if text else None
+
+    def wait(self, seconds: float = 300) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log()
+            try:
+                self.ask("/health")
+                return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        raise AssertionError(self.log())
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            # The session is this test's own: the server and its workers.
+            os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(30)
+
+
+@pytest.fixture
+def server(folder: Path, tmp_path: Path) -> Iterator[Server]:
+    checkpoint = mix(folder, "llama")
+    write_tokenizer(checkpoint, MIXES["llama"][0].vocab)
+    server = Server(checkpoint, tmp_path / "log")
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def test_the_http_server_answers_as_transformers(server: Server, folder: Path, tmp_path: Path) -> None:
+    server.wait()
+    expected = transformers_tokens(folder, "llama", tmp_path)
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        body = {"model": "any", "prompt": " ".join(map(str, prompt)), "max_tokens": TOKENS, "temperature": 0}
+        answer = server.ask("/v1/completions", {**body, "ignore_eos": True})
+        assert answer["choices"][0]["text"].split() == [str(token) for token in tokens]
+    memory = server.ask("/server_info")["internal_states"][0]["mixprec"]
+    assert memory["weight_mb"] > 0
+    assert "NO GPU" in server.log()
+
+
+def test_more_tokenizer_workers_are_refused(folder: Path, tmp_path: Path) -> None:
+    checkpoint = mix(folder, "llama")
+    write_tokenizer(checkpoint, MIXES["llama"][0].vocab)
+    server = Server(checkpoint, tmp_path / "log", "--tokenizer-worker-num", "2")
+    try:
+        server.process.wait(300)
+    finally:
+        server.stop()
+    assert server.process.returncode != 0
+    assert "--tokenizer-worker-num above 1 starts processes that load no plugins; leave it out" in server.log()
