@@ -30,8 +30,13 @@ def environment(ranks: int = 1) -> dict[str, str]:
     """This process's environment with what SGLang's CPU engine reads, for ``ranks`` tensor-parallel ranks."""
     site = str(Path(__file__).with_name("cpu_site"))
     paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
-    threads = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))} if ranks > 1 else {}
-    return {**os.environ, **threads, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    several = {
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
+        # Ranks of a torch that brings NCCL would use it, GPU or not; without its library they take gloo.
+        "SGLANG_NCCL_SO_PATH": os.devnull,
+    }
+    own = several if ranks > 1 else {}
+    return {**os.environ, **own, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def main() -> None:

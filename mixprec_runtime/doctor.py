@@ -110,6 +110,8 @@ _KERNELS = {
     "fp8_block": ("block FP8 (DeepGEMM or Triton), Triton for experts", 80),
     "fp8_channel": ("FP8 GEMM with token and channel scales, Triton for experts", 89),
     "fp8_tensor": ("FP8 GEMM, Triton for experts", 80),
+    "int8_channel": ("Int8 GEMM with token and channel scales, Triton for experts", 75),
+    "int8_block": ("block Int8 on Triton", 80),
     "gptq_int4": ("Marlin", 80),
     "gptq_int8": ("Marlin", 80),
 }

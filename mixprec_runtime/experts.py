@@ -23,7 +23,7 @@ from sglang.srt.utils import is_cpu
 from torch.nn import ModuleList, Parameter
 
 from mixprec_build.formats.base import Format
-from mixprec_build.formats.fp8 import Fp8
+from mixprec_build.formats.scaled import Scaled
 
 from .native import NativeFormat
 
@@ -271,15 +271,15 @@ def _tiles_of_the_layer(layer: FusedMoE, group: ExpertGroup, tokens: int) -> Ite
     from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config import try_get_optimal_moe_config
 
     fmt = group.quant_config.format
-    fp8 = isinstance(fmt, Fp8)
+    scaled = isinstance(fmt, Scaled)
     tiles = try_get_optimal_moe_config(
         (layer.num_local_experts, *weights["w13_weight"].shape[1:]),
         (layer.num_local_experts, *weights["w2_weight"].shape[1:]),
         layer.top_k,
-        "fp8_w8a8" if fp8 else None,
+        f"{fmt.word}_w8a8" if scaled else None,
         tokens,
-        block_shape=list(fmt.block) if fp8 and fmt.block else None,
-        per_channel_quant=fp8 and fmt.granularity == "channel",
+        block_shape=list(fmt.block) if scaled and fmt.block else None,
+        per_channel_quant=scaled and fmt.granularity == "channel",
     )
     with override_config(tiles):
         yield

@@ -17,13 +17,14 @@ from torch.nn import Parameter
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
+from mixprec_build.formats.scaled import Scaled
 
 __all__ = ["mend_experts", "mend_linear"]
 
 
 def mend_linear(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
     """Mends the method of one linear layer."""
-    if isinstance(fmt, Fp8) and fmt.block is not None:
+    if isinstance(fmt, Scaled) and fmt.block is not None:
         _check_block_partition(method, fmt.block)
         _answer_to_weight_scale(method)
     if isinstance(fmt, Gptq):
@@ -58,7 +59,7 @@ def _name_errors(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
 
 def _answer_to_weight_scale(method: QuantizeMethodBase) -> None:
     """Llama renames ``weight_scale_inv`` to ``weight_scale`` while loading (models/llama.py:679 and
-    model_loader/auto_loader.py:192), a parameter that block FP8 does not have, and drops it with a warning.
+    model_loader/auto_loader.py:192), a parameter that block FP8 and Int8 do not have, and drops it with a warning.
 
     Until the weights are loaded, an empty parameter of that name passes on what it is given.
     """

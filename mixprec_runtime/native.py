@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase, QuantizationConfig
+from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8Config
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
+from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8Config
 from sglang.srt.utils import is_cpu
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
+from mixprec_build.formats.int8 import Int8
 
 from . import fixes, reference
 
@@ -41,6 +44,12 @@ def sglang_config(fmt: Format) -> QuantizationConfig | None:
             is_checkpoint_fp8_serialized=True,
             activation_scheme=fmt.activations,
             weight_block_size=list(fmt.block) if fmt.block else None,
+        )
+    if isinstance(fmt, Int8) and fmt.granularity == "channel":
+        return W8A8Int8Config({"is_dynamic": True})
+    if isinstance(fmt, Int8) and fmt.block:
+        return BlockInt8Config(
+            is_checkpoint_int8_serialized=True, activation_scheme="dynamic", weight_block_size=list(fmt.block)
         )
     if isinstance(fmt, Gptq) and fmt.sym:
         settings: dict[str, Any] = {

@@ -178,13 +178,13 @@ def _fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
-def _fp8_block(weight: torch.Tensor) -> Tensors:
+def _blocks(weight: torch.Tensor, most: int, store: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Tensors:
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -k % 128, 0, -n % 128))
     blocks = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 128, 128)
-    scale = blocks.abs().amax((1, 3)).clamp(min=1e-8) / 448
+    scale = blocks.abs().amax((1, 3)).clamp(min=1e-8) / most
     full = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    return {"weight": _fp8(weight, full), "weight_scale_inv": scale}
+    return {"weight": store(weight, full), "weight_scale_inv": scale}
 
 
 def _fp8_channel(weight: torch.Tensor) -> Tensors:
@@ -235,23 +235,34 @@ _FP8_BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_blo
 _FP8_TENSOR = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
 
-def _compressed(strategy: str) -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
-    inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+def _compressed(strategy: str, kind: str = "float") -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
+    inputs = {"num_bits": 8, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        "format": f"{kind}-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
         "ignore": ["lm_head", "re:.*\\.gate$"],
     }
 
 
+def _int8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.round(weight / scale).clamp(-127, 127).to(torch.int8)
+
+
+def _int8_channel(weight: torch.Tensor) -> Tensors:
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
+    return {"weight": _int8(weight, scale), "weight_scale": scale}
+
+
 _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] | None]] = {
     "bf16": (_dense, None),
-    "fp8_block": (_fp8_block, _FP8_BLOCK),
+    "fp8_block": (lambda w: _blocks(w, 448, _fp8), _FP8_BLOCK),
     "fp8_channel": (_fp8_channel, _compressed("channel")),
     "fp8_tensor": (_fp8_tensor, _FP8_TENSOR),
+    "int8_channel": (_int8_channel, _compressed("channel", "int")),
+    "int8_block": (lambda w: _blocks(w, 127, _int8), {**_FP8_BLOCK, "quant_method": "blockwise_int8"}),
     "gptq_int4": (_gptq, _gptq_config()),
     "gptq_int4_g64": (lambda w: _gptq(w, group_size=64), _gptq_config(group_size=64)),
     "gptq_int4_act": (lambda w: _gptq(w, desc_act=True), _gptq_config(desc_act=True)),

@@ -1,162 +1,30 @@
-"""FP8 E4M3: ``weight [N, K]`` in F8_E4M3 with a scale that multiplies it.
+"""FP8 E4M3: ``weight [N, K]`` in F8_E4M3, with scales by block, by output channel or one for the tensor.
 
-==============  ====================  ==========================================  =========================
-kind            scale                 shape                                       declared by
-==============  ====================  ==========================================  =========================
-fp8_block       ``weight_scale_inv``  ``[ceil(N / block_n), ceil(K / block_k)]``  ``weight_block_size``
-fp8_channel     ``weight_scale``      ``[N, 1]`` (or ``[N]``)                     compressed-tensors
-fp8_tensor      ``weight_scale``      ``[]``, ``[1]`` or ``[1, 1]``               fp8, modelopt
-==============  ====================  ==========================================  =========================
-
-Static activations add ``input_scale`` (one value); dynamic ones have none. The layouts are those of
-DeepSeek-V3's ``inference/fp8_cast_bf16.py`` (block) and compressed-tensors' ``float-quantized`` (the others).
+Declared by ``quantization_config`` of the methods fp8 (with ``weight_block_size`` for blocks), modelopt and
+compressed-tensors (``float-quantized``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
-from .base import Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
+from .base import Reader, last_word
+from .scaled import Scaled
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from ..checkpoint import StoredModule
 
 __all__ = ["Fp8"]
 
-_SCALE_DTYPES = ("F32", "BF16", "F16")
-
 
 @dataclass(frozen=True, slots=True)
-class Fp8(Format):
-    """FP8 E4M3. ``block`` is ``(block_n, block_k)`` for the kind ``fp8_block`` and None for the others."""
+class Fp8(Scaled):
+    """The kinds ``fp8_block``, ``fp8_channel`` and ``fp8_tensor``."""
 
-    granularity: str
-    """``block``, ``channel`` or ``tensor``."""
-    activations: str = "dynamic"
-    """``dynamic`` or ``static``."""
-    block: tuple[int, int] | None = None
-
-    @property
-    def kind(self) -> str:
-        return f"fp8_{self.granularity}"
-
-    @property
-    def scale_leaf(self) -> str:
-        return "weight_scale_inv" if self.granularity == "block" else "weight_scale"
-
-    @classmethod
-    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Fp8 | None:
-        weight = module.tensors.get("weight")
-        if weight is None or weight.dtype != "F8_E4M3":
-            return None
-        if len(weight.shape) != 2:
-            raise FormatError(f"{shape_text('weight', module)}: only two-dimensional FP8 weights are read")
-        leaves = module.tensors.keys() & {"weight_scale", "weight_scale_inv"}
-        if len(leaves) != 1:
-            raise FormatError(f"{shape_text('weight', module)} needs one of weight_scale and weight_scale_inv")
-        activations = _activations(module, quantization)
-        if "weight_scale_inv" in leaves:
-            found = cls("block", activations, _block_size(quantization))
-        elif module.tensors["weight_scale"].shape in ((), (1,), (1, 1)):
-            found = cls("tensor", activations)
-        elif module.tensors["weight_scale"].shape[1:] in ((), (1,)):
-            found = cls("channel", activations)
-        else:
-            raise FormatError(
-                f"{shape_text('weight_scale', module)}: block scales under the name weight_scale "
-                "(compressed-tensors) are not read yet; use a release with weight_scale_inv"
-            )
-        found.check(module)
-        return found
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Fp8:
-        granularity, activations = data["kind"].removeprefix("fp8_"), data["activations"]
-        try:
-            block = _block_size({"weight_block_size": data["block"]}) if granularity == "block" else None
-        except FormatError as error:
-            raise ValueError(str(error)) from error
-        if activations not in ("static", "dynamic"):
-            raise ValueError(f"activations {brief(activations)} are neither static nor dynamic")
-        return cls(granularity, activations, block)
-
-    def to_json(self) -> dict[str, object]:
-        block = {"block": list(self.block)} if self.block else {}
-        return {"kind": self.kind, **block, "activations": self.activations}
-
-    def check(self, module: StoredModule) -> None:
-        only_leaves(module, {"weight", self.scale_leaf, "input_scale", "bias"}, self.kind)
-        if not {"weight", self.scale_leaf} <= module.tensors.keys() or len(self.shape(module)) != 2:
-            raise FormatError(f"{self.kind} needs weight with two dimensions, and {self.scale_leaf}")
-        n, k = self.shape(module)
-        check_tensor(module, "weight", ["F8_E4M3"], (n, k), "")
-        scale = module.tensors[self.scale_leaf].shape
-        if self.block is not None:
-            blocks = (-(-n // self.block[0]), -(-k // self.block[1]))
-            why = f"for weight {[n, k]} in blocks of {list(self.block)}"
-            check_tensor(module, self.scale_leaf, _SCALE_DTYPES, blocks, why)
-        elif self.granularity == "channel":
-            check_tensor(module, self.scale_leaf, _SCALE_DTYPES, (n, *scale[1:]), f"for weight {[n, k]}")
-        else:
-            check_tensor(module, self.scale_leaf, _SCALE_DTYPES, scale, "")
-        if ("input_scale" in module.tensors) != (self.activations == "static"):
-            have = "has an" if "input_scale" in module.tensors else "has no"
-            raise FormatError(f"{have} input_scale although its activations are declared {self.activations}")
-        if "input_scale" in module.tensors and module.tensors["input_scale"].shape not in ((), (1,)):
-            raise FormatError(f"{shape_text('input_scale', module)}: one value was expected")
-        if "bias" in module.tensors:
-            check_tensor(module, "bias", _SCALE_DTYPES, (n,), f"for weight {[n, k]}")
-
-    def shape(self, module: StoredModule) -> tuple[int, ...]:
-        return module.tensors["weight"].shape
-
-    def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        limits = []
-        for part in parts:
-            n, k = self.shape(part)
-            if self.block is not None:
-                # fp8.py, Fp8LinearMethod.validate_block_quant_shapes, and the per-block activation kernel
-                block_n, block_k = self.block
-                if k % block_k:
-                    limits.append(
-                        f"its {k} inputs are no multiple of {block_k}, the block activations are quantized in"
-                    )
-                # DeepSeek's q_a_proj and kv_a_proj_with_mqa are one ReplicatedLinear, joined in this order: the
-                # end of the second may be ragged, and is in DeepSeek-V3 (576 outputs).
-                if len(parts) > 1 and n % block_n and last_word(part) != "kv_a_proj_with_mqa":
-                    limits.append(
-                        f"{last_word(part)} has {n} outputs, no multiple of its block {block_n}, and is fused"
-                    )
-            elif self.granularity == "tensor" and len(part.tensors["weight_scale"].shape) > 1:
-                limits.append(f"{shape_text('weight_scale', part)} has two dimensions, SGLang loads [] or [1]")
-            limits += self._scale_limits(part)
-        return limits
-
-    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
-        limits = [limit for part in (gate, up, down) for limit in self._scale_limits(part)]
-        if self.block is not None:
-            hidden, intermediate = self.shape(down)
-            # fp8.py, Fp8MoEMethod.create_weights
-            if intermediate % self.block[0] or intermediate % self.block[1]:
-                limits.append(f"its intermediate size {intermediate} is no multiple of the block {list(self.block)}")
-            if hidden % self.block[1]:
-                limits.append(f"its hidden size {hidden} is no multiple of {self.block[1]}")
-        elif self.granularity == "channel" and self.activations == "static":
-            limits.append("experts with channel scales need dynamic activations")
-        return limits
-
-    def _scale_limits(self, part: StoredModule) -> list[str]:
-        if self.granularity == "channel" and len(part.tensors["weight_scale"].shape) == 1:
-            return [f"{shape_text('weight_scale', part)} has one dimension, SGLang loads [N, 1]"]
-        if self.granularity != "tensor" and self.activations == "static":
-            return [f"{self.granularity} scales with static activations have no SGLang method"]
-        return []
+    dtype: ClassVar[str] = "F8_E4M3"
+    word: ClassVar[str] = "fp8"
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
         if not experts or self.granularity != "tensor":
@@ -175,38 +43,3 @@ class Fp8(Format):
         if differ("input_scale"):
             limits.append("gate and up have different input scales, and SGLang would take one of them for both")
         return limits
-
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        weight: npt.NDArray[np.float32] = tensors["weight"].astype("float32")
-        scale: npt.NDArray[np.float32] = tensors[self.scale_leaf].astype("float32")
-        if self.block is not None:
-            (n, k), (block_n, block_k) = weight.shape, self.block
-            # No block is taken for larger than the weight: its size is only what a configuration says.
-            scale = scale.repeat(min(block_n, n), axis=0)[:n].repeat(min(block_k, k), axis=1)[:, :k]
-        elif self.granularity == "channel":
-            scale = scale.reshape(-1, 1)
-        else:
-            scale = scale.reshape(())
-        weight *= scale
-        return weight
-
-
-def _block_size(quantization: Mapping[str, object]) -> tuple[int, int]:
-    block = quantization.get("weight_block_size")
-    if block is None:
-        raise FormatError("weight_scale_inv, but quantization_config has no weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        raise FormatError(f"weight_block_size {brief(block)} is no pair of positive numbers")
-    return block[0], block[1]
-
-
-def _activations(module: StoredModule, quantization: Mapping[str, object]) -> str:
-    """What the tensors say, once the configuration agrees."""
-    stored = "static" if "input_scale" in module.tensors else "dynamic"
-    declared = quantization.get("activation_scheme", stored)
-    if declared not in ("static", "dynamic"):
-        raise FormatError(f"activation_scheme {brief(declared)} is neither static nor dynamic")
-    if declared != stored:
-        have = "an" if stored == "static" else "no"
-        raise FormatError(f"activation_scheme is {declared!r}, but the module has {have} input_scale")
-    return stored

@@ -10,17 +10,19 @@ from .base import Format, FormatError, shape_text
 from .dense import Dense
 from .fp8 import Fp8
 from .gptq import Gptq
+from .int8 import Int8
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, StoredModule
 
 __all__ = ["ALIASES", "detect", "format_from_json", "recognise"]
 
-FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Gptq)
+FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Int8, Gptq)
 
 _KINDS: Mapping[str, type[Format]] = {
     "bf16": Dense, "fp16": Dense, "fp32": Dense,
     "fp8_block": Fp8, "fp8_channel": Fp8, "fp8_tensor": Fp8,
+    "int8_block": Int8, "int8_channel": Int8, "int8_tensor": Int8,
     "gptq_int4": Gptq, "gptq_int8": Gptq,
 }  # fmt: skip
 
@@ -30,15 +32,12 @@ ALIASES: Mapping[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _KI
     "int4": frozenset({"gptq_int4", "awq_int4"}),
     "awq_int4": frozenset({"awq_int4"}),
     "int8": frozenset({"gptq_int8", "int8_channel", "int8_block"}),
-    "int8_channel": frozenset({"int8_channel"}),
-    "int8_block": frozenset({"int8_block"}),
 }
 """A word for a format in a recipe -> the kinds it may stand for."""
 
 # What is recognised by its tensors and not read: (a leaf, its dtype or None) -> its name
 _UNREAD = {
     ("qweight", "I32"): "AWQ",
-    ("weight", "I8"): "Int8 (W8A8)",
     ("weight_packed", None): "compressed-tensors pack-quantized",
     ("weight", "F8_E5M2"): "FP8 E5M2",
     ("weight", "U8"): "a 4-bit float format (NVFP4, MXFP4)",

@@ -17,6 +17,7 @@ from serving import quantize
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
+from mixprec_build.formats.int8 import Int8
 from mixprec_build.manifest import Declaration
 from mixprec_build.patterns import Pattern
 
@@ -28,6 +29,8 @@ FORMATS = {
     "fp8_block": Fp8("block", "dynamic", (128, 128)),
     "fp8_channel": Fp8("channel"),
     "fp8_tensor": Fp8("tensor"),
+    "int8_channel": Int8("channel"),
+    "int8_block": Int8("block", "dynamic", (128, 128)),
     "gptq_int4": Gptq(4, 128, True, False, "gptq"),
     "gptq_int8": Gptq(8, 128, True, False, "gptq"),
 }

@@ -22,7 +22,9 @@ if len(sys.argv) > 2:
 load_plugins()
 """
 
-MAIN_PROCESS = START + """
+MAIN_PROCESS = (
+    START
+    + """
 from sglang.srt.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from sglang.srt.server_args import prepare_server_args
 ours = [t for t, hooks in HookRegistry._hooks.items() if any("mixprec" in h.__module__ for _, h, _ in hooks)]
@@ -45,8 +47,11 @@ HookRegistry.apply_hooks()
 out["worker"] = sorted(HookRegistry._patched)
 print(json.dumps(out))
 """
+)
 
-UNFIT = START + """
+UNFIT = (
+    START
+    + """
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import _get_quantization_config
@@ -57,6 +62,7 @@ try:
 except RuntimeError as error:
     print(json.dumps(str(error)))
 """
+)
 
 
 def test_a_fresh_process_knows_the_method(folder: Path) -> None:

@@ -20,6 +20,7 @@ from mixprec_build.formats.base import Format, FormatError
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
+from mixprec_build.formats.int8 import Int8
 from mixprec_build.formats.registry import detect, format_from_json, recognise
 from mixprec_build.manifest import quantization_config
 
@@ -45,6 +46,9 @@ SOUND: list[tuple[Tensors, Config, Format]] = [
     (fp8(256, 512, (256,)), CHANNEL, Fp8("channel")),
     (fp8(256, 512, (), input_scale=("F32", ())), BLOCK | {"activation_scheme": "static"}, Fp8("tensor", "static")),
     (fp8(256, 512, (1,), input_scale=ONE), {"quant_method": "modelopt"}, Fp8("tensor", "static")),
+    (fp8(256, 512, (256, 1), weight=("I8", (256, 512))), CHANNEL, Int8("channel")),
+    (fp8_block(200, 300, weight=("I8", (200, 300))), BLOCK | {"quant_method": "blockwise_int8"},
+     Int8("block", "dynamic", (128, 128))),
     ({"weight": ("BF16", (256, 512)), "bias": ("F32", (256,))}, GPTQ, Dense("BF16")),  # what `dynamic` leaves out
     ({"": ("F32", (7,))}, {}, Dense("F32")),  # A_log
     ({"": ("I64", (1, 512))}, {}, Dense("I64")),  # position_ids
@@ -129,8 +133,8 @@ CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
      "bias BF16 [512] does not fit weight BF16 [256, 512]"),
     # Formats that are known by their tensors and not read
     (gptq(256, 512, g_idx=None), {"quant_method": "awq", "bits": 4}, "stored as AWQ (qweight I32 [64, 256], qzeros "),
-    ({"weight": ("I8", (256, 512)), "weight_scale": ("F32", (256, 1))}, CHANNEL,
-     "stored as Int8 (W8A8) (weight I8 [256, 512], "),
+    ({"weight": ("I8", (256, 512)), "weight_scale": ("F32", (256, 1)), "weight_zero_point": ("I8", (256, 1))}, CHANNEL,
+     "weight_zero_point I8 [256, 1] does not belong to int8_channel"),
     ({"weight_packed": ("I32", (256, 64)), "weight_scale": ("BF16", (256, 4)), "weight_shape": ("I64", (2,))}, CHANNEL,
      "stored as compressed-tensors pack-quantized ("),
     (fp8(256, 512, (1,), weight=("F8_E5M2", (256, 512))), BLOCK, "stored as FP8 E5M2 (weight F8_E5M2 [256, 512], "),
@@ -206,7 +210,7 @@ MIXED: dict[str, tuple[Tensors, Format]] = {
 
 TORCH = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
 
 
@@ -227,7 +231,7 @@ def test_detects_a_checkpoint_and_keeps_what_is_not_read_as_errors(tmp_path: Pat
         "model.layers.0.mlp.up_proj": fp8_block(256, 128),
         "model.layers.0.mlp.down_proj": fp8_block(128, 256, weight_scale_inv=None),
         "model.layers.0.input_layernorm": {"weight": ("BF16", (128,))},
-        "model.layers.0.mlp.gate": {"weight": ("I8", (8, 128))},
+        "model.layers.0.mlp.gate": {"weight": ("U8", (8, 128))},
     }
     found = detect(open_checkpoint(str(write(tmp_path, modules, BLOCK))))
     errors = {name: str(found.pop(name)) for name in modules if isinstance(found[name], FormatError)}
@@ -238,7 +242,7 @@ def test_detects_a_checkpoint_and_keeps_what_is_not_read_as_errors(tmp_path: Pat
     # Only modules that are used matter, so each keeps its own reason.
     assert errors.keys() == {"model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate"}
     assert "needs one of weight_scale" in errors["model.layers.0.mlp.down_proj"]
-    assert "Int8 (W8A8)" in errors["model.layers.0.mlp.gate"]
+    assert "4-bit float" in errors["model.layers.0.mlp.gate"]
 
 
 def test_a_compiled_checkpoint_has_what_it_declares(tmp_path: Path) -> None:

@@ -211,13 +211,13 @@ def test_modules_that_are_not_read_are_told_with_the_reason(tmp_path: Path) -> N
     tensors: dict[str, torch.Tensor] = {"model.norm.weight": torch.ones(8)}
     for i in range(6):
         name = f"model.layers.{i}.mlp.up_proj"
-        tensors[f"{name}.weight"] = torch.zeros(8, 8, dtype=torch.int8)
+        tensors[f"{name}.weight"] = torch.zeros(8, 4, dtype=torch.uint8)
         tensors[f"{name}.weight_scale"] = torch.ones(8, 1)
-    facts = facts_of(plain(tmp_path / "int8", tensors, {"model_type": "llama"}))
+    facts = facts_of(plain(tmp_path / "fp4", tensors, {"model_type": "llama"}))
     (unread,) = facts["unread"]
-    assert unread["modules"] == ["model.layers.{0..5}.mlp.up_proj"] and "Int8 (W8A8)" in unread["reason"]
+    assert unread["modules"] == ["model.layers.{0..5}.mlp.up_proj"] and "4-bit float" in unread["reason"]
     assert facts["modules"] == 1
-    assert "not read: model.layers.{0..5}.mlp.up_proj: stored as Int8 (W8A8)" in shown(facts)
+    assert "not read: model.layers.{0..5}.mlp.up_proj: stored as a 4-bit float format" in shown(facts)
 
 
 @pytest.mark.parametrize("model_type", ["[/red]", "[link=http://x]", 7, None, ["list"]])

@@ -1,0 +1,45 @@
+"""Int8, W8A8: ``weight [N, K]`` in I8, symmetric, with scales by block or by output channel.
+
+Activations are quantized to 8 bits token by token (channel) or block by block, when they arrive. Declared by
+``quantization_config`` of the methods compressed-tensors (``int-quantized``), w8a8_int8 and, for blocks,
+blockwise_int8 (``weight_block_size``). Run by SGLang's ``W8A8Int8Config`` and ``BlockInt8Config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .base import shape_text
+from .scaled import Scaled
+
+if TYPE_CHECKING:
+    from ..checkpoint import StoredModule
+
+__all__ = ["Int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Int8(Scaled):
+    """The kinds ``int8_block`` and ``int8_channel``."""
+
+    dtype: ClassVar[str] = "I8"
+    word: ClassVar[str] = "int8"
+
+    def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
+        limits = super(Int8, self).linear_limits(parts)
+        if self.granularity == "channel":
+            # sgl-kernel, csrc/gemm/int8_gemm_kernel.cu, int8_scaled_mm
+            n = sum(self.shape(part)[0] for part in parts)
+            k = self.shape(parts[0])[1]
+            if k % 16:
+                limits.append(f"its {k} inputs are no multiple of 16, which SGLang's Int8 kernel needs")
+            if n % 8:
+                limits.append(f"its {n} outputs are no multiple of 8, which SGLang's Int8 kernel needs")
+        return limits
+
+    def _scale_limits(self, part: StoredModule) -> list[str]:
+        if self.granularity == "tensor":
+            return [f"{shape_text('weight_scale', part)}: Int8 with one scale a tensor has no SGLang method"]
+        return super(Int8, self)._scale_limits(part)

@@ -1,0 +1,275 @@
+"""Experts of one layer in several formats: SGLang's FusedMoE, grouped by mixprec, with the arithmetic of a CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import publish, rank_of, server_args
+from serving import quantize
+
+sys.path.append(str(Path(__file__).parents[1] / "gpu"))
+from layers import FORMATS, PREFIX, make_layer, mixed_config, reference, run
+
+HIDDEN, INTERMEDIATE, TOP_K = 256, 128, 3
+
+
+@pytest.fixture(autouse=True)
+def cpu(sglang: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The stand-ins for SGLang's kernels are in use."""
+    from mixprec_runtime import experts, native
+    from mixprec_runtime import reference as stand_ins
+
+    for module in (experts, native, stand_ins):
+        monkeypatch.setattr(module, "is_cpu", lambda: True)
+    publish(server_args("dummy"))
+    yield
+
+
+def routed(tokens: int, experts: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Activations, experts that differ within a token, and their weights."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:TOP_K] for _ in range(tokens)])
+    return x, ids.to(torch.int32), torch.rand(tokens, TOP_K, generator=generator)
+
+
+def layer_of(*groups: tuple[str, int], **options: Any) -> tuple[Any, Any]:
+    sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "top_k": TOP_K, "dtype": torch.float32}
+    return make_layer(groups, **{**sizes, **options})
+
+
+def numbers(layer: Any) -> list[list[int]]:
+    rows: list[list[int]] = layer.group_numbers.tolist()
+    return rows
+
+
+# Scales of GPTQ are stored in FP16, and `quantize` rounds them to BF16 where the layer keeps them.
+def close(out: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((out - expected).abs().max() < 0.01 * expected.abs().max())
+
+
+@pytest.mark.parametrize(("first", "second"), combinations(FORMATS, 2))
+def test_two_formats_compute_what_the_experts_stand_for(first: str, second: str) -> None:
+    layer, weights = layer_of((first, 3), (second, 5))
+    assert type(layer.quant_method).__name__ == "MixedExpertsMethod"
+    x, ids, topk = routed(64, 8)
+    out = run(layer, x, ids, topk)
+    assert close(out, reference(x, ids, topk, weights))
+    # Were a group's experts in another order, or left out, it would be far off.
+    swapped = {(7 - expert, shard): weight for (expert, shard), weight in weights.items()}
+    assert not close(out, reference(x, ids, topk, swapped))
+
+
+def test_six_formats_in_any_order() -> None:
+    kinds = list(FORMATS)
+    layer, weights = layer_of(*[(kind, 1) for kind in [*kinds, *reversed(kinds)]])
+    assert len(layer.groups) == 6
+    x, ids, topk = routed(64, 12)
+    assert close(run(layer, x, ids, topk), reference(x, ids, topk, weights))
+
+
+def test_experts_are_numbered_within_their_group() -> None:
+    layer, _ = layer_of(("gptq_int4", 1), ("fp8_block", 2), ("gptq_int4", 2), ("bf16", 1))
+    assert numbers(layer) == [
+        [0, -1, -1, 1, 2, -1, -1],
+        [-1, 0, 1, -1, -1, -1, -1],
+        [-1, -1, -1, -1, -1, 0, -1],
+    ]
+
+
+def test_bf16_and_fp16_experts_are_one_group() -> None:
+    from mixprec_build.formats.dense import Dense
+    from mixprec_runtime.config import MixPrecConfig
+
+    assert Dense("F16").fuses_as == FORMATS["bf16"].fuses_as
+    config = mixed_config(MixPrecConfig, ["bf16", "fp8_block", "bf16"])
+    config._experts[PREFIX][2] = dict.fromkeys(config._experts[PREFIX][2], Dense("F16"))
+    layer = bare_layer(config, 3)
+    assert numbers(layer) == [[0, -1, 1, -1], [-1, 0, -1, -1]]
+
+
+def test_ids_become_those_of_each_group() -> None:
+    from mixprec_runtime.experts import numbers_in_groups
+
+    table = torch.tensor([[0, -1, 1, -1], [-1, 0, -1, -1]], dtype=torch.int32)
+    ids = torch.tensor([[2, 1], [0, -1]])
+    assert numbers_in_groups(ids, table).tolist() == [[[1, -1], [0, -1]], [[-1, 0], [-1, -1]]]
+
+
+def test_the_sum_of_many_groups_is_rounded_once() -> None:
+    from mixprec_runtime.experts import add_up
+
+    # In BF16, 256 + 1 is 256 again: twice.
+    parts = [torch.full((4,), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
+    assert add_up(parts).tolist() == [258.0] * 4
+    assert add_up(parts).dtype == torch.bfloat16
+    assert add_up(parts[:1]).tolist() == [256.0] * 4
+
+
+# Routing
+
+
+@pytest.mark.parametrize("second", ["fp8_block", "gptq_int4"])
+def test_no_tokens(second: str) -> None:
+    layer, _ = layer_of(("bf16", 4), (second, 4))
+    x, ids, topk = routed(1, 8)
+    assert run(layer, x[:0], ids[:0], topk[:0]).shape == (0, HIDDEN)
+
+
+def test_experts_of_other_ranks_are_left_out() -> None:
+    layer, weights = layer_of(("fp8_block", 4), ("gptq_int4", 4))
+    x, ids, topk = routed(32, 8)
+    ids[::2, 0] = ids[5] = -1
+    out = run(layer, x, ids, topk)
+    assert close(out, reference(x, ids, topk, weights))
+    assert out[5].abs().max() == 0
+
+
+def test_a_token_may_go_to_one_group_only() -> None:
+    layer, weights = layer_of(("fp8_block", 4), ("gptq_int4", 4))
+    x, ids, topk = routed(8, 4)
+    assert close(run(layer, x, ids, topk), reference(x, ids, topk, weights))
+
+
+# Ranks
+
+
+def bare_layer(config: Any, experts: int, **options: Any) -> Any:
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    return FusedMoE(
+        num_experts=experts,
+        hidden_size=HIDDEN,
+        intermediate_size=options.pop("intermediate", INTERMEDIATE),
+        layer_id=0,
+        top_k=TOP_K,
+        params_dtype=torch.float32,
+        quant_config=config,
+        prefix=PREFIX,
+        **options,
+    )
+
+
+def mixed(*kinds: str) -> Any:
+    from mixprec_runtime.config import MixPrecConfig
+
+    return mixed_config(MixPrecConfig, kinds)
+
+
+def test_a_rank_holds_its_experts_formats_only() -> None:
+    config = mixed("fp8_block", "gptq_int4", "gptq_int4", "bf16", "bf16", "gptq_int4")
+    with rank_of(1, 2, 2):
+        layer = bare_layer(config, 6)
+    assert [group.quant_config.get_name() for group in layer.groups] == ["unquant", "gptq_marlin"]
+    assert [group.num_local_experts for group in layer.groups] == [2, 1]
+    assert numbers(layer) == [[0, 1, -1, -1], [-1, -1, 0, -1]]
+    assert all((group.moe_ep_size, group.moe_ep_rank) == (1, 0) for group in layer.groups)
+
+
+def test_ranks_add_up_to_the_layer() -> None:
+    kinds = ["fp8_block", "gptq_int4", "gptq_int4", "bf16", "fp8_channel", "gptq_int4", "gptq_int8", "fp8_tensor"]
+    whole, weights = layer_of(*[(kind, 1) for kind in kinds])
+    x, ids, topk = routed(32, 8)
+    total = torch.zeros_like(x)
+    for rank in range(2):
+        with rank_of(rank, 2, 2):
+            layer, _ = layer_of(*[(kind, 1) for kind in kinds])
+        local = torch.where(ids // 4 == rank, ids % 4, -1).to(torch.int32)
+        total += run(layer, x, local, topk)
+    torch.testing.assert_close(total, run(whole, x, ids, topk))
+    assert close(total, reference(x, ids, topk, weights))
+
+
+def test_tensor_parallel_ranks_add_up_to_the_layer() -> None:
+    groups = [("fp8_block", 2), ("gptq_int4", 2), ("bf16", 1), ("fp8_channel", 2), ("fp8_tensor", 1)]
+    whole, _ = layer_of(*groups, intermediate=256)
+    x, ids, topk = routed(32, 8)
+    total = torch.zeros_like(x)
+    for rank in range(2):
+        with rank_of(rank, 2):
+            layer, _ = layer_of(*groups, intermediate=256)
+        total += run(layer, x, ids, topk)
+    torch.testing.assert_close(total, run(whole, x, ids, topk), rtol=1e-4, atol=1e-4)
+
+
+# Doors
+
+
+def open_door(layer: Any, name: str, tensor: torch.Tensor, shard: str, expert: int) -> None:
+    door = layer._parameters[name]
+    door.weight_loader(door, tensor, f"experts.{name}", shard_id=shard, expert_id=expert)
+
+
+def test_a_door_leads_to_one_expert_of_one_group() -> None:
+    layer = bare_layer(mixed("fp8_block", "gptq_int4", "fp8_block", "gptq_int4"), 4)
+    for group in layer.groups:
+        for parameter in group.parameters():
+            parameter.data.zero_()
+    tensors, _ = quantize(torch.randn(INTERMEDIATE, HIDDEN), "gptq_int4")
+    open_door(layer, "w13_qweight", tensors["qweight"], "w3", 3)
+    marlin = layer.groups[1].w13_qweight
+    assert torch.equal(marlin[1, :, INTERMEDIATE:], tensors["qweight"])
+    assert not marlin[0].any() and not marlin[1, :, :INTERMEDIATE].any()
+    assert not any(parameter.float().any() for parameter in layer.groups[0].parameters())
+
+
+@pytest.mark.parametrize(("expert", "name", "kind"), [(0, "w13_qweight", "fp8_block"), (1, "w2_weight", "gptq_int4")])
+def test_a_tensor_of_another_format_stops_the_load(expert: int, name: str, kind: str) -> None:
+    layer = bare_layer(mixed("fp8_block", "gptq_int4"), 2)
+    with pytest.raises(ValueError, match=rf"{PREFIX}\.{expert} is declared {kind}.*{name}"):
+        open_door(layer, name, torch.zeros(1), "w2" if name.startswith("w2") else "w1", expert)
+
+
+def test_doors_close_after_loading() -> None:
+    layer, _ = layer_of(("bf16", 1), ("fp8_block", 2))
+    assert not dict(layer.named_parameters(recurse=False))
+    assert {name.split(".")[0] for name, _ in layer.named_parameters()} == {"groups"}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_fused_shared_experts": 1}, "start SGLang with --disable-shared-experts-fusion"),
+        ({"apply_router_weight_on_input": True}, "do not go with apply_router_weight_on_input"),
+        ({"no_combine": True}, "do not go with no_combine"),
+        ({"with_bias": True}, "do not go with biases"),
+    ],
+)
+def test_layers_that_groups_cannot_be(options: dict[str, Any], message: str) -> None:
+    experts = 2 + options.get("num_fused_shared_experts", 0)
+    with pytest.raises(ValueError, match=f"{PREFIX}: experts in several formats.*{message}"):
+        bare_layer(mixed("fp8_block", "gptq_int4"), experts, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"moe_runner_backend": "triton"}, "--moe-runner-backend triton is one kernel for all formats"),
+        ({"enable_eplb": True}, "--enable-eplb"),
+        ({"ep_num_redundant_experts": 2}, "--ep-num-redundant-experts"),
+        ({"init_expert_location": "somewhere.json"}, "--init-expert-location"),
+        ({"enable_lora": True}, "--enable-lora"),
+    ],
+)
+def test_arguments_that_groups_do_not_go_with(arguments: dict[str, Any], message: str) -> None:
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    from mixprec_runtime import launch
+
+    args = server_args("dummy")
+    changed = SimpleNamespace(**{**vars(args), **arguments})
+    assert launch.mixed_problems(args) == []
+    with patch.object(launch, "_server_args", lambda: changed), pytest.raises(RuntimeError, match=message):
+        bare_layer(mixed("fp8_block", "gptq_int4"), 2)
+    with patch.object(launch, "_server_args", lambda: changed):
+        bare_layer(mixed("gptq_int4", "gptq_int4"), 2)
