@@ -97,6 +97,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         for name, unfit in (
             ("apply_router_weight_on_input", config.apply_router_weight_on_input),
             ("no_combine", config.no_combine),
+            ("swiglu_limit", getattr(config, "swiglu_limit", None)),
             ("biases", extra.get("with_bias")),
         ):
             if unfit:
@@ -184,7 +185,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 
     def _outputs(self, groups: int, run: Any) -> Iterator[torch.Tensor]:
         """The groups' outputs; in a CUDA graph they are computed side by side, since each alone leaves a GPU idle."""
-        if groups < 2 or is_cpu() or not torch.cuda.is_current_stream_capturing():
+        if groups < 2 or is_cpu() or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
             yield from map(run, range(groups))
             return
         main = torch.cuda.current_stream()

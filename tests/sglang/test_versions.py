@@ -1,0 +1,44 @@
+"""The same tests under other versions of SGLang: folders with an unpacked SGLang in MIXPREC_SGLANG_VERSIONS.
+
+    pip download --no-deps sglang==0.5.15.post1 && unzip -d site *.whl
+    MIXPREC_SGLANG_VERSIONS=$PWD/site python -m pytest tests/sglang/test_versions.py
+
+What else SGLang needs is taken from the environment of these tests.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mixprec_runtime.cpu
+from mixprec_runtime.plugin import version_problem
+
+HERE = Path(__file__).parent
+SITES = [Path(site) for site in os.environ.get("MIXPREC_SGLANG_VERSIONS", "").split(os.pathsep) if site]
+# An engine of each version would take minutes.
+LEFT_OUT = {"test_versions.py", "test_cpu_engine.py"}
+
+
+@pytest.mark.skipif(not SITES, reason="MIXPREC_SGLANG_VERSIONS is not set")
+@pytest.mark.parametrize("site", SITES, ids=[str(number) for number in range(len(SITES))] or None)
+def test_another_sglang_passes_the_tests(site: Path) -> None:
+    environment = mixprec_runtime.cpu.environment()
+    del environment["SGLANG_USE_CPU_ENGINE"]
+    environment["PYTHONPATH"] = os.pathsep.join([str(site), environment["PYTHONPATH"]])
+    asked = subprocess.run(
+        [sys.executable, "-c", "import sglang, sglang.version as v; print(sglang.__path__[0], v.__version__)"],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    where, version = asked.stdout.split()
+    assert Path(where).parent == site
+    assert version_problem(version) is None
+    files = [str(path) for path in sorted(HERE.glob("test_*.py")) if path.name not in LEFT_OUT]
+    command = [sys.executable, "-m", "pytest", "-o", "filterwarnings=default", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, cwd=HERE.parents[1])
+    print(version, done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout[-8000:]
