@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
 from torch.nn import Parameter
@@ -88,16 +89,23 @@ def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -
     under data-parallel attention, and then cuts through a block without a word."""
     create = method.create_weights
 
+    # ReplicatedLinear gives the sizes by position, the others by name.
     def create_weights(
-        layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         for size, whole, step in (
-            (input_size_per_partition, kwargs["input_size"], block[1]),
-            (sum(output_partition_sizes), kwargs["output_size"], block[0]),
+            (input_size_per_partition, input_size, block[1]),
+            (sum(output_partition_sizes), output_size, block[0]),
         ):
             if size < whole and size % step:
                 raise ValueError(f"a rank would hold {size} of {whole}, no multiple of the FP8 block {step}.")
-        create(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+        create(layer, input_size_per_partition, output_partition_sizes, input_size, output_size, *args, **kwargs)
 
     method.create_weights = create_weights
 
@@ -107,14 +115,19 @@ def _mind_marlin_shapes(method: QuantizeMethodBase, fmt: Gptq) -> None:
     create = method.create_weights
 
     def create_weights(
-        layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         fits, why = check_marlin_supports_shape(
-            sum(output_partition_sizes), input_size_per_partition, kwargs["input_size"], fmt.group_size
+            sum(output_partition_sizes), input_size_per_partition, input_size, fmt.group_size
         )
         if not fits:
             raise ValueError(str(why))
-        create(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+        create(layer, input_size_per_partition, output_partition_sizes, input_size, *args, **kwargs)
 
     method.create_weights = create_weights
 
@@ -166,6 +179,8 @@ def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
             layer._parameters.pop(name, None)
 
     def create_moe_runner(layer: Any, *args: Any, **kwargs: Any) -> None:
+        if not get_moe_runner_backend().is_auto():  # asserted, without a word (gptq_kernels.py:360)
+            raise ValueError(f"{fmt.kind} experts run on Marlin only: leave out --moe-runner-backend")
         create_runner(layer, *args, **kwargs)
         if _sees_other_ranks(layer):
             _skip_other_ranks(layer.scheme.kernel.runner)

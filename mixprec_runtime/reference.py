@@ -59,11 +59,15 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, *, experts: bool) -> None:
     create = method.create_weights
 
     def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:
+        if experts:
+            layer.params_dtype = kwargs["params_dtype"]  # linear layers keep it themselves, 0.5.15's FusedMoE does not
         with pretend_hopper():
             create(layer, *args, **kwargs)
 
     method.create_weights = create_weights
     if experts:
+        # 0.5.23 asks which runner was made: none, for a method that computes by itself.
+        method.get_moe_runner_backend = lambda layer: None
         method.process_weights_after_loading = lambda layer: _dequantize_experts(layer, fmt)
         method.create_moe_runner = lambda layer, config: setattr(method, "moe_runner_config", config)
         method.apply = _apply_experts

@@ -31,7 +31,7 @@ ALIASES: Mapping[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _KI
     "fp8": frozenset({"fp8_block", "fp8_channel", "fp8_tensor"}),
     "int4": frozenset({"gptq_int4", "awq_int4"}),
     "awq_int4": frozenset({"awq_int4"}),
-    "int8": frozenset({"gptq_int8", "int8_channel", "int8_block"}),
+    "int8": frozenset({"gptq_int8", "int8_channel", "int8_block", "int8_tensor"}),
 }
 """A word for a format in a recipe -> the kinds it may stand for."""
 

@@ -76,6 +76,10 @@ MIXES: Mapping[str, Mix] = {
         DEEPSEEK.of(**_SIZES, layers=3),
         {
             "model.layers.*.self_attn.q_b_proj": "fp8_channel",
+            "model.layers.1.self_attn.q_a_proj": "fp8_block",
+            "model.layers.1.self_attn.kv_a_proj_with_mqa": "fp8_block",
+            "model.layers.2.self_attn.q_a_proj": "fp8_channel",
+            "model.layers.2.self_attn.kv_a_proj_with_mqa": "fp8_channel",
             "model.layers.*.self_attn.o_proj": "fp8_block",
             "model.layers.0.mlp.*": "gptq_int4",
             "model.layers.1.mlp.experts.*": "fp8_channel",
@@ -121,7 +125,7 @@ _EXPERT_PARTS = {
     "mixtral": {"w13": ("w1", "w3"), "w2": ("w2",)},
     "": {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)},
 }
-_LINEAR = re.compile(r"(?!.*\.(kv_b_proj|q_a_proj)$).*(_proj|\.w[123])")  # what the sources hold quantized
+_LINEAR = re.compile(r"(?!.*\.kv_b_proj$).*(_proj|_with_mqa|\.w[123])")  # what the sources hold quantized
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2")
 _WHOLE = ("gate", "fused_qkv_a_proj_with_mqa")
 
