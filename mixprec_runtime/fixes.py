@@ -5,7 +5,7 @@ Each mend is inert where a later SGLang does the right thing by itself. Line num
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,47 +87,36 @@ def _answer_to_weight_scale(method: QuantizeMethodBase) -> None:
 def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -> None:
     """SGLang compares with the global tensor-parallel size (quantization/fp8.py:478), which is not this layer's
     under data-parallel attention, and then cuts through a block without a word."""
-    create = method.create_weights
 
-    # ReplicatedLinear gives the sizes by position, the others by name.
-    def create_weights(
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        for size, whole, step in (
-            (input_size_per_partition, input_size, block[1]),
-            (sum(output_partition_sizes), output_size, block[0]),
-        ):
-            if size < whole and size % step:
-                raise ValueError(f"a rank would hold {size} of {whole}, no multiple of the FP8 block {step}.")
-        create(layer, input_size_per_partition, output_partition_sizes, input_size, output_size, *args, **kwargs)
+    def check(here: tuple[int, int], whole: tuple[int, int]) -> None:
+        for size, all_of_it, step in zip(here, whole, block, strict=True):
+            if size < all_of_it and size % step:
+                raise ValueError(f"a rank would hold {size} of {all_of_it}, no multiple of its block of {step}.")
 
-    method.create_weights = create_weights
+    _check_first(method, check)
 
 
 def _mind_marlin_shapes(method: QuantizeMethodBase, fmt: Gptq) -> None:
     """``check_marlin_supports_shape`` is called, and its answer dropped (gpu/quantization/gptq_kernels.py:139)."""
+
+    def check(here: tuple[int, int], whole: tuple[int, int]) -> None:
+        fits, why = check_marlin_supports_shape(*here, whole[1], fmt.group_size)
+        if not fits:
+            raise ValueError(str(why))
+
+    _check_first(method, check)
+
+
+def _check_first(method: QuantizeMethodBase, check: Callable[[tuple[int, int], tuple[int, int]], None]) -> None:
+    """Before a linear's weights are made, ``check`` is shown ``(N, K)`` of this rank's weight and of the whole."""
     create = method.create_weights
 
     def create_weights(
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        *args: Any,
-        **kwargs: Any,
+        layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
     ) -> None:
-        fits, why = check_marlin_supports_shape(
-            sum(output_partition_sizes), input_size_per_partition, input_size, fmt.group_size
-        )
-        if not fits:
-            raise ValueError(str(why))
-        create(layer, input_size_per_partition, output_partition_sizes, input_size, *args, **kwargs)
+        whole = kwargs["output_size"], kwargs["input_size"]
+        check((sum(output_partition_sizes), input_size_per_partition), whole)
+        create(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
 
     method.create_weights = create_weights
 

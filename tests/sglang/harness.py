@@ -41,8 +41,8 @@ VARIANTS = [
 def sources(folder: Path, shape: Shape) -> dict[str, Path]:
     """The variants of a model, written once below ``folder``."""
     home = folder / f"sources-{abs(hash(shape))}"
-    return {v: home / v for v in VARIANTS} if home.exists() else write_sources(
-        home, shape, VARIANTS, skip=["*.kv_b_proj"]
+    return (
+        {v: home / v for v in VARIANTS} if home.exists() else write_sources(home, shape, VARIANTS, skip=["*.kv_b_proj"])
     )
 
 

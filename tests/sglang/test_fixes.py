@@ -1,0 +1,239 @@
+"""Where stock SGLang is wrong about a format, shown on its own classes, and what mixprec makes of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from harness import make, load, publish, rank_of, server_args, sources
+from mixes import MIXES, mix
+from serving import quantize
+
+sys.path.append(str(Path(__file__).parents[1] / "gpu"))
+from layers import FORMATS, PREFIX, mixed_config
+
+pytestmark = pytest.mark.usefixtures("stage")
+
+EXPERTS, HIDDEN, INTERMEDIATE = 2, 256, 512
+
+
+@pytest.fixture
+def stage(sglang: None) -> None:
+    publish(server_args("dummy"))
+
+
+def stock(kind: str) -> Any:
+    """SGLang's own config, as it would make it of a checkpoint of one format."""
+    from mixprec_runtime.native import sglang_config
+
+    return sglang_config(FORMATS[kind])
+
+
+def ours(kind: str, experts: int = EXPERTS) -> Any:
+    from mixprec_runtime.config import MixPrecConfig
+
+    return mixed_config(MixPrecConfig, [kind] * experts)
+
+
+def experts_of(config: Any, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    sizes = {"num_experts": EXPERTS, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "top_k": 2}
+    return FusedMoE(layer_id=0, params_dtype=dtype, quant_config=config, prefix=PREFIX, **{**sizes, **options})
+
+
+def linear(config: Any, prefix: str, inputs: int, outputs: int) -> Any:
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    return ReplicatedLinear(
+        inputs, outputs, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=prefix
+    )
+
+
+def load_expert(layer: Any, tensors: dict[str, torch.Tensor], shard: str, expert: int) -> None:
+    for leaf, tensor in tensors.items():
+        name = f"{'w2' if shard == 'w2' else 'w13'}_{leaf}"
+        parameter = layer._parameters[name]
+        parameter.weight_loader(parameter, tensor, f"experts.{name}", shard_id=shard, expert_id=expert)
+
+
+# GPTQ experts
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_scales_of_down_projections_are_cut_for_tensor_parallelism(rank: int) -> None:
+    tensors, _ = quantize(torch.randn(HIDDEN, INTERMEDIATE), "gptq_int4")
+    expected = tensors["scales"].chunk(2)[rank]
+
+    def holds(config: Any) -> bool:
+        with rank_of(rank, 2):
+            layer = experts_of(config, torch.half)
+        layer.w2_scales.data.fill_(-7)
+        try:
+            load_expert(layer, {"scales": tensors["scales"]}, "w2", 1)
+        except RuntimeError:
+            return False
+        return torch.equal(layer.w2_scales[1], expected)
+
+    assert holds(ours("gptq_int4"))
+    assert not holds(stock("gptq_int4"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
+def test_scales_are_of_the_models_dtype_and_zero_points_whole_numbers(dtype: torch.dtype) -> None:
+    layer = experts_of(ours("gptq_int4"), dtype)
+    assert {layer.w13_scales.dtype, layer.w2_scales.dtype} == {dtype}
+    assert {layer.w13_qzeros.dtype, layer.w2_qzeros.dtype} == {torch.int32}
+    # Marlin multiplies with activations of the scales' dtype only.
+    assert experts_of(stock("gptq_int4"), dtype).w13_scales.dtype == torch.half
+
+
+def test_scales_are_permuted_by_their_layers_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On four ranks an expert of 512 has 128 columns each: one group. Its inputs are two groups all the same."""
+    from sglang.srt.hardware_backend.gpu.quantization import gptq_kernels
+    from sglang.srt.layers.quantization.marlin_utils import marlin_moe_permute_scales
+
+    monkeypatch.setattr(gptq_kernels, "gptq_marlin_moe_repack", lambda qweight, *_: qweight)
+
+    def permuted(config: Any) -> Any:
+        with rank_of(1, 4):
+            layer = experts_of(config, torch.half)
+        layer.w13_scales.data.copy_(torch.arange(layer.w13_scales.numel()).reshape(layer.w13_scales.shape))
+        before = layer.w13_scales.data.clone()
+        layer.quant_method.process_weights_after_loading(layer)
+        expected = marlin_moe_permute_scales(before, size_k=HIDDEN, size_n=before.shape[2], group_size=128)
+        return layer, torch.equal(layer.w13_scales, expected)
+
+    layer, right = permuted(ours("gptq_int4"))
+    assert right and layer.intermediate_size_per_partition == INTERMEDIATE // 4
+    assert not {"w13_qzeros", "w2_qzeros"} & dict(layer.named_parameters()).keys()
+    assert not permuted(stock("gptq_int4"))[1]
+
+
+def test_experts_with_desc_act_are_not_cut() -> None:
+    from dataclasses import replace
+
+    config = ours("gptq_int4")
+    act = replace(FORMATS["gptq_int4"], desc_act=True)
+    from mixprec_runtime.native import NativeFormat
+
+    config.native[act] = NativeFormat(act)
+    config._experts[PREFIX] = {e: dict.fromkeys(("gate_proj", "up_proj", "down_proj"), act) for e in range(EXPERTS)}
+    with rank_of(0, 2), pytest.raises(ValueError, match=rf"{PREFIX} \(gptq_int4\): experts with desc_act.*--ep-size"):
+        experts_of(config)
+    with rank_of(0, 2, 2):
+        experts_of(config)
+
+
+def test_experts_that_marlin_has_no_kernel_for_are_refused() -> None:
+    with pytest.raises(ValueError, match=rf"{PREFIX} \(gptq_int4\): Marlin has no kernel.*96"):
+        experts_of(ours("gptq_int4"), intermediate_size=96)
+
+
+# Ids of -1
+
+
+class Runner:
+    """What SGLang's runner is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        from sglang.srt.layers.moe import MoeRunner
+
+        monkeypatch.setattr(MoeRunner, "run", lambda _, dispatch_output, quant_info, *args, **kwargs: quant_info)
+
+    def given(self, runner: Any, **info: Any) -> Any:
+        return runner.run(None, SimpleNamespace(**info))
+
+
+def test_marlin_is_told_that_ids_may_be_of_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(monkeypatch)
+    alone = experts_of(ours("gptq_int4"))
+    with rank_of(0, 2, 2):
+        shared = experts_of(ours("gptq_int4"))
+    assert runner.given(alone.scheme.kernel.runner, expert_map=None).expert_map is None
+    assert runner.given(shared.scheme.kernel.runner, expert_map=None).expert_map is not None
+    own = torch.zeros(3)
+    assert runner.given(shared.scheme.kernel.runner, expert_map=own).expert_map is own
+
+
+def test_tensor_scaled_experts_scale_activations_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(monkeypatch)
+    info = {
+        "w13_weight": torch.empty(2, 6, 4), "w2_weight": torch.empty(2, 4, 3), "per_channel_quant": False,
+        "w13_scale": torch.tensor([1.0, 2.0]), "w2_scale": torch.tensor([3.0, 4.0]),
+    }  # fmt: skip
+    with rank_of(1, 2, 2):
+        shared = experts_of(ours("fp8_tensor"))
+    given = runner.given(shared.quant_method.runner, **info)
+    assert given.per_channel_quant
+    assert given.w13_scale.tolist() == [[[1.0]] * 6, [[2.0]] * 6]
+    assert given.w2_scale.tolist() == [[[3.0]] * 4, [[4.0]] * 4]
+    alone = experts_of(ours("fp8_tensor"))
+    assert not runner.given(alone.quant_method.runner, **info).per_channel_quant
+
+
+# Linear layers
+
+
+def config_of(kind: str, prefix: str) -> Any:
+    from mixprec_build.manifest import Declaration
+    from mixprec_build.patterns import Pattern
+    from mixprec_runtime.config import MixPrecConfig
+
+    config = MixPrecConfig(Declaration({kind: FORMATS[kind], "bf16": FORMATS["bf16"]}, ((Pattern("*"), kind),), "bf16"))
+    config.bind([prefix])
+    return config
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 96), (192, 128)])
+def test_a_shape_that_marlin_has_no_kernel_for_is_refused_by_name(inputs: int, outputs: int) -> None:
+    prefix = "model.layers.7.mlp.down_proj"
+    linear(stock("gptq_int4"), prefix, inputs, outputs)  # its kernel would be wrong, or crash
+    with pytest.raises(ValueError, match=rf"{prefix} \(gptq_int4\):.*fewer tensor-parallel ranks"):
+        linear(config_of("gptq_int4", prefix), prefix, inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("part", "outputs", "whole"), [(192, [256], (384, 256)), (256, [192, 192], (256, 768)), (256, [64], (256, 128))]
+)
+def test_a_rank_that_would_cut_an_fp8_block_is_refused_by_name(
+    part: int, outputs: list[int], whole: tuple[int, int]
+) -> None:
+    """As under data-parallel attention, where the layer's ranks are not the server's."""
+    prefix = "model.layers.7.self_attn.o_proj"
+
+    def create(config: Any) -> None:
+        layer = torch.nn.Module()
+        method = config.get_quant_method(linear(config, prefix, 256, 256), prefix)
+        sizes = {"input_size": whole[0], "output_size": whole[1], "params_dtype": torch.bfloat16}
+        method.create_weights(layer, part, outputs, weight_loader=None, **sizes)
+
+    with pytest.raises(ValueError, match=rf"{prefix} \(fp8_block\):.*fewer tensor-parallel ranks"):
+        create(config_of("fp8_block", prefix))
+
+
+def test_llama_finds_its_block_scales(folder: Path) -> None:
+    def filled(checkpoint: Path) -> bool:
+        model, config = make(checkpoint)
+        scale = model.model.layers[0].self_attn.qkv_proj.weight_scale_inv
+        scale.data.fill_(-7)
+        load(model, config)
+        return bool((scale > 0).all())
+
+    assert filled(mix(folder, "llama"))
+    assert not filled(sources(folder, MIXES["llama"][0])["fp8_block"])
+
+
+def test_the_alias_of_block_scales_is_gone_after_loading() -> None:
+    prefix = "model.layers.7.self_attn.o_proj"
+    layer = linear(config_of("fp8_block", prefix), prefix, 256, 256)
+    assert "weight_scale" in dict(layer.named_parameters())
+    scale = torch.rand(2, 2)
+    layer.weight_scale.weight_loader(layer.weight_scale, scale)
+    assert torch.equal(layer.weight_scale_inv.data, scale)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert "weight_scale" not in dict(layer.named_parameters())

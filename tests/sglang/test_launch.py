@@ -1,0 +1,128 @@
+"""Arguments that a compiled checkpoint cannot be served with, and what the weights on a rank weigh."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from harness import make, rank_of, serve, server_args, sources
+from mixes import MIXES, Expected, mix
+
+pytestmark = pytest.mark.usefixtures("sglang")
+
+UNFIT = {
+    "tokenizer_worker_num": (2, "--tokenizer-worker-num"),
+    "moe_a2a_backend": ("deepep", "--moe-a2a-backend deepep"),
+    "moe_runner_backend": ("flashinfer_cutlass", "--moe-runner-backend flashinfer_cutlass"),
+    "load_format": ("sharded_state", "--load-format sharded_state"),
+    "torchao_config": ("int8wo", "--torchao-config"),
+}
+
+
+def test_arguments_that_no_checkpoint_goes_with() -> None:
+    from mixprec_runtime.launch import argument_problems
+
+    args = vars(server_args("dummy"))
+    assert argument_problems(SimpleNamespace(**args)) == []
+    for name, (value, flag) in UNFIT.items():
+        assert name in args, "SGLang has renamed it"
+        (problem,) = argument_problems(SimpleNamespace(**{**args, name: value}))
+        assert flag in problem and "leave it out" in problem
+    everything = {name: value for name, (value, _) in UNFIT.items()}
+    assert len(argument_problems(SimpleNamespace(**{**args, **everything}))) == len(UNFIT)
+
+
+def test_arguments_of_mixed_layers_are_sglangs() -> None:
+    names = ["enable_eplb", "ep_num_redundant_experts", "init_expert_location", "enable_lora", "lora_paths"]
+    assert vars(server_args("dummy")).keys() >= {*names, "moe_runner_backend"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "flag"),
+    [
+        ("llama", {"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
+        ("llama", {"load_format": "dummy"}, "--load-format dummy"),
+        ("qwen3_moe", {"moe_runner_backend": "cutlass"}, "--moe-runner-backend cutlass"),
+        ("qwen3_moe", {"init_expert_location": "file.json"}, "--init-expert-location"),
+    ],
+)
+def test_a_server_stops_before_it_makes_layers(folder: Path, name: str, arguments: dict[str, Any], flag: str) -> None:
+    with pytest.raises(RuntimeError, match=f"this checkpoint cannot be served so: {flag}"):
+        make(mix(folder, name), **arguments)
+
+
+def test_marlins_experts_need_their_own_runner(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"gptq_int4 experts run on Marlin only: leave out --moe-runner-backend"):
+        make(mix(folder, "qwen3_moe"), moe_runner_backend="triton")
+
+
+# Memory
+
+
+def bytes_of(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(("rank", "tp"), [(0, 1), (1, 2)])
+def test_memory_is_the_sum_of_what_was_loaded(folder: Path, rank: int, tp: int) -> None:
+    from sglang.srt.layers.linear import LinearBase
+
+    from mixprec_runtime.memory import measure
+
+    with rank_of(rank, tp):
+        model = serve(mix(folder, "llama"))
+    stats = measure(model)
+    held = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
+    assert stats["weight_mb"] * 2**20 == bytes_of(held)
+    expected = Expected(folder, MIXES["llama"], rank, tp)
+    by_format: Counter[str] = Counter()
+    for path, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            kind = expected.variant(expected.parts(path)[0])
+            # What tells group sizes and orders apart is no other kind.
+            by_format["_".join(kind.split("_")[:2])] += bytes_of(expected.linear(path))
+    rest = bytes_of(held) - by_format.total()
+    assert stats["bytes_by_format"] == {**by_format, "bf16": by_format["bf16"] + rest}
+    by_layer: Counter[str] = Counter()
+    for name, parameter in held.items():
+        layer = re.search(r"layers\.(\d+)", name)
+        by_layer[layer[1] if layer else "other"] += parameter.nbytes
+    assert stats["bytes_by_layer"] == by_layer
+    with rank_of(rank, tp):
+        dense = serve(sources(folder, MIXES["llama"][0])["bf16"])
+    assert stats["bf16_mb"] * 2**20 == bytes_of(dict(dense.named_parameters()))
+    assert stats["memory_saved_mb"] == pytest.approx(stats["bf16_mb"] - stats["weight_mb"])
+    assert stats["compression_ratio"] == pytest.approx(stats["bf16_mb"] / stats["weight_mb"])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek"])
+def test_experts_weigh_what_they_would_in_16_bits(folder: Path, name: str) -> None:
+    from mixprec_runtime.memory import measure
+
+    stats = measure(serve(mix(folder, name)))
+    dense = serve(sources(folder, MIXES[name][0])["bf16"])
+    assert stats["bf16_mb"] * 2**20 == bytes_of(dict(dense.named_parameters()))
+
+
+def test_what_is_tied_weighs_once(folder: Path) -> None:
+    from mixprec_runtime.memory import measure
+
+    model = serve(mix(folder, "llama"))
+    before = measure(model)["weight_mb"]
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert (before - measure(model)["weight_mb"]) * 2**20 == model.lm_head.weight.nbytes
+
+
+def test_a_tensor_on_another_device_stops_the_server(folder: Path) -> None:
+    from mixprec_runtime.memory import check_placement
+
+    model = serve(mix(folder, "llama"))
+    check_placement(model, torch.device("cpu"))
+    model.model.norm.weight = torch.nn.Parameter(torch.empty(4, device="meta"))
+    with pytest.raises(RuntimeError, match=r"1 tensors .* not on cpu: model\.norm\.weight \(meta\).*--cpu-offload-gb"):
+        check_placement(model, torch.device("cpu"))

@@ -1,0 +1,110 @@
+"""`mixprec doctor`, in an environment that may have no SGLang and no GPU: what is there is told by the tests."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import write_recipe, write_sources
+from typer.testing import CliRunner
+
+from mixprec_build.build import plan_recipe, run_plan
+from mixprec_build.cli import app
+from mixprec_runtime import doctor
+from mixprec_runtime.plugin import version_problem
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang 0.5.17 with the plugin, and a Hopper GPU."""
+    give(monkeypatch)
+
+
+def give(monkeypatch: pytest.MonkeyPatch, *, sglang: str | None = "0.5.17", capability: int = 90) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: sglang if package == "sglang" else "1.0")
+    points = [SimpleNamespace(name="mixprec", value="mixprec_runtime.plugin:register")]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == doctor.GROUP else [])
+    monkeypatch.setattr(doctor, "_find_gpu", lambda: (doctor.Gpu("a GPU", capability), ""))
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    write_sources(tmp_path)
+    run_plan(plan_recipe(write_recipe(tmp_path / "mix.yaml")), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def failures(out: Path | None = None) -> list[tuple[str, str]]:
+    return [(f.subject, f.text) for f in doctor.examine(out) if f.status == "fail"]
+
+
+def test_a_machine_that_can_serve_a_checkpoint_that_can_be_served(machine: None, out: Path) -> None:
+    assert failures(out) == []
+    last = doctor.examine(out)[-1]
+    assert last.status == "ok" and f"--model-path {out}" in last.text
+
+
+@pytest.mark.parametrize("version", ["0.5.15", "0.5.14", "0.5.24", "0.6.0"])
+def test_a_sglang_that_does_not_fit_is_told(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, sglang=version)
+    ((subject, text),) = failures()
+    assert subject == "SGLang" and f"this is SGLang {version}" in text and "0.5.15.post1 to 0.5.23" in text
+
+
+@pytest.mark.parametrize("version", ["0.5.15.post1", "0.5.17", "0.5.18.post2", "0.5.23"])
+def test_the_sglangs_that_fit(version: str) -> None:
+    assert version_problem(version) is None
+
+
+def test_what_is_missing_is_told_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, sglang=None)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    found = dict(failures())
+    assert found.keys() == {"SGLang", "plugin"}
+    assert "pip install 'mixprec[sglang]'" in found["SGLang"]
+
+
+def test_a_list_of_plugins_without_this_one_is_told(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_PLUGINS", "other, another")
+    ((subject, text),) = failures()
+    assert subject == "plugin" and "SGLANG_PLUGINS=other, another leaves it out" in text
+
+
+def test_a_gpu_that_is_too_old_for_a_format_of_the_checkpoint_is_told(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(monkeypatch, capability=75)
+    assert {subject for subject, _ in failures(out)} == {"bf16", "fp8_block", "gptq_int4"}
+    assert failures() == []  # by itself that is no failure
+
+
+def test_a_checkpoint_that_was_changed_is_told(machine: None, out: Path) -> None:
+    manifest = out / "mixprec_manifest.json"
+    manifest.write_text(manifest.read_text().replace("F8_E4M3", "F8_E5M2"))
+    ((_, text),) = failures(out)
+    assert "was changed after it was written" in text
+
+
+def test_another_format_in_the_files_than_was_built_is_told(machine: None, out: Path) -> None:
+    (shard,) = out.glob("*.safetensors")
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(b'"dtype":"BF16"', b'"dtype":"F16" ', 1))
+    ((subject, text),) = failures(out)
+    assert subject == "tensors" and "not as they were built" in text
+
+
+def test_a_plain_checkpoint_is_not_for_the_plugin(machine: None, out: Path) -> None:
+    ((_, text),) = failures(out.parent / "bf16")
+    assert "was not built by mixprec" in text
+
+
+def test_the_command_exits_with_1_where_something_fails(machine: None, out: Path) -> None:
+    runner = CliRunner()
+    fine = runner.invoke(app, ["doctor", str(out), "--json"])
+    assert fine.exit_code == 0 and {f["status"] for f in json.loads(fine.stdout)} <= {"ok", "warn"}
+    broken = runner.invoke(app, ["doctor", str(out.parent / "bf16")])
+    assert broken.exit_code == 1 and "fail" in broken.stdout
