@@ -111,12 +111,18 @@ def _check_first(method: QuantizeMethodBase, check: Callable[[tuple[int, int], t
     """Before a linear's weights are made, ``check`` is shown ``(N, K)`` of this rank's weight and of the whole."""
     create = method.create_weights
 
+    # ReplicatedLinear gives the sizes by position, the others by name.
     def create_weights(
-        layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        whole = kwargs["output_size"], kwargs["input_size"]
-        check((sum(output_partition_sizes), input_size_per_partition), whole)
-        create(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+        check((sum(output_partition_sizes), input_size_per_partition), (output_size, input_size))
+        create(layer, input_size_per_partition, output_partition_sizes, input_size, output_size, *args, **kwargs)
 
     method.create_weights = create_weights
 

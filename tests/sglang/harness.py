@@ -26,7 +26,7 @@ from serving import Shape, write_sources
 import mixprec_runtime.cpu
 
 __all__ = [
-    "build", "free_port", "last_json", "load", "make", "parameters_of", "rank_of", "run_python", "serve",
+    "Changed", "build", "free_port", "last_json", "load", "make", "parameters_of", "rank_of", "run_python", "serve",
     "server_args", "sources", "stage_of", "start", "tensors_of",
 ]  # fmt: skip
 
@@ -122,6 +122,17 @@ def free_port() -> int:
 def server_args(path: Path | str, **options: Any) -> Any:
     # By the module, so that the class is looked up where this SGLang has it.
     return importlib.import_module("sglang.srt.server_args").ServerArgs(model_path=str(path), device="cpu", **options)
+
+
+class Changed:
+    """Arguments as SGLang made them, some of them changed after its own checks."""
+
+    def __init__(self, args: Any, **values: Any):
+        self._args = args
+        self.__dict__ |= values
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._args, name)
 
 
 def publish(args: Any) -> None:

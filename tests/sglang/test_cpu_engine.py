@@ -35,7 +35,7 @@ if __name__ == "__main__":
     prompts, tokens, jobs = json.loads(sys.argv[1])
     answers = []
     for path, options in jobs:
-        settings = {**ENGINE, "dtype": "float32", "log_level": "warning", **options}
+        settings = {**ENGINE, "dtype": "float32", "log_level": "warning", "disable_radix_cache": True, **options}
         engine = sglang.Engine(model_path=path, skip_tokenizer_init=True, **settings)
         greedy = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
         out = engine.generate(input_ids=prompts, sampling_params=greedy)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import make, load, publish, rank_of, server_args, sources
+from harness import load, make, publish, rank_of, server_args, sources
 from mixes import MIXES, mix
 from serving import quantize
 
@@ -203,11 +203,12 @@ def test_a_shape_that_marlin_has_no_kernel_for_is_refused_by_name(inputs: int, o
 def test_a_rank_that_would_cut_an_fp8_block_is_refused_by_name(
     part: int, outputs: list[int], whole: tuple[int, int]
 ) -> None:
-    """As under data-parallel attention, where the layer's ranks are not the server's."""
+    """Where a layer's ranks are not the server's, as under data-parallel attention, stock SGLang does not see it."""
     prefix = "model.layers.7.self_attn.o_proj"
 
     def create(config: Any) -> None:
         layer = torch.nn.Module()
+        layer.tp_group = None  # 0.5.23 asks it
         method = config.get_quant_method(linear(config, prefix, 256, 256), prefix)
         sizes = {"input_size": whole[0], "output_size": whole[1], "params_dtype": torch.bfloat16}
         method.create_weights(layer, part, outputs, weight_loader=None, **sizes)

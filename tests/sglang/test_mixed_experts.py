@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import publish, rank_of, server_args
+from harness import Changed, publish, rank_of, server_args
 from serving import quantize
 
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
@@ -54,7 +54,7 @@ def close(out: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((out - expected).abs().max() < 0.01 * expected.abs().max())
 
 
-@pytest.mark.parametrize(("first", "second"), combinations(FORMATS, 2))
+@pytest.mark.parametrize(("first", "second"), list(combinations(FORMATS, 2)))
 def test_two_formats_compute_what_the_experts_stand_for(first: str, second: str) -> None:
     layer, weights = layer_of((first, 3), (second, 5))
     assert type(layer.quant_method).__name__ == "MixedExpertsMethod"
@@ -258,18 +258,18 @@ def test_layers_that_groups_cannot_be(options: dict[str, Any], message: str) -> 
         ({"ep_num_redundant_experts": 2}, "--ep-num-redundant-experts"),
         ({"init_expert_location": "somewhere.json"}, "--init-expert-location"),
         ({"enable_lora": True}, "--enable-lora"),
+        ({"lora_paths": ["somewhere"]}, "--lora-paths"),
     ],
 )
-def test_arguments_that_groups_do_not_go_with(arguments: dict[str, Any], message: str) -> None:
-    from types import SimpleNamespace
-    from unittest.mock import patch
-
+def test_arguments_that_groups_do_not_go_with(
+    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mixprec_runtime import launch
 
     args = server_args("dummy")
-    changed = SimpleNamespace(**{**vars(args), **arguments})
     assert launch.mixed_problems(args) == []
-    with patch.object(launch, "_server_args", lambda: changed), pytest.raises(RuntimeError, match=message):
+    assert all(hasattr(args, name) for name in arguments), "SGLang has renamed it"
+    monkeypatch.setattr(launch, "_server_args", lambda: Changed(args, **arguments))
+    with pytest.raises(RuntimeError, match=message):
         bare_layer(mixed("fp8_block", "gptq_int4"), 2)
-    with patch.object(launch, "_server_args", lambda: changed):
-        bare_layer(mixed("gptq_int4", "gptq_int4"), 2)
+    bare_layer(mixed("gptq_int4", "gptq_int4"), 2)
