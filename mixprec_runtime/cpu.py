@@ -6,6 +6,7 @@ Kernels that SGLang lacks there are replaced by :mod:`mixprec_runtime.reference`
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def main() -> None:
         flag = f"--{name.replace('_', '-')}"
         arguments += [flag] if value is True else [flag, str(value)]
     command = [sys.executable, "-m", "sglang.launch_server", *arguments, *sys.argv[1:]]
-    os.execve(sys.executable, command, environment())
+    ranks = argparse.ArgumentParser(add_help=False)
+    ranks.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="tp")
+    os.execve(sys.executable, command, environment(ranks.parse_known_args()[0].tp))
 
 
 if __name__ == "__main__":

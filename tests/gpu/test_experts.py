@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("sglang")
+pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 

@@ -35,6 +35,7 @@ if __name__ == "__main__":
     prompts, tokens, jobs = json.loads(sys.argv[1])
     answers = []
     for path, options in jobs:
+        # The radix cache of 0.5.23 is a library that needs its own torch.
         settings = {**ENGINE, "dtype": "float32", "log_level": "warning", "disable_radix_cache": True, **options}
         engine = sglang.Engine(model_path=path, skip_tokenizer_init=True, **settings)
         greedy = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}

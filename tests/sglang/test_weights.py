@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,26 @@ EXPERT_RANKS = [(0, 2, 2), (1, 2, 2), (1, 4, 2), (2, 4, 2)]
 @pytest.mark.parametrize(("rank", "tp", "ep"), RANKS + EXPERT_RANKS)
 @pytest.mark.parametrize("name", MIXES)
 def test_every_parameter_holds_the_bytes_of_its_sources(folder: Path, name: str, rank: int, tp: int, ep: int) -> None:
-    from sglang.srt.layers.linear import LinearBase
-
     expected = Expected(folder, MIXES[name], rank, tp, ep)
     if ep > 1 and not expected.shape.experts:
         pytest.skip("no experts")
     with rank_of(rank, tp, ep):
-        model = serve(mix(folder, name))
+        check(serve(mix(folder, name)), expected)
+
+
+def test_deepseek_v2_is_loaded_as_v3(folder: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(mix(folder, "deepseek"), tmp_path / "v2")
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"}
+    path.write_text(json.dumps(config))
+    model = serve(checkpoint)
+    assert type(model).__name__ == "DeepseekV2ForCausalLM"
+    check(model, Expected(folder, MIXES["deepseek"]))
+
+
+def check(model: torch.nn.Module, expected: Expected) -> None:
+    from sglang.srt.layers.linear import LinearBase
+
     for path, module in model.named_modules():
         if isinstance(module, LinearBase):
             same(path, module, expected.linear(path))
