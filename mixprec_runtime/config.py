@@ -51,9 +51,12 @@ class MixPrecConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> MixPrecConfig:
         """Raises :class:`ValueError` for a damaged declaration."""
         try:
-            return cls(Declaration.from_json(config))
+            made = cls(Declaration.from_json(config))
         except SourceError as error:
             raise ValueError(f"config.json of this checkpoint: {error}") from error
+        # SGLang adds the model's own, where it has one.
+        made.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
+        return made
 
     def bind(self, modules: Iterable[str]) -> None:
         """Takes the names of all modules of the checkpoint, as Hugging Face spells them."""

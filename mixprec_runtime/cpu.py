@@ -46,7 +46,7 @@ def main() -> None:
         flag = f"--{name.replace('_', '-')}"
         arguments += [flag] if value is True else [flag, str(value)]
     command = [sys.executable, "-m", "sglang.launch_server", *arguments, *sys.argv[1:]]
-    ranks = argparse.ArgumentParser(add_help=False)
+    ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ranks.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="tp")
     os.execve(sys.executable, command, environment(ranks.parse_known_args()[0].tp))
 
