@@ -56,7 +56,7 @@ test-sglang: sglang
 serve-demo: sglang .demo/smollm2-mixed
 	$(SGLANG_BIN)/python recipes/demo/serve.py .demo/smollm2-mixed
 
-.demo/smollm2-mixed: setup
+.demo/smollm2-mixed: | setup
 	$(BIN)/python recipes/demo/make_sources.py --out .demo/sources
 	$(BIN)/mixprec build recipes/demo/smollm2.yaml -o $@ --force
 
