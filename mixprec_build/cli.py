@@ -122,11 +122,11 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare a compiled checkpoint with its sources, bit for bit."""
-    from .verify import read_manifest
+    from .manifest import read_manifest, tensor_entries
     from .verify import verify as run
 
     moved = dict(_pair(item) for item in source)
-    total = sum(t["bytes"] for m in read_manifest(folder)["modules"].values() for t in m["tensors"].values())
+    total = sum(entry["bytes"] for entry in tensor_entries(read_manifest(folder)).values())
     with _bar("comparing", total, quiet or as_json) as progress:
         result = run(folder, sources=moved, progress=progress)
     errors = _errors_against(folder, against, moved) if against else []

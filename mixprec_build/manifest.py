@@ -39,6 +39,7 @@ __all__ = [
     "name_formats",
     "quantization_config",
     "read_manifest",
+    "tensor_entries",
 ]
 
 METHOD = "mixprec"
@@ -247,6 +248,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerifyError(f"{path}: damaged: {error!r:.500}; build the checkpoint again") from error
     return dict(manifest)
+
+
+def tensor_entries(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of each tensor, by its name."""
+    return {name: entry for module in manifest["modules"].values() for name, entry in module["tensors"].items()}
 
 
 def _check_fields(manifest: Mapping[str, Any]) -> None:

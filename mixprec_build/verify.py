@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import SourceError, VerifyError
 from .formats.base import Format
 from .header import TensorInfo, inside, open_regular, pread_all, read_regular
-from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, read_manifest
+from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, read_manifest, tensor_entries
 from .report import printable
 from .sources import Source
 
@@ -135,7 +135,7 @@ def _structure_differences(manifest: Mapping[str, Any], checkpoint: Checkpoint) 
         yield f"config.json: quant_method is not {METHOD}"
     elif checkpoint.quantization.get("formats") != manifest["formats"]:
         yield "config.json: its formats are not those of the manifest"
-    recorded = {name: entry for module in manifest["modules"].values() for name, entry in module["tensors"].items()}
+    recorded = tensor_entries(manifest)
     for name, entry in recorded.items():
         info = checkpoint.tensors.get(name)
         if info is None:

@@ -58,17 +58,17 @@ class MixPrecConfig(QuantizationConfig):
         made.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
         return made
 
-    def bind(self, modules: Iterable[str]) -> None:
-        """Takes the names of all modules of the checkpoint, as Hugging Face spells them."""
-        formats = {name: self.declaration.format_of(name) for name in modules}
-        if self._mapper is not None:
-            formats = self._mapper.apply_dict(formats)
+    def bind(self, modules: Iterable[str]) -> Mapping[str, Format]:
+        """Takes the names of all modules of the checkpoint, as Hugging Face spells them; returns their formats."""
+        declared = {name: self.declaration.format_of(name) for name in modules}
+        formats = declared if self._mapper is None else self._mapper.apply_dict(declared)
         experts: dict[str, dict[int, dict[str, Format]]] = defaultdict(lambda: defaultdict(dict))
         for name, fmt in formats.items():
             found = _EXPERT.fullmatch(name)
             if found:
                 experts[found[1]][int(found[2])][found[3]] = fmt
         self._formats, self._experts = formats, experts
+        return declared
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """SGLang's method for ``layer``, which ``prefix`` names as SGLang does.

@@ -19,7 +19,7 @@ from mixprec_build import __version__
 from mixprec_build.checkpoint import Checkpoint, open_checkpoint
 from mixprec_build.errors import MixprecError
 from mixprec_build.formats.base import Format
-from mixprec_build.manifest import METHOD, Declaration, read_manifest
+from mixprec_build.manifest import METHOD, Declaration, read_manifest, tensor_entries
 from mixprec_build.servable import some
 
 from .plugin import version_problem
@@ -148,7 +148,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
 
 def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[Finding]:
     """Tensors whose headers are not as the manifest says; `mixprec verify` compares their bytes."""
-    declared = {name: tensor for module in manifest["modules"].values() for name, tensor in module["tensors"].items()}
+    declared = tensor_entries(manifest)
     stored = {name: (info.dtype, list(info.shape)) for name, info in checkpoint.tensors.items()}
     changed = [name for name, t in declared.items() if stored.get(name) != (t["dtype"], t["shape"])]
     changed += stored.keys() - declared.keys()

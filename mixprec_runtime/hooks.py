@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.utils import is_cpu
 from torch.nn import Module
 
 from mixprec_build.errors import MixprecError
+from mixprec_build.formats.base import Format
 from mixprec_build.formats.registry import format_from_json
-from mixprec_build.manifest import MANIFEST, METHOD, read_manifest
+from mixprec_build.manifest import MANIFEST, METHOD, read_manifest, tensor_entries
 
 from . import launch, memory, reference
 from .config import MixPrecConfig
@@ -54,12 +56,10 @@ def initialize_model(
     if model_config.is_draft_model:
         raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
     manifest = _manifest(model_config)
-    modules = manifest["modules"]
-    _check_declaration(quant_config, manifest)
-    quant_config.bind(modules)
+    _check_declared(quant_config.bind(manifest["modules"]), manifest)
     launch.check_arguments()
     model = original(model_config, load_config, quant_config)
-    declared = {name: tensor for module in modules.values() for name, tensor in module["tensors"].items()}
+    declared = tensor_entries(manifest)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,11 +83,11 @@ def _manifest(model_config: Any) -> dict[str, Any]:
         raise RuntimeError(f"{error} (SGLang is given the whole folder that `mixprec build` writes)") from error
 
 
-def _check_declaration(config: MixPrecConfig, manifest: Mapping[str, Any]) -> None:
+def _check_declared(declared: Mapping[str, Format], manifest: Mapping[str, Any]) -> None:
     """Raises ``RuntimeError`` where config.json declares other formats, or other parameters, than the manifest."""
     built = {name: format_from_json(data) for name, data in manifest["formats"].items()}
     for name, module in manifest["modules"].items():
-        now, then = config.declaration.format_of(name), built[module["format"]]
+        now, then = declared[name], built[module["format"]]
         if now != then:
             raise RuntimeError(
                 f"config.json declares {name} as {now.kind} {now.to_json()}, the manifest as {then.to_json()}: one of "
@@ -113,7 +113,7 @@ def ready(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     if runner.model_config.quantization == METHOD:
         memory.check_placement(runner.model, torch.device(runner.device))
         memory.serve(runner.model)
-        if reference.in_use():
+        if is_cpu():
             reference.announce(logger)
 
 

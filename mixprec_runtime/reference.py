@@ -26,14 +26,9 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 
-__all__ = ["announce", "in_use", "pretend_hopper", "stand_in", "unquantized_experts"]
+__all__ = ["announce", "pretend_hopper", "stand_in", "unquantized_experts"]
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
-
-
-def in_use() -> bool:
-    """Whether this process serves on the CPU."""
-    return bool(is_cpu())
 
 
 def announce(logger: logging.Logger) -> None:

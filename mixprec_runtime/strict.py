@@ -134,7 +134,7 @@ class _Arriving(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Every shape that a loader asks for comes by here: what is neither a write nor a tensor leaves first.
+        # Every shape that a loader asks for comes by here, and leaves first.
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs) if kwargs else func(*args)
             if func in _WRITES:
@@ -143,13 +143,11 @@ class _Arriving(torch.Tensor):
                 if type(value) is cls and type(into) is not cls:
                     value._ledger.copied(value._names, into if copy else into[args[1]])
                 return result
-            if isinstance(result, torch.Tensor):
-                source = args[0]
-                if type(source) is cls and not (len(args) > 1 and isinstance(args[1], torch.Tensor)):
-                    return cls.of(result, source._ledger, source._names)
-            elif not isinstance(result, (tuple, list)) or isinstance(result, torch.Size):
+            if not isinstance(result, (torch.Tensor, tuple, list)) or isinstance(result, torch.Size):
                 return result
             sources = [arg for arg in _flat((*args, *(kwargs or {}).values())) if type(arg) is cls]
+            if not sources:  # deeper in an argument than anyone looks
+                return result
             names = tuple(dict.fromkeys(name for source in sources for name in source._names))
             return _wrapped(result, sources[0]._ledger, names)
 

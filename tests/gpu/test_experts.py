@@ -75,35 +75,17 @@ def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch:
     import mixprec_runtime.config as config
     from mixprec_runtime.experts import MixedExpertsMethod
 
-    whole, dense = layers.make_layer([(kind, EXPERTS)], hidden=HIDDEN, intermediate=INTERMEDIATE)
-    made = config.MixPrecConfig._experts_method
+    whole, _ = layers.make_layer([(kind, EXPERTS)], hidden=HIDDEN, intermediate=INTERMEDIATE)
+
+    class Half:
+        """Stands for the format: experts are grouped by equality, and each half equals itself only."""
+
+        kind = "half"
 
     def split(self: config.MixPrecConfig, layer: object, prefix: str) -> object:
-        fmt = layers.FORMATS[kind]
-        twin = type(fmt)(*(getattr(fmt, name) for name in fmt.__dataclass_fields__))
-        native = {fmt: self.native[fmt]}
-        halves = _Halves({e: fmt if e < EXPERTS // 2 else twin for e in range(EXPERTS)}, native, prefix)
-        return halves
-
-    class _Halves(MixedExpertsMethod):
-        """Groups by identity, where the method groups by equality."""
-
-        def create_weights(self, layer, *args, **kwargs):  # type: ignore[no-untyped-def]
-            first = [e for e in self._formats if e < EXPERTS // 2]
-            self._formats = {e: _Named(fmt, e in first) for e, fmt in self._formats.items()}
-            native = next(iter(self._native.values()))
-            self._native = dict.fromkeys(set(self._formats.values()), native)
-            super().create_weights(layer, *args, **kwargs)
-
-    class _Named:
-        def __init__(self, fmt: object, first: bool):
-            self.kind, self._key = fmt.kind, first  # type: ignore[attr-defined]
-
-        def __eq__(self, other: object) -> bool:
-            return isinstance(other, _Named) and self._key == other._key
-
-        def __hash__(self) -> int:
-            return hash(self._key)
+        halves = Half(), Half()
+        formats = {expert: halves[expert >= EXPERTS // 2] for expert in range(EXPERTS)}
+        return MixedExpertsMethod(formats, dict.fromkeys(halves, self.native[layers.FORMATS[kind]]), prefix)
 
     monkeypatch.setattr(config.MixPrecConfig, "_experts_method", split)
     halves, _ = layers.make_layer([(kind, EXPERTS)], hidden=HIDDEN, intermediate=INTERMEDIATE)
@@ -118,7 +100,6 @@ def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch:
         alone = routings(tokens, 2)["one group"].cuda()
         a, b = layers.run(whole, x, alone, weights), layers.run(halves, x, alone, weights)
         assert ((a.double() - b.double()).norm() / a.double().norm()).item() < 0.01
-    del made, dense
 
 
 def test_a_mixed_layer_in_a_cuda_graph_and_with_other_tokens() -> None:

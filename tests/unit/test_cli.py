@@ -373,8 +373,6 @@ def test_an_interrupt(mix: Path, tmp_path: Path) -> None:
     """Ctrl-C in the middle of the copy, and again while it waits for its threads: they still write to open files."""
     script = START + (
         "import time; real = copier.pwrite_all\n"
-        # A shell starts what it puts in the background with SIGINT ignored.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def interrupted(*arguments):\n"
         "    for _ in range(2):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
