@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ..header import TensorInfo
 
 __all__ = [
+    "Axes",
+    "Axis",
     "Format",
     "FormatError",
     "Reader",
@@ -35,6 +38,25 @@ Reader = Callable[["TensorInfo"], "npt.NDArray[Any] | None"]
 
 class FormatError(Exception):
     """A module whose tensors contradict one another or the declared quantization. Callers add where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of a weight in a stored tensor: along dimension ``dim``, ``per`` of the weight's values an index."""
+
+    dim: int
+    per: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Where a weight's outputs and inputs lie in one of a module's tensors; None where it has no such axis.
+
+    A cut for tensor parallelism follows from it. A tensor without the axis that is cut is held whole by every rank.
+    """
+
+    n: Axis | None = None
+    k: Axis | None = None
 
 
 class Format(ABC):
@@ -82,6 +104,10 @@ class Format(ABC):
     @abstractmethod
     def shape(self, module: StoredModule) -> tuple[int, ...]:
         """The shape of the weight the module stands for: ``(N, K)`` for a linear."""
+
+    @abstractmethod
+    def axes(self, leaf: str) -> Axes:
+        """How the tensor ``leaf`` lies along the weight's axes."""
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         """Why SGLang cannot run a linear fused of ``parts`` (one, when not fused), on one GPU."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .base import Format, FormatError, only_leaves, shape_text
+from .base import Axes, Axis, Format, FormatError, only_leaves, shape_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +70,9 @@ class Dense(Format):
 
     def shape(self, module: StoredModule) -> tuple[int, ...]:
         return module.tensors[_leaf(module.tensors)].shape
+
+    def axes(self, leaf: str) -> Axes:
+        return Axes(n=Axis(0)) if leaf == "bias" else Axes(n=Axis(0), k=Axis(1))
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         return tensors[_leaf(tensors)].astype("float32")

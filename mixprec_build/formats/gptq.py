@@ -30,7 +30,7 @@ from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..patterns import MAX_NAME, Patience, PatternError
-from .base import Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
+from .base import Axes, Axis, Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,6 +149,17 @@ class Gptq(Format):
         if self.group_size not in _MARLIN_GROUP_SIZES:
             limits.append(f"group size {self.group_size} has no CUDA kernel in SGLang, only -1, 32, 64 and 128 have")
         return limits
+
+    def axes(self, leaf: str) -> Axes:
+        # In act-order an input's group is anywhere: whoever holds some inputs needs the scales of all groups.
+        group = None if self.desc_act or self.group_size == -1 else Axis(0, self.group_size)
+        return {
+            "qweight": Axes(n=Axis(1), k=Axis(0, self.pack)),
+            "qzeros": Axes(n=Axis(1, self.pack), k=group),
+            "scales": Axes(n=Axis(1), k=group),
+            "g_idx": Axes(k=Axis(0)),
+            "bias": Axes(n=Axis(0)),
+        }[leaf]
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         limits = self._kernel_limits()

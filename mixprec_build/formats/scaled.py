@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import Format, FormatError, check_tensor, last_word, only_leaves, shape_text
+from .base import Axes, Axis, Format, FormatError, check_tensor, last_word, only_leaves, shape_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,6 +123,14 @@ class Scaled(Format):
 
     def shape(self, module: StoredModule) -> tuple[int, ...]:
         return module.tensors["weight"].shape
+
+    def axes(self, leaf: str) -> Axes:
+        if leaf == "weight":
+            return Axes(n=Axis(0), k=Axis(1))
+        if leaf == self.scale_leaf and self.block is not None:
+            return Axes(n=Axis(0, self.block[0]), k=Axis(1, self.block[1]))
+        channel = leaf == self.scale_leaf and self.granularity == "channel"
+        return Axes(n=Axis(0)) if channel or leaf == "bias" else Axes()
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         limits = []
