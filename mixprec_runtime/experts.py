@@ -8,15 +8,13 @@ all tokens, and the outputs are summed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import triton
-import triton.language as tl
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cpu
@@ -25,9 +23,10 @@ from torch.nn import ModuleList, Parameter
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.scaled import Scaled
 
+from . import routing
 from .native import NativeFormat
 
-__all__ = ["ExpertGroup", "MixedExpertsMethod", "add_up", "numbers_in_groups"]
+__all__ = ["ExpertGroup", "MixedExpertsMethod"]
 
 
 # The tensors that a module may be stored as, in any format.
@@ -171,17 +170,24 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         if not len(hidden_states):  # not all of SGLang's runners take none
             return StandardCombineInput(hidden_states=torch.empty_like(hidden_states))
-        ids = numbers_in_groups(topk.topk_ids, layer.group_numbers)
+        few = routing.are_few(topk.topk_ids)
+        ids = None if few else routing.numbers_in_groups(topk.topk_ids, layer.group_numbers)
 
         def run(number: int) -> torch.Tensor:
             group = layer.groups[number]
-            mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=ids[number]))
-            with _tiles_of_the_layer(layer, group, len(hidden_states)):
+            numbers = torch.empty_like(topk.topk_ids, dtype=torch.int32) if ids is None else ids[number]
+            mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
+            with ExitStack() as stack:
+                stack.enter_context(_tiles_of_the_layer(layer, group, len(hidden_states)))
+                if ids is None:
+                    stack.enter_context(routing.aligning(topk.topk_ids, layer.group_numbers[number], numbers))
                 out: torch.Tensor = group.quant_method.apply(group, mine).hidden_states
                 return out
 
         outputs = list(self._outputs(len(layer.groups), run))
-        return StandardCombineInput(hidden_states=add_up(outputs) if outputs else torch.zeros_like(hidden_states))
+        if not outputs:
+            return StandardCombineInput(hidden_states=torch.zeros_like(hidden_states))
+        return StandardCombineInput(hidden_states=routing.add_up(outputs))
 
     def _outputs(self, groups: int, run: Any) -> Iterator[torch.Tensor]:
         """The groups' outputs; in a CUDA graph they are computed side by side, since each alone leaves a GPU idle."""
@@ -205,55 +211,6 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 def _side_stream(number: int) -> torch.cuda.Stream:
     """One for all layers, which run one after the other."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-
-def numbers_in_groups(ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Routed ids ``[tokens, top_k]`` as each group numbers them, ``[groups, tokens, top_k]``, int32.
-
-    ``numbers [groups, experts + 1]``, int32, has -1 for experts of other groups, and in its last column.
-    """
-    if not ids.is_cuda:
-        return numbers[:, ids.long()]
-    groups, columns = numbers.shape
-    out = torch.empty((groups, *ids.shape), dtype=torch.int32, device=ids.device)
-    grid = (triton.cdiv(ids.numel(), 1024),)
-    _number[grid](ids.contiguous(), numbers, out, ids.numel(), columns, GROUPS=groups, BLOCK=1024)
-    return out
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _number(ids, numbers, out, size, columns, GROUPS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One launch where indexing takes two: at few tokens these layers are bound by launches."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = at < size
-    expert = tl.load(ids + at, there, other=-1)
-    column = tl.where(expert < 0, columns - 1, expert)
-    for group in tl.static_range(GROUPS):
-        tl.store(out + group * size + at, tl.load(numbers + group * columns + column, there), there)
-
-
-def add_up(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum, rounded once: where there are more than two, in float32."""
-    if len(outputs) <= 2:
-        return outputs[0] + outputs[1] if len(outputs) == 2 else outputs[0]
-    if len(outputs) == 3 and outputs[0].is_cuda:
-        total = torch.empty_like(outputs[0])
-        _add_three[(triton.cdiv(total.numel(), 1024),)](*outputs, total, total.numel(), BLOCK=1024)
-        return total
-    total = outputs[0].float()
-    for output in outputs[1:]:
-        total += output
-    return total.to(outputs[0].dtype)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_three(a, b, c, total, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One launch where torch takes four."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = at < size
-    value = tl.load(a + at, there).to(tl.float32) + tl.load(b + at, there).to(tl.float32)
-    value += tl.load(c + at, there).to(tl.float32)
-    tl.store(total + at, value.to(total.dtype.element_ty), there)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Ledger:
         for name, tensor in weights:
             self._check(name, tensor)
             self.arrived.add(name)
-            yield name, _Arriving.of(tensor, self, (name,))
+            yield name, _Arriving.of(tensor, (self, (name,)))
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         declared = self._declared.get(name)
@@ -89,20 +89,22 @@ class Ledger:
         Raises:
             LoadError: the copy changes quantized values.
         """
+        storage, size = into.untyped_storage().data_ptr(), into.numel()
+        owners = self._by_storage.get(storage)
         with self._lock:  # DeepSeek's loaders run in threads
             for name in names:
-                self.used[name] += into.numel()
-        storage = into.untyped_storage().data_ptr()
-        if storage not in self._by_storage:
+                self.used[name] += size
+            if owners is not None:
+                self._written[storage][into.storage_offset(), into.shape, into.stride()] = size
+        if owners is None:
             return
         for name in names:
             dtype = _DTYPES[self._declared[name]["dtype"]]
             if dtype != into.dtype and not {dtype, into.dtype} <= _CASTS:
                 raise LoadError(
-                    f"{name} is {dtype}, and {self._by_storage[storage][0]}, which SGLang loads it into, is "
+                    f"{name} is {dtype}, and {owners[0]}, which SGLang loads it into, is "
                     f"{into.dtype}: the layer is not in the format that the checkpoint declares"
                 )
-        self._written[storage][into.storage_offset(), into.shape, into.stride()] = into.numel()
 
     def unused(self, ranks: int) -> list[str]:
         """Tensors of the manifest of which less was copied than one of ``ranks`` takes."""
@@ -121,38 +123,38 @@ class Ledger:
 class _Arriving(torch.Tensor):
     """A tensor that came from a checkpoint, or was made from such ones."""
 
-    _ledger: Ledger
-    _names: tuple[str, ...]
+    _origin: tuple[Ledger, tuple[str, ...]]
+    """Who keeps the books, and the tensors of the checkpoint that it was made from."""
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, ledger: Ledger, names: tuple[str, ...]) -> _Arriving:
+    def of(cls, tensor: torch.Tensor, origin: tuple[Ledger, tuple[str, ...]]) -> _Arriving:
         arriving = tensor.as_subclass(cls)
-        arriving._ledger, arriving._names = ledger, names
+        arriving._origin = origin
         return arriving
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Every shape that a loader asks for comes by here, and leaves first.
+        # Each of hundreds of thousands of tensors comes by here half a dozen times: asked for its shape, cut, copied.
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs) if kwargs else func(*args)
-            if func in _WRITES:
+            if func is torch.Tensor.copy_ or func is torch.Tensor.__setitem__:
                 copy = func is torch.Tensor.copy_
                 into, value = args[0], args[1 if copy else 2]
                 if type(value) is cls and type(into) is not cls:
-                    value._ledger.copied(value._names, into if copy else into[args[1]])
+                    ledger, names = value._origin
+                    ledger.copied(names, into if copy else into[args[1]])
                 return result
+            if type(result) is torch.Tensor and func is torch.Tensor.narrow:
+                return cls.of(result, args[0]._origin)
             if not isinstance(result, (torch.Tensor, tuple, list)) or isinstance(result, torch.Size):
                 return result
-            sources = [arg for arg in _flat((*args, *(kwargs or {}).values())) if type(arg) is cls]
-            if not sources:  # deeper in an argument than anyone looks
+            origins = [arg._origin for arg in _flat((*args, *(kwargs or {}).values())) if type(arg) is cls]
+            if not origins:  # deeper in an argument than anyone looks
                 return result
-            names = tuple(dict.fromkeys(name for source in sources for name in source._names))
-            return _wrapped(result, sources[0]._ledger, names)
-
-
-_WRITES = {torch.Tensor.copy_, torch.Tensor.__setitem__}
+            names = tuple(dict.fromkeys(name for _, names in origins for name in names))
+            return _wrapped(result, (origins[0][0], names))
 
 
 def _flat(args: Iterable[Any]) -> Iterator[Any]:
@@ -163,10 +165,10 @@ def _flat(args: Iterable[Any]) -> Iterator[Any]:
             yield arg
 
 
-def _wrapped(result: Any, ledger: Ledger, names: tuple[str, ...]) -> Any:
+def _wrapped(result: Any, origin: tuple[Ledger, tuple[str, ...]]) -> Any:
     if isinstance(result, torch.Tensor):
-        return _Arriving.of(result, ledger, names)
-    return type(result)(_wrapped(item, ledger, names) for item in result) if type(result) in (tuple, list) else result
+        return _Arriving.of(result, origin)
+    return type(result)(_wrapped(item, origin) for item in result) if type(result) in (tuple, list) else result
 
 
 def load_strictly(

@@ -309,16 +309,21 @@ def write_sources(
         config = _config(shape)
         quantization = _VARIANTS[variant][1]
         if quantization is not None:
-            config["quantization_config"] = {**quantization, **_left_out(quantization, skip)}
+            config["quantization_config"] = {**quantization, **_left_out(quantization, skip, shape)}
         writer.finish(config)
     return {variant: folder / variant for variant in shards}
 
 
-def _left_out(quantization: Mapping[str, Any], skip: Sequence[str]) -> dict[str, Any]:
+def _left_out(quantization: Mapping[str, Any], skip: Sequence[str], shape: Shape) -> dict[str, Any]:
     """How a release says which modules it leaves alone, so that SGLang serves it natively too."""
     if quantization["quant_method"] == "compressed-tensors":
         return {"ignore": [*quantization["ignore"], *(f"re:.*{pattern.removeprefix('*')}$" for pattern in skip)]}
-    return {}
+    skipped = [name for name, _ in _modules(shape) if any(fnmatchcase(name, pattern) for pattern in skip)]
+    if quantization["quant_method"] != "fp8" or not skipped:
+        return {}
+    # SGLang asks for the fused name, which it knows of no parts of.
+    fused = {name.replace(".q_a_proj", ".fused_qkv_a_proj_with_mqa") for name in skipped if ".q_a_proj" in name}
+    return {"modules_to_not_convert": [*skipped, *sorted(fused)]}
 
 
 class _Shards:

@@ -92,7 +92,7 @@ def main() -> None:
         model_path=path, dtype=options.get("dtype", "auto"), **{**QUIET, **options.get("engine", {})}
     )
     result: dict[str, Any] = {"start_s": time.perf_counter() - started}
-    ids = prompts(vocab, options.get("prompts", 32), 24)
+    ids = options.get("ids") or prompts(vocab, options.get("prompts", 32), 24)
     if options.get("answer", True):
         result |= answer(engine, ids, options.get("new_tokens", 64))
     if options.get("logits"):

@@ -20,7 +20,8 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 512, 256, 24, 8
 KINDS = ("bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8")
 TOKENS = (0, 1, 7, 64, 65, 4096)
 # Activations are rounded to FP8 or Int8 for weights in these, and not for the others.
-ERRORS = {"fp8": 0.06, "other": 0.012, "int8": 0.03}
+# SGLang cuts off what activations for Int8 blocks have behind the point, instead of rounding it.
+ERRORS = {"fp8": 0.06, "int8_channel": 0.03, "int8_block": 0.05, "other": 0.012}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +56,7 @@ def test_a_mixed_layer_is_right(kinds: tuple[str, ...]) -> None:
     layer, dense = layers.make_layer(
         [(kind, EXPERTS // len(kinds)) for kind in kinds], hidden=HIDDEN, intermediate=INTERMEDIATE
     )
-    limit = max(ERRORS.get(kind.partition("_")[0], ERRORS["other"]) for kind in kinds)
+    limit = max(ERRORS.get("fp8" if "fp8" in kind else kind, ERRORS["other"]) for kind in kinds)
     for tokens in TOKENS:
         for name, ids in routings(tokens, len(kinds)).items():
             ids = ids.cuda()
@@ -71,7 +72,8 @@ def test_a_mixed_layer_is_right(kinds: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two groups of one format: their sum differs from the native layer by one rounding of the sum."""
+    """Two groups of one format: their sum differs from the native layer by one rounding of the sum. With one scale a
+    tensor, groups quantize activations token by token, where the native layer has one scale for all tokens."""
     import mixprec_runtime.config as config
     from mixprec_runtime.experts import MixedExpertsMethod
 
@@ -90,16 +92,17 @@ def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch:
     monkeypatch.setattr(config.MixPrecConfig, "_experts_method", split)
     halves, _ = layers.make_layer([(kind, EXPERTS)], hidden=HIDDEN, intermediate=INTERMEDIATE)
     assert len(halves.groups) == 2
+    limit = ERRORS["fp8"] if kind == "fp8_tensor" else 0.01
     for tokens in TOKENS[1:]:
         ids = routings(tokens, 2)["random"].cuda()
         x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
         weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
         a, b = layers.run(whole, x, ids, weights).double(), layers.run(halves, x, ids, weights).double()
-        assert ((a - b).norm() / a.norm()).item() < 0.01
+        assert ((a - b).norm() / a.norm()).item() < limit
         # Tokens whose experts all lie in one half take the same path, up to the order of one sum.
         alone = routings(tokens, 2)["one group"].cuda()
         a, b = layers.run(whole, x, alone, weights), layers.run(halves, x, alone, weights)
-        assert ((a.double() - b.double()).norm() / a.double().norm()).item() < 0.01
+        assert ((a.double() - b.double()).norm() / a.double().norm()).item() < limit
 
 
 def test_a_mixed_layer_in_a_cuda_graph_and_with_other_tokens() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Changed, publish, rank_of, server_args
+from harness import Changed, publish, rank_of, run_python, server_args
 from serving import quantize
 
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
@@ -95,15 +95,46 @@ def test_bf16_and_fp16_experts_are_one_group() -> None:
 
 
 def test_ids_become_those_of_each_group() -> None:
-    from mixprec_runtime.experts import numbers_in_groups
+    from mixprec_runtime.routing import numbers_in_groups
 
     table = torch.tensor([[0, -1, 1, -1], [-1, 0, -1, -1]], dtype=torch.int32)
     ids = torch.tensor([[2, 1], [0, -1]])
     assert numbers_in_groups(ids, table).tolist() == [[[1, -1], [0, -1]], [[-1, 0], [-1, -1]]]
 
 
+ALIGN = """
+import torch
+from mixprec_runtime.routing import align
+
+generator = torch.Generator().manual_seed(0)
+numbers = torch.full((25,), -1, dtype=torch.int32)
+numbers[5:15] = torch.randperm(10, generator=generator)
+for tokens, block in ((1, 8), (1, 16), (3, 8), (16, 8), (16, 16), (15, 64)):
+    ids = torch.rand(tokens, 24, generator=generator).argsort(1)[:, :8].int()
+    ids[0, :: tokens + 1] = -1
+    out = torch.empty_like(ids)
+    positions, experts, count = align(ids, numbers, out, block)
+    due = numbers[ids.long()]
+    assert torch.equal(out, due)
+    padded, of_blocks = [], []
+    for expert in due.unique().tolist():
+        its = (due.flatten() == expert).nonzero().flatten().tolist()
+        blocks = -(-len(its) // block)
+        padded += its + [ids.numel()] * (blocks * block - len(its))
+        of_blocks += [expert] * blocks
+    assert count.tolist() == [len(padded)]
+    assert positions[: len(padded)].tolist() == padded and experts[: len(of_blocks)].tolist() == of_blocks
+"""
+
+
+def test_few_ids_are_numbered_and_sorted_at_once() -> None:
+    """As SGLang's moe_align_block_size documents its result; the Triton kernel is interpreted here."""
+    done = run_python(ALIGN, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_sum_of_many_groups_is_rounded_once() -> None:
-    from mixprec_runtime.experts import add_up
+    from mixprec_runtime.routing import add_up
 
     # In BF16, 256 + 1 is 256 again: twice.
     parts = [torch.full((4,), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]

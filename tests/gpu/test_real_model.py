@@ -1,0 +1,51 @@
+"""The demo's mix of real weights (``make demo``) on a real GPU, beside transformers on its dequantized weights.
+
+    python -m pytest tests/gpu/test_real_model.py
+
+``MIXPREC_DEMO`` names the compiled folder where it is not ``.demo/smollm2-mixed``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sglang.srt")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from reference import write_dense  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+DEMO = Path(os.environ.get("MIXPREC_DEMO", ".demo/smollm2-mixed"))
+TEXTS = ["The capital of France is", "Water boils at a temperature of", "Once upon a time, there was a"]
+NEW_TOKENS = 24
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason=f"needs {DEMO}, which `make demo` makes")
+def test_real_weights_answer_as_in_transformers() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    options = {"ids": ids, "new_tokens": NEW_TOKENS, "engine": {"mem_fraction_static": 0.3}}
+    command = [sys.executable, str(Path(__file__).with_name("ask.py")), str(DEMO), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    served = json.loads(done.stdout.splitlines()[-1])["tokens"]
+    with tempfile.TemporaryDirectory() as folder:
+        write_dense(DEMO, Path(folder))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+    for text, prompt, tokens in zip(TEXTS, ids, served, strict=True):
+        due = model.generate(torch.tensor([prompt], device="cuda"), max_new_tokens=NEW_TOKENS, do_sample=False)
+        due = due[0, len(prompt) :].tolist()
+        print(f"{text}|{tokenizer.decode(tokens)}")
+        assert tokens[: len(due)] == due, f"{text}: transformers goes on {tokenizer.decode(due)!r}"
+    assert "Paris" in tokenizer.decode(served[0])
