@@ -8,6 +8,7 @@
     ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
     ├── WriteError               exit code 3: copying failed; nothing was left where the output belongs
     │   └── InterruptedBuildError  exit code 130: Ctrl-C
+    ├── SplitError               a checkpoint that cannot be cut for so many ranks
     └── VerifyError              a written checkpoint differs from its manifest or its sources
 
 A message names the file, the recipe line or the tensor, says what is wrong, and what to do about it.
@@ -27,6 +28,7 @@ __all__ = [
     "RecipeError",
     "RefusedError",
     "SourceError",
+    "SplitError",
     "VerifyError",
     "WriteError",
 ]
@@ -89,3 +91,7 @@ class InterruptedBuildError(WriteError):
 
 class VerifyError(MixprecError):
     """A checkpoint whose files, index, manifest or bytes disagree."""
+
+
+class SplitError(MixprecError):
+    """A checkpoint that cannot be cut for the ranks asked for. Names the module or the number at fault."""

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["FAMILIES", "Model", "Role", "fused_groups", "layer_of", "projection_of", "role_of"]
+__all__ = [
+    "FAMILIES",
+    "Model",
+    "Role",
+    "expert_groups",
+    "fused_groups",
+    "joined_groups",
+    "layer_of",
+    "projection_of",
+    "role_of",
+]
 
 FAMILIES = frozenset(
     {
@@ -110,6 +120,25 @@ def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
         key = expert[1] if expert else f"{parent}.{_FUSED[last]}" if last in _FUSED else name
         groups.setdefault(key, []).append(name)
     return groups
+
+
+def joined_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """As :func:`fused_groups`, under the names of SGLang's layers and in the order that it joins their parts in."""
+    order = list(_FUSED)
+    groups = {}
+    for joined, members in fused_groups(names).items():
+        # DeepSeek-V2-Lite's q_proj has no partners.
+        whole = sorted(members, key=lambda name: order.index(name.rpartition(".")[2])) if len(members) > 1 else members
+        groups[joined if len(members) > 1 else members[0]] = whole
+    return groups
+
+
+def expert_groups(formats: Mapping[int, object], here: Iterable[int]) -> list[list[int]]:
+    """The experts of one layer on one rank, by format, in the order that formats come up."""
+    groups: dict[object, list[int]] = {}
+    for expert in here:
+        groups.setdefault(formats[expert], []).append(expert)
+    return list(groups.values())
 
 
 def expert_parts(members: Iterable[str]) -> tuple[str, str, str] | None:

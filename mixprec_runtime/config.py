@@ -14,7 +14,7 @@ from mixprec_build.errors import SourceError
 from mixprec_build.formats.base import Format
 from mixprec_build.manifest import METHOD, Declaration
 
-from . import launch
+from . import launch, loader
 from .experts import MixedExpertsMethod
 from .native import NativeFormat
 
@@ -43,6 +43,8 @@ class MixPrecConfig(QuantizationConfig):
         super().__init__()
         self.declaration = declaration
         self.native = {fmt: NativeFormat(fmt) for fmt in declaration.formats.values()}
+        self.padded: Mapping[str, tuple[int, int]] = {}
+        """What files cut for this rank have added to layers; see :func:`.loader.pad`."""
         self._mapper: Any = None
         self._formats: dict[str, Format] | None = None
         self._experts: dict[str, dict[int, dict[str, Format]]] = {}
@@ -88,11 +90,14 @@ class MixPrecConfig(QuantizationConfig):
                 "mixprec's hook into SGLang's model loader is not in place: the log above says why. Start SGLang with "
                 "launch_server, `sglang serve` or sgl.Engine, which load plugins in every process"
             )
-        if isinstance(layer, FusedMoE):
-            return self._experts_method(layer, prefix)
-        if isinstance(layer, LinearBase):
-            fmt = self._one_format(prefix, self._members(prefix))
-            return self._native(fmt).get_quant_method(layer, prefix)
+        if isinstance(layer, FusedMoE | LinearBase):
+            if isinstance(layer, FusedMoE):
+                method = self._experts_method(layer, prefix)
+            else:
+                fmt = self._one_format(prefix, self._members(prefix))
+                method = self._native(fmt).get_quant_method(layer, prefix)
+            loader.pad(method, prefix, self.padded)
+            return method
         if isinstance(layer, VocabParallelEmbedding) and prefix in self._formats:
             fmt = self._formats[prefix]
             if fmt.quantized:

@@ -22,6 +22,7 @@ from torch.nn import ModuleList, Parameter
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.scaled import Scaled
+from mixprec_build.model import expert_groups
 
 from . import routing
 from .native import NativeFormat
@@ -70,15 +71,19 @@ class MixedExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         self._refuse(layer, extra)
         here = {e: layer._map_global_expert_id_to_local_expert_id(e) for e in self._formats}
-        members: dict[Format, list[int]] = {}
-        for expert, local in here.items():
-            if local >= 0:
-                members.setdefault(self._formats[expert], []).append(expert)
+        members = expert_groups(self._formats, [expert for expert, local in here.items() if local >= 0])
         layer.groups = ModuleList(
-            self._group(layer, fmt, len(experts), hidden_size, intermediate_size_per_partition, params_dtype)
-            for fmt, experts in members.items()
+            self._group(
+                layer,
+                self._formats[experts[0]],
+                len(experts),
+                hidden_size,
+                intermediate_size_per_partition,
+                params_dtype,
+            )
+            for experts in members
         )
-        place = {expert: (g, i) for g, experts in enumerate(members.values()) for i, expert in enumerate(experts)}
+        place = {expert: (g, i) for g, experts in enumerate(members) for i, expert in enumerate(experts)}
         # A row for each group: local id -> number in the group, or -1. The last column answers for an id of -1.
         numbers = torch.full((len(members), num_experts + 1), -1, dtype=torch.int32)
         for expert, (g, i) in place.items():

@@ -20,7 +20,7 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.registry import format_from_json
 from mixprec_build.manifest import MANIFEST, METHOD, read_manifest, tensor_entries
 
-from . import launch, memory, reference
+from . import launch, loader, memory, reference
 from .config import MixPrecConfig
 from .strict import load_strictly
 
@@ -55,9 +55,12 @@ def initialize_model(
         return original(model_config, load_config, quant_config)
     if model_config.is_draft_model:
         raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
-    manifest = _manifest(model_config)
+    folder, manifest = _manifest(model_config)
     _check_declared(quant_config.bind(manifest["modules"]), manifest)
     launch.check_arguments()
+    files = loader.files_of_this_rank(folder, manifest)
+    if files is not None:
+        quant_config.padded = files.padded
     model = original(model_config, load_config, quant_config)
     declared = tensor_entries(manifest)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
@@ -65,20 +68,28 @@ def initialize_model(
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
         # Later updates of weights, by a trainer say, bring some tensors only.
         del model.load_weights
+        unfit = files and loader.mismatch(model, files)
+        if files is not None and not unfit:
+            return loader.load(model, files, lambda: load_weights(iter(()), *args, **kwargs))
+        if files is not None:
+            if files.padded:
+                raise RuntimeError(f"the files in {files.folder} are not for this run: {unfit}")
+            logger.warning("mixprec reads the merged files, those in %s are not for this run: %s", files.folder, unfit)
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
 
     model.load_weights = load_once  # type: ignore[assignment]
     return model
 
 
-def _manifest(model_config: Any) -> dict[str, Any]:
+def _manifest(model_config: Any) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint's folder, and its manifest."""
     path = Path(model_config.model_path)
     if not path.is_dir():
         from huggingface_hub import hf_hub_download
 
         path = Path(hf_hub_download(model_config.model_path, MANIFEST, revision=model_config.revision)).parent
     try:
-        return read_manifest(path)
+        return path, read_manifest(path)
     except MixprecError as error:
         raise RuntimeError(f"{error} (SGLang is given the whole folder that `mixprec build` writes)") from error
 

@@ -22,15 +22,15 @@ from torch.nn import Module
 from mixprec_build.patterns import compress
 from mixprec_build.servable import some
 
-__all__ = ["Ledger", "LoadError", "load_strictly"]
+__all__ = ["CASTS", "DTYPES", "Ledger", "LoadError", "load_strictly", "may_be_empty"]
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-_CASTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+CASTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _DERIVED = re.compile(r".*_g_idx_sort_indices")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.+)\.(\d+)\.[^.]+\.[^.]+")
@@ -76,7 +76,7 @@ class Ledger:
         declared = self._declared.get(name)
         if declared is None:
             raise LoadError(f"{name} is not in the checkpoint's manifest: a file was added or changed after building")
-        dtype, shape = _DTYPES[declared["dtype"]], tuple(declared["shape"])
+        dtype, shape = DTYPES[declared["dtype"]], tuple(declared["shape"])
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise LoadError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, and was built as {dtype} {list(shape)}: the "
@@ -99,8 +99,8 @@ class Ledger:
         if owners is None:
             return
         for name in names:
-            dtype = _DTYPES[self._declared[name]["dtype"]]
-            if dtype != into.dtype and not {dtype, into.dtype} <= _CASTS:
+            dtype = DTYPES[self._declared[name]["dtype"]]
+            if dtype != into.dtype and not {dtype, into.dtype} <= CASTS:
                 raise LoadError(
                     f"{name} is {dtype}, and {owners[0]}, which SGLang loads it into, is "
                     f"{into.dtype}: the layer is not in the format that the checkpoint declares"
@@ -197,7 +197,7 @@ def load_strictly(
     # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
     padded = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
     lost = [name for name in ledger.unused(ranks) if belongs(name) and not (name in padded and ranks > 1)]
-    unfilled = [n for n in ledger.unfilled() if n not in padded and not _may_be_empty(n, declared)]
+    unfilled = [n for n in ledger.unfilled() if n not in padded and not may_be_empty(n, declared)]
     problems = []
     if lost:
         missing = [name for name in lost if name not in ledger.arrived]
@@ -214,11 +214,11 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} tensors ({some(compress(names))})" if len(names) > 1 else names[0]
 
 
-def _may_be_empty(parameter: str, declared: Mapping[str, Any]) -> bool:
+def may_be_empty(parameter: str, declared: Mapping[str, Any]) -> bool:
     """Parameters that need no tensor: made after loading, or an input order (``g_idx``) that files may leave out."""
     if _DERIVED.fullmatch(parameter):
         return True
-    return parameter.endswith("g_idx") and not any(name.endswith(".g_idx") for name in declared)
+    return parameter.endswith("g_idx") and not any(name.endswith("g_idx") for name in declared)
 
 
 def _here(model: Module) -> Callable[[str], bool]:

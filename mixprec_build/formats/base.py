@@ -109,6 +109,15 @@ class Format(ABC):
     def axes(self, leaf: str) -> Axes:
         """How the tensor ``leaf`` lies along the weight's axes."""
 
+    def tile(self, *, experts: bool) -> tuple[int, int]:
+        """What a rank's outputs and inputs must be multiples of, for the format to be cut there and its kernel to
+        run: of a linear, or of an expert's projections."""
+        return 1, 1
+
+    def filler(self, leaf: str) -> int:
+        """An element of the tensor ``leaf`` where the weight is to be zero."""
+        return 0
+
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         """Why SGLang cannot run a linear fused of ``parts`` (one, when not fused), on one GPU."""
         return []

@@ -161,6 +161,17 @@ class Gptq(Format):
             "bias": Axes(n=Axis(0)),
         }[leaf]
 
+    def tile(self, *, experts: bool) -> tuple[int, int]:
+        # marlin_utils.py: verify_marlin_supports_shape, check_moe_marlin_supports_layer
+        return 64, math.lcm(64 if experts else 128, 1 if self.group_size == -1 else self.group_size)
+
+    def filler(self, leaf: str) -> int:
+        if leaf != "qweight":
+            return 0
+        # Symmetric weights are stored with half of their range added.
+        word = sum(1 << (self.bits - 1) << (self.bits * i) for i in range(self.pack))
+        return word - (1 << 32)
+
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         limits = self._kernel_limits()
         # marlin_utils.py, verify_marlin_supports_shape: SGLang computes this and does not look at the result

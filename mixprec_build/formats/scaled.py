@@ -132,6 +132,12 @@ class Scaled(Format):
         channel = leaf == self.scale_leaf and self.granularity == "channel"
         return Axes(n=Axis(0)) if channel or leaf == "bias" else Axes()
 
+    def tile(self, *, experts: bool) -> tuple[int, int]:
+        return self.block or (16, 16)  # CUTLASS and Triton load 16 bytes at once
+
+    def filler(self, leaf: str) -> int:
+        return int(leaf == self.scale_leaf)
+
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         limits = []
         for part in parts:

@@ -1,0 +1,392 @@
+"""A checkpoint cut for tensor- and expert-parallel ranks: what each rank of SGLang holds, and nothing else.
+
+A rank's files hold SGLang's parameters under SGLang's names, as its weight loaders would fill them and before any
+kernel's repacking: q, k and v in one tensor, the experts of a layer in a few. A rank so reads some large tensors
+instead of thousands of small ones, and what it reads must fit its parameters exactly.
+
+====================  =============================================================================
+cut along outputs     q, k, v (by heads), gate, up, q_b, kv_b; embeddings and lm_head by vocabulary
+cut along inputs      o, down
+whole on every rank   norms, routers, q_a with kv_a, tensors without the axis that is cut
+by expert             whole experts under expert parallelism, each cut by what parallelism is left
+====================  =============================================================================
+
+Where a share of an MLP's columns would end inside a quantization block or group, or on no tile of the kernel, ranks
+get whole blocks and zero weights up to the same size: zero columns of gate and up meet zero rows of down, so no
+result changes. Layouts are those of SGLang 0.5.17: layers/linear.py, layers/vocab_parallel_embedding.py and
+layers/moe/fused_moe_triton/layer.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import lcm, prod
+
+from .checkpoint import StoredModule
+from .errors import SplitError
+from .formats.base import Axes, Format
+from .formats.gptq import Gptq
+from .header import DTYPE_BITS, TensorInfo
+from .model import FAMILIES, expert_groups, joined_groups
+
+__all__ = ["Degree", "Parameter", "Piece", "Share", "Splitter"]
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
+_GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+_HEADS = {"q_proj", "q_b_proj", "kv_b_proj"}
+_KV_HEADS = {"k_proj", "v_proj"}
+_VOCABULARY = {"embed_tokens", "lm_head"}
+_VOCABULARY_STEP = 64  # DEFAULT_VOCAB_PADDING_SIZE
+WASTEFUL = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Degree:
+    """``tp`` ranks in all, of which groups of ``tp / ep`` share each expert."""
+
+    tp: int
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.ep < 1 or self.tp % self.ep:
+            raise SplitError(f"tp {self.tp} and ep {self.ep}: tp must be a multiple of ep")
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}-ep{self.ep}"
+
+    @property
+    def moe_tp(self) -> int:
+        return self.tp // self.ep
+
+    def folder(self, rank: int) -> str:
+        """Where a rank's files lie in a checkpoint."""
+        return f"presplit/{self}/rank-{rank}-of-{self.tp}"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many of an MLP's ``whole`` columns a rank of ``ranks`` would hold, and ``held`` with zeros added."""
+
+    whole: int
+    ranks: int
+    held: int
+
+    @property
+    def native(self) -> int:
+        return self.whole // self.ranks
+
+    @property
+    def padding(self) -> float:
+        """Added columns, as a part of ``whole``."""
+        return self.held * self.ranks / self.whole - 1
+
+    def of(self, rank: int) -> tuple[int, int]:
+        return min(rank * self.held, self.whole), min((rank + 1) * self.held, self.whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle of a stored tensor, as rows and columns, and where it lies in a parameter.
+
+    A vector is one column. ``at`` is ``(expert, row, column)``, the expert 0 in parameters of no experts.
+    """
+
+    tensor: TensorInfo
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    at: tuple[int, int, int]
+
+    @property
+    def width(self) -> int:
+        """Columns of the stored tensor."""
+        shape = self.tensor.shape
+        return prod(shape[1:]) if len(shape) > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One of SGLang's parameters on one rank; elements that no piece covers are ``filler``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    filler: int = 0
+    experts: bool = False
+    """Whether the first dimension is the rank's experts."""
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """``shape`` as ``(experts, rows, columns)``."""
+        experts, rest = (self.shape[0], self.shape[1:]) if self.experts else (1, self.shape)
+        return experts, rest[0] if rest else 1, prod(rest[1:])
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """One module's part on a rank: outputs and inputs ``(from, to, held)``, None for all of them."""
+
+    name: str
+    n: tuple[int, int, int] | None = None
+    k: tuple[int, int, int] | None = None
+
+
+@dataclass(slots=True)
+class Splitter:
+    """The cut of one checkpoint for one degree.
+
+    Raises:
+        SplitError: the model's family, its sizes or a format do not allow it.
+    """
+
+    modules: Mapping[str, tuple[Format, StoredModule]]
+    config: Mapping[str, object]
+    degree: Degree
+    shares: dict[str, Share] = field(init=False, default_factory=dict)
+    """MLP or ``...experts`` -> how its columns are shared out."""
+
+    def __post_init__(self) -> None:
+        family = self.config.get("model_type")
+        if family not in FAMILIES:
+            raise SplitError(
+                f"model_type {family!r} cannot be cut; the families known are {', '.join(sorted(FAMILIES))}"
+            )
+        self._share_columns()
+
+    @property
+    def padded(self) -> dict[str, Share]:
+        """The shares with added zeros."""
+        return {name: share for name, share in self.shares.items() if share.padding}
+
+    def parameters(self, rank: int) -> list[Parameter]:
+        """All that ``rank`` holds, in checkpoint order."""
+        out: list[Parameter] = []
+        experts: dict[str, dict[int, dict[str, str]]] = {}
+        singles = []
+        for name in self.modules:
+            found = _EXPERT.fullmatch(name)
+            if found:
+                experts.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = name
+            else:
+                singles.append(name)
+        tied = self.config.get("tie_word_embeddings") and "model.embed_tokens" in self.modules
+        for joined, members in joined_groups(singles).items():
+            if not (tied and joined == "lm_head"):
+                out += self._joined(joined, [self._cut(name, rank) for name in members])
+        for prefix, stored in experts.items():
+            out += self._experts(prefix, stored, rank)
+        return out
+
+    def extra_bytes(self) -> int:
+        """What all ranks hold together beyond the checkpoint: copies of whole tensors, and zeros."""
+        stored = sum(module.nbytes for _, module in self.modules.values())
+        return sum(p.nbytes for rank in range(self.degree.tp) for p in self.parameters(rank)) - stored
+
+    # What is cut, and where
+
+    def _share_columns(self) -> None:
+        columns: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+        for name, (fmt, stored) in self.modules.items():
+            parent, _, last = name.rpartition(".")
+            down = last in _DOWNS
+            if not down and last not in _GATES + _UPS:
+                continue
+            expert = _EXPERT.fullmatch(name)
+            shape, tile = fmt.shape(stored), fmt.tile(experts=expert is not None)
+            whole, step = (shape[1], tile[1]) if down else (shape[0], tile[0])
+            ranks = self.degree.moe_tp if expert else self.degree.tp
+            columns.setdefault((expert[1] if expert else parent, ranks), []).append((name, whole, step))
+        for (owner, ranks), members in columns.items():
+            name, whole, _ = members[0]
+            if any(size != whole for _, size, _ in members):
+                raise SplitError(f"{owner}: gate, up and down disagree in how many columns it has")
+            if whole % ranks:
+                raise SplitError(f"{owner}: {whole} columns cannot be shared by {ranks} ranks; {self._advice(whole)}")
+            step = lcm(*(step for _, _, step in members))
+            native = whole // ranks
+            held = native if ranks == 1 or native % step == 0 else -(-whole // (step * ranks)) * step
+            self.shares[owner] = Share(whole, ranks, held)
+
+    def _advice(self, whole: int) -> str:
+        fitting = [str(tp) for tp in (1, 2, 4, 8, 16) if whole % tp == 0]
+        return f"{', '.join(fitting)} would do"
+
+    def _cut(self, name: str, rank: int) -> _Cut:
+        fmt, stored = self.modules[name]
+        shape, last, tp = fmt.shape(stored), name.rpartition(".")[2], self.degree.tp
+        owner = self.shares.get(name.rpartition(".")[0])
+        if owner is not None and last in _GATES + _UPS:
+            return _Cut(name, n=(*owner.of(rank), owner.held))
+        if owner is not None and last in _DOWNS:
+            return _Cut(name, k=(*owner.of(rank), owner.held))
+        if last in _HEADS:
+            return _Cut(name, n=self._even(name, shape[0], self._number("num_attention_heads"), rank, tp))
+        if last in _KV_HEADS:
+            heads = self._number("num_key_value_heads", "num_attention_heads")
+            # With fewer heads than ranks, ranks that follow one another hold the same head.
+            copies = max(1, tp // heads)
+            if heads < tp and tp % heads:
+                raise SplitError(f"{name}: {heads} key-value heads on {tp} ranks; one must be a multiple of the other")
+            return _Cut(name, n=self._even(name, shape[0], heads, rank // copies, tp // copies))
+        if last == "o_proj":
+            return _Cut(name, k=self._even(name, shape[1], self._number("num_attention_heads"), rank, tp))
+        if last in _VOCABULARY:
+            padded = -(-shape[0] // _VOCABULARY_STEP) * _VOCABULARY_STEP
+            if padded % tp:
+                raise SplitError(f"{name}: a vocabulary of {padded} rows cannot be shared by {tp} ranks")
+            share = Share(shape[0], tp, padded // tp)
+            return _Cut(name, n=(*share.of(rank), share.held))
+        return _Cut(name)
+
+    def _number(self, *keys: str) -> int:
+        value = next((self.config[key] for key in keys if self.config.get(key) is not None), None)
+        if type(value) is not int or value < 1:
+            raise SplitError(f"config.json has no {keys[0]}, which says how attention is cut")
+        return value
+
+    def _even(self, name: str, size: int, heads: int, rank: int, ranks: int) -> tuple[int, int, int]:
+        if heads % ranks or size % heads:
+            raise SplitError(f"{name}: {heads} heads cannot be shared by {ranks} ranks; {self._advice(heads)}")
+        share = size // ranks
+        fmt, stored = self.modules[name]
+        axes = [fmt.axes(leaf) for leaf in stored.tensors]
+        inputs = name.endswith("o_proj")
+        step = lcm(*(axis.per for axis in ((a.k if inputs else a.n) for a in axes) if axis is not None))
+        if ranks > 1 and share % step:
+            raise SplitError(
+                f"{name} ({fmt.kind}): a rank's heads have {share} of its {size} columns, and the format is stored in "
+                f"blocks of {step}; heads cannot be filled up with zeros: use fewer ranks, or another format here"
+            )
+        return rank * share, (rank + 1) * share, share
+
+    # The parameters
+
+    def _joined(self, joined: str, parts: Sequence[_Cut]) -> Iterator[Parameter]:
+        """One layer of SGLang's, of one module or of several that run as one."""
+        first, _ = self.modules[parts[0].name]
+        for leaf, tensors in self._leaves(joined, [part.name for part in parts]).items():
+            axes = first.axes(leaf)
+            name = f"{joined}.{leaf}" if leaf else joined
+            if axes.n is None and axes.k is None and prod(tensors[0].shape) == 1:
+                pieces = [Piece(t, (0, 1), (0, 1), (0, i, 0)) for i, t in enumerate(tensors)]
+                yield Parameter(name, tensors[0].dtype, (len(pieces),), tuple(pieces))
+                continue
+            # Where a tensor has no outputs, as an order of inputs, all parts have the same.
+            last = parts[-1:] if axes.n is None else parts
+            yield _stack(name, [(t, c) for t, c in zip(tensors[-len(last) :], last, strict=True)], axes, first, leaf)
+
+    def _experts(self, prefix: str, stored: Mapping[int, Mapping[str, str]], rank: int) -> Iterator[Parameter]:
+        """The parameters of a FusedMoE: those of this rank's experts, format by format."""
+        share = self.shares[prefix]
+        ep, here = rank // self.degree.moe_tp, len(stored) // self.degree.ep
+        if len(stored) % self.degree.ep:
+            raise SplitError(
+                f"{prefix}: {len(stored)} experts cannot be shared by {self.degree.ep} expert-parallel ranks"
+            )
+        columns = (*share.of(rank % self.degree.moe_tp), share.held)
+        formats = {expert: self.modules[next(iter(parts.values()))][0] for expert, parts in sorted(stored.items())}
+        kinds = {expert: fmt.fuses_as for expert, fmt in formats.items()}
+        groups = expert_groups(kinds, range(ep * here, (ep + 1) * here))
+        mixed = len(set(kinds.values())) > 1
+        for number, members in enumerate(groups):
+            home = f"{prefix}.groups.{number}" if mixed else prefix
+            fmt = formats[members[0]]
+            if self.degree.moe_tp > 1 and isinstance(fmt, Gptq) and fmt.desc_act:
+                raise SplitError(f"{prefix}: experts with desc_act cannot be cut; use as many ep as tp ranks")
+            for weight, lasts in (("w13", (_GATES, _UPS)), ("w2", (_DOWNS,))):
+                names = [[next(stored[e][p] for p in last if p in stored[e]) for last in lasts] for e in members]
+                for leaf, tensors in self._leaves(prefix, [name for one in names for name in one]).items():
+                    each = [tensors[i : i + len(lasts)] for i in range(0, len(tensors), len(lasts))]
+                    yield _stack_experts(f"{home}.{weight}_{leaf}", each, columns, fmt, leaf)
+
+    def _leaves(self, owner: str, names: Iterable[str]) -> dict[str, list[TensorInfo]]:
+        """leaf -> the tensors of these modules, which must all have it and of one dtype."""
+        out: dict[str, list[TensorInfo]] = {}
+        members = [(name, self.modules[name][1].tensors) for name in names]
+        for name, tensors in members:
+            for leaf, tensor in tensors.items():
+                out.setdefault(leaf, []).append(tensor)
+                if out[leaf][0].dtype != tensor.dtype:
+                    raise SplitError(
+                        f"{owner}: {leaf} is {out[leaf][0].dtype} in {members[0][0]} and {tensor.dtype} in {name}; "
+                        "a rank's file holds them as one tensor: take both from one source"
+                    )
+        for leaf, tensors_of_leaf in out.items():
+            if len(tensors_of_leaf) != len(members):
+                raise SplitError(f"{owner}: not all of its parts have {leaf}")
+        return out
+
+
+def _stack(name: str, parts: Sequence[tuple[TensorInfo, _Cut]], axes: Axes, fmt: Format, leaf: str) -> Parameter:
+    """Parts one after the other along their outputs."""
+    shape = list(parts[0][0].shape)
+    pieces, at = [], 0
+    for tensor, cut in parts:
+        ranges, held = _ranges(tensor.shape, axes, cut)
+        place = [0] * len(shape)
+        if axes.n is not None and shape:
+            place[axes.n.dim] = at
+            at += held[axes.n.dim]
+        for dim, size in enumerate(held):
+            shape[dim] = size
+        if all(stop > start for start, stop in ranges):
+            pieces.append(_piece(tensor, ranges, 0, place))
+    if axes.n is not None and shape:
+        shape[axes.n.dim] = at
+    # A rank past the last block holds zeros only: a piece of nothing tells what of.
+    pieces = pieces or [Piece(parts[0][0], (0, 0), (0, 0), (0, 0, 0))]
+    return Parameter(name, parts[0][0].dtype, tuple(shape), tuple(pieces), fmt.filler(leaf))
+
+
+def _stack_experts(
+    name: str, experts: Sequence[Sequence[TensorInfo]], columns: tuple[int, int, int], fmt: Format, leaf: str
+) -> Parameter:
+    """``w13`` (gate, up) or ``w2`` (down) of all experts in a group."""
+    first, axes = experts[0], fmt.axes(leaf)
+    cuts = [_Cut("", n=columns) if len(first) == 2 else _Cut("", k=columns) for _ in first]
+    if axes.n is None and axes.k is None:  # one value a tensor
+        # SGLang's experts keep a weight's scales apart, and of two scales of one input the last.
+        apart = len(first) if leaf != "input_scale" else 1
+        values = tuple(
+            Piece(tensor, (0, 1), (0, 1), (expert, i, 0))
+            for expert, tensors in enumerate(experts)
+            for i, tensor in enumerate(tensors[-apart:])
+        )
+        sizes = (len(experts), 2) if apart == 2 else (len(experts),)
+        return Parameter(name, first[0].dtype, sizes, values, experts=True)
+    pieces: list[Piece] = []
+    shape: tuple[int, ...] = ()
+    for expert, tensors in enumerate(experts):
+        last = 1 if axes.n is None else len(tensors)
+        one = _stack(name, list(zip(tensors[-last:], cuts[-last:], strict=True)), axes, fmt, leaf)
+        pieces += [Piece(p.tensor, p.rows, p.columns, (expert, *p.at[1:])) for p in one.pieces]
+        shape = (len(experts), *one.shape)
+    return Parameter(name, first[0].dtype, shape, tuple(pieces), fmt.filler(leaf), experts=True)
+
+
+def _ranges(shape: Sequence[int], axes: Axes, cut: _Cut) -> tuple[list[tuple[int, int]], list[int]]:
+    """For each dimension of a tensor what is taken of it, and how much room it gets."""
+    ranges, held = [(0, size) for size in shape], list(shape)
+    for axis, part in ((axes.n, cut.n), (axes.k, cut.k)):
+        if axis is not None and part is not None:
+            start, stop, room = part
+            ranges[axis.dim] = (start // axis.per, min(-(-stop // axis.per), shape[axis.dim]))
+            held[axis.dim] = -(-room // axis.per)
+    return ranges, held
+
+
+def _piece(tensor: TensorInfo, ranges: Sequence[tuple[int, int]], expert: int, place: Sequence[int]) -> Piece:
+    rows, row = (ranges[0], place[0]) if ranges else ((0, 1), 0)
+    inner = prod(tensor.shape[2:])
+    columns, column = (ranges[1], place[1]) if len(ranges) > 1 else ((0, 1), 0)
+    return Piece(tensor, rows, (columns[0] * inner, columns[1] * inner), (expert, row, column * inner))

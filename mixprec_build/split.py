@@ -1,0 +1,425 @@
+"""``mixprec split``: writes, lists and checks the per-rank files of a compiled checkpoint.
+
+    presplit/tp4-ep1/rank-0-of-4/index.json            what the rank holds, with checksums
+    presplit/tp4-ep1/rank-0-of-4/model-00001-of-00002.safetensors
+
+A rank's folder is written under another name, synced and renamed, and only then listed in the manifest: what the
+manifest lists is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from .copier import Progress, pwrite_all, write_errors
+from .errors import SourceError, SplitError, VerifyError, WriteError
+from .formats.base import Format, numpy_dtype
+from .header import (
+    TensorInfo,
+    build_header,
+    header_length,
+    inside,
+    load_json,
+    open_regular,
+    parse_header,
+    pread_all,
+    read_regular,
+)
+from .manifest import CHECKSUM, MANIFEST, checksum_of, dump_manifest, read_manifest
+from .presplit import Degree, Parameter, Piece, Splitter
+from .recipe import DEFAULT_SHARD_SIZE
+from .sources import Source, open_source
+from .stage import sync_folder
+
+__all__ = ["RankIndex", "open_rank", "rank_differences", "read_rank", "split", "splitter_of"]
+
+INDEX = "index.json"
+_VERSION = 1
+_BUFFER = 4 << 20
+_MAX_INDEX_BYTES = 64 << 20
+_MAX_INDEX_VALUES = 4_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RankIndex:
+    """``index.json`` of a rank, read back."""
+
+    degree: Degree
+    rank: int
+    folder: Path
+    parameters: Mapping[str, Mapping[str, Any]]
+    """Name -> dtype, shape, file, checksum."""
+    padded: Mapping[str, tuple[int, int]]
+    """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that its files have."""
+
+
+def splitter_of(source: Source, degree: Degree) -> Splitter:
+    """The cut of a checkpoint on disk. Raises :class:`SplitError` where there is none."""
+    modules: dict[str, tuple[Format, Any]] = {
+        name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()
+    }
+    return Splitter(modules, source.checkpoint.config, degree)
+
+
+def split(
+    folder: Path,
+    degree: Degree,
+    *,
+    ranks: Iterable[int] | None = None,
+    jobs: int | None = None,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Writes the files of ``ranks`` (all of them) of a compiled checkpoint and lists them in its manifest.
+
+    Ranks that are there already are left as they are. Returns the folders of all ranks asked for.
+
+    Raises:
+        VerifyError: ``folder`` is no compiled checkpoint.
+        SplitError: it cannot be cut like that.
+        WriteError: the disk is full, fails, or forbids it.
+    """
+    manifest = read_manifest(folder)
+    wanted = sorted(set(range(degree.tp) if ranks is None else ranks))
+    if any(not 0 <= rank < degree.tp for rank in wanted) or not wanted:
+        raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
+    source = open_source(str(folder))
+    splitter = splitter_of(source, degree)
+    listed = manifest.get("presplit", {})
+    missing = [rank for rank in wanted if degree.folder(rank) not in listed]
+    plans = {rank: splitter.parameters(rank) for rank in missing}
+    _check_space(folder, sum(p.nbytes for parameters in plans.values() for p in parameters))
+    padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
+
+    def write(rank: int) -> tuple[str, dict[str, Any]]:
+        head = {"version": _VERSION, "tp": degree.tp, "ep": degree.ep, "rank": rank, "padded": padded}
+        return degree.folder(rank), _write_rank(
+            folder, degree.folder(rank), head, source, plans[rank], shard_size, progress
+        )
+
+    with ThreadPoolExecutor(max_workers=jobs or min(8, os.cpu_count() or 1)) as pool:
+        entries = dict(pool.map(write, missing))
+    if entries:
+        _list_in_manifest(folder, {**manifest, "presplit": dict(sorted({**listed, **entries}.items()))})
+    return [folder / degree.folder(rank) for rank in wanted]
+
+
+def _check_space(folder: Path, need: int) -> None:
+    with write_errors(folder):
+        free = os.statvfs(folder)
+    if need > free.f_bavail * free.f_frsize:
+        raise WriteError(f"{folder}: {need} bytes are needed, {free.f_bavail * free.f_frsize} are free")
+
+
+def _list_in_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """The new manifest takes the old one's place by one rename."""
+    path = folder / f".{MANIFEST}.new"
+    with write_errors(path):
+        with path.open("wb") as file:
+            for chunk in dump_manifest({**manifest, "modules": manifest["modules"].items()}):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        path.rename(folder / MANIFEST)
+        sync_folder(folder)
+
+
+# Writing
+
+
+def _write_rank(
+    root: Path,
+    name: str,
+    head: Mapping[str, Any],
+    source: Source,
+    parameters: Sequence[Parameter],
+    shard_size: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Writes one rank's folder; returns its line in the manifest."""
+    final = root / name
+    part = final.with_name(f".{final.name}.part")
+    with write_errors(final), ExitStack() as stack:
+        for leftover in (part, final):
+            if leftover.exists():  # of a split that was stopped before the manifest listed it
+                shutil.rmtree(leftover)
+        part.mkdir(parents=True)
+        reader = stack.enter_context(_Reader(source))
+        shards = _shards(parameters, shard_size)
+        entries: dict[str, Any] = {}
+        files: dict[str, Any] = {}
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            header = build_header((p.name, p.dtype, p.shape, p.nbytes) for p in shard)
+            files[file] = {"bytes": len(header) + sum(p.nbytes for p in shard), "header": checksum_of(header)}
+            for parameter, checksum in _write_shard(part / file, header, shard, reader, progress):
+                entries[parameter.name] = {
+                    "dtype": parameter.dtype, "shape": parameter.shape, "file": file, CHECKSUM: checksum,
+                }  # fmt: skip
+        index = (json.dumps({**head, "files": files, "parameters": entries}, indent=1) + "\n").encode()
+        with (part / INDEX).open("wb") as out:
+            out.write(index)
+            out.flush()
+            os.fsync(out.fileno())
+        sync_folder(part)
+        part.rename(final)
+        for folder in (final.parent, final.parent.parent, root):
+            sync_folder(folder)
+    return {"bytes": sum(entry["bytes"] for entry in files.values()), CHECKSUM: checksum_of(index)}
+
+
+def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]:
+    shards: list[list[Parameter]] = [[]]
+    size = 0
+    for parameter in parameters:
+        if shards[-1] and size + parameter.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(parameter)
+        size += parameter.nbytes
+    return shards
+
+
+def _write_shard(
+    path: Path, header: bytes, parameters: Sequence[Parameter], reader: _Reader, progress: Progress | None
+) -> Iterator[tuple[Parameter, str]]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.posix_fallocate(fd, 0, len(header) + sum(p.nbytes for p in parameters))
+        pwrite_all(fd, memoryview(header), 0)
+        at = len(header)
+        for parameter in parameters:
+            digest = xxhash.xxh3_128()
+            for chunk in _contents(parameter, reader):
+                digest.update(chunk)
+                pwrite_all(fd, chunk, at)
+                at += len(chunk)
+                if progress is not None:
+                    progress(len(chunk))
+            yield parameter, digest.hexdigest()
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _contents(parameter: Parameter, reader: _Reader) -> Iterator[memoryview]:
+    """A parameter's bytes in order, a few MiB at a time."""
+    blocks, rows, columns = parameter.blocks
+    width = columns * parameter.itemsize
+    if not width:
+        return
+    filler = np.array(parameter.filler).astype(numpy_dtype(parameter.dtype)).tobytes()
+    by_block: dict[int, list[Piece]] = {}
+    for piece in parameter.pieces:
+        by_block.setdefault(piece.at[0], []).append(piece)
+    step = max(1, _BUFFER // width)
+    for block in range(blocks):
+        pieces = by_block.get(block, [])
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            chunk = np.frombuffer(bytearray(filler * ((stop - start) * columns)), np.uint8).reshape(-1, width)
+            for piece in pieces:
+                _, row, column = piece.at
+                # The rows of this chunk that the piece has, counted in the stored tensor.
+                first = max(piece.rows[0], piece.rows[0] + start - row)
+                last = min(piece.rows[1], piece.rows[0] + stop - row)
+                if first < last:
+                    to = row + first - piece.rows[0] - start
+                    left, right = (
+                        column * parameter.itemsize,
+                        (column + piece.columns[1] - piece.columns[0]) * parameter.itemsize,
+                    )
+                    chunk[to : to + last - first, left:right] = reader.rows(piece, first, last)
+            yield chunk.data.cast("B")
+
+
+class _Reader:
+    """Rows of stored tensors, from files that stay open."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._open: dict[str, int] = {}
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+
+    def rows(self, piece: Piece, first: int, last: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Rows ``first`` to ``last`` of the piece's columns, as bytes."""
+        tensor = piece.tensor
+        itemsize = numpy_dtype(tensor.dtype).itemsize
+        width = piece.width * itemsize
+        data = np.empty((last - first, width), np.uint8)
+        self._fill(tensor, data.data.cast("B"), tensor.start + first * width)
+        return data[:, piece.columns[0] * itemsize : piece.columns[1] * itemsize]
+
+    def _fill(self, tensor: TensorInfo, window: memoryview, at: int) -> None:
+        path = self._source.checkpoint.storage.cached(tensor.file)
+        if path is None:
+            raise SourceError(f"{tensor.file} is not on this machine", path=self._source.location)
+        if tensor.file not in self._open:
+            self._open[tensor.file] = open_regular(path)
+        while window:
+            try:
+                got = os.preadv(self._open[tensor.file], [window], at)
+            except OSError as error:
+                raise SourceError(f"cannot read {tensor.name}: {error.strerror}", path=path) from error
+            if got == 0:
+                raise SourceError(f"ends inside {tensor.name}", path=path)
+            window, at = window[got:], at + got
+
+
+# Reading back
+
+
+def read_rank(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int) -> RankIndex | None:
+    """What a rank's files hold; None where the manifest lists no such rank.
+
+    Raises:
+        VerifyError: the index is not the one that was listed.
+    """
+    name = degree.folder(rank)
+    listed = manifest.get("presplit", {}).get(name)
+    if listed is None:
+        return None
+    path = folder / name / INDEX
+    try:
+        data = read_regular(inside(folder, f"{name}/{INDEX}"), _MAX_INDEX_BYTES)
+        if checksum_of(data) != listed[CHECKSUM]:
+            raise VerifyError(f"{path}: was changed after it was written; remove {folder / name} and split again")
+        index = load_json(data, _MAX_INDEX_VALUES)
+        return RankIndex(
+            degree,
+            rank,
+            folder / name,
+            {str(k): v for k, v in index["parameters"].items()},
+            {str(k): (int(v[0]), int(v[1])) for k, v in index["padded"].items()},
+        )
+    except SourceError as error:
+        raise VerifyError(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise VerifyError(f"{path}: damaged: {error!r:.300}; split the checkpoint again") from error
+
+
+def rank_differences(
+    folder: Path, manifest: Mapping[str, Any], progress: Callable[[int], None] | None = None
+) -> Iterator[str]:
+    """Every difference between the per-rank files, what the manifest lists, and the merged tensors."""
+    listed = manifest.get("presplit", {})
+    present = {str(path.parent.relative_to(folder)) for path in folder.glob(f"presplit/*/*/{INDEX}")}
+    present |= {str(path.relative_to(folder)) for path in folder.glob("presplit/*/.*")}
+    for name in sorted(present - listed.keys()):
+        yield f"{name}: not in the manifest"
+    source = open_source(str(folder)) if listed else None
+    splitters: dict[Degree, Splitter] = {}
+    for name in listed:
+        degree, rank = _parse(name)
+        if source is None or degree is None:
+            yield f"{name}: no name of a rank's folder"
+            continue
+        try:
+            index = read_rank(folder, manifest, degree, rank)
+        except VerifyError as error:
+            yield str(error)
+            continue
+        assert index is not None
+        if degree not in splitters:
+            splitters[degree] = splitter_of(source, degree)
+        yield from _differences_of(index, source, splitters[degree].parameters(rank), progress)
+
+
+def _parse(name: str) -> tuple[Degree | None, int]:
+    try:
+        _, degree, rank = name.split("/")
+        tp, ep = degree.removeprefix("tp").split("-ep")
+        found = Degree(int(tp), int(ep))
+        number = int(rank.split("-")[1])
+    except (ValueError, IndexError, SplitError):
+        return None, 0
+    return (found, number) if found.folder(number) == name else (None, 0)
+
+
+def _differences_of(
+    index: RankIndex, source: Source, parameters: Sequence[Parameter], progress: Callable[[int], None] | None
+) -> Iterator[str]:
+    try:
+        stored = open_rank(index)
+    except SourceError as error:
+        yield str(error)
+        return
+    if extra := {p.name for p in index.folder.iterdir()} - {INDEX, *(t.file for t in stored.values())}:
+        yield f"{index.folder / min(extra)}: not in the index"
+    due = {parameter.name: parameter for parameter in parameters}
+    for name in sorted(due.keys() ^ stored.keys()):
+        yield f"{index.folder}: {name} is {'missing' if name in due else 'no parameter of this rank'}"
+    with _Reader(source) as reader:
+        for name, parameter in due.items():
+            tensor = stored.get(name)
+            if tensor is None:
+                continue
+            where = f"{name} in {index.folder / tensor.file}"
+            if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
+                yield f"{where}: {tensor.dtype} {list(tensor.shape)}, cut as {parameter.dtype} {list(parameter.shape)}"
+                continue
+            checksum = _checksum_of_range(index.folder / tensor.file, tensor)
+            if checksum != index.parameters[name][CHECKSUM]:
+                yield f"{where}: its bytes were changed"
+                continue
+            digest = xxhash.xxh3_128()
+            for chunk in _contents(parameter, reader):
+                digest.update(chunk)
+                if progress is not None:
+                    progress(len(chunk))
+            if digest.hexdigest() != checksum:
+                yield f"{where}: not what the merged tensors would be cut into"
+
+
+def _checksum_of_range(path: Path, tensor: TensorInfo) -> str:
+    digest = xxhash.xxh3_128()
+    fd = open_regular(path)
+    try:
+        at, end = tensor.start, tensor.start + tensor.nbytes
+        while at < end and (data := os.pread(fd, min(_BUFFER, end - at), at)):
+            digest.update(data)
+            at += len(data)
+    finally:
+        os.close(fd)
+    return str(digest.hexdigest())
+
+
+def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
+    """The tensors in a rank's files, by their headers. Raises :class:`SourceError` for damaged or missing files."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted({str(entry["file"]) for entry in index.parameters.values()}):
+        if Path(file).name != file:
+            raise SourceError(f"its index names the file {file!r:.200}", path=index.folder)
+        path = inside(index.folder, file)
+        fd = open_regular(path)
+        try:
+            size = os.fstat(fd).st_size
+            length = header_length(pread_all(fd, 8, 0), path=path, file_size=size)
+            data = pread_all(fd, 8 + length, 0)
+        finally:
+            os.close(fd)
+        tensors |= parse_header(data, path=path, file=file, file_size=size)[0]
+    for name, entry in index.parameters.items():
+        tensor = tensors.get(name)
+        if tensor is None or (tensor.dtype, list(tensor.shape), tensor.file) != (
+            entry["dtype"], list(entry["shape"]), entry["file"],
+        ):  # fmt: skip
+            raise SourceError(f"{name} is not there as its index says; split the checkpoint again", path=index.folder)
+    return tensors

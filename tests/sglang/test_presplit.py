@@ -1,0 +1,69 @@
+"""What a rank's own files hold is, bit for bit, what SGLang's loading of the merged files leaves in its parameters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from harness import build, make, rank_of, serve, sources
+from mixes import MIXES, mix
+from safetensors.torch import load_file
+from serving import QWEN3, QWEN3_MOE
+
+from mixprec_build.presplit import Degree
+from mixprec_build.split import split
+
+pytestmark = pytest.mark.usefixtures("sglang")
+
+DEGREES = [Degree(1), Degree(2), Degree(4), Degree(2, 2), Degree(4, 2), Degree(4, 4)]
+
+
+@pytest.mark.parametrize("degree", DEGREES, ids=str)
+@pytest.mark.parametrize("name", MIXES)
+def test_a_ranks_files_hold_what_sglang_would_load(folder: Path, tmp_path: Path, name: str, degree: Degree) -> None:
+    if degree.ep > 1 and not MIXES[name][0].experts:
+        pytest.skip("no experts")
+    merged = mix(folder, name)
+    out = shutil.copytree(merged, tmp_path / "out")
+    for rank, files in enumerate(split(out, degree)):
+        with rank_of(rank, degree.tp, degree.ep):
+            due = parameters(serve(merged))
+        held = tensors(files)
+        assert held.keys() == due.keys()
+        for parameter, tensor in due.items():
+            assert held[parameter].shape == tensor.shape, parameter
+            same = held[parameter].to(tensor.dtype)
+            assert torch.equal(bits(same), bits(tensor)), f"rank {rank}: {parameter}"
+
+
+@pytest.mark.parametrize(("name", "degree"), [("qwen3_moe", Degree(4, 2)), ("deepseek", Degree(2)), ("mixtral", Degree(2))])
+def test_a_rank_serves_its_own_files(folder: Path, tmp_path: Path, name: str, degree: Degree) -> None:
+    """And reads no others: the merged ones are gone."""
+    out = shutil.copytree(mix(folder, name), tmp_path / "out")
+    split(out, degree)
+    dues = []
+    for rank in range(degree.tp):
+        with rank_of(rank, degree.tp, degree.ep):
+            dues.append(parameters(serve(mix(folder, name))))
+    for file in out.glob("*.safetensors"):
+        file.unlink()
+    for rank, due in enumerate(dues):
+        with rank_of(rank, degree.tp, degree.ep):
+            held = parameters(serve(out))
+        assert held.keys() == due.keys()
+        assert all(torch.equal(bits(held[name]), bits(due[name])) for name in due)
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.data for n, p in model.named_parameters() if p.numel() and "sort_indices" not in n}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor
