@@ -158,6 +158,52 @@ def verify(
 
 
 @app.command()
+def split(
+    folder: Folder,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.", show_default=False)],
+    ep: Annotated[int, typer.Option("--ep", min=1, help="Expert-parallel ranks among them.")] = 1,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", help="Only these, as in 0-3 or 0,2: a node needs only its own.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Copying threads.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Cut a compiled checkpoint for the ranks that will serve it: each then reads its own files only."""
+    from .presplit import Degree
+    from .report import human
+    from .sources import open_source
+    from .split import split as run
+    from .split import splitter_of
+
+    degree = Degree(tp, ep)
+    chosen = None if ranks is None else _numbers(ranks)
+    splitter = splitter_of(open_source(str(folder)), degree)
+    if not quiet:
+        for remark in splitter.remarks():
+            print(f"note: {remark}", file=sys.stderr)
+    with _bar("cutting", splitter.total_bytes() // tp * len(chosen or range(tp)), quiet) as progress:
+        written = run(folder, degree, ranks=chosen, jobs=jobs, progress=progress)
+    if not quiet:
+        size = sum(file.stat().st_size for path in written for file in path.iterdir())
+        print(f"{folder}/presplit/{degree}: files of {len(written)} ranks, {human(size)}")
+        options = f"--tp {tp}" + (f" --ep-size {ep}" if ep > 1 else "")
+        print(f"next: python -m sglang.launch_server --model-path {folder} {options}")
+
+
+def _numbers(text: str) -> list[int]:
+    """``"0-3,6"`` -> ``[0, 1, 2, 3, 6]``."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
+            raise typer.BadParameter(f"{text!r} is no list of ranks like 0-3 or 0,2", param_hint="--ranks")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+@app.command()
 def doctor(
     folder: Annotated[
         Path | None, typer.Argument(help="A compiled checkpoint to be served.", show_default=False)

@@ -274,6 +274,10 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
             _check_entry(tensor, _TENSOR)
             if not all(type(n) is int for n in tensor["shape"]):
                 raise ValueError("a shape holds more than whole numbers")
+    presplit = manifest.get("presplit", {})
+    _check_type(presplit, dict, "presplit")
+    for rank in presplit.values():
+        _check_entry(rank, _FILE)
     unservable = manifest.get("unservable", [])
     _check_type(unservable, list, "unservable")
     for problem in unservable:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from .checkpoint import StoredModule, ValueReader, split_name
-from .errors import RecipeError, RefusedError
+from .errors import RecipeError, RefusedError, SplitError
 from .formats.base import Format
 from .formats.registry import ALIASES
 from .header import TensorInfo, build_header
 from .model import FAMILIES, Role, role_of
 from .patterns import compress, natural_key
+from .presplit import Degree, Splitter
 from .recipe import Recipe, Rule
 from .servable import Mend, Problems, check_servable, gives, some
 from .sources import Source, Sources
@@ -111,6 +112,8 @@ class Plan:
     notes: tuple[str, ...]
     unservable: tuple[str, ...] = field(default=())
     """What SGLang could not serve, allowed by the user."""
+    presplit: Mapping[str, int] = field(default_factory=dict)
+    """Degree that files are cut for, as ``tp4-ep1`` -> their bytes."""
 
     @property
     def tensor_bytes(self) -> int:
@@ -137,6 +140,10 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
         raise RefusedError([p.text for p in found])
+    presplit = {}
+    for splitter, nbytes in _splitters(recipe, sources, modules):
+        presplit[str(splitter.degree)] = nbytes
+        planner.notes += splitter.remarks()
     return Plan(
         recipe=recipe,
         sources=sources,
@@ -146,7 +153,21 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
         left_out=tuple(planner.left_out(modules)),
         notes=tuple(planner.notes),
         unservable=tuple(p.text for p in found),
+        presplit=presplit,
     )
+
+
+def _splitters(
+    recipe: Recipe, sources: Sources, modules: Mapping[str, PlannedModule]
+) -> Iterator[tuple[Splitter, int]]:
+    """The cuts that a recipe asks for, and the bytes of each."""
+    stored = {name: (module.format, module.stored) for name, module in modules.items()}
+    for tp in recipe.tp:
+        try:
+            splitter = Splitter(stored, sources.model.config, Degree(tp))
+            yield splitter, splitter.total_bytes()
+        except SplitError as error:
+            raise RecipeError(f"tp {tp}: {error}", path=recipe.path, line=recipe.tp_line) from error
 
 
 class _Planner:

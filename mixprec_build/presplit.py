@@ -30,6 +30,7 @@ from .formats.base import Axes, Format
 from .formats.gptq import Gptq
 from .header import DTYPE_BITS, TensorInfo
 from .model import FAMILIES, expert_groups, joined_groups
+from .patterns import compress
 
 __all__ = ["Degree", "Parameter", "Piece", "Share", "Splitter"]
 
@@ -154,6 +155,7 @@ class Splitter:
     degree: Degree
     shares: dict[str, Share] = field(init=False, default_factory=dict)
     """MLP or ``...experts`` -> how its columns are shared out."""
+    _steps: dict[str, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         family = self.config.get("model_type")
@@ -187,10 +189,30 @@ class Splitter:
             out += self._experts(prefix, stored, rank)
         return out
 
-    def extra_bytes(self) -> int:
-        """What all ranks hold together beyond the checkpoint: copies of whole tensors, and zeros."""
-        stored = sum(module.nbytes for _, module in self.modules.values())
-        return sum(p.nbytes for rank in range(self.degree.tp) for p in self.parameters(rank)) - stored
+    def total_bytes(self) -> int:
+        """What the files of all ranks hold together."""
+        # Ranks that share experts hold as much as one another.
+        firsts = range(0, self.degree.tp, self.degree.moe_tp)
+        return sum(p.nbytes for rank in firsts for p in self.parameters(rank)) * self.degree.moe_tp
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the added zeros."""
+        by_share: dict[Share, list[str]] = {}
+        for name, share in self.padded.items():
+            by_share.setdefault(share, []).append(name)
+        remarks = []
+        for share, names in by_share.items():
+            less = [tp for tp in range(share.ranks - 1, 0, -1) if share.whole % tp == 0 and self._fits(names[0], tp)]
+            advice = f"; {less[0]} ranks would need none" if share.padding > WASTEFUL and less else ""
+            remarks.append(
+                f"{self.degree}: a rank's {share.native} columns of {', '.join(compress(names)[:3])} are filled up to "
+                f"{share.held} with zeros ({share.padding:.0%} more weights there){advice}"
+            )
+        return remarks
+
+    def _fits(self, owner: str, ranks: int) -> bool:
+        share = self.shares[owner]
+        return share.whole // ranks % self._steps[owner] == 0
 
     # What is cut, and where
 
@@ -213,6 +235,7 @@ class Splitter:
             if whole % ranks:
                 raise SplitError(f"{owner}: {whole} columns cannot be shared by {ranks} ranks; {self._advice(whole)}")
             step = lcm(*(step for _, _, step in members))
+            self._steps[owner] = step
             native = whole // ranks
             held = native if ranks == 1 or native % step == 0 else -(-whole // (step * ranks)) * step
             self.shares[owner] = Share(whole, ranks, held)

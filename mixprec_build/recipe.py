@@ -67,6 +67,9 @@ class Recipe:
     default: str
     rules: tuple[Rule, ...] = ()
     shard_size: int = DEFAULT_SHARD_SIZE
+    tp: tuple[int, ...] = ()
+    """Tensor-parallel degrees to cut files for."""
+    tp_line: int = 0
     serving: Mapping[str, object] = field(default_factory=dict)
     """The sections ``inference:`` and ``server:``, read and kept, without influence on the build."""
 
@@ -137,7 +140,7 @@ def _native(reader: _Reader, root: _Map) -> Recipe:
         default = model_ref.name
         sources[default] = model_ref
     rules = _rules(reader, reader.map(root.get("weights")), sources)
-    return Recipe(reader.path, model_ref, sources, default, rules, _shard_size(reader, root), _serving(reader, root))
+    return Recipe(reader.path, model_ref, sources, default, rules, *_output(reader, root), _serving(reader, root))
 
 
 _PATHS = {
@@ -175,7 +178,7 @@ def _mixed_precision(reader: _Reader, root: _Map) -> Recipe:
         default = model.name
         sources[default] = model
     rules = _rules(reader, reader.map(section.get("weight_mapping")), sources)
-    return Recipe(reader.path, model, sources, default, rules, _shard_size(reader, root), _serving(reader, root))
+    return Recipe(reader.path, model, sources, default, rules, *_output(reader, root), _serving(reader, root))
 
 
 # Formats a rule may ask for without naming a source; plan.py finds the source that holds them.
@@ -200,18 +203,25 @@ def _rules(reader: _Reader, section: _Map, sources: Mapping[str, SourceRef]) -> 
     return tuple(rules)
 
 
-def _shard_size(reader: _Reader, root: _Map) -> int:
+def _output(reader: _Reader, root: _Map) -> tuple[int, tuple[int, ...], int]:
+    """``shard_size``, ``tp`` and the line of the latter."""
     output = reader.map(root.get("output"))
-    reader.only(output, {"shard_size"}, "`output:`")
-    if "shard_size" not in output:
-        return DEFAULT_SHARD_SIZE
-    try:
-        size = parse_size(reader.text(output["shard_size"]).text)
-    except ValueError as error:
-        raise reader.error(str(error), output["shard_size"]) from error
-    if size < 1 << 20:
-        raise reader.error("shard_size must be at least 1MiB", output["shard_size"])
-    return size
+    reader.only(output, {"shard_size", "tp"}, "`output:`")
+    size = DEFAULT_SHARD_SIZE
+    if "shard_size" in output:
+        try:
+            size = parse_size(reader.text(output["shard_size"]).text)
+        except ValueError as error:
+            raise reader.error(str(error), output["shard_size"]) from error
+        if size < 1 << 20:
+            raise reader.error("shard_size must be at least 1MiB", output["shard_size"])
+    if "tp" not in output:
+        return size, (), 0
+    node = output["tp"]
+    words = [reader.text(item).text for item in (node.items if isinstance(node, _List) else (node,))]
+    if not words or not all(re.fullmatch(r"[1-9]\d{0,3}", word) for word in words) or len(set(words)) != len(words):
+        raise reader.error("tp must be numbers of tensor-parallel ranks, as in `tp: [4, 8]`", node)
+    return size, tuple(map(int, words)), node.line
 
 
 def _serving(reader: _Reader, root: _Map) -> dict[str, object]:

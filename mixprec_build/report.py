@@ -73,6 +73,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         **_facts(stored),
         "file_bytes": sum(shard.file_bytes(plan.sources) for shard in plan.shards),
         "shards": len(plan.shards),
+        "presplit": dict(plan.presplit),
         "rules": [
             {"line": use.rule.line, "pattern": use.rule.pattern.text, "source": use.rule.source}
             | {"matched": use.matched, "won": use.won}
@@ -115,6 +116,7 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
                 for name, entry in recorded["sources"].items()
             ],
             "checksum": recorded["checksum"],
+            "presplit": {name: entry["bytes"] for name, entry in recorded.get("presplit", {}).items()},
             # Over all of the manifest, and so over the checksum of every tensor: equal ones are equal checkpoints.
             "manifest_checksum": recorded[f"manifest_{CHECKSUM}"],
             "unservable": recorded.get("unservable", []),
@@ -198,6 +200,11 @@ def show_plan(facts: Mapping[str, Any], console: Console) -> None:
     console.print(sources)
     _show_formats(facts, console)
     _show_layers(facts, console)
+    for degree, nbytes in facts["presplit"].items():
+        _say(
+            f"cut for ranks, {degree}: {human(nbytes)}, {(nbytes / facts['bytes'] - 1):.1%} more than the checkpoint",
+            console,
+        )
     for left_out in facts["left_out"]:
         _say(
             f"left out of `{left_out['source']}`: {left_out['tensors']:,} tensors, {human(left_out['nbytes'])}, "
@@ -219,6 +226,11 @@ def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
     for source in facts.get("sources", []):
         where = f"{source['location']}@{source['commit']}" if source["commit"] else source["path"]
         _say(f"source `{source['name']}`: {where}", console)
+    by_degree: dict[str, list[int]] = {}
+    for rank, nbytes in facts.get("presplit", {}).items():
+        by_degree.setdefault(rank.split("/")[1], []).append(nbytes)
+    for degree, sizes in by_degree.items():
+        _say(f"cut for ranks, {degree}: files of {len(sizes)} ranks, {human(sum(sizes))}", console)
     if "checksum" in facts:
         _say(f"checksums: {facts['checksum']} of every tensor, {facts['manifest_checksum']} of the manifest", console)
     _show_notes(facts, console)

@@ -21,6 +21,7 @@ from .header import TensorInfo, inside, open_regular, pread_all, read_regular
 from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, read_manifest, tensor_entries
 from .report import printable
 from .sources import Source
+from .split import rank_differences
 
 __all__ = ["Verification", "WeightError", "read_manifest", "verify", "weight_errors"]
 
@@ -68,6 +69,7 @@ def verify(
         for name, entry in module["tensors"].items()
         if name in checkpoint.tensors
     }
+    differences += rank_differences(folder, manifest)
     bit_for_bit = 0
 
     def check(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, str | None]:

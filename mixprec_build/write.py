@@ -20,6 +20,8 @@ from .errors import InterruptedBuildError, MixprecError, OutputError, SourceErro
 from .header import read_regular
 from .manifest import MANIFEST, build_manifest, dump_manifest, quantization_config
 from .plan import Plan
+from .presplit import Degree
+from .split import split
 from .stage import Stage, sync_folder
 
 __all__ = ["check_output", "companion_files", "fetch", "write"]
@@ -67,8 +69,8 @@ def _check_overlap(plan: Plan, out: Path) -> None:
 def _written(out: Path) -> set[str]:
     """The names in a folder that its manifest lists; none where it has no manifest."""
     try:
-        files = json.loads(read_regular(out / MANIFEST))["files"]
-        return {MANIFEST, *(name.partition("/")[0] for name in files)}
+        manifest = json.loads(read_regular(out / MANIFEST))
+        return {MANIFEST, *(name.partition("/")[0] for name in (*manifest["files"], *manifest.get("presplit", {})))}
     except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()
 
@@ -128,6 +130,8 @@ def write(
                 _write_file(
                     stage.payload / MANIFEST, dump_manifest(build_manifest(plan, stage.payload, checksums, files))
                 )
+                for tp in plan.recipe.tp:
+                    split(stage.payload, Degree(tp), jobs=jobs, shard_size=plan.recipe.shard_size)
                 with write_errors(stage.payload):
                     sync_folder(stage.payload)
                 check_output(plan, out, force=force)

@@ -10,6 +10,7 @@ plugin is found, or not needed.
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import sys
@@ -82,6 +83,24 @@ def speed(engine: Any, vocab: int) -> dict[str, float]:
     return rates
 
 
+def recorded(engine: Any, ids: list[list[int]]) -> list[list[int]]:
+    """Tokens that SGLang's own recorder counted, ``[layer][expert]``, while it generated one token for each prompt."""
+    import torch
+
+    engine.start_expert_distribution_record()
+    for prompt in ids:
+        engine.generate(input_ids=prompt, sampling_params={"temperature": 0, "max_new_tokens": 1})
+    engine.stop_expert_distribution_record()
+    engine.dump_expert_distribution_record()
+    home = Path(os.environ["SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"])
+    deadline = time.monotonic() + 60
+    while not (files := list(home.glob("*.pt"))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    time.sleep(1)
+    counts: list[list[int]] = torch.load(files[0], weights_only=True)["logical_count"].sum(0).tolist()
+    return counts
+
+
 def main() -> None:
     import sglang
 
@@ -97,6 +116,8 @@ def main() -> None:
         result |= answer(engine, ids, options.get("new_tokens", 64))
     if options.get("logits"):
         result["distributions"] = distributions(engine, prompts(vocab, 4, 64), vocab)
+    if options.get("record"):
+        result["recorded"] = recorded(engine, ids)
     if options.get("speed"):
         # Whoever asked says when: engines side by side are measured in turns.
         speed(engine, vocab)

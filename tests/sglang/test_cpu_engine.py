@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import free_port, last_json
+from harness import build, free_port, last_json, sources
 from mixes import MIXES, Expected, mix
+from serving import QWEN3_MOE
 
 import mixprec_runtime.cpu
+from mixprec_build.presplit import Degree
+from mixprec_build.split import split
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [400, 30, 2, 77, 5]]
 TOKENS = 12
@@ -83,6 +87,29 @@ def test_server_info_tells_what_the_weights_weigh(alone: Any, folder: Path, name
 def test_two_ranks_answer_as_transformers(folder: Path, tmp_path: Path, name: str, experts: int) -> None:
     (answer,) = ask(folder, [(mix(folder, name), {"tp_size": 2, "ep_size": experts})], ranks=2)
     assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "experts"), [("qwen3_moe", 1), ("deepseek", 2)])
+def test_two_ranks_answer_from_their_own_files(folder: Path, tmp_path: Path, name: str, experts: int) -> None:
+    """As from the merged ones, which are gone."""
+    out = Path(shutil.copytree(mix(folder, name), tmp_path / "out"))
+    split(out, Degree(2, experts))
+    for file in out.glob("*.safetensors"):
+        file.unlink()
+    options = {"tp_size": 2, "ep_size": experts}
+    merged, own = ask(folder, [(mix(folder, name), options), (out, options)], ranks=2)
+    assert own["tokens"] == merged["tokens"]
+
+
+def test_ranks_whose_shares_are_filled_up_answer_as_one(folder: Path, tmp_path: Path) -> None:
+    """192 columns a rank are one and a half blocks, which SGLang refuses; 256 of them, 64 zero, serve."""
+    sizes = {"hidden": 256, "intermediate": 384, "expert_intermediate": 384, "heads": 4, "kv_heads": 2, "head_dim": 128}
+    lines = {"model.layers.*.mlp.experts.*": "fp8_block", "model.layers.0.mlp.experts.{1,2,5}.*": "gptq_int4"}
+    out = build(sources(tmp_path, QWEN3_MOE.of(**sizes)), lines, tmp_path / "out")
+    (one,) = ask(folder, [(out, {})])
+    split(out, Degree(2))
+    (two,) = ask(folder, [(out, {"tp_size": 2})], ranks=2)
+    assert two["tokens"] == one["tokens"]
 
 
 def transformers_tokens(folder: Path, name: str, scratch: Path) -> list[list[int]]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from harness import build, make, rank_of, serve, sources
+from harness import rank_of, serve
 from mixes import MIXES, mix
 from safetensors.torch import load_file
-from serving import QWEN3, QWEN3_MOE
 
 from mixprec_build.presplit import Degree
 from mixprec_build.split import split
@@ -39,7 +37,9 @@ def test_a_ranks_files_hold_what_sglang_would_load(folder: Path, tmp_path: Path,
             assert torch.equal(bits(same), bits(tensor)), f"rank {rank}: {parameter}"
 
 
-@pytest.mark.parametrize(("name", "degree"), [("qwen3_moe", Degree(4, 2)), ("deepseek", Degree(2)), ("mixtral", Degree(2))])
+@pytest.mark.parametrize(
+    ("name", "degree"), [("qwen3_moe", Degree(4, 2)), ("deepseek", Degree(2)), ("mixtral", Degree(2))]
+)
 def test_a_rank_serves_its_own_files(folder: Path, tmp_path: Path, name: str, degree: Degree) -> None:
     """And reads no others: the merged ones are gone."""
     out = shutil.copytree(mix(folder, name), tmp_path / "out")

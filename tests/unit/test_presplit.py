@@ -1,0 +1,348 @@
+"""Per-rank files: whole again when put together, exact where zeros were added, and vouched for."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from serving import DEEPSEEK, LLAMA, QWEN3, QWEN3_MOE, Shape, write_sources
+from tiny import tree
+
+from mixprec_build.build import plan_recipe, run_plan
+from mixprec_build.cli import main
+from mixprec_build.errors import RecipeError, SplitError, VerifyError
+from mixprec_build.manifest import read_manifest
+from mixprec_build.presplit import Degree
+from mixprec_build.sources import open_source
+from mixprec_build.split import split, splitter_of
+from mixprec_build.verify import verify
+
+# 384 columns are 192 for each of two ranks: one and a half blocks.
+SIZES = {"hidden": 256, "intermediate": 768, "expert_intermediate": 384, "heads": 4, "kv_heads": 2, "head_dim": 128}
+MOE = QWEN3_MOE.of(**SIZES, layers=2, vocab=100)
+VARIANTS = ["bf16", "fp8_block", "fp8_channel", "gptq_int4", "gptq_int8"]
+LINES = {
+    "model.layers.*.self_attn.*": "fp8_block",
+    "model.layers.0.mlp.experts.*": "gptq_int4",
+    "model.layers.0.mlp.experts.{0..2}.*": "fp8_block",
+    "model.layers.0.mlp.experts.3.*": "bf16",
+    "model.layers.1.mlp.experts.*": "fp8_channel",
+    "model.layers.1.mlp.experts.{1,6}.*": "gptq_int8",
+}
+
+
+def build(folder: Path, shape: Shape, lines: Mapping[str, str], *, output: str = "", name: str = "out") -> Path:
+    sources = folder / "sources"
+    if not sources.exists():
+        write_sources(sources, shape, VARIANTS)
+    text = [f"model: {sources / 'bf16'}", "sources:", *(f"  {v}: {sources / v}" for v in VARIANTS), "default: bf16"]
+    text += ["weights:", *(f"  '{pattern}': {variant}" for pattern, variant in lines.items()), output]
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text("\n".join(text))
+    run_plan(plan_recipe(recipe), folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("presplit"), MOE, LINES)
+
+
+@pytest.fixture
+def out(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "out"))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def test_shares_of_a_block_are_filled_up_with_zeros(out: Path) -> None:
+    splitter = splitter_of(open_source(str(out)), Degree(2))
+    shares = {name: (share.native, share.held) for name, share in splitter.padded.items()}
+    # Int4 in groups of 128 and FP8 in blocks of 128; FP8 by channel is content with 192.
+    assert shares == {"model.layers.0.mlp.experts": (192, 256), "model.layers.1.mlp.experts": (192, 256)}
+    assert splitter.remarks()[0].startswith(
+        "tp2-ep1: a rank's 192 columns of model.layers.{0..1}.mlp.experts are filled up to 256 with zeros (33% more"
+    )
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_experts_in_shares_with_zeros_compute_what_they_did(out: Path, tp: int) -> None:
+    """Every expert's output is the sum of the ranks': of their own dequantized weights, whatever their width."""
+    source = open_source(str(out))
+    folders = split(out, Degree(tp))
+    ranks = [tensors(folder) for folder in folders]
+    x = torch.randn(5, MOE.hidden, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for layer, groups in ((0, [(0, 1, 2), (3,), (4, 5, 6, 7)]), (1, [(0, 2, 3, 4, 5, 7), (1, 6)])):
+        for number, members in enumerate(groups):
+            for place, expert in enumerate(members):
+                home = f"model.layers.{layer}.mlp.experts"
+                name = f"{home}.{expert}."
+                due = mlp(x, *(whole(source, name + part) for part in ("gate_proj", "up_proj", "down_proj")))
+                fmt = source.format_of(f"{name}gate_proj")
+                sum_of_ranks = torch.zeros_like(due)
+                for rank in ranks:
+                    held = {
+                        weight: {
+                            key.rpartition(f"{weight}_")[2]: raw(tensor[place])
+                            for key, tensor in rank.items()
+                            # An input's group has the number that it has in the whole, where kernels look at it.
+                            if key.startswith(f"{home}.groups.{number}.{weight}_") and not key.endswith("g_idx")
+                        }
+                        for weight in ("w13", "w2")
+                    }
+                    w13, w2 = (torch.from_numpy(fmt.dequantize(held[weight])).double() for weight in ("w13", "w2"))
+                    assert w2.shape[1] == 256 if tp == 2 else 128
+                    sum_of_ranks += mlp(x, *w13.chunk(2), w2)
+                assert torch.allclose(sum_of_ranks, due, rtol=1e-12, atol=1e-12), f"{name} rank sums"
+
+
+def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+
+
+def whole(source: Any, name: str) -> torch.Tensor:
+    return torch.from_numpy(source.dequantize(name).copy()).double()
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    import ml_dtypes
+
+    odd = {torch.bfloat16: ml_dtypes.bfloat16, torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn}
+    if tensor.dtype in odd:
+        return np.frombuffer(tensor.contiguous().view(torch.uint8).numpy().tobytes(), odd[tensor.dtype]).reshape(
+            tensor.shape
+        )
+    return tensor.numpy()
+
+
+def test_dense_shares_put_together_are_the_tensors(tmp_path: Path) -> None:
+    """gate and up by rows, down by columns: without the zeros, what was cut."""
+    shape = LLAMA.of(**{**SIZES, "intermediate": 640}, layers=1, vocab=100)
+    out = build(tmp_path, shape, {"model.layers.0.mlp.*": "fp8_block"})
+    merged, ranks = tensors(out), [tensors(folder) for folder in split(out, Degree(2))]
+    prefix = "model.layers.0.mlp."
+    halves = [rank[f"{prefix}gate_up_proj.weight"].view(torch.uint8).chunk(2) for rank in ranks]
+    for part, name in enumerate(("gate_proj", "up_proj")):
+        together = torch.cat([half[part] for half in halves])
+        assert len(together) == 768 and not together[640:].any()
+        assert torch.equal(together[:640], merged[f"{prefix}{name}.weight"].view(torch.uint8))
+    for leaf, unit in (("weight", 1), ("weight_scale_inv", 128)):
+        together = torch.cat([raw_bytes(rank[f"{prefix}down_proj.{leaf}"]) for rank in ranks], 1)
+        due = raw_bytes(merged[f"{prefix}down_proj.{leaf}"])
+        assert torch.equal(together[:, : 640 // unit], due)
+    # Rows of the vocabulary: 100 in 128.
+    together = torch.cat([rank["model.embed_tokens.weight"] for rank in ranks])
+    assert torch.equal(together[:100], merged["model.embed_tokens.weight"]) and not together[100:].any()
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+# The command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["mixprec", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_a_node_cuts_its_own_ranks_only(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "split", out, "--tp", 4, "--ep", 2, "--ranks", "2-3") == 0
+    captured = capsys.readouterr()
+    assert f"next: python -m sglang.launch_server --model-path {out} --tp 4 --ep-size 2" in captured.out
+    home = out / "presplit/tp4-ep2"
+    assert sorted(path.name for path in home.iterdir()) == ["rank-2-of-4", "rank-3-of-4"]
+    before = tree(home)
+    assert run(monkeypatch, "split", out, "--tp", 4, "--ep", 2, "--quiet") == 0
+    after = tree(home)
+    assert {name: after[name] for name in before} == before and len(after) == 2 * len(before)
+    assert run(monkeypatch, "inspect", out) == 0
+    assert "cut for ranks, tp4-ep2: files of 4 ranks" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", out, "--quiet") == 0
+
+
+def test_a_recipe_asks_for_degrees(built: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    recipe = built.parent / "tp.yaml"
+    out = build(built.parent, MOE, LINES, output="output: {tp: [2, 4]}", name="tp")
+    plan = plan_recipe(recipe)
+    listed = read_manifest(out)["presplit"]
+    for degree in ("tp2-ep1", "tp4-ep1"):
+        files = list(out.glob(f"presplit/{degree}/*/*.safetensors"))
+        # Beside headers, what was planned.
+        headers = sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in files)
+        assert sum(p.stat().st_size for p in files) - headers == plan.presplit[degree]
+    assert list(listed) == [f"presplit/tp{tp}-ep1/rank-{r}-of-{tp}" for tp in (2, 4) for r in range(tp)]
+    assert not verify(out).differences
+    alone = tree(built)
+    cut = Path(shutil.copytree(built, built.parent / "later"))
+    for tp in (2, 4):
+        split(cut, Degree(tp))
+    assert tree(cut / "presplit") == tree(out / "presplit")
+    assert tree(built) == alone
+    assert run(monkeypatch, "plan", recipe) == 0
+    assert "cut for ranks, tp2-ep1:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output: {tp: [3]}", "tp.yaml:16: tp 3: lm_head: a vocabulary of 128 rows cannot be shared by 3 ranks"),
+        ("output: {tp: many}", "tp.yaml:16: tp must be numbers of tensor-parallel ranks, as in `tp: [4, 8]`"),
+        ("output: {tp: [2, 2]}", "tp.yaml:16: tp must be numbers"),
+    ],
+)
+def test_degrees_that_cannot_be(built: Path, tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "tp.yaml"
+    recipe.write_text((built.parent / "out.yaml").read_text().rstrip() + f"\n{text}\n")
+    with pytest.raises(RecipeError) as raised:
+        plan_recipe(recipe)
+    assert message in str(raised.value)
+
+
+def test_what_cannot_be_cut_is_named(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(SplitError, match="the ranks of tp2-ep1 are 0 to 1"):
+        split(out, Degree(2), ranks=[2])
+    with pytest.raises(SplitError, match="tp must be a multiple of ep"):
+        Degree(4, 3)
+    with pytest.raises(SplitError, match="4 heads cannot be shared by 8 ranks; 1, 2, 4 would do"):
+        splitter_of(open_source(str(out)), Degree(8)).parameters(0)
+    config = out / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"qwen3_moe"', '"gpt_neo"'))
+    with pytest.raises(SplitError, match="model_type 'gpt_neo' cannot be cut"):
+        splitter_of(open_source(str(out)), Degree(2))
+    (tmp_path / "odd").mkdir()
+    odd = build(tmp_path / "odd", QWEN3_MOE.of(**SIZES, experts=6), {})
+    with pytest.raises(SplitError, match=r"experts: 6 experts cannot be shared by 4 expert-parallel ranks"):
+        splitter_of(open_source(str(odd)), Degree(4, 4)).parameters(0)
+    (tmp_path / "narrow").mkdir()
+    narrow = build(
+        tmp_path / "narrow", QWEN3.of(**{**SIZES, "head_dim": 64}), {"model.layers.0.self_attn.*": "fp8_block"}
+    )
+    with pytest.raises(SplitError, match=r"k_proj \(fp8_block\): a rank's heads have 64 of its 128 columns"):
+        splitter_of(open_source(str(narrow)), Degree(2)).parameters(0)
+
+
+def test_latent_attention_is_cut_by_heads(tmp_path: Path) -> None:
+    out = build(tmp_path, DEEPSEEK.of(**SIZES, layers=1), {})
+    merged, ranks = tensors(out), [tensors(folder) for folder in split(out, Degree(2))]
+    prefix = "model.layers.0.self_attn."
+    for name, dim in (("q_b_proj", 0), ("kv_b_proj", 0), ("o_proj", 1)):
+        parts = [rank[f"{prefix}{name}.weight"] for rank in ranks]
+        assert torch.equal(torch.cat(parts, dim), merged[f"{prefix}{name}.weight"])
+    joined = torch.cat([merged[f"{prefix}{name}.weight"] for name in ("q_a_proj", "kv_a_proj_with_mqa")])
+    assert all(torch.equal(rank[f"{prefix}fused_qkv_a_proj_with_mqa.weight"], joined) for rank in ranks)
+
+
+# Trust
+
+
+def test_every_flipped_bit_is_found(out: Path) -> None:
+    split(out, Degree(2))
+    files = sorted(path for path in (out / "presplit").rglob("*") if path.is_file())
+    draw = random.Random(0)
+    for path in files:
+        for _ in range(6):
+            data = bytearray(path.read_bytes())
+            at = draw.randrange(len(data))
+            data[at] ^= 1 << draw.randrange(8)
+            good = path.read_bytes()
+            path.write_bytes(data)
+            assert verify(out).differences, f"{path} byte {at}"
+            path.write_bytes(good)
+    assert not verify(out).differences
+
+
+def test_missing_foreign_and_swapped_files_are_found(out: Path) -> None:
+    one, two = split(out, Degree(2))
+    (one / "more.safetensors").write_bytes(b"")
+    assert any("more.safetensors: not in the index" in d for d in verify(out).differences)
+    (one / "more.safetensors").unlink()
+    one.rename(out / "aside")
+    two.rename(one)
+    (out / "aside").rename(two)
+    assert any("was changed after it was written" in d for d in verify(out).differences)
+    shutil.rmtree(one)
+    assert any(f"{one}" in d for d in verify(out).differences)
+
+
+def test_a_cut_of_other_weights_is_found(out: Path) -> None:
+    """Files that are whole in themselves, and not of these merged tensors."""
+    (one, _) = split(out, Degree(2))
+    (path,) = out.glob("*.safetensors")
+    held = load_file(path)
+    held["model.norm.weight"] += 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixprec_build.split.checksum_of", lambda data: "0" * 32)
+        save_file(held, path, metadata={"format": "pt"})
+    found = verify(out).differences
+    assert any("model.norm.weight" in d and "not what the merged tensors would be cut into" in d for d in found), found
+    assert one.exists()
+
+
+def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mixprec_build.split as module
+
+    before = (out / "mixprec_manifest.json").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "pwrite_all", full)
+    with pytest.raises(Exception, match="free some space"):
+        split(out, Degree(2))
+    assert (out / "mixprec_manifest.json").read_bytes() == before
+    assert not list(out.glob("presplit/tp2-ep1/rank*"))
+    monkeypatch.undo()
+    split(out, Degree(2))
+    assert not verify(out).differences
+
+
+def test_an_index_of_another_kind_is_refused(out: Path) -> None:
+    from mixprec_build.split import read_rank
+
+    (one, _) = split(out, Degree(2))
+    (one / "index.json").write_text(json.dumps({"parameters": []}))
+    with pytest.raises(VerifyError, match=r"index\.json: was changed after it was written"):
+        read_rank(out, read_manifest(out), Degree(2), 0)
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
+    """A tensor of 600 MB, of which two ranks get the columns: less than 200 MB beyond the interpreter."""
+    config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    save_file({name: torch.zeros(15_000, 20_000, dtype=torch.bfloat16)}, source / "model.safetensors")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {source}\n")
+    run_plan(plan_recipe(recipe), tmp_path / "out", link=True)
+    code = "import sys; from mixprec_build.cli import main; main()"
+    command = [sys.executable, "-c", code, "split", str(tmp_path / "out"), "--tp", "2", "--quiet"]
+    done = subprocess.run(["/usr/bin/env", "time", "-f", "%M", *command], capture_output=True, text=True)
+    if done.returncode == 127:
+        done = subprocess.run(command, capture_output=True, text=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    else:
+        peak = int(done.stderr.split()[-1])
+    assert done.returncode == 0, done.stderr
+    assert peak < 260_000, f"{peak} kB"
