@@ -114,6 +114,7 @@ _KERNELS = {
     "int8_block": ("block Int8 on Triton", 80),
     "gptq_int4": ("Marlin", 80),
     "gptq_int8": ("Marlin", 80),
+    "awq_int4": ("Marlin", 80),
 }
 
 

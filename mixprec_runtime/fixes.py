@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from sglang.srt.layers.moe import get_moe_runner_backend
@@ -15,12 +16,15 @@ from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
 from torch.nn import Parameter
 
+from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.scaled import Scaled
 
-__all__ = ["mend_experts", "mend_linear"]
+__all__ = ["check_experts", "mend_experts", "mend_linear"]
+
+_ADVICE = "Serve with fewer tensor-parallel ranks, or build the checkpoint with another format for this module."
 
 
 def mend_linear(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
@@ -28,15 +32,30 @@ def mend_linear(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
     if isinstance(fmt, Scaled) and fmt.block is not None:
         _check_block_partition(method, fmt.block)
         _answer_to_weight_scale(method)
-    if isinstance(fmt, Gptq):
-        _mind_marlin_shapes(method, fmt)
+    if isinstance(fmt, Gptq | Awq):
+        _mind_marlin_shapes(method, fmt.group_size)
+    if isinstance(fmt, Awq):
+        _mind_whole_words(method)
     _name_errors(method, fmt, prefix)
+
+
+def check_experts(layer: Any, fmt: Format, prefix: str) -> None:
+    """Marlin's shapes, before SGLang chooses a method for a FusedMoE layer: where they do not fit, GPTQ goes wrong and
+    AWQ falls back to other kernels (quantization/awq/awq.py:352), which know no ids of -1."""
+    if isinstance(fmt, Gptq | Awq) and not check_moe_marlin_supports_layer(layer, fmt.group_size):
+        raise ValueError(
+            f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {layer.hidden_size} and "
+            f"{layer.intermediate_size_per_partition} intermediate columns a rank in groups of {fmt.group_size}. "
+            f"{_ADVICE}"
+        )
 
 
 def mend_experts(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
     """Mends the method of one FusedMoE layer."""
     if isinstance(fmt, Gptq):
-        _mend_marlin_experts(method, fmt)
+        _mend_gptq_experts(method, fmt)
+    if isinstance(fmt, Awq):
+        _mend_awq_experts(method, fmt)
     if isinstance(fmt, Fp8) and fmt.granularity == "tensor" and fmt.activations == "dynamic":
         _mend_tensor_scaled_experts(method)
     _name_errors(method, fmt, prefix)
@@ -50,10 +69,7 @@ def _name_errors(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
         try:
             create(layer, *args, **kwargs)
         except (ValueError, AssertionError) as error:
-            raise ValueError(
-                f"{prefix} ({fmt.kind}): {error} Serve with fewer tensor-parallel ranks, or build the checkpoint "
-                "with another format for this module."
-            ) from error
+            raise ValueError(f"{prefix} ({fmt.kind}): {error} {_ADVICE}") from error
 
     method.create_weights = create_weights
 
@@ -88,27 +104,40 @@ def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -
     """SGLang compares with the global tensor-parallel size (quantization/fp8.py:478), which is not this layer's
     under data-parallel attention, and then cuts through a block without a word."""
 
-    def check(here: tuple[int, int], whole: tuple[int, int]) -> None:
-        for size, all_of_it, step in zip(here, whole, block, strict=True):
+    def check(outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+        for size, all_of_it, step in zip((sum(outputs), inputs), whole, block, strict=True):
             if size < all_of_it and size % step:
                 raise ValueError(f"a rank would hold {size} of {all_of_it}, no multiple of its block of {step}.")
 
     _check_first(method, check)
 
 
-def _mind_marlin_shapes(method: QuantizeMethodBase, fmt: Gptq) -> None:
-    """``check_marlin_supports_shape`` is called, and its answer dropped (gpu/quantization/gptq_kernels.py:139)."""
+def _mind_marlin_shapes(method: QuantizeMethodBase, group_size: int) -> None:
+    """``check_marlin_supports_shape`` is called, and its answer dropped (gpu/quantization/gptq_kernels.py:139). AWQ
+    falls back to a kernel for FP16 activations instead (quantization/awq/awq.py:337), whatever the model's dtype."""
 
-    def check(here: tuple[int, int], whole: tuple[int, int]) -> None:
-        fits, why = check_marlin_supports_shape(*here, whole[1], fmt.group_size)
+    def check(outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+        fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], group_size)
         if not fits:
             raise ValueError(str(why))
 
     _check_first(method, check)
 
 
-def _check_first(method: QuantizeMethodBase, check: Callable[[tuple[int, int], tuple[int, int]], None]) -> None:
-    """Before a linear's weights are made, ``check`` is shown ``(N, K)`` of this rank's weight and of the whole."""
+def _mind_whole_words(method: QuantizeMethodBase) -> None:
+    """Outputs that are packed in words of eight are cut by words, and what is left over is dropped without a word."""
+
+    def check(outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+        for size in outputs:
+            if size % 8:
+                raise ValueError(f"a rank would hold {size} outputs of a part, no multiple of 8.")
+
+    _check_first(method, check)
+
+
+def _check_first(method: QuantizeMethodBase, check: Callable[[list[int], int, tuple[int, int]], None]) -> None:
+    """Before a linear's weights are made, ``check`` is shown the outputs of each part and the inputs on this rank, and
+    ``(N, K)`` of the whole."""
     create = method.create_weights
 
     # ReplicatedLinear gives the sizes by position, the others by name.
@@ -121,13 +150,13 @@ def _check_first(method: QuantizeMethodBase, check: Callable[[tuple[int, int], t
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        check((sum(output_partition_sizes), input_size_per_partition), (output_size, input_size))
+        check(output_partition_sizes, input_size_per_partition, (output_size, input_size))
         create(layer, input_size_per_partition, output_partition_sizes, input_size, output_size, *args, **kwargs)
 
     method.create_weights = create_weights
 
 
-def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
+def _mend_gptq_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
     """GPTQ experts on Marlin (quantization/gptq/schemes/gptq_moe.py, gpu/quantization/gptq_kernels.py).
 
     - Their scales are made FP16 whatever the model's dtype (gptq_moe.py:217), which the kernel refuses to multiply
@@ -137,11 +166,7 @@ def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
     - The scales of w13 are permuted as if its inputs were as many as this rank's intermediate size
       (gptq_kernels.py:338), which is wrong where that is no more than one group.
     - Zero points are made in the model's dtype and kept for ever, although symmetric weights have none to read.
-    - Ids of -1, which stand for experts of other ranks, are left out by the kernel only where it is given an
-      ``expert_map`` (kernels/ops/moe/fused_marlin_moe.py), and GPTQ gives none: elsewhere it multiplies by whatever
-      lies before the weights. Only whether there is a map matters, not what is in it.
     """
-    create_runner = method.create_moe_runner
     create, process = method.create_weights, method.process_weights_after_loading
 
     def create_weights(
@@ -156,11 +181,6 @@ def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
             raise ValueError(
                 "experts with desc_act cannot be cut for tensor parallelism; use expert parallelism (--ep-size)."
             )
-        if not check_moe_marlin_supports_layer(layer, fmt.group_size):
-            raise ValueError(
-                f"Marlin has no kernel for experts of hidden size {hidden_size} and {intermediate_size_per_partition} "
-                f"intermediate columns a rank in groups of {fmt.group_size}."
-            )
         with _seen(layer, moe_tp_size=1):
             create(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
         for weight in ("w13", "w2"):
@@ -173,16 +193,48 @@ def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq) -> None:
         for name in ("w13_qzeros", "w2_qzeros"):
             layer._parameters.pop(name, None)
 
+    method.create_weights = create_weights
+    method.process_weights_after_loading = process_weights_after_loading
+    _mend_marlin_experts(method, fmt)
+
+
+def _mend_awq_experts(method: QuantizeMethodBase, fmt: Awq) -> None:
+    """AWQ experts on Marlin (gpu/quantization/awq_kernels.py).
+
+    The scales of w13 are permuted as if its inputs were as many as this rank's intermediate size (awq_kernels.py:206),
+    which is wrong where that is one group. Here the inputs are counted by the groups that there are scales of.
+    """
+    from sglang.srt.hardware_backend.gpu.quantization import awq_kernels
+
+    process, permute = method.process_weights_after_loading, awq_kernels.marlin_moe_permute_scales
+
+    def permute_by_groups(s: torch.Tensor, size_k: int, size_n: int, group_size: int) -> torch.Tensor:
+        permuted: torch.Tensor = permute(s, s.shape[1] * group_size, size_n, group_size)
+        return permuted
+
+    def process_weights_after_loading(layer: Any) -> None:
+        with patch.object(awq_kernels, "marlin_moe_permute_scales", permute_by_groups):
+            process(layer)
+
+    method.process_weights_after_loading = process_weights_after_loading
+    _mend_marlin_experts(method, fmt)
+
+
+def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq | Awq) -> None:
+    """Ids of -1, which stand for experts of other ranks, are left out by the kernel only where it is given an
+    ``expert_map`` (moe/fused_moe_triton/fused_marlin_moe.py), and neither GPTQ nor AWQ gives one: elsewhere it
+    multiplies by whatever lies before the weights. Only whether there is a map matters, not what is in it.
+    """
+    create_runner = method.create_moe_runner
+
     def create_moe_runner(layer: Any, *args: Any, **kwargs: Any) -> None:
-        if not get_moe_runner_backend().is_auto():  # asserted, without a word (gptq_kernels.py:360)
+        if not get_moe_runner_backend().is_auto():  # asserted, without a word (gptq_kernels.py:360, awq_moe.py:132)
             raise ValueError(f"{fmt.kind} experts run on Marlin only: leave out --moe-runner-backend")
         create_runner(layer, *args, **kwargs)
         if _sees_other_ranks(layer):
             _skip_other_ranks(layer.scheme.kernel.runner)
 
-    method.create_weights = create_weights
     method.create_moe_runner = create_moe_runner
-    method.process_weights_after_loading = process_weights_after_loading
 
 
 def _sees_other_ranks(layer: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.layers.quantization.awq import AWQMarlinConfig
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase, QuantizationConfig
 from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8Config
 from sglang.srt.layers.quantization.fp8 import Fp8Config
@@ -19,6 +20,7 @@ from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8Config
 from sglang.srt.utils import is_cpu
 
+from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
@@ -64,6 +66,15 @@ def sglang_config(fmt: Format) -> QuantizationConfig | None:
             lm_head_quantized=False,
             dynamic={},
             full_config=settings,
+        )
+    if isinstance(fmt, Awq):
+        return AWQMarlinConfig(
+            weight_bits=fmt.bits,
+            group_size=fmt.group_size,
+            zero_point=True,
+            lm_head_quantized=False,
+            modules_to_not_convert=[],
+            full_config={"bits": fmt.bits, "group_size": fmt.group_size, "zero_point": True, "quant_method": "awq"},
         )
     raise ValueError(f"SGLang has no kernel for {fmt.kind} {fmt.to_json()}")
 
@@ -111,6 +122,8 @@ class NativeFormat(QuantizationConfig):
             if is_cpu() and experts:
                 return reference.unquantized_experts()
             return None if experts else UnquantizedLinearMethod()
+        if experts:
+            fixes.check_experts(layer, self.format, prefix)
         with reference.pretend_hopper():
             method = self._config.get_quant_method(layer, prefix)
         if method is None:

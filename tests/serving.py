@@ -19,7 +19,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["DEEPSEEK", "LLAMA", "MIXTRAL", "QWEN2", "QWEN3", "QWEN3_MOE", "Shape", "quantize", "write_sources"]
+__all__ = [
+    "DEEPSEEK",
+    "LLAMA",
+    "MIXTRAL",
+    "QWEN2",
+    "QWEN3",
+    "QWEN3_MOE",
+    "Shape",
+    "dequantize",
+    "quantize",
+    "write_sources",
+]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -227,6 +238,37 @@ def _int32(words: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
+# In a word of AWQ's, from the lowest bits up, lie the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def _awq(weight: torch.Tensor, *, group_size: int = 128) -> Tensors:
+    """Round to nearest with zero points, in AutoAWQ's layout (gemm)."""
+    n, k = weight.shape
+    grouped = weight.t().reshape(k // group_size, group_size, n)
+    low, high = grouped.amin(1).clamp(max=0), grouped.amax(1).clamp(min=0)
+    scales = ((high - low) / 15).clamp(min=1e-6).to(torch.float16)
+    zeros = torch.round(-low / scales.float()).clamp(0, 15)
+    q = (torch.round(grouped / scales.float()[:, None]) + zeros[:, None]).clamp(0, 15).reshape(k, n)
+    return {"qweight": _awq_words(q), "qzeros": _awq_words(zeros), "scales": scales}
+
+
+def _awq_words(values: torch.Tensor) -> torch.Tensor:
+    eights = values.to(torch.int64).reshape(len(values), -1, 8)
+    return _int32(sum(eights[..., output] << (4 * place) for place, output in enumerate(_AWQ_ORDER)))
+
+
+def _awq_values(words: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(*words.shape, 8, dtype=torch.float32, device=words.device)
+    for place, output in enumerate(_AWQ_ORDER):
+        out[..., output] = (words >> (4 * place)) & 15
+    return out.flatten(1)
+
+
+def _awq_config(group_size: int = 128) -> dict[str, Any]:
+    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+
+
 def _gptq_config(bits: int = 4, group_size: int = 128, desc_act: bool = False) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True, "desc_act": desc_act}
 
@@ -267,24 +309,43 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
     "gptq_int4_g64": (lambda w: _gptq(w, group_size=64), _gptq_config(group_size=64)),
     "gptq_int4_act": (lambda w: _gptq(w, desc_act=True), _gptq_config(desc_act=True)),
     "gptq_int8": (lambda w: _gptq(w, bits=8), _gptq_config(bits=8)),
+    "awq_int4": (_awq, _awq_config()),
+    "awq_int4_g64": (lambda w: _awq(w, group_size=64), _awq_config(64)),
 }
 
 
 def quantize(weight: torch.Tensor, variant: str) -> tuple[Tensors, torch.Tensor]:
     """A weight ``[N, K]`` in a format, and what that stands for, in float32."""
     tensors = _VARIANTS[variant][0](weight)
+    return tensors, dequantize(tensors, torch.bfloat16)
+
+
+def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight ``[N, K]`` that the tensors of a module stand for, in float32.
+
+    SGLang rounds the scales of packed weights to the dtype of the model, ``scales``.
+    """
     if "qweight" in tensors:
-        bits = 32 * tensors["qweight"].shape[0] // weight.shape[1]
-        shifts = torch.arange(0, 32, bits, device=weight.device)
-        q = (tensors["qweight"].long()[:, None] >> shifts[None, :, None]) & ((1 << bits) - 1)
-        q = q.reshape(weight.shape[1], -1) - (1 << (bits - 1))
-        # SGLang rounds the scales to BF16 for models of that type.
-        return tensors, (q * tensors["scales"].bfloat16().float()[tensors["g_idx"].long()]).t().contiguous()
-    scale = tensors.get("weight_scale", torch.ones((), device=weight.device))
+        factors = tensors["scales"].to(scales).float()
+        if "g_idx" not in tensors:
+            q, zeros = _awq_values(tensors["qweight"]), _awq_values(tensors["qzeros"])
+            size = len(q) // len(zeros)
+            return ((q - zeros.repeat_interleave(size, 0)) * factors.repeat_interleave(size, 0)).t().contiguous()
+        group = tensors["g_idx"].long()
+        q = _values(tensors["qweight"].t(), 32 * len(tensors["qweight"]) // len(group)).t()
+        return (q * factors[group]).t().contiguous()
+    weight = tensors["weight"].float()
     if "weight_scale_inv" in tensors:
-        scale = tensors["weight_scale_inv"].repeat_interleave(128, 0)[: len(weight)]
-        scale = scale.repeat_interleave(128, 1)[:, : weight.shape[1]]
-    return tensors, tensors["weight"].float() * scale
+        blocks = tensors["weight_scale_inv"].repeat_interleave(128, 0)[: len(weight)]
+        return weight * blocks.repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return weight * tensors["weight_scale"] if "weight_scale" in tensors else weight
+
+
+def _values(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[R, C]`` words, lowest bits first -> ``[R, C * 32 / bits]`` values around 0."""
+    shifts = torch.arange(0, 32, bits, device=words.device)
+    values = (words.long()[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return values.flatten(1).float() - (1 << (bits - 1))
 
 
 def write_sources(
@@ -316,6 +377,9 @@ def write_sources(
 
 def _left_out(quantization: Mapping[str, Any], skip: Sequence[str]) -> dict[str, Any]:
     """How a release says which modules it leaves alone, so that SGLang serves it natively too."""
+    if quantization["quant_method"] == "awq":
+        # Parts of names: with their dots, so that `gate` is not taken for a part of `gate_proj`.
+        return {"modules_to_not_convert": ["lm_head", "mlp.gate.", *(f".{pattern[2:]}" for pattern in skip)]}
     if quantization["quant_method"] == "compressed-tensors":
         return {"ignore": [*quantization["ignore"], *(f"re:.*{pattern.removeprefix('*')}$" for pattern in skip)]}
     return {}

@@ -79,6 +79,11 @@ class Format(ABC):
         """Modules run as one GEMM only where this is equal."""
         return self
 
+    @property
+    def folds(self) -> bool:
+        """Whether quantizers that write it fold scales of activations into the modules before (:mod:`..folding`)."""
+        return False
+
     @classmethod
     @abstractmethod
     def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Format | None:

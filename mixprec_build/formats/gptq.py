@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..patterns import MAX_NAME, Patience, PatternError
 from .base import Axes, Axis, Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
+from .marlin import FLOATS, expert_shape_limits, linear_shape_limits, unpack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Gptq"]
 
 _MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
-_FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Gptq(Format):
         due = 1 if self.group_size == -1 else -(-k // self.group_size)
         check_tensor(module, "qweight", ["I32"], (rows, n), f"beside {shape_text('scales', module)}")
         each = f"groups of {self.group_size}" if self.group_size != -1 else "one group"
-        check_tensor(module, "scales", _FLOATS, (due, n), f"for {k} inputs in {each}")
+        check_tensor(module, "scales", FLOATS, (due, n), f"for {k} inputs in {each}")
         check_tensor(module, "qzeros", ["I32"], (groups, n // self.pack), f"beside {shape_text('scales', module)}")
         if n % self.pack:
             raise FormatError(f"{n} outputs do not fill whole words of {self.pack} zero points")
@@ -135,7 +135,7 @@ class Gptq(Format):
         elif self.desc_act:
             raise FormatError("desc_act, but no g_idx")
         if "bias" in module.tensors:
-            check_tensor(module, "bias", _FLOATS, (n,), f"for {n} outputs")
+            check_tensor(module, "bias", FLOATS, (n,), f"for {n} outputs")
 
     def shape(self, module: StoredModule) -> tuple[int, ...]:
         rows, n = module.tensors["qweight"].shape
@@ -162,30 +162,13 @@ class Gptq(Format):
         }[leaf]
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        limits = self._kernel_limits()
-        # marlin_utils.py, verify_marlin_supports_shape: SGLang computes this and does not look at the result
+        # SGLang computes this and does not look at the result.
         n = sum(self.shape(part)[0] for part in parts)
-        k = self.shape(parts[0])[1]
-        if n % 64:
-            limits.append(f"its {n} outputs are no multiple of 64, which Marlin needs")
-        if k % 128:
-            limits.append(f"its {k} inputs are no multiple of 128, which Marlin needs")
-        if self.group_size > 0 and k % self.group_size:
-            limits.append(f"its {k} inputs are no multiple of the group size {self.group_size}")
-        return limits
+        return self._kernel_limits() + linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
 
     def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
-        limits = self._kernel_limits()
-        # marlin_utils.py, check_moe_marlin_supports_layer
         hidden, intermediate = self.shape(down)
-        if hidden % 128:
-            limits.append(f"its hidden size {hidden} is no multiple of 128, which Marlin needs")
-        if intermediate % max(64, self.group_size):
-            need = max(64, self.group_size)
-            limits.append(f"its intermediate size {intermediate} is no multiple of {need}, which Marlin needs")
-        if self.group_size > 0 and hidden % self.group_size:
-            limits.append(f"its hidden size {hidden} is no multiple of the group size {self.group_size}")
-        return limits
+        return self._kernel_limits() + expert_shape_limits(hidden, intermediate, self.group_size)
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
         import numpy as np
@@ -228,8 +211,8 @@ class Gptq(Format):
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         import numpy as np
 
-        q = self._unpack(tensors["qweight"].T).T  # [K, N]
-        zeros = self._unpack(tensors["qzeros"])  # [G, N]
+        q = unpack(tensors["qweight"].T, self.bits).T  # [K, N]
+        zeros = unpack(tensors["qzeros"], self.bits)  # [G, N]
         if self.layout == "gptq":
             # Modulo 2^bits: a zero point of 0 is stored as all ones.
             zeros = (zeros + 1) & ((1 << self.bits) - 1)
@@ -238,14 +221,6 @@ class Gptq(Format):
         group = tensors["g_idx"] if "g_idx" in tensors else np.arange(k, dtype=np.int32) // size
         scales = tensors["scales"].astype(np.float32)
         return ((q - zeros[group]).astype(np.float32) * scales[group]).T
-
-    def _unpack(self, words: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-        """``[R, C]`` 32-bit words -> ``[R, C * pack]`` values, lowest bits first."""
-        import numpy as np
-
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        values = (np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
-        return values.reshape(words.shape[0], -1).astype(np.int32)
 
 
 def _settings(declared: Mapping[str, object]) -> Gptq:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..manifest import METHOD, Declaration
+from .awq import Awq
 from .base import Format, FormatError, shape_text
 from .dense import Dense
 from .fp8 import Fp8
@@ -17,27 +18,25 @@ if TYPE_CHECKING:
 
 __all__ = ["ALIASES", "detect", "format_from_json", "recognise"]
 
-FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Int8, Gptq)
+FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Int8, Gptq, Awq)
 
 _KINDS: Mapping[str, type[Format]] = {
     "bf16": Dense, "fp16": Dense, "fp32": Dense,
     "fp8_block": Fp8, "fp8_channel": Fp8, "fp8_tensor": Fp8,
     "int8_block": Int8, "int8_channel": Int8, "int8_tensor": Int8,
-    "gptq_int4": Gptq, "gptq_int8": Gptq,
+    "gptq_int4": Gptq, "gptq_int8": Gptq, "awq_int4": Awq,
 }  # fmt: skip
 
 ALIASES: Mapping[str, frozenset[str]] = {kind: frozenset({kind}) for kind in _KINDS} | {
     "fp16": frozenset({"fp16", "bf16"}),
     "fp8": frozenset({"fp8_block", "fp8_channel", "fp8_tensor"}),
     "int4": frozenset({"gptq_int4", "awq_int4"}),
-    "awq_int4": frozenset({"awq_int4"}),
     "int8": frozenset({"gptq_int8", "int8_channel", "int8_block", "int8_tensor"}),
 }
 """A word for a format in a recipe -> the kinds it may stand for."""
 
 # What is recognised by its tensors and not read: (a leaf, its dtype or None) -> its name
 _UNREAD = {
-    ("qweight", "I32"): "AWQ",
     ("weight_packed", None): "compressed-tensors pack-quantized",
     ("weight", "F8_E5M2"): "FP8 E5M2",
     ("weight", "U8"): "a 4-bit float format (NVFP4, MXFP4)",

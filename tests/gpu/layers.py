@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from serving import quantize
 
+from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
@@ -33,6 +34,7 @@ FORMATS = {
     "int8_block": Int8("block", "dynamic", (128, 128)),
     "gptq_int4": Gptq(4, 128, True, False, "gptq"),
     "gptq_int8": Gptq(8, 128, True, False, "gptq"),
+    "awq_int4": Awq(128),
 }
 PREFIX = "model.layers.0.mlp.experts"
 Weights = dict[tuple[int, str], torch.Tensor]

@@ -32,6 +32,7 @@ __all__ = [
 
 VARIANTS = [
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "gptq_int4_g64", "gptq_int4_act", "gptq_int8",
+    "awq_int4", "awq_int4_g64",
 ]  # fmt: skip
 
 

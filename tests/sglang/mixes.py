@@ -23,7 +23,7 @@ Mix = tuple[Shape, Mapping[str, str]]
 
 MIXES: Mapping[str, Mix] = {
     "llama": (
-        LLAMA.of(**_SIZES, layers=3),
+        LLAMA.of(**_SIZES, layers=4),
         {
             "model.layers.0.self_attn.*": "fp8_block",
             "model.layers.0.mlp.*": "gptq_int4",
@@ -34,14 +34,17 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.2.self_attn.o_proj": "bf16",
             "model.layers.2.mlp.*": "gptq_int4_g64",
             "model.layers.2.mlp.down_proj": "gptq_int4_act",
+            "model.layers.3.self_attn.*": "awq_int4",
+            "model.layers.3.mlp.*": "awq_int4_g64",
         },
     ),
     "qwen2": (
-        QWEN2.of(**_SIZES),
+        QWEN2.of(**_SIZES, layers=3),
         {
             "model.layers.0.self_attn.*": "gptq_int4",
             "model.layers.0.mlp.*": "fp8_block",
             "model.layers.1.self_attn.*": "fp8_tensor",
+            "model.layers.2.self_attn.*": "awq_int4",
         },
     ),
     "qwen3": (
@@ -49,7 +52,7 @@ MIXES: Mapping[str, Mix] = {
         {"model.layers.*.self_attn.*": "fp8_block", "model.layers.1.mlp.*": "fp8_channel"},
     ),
     "qwen3_moe": (
-        QWEN3_MOE.of(**_SIZES, layers=4),
+        QWEN3_MOE.of(**_SIZES, layers=5),
         {
             "model.layers.*.self_attn.*": "fp8_block",
             "model.layers.0.mlp.experts.*": "gptq_int4",
@@ -61,15 +64,19 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.3.mlp.experts.{1,2,7}.*": "fp8_tensor",
             "model.layers.3.mlp.experts.{4,5}.*": "gptq_int8",
             "model.layers.3.mlp.experts.6.*": "gptq_int4_g64",
+            "model.layers.3.mlp.experts.{0,3}.*": "awq_int4",
+            "model.layers.4.mlp.experts.*": "awq_int4_g64",
         },
     ),
     "mixtral": (
-        MIXTRAL.of(**_SIZES, layers=3),
+        MIXTRAL.of(**_SIZES, layers=4),
         {
             "model.layers.*.self_attn.*": "fp8_channel",
             "model.layers.0.block_sparse_moe.experts.*": "gptq_int4_g64",
             "model.layers.1.block_sparse_moe.experts.*": "fp8_tensor",
             "model.layers.2.block_sparse_moe.experts.{0..3}.*": "gptq_int8",
+            "model.layers.3.block_sparse_moe.experts.*": "awq_int4",
+            "model.layers.3.block_sparse_moe.experts.{1,6}.*": "fp8_block",
         },
     ),
     "deepseek": (

@@ -129,9 +129,58 @@ def test_experts_with_desc_act_are_not_cut() -> None:
         experts_of(config)
 
 
-def test_experts_that_marlin_has_no_kernel_for_are_refused() -> None:
-    with pytest.raises(ValueError, match=rf"{PREFIX} \(gptq_int4\): Marlin has no kernel.*96"):
-        experts_of(ours("gptq_int4"), intermediate_size=96)
+@pytest.mark.parametrize("kind", ["gptq_int4", "awq_int4"])
+def test_experts_that_marlin_has_no_kernel_for_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"{PREFIX} \({kind}\): Marlin has no kernel.*96"):
+        experts_of(ours(kind), intermediate_size=96)
+
+
+# AWQ
+
+
+def test_awq_scales_are_permuted_by_their_layers_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for GPTQ; here the one group of w2's inputs must go on being one."""
+    from sglang.srt.hardware_backend.gpu.quantization import awq_kernels
+    from sglang.srt.layers.quantization.marlin_utils import marlin_moe_permute_scales
+
+    monkeypatch.setattr(awq_kernels, "awq_marlin_moe_repack", lambda qweight, *_, **sizes: qweight)
+
+    def permuted(config: Any) -> list[bool]:
+        with rank_of(1, 4):
+            layer = experts_of(config)
+        right, due = [], {}
+        for name, inputs in (("w13_scales", HIDDEN), ("w2_scales", INTERMEDIATE // 4)):
+            scales = layer._parameters[name]
+            scales.data.copy_(torch.randn(scales.shape))
+            due[name] = marlin_moe_permute_scales(scales.data.clone(), inputs, scales.shape[2], 128)
+        for name in ("w13_qzeros", "w2_qzeros"):
+            layer._parameters[name].data.zero_()
+        layer.quant_method.process_weights_after_loading(layer)
+        right = [torch.equal(layer._parameters[name], expected) for name, expected in due.items()]
+        return right
+
+    assert permuted(ours("awq_int4")) == [True, True]
+    assert permuted(stock("awq_int4")) == [False, True]
+    assert awq_kernels.marlin_moe_permute_scales is marlin_moe_permute_scales
+
+
+def test_awq_is_unpacked_as_sglang_unpacks_it() -> None:
+    from sglang.srt.layers.quantization.awq import awq_dequantize_decomposition
+
+    tensors, _ = quantize(torch.randn(HIDDEN, INTERMEDIATE), "awq_int4")
+    tensors["scales"] = tensors["scales"].float()
+    theirs = awq_dequantize_decomposition(tensors["qweight"], tensors["scales"], tensors["qzeros"]).t()
+    ours = FORMATS["awq_int4"].dequantize({leaf: tensor.numpy() for leaf, tensor in tensors.items()})
+    assert torch.equal(torch.from_numpy(ours.copy()), theirs)
+
+
+def test_a_rank_that_would_cut_a_word_of_outputs_is_refused_by_name() -> None:
+    prefix = "model.layers.7.self_attn.qkv_proj"
+    method = config_of("awq_int4", prefix).get_quant_method(linear(stock("awq_int4"), prefix, 256, 256), prefix)
+    with pytest.raises(
+        ValueError, match=rf"{prefix} \(awq_int4\): a rank would hold 116 outputs.*fewer tensor-parallel"
+    ):
+        method.create_weights(torch.nn.Module(), 256, [128, 116, 12], 256, 512, torch.bfloat16)
 
 
 # Ids of -1
@@ -149,11 +198,12 @@ class Runner:
         return runner.run(None, SimpleNamespace(**info))
 
 
-def test_marlin_is_told_that_ids_may_be_of_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["gptq_int4", "awq_int4"])
+def test_marlin_is_told_that_ids_may_be_of_other_ranks(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     runner = Runner(monkeypatch)
-    alone = experts_of(ours("gptq_int4"))
+    alone = experts_of(ours(kind))
     with rank_of(0, 2, 2):
-        shared = experts_of(ours("gptq_int4"))
+        shared = experts_of(ours(kind))
     assert runner.given(alone.scheme.kernel.runner, expert_map=None).expert_map is None
     assert runner.given(shared.scheme.kernel.runner, expert_map=None).expert_map is not None
     own = torch.zeros(3)
@@ -189,12 +239,13 @@ def config_of(kind: str, prefix: str) -> Any:
     return config
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(256, 96), (192, 128)])
-def test_a_shape_that_marlin_has_no_kernel_for_is_refused_by_name(inputs: int, outputs: int) -> None:
+@pytest.mark.parametrize("kind", ["gptq_int4", "awq_int4"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 96), (384, 120)])
+def test_a_shape_that_marlin_has_no_kernel_for_is_refused_by_name(kind: str, inputs: int, outputs: int) -> None:
     prefix = "model.layers.7.mlp.down_proj"
-    linear(stock("gptq_int4"), prefix, inputs, outputs)  # its kernel would be wrong, or crash
-    with pytest.raises(ValueError, match=rf"{prefix} \(gptq_int4\):.*fewer tensor-parallel ranks"):
-        linear(config_of("gptq_int4", prefix), prefix, inputs, outputs)
+    linear(stock(kind), prefix, inputs, outputs)  # its kernel would be wrong, or crash, or take FP16 alone
+    with pytest.raises(ValueError, match=rf"{prefix} \({kind}\):.*fewer tensor-parallel ranks"):
+        linear(config_of(kind, prefix), prefix, inputs, outputs)
 
 
 @pytest.mark.parametrize(

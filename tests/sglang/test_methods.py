@@ -21,6 +21,8 @@ LINEAR = {
     "gptq_int4_act": "GPTQMarlinLinearMethod",
     "gptq_int4_g64": "GPTQMarlinLinearMethod",
     "gptq_int8": "GPTQMarlinLinearMethod",
+    "awq_int4": "AWQLinearMethod",
+    "awq_int4_g64": "AWQLinearMethod",
 }
 EXPERTS = {
     "bf16": "UnquantizedFusedMoEMethod",
@@ -30,6 +32,8 @@ EXPERTS = {
     "gptq_int4": "GPTQMarlinMoEMethod",
     "gptq_int4_g64": "GPTQMarlinMoEMethod",
     "gptq_int8": "GPTQMarlinMoEMethod",
+    "awq_int4": "AWQMoEMethod",
+    "awq_int4_g64": "AWQMoEMethod",
 }
 
 
