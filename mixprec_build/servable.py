@@ -218,6 +218,8 @@ def _role_limit(name: str, role: Role, fmt: Format) -> str | None:
         # deepseek_weight_loader.py: torch.cat along the first axis, or the first of two scalars
         if fmt.kind.startswith(("gptq", "awq")):
             return "SGLang joins q_a_proj and kv_a_proj by rows, and packed formats hold outputs in columns"
+        if fmt.kind.startswith("ct_"):
+            return "SGLang joins q_a_proj and kv_a_proj and would join their weight_shape as well"
         if fmt.kind == "fp8_tensor":
             return "SGLang joins q_a_proj and kv_a_proj and would keep one of their two per-tensor scales"
     return None

@@ -115,6 +115,8 @@ _KERNELS = {
     "gptq_int4": ("Marlin", 80),
     "gptq_int8": ("Marlin", 80),
     "awq_int4": ("Marlin", 80),
+    "ct_int4": ("Marlin", 80),
+    "ct_int8": ("Marlin", 80),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -18,12 +19,14 @@ from torch.nn import Parameter
 
 from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
+from mixprec_build.formats.compressed import Packed
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.scaled import Scaled
 
 __all__ = ["check_experts", "mend_experts", "mend_linear"]
 
+_SOME_MAP = torch.empty(0, dtype=torch.int32)
 _ADVICE = "Serve with fewer tensor-parallel ranks, or build the checkpoint with another format for this module."
 
 
@@ -31,18 +34,20 @@ def mend_linear(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
     """Mends the method of one linear layer."""
     if isinstance(fmt, Scaled) and fmt.block is not None:
         _check_block_partition(method, fmt.block)
-        _answer_to_weight_scale(method)
-    if isinstance(fmt, Gptq | Awq):
+        _answer_to_weight_scale(method, ("",))
+    if isinstance(fmt, Gptq | Awq | Packed):
         _mind_marlin_shapes(method, fmt.group_size)
-    if isinstance(fmt, Awq):
+    if isinstance(fmt, Awq) or (isinstance(fmt, Packed) and not fmt.sym):
         _mind_whole_words(method)
+    if isinstance(fmt, Fp8) and fmt.activations == "none":
+        _mind_marlin_shapes(method, -1)
     _name_errors(method, fmt, prefix)
 
 
 def check_experts(layer: Any, fmt: Format, prefix: str) -> None:
     """Marlin's shapes, before SGLang chooses a method for a FusedMoE layer: where they do not fit, GPTQ goes wrong and
     AWQ falls back to other kernels (quantization/awq/awq.py:352), which know no ids of -1."""
-    if isinstance(fmt, Gptq | Awq) and not check_moe_marlin_supports_layer(layer, fmt.group_size):
+    if isinstance(fmt, Gptq | Awq | Packed) and not check_moe_marlin_supports_layer(layer, fmt.group_size):
         raise ValueError(
             f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {layer.hidden_size} and "
             f"{layer.intermediate_size_per_partition} intermediate columns a rank in groups of {fmt.group_size}. "
@@ -56,6 +61,10 @@ def mend_experts(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
         _mend_gptq_experts(method, fmt)
     if isinstance(fmt, Awq):
         _mend_awq_experts(method, fmt)
+    if isinstance(fmt, Packed):
+        _mend_packed_experts(method, fmt)
+    if isinstance(fmt, Scaled) and fmt.block is not None:
+        _answer_to_weight_scale(method, ("w13_", "w2_"))
     if isinstance(fmt, Fp8) and fmt.granularity == "tensor" and fmt.activations == "dynamic":
         _mend_tensor_scaled_experts(method)
     _name_errors(method, fmt, prefix)
@@ -74,9 +83,10 @@ def _name_errors(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
     method.create_weights = create_weights
 
 
-def _answer_to_weight_scale(method: QuantizeMethodBase) -> None:
+def _answer_to_weight_scale(method: QuantizeMethodBase, prefixes: tuple[str, ...]) -> None:
     """Llama renames ``weight_scale_inv`` to ``weight_scale`` while loading (models/llama.py:679 and
-    model_loader/auto_loader.py:192), a parameter that block FP8 and Int8 do not have, and drops it with a warning.
+    model_loader/auto_loader.py:192), a parameter that block FP8 and Int8 do not have, and drops it with a warning;
+    and compressed-tensors stores it under that name.
 
     Until the weights are loaded, an empty parameter of that name passes on what it is given.
     """
@@ -84,20 +94,26 @@ def _answer_to_weight_scale(method: QuantizeMethodBase) -> None:
 
     def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:
         create(layer, *args, **kwargs)
-        alias = Parameter(torch.empty(0), requires_grad=False)
-
-        def load(_: Parameter, loaded_weight: torch.Tensor, *shard: Any) -> None:
-            layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, loaded_weight, *shard)
-
-        alias.weight_loader = load  # type: ignore[attr-defined]
-        layer.register_parameter("weight_scale", alias)
+        for prefix in prefixes:
+            alias = Parameter(torch.empty(0), requires_grad=False)
+            alias.weight_loader = _passing_on(layer, f"{prefix}weight_scale_inv")  # type: ignore[attr-defined]
+            layer.register_parameter(f"{prefix}weight_scale", alias)
 
     def process_weights_after_loading(layer: Any) -> None:
-        layer._parameters.pop("weight_scale", None)
+        for prefix in prefixes:
+            layer._parameters.pop(f"{prefix}weight_scale", None)
         process(layer)
 
     method.create_weights = create_weights
     method.process_weights_after_loading = process_weights_after_loading
+
+
+def _passing_on(layer: Any, name: str) -> Callable[..., None]:
+    def load(_: Parameter, loaded_weight: torch.Tensor, *shard: Any, **expert: Any) -> None:
+        parameter = layer._parameters[name]
+        parameter.weight_loader(parameter, loaded_weight, *shard, **expert)
+
+    return load
 
 
 def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -> None:
@@ -206,18 +222,85 @@ def _mend_awq_experts(method: QuantizeMethodBase, fmt: Awq) -> None:
     """
     from sglang.srt.hardware_backend.gpu.quantization import awq_kernels
 
-    process, permute = method.process_weights_after_loading, awq_kernels.marlin_moe_permute_scales
+    _permute_by_groups(method, awq_kernels)
+    _mend_marlin_experts(method, fmt)
+
+
+def _permute_by_groups(method: QuantizeMethodBase, module: ModuleType) -> None:
+    """``module`` is where the method's class finds ``marlin_moe_permute_scales``."""
+    process, permute = method.process_weights_after_loading, module.marlin_moe_permute_scales
 
     def permute_by_groups(s: torch.Tensor, size_k: int, size_n: int, group_size: int) -> torch.Tensor:
         permuted: torch.Tensor = permute(s, s.shape[1] * group_size, size_n, group_size)
         return permuted
 
     def process_weights_after_loading(layer: Any) -> None:
-        with patch.object(awq_kernels, "marlin_moe_permute_scales", permute_by_groups):
+        with patch.object(module, "marlin_moe_permute_scales", permute_by_groups):
             process(layer)
 
     method.process_weights_after_loading = process_weights_after_loading
-    _mend_marlin_experts(method, fmt)
+
+
+def _mend_packed_experts(method: QuantizeMethodBase, fmt: Packed) -> None:
+    """Experts of compressed-tensors on Marlin (compressed_tensors/schemes/compressed_tensors_wNa16_moe.py).
+
+    - ``weight_shape`` gets a parameter of float32 for its whole numbers, and nobody reads it: whole numbers, taken away
+      after loading.
+    - Input orders are made at full size also where there are none to load, and are then replaced by empty ones.
+    - With input orders, each rank would need those of the others: as for GPTQ, no tensor parallelism.
+    - The scales of w13 are permuted as if its inputs were as many as its repacked words (:300).
+    - Ids of -1 are left out only where the layer's dispatcher has a map of experts (:468), which a group of experts has
+      not.
+    """
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16_moe
+
+    create, create_runner, apply = method.create_weights, method.create_moe_runner, method.apply
+
+    def create_weights(
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> None:
+        if fmt.actorder and layer.moe_tp_size > 1:
+            raise ValueError(
+                "experts with weight_g_idx cannot be cut for tensor parallelism; use expert parallelism (--ep-size)."
+            )
+        create(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
+        for weight in ("w13", "w2"):
+            _recast(layer, f"{weight}_weight_shape", torch.int64)
+            for name in (f"{weight}_weight_g_idx", f"{weight}_g_idx_sort_indices"):
+                if not fmt.actorder:
+                    empty = torch.empty((num_experts, 0), dtype=torch.int32, device=layer._parameters[name].device)
+                    layer.register_parameter(name, Parameter(empty, requires_grad=False))
+
+    def create_moe_runner(layer: Any, *args: Any, **kwargs: Any) -> None:
+        if not get_moe_runner_backend().is_auto():
+            raise ValueError(f"{fmt.kind} experts run on Marlin: leave out --moe-runner-backend")
+        create_runner(layer, *args, **kwargs)
+
+    method.create_weights = create_weights
+    method.create_moe_runner = create_moe_runner
+    _permute_by_groups(method, compressed_tensors_wNa16_moe)
+    process = method.process_weights_after_loading
+
+    def process_weights_after_loading(layer: Any) -> None:
+        for name in ("w13_weight_shape", "w2_weight_shape"):
+            layer._parameters.pop(name, None)
+        process(layer)
+
+    def apply_with_map(layer: Any, dispatch_output: Any) -> Any:
+        scheme = layer.scheme
+        if not _sees_other_ranks(layer) or not scheme.runner.runner_backend.is_marlin():
+            return apply(layer, dispatch_output)
+        info = scheme.get_marlin_quant_info(layer)
+        info.expert_map = _SOME_MAP
+        return scheme.runner.run(dispatch_output, info)
+
+    method.process_weights_after_loading = process_weights_after_loading
+    method.apply = apply_with_map
 
 
 def _mend_marlin_experts(method: QuantizeMethodBase, fmt: Gptq | Awq) -> None:
@@ -271,11 +354,10 @@ def _mend_tensor_scaled_experts(method: QuantizeMethodBase) -> None:
 
 def _skip_other_ranks(runner: Any) -> None:
     run = runner.run
-    some_map = torch.empty(0, dtype=torch.int32)
 
     def run_with_map(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:
         if quant_info.expert_map is None:
-            quant_info.expert_map = some_map
+            quant_info.expert_map = _SOME_MAP
         return run(dispatch_output, quant_info, *args, **kwargs)
 
     runner.run = run_with_map

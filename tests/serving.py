@@ -298,6 +298,64 @@ def _int8_channel(weight: torch.Tensor) -> Tensors:
     return {"weight": _int8(weight, scale), "weight_scale": scale}
 
 
+def _packed(
+    weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, sym: bool = True, act: bool = False
+) -> Tensors:
+    """Round to nearest, as compressed-tensors packs it (pack-quantized)."""
+    n, k = weight.shape
+    size, half = k if group_size == -1 else group_size, 1 << (bits - 1)
+    group = torch.arange(k, device=weight.device) // size
+    if act:  # inputs in another order
+        group = group[torch.randperm(k, generator=torch.Generator().manual_seed(k)).to(weight.device)]
+    grouped = weight[:, group.argsort(stable=True)].reshape(n, k // size, size)
+    if sym:
+        scale = (grouped.abs().amax(2) / (half - 1)).clamp(min=1e-6).to(torch.bfloat16)
+        zeros = torch.zeros_like(scale, dtype=torch.float32)
+    else:
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scale = ((high - low) / (2 * half - 1)).clamp(min=1e-6).to(torch.bfloat16)
+        zeros = (torch.round(-low / scale.float()) - half).clamp(-half, half - 1)
+    q = torch.round(weight / scale.float()[:, group]) + zeros[:, group]
+    tensors = {
+        "weight_packed": _words(q.clamp(-half, half - 1) + half, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([n, k]),
+    }
+    if not sym:
+        tensors["weight_zero_point"] = _words((zeros + half).t(), bits).t().contiguous()
+    return tensors | ({"weight_g_idx": group.to(torch.int32)} if act else {})
+
+
+def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[R, C]`` values -> ``[R, C * bits / 32]`` words, lowest bits first."""
+    parts = values.to(torch.int64).reshape(len(values), -1, 32 // bits)
+    return _int32((parts << torch.arange(0, 32, bits, device=values.device)).sum(2))
+
+
+def _packed_config(bits: int = 4, group_size: int = 128, sym: bool = True, act: bool = False) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
+    weights |= {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
+    if act:
+        weights["actorder"] = "group"
+    config = _compressed("channel")
+    config["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {**config, "format": "pack-quantized"}
+
+
+def _compressed_blocks() -> dict[str, Any]:
+    config = _compressed("block")
+    group = config["config_groups"]["group_0"]
+    group["weights"]["block_structure"] = [128, 128]
+    group["input_activations"] |= {"strategy": "group", "group_size": 128}
+    return config
+
+
+def _weight_only() -> dict[str, Any]:
+    config = _compressed("channel")
+    config["config_groups"]["group_0"]["input_activations"] = None
+    return config
+
+
 _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] | None]] = {
     "bf16": (_dense, None),
     "fp8_block": (lambda w: _blocks(w, 448, _fp8), _FP8_BLOCK),
@@ -309,6 +367,16 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
     "gptq_int4_g64": (lambda w: _gptq(w, group_size=64), _gptq_config(group_size=64)),
     "gptq_int4_act": (lambda w: _gptq(w, desc_act=True), _gptq_config(desc_act=True)),
     "gptq_int8": (lambda w: _gptq(w, bits=8), _gptq_config(bits=8)),
+    "ct_fp8_block": (
+        lambda w: {leaf.removesuffix("_inv"): t for leaf, t in _blocks(w, 448, _fp8).items()},
+        _compressed_blocks(),
+    ),
+    "ct_fp8_weight": (_fp8_channel, _weight_only()),
+    "ct_int4": (_packed, _packed_config()),
+    "ct_int4_g32": (lambda w: _packed(w, group_size=32), _packed_config(group_size=32)),
+    "ct_int4_asym": (lambda w: _packed(w, sym=False), _packed_config(sym=False)),
+    "ct_int4_act": (lambda w: _packed(w, act=True), _packed_config(act=True)),
+    "ct_int8": (lambda w: _packed(w, bits=8, group_size=-1), _packed_config(8, -1)),
     "awq_int4": (_awq, _awq_config()),
     "awq_int4_g64": (lambda w: _awq(w, group_size=64), _awq_config(64)),
 }
@@ -334,11 +402,23 @@ def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.T
         group = tensors["g_idx"].long()
         q = _values(tensors["qweight"].t(), 32 * len(tensors["qweight"]) // len(group)).t()
         return (q * factors[group]).t().contiguous()
+    if "weight_packed" in tensors:
+        k = int(tensors["weight_shape"][1])
+        bits = 32 * tensors["weight_packed"].shape[1] // k
+        factors = tensors["weight_scale"].to(scales).float()
+        group = torch.arange(k, device=factors.device) // (k // factors.shape[1])
+        group = tensors.get("weight_g_idx", group).long()
+        q = _values(tensors["weight_packed"], bits)
+        if "weight_zero_point" in tensors:
+            q -= _values(tensors["weight_zero_point"].t(), bits).t()[:, group]
+        return q * factors[:, group]
     weight = tensors["weight"].float()
-    if "weight_scale_inv" in tensors:
-        blocks = tensors["weight_scale_inv"].repeat_interleave(128, 0)[: len(weight)]
-        return weight * blocks.repeat_interleave(128, 1)[:, : weight.shape[1]]
-    return weight * tensors["weight_scale"] if "weight_scale" in tensors else weight
+    scale = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
+    if scale is None:
+        return weight
+    if scale.dim() == 2 and len(scale) < len(weight):
+        scale = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return weight * scale
 
 
 def _values(words: torch.Tensor, bits: int) -> torch.Tensor:

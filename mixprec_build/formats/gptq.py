@@ -20,18 +20,15 @@ tensor       dtype   shape            holds
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..patterns import MAX_NAME, Patience, PatternError
+from ..patterns import Patience, PatternError
 from .base import Axes, Axis, Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
 from .marlin import FLOATS, expert_shape_limits, linear_shape_limits, unpack
+from .regexes import plain_regex
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Gptq"]
 
 _MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
+_MAX_OVERRIDES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +252,7 @@ def _resolve_dynamic(quantization: Mapping[str, object], module: str) -> Mapping
 
 
 class _Dynamic:
-    """``dynamic`` of one configuration.
-
-    Its regexes are a stranger's, and Python's can take longer than anyone waits. Those in use are plain, so what
-    could take long is refused by counting ways before any is tried, which bounds one match to seconds, and
-    :class:`Patience` bounds them all together.
-    """
+    """``dynamic`` of one configuration; :class:`Patience` bounds all its matches together."""
 
     _latest: ClassVar[_Dynamic | None] = None
 
@@ -286,58 +279,6 @@ class _Dynamic:
                 # `-:` stands for modules left unquantized, which are recognised by their tensors.
                 if not isinstance(override, dict) or pattern.startswith("-:"):
                     continue
-                if _compiled(pattern).match(module):
+                if plain_regex(pattern, pattern.removeprefix("+:")).match(module):
                     return override
         return None
-
-
-_MAX_OVERRIDES = 4096
-_MAX_REGEX = 1000
-_MAX_WAYS = 600_000_000  # at most 20 seconds
-_REGEX_TOKEN = re.compile(
-    r"(?P<repeat>(?:[*+]|\{\d{1,3}(?:,\d{0,3})?\})\??)|(?P<maybe>\?\??)|(?P<or>\|)"
-    r"|(?P<open>\((?:\?[:=!])?(?!\?))|(?P<close>\))"
-    r"|\\[^0-9]|\[\^?\]?(?:\\.|[^\]\\\[])*\]|[^\\\[{(]",  # an escape, a set, any other character
-    re.DOTALL,
-)
-
-
-@lru_cache(maxsize=_MAX_OVERRIDES)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """A key of ``dynamic``. Raises :class:`PatternError` for what is no regex, and for one that may take too long."""
-    regex = pattern.removeprefix("+:")
-    shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
-    if len(regex) > _MAX_REGEX or _ways(regex) > _MAX_WAYS:
-        raise PatternError(
-            f"holds {shown}: a regular expression that repeats or names a group, or has too many ways to match, is "
-            "not read"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            return re.compile(regex)
-    except (re.error, OverflowError, RecursionError, Warning) as error:
-        raise PatternError(f"holds {shown}, which is no regular expression: {error}") from error
-
-
-def _ways(pattern: str) -> float:
-    """In how many ways, at most, a regex can be laid over a name; infinite where it repeats groups or looks back."""
-    pattern = pattern.removesuffix("$").removesuffix(".*")  # which match whatever is left
-    ways, repeats, branches = 1, 0, [1]
-    at, before = 0, None
-    while at < len(pattern):
-        token = _REGEX_TOKEN.match(pattern, at)
-        if token is None or (token.lastgroup == "repeat" and before == "close"):
-            return math.inf
-        at, before = token.end(), token.lastgroup
-        if before == "repeat":
-            repeats += 1
-        elif before == "maybe":
-            ways *= 2
-        elif before == "or":
-            branches[-1] += 1
-        elif before == "open":
-            branches.append(1)
-        elif before == "close" and len(branches) > 1:
-            ways *= branches.pop()
-    return ways * math.prod(branches) * math.comb(MAX_NAME + repeats, repeats)
