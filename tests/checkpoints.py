@@ -302,6 +302,15 @@ def _awq_int4(weight: Array, group_size: int = 128) -> Tensors:
     return {"qweight": pack(q.reshape(k, n)), "qzeros": pack(zeros), "scales": scales}
 
 
+def _ct_int4(weight: Array, group_size: int = 128) -> Tensors:
+    """Rounded to nearest, symmetric, as compressed-tensors packs it."""
+    n, k = weight.shape
+    groups = weight.astype(np.float32).reshape(n, k // group_size, group_size)
+    scale = (abs(groups).max(axis=2) / 7).astype(BF16)
+    q = (groups / scale[:, :, None].astype(np.float32)).round().clip(-8, 7).reshape(n, k) + 8
+    return {"weight_packed": _packed(q), "weight_scale": scale, "weight_shape": np.array([n, k])}
+
+
 def _packed(values: Array) -> Array:
     """``[R, C]`` 4-bit values -> ``[R, C / 8]`` 32-bit words, lowest bits first."""
     nibbles = values.astype(np.uint32).reshape(values.shape[0], -1, PACK)
@@ -332,6 +341,15 @@ def _awq_config(group_size: int = 128, **_: object) -> Config:
     return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
 
 
+def _ct_config(group_size: int = 128, **_: object) -> Config:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*\\.mlp\\.gate$"],
+    }  # fmt: skip
+
+
 class _Variant(NamedTuple):
     """How a linear is stored, what config.json says of it, and the dtype of what is not quantized."""
 
@@ -348,6 +366,7 @@ VARIANTS: Mapping[str, _Variant] = {
     "fp8_tensor": _Variant(_fp8_tensor, _fp8_tensor_config, BF16),
     "gptq_int4": _Variant(_gptq_int4, _gptq_config, np.dtype(np.float16)),
     "awq_int4": _Variant(_awq_int4, _awq_config, np.dtype(np.float16)),
+    "ct_int4": _Variant(_ct_int4, _ct_config, BF16),
 }
 
 

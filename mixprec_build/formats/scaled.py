@@ -229,6 +229,9 @@ def _block_size(quantization: Mapping[str, object]) -> tuple[int, int]:
     return block[0], block[1]
 
 
+_WORDS = {"none": "unquantized", "dynamic": "dynamic", "static": "static"}
+
+
 def _activations(module: StoredModule, quantization: Mapping[str, object], scheme: Scheme | None) -> str:
     """What the tensors say, once the configuration agrees."""
     have = "an" if "input_scale" in module.tensors else "no"
@@ -236,7 +239,8 @@ def _activations(module: StoredModule, quantization: Mapping[str, object], schem
     if scheme is not None:
         if (scheme.activations == "static") != (stored == "static"):
             raise FormatError(
-                f"{scheme.described} has {scheme.activations} activations, but the module has {have} input_scale"
+                f"{scheme.described} has {_WORDS[scheme.activations]} activations, but the module has {have} "
+                "input_scale"
             )
         return scheme.activations
     declared = quantization.get("activation_scheme", stored)

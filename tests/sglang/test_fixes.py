@@ -183,7 +183,86 @@ def test_a_rank_that_would_cut_a_word_of_outputs_is_refused_by_name() -> None:
         method.create_weights(torch.nn.Module(), 256, [128, 116, 12], 256, 512, torch.bfloat16)
 
 
+# compressed-tensors
+
+
+def test_packed_experts_keep_nothing_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are whole numbers until they are loaded, and input orders that nothing is loaded into are not made."""
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16_moe as scheme
+
+    layer, untouched = experts_of(ours("ct_int4")), experts_of(packed_stock())
+    assert layer.w13_weight_shape.dtype == torch.int64 and untouched.w13_weight_shape.dtype == torch.float32
+    assert layer.w13_weight_g_idx.numel() == 0 < untouched.w13_weight_g_idx.numel()
+    monkeypatch.setattr(scheme, "gptq_marlin_moe_repack", lambda words, *_: words)
+    monkeypatch.setattr(scheme, "marlin_make_workspace", lambda *_: None)
+    layer.quant_method.process_weights_after_loading(layer)
+    left = {name for name, parameter in layer.named_parameters() if parameter.numel()}
+    assert left == {"w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale"}
+
+
+def packed_stock() -> Any:
+    """SGLang's own config of such a checkpoint, on a machine without a GPU."""
+    config = stock("ct_int4")
+    config.target_scheme_map = {"Linear": config.target_scheme_map["re:.*"]}
+    return config
+
+
+def test_packed_experts_are_of_one_scheme_whatever_their_number() -> None:
+    """Stock SGLang reads a layer's scheme off its expert 0: targets that name others do not help it."""
+    config = stock("ct_int4")
+    config.target_scheme_map = {f"re:{PREFIX}.1": config.target_scheme_map["re:.*"]}
+    with pytest.raises(ValueError, match="Unable to find matching target"):
+        experts_of(config)
+    mixed = experts_of(mixed_config(type(ours("bf16")), ["fp8_block", "ct_int4", "ct_int8"]), num_experts=3)
+    assert [group.quant_method.mixprec_format.kind for group in mixed.groups] == ["fp8_block", "ct_int4", "ct_int8"]
+
+
+def test_packed_experts_with_orders_are_not_cut() -> None:
+    from dataclasses import replace
+
+    from mixprec_runtime.native import NativeFormat
+
+    config = ours("ct_int4")
+    act = replace(FORMATS["ct_int4"], actorder=True)
+    config.native[act] = NativeFormat(act)
+    config._experts[PREFIX] = {e: dict.fromkeys(("gate_proj", "up_proj", "down_proj"), act) for e in range(EXPERTS)}
+    with rank_of(0, 2), pytest.raises(ValueError, match=rf"{PREFIX} \(ct_int4\): experts with weight_g_idx.*--ep-size"):
+        experts_of(config)
+    with rank_of(0, 2, 2):
+        assert experts_of(config).w13_weight_g_idx.shape == (1, HIDDEN)
+
+
+def test_blocks_of_compressed_tensors_experts_find_their_scales() -> None:
+    from dataclasses import replace
+
+    config = ours("fp8_block")
+    theirs = replace(FORMATS["fp8_block"], scale="weight_scale")
+    parts = ("gate_proj", "up_proj", "down_proj")
+    config._experts[PREFIX] = {
+        0: dict.fromkeys(parts, FORMATS["fp8_block"]), 1: dict.fromkeys(parts, theirs),
+    }  # fmt: skip
+    layer = experts_of(config)
+    assert type(layer.quant_method).__name__ == "Fp8MoEMethod"  # one group: one kernel
+    scale = torch.rand(HIDDEN // 128, INTERMEDIATE // 128)
+    load_expert(layer, {"weight_scale": scale}, "w2", 1)
+    load_expert(layer, {"weight_scale_inv": 2 * scale}, "w2", 0)
+    assert torch.equal(layer.w2_weight_scale_inv.data, torch.stack([2 * scale, scale]))
+
+
 # Ids of -1
+
+
+def test_packed_experts_leave_out_ids_of_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(monkeypatch)
+    with rank_of(0, 2, 2):
+        shared = experts_of(ours("ct_int4"))
+    shared.scheme.is_k_full = True
+    assert shared.quant_method.apply(shared, None).expert_map is not None
+    assert runner is not None
+    # A group of a mixed layer is a rank like any other.
+    mixed = experts_of(mixed_config(type(ours("bf16")), ["bf16", "ct_int4"]))
+    group = mixed.groups[1]
+    assert group.quant_method.apply(group, None).expert_map is not None
 
 
 class Runner:
