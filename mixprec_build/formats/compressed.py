@@ -119,7 +119,8 @@ class Scheme:
     @property
     def described(self) -> str:
         """For messages."""
-        return f"config group {self.name!r:.100} ({self.format}, {self.bits} bit {self.type}, {self.strategy})"
+        format_, type_, strategy = (word[:30] for word in (self.format, self.type, self.strategy))
+        return f"config group {self.name!r:.100} ({format_}, {brief(self.bits)} bit {type_}, {strategy})"
 
 
 def _activations(at: str, data: object) -> str:
