@@ -381,7 +381,7 @@ CONFIGS: dict[str, tuple[str, Change, str]] = {
     "an AWQ group size of 4000 digits": (
         "int4", lambda q: q.update(quant_method="awq", version="gemm", group_size=-(10**4000)), "AWQ group_size -10000",
     ),
-    "groups that are a list": ("fp8", lambda q: q.update(GROUPS, config_groups=[1] * 500_000), "config_groups [1, 1, 1,"),
+    "groups that are a list": ("fp8", lambda q: q.update(GROUPS, config_groups=[1] * 500_000), "config_groups [1, 1,"),
     "a group of a long name": (
         "fp8", lambda q: q.update(GROUPS, config_groups={TOO_LONG: {"targets": ["Linear"]}}), "says nothing of its",
     ),
