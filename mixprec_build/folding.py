@@ -145,12 +145,13 @@ class Folding:
     def _mend(self, about: list[PlannedModule], block: list[PlannedModule]) -> tuple[Mend, list[str]]:
         """All of ``block`` from one source; norms and routers follow where no line says otherwise."""
         votes = [module.source for module in block]
-        order = sorted(self._sources.by_name, key=lambda name: -votes.count(name))
-        source = next((name for name in order if can_give(self._sources.by_name[name], block)), None)
-        change = [(m.name, m.rule) for m in block if m.source != source]
-        mend, others = Mend.of(source, change)
-        lines = {m.rule: None for m in about if m.role.never_quantized and m.rule is not None and m.source != source}
-        return Mend(mend.source, mend.rules, tuple(lines)), others
+        for source in sorted(self._sources.by_name, key=lambda name: -votes.count(name)):
+            change = [(m.name, m.rule) for m in block if m.source != source]
+            lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source}
+            if (change or lines) and can_give(self._sources.by_name[source], block):
+                mend, others = Mend.of(source, change)
+                return Mend(mend.source, mend.rules, tuple(lines)), others
+        return Mend(None), []
 
     def _pairs(self, before: PlannedModule, after: PlannedModule) -> bool:
         """Whether scales of ``after``'s inputs can be folded into ``before``: not through grouped-query attention."""

@@ -409,6 +409,18 @@ FOLDED = {
         ),
         clash=(0, 1),
     ),
+    "a router that cannot come along": Case(
+        {
+            "bf16": spec(sized(QWEN3_MOE, experts=8), "bf16"),
+            "awq": spec(sized(QWEN3_MOE, experts=8), "awq_int4", also=("*.mlp.gate",), fold=0.5),
+        },
+        ("*.experts.*: awq",),
+        (
+            "(post_attention_layernorm from `awq` (what it feeds); mlp.experts.{0..7}.{gate_proj,up_proj} from `awq` "
+            "(line 6 `*.experts.*: awq`); mlp.gate from `bf16` (the default))",
+            "Add below line 6: `model.layers.{0..1}.mlp.experts.{0..7}.{down_proj,gate_proj,up_proj}: bf16`",
+        ),
+    ),
     "a fine-tune": Case(
         llama("bf16") | {"awq": spec(sized(LLAMA, seed=1), "awq_int4", fold=0.5)},
         ("*.mlp.*: awq",),
