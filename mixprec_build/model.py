@@ -16,11 +16,16 @@ __all__ = [
     "Model",
     "Role",
     "expert_groups",
+    "expert_parts",
     "fused_groups",
+    "is_expert",
     "joined_groups",
     "layer_of",
+    "layer_prefix",
+    "norms_before",
     "projection_of",
     "role_of",
+    "scaled_before",
 ]
 
 FAMILIES = frozenset(
@@ -38,6 +43,21 @@ _FUSED = {
 }  # fmt: skip
 _EXPERT = re.compile(r"(.+\.experts\.\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
 _LAYER = re.compile(r"\.(\d+)\.")
+
+# The norm whose output is a module's input: in its layer, or beside it. Where there are two names, the first that
+# a model has.
+_ATTENTION_NORM = ("input_layernorm",)
+_MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm")
+_IN_LAYER = {
+    "q_proj": _ATTENTION_NORM, "k_proj": _ATTENTION_NORM, "v_proj": _ATTENTION_NORM,
+    "q_a_proj": _ATTENTION_NORM, "kv_a_proj_with_mqa": _ATTENTION_NORM,
+    "gate_proj": _MLP_NORM, "up_proj": _MLP_NORM, "w1": _MLP_NORM, "w3": _MLP_NORM,
+    "gate": _MLP_NORM, "router": _MLP_NORM, "shared_expert_gate": _MLP_NORM,
+}  # fmt: skip
+_BESIDE = {"q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm"}
+# The linear whose outputs, one for one, become a module's inputs.
+_LINEAR_BEFORE = {"o_proj": "v_proj", "down_proj": "up_proj", "w2": "w3"}
+
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in"}
 _HEADS = {"lm_head", "embed_out"}
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -159,6 +179,27 @@ def layer_of(name: str) -> int | None:
     """The first number between dots: the decoder layer."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def layer_prefix(name: str) -> str:
+    """``"model.layers.7."`` of a module of that layer; empty outside of layers."""
+    found = _LAYER.search(name)
+    return name[: found.end()] if found else ""
+
+
+def norms_before(name: str) -> tuple[str, ...]:
+    """Names of the norm that feeds a module, if it is one that a norm feeds: the first that the model has."""
+    parent, _, last = name.rpartition(".")
+    if last in _BESIDE:
+        return (f"{parent}.{_BESIDE[last]}",)
+    prefix = layer_prefix(name)
+    return tuple(f"{prefix}{norm}" for norm in _IN_LAYER.get(last, ())) if prefix else ()
+
+
+def scaled_before(name: str) -> str | None:
+    """The linear that a scaling of this linear's inputs can be folded into."""
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.{_LINEAR_BEFORE[last]}" if last in _LINEAR_BEFORE else None
 
 
 def projection_of(name: str) -> str:

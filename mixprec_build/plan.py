@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .checkpoint import StoredModule, ValueReader, split_name
 from .errors import RecipeError, RefusedError, SplitError
+from .folding import Folding
 from .formats.base import Format
 from .formats.registry import ALIASES
 from .header import TensorInfo, build_header
@@ -33,7 +34,10 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """A module of the output. ``rule`` is the recipe line that chose its source, None for the default."""
+    """A module of the output. ``rule`` is the recipe line that chose its source, None for the default.
+
+    ``follows`` marks norms and routers that come along with the modules that a norm feeds.
+    """
 
     name: str
     role: Role
@@ -42,6 +46,7 @@ class PlannedModule:
     rule: Rule | None
     shape: tuple[int, ...]
     tensors: Mapping[str, PlannedTensor]
+    follows: bool = False
 
     @property
     def stored(self) -> StoredModule:
@@ -131,12 +136,14 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
     planner = _Planner(recipe, sources)
     planner.choose()
     planner.check_same_model()
-    modules = planner.collect()
-    problems = planner.problems
-    if not problems.found():
-        with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
+    with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
+        folding = Folding(planner.chosen, sources, reader)
+        planner.follow(folding)
+        modules = planner.collect()
+        problems = planner.problems
+        if not problems.found():
             planner.check_biases(modules, reader)
-            check_servable(modules, sources, reader, problems)
+            check_servable(modules, sources, reader, folding, problems)
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
         raise RefusedError([p.text for p in found])
@@ -183,6 +190,8 @@ class _Planner:
         self.won: Counter[int] = Counter()
         self.chosen: dict[str, tuple[Source, int | None]] = {}
         """Module -> its source and the number of the rule that chose it."""
+        self.followers: set[str] = set()
+        """Norms and routers that come along with what a norm feeds."""
         self.dropped_biases: set[tuple[str, str]] = set()
         for source in sources.by_name.values():
             if source.checkpoint.offline is not None:
@@ -278,6 +287,36 @@ class _Planner:
                     f"config.json; point `{source.name}` (line {source.line}) to a checkpoint of the same model"
                 )
 
+    # Norms that scales were folded into
+
+    def follow(self, folding: Folding) -> None:
+        """A norm that no line names has the values that what it feeds was quantized with; its router comes along."""
+        moved: dict[str, list[str]] = {}
+        for norm, fed in folding.fed.items():
+            free = [name for name in (norm, *fed) if self.chosen[name][1] is None and self._role(name).never_quantized]
+            voters = [self.chosen[name][0].name for name in fed if name not in free]
+            if norm in free:
+                source = folding.follow(norm, self.chosen[norm][0].name, voters)
+                self._move([norm], source, moved)
+            home = self.chosen[norm][0].name
+            routers = [name for name in free if name != norm]
+            away = [n for n in routers if folding.differ(norm, self.chosen[n][0].name, home)]
+            self._move(away, home, moved)
+        for name, names in moved.items():
+            self.notes.append(
+                f"{some(compress(names))}: from `{name}`, as what these norms feed: it has scales of activations "
+                "folded into them"
+            )
+
+    def _move(self, names: Iterable[str], source: str | None, moved: dict[str, list[str]]) -> None:
+        for name in names if source is not None else ():
+            assert source is not None
+            fmt = self.sources.by_name[source].formats.get(name)
+            if isinstance(fmt, Format) and not fmt.quantized:
+                self.chosen[name] = (self.sources.by_name[source], None)
+                self.followers.add(name)
+                moved.setdefault(source, []).append(name)
+
     # The modules, with the tensors they are made of
 
     def collect(self) -> dict[str, PlannedModule]:
@@ -304,7 +343,10 @@ class _Planner:
                     clashes.setdefault((due, fmt.shape(stored), source.name), []).append(name)
                 if "bias" in base.tensors and "bias" not in tensors and "" not in tensors:
                     tensors["bias"] = PlannedTensor(self.default.name, base.tensors["bias"])
-            modules[name] = PlannedModule(name, self._role(name), fmt, source.name, rule, fmt.shape(stored), tensors)
+            follows = name in self.followers
+            modules[name] = PlannedModule(
+                name, self._role(name), fmt, source.name, rule, fmt.shape(stored), tensors, follows
+            )
         for (source_name, winner), names in missing.items():
             self._report_missing(source_name, None if winner is None else self.recipe.rules[winner], names)
         for (due, shape, source_name), names in clashes.items():
@@ -360,9 +402,7 @@ class _Planner:
                 )
                 continue
             tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != "bias"}
-            modules[name] = PlannedModule(
-                name, module.role, module.format, module.source, module.rule, module.shape, tensors
-            )
+            modules[name] = replace(module, tensors=tensors)
             self.dropped_biases.add((bias.source, bias.info.name))
 
     # Accounts

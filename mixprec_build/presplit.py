@@ -20,14 +20,13 @@ layers/moe/fused_moe_triton/layer.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import lcm, prod
 
 from .checkpoint import StoredModule
 from .errors import SplitError
 from .formats.base import Axes, Format
-from .formats.gptq import Gptq
 from .header import DTYPE_BITS, TensorInfo
 from .model import FAMILIES, expert_groups, joined_groups
 from .patterns import compress
@@ -91,13 +90,15 @@ class Share:
 class Piece:
     """A rectangle of a stored tensor, as rows and columns, and where it lies in a parameter.
 
-    A vector is one column. ``at`` is ``(expert, row, column)``, the expert 0 in parameters of no experts.
+    A vector is one column. ``at`` is ``(expert, row, column)``, the expert 0 in parameters of no experts. A piece that
+    is ``turned`` lies there with its columns as rows.
     """
 
     tensor: TensorInfo
     rows: tuple[int, int]
     columns: tuple[int, int]
     at: tuple[int, int, int]
+    turned: bool = False
 
     @property
     def width(self) -> int:
@@ -296,17 +297,15 @@ class Splitter:
 
     def _joined(self, joined: str, parts: Sequence[_Cut]) -> Iterator[Parameter]:
         """One layer of SGLang's, of one module or of several that run as one."""
-        first, _ = self.modules[parts[0].name]
-        for leaf, tensors in self._leaves(joined, [part.name for part in parts]).items():
-            axes = first.axes(leaf)
-            name = f"{joined}.{leaf}" if leaf else joined
-            if axes.n is None and axes.k is None and prod(tensors[0].shape) == 1:
-                pieces = [Piece(t, (0, 1), (0, 1), (0, i, 0)) for i, t in enumerate(tensors)]
-                yield Parameter(name, tensors[0].dtype, (len(pieces),), tuple(pieces))
+        for held in self._leaves(joined, [part.name for part in parts]):
+            name = f"{joined}.{held.name}" if held.name else joined
+            if held.axes == Axes() and prod(held.tensors[0].shape) == 1:
+                pieces = [Piece(t, (0, 1), (0, 1), (0, i, 0)) for i, t in enumerate(held.tensors)]
+                yield Parameter(name, held.dtype, (len(pieces),), tuple(pieces))
                 continue
             # Where a tensor has no outputs, as an order of inputs, all parts have the same.
-            last = parts[-1:] if axes.n is None else parts
-            yield _stack(name, [(t, c) for t, c in zip(tensors[-len(last) :], last, strict=True)], axes, first, leaf)
+            count = 1 if held.axes.n is None else len(parts)
+            yield _stack(name, list(zip(held.tensors[-count:], parts[-count:], strict=True)), held)
 
     def _experts(self, prefix: str, stored: Mapping[int, Mapping[str, str]], rank: int) -> Iterator[Parameter]:
         """The parameters of a FusedMoE: those of this rank's experts, format by format."""
@@ -324,77 +323,96 @@ class Splitter:
         for number, members in enumerate(groups):
             home = f"{prefix}.groups.{number}" if mixed else prefix
             fmt = formats[members[0]]
-            if self.degree.moe_tp > 1 and isinstance(fmt, Gptq) and fmt.desc_act:
-                raise SplitError(f"{prefix}: experts with desc_act cannot be cut; use as many ep as tp ranks")
+            if self.degree.moe_tp > 1 and fmt.scattered:
+                raise SplitError(f"{prefix}: experts in act-order cannot be cut; use as many ep as tp ranks")
             for weight, lasts in (("w13", (_GATES, _UPS)), ("w2", (_DOWNS,))):
                 names = [[next(stored[e][p] for p in last if p in stored[e]) for last in lasts] for e in members]
-                for leaf, tensors in self._leaves(prefix, [name for one in names for name in one]).items():
-                    each = [tensors[i : i + len(lasts)] for i in range(0, len(tensors), len(lasts))]
-                    yield _stack_experts(f"{home}.{weight}_{leaf}", each, columns, fmt, leaf)
+                for held in self._leaves(prefix, [name for one in names for name in one]):
+                    each = [held.tensors[i : i + len(lasts)] for i in range(0, len(held.tensors), len(lasts))]
+                    yield _stack_experts(f"{home}.{weight}_{held.name}", each, columns, held)
 
-    def _leaves(self, owner: str, names: Iterable[str]) -> dict[str, list[TensorInfo]]:
-        """leaf -> the tensors of these modules, which must all have it and of one dtype."""
-        out: dict[str, list[TensorInfo]] = {}
-        members = [(name, self.modules[name][1].tensors) for name in names]
-        for name, tensors in members:
-            for leaf, tensor in tensors.items():
-                out.setdefault(leaf, []).append(tensor)
-                if out[leaf][0].dtype != tensor.dtype:
+    def _leaves(self, owner: str, names: Sequence[str]) -> list[_Held]:
+        """The tensors of modules that run as one, which must all have the same, in the same dtypes."""
+        out: dict[str, _Held] = {}
+        for name in names:
+            fmt, stored = self.modules[name]
+            for leaf, tensor in stored.tensors.items():
+                held = out.setdefault(
+                    fmt.held_as(leaf),
+                    _Held(fmt.held_as(leaf), tensor.dtype, fmt.axes(leaf), fmt.filler(leaf), fmt.turned(leaf), []),
+                )
+                held.tensors.append(tensor)
+                if held.dtype != tensor.dtype:
                     raise SplitError(
-                        f"{owner}: {leaf} is {out[leaf][0].dtype} in {members[0][0]} and {tensor.dtype} in {name}; "
-                        "a rank's file holds them as one tensor: take both from one source"
+                        f"{owner}: {held.name} is {held.dtype} in {names[0]} and {tensor.dtype} in {name}; a rank's "
+                        "file holds them as one tensor: take both from one source"
                     )
-        for leaf, tensors_of_leaf in out.items():
-            if len(tensors_of_leaf) != len(members):
-                raise SplitError(f"{owner}: not all of its parts have {leaf}")
-        return out
+        for held in out.values():
+            if len(held.tensors) != len(names):
+                raise SplitError(f"{owner}: not all of its parts have {held.name}")
+        return list(out.values())
 
 
-def _stack(name: str, parts: Sequence[tuple[TensorInfo, _Cut]], axes: Axes, fmt: Format, leaf: str) -> Parameter:
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """One of SGLang's tensors of a layer, and those of the checkpoint that it is made of."""
+
+    name: str
+    dtype: str
+    axes: Axes
+    filler: int
+    turned: bool
+    tensors: list[TensorInfo]
+
+
+def _stack(name: str, parts: Sequence[tuple[TensorInfo, _Cut]], held: _Held) -> Parameter:
     """Parts one after the other along their outputs."""
-    shape = list(parts[0][0].shape)
+    axes, shape = held.axes, list(parts[0][0].shape)
     pieces, at = [], 0
     for tensor, cut in parts:
-        ranges, held = _ranges(tensor.shape, axes, cut)
+        ranges, room = _ranges(tensor.shape, axes, cut)
         place = [0] * len(shape)
         if axes.n is not None and shape:
             place[axes.n.dim] = at
-            at += held[axes.n.dim]
-        for dim, size in enumerate(held):
+            at += room[axes.n.dim]
+        for dim, size in enumerate(room):
             shape[dim] = size
         if all(stop > start for start, stop in ranges):
-            pieces.append(_piece(tensor, ranges, 0, place))
+            pieces.append(_piece(tensor, ranges, place))
     if axes.n is not None and shape:
         shape[axes.n.dim] = at
-    # A rank past the last block holds zeros only: a piece of nothing tells what of.
-    pieces = pieces or [Piece(parts[0][0], (0, 0), (0, 0), (0, 0, 0))]
-    return Parameter(name, parts[0][0].dtype, tuple(shape), tuple(pieces), fmt.filler(leaf))
+    return Parameter(name, held.dtype, tuple(shape), tuple(pieces), held.filler)
 
 
 def _stack_experts(
-    name: str, experts: Sequence[Sequence[TensorInfo]], columns: tuple[int, int, int], fmt: Format, leaf: str
+    name: str, experts: Sequence[Sequence[TensorInfo]], columns: tuple[int, int, int], held: _Held
 ) -> Parameter:
     """``w13`` (gate, up) or ``w2`` (down) of all experts in a group."""
-    first, axes = experts[0], fmt.axes(leaf)
-    cuts = [_Cut("", n=columns) if len(first) == 2 else _Cut("", k=columns) for _ in first]
-    if axes.n is None and axes.k is None:  # one value a tensor
+    first = experts[0]
+    if held.axes == Axes() and prod(first[0].shape) == 1:
         # SGLang's experts keep a weight's scales apart, and of two scales of one input the last.
-        apart = len(first) if leaf != "input_scale" else 1
+        apart = len(first) if held.name != "input_scale" else 1
         values = tuple(
             Piece(tensor, (0, 1), (0, 1), (expert, i, 0))
             for expert, tensors in enumerate(experts)
             for i, tensor in enumerate(tensors[-apart:])
         )
         sizes = (len(experts), 2) if apart == 2 else (len(experts),)
-        return Parameter(name, first[0].dtype, sizes, values, experts=True)
+        return Parameter(name, held.dtype, sizes, values, experts=True)
+    cut = _Cut("", n=columns) if len(first) == 2 else _Cut("", k=columns)
+    count = 1 if held.axes.n is None else len(first)
     pieces: list[Piece] = []
     shape: tuple[int, ...] = ()
     for expert, tensors in enumerate(experts):
-        last = 1 if axes.n is None else len(tensors)
-        one = _stack(name, list(zip(tensors[-last:], cuts[-last:], strict=True)), axes, fmt, leaf)
-        pieces += [Piece(p.tensor, p.rows, p.columns, (expert, *p.at[1:])) for p in one.pieces]
-        shape = (len(experts), *one.shape)
-    return Parameter(name, first[0].dtype, shape, tuple(pieces), fmt.filler(leaf), experts=True)
+        one = _stack(name, [(tensor, cut) for tensor in tensors[-count:]], held)
+        shape = one.shape
+        for piece in one.pieces:
+            _, row, column = piece.at
+            at = (expert, column, row) if held.turned else (expert, row, column)
+            pieces.append(replace(piece, at=at, turned=held.turned))
+    if held.turned:
+        shape = shape[::-1]
+    return Parameter(name, held.dtype, (len(experts), *shape), tuple(pieces), held.filler, experts=True)
 
 
 def _ranges(shape: Sequence[int], axes: Axes, cut: _Cut) -> tuple[list[tuple[int, int]], list[int]]:
@@ -408,8 +426,8 @@ def _ranges(shape: Sequence[int], axes: Axes, cut: _Cut) -> tuple[list[tuple[int
     return ranges, held
 
 
-def _piece(tensor: TensorInfo, ranges: Sequence[tuple[int, int]], expert: int, place: Sequence[int]) -> Piece:
+def _piece(tensor: TensorInfo, ranges: Sequence[tuple[int, int]], place: Sequence[int]) -> Piece:
     rows, row = (ranges[0], place[0]) if ranges else ((0, 1), 0)
     inner = prod(tensor.shape[2:])
     columns, column = (ranges[1], place[1]) if len(ranges) > 1 else ((0, 1), 0)
-    return Piece(tensor, rows, (columns[0] * inner, columns[1] * inner), (expert, row, column * inner))
+    return Piece(tensor, rows, (columns[0] * inner, columns[1] * inner), (0, row, column * inner))

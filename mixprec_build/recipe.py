@@ -184,7 +184,8 @@ def _mixed_precision(reader: _Reader, root: _Map) -> Recipe:
 # Formats a rule may ask for without naming a source; plan.py finds the source that holds them.
 _FORMAT_WORDS = {
     "fp16", "bf16", "fp32", "fp8", "fp8_block", "fp8_channel", "fp8_tensor",
-    "int4", "gptq_int4", "awq_int4", "int8", "gptq_int8", "int8_channel", "int8_block", "int8_tensor",
+    "int4", "gptq_int4", "awq_int4", "ct_int4",
+    "int8", "gptq_int8", "ct_int8", "int8_channel", "int8_block", "int8_tensor",
 }  # fmt: skip
 
 

@@ -21,11 +21,12 @@ from .patterns import compress
 
 if TYPE_CHECKING:
     from .checkpoint import StoredModule, ValueReader
+    from .folding import Folding
     from .plan import PlannedModule
     from .recipe import Recipe, Rule
     from .sources import Source, Sources
 
-__all__ = ["Mend", "Problem", "Problems", "check_servable", "gives", "some"]
+__all__ = ["Mend", "Problem", "Problems", "can_give", "check_servable", "gives", "origin", "some"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,14 @@ class Problems:
 
 @dataclass(frozen=True, slots=True)
 class Mend:
-    """The smallest change: ``source`` for some modules, by changing the exact lines that name them or by new lines."""
+    """The smallest change: ``source`` for some modules, by changing the exact lines that name them or by new lines.
+
+    ``needless`` are lines to take out.
+    """
 
     source: str | None
     rules: tuple[Rule, ...] = ()
+    needless: tuple[Rule, ...] = ()
 
     @classmethod
     def of(cls, source: str | None, modules: Iterable[tuple[str, Rule | None]]) -> tuple[Mend, list[str]]:
@@ -88,6 +93,7 @@ class Mend:
         if self.source is None:
             return ". No source of this recipe can take their place: add one that can"
         steps = [f"change line {rule.line} to `{rule.pattern.text}: {self.source}`" for rule in self.rules]
+        steps += [f"take out {rule}" for rule in self.needless]
         if modules:
             where = "under `weights:`" if last_line is None else f"below line {last_line}"
             steps.append(f"add {where}: {some([f'`{pattern}: {self.source}`' for pattern in compress(modules)], 8)}")
@@ -96,7 +102,11 @@ class Mend:
 
 
 def check_servable(
-    modules: Mapping[str, PlannedModule], sources: Sources, reader: ValueReader, problems: Problems
+    modules: Mapping[str, PlannedModule],
+    sources: Sources,
+    reader: ValueReader,
+    folding: Folding,
+    problems: Problems,
 ) -> None:
     """Adds to ``problems`` all that SGLang's layers would not run as planned."""
     for name, members in fused_groups(modules).items():
@@ -105,7 +115,8 @@ def check_servable(
             _check_group(name, parts, sources, reader, problems)
     for module in modules.values():
         _check_never_quantized(module, sources, problems)
-    _check_same_weights(modules, sources, reader, problems)
+    folding.check(modules, problems)
+    _check_same_weights(modules, sources, folding, problems)
 
 
 def _check_group(
@@ -114,24 +125,24 @@ def _check_group(
     expert = is_expert(name)
     if len({part.format.fuses_as for part in parts}) > 1:
         what = "the projections of one expert" if expert else f"parts of {name.rpartition('.')[2]}, one GEMM in SGLang,"
-        owners = "; ".join(f"{_last(part.name)} is {_described(part.format)} from {_origin(part)}" for part in parts)
+        owners = "; ".join(f"{_last(part.name)} is {_described(part.format)} from {origin(part)}" for part in parts)
         source = _common_source(parts, sources, expert)
         change = [part for part in parts if part.source != source]
         text = f"{what} must share a format, but {owners}"
         problems.soft([part.name for part in parts], text, *_mend(source, change))
         return
     fmt = parts[0].format
-    origin = {tensor.info.name: tensor.source for part in parts for tensor in part.tensors.values()}
+    holder = {tensor.info.name: tensor.source for part in parts for tensor in part.tensors.values()}
 
     def read(info: TensorInfo) -> np.ndarray | None:
-        return reader.read(origin[info.name], info)
+        return reader.read(holder[info.name], info)
 
     by_name = {part.name: part.stored for part in parts}
     stored = [by_name[member] for member in (expert and expert_parts(by_name)) or by_name]
     limits = [*_shape_limits(fmt, stored, expert), *fmt.value_limits(stored, read, experts=expert)]
     for limit in limits:
         source = _common_source(parts, sources, expert, other_than=parts[0].source)
-        text = f"{_described(fmt)} from {_origin(parts[0])}: {limit}"
+        text = f"{_described(fmt)} from {origin(parts[0])}: {limit}"
         problems.soft([part.name for part in parts], text, *_mend(source, parts))
 
 
@@ -158,17 +169,24 @@ def _common_source(
     """A source that could give all of ``parts`` in one servable format: the commonest among them first."""
     votes = [part.source for part in parts]
     order = sorted(sources.by_name, key=lambda name: -votes.count(name))
-    for name in order:
-        source = sources.by_name[name]
-        if name == other_than or not gives(source, [part.name for part in parts]):
-            continue
-        formats = [source.format_of(part.name) for part in parts]
-        if any(_role_limit(part.name, part.role, fmt) for part, fmt in zip(parts, formats, strict=True)):
-            continue
-        stored = [source.checkpoint.modules[part.name] for part in parts]
-        if len({fmt.fuses_as for fmt in formats}) == 1 and not _shape_limits(formats[0], stored, expert):
-            return name
-    return None
+    return next((n for n in order if n != other_than and _gives_one_gemm(sources.by_name[n], parts, expert)), None)
+
+
+def _gives_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: bool) -> bool:
+    if not gives(source, [part.name for part in parts]):
+        return False
+    formats = [source.format_of(part.name) for part in parts]
+    if any(_role_limit(part.name, part.role, fmt) for part, fmt in zip(parts, formats, strict=True)):
+        return False
+    stored = [source.checkpoint.modules[part.name] for part in parts]
+    return len({fmt.fuses_as for fmt in formats}) == 1 and not _shape_limits(formats[0], stored, expert)
+
+
+def can_give(source: Source, modules: Iterable[PlannedModule]) -> bool:
+    """Whether all of ``modules`` could come from ``source`` and be served, whatever they are fused of."""
+    by_name = {module.name: module for module in modules}
+    groups = fused_groups(by_name).items()
+    return all(_gives_one_gemm(source, [by_name[n] for n in members], is_expert(group)) for group, members in groups)
 
 
 def gives(source: Source, modules: Iterable[str]) -> bool:
@@ -183,7 +201,7 @@ def _check_never_quantized(module: PlannedModule, sources: Sources, problems: Pr
     if limit is None:
         return
     source = _common_source([module], sources, expert=False)
-    text = f"{_described(module.format)} from {_origin(module)}: {limit}"
+    text = f"{_described(module.format)} from {origin(module)}: {limit}"
     problems.soft([module.name], text, *_mend(source, [module]))
 
 
@@ -200,29 +218,28 @@ def _role_limit(name: str, role: Role, fmt: Format) -> str | None:
         # deepseek_weight_loader.py: torch.cat along the first axis, or the first of two scalars
         if fmt.kind.startswith(("gptq", "awq")):
             return "SGLang joins q_a_proj and kv_a_proj by rows, and packed formats hold outputs in columns"
+        if fmt.kind.startswith("ct_"):
+            return "SGLang joins q_a_proj and kv_a_proj and would join their weight_shape as well"
         if fmt.kind == "fp8_tensor":
             return "SGLang joins q_a_proj and kv_a_proj and would keep one of their two per-tensor scales"
     return None
 
 
 def _check_same_weights(
-    modules: Mapping[str, PlannedModule], sources: Sources, reader: ValueReader, problems: Problems
+    modules: Mapping[str, PlannedModule], sources: Sources, folding: Folding, problems: Problems
 ) -> None:
-    """Norms must agree between all sources that weights come from: where they do not, one is another model's."""
+    """Norms must agree between all sources that weights come from: where they do not, one is another model's.
+
+    Those that scales may be folded into are left to :mod:`.folding`.
+    """
     users = {module.source for module in modules.values() if module.role not in (Role.NORM, Role.PARAMETER)}
-    norms = [module for module in modules.values() if module.role is Role.NORM and "weight" in module.tensors]
+    norms = [module for module in modules.values() if module.role is Role.NORM]
     for name in sources.by_name:
         differing: dict[str, list[str]] = {}
         for norm in norms if name in users else ():
-            mine, other = norm.tensors["weight"], sources.by_name[name].module(norm.name)
-            if mine.source == name or other is None or "weight" not in other.tensors:
-                continue
-            a, b = reader.read(mine.source, mine.info), reader.read(name, other.tensors["weight"])
-            if a is None or b is None:
-                continue
-            # One rounding to FP16 or BF16 lies between releases of one model, no more.
-            if not np.allclose(a.astype(np.float32), b.astype(np.float32), rtol=2**-7, atol=1e-6):
-                differing.setdefault(mine.source, []).append(norm.name)
+            explained = norm.name in folding.fed and folding.between(norm.source, name)
+            if not explained and folding.differ(norm.name, norm.source, name):
+                differing.setdefault(norm.source, []).append(norm.name)
         for against, names in differing.items():
             problems.soft(
                 names,
@@ -232,8 +249,9 @@ def _check_same_weights(
             )
 
 
-def _origin(module: PlannedModule) -> str:
-    return f"`{module.source}` ({module.rule or 'the default'})"
+def origin(module: PlannedModule) -> str:
+    """Where a module comes from and why, for messages."""
+    return f"`{module.source}` ({module.rule or ('what it feeds' if module.follows else 'the default')})"
 
 
 def _described(fmt: Format) -> str:

@@ -216,32 +216,31 @@ def _write_shard(
 def _contents(parameter: Parameter, reader: _Reader) -> Iterator[memoryview]:
     """A parameter's bytes in order, a few MiB at a time."""
     blocks, rows, columns = parameter.blocks
-    width = columns * parameter.itemsize
-    if not width:
+    if not columns:
         return
-    filler = np.array(parameter.filler).astype(numpy_dtype(parameter.dtype)).tobytes()
+    element = np.dtype(f"u{parameter.itemsize}")
+    filler = np.array(parameter.filler).astype(numpy_dtype(parameter.dtype)).view(element)
     by_block: dict[int, list[Piece]] = {}
     for piece in parameter.pieces:
         by_block.setdefault(piece.at[0], []).append(piece)
-    step = max(1, _BUFFER // width)
+    step = max(1, _BUFFER // (columns * parameter.itemsize))
     for block in range(blocks):
         pieces = by_block.get(block, [])
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            chunk = np.frombuffer(bytearray(filler * ((stop - start) * columns)), np.uint8).reshape(-1, width)
+            chunk = np.full((stop - start, columns), filler, element)
             for piece in pieces:
                 _, row, column = piece.at
-                # The rows of this chunk that the piece has, counted in the stored tensor.
-                first = max(piece.rows[0], piece.rows[0] + start - row)
-                last = min(piece.rows[1], piece.rows[0] + stop - row)
+                down, across = (piece.columns, piece.rows) if piece.turned else (piece.rows, piece.columns)
+                # The rows of this chunk that the piece has, counted where it comes from.
+                first = max(down[0], down[0] + start - row)
+                last = min(down[1], down[0] + stop - row)
                 if first < last:
-                    to = row + first - piece.rows[0] - start
-                    left, right = (
-                        column * parameter.itemsize,
-                        (column + piece.columns[1] - piece.columns[0]) * parameter.itemsize,
+                    to = row + first - down[0] - start
+                    chunk[to : to + last - first, column : column + across[1] - across[0]] = reader.read(
+                        piece, first, last
                     )
-                    chunk[to : to + last - first, left:right] = reader.rows(piece, first, last)
-            yield chunk.data.cast("B")
+            yield chunk.view(np.uint8).data.cast("B")
 
 
 class _Reader:
@@ -258,14 +257,15 @@ class _Reader:
         for fd in self._open.values():
             os.close(fd)
 
-    def rows(self, piece: Piece, first: int, last: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Rows ``first`` to ``last`` of the piece's columns, as bytes."""
+    def read(self, piece: Piece, first: int, last: int) -> np.ndarray[Any, Any]:
+        """Rows ``first`` to ``last`` of the piece, or columns where it is turned, as whole numbers of their size."""
         tensor = piece.tensor
-        itemsize = numpy_dtype(tensor.dtype).itemsize
-        width = piece.width * itemsize
-        data = np.empty((last - first, width), np.uint8)
-        self._fill(tensor, data.data.cast("B"), tensor.start + first * width)
-        return data[:, piece.columns[0] * itemsize : piece.columns[1] * itemsize]
+        element = np.dtype(f"u{numpy_dtype(tensor.dtype).itemsize}")
+        rows, columns = (piece.rows, (first, last)) if piece.turned else ((first, last), piece.columns)
+        data = np.empty((rows[1] - rows[0], piece.width), element)
+        self._fill(tensor, data.view(np.uint8).data.cast("B"), tensor.start + rows[0] * piece.width * element.itemsize)
+        data = data[:, columns[0] : columns[1]]
+        return data.T if piece.turned else data
 
     def _fill(self, tensor: TensorInfo, window: memoryview, at: int) -> None:
         path = self._source.checkpoint.storage.cached(tensor.file)

@@ -114,6 +114,9 @@ _KERNELS = {
     "int8_block": ("block Int8 on Triton", 80),
     "gptq_int4": ("Marlin", 80),
     "gptq_int8": ("Marlin", 80),
+    "awq_int4": ("Marlin", 80),
+    "ct_int4": ("Marlin", 80),
+    "ct_int8": ("Marlin", 80),
 }
 
 

@@ -31,7 +31,10 @@ __all__ = ["ExpertGroup", "MixedExpertsMethod"]
 
 
 # The tensors that a module may be stored as, in any format.
-_LEAVES = ("weight", "weight_scale", "weight_scale_inv", "input_scale", "qweight", "qzeros", "scales", "g_idx")
+_LEAVES = (
+    "weight", "weight_scale", "weight_scale_inv", "input_scale", "qweight", "qzeros", "scales", "g_idx",
+    "weight_packed", "weight_shape", "weight_g_idx", "weight_zero_point",
+)  # fmt: skip
 
 
 class ExpertGroup(FusedMoE):

@@ -87,9 +87,12 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 def _weights_in(name: str, parameter: torch.Tensor, fmt: Format) -> int:
     """How many of the model's weights a parameter of a quantized layer holds: none, if scales or orders."""
-    if name.endswith("qweight"):
+    if name.endswith(("qweight", "weight_packed")):
         return parameter.numel() * 32 // int(fmt.bits)  # type: ignore[attr-defined]  # packed formats have bits
-    return parameter.numel() if name.endswith("weight") else 0
+    if name.endswith("weight"):
+        # FP8 on Marlin: four weights to a word
+        return parameter.numel() * (4 if parameter.dtype == torch.int32 else 1)
+    return 0
 
 
 def check_placement(model: Module, device: torch.device) -> None:

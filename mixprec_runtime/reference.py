@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,8 +24,10 @@ from sglang.srt.utils import is_cpu
 from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
+from mixprec_build.formats.compressed import Packed
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
+from mixprec_build.formats.scaled import Scaled
 
 __all__ = ["announce", "pretend_hopper", "stand_in", "unquantized_experts"]
 
@@ -97,8 +100,10 @@ def _dequantize_experts(layer: Any, fmt: Format) -> None:
         stored = {
             name.removeprefix(f"{weight}_"): parameter.data
             for name, parameter in layer._parameters.items()
-            if name.startswith(f"{weight}_") and parameter is not None
+            if name.startswith(f"{weight}_") and parameter is not None and parameter.numel()
         }
+        if isinstance(fmt, Packed):  # SGLang keeps these of experts with inputs first
+            stored |= {leaf: stored[leaf].transpose(1, 2) for leaf in ("weight_packed", "weight_scale")}
         widths = None
         if "weight" in stored:
             widths = [stored["weight"].shape[1] // parts] * parts
@@ -108,8 +113,8 @@ def _dequantize_experts(layer: Any, fmt: Format) -> None:
                 for expert in range(layer.num_local_experts)
             ]
         )
-        for leaf in stored:
-            del layer._parameters[f"{weight}_{leaf}"]
+        for name in [name for name in layer._parameters if name.startswith(f"{weight}_")]:
+            del layer._parameters[name]
         layer.register_parameter(f"{weight}_weight", Parameter(dense.to(layer.params_dtype), requires_grad=False))
 
 
@@ -122,6 +127,8 @@ def _dequantize(fmt: Format, stored: Mapping[str, torch.Tensor], widths: list[in
         rows = torch.tensor(widths if widths and len(widths) == len(scale) else [len(tensors["weight"])])
         tensors["weight_scale"] = scale.repeat_interleave(rows).reshape(-1, 1)
         fmt = Fp8("channel")
+    if isinstance(fmt, Scaled):
+        fmt = replace(fmt, scale="")  # SGLang's parameters have the usual name
     if isinstance(fmt, Gptq) and not fmt.desc_act:
         # Counts groups of the whole weight, where scales may be those of this rank.
         tensors.pop("g_idx", None)

@@ -27,7 +27,18 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-__all__ = ["DEEPSEEK", "LLAMA", "QWEN3_MOE", "VARIANTS", "Config", "Tensors", "Tiny", "tiny_tensors", "write_tiny"]
+__all__ = [
+    "DEEPSEEK",
+    "LLAMA",
+    "QWEN3_MOE",
+    "VARIANTS",
+    "Config",
+    "Tensors",
+    "Tiny",
+    "folded_factors",
+    "tiny_tensors",
+    "write_tiny",
+]
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]
@@ -52,9 +63,12 @@ class Tiny:
     experts: int = 4
     vocab: int = 384
     tied: bool = False
+    kv_heads: int = 2
     attention_bias: bool = False
     mtp: int = 0
     """Layers for multi-token prediction after the last one (DeepSeek)."""
+    gain: float = 1.0
+    """The standard deviation of linears' weights, a power of two; 1/16 makes a model whose logits mean something."""
     seed: int = 0
 
 
@@ -62,8 +76,8 @@ LLAMA = Tiny("llama")
 QWEN3_MOE = Tiny("qwen3_moe")
 DEEPSEEK = Tiny("deepseek_v3")
 
-# Attention: queries [256, hidden], keys and values [128, hidden]; DeepSeek's through ranks of 128.
-_HEADS, _KV_HEADS, _HEAD_DIM = 4, 2, 64
+# Attention: queries [256, hidden], keys and values [64 kv_heads, hidden]; DeepSeek's through ranks of 128.
+_HEADS, _HEAD_DIM = 4, 64
 _RANK, _ROPE, _NOPE, _VALUE = 128, 64, 64, 128
 
 
@@ -108,7 +122,7 @@ def _mlp(prefix: str, hidden: int, intermediate: int) -> Iterator[_Module]:
 
 
 def _attention(model: Tiny, prefix: str) -> Iterator[_Module]:
-    queries, keys = _HEADS * _HEAD_DIM, _KV_HEADS * _HEAD_DIM
+    queries, keys = _HEADS * _HEAD_DIM, model.kv_heads * _HEAD_DIM
     for name, outputs in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         yield _Module(f"{prefix}.{name}", (outputs, model.hidden), linear=True, bias=model.attention_bias)
     yield _Module(f"{prefix}.o_proj", (model.hidden, queries), linear=True)
@@ -135,7 +149,7 @@ def _config(model: Tiny) -> Config:
         "intermediate_size": model.intermediate,
         "num_attention_heads": _HEADS,
         "num_hidden_layers": model.layers,
-        "num_key_value_heads": _KV_HEADS,
+        "num_key_value_heads": model.kv_heads,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": model.tied,
         "vocab_size": model.vocab,
@@ -157,7 +171,47 @@ def _weight(model: Tiny, module: _Module) -> Array:
     values = rng.standard_normal(module.shape, dtype=np.float32)
     if len(module.shape) == 1:
         values = 1 + values / 8
+    elif module.linear:
+        values *= np.float32(model.gain)
     return values.astype(BF16).astype(np.float32)
+
+
+# Scales of activations, folded into what comes before
+
+
+def _folded(model: Tiny, spread: float) -> dict[str, Array]:
+    """The weights after AutoAWQ's ``scale_ln_fcs`` and ``scale_fc_fc``: the same function of other weights.
+
+    ``spread`` is the standard deviation of the scales' logarithms.
+    """
+    weights = {module.name: _weight(model, module) for module in _modules(model)}
+    linears = {module.name for module in _modules(model) if module.linear}
+
+    def fold(before: str, after: Iterable[str]) -> None:
+        rng = np.random.default_rng([model.seed, zlib.crc32(before.encode()), 1])
+        scales = np.exp(spread * rng.standard_normal(len(weights[before]))).astype(np.float32)
+        weights[before] = (weights[before].T / scales).T
+        for name in after:
+            weights[name] = weights[name] * scales
+
+    for layer in range(model.layers):
+        prefix = f"model.layers.{layer}."
+        mine = [name for name in weights if name.startswith(prefix)]
+        fold(f"{prefix}input_layernorm", [n for n in mine if n.endswith(("q_proj", "k_proj", "v_proj"))])
+        fold(f"{prefix}post_attention_layernorm", [n for n in mine if n.endswith(("gate_proj", "up_proj", "mlp.gate"))])
+        for name in mine:
+            if name.endswith("up_proj"):
+                fold(name, [name.replace("up_proj", "down_proj")])
+        value, out = f"{prefix}self_attn.v_proj", f"{prefix}self_attn.o_proj"
+        if {value, out} <= linears and weights[value].shape == weights[out].shape:
+            fold(value, [out])
+    return weights
+
+
+def folded_factors(model: Tiny, spread: float) -> dict[str, Array]:
+    """Module -> what each value of its weight was multiplied by, where scales were folded."""
+    before = {module.name: _weight(model, module) for module in _modules(model)}
+    return {name: weight / before[name] for name, weight in _folded(model, spread).items()}
 
 
 # Variants
@@ -232,6 +286,31 @@ def _gptq_int4(
     return tensors | ({"bias": np.zeros(n, np.float16)} if zero_bias else {})
 
 
+def _awq_int4(weight: Array, group_size: int = 128) -> Tensors:
+    """Rounded to nearest with zero points, in AutoAWQ's layout (gemm)."""
+    n, k = weight.shape
+    groups = weight.T.astype(np.float32).reshape(k // group_size, group_size, n)
+    low, high = groups.min(axis=1).clip(max=0), groups.max(axis=1).clip(min=0)
+    scales = ((high - low) / 15).astype(np.float16)
+    zeros = (-low / scales.astype(np.float32)).round().clip(0, 15)
+    q = ((groups / scales[:, None].astype(np.float32)).round() + zeros[:, None]).clip(0, 15)
+    places = [0, 2, 4, 6, 1, 3, 5, 7]  # in a word, from the lowest bits up
+
+    def pack(values: Array) -> Array:
+        return _packed(values.reshape(len(values), -1, PACK)[:, :, places].reshape(len(values), n))
+
+    return {"qweight": pack(q.reshape(k, n)), "qzeros": pack(zeros), "scales": scales}
+
+
+def _ct_int4(weight: Array, group_size: int = 128) -> Tensors:
+    """Rounded to nearest, symmetric, as compressed-tensors packs it."""
+    n, k = weight.shape
+    groups = weight.astype(np.float32).reshape(n, k // group_size, group_size)
+    scale = (abs(groups).max(axis=2) / 7).astype(BF16)
+    q = (groups / scale[:, :, None].astype(np.float32)).round().clip(-8, 7).reshape(n, k) + 8
+    return {"weight_packed": _packed(q), "weight_scale": scale, "weight_shape": np.array([n, k])}
+
+
 def _packed(values: Array) -> Array:
     """``[R, C]`` 4-bit values -> ``[R, C / 8]`` 32-bit words, lowest bits first."""
     nibbles = values.astype(np.uint32).reshape(values.shape[0], -1, PACK)
@@ -258,6 +337,19 @@ def _gptq_config(
     return {"quant_method": "gptq", "checkpoint_format": layout, **settings}
 
 
+def _awq_config(group_size: int = 128, **_: object) -> Config:
+    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+
+
+def _ct_config(group_size: int = 128, **_: object) -> Config:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*\\.mlp\\.gate$"],
+    }  # fmt: skip
+
+
 class _Variant(NamedTuple):
     """How a linear is stored, what config.json says of it, and the dtype of what is not quantized."""
 
@@ -273,6 +365,8 @@ VARIANTS: Mapping[str, _Variant] = {
     "fp8_channel": _Variant(_fp8_channel, _compressed_config, BF16),
     "fp8_tensor": _Variant(_fp8_tensor, _fp8_tensor_config, BF16),
     "gptq_int4": _Variant(_gptq_int4, _gptq_config, np.dtype(np.float16)),
+    "awq_int4": _Variant(_awq_int4, _awq_config, np.dtype(np.float16)),
+    "ct_int4": _Variant(_ct_int4, _ct_config, BF16),
 }
 
 
@@ -280,18 +374,20 @@ VARIANTS: Mapping[str, _Variant] = {
 
 
 def tiny_tensors(
-    model: Tiny, variant: str, *, also: Iterable[str] = (), skip: Iterable[str] = (), **options: Any
+    model: Tiny, variant: str, *, also: Iterable[str] = (), skip: Iterable[str] = (), fold: float = 0, **options: Any
 ) -> Tensors:
     """Every tensor of ``model`` in ``variant``.
 
-    ``also`` and ``skip`` are patterns of modules that are quantized besides the linears, or not. ``options`` are
+    ``also`` and ``skip`` are patterns of modules that are quantized besides the linears, or not; ``fold`` is how far
+    scales are spread that are folded into norms and other linears before, as by AWQ. ``options`` are
     the parameters of the variant: ``block``, ``activations``, ``scale``, ``group_size``, ``sym``, ``desc_act``,
     ``layout``, ``zero_bias``.
     """
     chosen = VARIANTS[variant]
     tensors: Tensors = {}
+    weights = _folded(model, fold) if fold else {}
     for module in _modules(model):
-        weight = _weight(model, module)
+        weight = weights[module.name] if fold else _weight(model, module)
         quantized = module.linear or any(fnmatchcase(module.name, pattern) for pattern in also)
         if not quantized or any(fnmatchcase(module.name, pattern) for pattern in skip):
             stored = _dense(chosen.dense, weight)
@@ -317,7 +413,9 @@ def write_tiny(
     config = _config(model)
     describe = VARIANTS[variant].config
     if describe is not None:
-        config["quantization_config"] = describe(**{k: v for k, v in options.items() if k not in ("also", "skip")})
+        config["quantization_config"] = describe(
+            **{k: v for k, v in options.items() if k not in ("also", "skip", "fold")}
+        )
     if edit is not None:
         edit(tensors, config)
     folder.mkdir(parents=True)

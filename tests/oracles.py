@@ -75,6 +75,55 @@ def gptq(n: int, k: int, *, bits: int = 4, group_size: int = 128, **changed: Sta
     return {leaf: tensor for leaf, tensor in (tensors | changed).items() if tensor is not None}
 
 
+def awq(n: int, k: int, *, group_size: int = 128, **changed: Stated | None) -> dict[str, Stated]:
+    """The tensors of an AWQ linear; ``changed`` as for :func:`gptq`."""
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    tensors: dict[str, Stated | None] = {
+        "qweight": ("I32", (k, n // 8)),
+        "qzeros": ("I32", (groups, n // 8)),
+        "scales": ("F16", (groups, n)),
+    }
+    return {leaf: tensor for leaf, tensor in (tensors | changed).items() if tensor is not None}
+
+
+def awq_words(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """``[R, C]`` 4-bit values as AutoAWQ packs them, ``[R, C / 8]``: one value at a time, as its packer does it."""
+    rows, columns = values.shape
+    words = np.zeros((rows, columns // 8), np.int64)
+    for row in range(rows):
+        for column in range(columns // 8):
+            for place, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                words[row, column] |= int(values[row, 8 * column + output]) << (4 * place)
+    return words.astype(np.uint32).view(np.int32)
+
+
+def packed(n: int, k: int, *, bits: int = 4, group_size: int = 128, **changed: Stated | None) -> dict[str, Stated]:
+    """The tensors of a linear that compressed-tensors packed; ``changed`` as for :func:`gptq`."""
+    tensors: dict[str, Stated | None] = {
+        "weight_packed": ("I32", (n, k * bits // 32)),
+        "weight_scale": ("BF16", (n, 1 if group_size == -1 else -(-k // group_size))),
+        "weight_shape": ("I64", (2,)),
+    }
+    return {leaf: tensor for leaf, tensor in (tensors | changed).items() if tensor is not None}
+
+
+def config_group(*targets: str, kind: str = "int", activations: dict[str, Any] | None = None, **weights: Any) -> Any:
+    """A config group of compressed-tensors; ``weights`` as its ``QuantizationArgs``."""
+    args = {"num_bits": 4, "type": kind, "symmetric": True, "dynamic": False, "strategy": "group", **weights}
+    return {"targets": list(targets) or ["Linear"], "weights": args, "input_activations": activations}
+
+
+def compressed(format_: str = "pack-quantized", *groups: Any, **changed: Any) -> dict[str, Any]:
+    """``quantization_config`` of compressed-tensors."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format_,
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups or [config_group(group_size=128)])},
+        "ignore": ["lm_head"],
+        **changed,
+    }
+
+
 def fp8(n: int, k: int, scale: tuple[int, ...], **changed: Stated | None) -> dict[str, Stated]:
     """The tensors of an FP8 linear with ``weight_scale`` of this shape; ``changed`` as for :func:`gptq`."""
     tensors: dict[str, Stated | None] = {"weight": ("F8_E4M3", (n, k)), "weight_scale": ("F32", scale)}

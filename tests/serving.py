@@ -19,7 +19,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["DEEPSEEK", "LLAMA", "MIXTRAL", "QWEN2", "QWEN3", "QWEN3_MOE", "Shape", "quantize", "write_sources"]
+__all__ = [
+    "DEEPSEEK",
+    "LLAMA",
+    "MIXTRAL",
+    "QWEN2",
+    "QWEN3",
+    "QWEN3_MOE",
+    "Shape",
+    "dequantize",
+    "quantize",
+    "write_sources",
+]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -227,6 +238,37 @@ def _int32(words: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
+# In a word of AWQ's, from the lowest bits up, lie the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def _awq(weight: torch.Tensor, *, group_size: int = 128) -> Tensors:
+    """Round to nearest with zero points, in AutoAWQ's layout (gemm)."""
+    n, k = weight.shape
+    grouped = weight.t().reshape(k // group_size, group_size, n)
+    low, high = grouped.amin(1).clamp(max=0), grouped.amax(1).clamp(min=0)
+    scales = ((high - low) / 15).clamp(min=1e-6).to(torch.float16)
+    zeros = torch.round(-low / scales.float()).clamp(0, 15)
+    q = (torch.round(grouped / scales.float()[:, None]) + zeros[:, None]).clamp(0, 15).reshape(k, n)
+    return {"qweight": _awq_words(q), "qzeros": _awq_words(zeros), "scales": scales}
+
+
+def _awq_words(values: torch.Tensor) -> torch.Tensor:
+    eights = values.to(torch.int64).reshape(len(values), -1, 8)
+    return _int32(sum(eights[..., output] << (4 * place) for place, output in enumerate(_AWQ_ORDER)))
+
+
+def _awq_values(words: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(*words.shape, 8, dtype=torch.float32, device=words.device)
+    for place, output in enumerate(_AWQ_ORDER):
+        out[..., output] = (words >> (4 * place)) & 15
+    return out.flatten(1)
+
+
+def _awq_config(group_size: int = 128) -> dict[str, Any]:
+    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+
+
 def _gptq_config(bits: int = 4, group_size: int = 128, desc_act: bool = False) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True, "desc_act": desc_act}
 
@@ -256,6 +298,64 @@ def _int8_channel(weight: torch.Tensor) -> Tensors:
     return {"weight": _int8(weight, scale), "weight_scale": scale}
 
 
+def _packed(
+    weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, sym: bool = True, act: bool = False
+) -> Tensors:
+    """Round to nearest, as compressed-tensors packs it (pack-quantized)."""
+    n, k = weight.shape
+    size, half = k if group_size == -1 else group_size, 1 << (bits - 1)
+    group = torch.arange(k, device=weight.device) // size
+    if act:  # inputs in another order
+        group = group[torch.randperm(k, generator=torch.Generator().manual_seed(k)).to(weight.device)]
+    grouped = weight[:, group.argsort(stable=True)].reshape(n, k // size, size)
+    if sym:
+        scale = (grouped.abs().amax(2) / (half - 1)).clamp(min=1e-6).to(torch.bfloat16)
+        zeros = torch.zeros_like(scale, dtype=torch.float32)
+    else:
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scale = ((high - low) / (2 * half - 1)).clamp(min=1e-6).to(torch.bfloat16)
+        zeros = (torch.round(-low / scale.float()) - half).clamp(-half, half - 1)
+    q = torch.round(weight / scale.float()[:, group]) + zeros[:, group]
+    tensors = {
+        "weight_packed": _words(q.clamp(-half, half - 1) + half, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([n, k]),
+    }
+    if not sym:
+        tensors["weight_zero_point"] = _words((zeros + half).t(), bits).t().contiguous()
+    return tensors | ({"weight_g_idx": group.to(torch.int32)} if act else {})
+
+
+def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[R, C]`` values -> ``[R, C * bits / 32]`` words, lowest bits first."""
+    parts = values.to(torch.int64).reshape(len(values), -1, 32 // bits)
+    return _int32((parts << torch.arange(0, 32, bits, device=values.device)).sum(2))
+
+
+def _packed_config(bits: int = 4, group_size: int = 128, sym: bool = True, act: bool = False) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
+    weights |= {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
+    if act:
+        weights["actorder"] = "group"
+    config = _compressed("channel")
+    config["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {**config, "format": "pack-quantized"}
+
+
+def _compressed_blocks() -> dict[str, Any]:
+    config = _compressed("block")
+    group = config["config_groups"]["group_0"]
+    group["weights"]["block_structure"] = [128, 128]
+    group["input_activations"] |= {"strategy": "group", "group_size": 128}
+    return config
+
+
+def _weight_only() -> dict[str, Any]:
+    config = _compressed("channel")
+    config["config_groups"]["group_0"]["input_activations"] = None
+    return config
+
+
 _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] | None]] = {
     "bf16": (_dense, None),
     "fp8_block": (lambda w: _blocks(w, 448, _fp8), _FP8_BLOCK),
@@ -267,24 +367,65 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
     "gptq_int4_g64": (lambda w: _gptq(w, group_size=64), _gptq_config(group_size=64)),
     "gptq_int4_act": (lambda w: _gptq(w, desc_act=True), _gptq_config(desc_act=True)),
     "gptq_int8": (lambda w: _gptq(w, bits=8), _gptq_config(bits=8)),
+    "ct_fp8_block": (
+        lambda w: {leaf.removesuffix("_inv"): t for leaf, t in _blocks(w, 448, _fp8).items()},
+        _compressed_blocks(),
+    ),
+    "ct_fp8_weight": (_fp8_channel, _weight_only()),
+    "ct_int4": (_packed, _packed_config()),
+    "ct_int4_g32": (lambda w: _packed(w, group_size=32), _packed_config(group_size=32)),
+    "ct_int4_asym": (lambda w: _packed(w, sym=False), _packed_config(sym=False)),
+    "ct_int4_act": (lambda w: _packed(w, act=True), _packed_config(act=True)),
+    "ct_int8": (lambda w: _packed(w, bits=8, group_size=-1), _packed_config(8, -1)),
+    "awq_int4": (_awq, _awq_config()),
+    "awq_int4_g64": (lambda w: _awq(w, group_size=64), _awq_config(64)),
 }
 
 
 def quantize(weight: torch.Tensor, variant: str) -> tuple[Tensors, torch.Tensor]:
     """A weight ``[N, K]`` in a format, and what that stands for, in float32."""
     tensors = _VARIANTS[variant][0](weight)
+    return tensors, dequantize(tensors, torch.bfloat16)
+
+
+def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight ``[N, K]`` that the tensors of a module stand for, in float32.
+
+    SGLang rounds the scales of packed weights to the dtype of the model, ``scales``.
+    """
     if "qweight" in tensors:
-        bits = 32 * tensors["qweight"].shape[0] // weight.shape[1]
-        shifts = torch.arange(0, 32, bits, device=weight.device)
-        q = (tensors["qweight"].long()[:, None] >> shifts[None, :, None]) & ((1 << bits) - 1)
-        q = q.reshape(weight.shape[1], -1) - (1 << (bits - 1))
-        # SGLang rounds the scales to BF16 for models of that type.
-        return tensors, (q * tensors["scales"].bfloat16().float()[tensors["g_idx"].long()]).t().contiguous()
-    scale = tensors.get("weight_scale", torch.ones((), device=weight.device))
-    if "weight_scale_inv" in tensors:
-        scale = tensors["weight_scale_inv"].repeat_interleave(128, 0)[: len(weight)]
-        scale = scale.repeat_interleave(128, 1)[:, : weight.shape[1]]
-    return tensors, tensors["weight"].float() * scale
+        factors = tensors["scales"].to(scales).float()
+        if "g_idx" not in tensors:
+            q, zeros = _awq_values(tensors["qweight"]), _awq_values(tensors["qzeros"])
+            size = len(q) // len(zeros)
+            return ((q - zeros.repeat_interleave(size, 0)) * factors.repeat_interleave(size, 0)).t().contiguous()
+        group = tensors["g_idx"].long()
+        q = _values(tensors["qweight"].t(), 32 * len(tensors["qweight"]) // len(group)).t()
+        return (q * factors[group]).t().contiguous()
+    if "weight_packed" in tensors:
+        k = int(tensors["weight_shape"][1])
+        bits = 32 * tensors["weight_packed"].shape[1] // k
+        factors = tensors["weight_scale"].to(scales).float()
+        group = torch.arange(k, device=factors.device) // (k // factors.shape[1])
+        group = tensors.get("weight_g_idx", group).long()
+        q = _values(tensors["weight_packed"], bits)
+        if "weight_zero_point" in tensors:
+            q -= _values(tensors["weight_zero_point"].t(), bits).t()[:, group]
+        return q * factors[:, group]
+    weight = tensors["weight"].float()
+    scale = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
+    if scale is None:
+        return weight
+    if scale.dim() == 2 and len(scale) < len(weight):
+        scale = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return weight * scale
+
+
+def _values(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[R, C]`` words, lowest bits first -> ``[R, C * 32 / bits]`` values around 0."""
+    shifts = torch.arange(0, 32, bits, device=words.device)
+    values = (words.long()[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return values.flatten(1).float() - (1 << (bits - 1))
 
 
 def write_sources(
@@ -316,6 +457,9 @@ def write_sources(
 
 def _left_out(quantization: Mapping[str, Any], skip: Sequence[str], shape: Shape) -> dict[str, Any]:
     """How a release says which modules it leaves alone, so that SGLang serves it natively too."""
+    if quantization["quant_method"] == "awq":
+        # Parts of names: with their dots, so that `gate` is not taken for a part of `gate_proj`.
+        return {"modules_to_not_convert": ["lm_head", "mlp.gate.", *(f".{pattern[2:]}" for pattern in skip)]}
     if quantization["quant_method"] == "compressed-tensors":
         return {"ignore": [*quantization["ignore"], *(f"re:.*{pattern.removeprefix('*')}$" for pattern in skip)]}
     skipped = [name for name, _ in _modules(shape) if any(fnmatchcase(name, pattern) for pattern in skip)]

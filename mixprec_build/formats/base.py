@@ -79,6 +79,11 @@ class Format(ABC):
         """Modules run as one GEMM only where this is equal."""
         return self
 
+    @property
+    def folds(self) -> bool:
+        """Whether quantizers that write it fold scales of activations into the modules before (:mod:`..folding`)."""
+        return False
+
     @classmethod
     @abstractmethod
     def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Format | None:
@@ -117,6 +122,19 @@ class Format(ABC):
     def filler(self, leaf: str) -> int:
         """An element of the tensor ``leaf`` where the weight is to be zero."""
         return 0
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the inputs of a group lie anywhere (act-order), so that experts cannot be cut along them."""
+        return False
+
+    def held_as(self, leaf: str) -> str:
+        """What SGLang calls the tensor ``leaf``."""
+        return leaf
+
+    def turned(self, leaf: str) -> bool:
+        """Whether SGLang's experts hold the tensor ``leaf`` with its two axes exchanged."""
+        return False
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         """Why SGLang cannot run a linear fused of ``parts`` (one, when not fused), on one GPU."""

@@ -1,16 +1,18 @@
 """FP8 E4M3: ``weight [N, K]`` in F8_E4M3, with scales by block, by output channel or one for the tensor.
 
 Declared by ``quantization_config`` of the methods fp8 (with ``weight_block_size`` for blocks), modelopt and
-compressed-tensors (``float-quantized``).
+compressed-tensors (``float-quantized``; its groups without ``input_activations`` leave activations unquantized).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Reader, last_word
+from .marlin import linear_shape_limits
 from .scaled import Scaled
 
 if TYPE_CHECKING:
@@ -25,6 +27,26 @@ class Fp8(Scaled):
 
     dtype: ClassVar[str] = "F8_E4M3"
     word: ClassVar[str] = "fp8"
+
+    def tile(self, *, experts: bool) -> tuple[int, int]:
+        n, k = super(Fp8, self).tile(experts=experts)
+        return (lcm(n, 64), lcm(k, 128)) if self.activations == "none" else (n, k)
+
+    def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
+        limits = super(Fp8, self).linear_limits(parts)
+        if self.activations == "none":  # on Marlin
+            n = sum(self.shape(part)[0] for part in parts)
+            limits += linear_shape_limits(n, self.shape(parts[0])[1], -1)
+        return limits
+
+    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
+        limits = super(Fp8, self).expert_limits(gate, up, down)
+        if self.activations == "none":
+            limits.append("experts in FP8 with unquantized activations have no SGLang method")
+        return limits
+
+    def _weight_only_limits(self, part: StoredModule) -> list[str]:
+        return [] if self.block is None else super(Fp8, self)._weight_only_limits(part)
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
         if not experts or self.granularity != "tensor":

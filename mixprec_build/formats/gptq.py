@@ -20,17 +20,15 @@ tensor       dtype   shape            holds
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..patterns import MAX_NAME, Patience, PatternError
+from ..patterns import Patience, PatternError
 from .base import Axes, Axis, Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
+from .marlin import FLOATS, expert_shape_limits, half_range, linear_shape_limits, tile, unpack
+from .regexes import plain_regex
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Gptq"]
 
 _MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
-_FLOATS = ("F16", "BF16", "F32")
+_MAX_OVERRIDES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ class Gptq(Format):
         due = 1 if self.group_size == -1 else -(-k // self.group_size)
         check_tensor(module, "qweight", ["I32"], (rows, n), f"beside {shape_text('scales', module)}")
         each = f"groups of {self.group_size}" if self.group_size != -1 else "one group"
-        check_tensor(module, "scales", _FLOATS, (due, n), f"for {k} inputs in {each}")
+        check_tensor(module, "scales", FLOATS, (due, n), f"for {k} inputs in {each}")
         check_tensor(module, "qzeros", ["I32"], (groups, n // self.pack), f"beside {shape_text('scales', module)}")
         if n % self.pack:
             raise FormatError(f"{n} outputs do not fill whole words of {self.pack} zero points")
@@ -135,7 +133,7 @@ class Gptq(Format):
         elif self.desc_act:
             raise FormatError("desc_act, but no g_idx")
         if "bias" in module.tensors:
-            check_tensor(module, "bias", _FLOATS, (n,), f"for {n} outputs")
+            check_tensor(module, "bias", FLOATS, (n,), f"for {n} outputs")
 
     def shape(self, module: StoredModule) -> tuple[int, ...]:
         rows, n = module.tensors["qweight"].shape
@@ -162,41 +160,23 @@ class Gptq(Format):
         }[leaf]
 
     def tile(self, *, experts: bool) -> tuple[int, int]:
-        # marlin_utils.py: verify_marlin_supports_shape, check_moe_marlin_supports_layer
-        return 64, math.lcm(64 if experts else 128, 1 if self.group_size == -1 else self.group_size)
+        return tile(self.group_size, experts=experts)
 
     def filler(self, leaf: str) -> int:
-        if leaf != "qweight":
-            return 0
-        # Symmetric weights are stored with half of their range added.
-        word = sum(1 << (self.bits - 1) << (self.bits * i) for i in range(self.pack))
-        return word - (1 << 32)
+        return half_range(self.bits) if leaf == "qweight" else 0
+
+    @property
+    def scattered(self) -> bool:
+        return self.desc_act
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        limits = self._kernel_limits()
-        # marlin_utils.py, verify_marlin_supports_shape: SGLang computes this and does not look at the result
+        # SGLang computes this and does not look at the result.
         n = sum(self.shape(part)[0] for part in parts)
-        k = self.shape(parts[0])[1]
-        if n % 64:
-            limits.append(f"its {n} outputs are no multiple of 64, which Marlin needs")
-        if k % 128:
-            limits.append(f"its {k} inputs are no multiple of 128, which Marlin needs")
-        if self.group_size > 0 and k % self.group_size:
-            limits.append(f"its {k} inputs are no multiple of the group size {self.group_size}")
-        return limits
+        return self._kernel_limits() + linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
 
     def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
-        limits = self._kernel_limits()
-        # marlin_utils.py, check_moe_marlin_supports_layer
         hidden, intermediate = self.shape(down)
-        if hidden % 128:
-            limits.append(f"its hidden size {hidden} is no multiple of 128, which Marlin needs")
-        if intermediate % max(64, self.group_size):
-            need = max(64, self.group_size)
-            limits.append(f"its intermediate size {intermediate} is no multiple of {need}, which Marlin needs")
-        if self.group_size > 0 and hidden % self.group_size:
-            limits.append(f"its hidden size {hidden} is no multiple of the group size {self.group_size}")
-        return limits
+        return self._kernel_limits() + expert_shape_limits(hidden, intermediate, self.group_size)
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
         import numpy as np
@@ -239,8 +219,8 @@ class Gptq(Format):
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         import numpy as np
 
-        q = self._unpack(tensors["qweight"].T).T  # [K, N]
-        zeros = self._unpack(tensors["qzeros"])  # [G, N]
+        q = unpack(tensors["qweight"].T, self.bits).T  # [K, N]
+        zeros = unpack(tensors["qzeros"], self.bits)  # [G, N]
         if self.layout == "gptq":
             # Modulo 2^bits: a zero point of 0 is stored as all ones.
             zeros = (zeros + 1) & ((1 << self.bits) - 1)
@@ -249,14 +229,6 @@ class Gptq(Format):
         group = tensors["g_idx"] if "g_idx" in tensors else np.arange(k, dtype=np.int32) // size
         scales = tensors["scales"].astype(np.float32)
         return ((q - zeros[group]).astype(np.float32) * scales[group]).T
-
-    def _unpack(self, words: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-        """``[R, C]`` 32-bit words -> ``[R, C * pack]`` values, lowest bits first."""
-        import numpy as np
-
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        values = (np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << self.bits) - 1)
-        return values.reshape(words.shape[0], -1).astype(np.int32)
 
 
 def _settings(declared: Mapping[str, object]) -> Gptq:
@@ -290,12 +262,7 @@ def _resolve_dynamic(quantization: Mapping[str, object], module: str) -> Mapping
 
 
 class _Dynamic:
-    """``dynamic`` of one configuration.
-
-    Its regexes are a stranger's, and Python's can take longer than anyone waits. Those in use are plain, so what
-    could take long is refused by counting ways before any is tried, which bounds one match to seconds, and
-    :class:`Patience` bounds them all together.
-    """
+    """``dynamic`` of one configuration; :class:`Patience` bounds all its matches together."""
 
     _latest: ClassVar[_Dynamic | None] = None
 
@@ -322,58 +289,6 @@ class _Dynamic:
                 # `-:` stands for modules left unquantized, which are recognised by their tensors.
                 if not isinstance(override, dict) or pattern.startswith("-:"):
                     continue
-                if _compiled(pattern).match(module):
+                if plain_regex(pattern, pattern.removeprefix("+:")).match(module):
                     return override
         return None
-
-
-_MAX_OVERRIDES = 4096
-_MAX_REGEX = 1000
-_MAX_WAYS = 600_000_000  # at most 20 seconds
-_REGEX_TOKEN = re.compile(
-    r"(?P<repeat>(?:[*+]|\{\d{1,3}(?:,\d{0,3})?\})\??)|(?P<maybe>\?\??)|(?P<or>\|)"
-    r"|(?P<open>\((?:\?[:=!])?(?!\?))|(?P<close>\))"
-    r"|\\[^0-9]|\[\^?\]?(?:\\.|[^\]\\\[])*\]|[^\\\[{(]",  # an escape, a set, any other character
-    re.DOTALL,
-)
-
-
-@lru_cache(maxsize=_MAX_OVERRIDES)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """A key of ``dynamic``. Raises :class:`PatternError` for what is no regex, and for one that may take too long."""
-    regex = pattern.removeprefix("+:")
-    shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
-    if len(regex) > _MAX_REGEX or _ways(regex) > _MAX_WAYS:
-        raise PatternError(
-            f"holds {shown}: a regular expression that repeats or names a group, or has too many ways to match, is "
-            "not read"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            return re.compile(regex)
-    except (re.error, OverflowError, RecursionError, Warning) as error:
-        raise PatternError(f"holds {shown}, which is no regular expression: {error}") from error
-
-
-def _ways(pattern: str) -> float:
-    """In how many ways, at most, a regex can be laid over a name; infinite where it repeats groups or looks back."""
-    pattern = pattern.removesuffix("$").removesuffix(".*")  # which match whatever is left
-    ways, repeats, branches = 1, 0, [1]
-    at, before = 0, None
-    while at < len(pattern):
-        token = _REGEX_TOKEN.match(pattern, at)
-        if token is None or (token.lastgroup == "repeat" and before == "close"):
-            return math.inf
-        at, before = token.end(), token.lastgroup
-        if before == "repeat":
-            repeats += 1
-        elif before == "maybe":
-            ways *= 2
-        elif before == "or":
-            branches[-1] += 1
-        elif before == "open":
-            branches.append(1)
-        elif before == "close" and len(branches) > 1:
-            ways *= branches.pop()
-    return ways * math.prod(branches) * math.comb(MAX_NAME + repeats, repeats)

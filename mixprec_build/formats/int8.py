@@ -27,6 +27,10 @@ class Int8(Scaled):
     dtype: ClassVar[str] = "I8"
     word: ClassVar[str] = "int8"
 
+    @property
+    def folds(self) -> bool:
+        return self.granularity == "channel"  # SmoothQuant
+
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         limits = super(Int8, self).linear_limits(parts)
         if self.granularity == "channel":

@@ -8,18 +8,20 @@ channel      ``weight_scale``      ``[N, 1]`` (or ``[N]``)
 tensor       ``weight_scale``      ``[]``, ``[1]`` or ``[1, 1]``
 ===========  ====================  ==========================================
 
-Static activations add ``input_scale`` (one value); dynamic ones have none. The layouts are those of
-DeepSeek-V3's ``inference/fp8_cast_bf16.py`` (block) and of compressed-tensors (the others).
+compressed-tensors calls the scales of blocks ``weight_scale``, too. Static activations add ``input_scale`` (one
+value); dynamic ones have none, nor have those that stay unquantized. The layouts are those of DeepSeek-V3's
+``inference/fp8_cast_bf16.py`` (block) and of compressed-tensors (the others).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, Format, FormatError, check_tensor, last_word, only_leaves, shape_text
+from .compressed import Scheme, scheme_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,8 +47,10 @@ class Scaled(Format):
     granularity: str
     """``block``, ``channel`` or ``tensor``."""
     activations: str = "dynamic"
-    """``dynamic`` or ``static``."""
+    """``dynamic``, ``static``, or ``none`` where only weights are quantized."""
     block: tuple[int, int] | None = None
+    scale: str = ""
+    """What the scales are called, where it is not what they are usually called."""
 
     @property
     def kind(self) -> str:
@@ -54,7 +58,11 @@ class Scaled(Format):
 
     @property
     def scale_leaf(self) -> str:
-        return "weight_scale_inv" if self.granularity == "block" else "weight_scale"
+        return self.scale or ("weight_scale_inv" if self.granularity == "block" else "weight_scale")
+
+    @property
+    def fuses_as(self) -> object:
+        return replace(self, scale="")  # one kernel, whatever the name
 
     @classmethod
     def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Self | None:
@@ -68,35 +76,52 @@ class Scaled(Format):
         leaves = module.tensors.keys() & {"weight_scale", "weight_scale_inv"}
         if len(leaves) != 1:
             raise FormatError(f"{shape_text('weight', module)} needs one of weight_scale and weight_scale_inv")
-        activations = _activations(module, quantization)
-        if "weight_scale_inv" in leaves:
+        scheme = scheme_of(module, quantization)
+        activations = _activations(module, quantization, scheme)
+        scale = module.tensors["weight_scale"].shape if "weight_scale" in leaves else None
+        if scale is None:
             found = cls("block", activations, _block_size(quantization))
-        elif module.tensors["weight_scale"].shape in ((), (1,), (1, 1)):
+        elif scale in ((), (1,), (1, 1)) and (scheme is None or scheme.strategy == "tensor"):
             found = cls("tensor", activations)
-        elif module.tensors["weight_scale"].shape[1:] in ((), (1,)):
+        elif scheme is not None and scheme.strategy == "block":
+            found = cls("block", activations, _block_size({"weight_block_size": scheme.block}), "weight_scale")
+        elif scale[1:] in ((), (1,)):
             found = cls("channel", activations)
         else:
             raise FormatError(
-                f"{shape_text('weight_scale', module)}: block scales under the name weight_scale "
-                "(compressed-tensors) are not read yet; use a release with weight_scale_inv"
+                f"{shape_text('weight_scale', module)}: scales of blocks, but no config group of quantization_config "
+                "says how large the blocks are"
             )
+        if scheme is not None:
+            found._agree(scheme)
         found.check(module)
         return found
+
+    def _agree(self, scheme: Scheme) -> None:
+        """Raises where compressed-tensors declares something else than is stored."""
+        type_ = "float" if self.dtype.startswith("F") else "int"
+        if (scheme.type, scheme.bits, scheme.strategy) != (type_, 8, self.granularity) or not scheme.symmetric:
+            asymmetric = "" if scheme.symmetric else ", asymmetric"
+            raise FormatError(f"stored as {self.kind}, but declared by {scheme.described}{asymmetric}")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         granularity, activations = data["kind"].removeprefix(f"{cls.word}_"), data["activations"]
+        scale = data.get("scale", "")
         try:
             block = _block_size({"weight_block_size": data["block"]}) if granularity == "block" else None
         except FormatError as error:
             raise ValueError(str(error)) from error
-        if activations not in ("static", "dynamic"):
-            raise ValueError(f"activations {brief(activations)} are neither static nor dynamic")
-        return cls(granularity, activations, block)
+        if activations not in ("static", "dynamic", "none"):
+            raise ValueError(f"activations {brief(activations)} are neither static nor dynamic nor none")
+        if scale not in ("", "weight_scale"):
+            raise ValueError(f"scale {brief(scale)} is no name of scales")
+        return cls(granularity, activations, block, scale if block else "")
 
     def to_json(self) -> dict[str, object]:
         block = {"block": list(self.block)} if self.block else {}
-        return {"kind": self.kind, **block, "activations": self.activations}
+        scale = {"scale": self.scale} if self.scale else {}
+        return {"kind": self.kind, **block, "activations": self.activations, **scale}
 
     def check(self, module: StoredModule) -> None:
         only_leaves(module, {"weight", self.scale_leaf, "input_scale", "bias"}, self.kind)
@@ -134,6 +159,9 @@ class Scaled(Format):
 
     def tile(self, *, experts: bool) -> tuple[int, int]:
         return self.block or (16, 16)  # CUTLASS and Triton load 16 bytes at once
+
+    def held_as(self, leaf: str) -> str:
+        return "weight_scale_inv" if leaf == self.scale else leaf
 
     def filler(self, leaf: str) -> int:
         return int(leaf == self.scale_leaf)
@@ -177,9 +205,14 @@ class Scaled(Format):
     def _scale_limits(self, part: StoredModule) -> list[str]:
         if self.granularity == "channel" and len(part.tensors["weight_scale"].shape) == 1:
             return [f"{shape_text('weight_scale', part)} has one dimension, SGLang loads [N, 1]"]
+        if self.activations == "none":
+            return self._weight_only_limits(part)
         if self.granularity != "tensor" and self.activations == "static":
             return [f"{self.granularity} scales with static activations have no SGLang method"]
         return []
+
+    def _weight_only_limits(self, part: StoredModule) -> list[str]:
+        return [f"{self.kind} with unquantized activations has no SGLang method"]
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         weight: npt.NDArray[np.float32] = tensors["weight"].astype("float32")
@@ -205,13 +238,23 @@ def _block_size(quantization: Mapping[str, object]) -> tuple[int, int]:
     return block[0], block[1]
 
 
-def _activations(module: StoredModule, quantization: Mapping[str, object]) -> str:
+_WORDS = {"none": "unquantized", "dynamic": "dynamic", "static": "static"}
+
+
+def _activations(module: StoredModule, quantization: Mapping[str, object], scheme: Scheme | None) -> str:
     """What the tensors say, once the configuration agrees."""
+    have = "an" if "input_scale" in module.tensors else "no"
     stored = "static" if "input_scale" in module.tensors else "dynamic"
+    if scheme is not None:
+        if (scheme.activations == "static") != (stored == "static"):
+            raise FormatError(
+                f"{scheme.described} has {_WORDS[scheme.activations]} activations, but the module has {have} "
+                "input_scale"
+            )
+        return scheme.activations
     declared = quantization.get("activation_scheme", stored)
     if declared not in ("static", "dynamic"):
         raise FormatError(f"activation_scheme {brief(declared)} is neither static nor dynamic")
     if declared != stored:
-        have = "an" if stored == "static" else "no"
         raise FormatError(f"activation_scheme is {declared!r}, but the module has {have} input_scale")
     return stored

@@ -34,10 +34,10 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 with atheris.instrument_imports(include=["mixprec_build"]):
-    from mixprec_build import header, manifest, patterns, recipe, report, sources, verify
+    from mixprec_build import checkpoint, header, manifest, patterns, recipe, report, sources, verify
     from mixprec_build.build import plan_recipe, run_plan
     from mixprec_build.errors import MixprecError, RecipeError, SourceError
-    from mixprec_build.formats import base, gptq
+    from mixprec_build.formats import base, gptq, registry
 
 import safetensors
 from checkpoints import LLAMA, write_tiny
@@ -234,6 +234,37 @@ def fuzz_dynamic(data: bytes) -> None:
     for name in (NAME, "a" * 200):
         with suppress(base.FormatError):
             gptq._resolve_dynamic({"dynamic": dynamic}, name)
+
+
+def fuzz_groups(data: bytes) -> None:
+    """The config groups of a compressed-tensors checkpoint."""
+    choices = Choices(data)
+
+    def value() -> Any:
+        return choices.PickValueInList([*VALUES, choices.ConsumeUnicode(20), choices.ConsumeInt(8)])
+
+    weights = {
+        key: value() for key in ("num_bits", "type", "strategy", "group_size", "symmetric") if choices.ConsumeBool()
+    }
+    group = {
+        "targets": ["Linear", "re:" + choices.ConsumeUnicode(20)],
+        "weights": weights,
+        "input_activations": value(),
+    }
+    groups = {"g": group} if choices.ConsumeBool() else value()
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "config_groups": groups,
+        "ignore": [choices.ConsumeUnicode(20)],
+    }
+    if choices.ConsumeBool():
+        quantization["ignore"] = value()
+    tensors = {"weight_packed": ("I32", (64, 16)), "weight_scale": ("BF16", (64, 1)), "weight_shape": ("I64", (2,))}
+    infos = {
+        leaf: header.TensorInfo(f"{NAME}.{leaf}", dtype, shape, "f", 0, 0) for leaf, (dtype, shape) in tensors.items()
+    }
+    with suppress(base.FormatError):
+        registry.recognise(checkpoint.StoredModule(NAME, infos), quantization)
 
 
 TARGETS: dict[str, Target] = {

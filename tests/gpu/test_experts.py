@@ -17,7 +17,10 @@ import layers  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 512, 256, 24, 8
-KINDS = ("bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8")
+KINDS = (
+    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8",
+    "awq_int4", "ct_int4", "ct_int8",
+)  # fmt: skip
 TOKENS = (0, 1, 7, 64, 65, 4096)
 # Activations are rounded to FP8 or Int8 for weights in these, and not for the others.
 # SGLang cuts off what activations for Int8 blocks have behind the point, instead of rounding it.
@@ -31,7 +34,8 @@ def sglang() -> Iterator[None]:
 
 
 def combinations() -> list[tuple[str, ...]]:
-    return [*itertools.combinations(KINDS, 2), *itertools.combinations(KINDS, 3)]
+    packed = [(kind, "awq_int4", "ct_int4") for kind in KINDS[:8]]
+    return [*itertools.combinations(KINDS, 2), *itertools.combinations(KINDS[:8], 3), *packed]
 
 
 def routings(tokens: int, groups: int) -> dict[str, torch.Tensor]:

@@ -32,6 +32,8 @@ __all__ = [
 
 VARIANTS = [
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "gptq_int4_g64", "gptq_int4_act", "gptq_int8",
+    "awq_int4", "awq_int4_g64", "ct_fp8_block", "ct_fp8_weight", "ct_int4", "ct_int4_g32", "ct_int4_asym",
+    "ct_int4_act", "ct_int8",
 ]  # fmt: skip
 
 

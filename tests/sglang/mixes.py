@@ -23,7 +23,7 @@ Mix = tuple[Shape, Mapping[str, str]]
 
 MIXES: Mapping[str, Mix] = {
     "llama": (
-        LLAMA.of(**_SIZES, layers=3),
+        LLAMA.of(**_SIZES, layers=7),
         {
             "model.layers.0.self_attn.*": "fp8_block",
             "model.layers.0.mlp.*": "gptq_int4",
@@ -34,14 +34,25 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.2.self_attn.o_proj": "bf16",
             "model.layers.2.mlp.*": "gptq_int4_g64",
             "model.layers.2.mlp.down_proj": "gptq_int4_act",
+            "model.layers.3.self_attn.*": "awq_int4",
+            "model.layers.3.mlp.*": "awq_int4_g64",
+            "model.layers.4.self_attn.*": "ct_int4",
+            "model.layers.4.mlp.*": "ct_int4_asym",
+            "model.layers.5.self_attn.*": "ct_fp8_block",
+            "model.layers.5.self_attn.o_proj": "ct_int4_act",
+            "model.layers.5.mlp.*": "ct_fp8_weight",
+            "model.layers.6.self_attn.*": "ct_int8",
+            "model.layers.6.mlp.*": "ct_int4_act",
+            "model.layers.6.mlp.down_proj": "ct_int4_g32",
         },
     ),
     "qwen2": (
-        QWEN2.of(**_SIZES),
+        QWEN2.of(**_SIZES, layers=3),
         {
             "model.layers.0.self_attn.*": "gptq_int4",
             "model.layers.0.mlp.*": "fp8_block",
             "model.layers.1.self_attn.*": "fp8_tensor",
+            "model.layers.2.self_attn.*": "awq_int4",
         },
     ),
     "qwen3": (
@@ -49,7 +60,7 @@ MIXES: Mapping[str, Mix] = {
         {"model.layers.*.self_attn.*": "fp8_block", "model.layers.1.mlp.*": "fp8_channel"},
     ),
     "qwen3_moe": (
-        QWEN3_MOE.of(**_SIZES, layers=4),
+        QWEN3_MOE.of(**_SIZES, layers=6),
         {
             "model.layers.*.self_attn.*": "fp8_block",
             "model.layers.0.mlp.experts.*": "gptq_int4",
@@ -61,15 +72,25 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.3.mlp.experts.{1,2,7}.*": "fp8_tensor",
             "model.layers.3.mlp.experts.{4,5}.*": "gptq_int8",
             "model.layers.3.mlp.experts.6.*": "gptq_int4_g64",
+            "model.layers.3.mlp.experts.{0,3}.*": "awq_int4",
+            "model.layers.4.mlp.experts.*": "awq_int4_g64",
+            "model.layers.5.mlp.experts.*": "ct_int4",
+            "model.layers.5.mlp.experts.2.*": "ct_int4_g32",
+            "model.layers.5.mlp.experts.{3,4}.*": "ct_int8",
+            "model.layers.5.mlp.experts.5.*": "ct_fp8_block",
+            "model.layers.5.mlp.experts.6.*": "fp8_block",
         },
     ),
     "mixtral": (
-        MIXTRAL.of(**_SIZES, layers=3),
+        MIXTRAL.of(**_SIZES, layers=5),
         {
             "model.layers.*.self_attn.*": "fp8_channel",
             "model.layers.0.block_sparse_moe.experts.*": "gptq_int4_g64",
             "model.layers.1.block_sparse_moe.experts.*": "fp8_tensor",
             "model.layers.2.block_sparse_moe.experts.{0..3}.*": "gptq_int8",
+            "model.layers.3.block_sparse_moe.experts.*": "awq_int4",
+            "model.layers.3.block_sparse_moe.experts.{1,6}.*": "fp8_block",
+            "model.layers.4.block_sparse_moe.experts.*": "ct_int4",
         },
     ),
     "deepseek": (
@@ -131,9 +152,12 @@ _WHOLE = ("gate", "fused_qkv_a_proj_with_mqa")
 
 # Leaf -> which axis runs over a module's outputs, which over its inputs.
 _AXES = {
-    "weight": (0, 1), "weight_scale_inv": (0, 1), "weight_scale": (0, None), "bias": (0, None),
+    "weight": (0, 1), "weight_scale_inv": (0, 1), "weight_scale": (0, 1), "bias": (0, None),
     "qweight": (1, 0), "qzeros": (1, 0), "scales": (1, 0), "g_idx": (None, 0),
+    "weight_packed": (0, 1), "weight_zero_point": (0, 1), "weight_g_idx": (None, 0), "weight_shape": (None, None),
 }  # fmt: skip
+# One kernel, two names for its scales.
+_SAME = {"ct_fp8_block": "fp8_block"}
 
 
 class Expected:
@@ -162,7 +186,8 @@ class Expected:
         groups: dict[str, list[int]] = {}
         down = _EXPERT_PARTS.get(self.shape.family, _EXPERT_PARTS[""])["w2"][0]
         for expert in range(self.shape.experts) if everywhere else self.local():
-            groups.setdefault(self.variant(f"{layer}.{expert}.{down}"), []).append(expert)
+            variant = self.variant(f"{layer}.{expert}.{down}")
+            groups.setdefault(_SAME.get(variant, variant), []).append(expert)
         return groups
 
     def parts(self, layer: str) -> list[str]:
@@ -183,6 +208,8 @@ class Expected:
             ]
             for leaf in each[0]:
                 stacked = torch.stack([_bytes(tensors[leaf]) for tensors in each]).view(each[0][leaf].dtype)
+                if leaf in ("weight_packed", "weight_scale") and "weight_packed" in each[0]:
+                    stacked = stacked.transpose(1, 2)  # which SGLang's loader does
                 scalars = leaf == "weight_scale" and each[0][leaf].numel() == len(parts)
                 out[f"{weight}_{leaf}"] = stacked.squeeze(-1) if scalars else stacked
         return out
@@ -191,14 +218,15 @@ class Expected:
         leaves = [leaf for leaf in _AXES if f"{modules[0]}.{leaf}" in self._tensors]
         out = {}
         for leaf in leaves:
+            name = "weight_scale_inv" if leaf == "weight_scale" and self.variant(modules[0]) in _SAME else leaf
             cut = [self._cut(f"{module}.{leaf}", leaf, last, tp, rank) for module in modules]
             outputs = _AXES[leaf][0]
             if cut[0].dim() == 0:
-                out[leaf] = torch.stack(cut)
+                out[name] = torch.stack(cut)
             elif outputs is None:
-                out[leaf] = cut[-1]  # the parts' input orders are one
+                out[name] = cut[-1]  # the parts' input orders are one; of their shapes SGLang keeps one
             else:
-                out[leaf] = torch.cat([_bytes(t) for t in cut], outputs).view(cut[0].dtype)
+                out[name] = torch.cat([_bytes(t) for t in cut], outputs).view(cut[0].dtype)
         return out
 
     def _cut(self, name: str, leaf: str, last: str, tp: int, rank: int) -> torch.Tensor:
@@ -208,8 +236,13 @@ class Expected:
             return tensor
         if last in _ROW_PARALLEL:
             # With desc_act, inputs of any group may be on any rank.
-            act = self.variant(name.rpartition(".")[0]).endswith("_act") and leaf in ("scales", "qzeros")
-            return tensor if inputs is None or act else tensor.chunk(tp, inputs)[rank]
+            act = self.variant(name.rpartition(".")[0]).endswith("_act") and leaf in (
+                "scales",
+                "qzeros",
+                "weight_scale",
+            )
+            whole = inputs is None or act or tensor.shape[inputs] == 1  # one scale for all inputs
+            return tensor if whole else tensor.chunk(tp, inputs)[rank]
         if outputs is None:
             return tensor
         if ".k_proj" in name or ".v_proj" in name:

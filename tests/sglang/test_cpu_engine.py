@@ -20,7 +20,7 @@ import pytest
 import torch
 from harness import build, free_port, last_json, sources
 from mixes import MIXES, Expected, mix
-from serving import QWEN3_MOE
+from serving import QWEN3_MOE, dequantize
 
 import mixprec_runtime.cpu
 from mixprec_build.presplit import Degree
@@ -140,20 +140,8 @@ def dequantized(folder: Path, name: str) -> dict[str, torch.Tensor]:
             if leaf in tensors:
                 out[f"{module}.{leaf}"] = tensors.pop(leaf).float()
         if tensors:
-            out[f"{module}.weight"] = dense(tensors).contiguous()
+            out[f"{module}.weight"] = dequantize(tensors).contiguous()
     return out
-
-
-def dense(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    if "qweight" in tensors:
-        packed, scales, group = tensors["qweight"], tensors["scales"].float(), tensors["g_idx"].long()
-        bits = 32 * len(packed) // len(group)
-        codes = (packed[:, None] >> torch.arange(0, 32, bits)[None, :, None]) & (2**bits - 1)
-        return ((codes.reshape(len(group), -1) - 2 ** (bits - 1)) * scales[group]).t()
-    weight = tensors["weight"].float()
-    if "weight_scale_inv" in tensors:
-        return weight * tensors["weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
-    return weight * tensors["weight_scale"] if "weight_scale" in tensors else weight
 
 
 # Over HTTP

@@ -129,12 +129,140 @@ def test_experts_with_desc_act_are_not_cut() -> None:
         experts_of(config)
 
 
-def test_experts_that_marlin_has_no_kernel_for_are_refused() -> None:
-    with pytest.raises(ValueError, match=rf"{PREFIX} \(gptq_int4\): Marlin has no kernel.*96"):
-        experts_of(ours("gptq_int4"), intermediate_size=96)
+@pytest.mark.parametrize("kind", ["gptq_int4", "awq_int4"])
+def test_experts_that_marlin_has_no_kernel_for_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"{PREFIX} \({kind}\): Marlin has no kernel.*96"):
+        experts_of(ours(kind), intermediate_size=96)
+
+
+# AWQ
+
+
+def test_awq_scales_are_permuted_by_their_layers_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for GPTQ; here the one group of w2's inputs must go on being one."""
+    from sglang.srt.hardware_backend.gpu.quantization import awq_kernels
+    from sglang.srt.layers.quantization.marlin_utils import marlin_moe_permute_scales
+
+    monkeypatch.setattr(awq_kernels, "awq_marlin_moe_repack", lambda qweight, *_, **sizes: qweight)
+
+    def permuted(config: Any) -> list[bool]:
+        with rank_of(1, 4):
+            layer = experts_of(config)
+        right, due = [], {}
+        for name, inputs in (("w13_scales", HIDDEN), ("w2_scales", INTERMEDIATE // 4)):
+            scales = layer._parameters[name]
+            scales.data.copy_(torch.randn(scales.shape))
+            due[name] = marlin_moe_permute_scales(scales.data.clone(), inputs, scales.shape[2], 128)
+        for name in ("w13_qzeros", "w2_qzeros"):
+            layer._parameters[name].data.zero_()
+        layer.quant_method.process_weights_after_loading(layer)
+        right = [torch.equal(layer._parameters[name], expected) for name, expected in due.items()]
+        return right
+
+    assert permuted(ours("awq_int4")) == [True, True]
+    assert permuted(stock("awq_int4")) == [False, True]
+    assert awq_kernels.marlin_moe_permute_scales is marlin_moe_permute_scales
+
+
+def test_awq_is_unpacked_as_sglang_unpacks_it() -> None:
+    from sglang.srt.layers.quantization.awq import awq_dequantize_decomposition
+
+    tensors, _ = quantize(torch.randn(HIDDEN, INTERMEDIATE), "awq_int4")
+    tensors["scales"] = tensors["scales"].float()
+    theirs = awq_dequantize_decomposition(tensors["qweight"], tensors["scales"], tensors["qzeros"]).t()
+    ours = FORMATS["awq_int4"].dequantize({leaf: tensor.numpy() for leaf, tensor in tensors.items()})
+    assert torch.equal(torch.from_numpy(ours.copy()), theirs)
+
+
+def test_a_rank_that_would_cut_a_word_of_outputs_is_refused_by_name() -> None:
+    prefix = "model.layers.7.self_attn.qkv_proj"
+    method = config_of("awq_int4", prefix).get_quant_method(linear(stock("awq_int4"), prefix, 256, 256), prefix)
+    with pytest.raises(
+        ValueError, match=rf"{prefix} \(awq_int4\): a rank would hold 116 outputs.*fewer tensor-parallel"
+    ):
+        method.create_weights(torch.nn.Module(), 256, [128, 116, 12], 256, 512, torch.bfloat16)
+
+
+# compressed-tensors
+
+
+def test_packed_experts_keep_nothing_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are whole numbers until they are loaded, and input orders that nothing is loaded into are not made."""
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16_moe as scheme
+
+    layer, untouched = experts_of(ours("ct_int4")), experts_of(packed_stock())
+    assert layer.w13_weight_shape.dtype == torch.int64 and untouched.w13_weight_shape.dtype == torch.float32
+    assert layer.w13_weight_g_idx.numel() == 0 < untouched.w13_weight_g_idx.numel()
+    monkeypatch.setattr(scheme, "gptq_marlin_moe_repack", lambda words, *_: words)
+    monkeypatch.setattr(scheme, "marlin_make_workspace", lambda *_: None)
+    layer.quant_method.process_weights_after_loading(layer)
+    left = {name for name, parameter in layer.named_parameters() if parameter.numel()}
+    assert left == {"w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale"}
+
+
+def packed_stock() -> Any:
+    """SGLang's own config of such a checkpoint, on a machine without a GPU."""
+    config = stock("ct_int4")
+    config.target_scheme_map = {"Linear": config.target_scheme_map["re:.*"]}
+    return config
+
+
+def test_packed_experts_are_of_one_scheme_whatever_their_number() -> None:
+    """Stock SGLang reads a layer's scheme off its expert 0: targets that name others do not help it."""
+    config = stock("ct_int4")
+    config.target_scheme_map = {f"re:{PREFIX}.1": config.target_scheme_map["re:.*"]}
+    with pytest.raises(ValueError, match="Unable to find matching target"):
+        experts_of(config)
+    mixed = experts_of(mixed_config(type(ours("bf16")), ["fp8_block", "ct_int4", "ct_int8"]), num_experts=3)
+    assert [group.quant_method.mixprec_format.kind for group in mixed.groups] == ["fp8_block", "ct_int4", "ct_int8"]
+
+
+def test_packed_experts_with_orders_are_not_cut() -> None:
+    from dataclasses import replace
+
+    from mixprec_runtime.native import NativeFormat
+
+    config = ours("ct_int4")
+    act = replace(FORMATS["ct_int4"], actorder=True)
+    config.native[act] = NativeFormat(act)
+    config._experts[PREFIX] = {e: dict.fromkeys(("gate_proj", "up_proj", "down_proj"), act) for e in range(EXPERTS)}
+    with rank_of(0, 2), pytest.raises(ValueError, match=rf"{PREFIX} \(ct_int4\): experts with weight_g_idx.*--ep-size"):
+        experts_of(config)
+    with rank_of(0, 2, 2):
+        assert experts_of(config).w13_weight_g_idx.shape == (1, HIDDEN)
+
+
+def test_blocks_of_compressed_tensors_experts_find_their_scales() -> None:
+    from dataclasses import replace
+
+    config = ours("fp8_block")
+    theirs = replace(FORMATS["fp8_block"], scale="weight_scale")
+    parts = ("gate_proj", "up_proj", "down_proj")
+    config._experts[PREFIX] = {
+        0: dict.fromkeys(parts, FORMATS["fp8_block"]), 1: dict.fromkeys(parts, theirs),
+    }  # fmt: skip
+    layer = experts_of(config)
+    assert type(layer.quant_method).__name__ == "Fp8MoEMethod"  # one group: one kernel
+    scale = torch.rand(HIDDEN // 128, INTERMEDIATE // 128)
+    load_expert(layer, {"weight_scale": scale}, "w2", 1)
+    load_expert(layer, {"weight_scale_inv": 2 * scale}, "w2", 0)
+    assert torch.equal(layer.w2_weight_scale_inv.data, torch.stack([2 * scale, scale]))
 
 
 # Ids of -1
+
+
+def test_packed_experts_leave_out_ids_of_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(monkeypatch)
+    with rank_of(0, 2, 2):
+        shared = experts_of(ours("ct_int4"))
+    shared.scheme.is_k_full = True
+    assert shared.quant_method.apply(shared, None).expert_map is not None
+    assert runner is not None
+    # A group of a mixed layer is a rank like any other.
+    mixed = experts_of(mixed_config(type(ours("bf16")), ["bf16", "ct_int4"]))
+    group = mixed.groups[1]
+    assert group.quant_method.apply(group, None).expert_map is not None
 
 
 class Runner:
@@ -149,11 +277,12 @@ class Runner:
         return runner.run(None, SimpleNamespace(**info))
 
 
-def test_marlin_is_told_that_ids_may_be_of_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["gptq_int4", "awq_int4"])
+def test_marlin_is_told_that_ids_may_be_of_other_ranks(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     runner = Runner(monkeypatch)
-    alone = experts_of(ours("gptq_int4"))
+    alone = experts_of(ours(kind))
     with rank_of(0, 2, 2):
-        shared = experts_of(ours("gptq_int4"))
+        shared = experts_of(ours(kind))
     assert runner.given(alone.scheme.kernel.runner, expert_map=None).expert_map is None
     assert runner.given(shared.scheme.kernel.runner, expert_map=None).expert_map is not None
     own = torch.zeros(3)
@@ -189,12 +318,13 @@ def config_of(kind: str, prefix: str) -> Any:
     return config
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(256, 96), (192, 128)])
-def test_a_shape_that_marlin_has_no_kernel_for_is_refused_by_name(inputs: int, outputs: int) -> None:
+@pytest.mark.parametrize("kind", ["gptq_int4", "awq_int4"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 96), (384, 120)])
+def test_a_shape_that_marlin_has_no_kernel_for_is_refused_by_name(kind: str, inputs: int, outputs: int) -> None:
     prefix = "model.layers.7.mlp.down_proj"
-    linear(stock("gptq_int4"), prefix, inputs, outputs)  # its kernel would be wrong, or crash
-    with pytest.raises(ValueError, match=rf"{prefix} \(gptq_int4\):.*fewer tensor-parallel ranks"):
-        linear(config_of("gptq_int4", prefix), prefix, inputs, outputs)
+    linear(stock(kind), prefix, inputs, outputs)  # its kernel would be wrong, or crash, or take FP16 alone
+    with pytest.raises(ValueError, match=rf"{prefix} \({kind}\):.*fewer tensor-parallel ranks"):
+        linear(config_of(kind, prefix), prefix, inputs, outputs)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from mixes import MIXES, Expected, mix
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
+COMPRESSED = ("ct_fp8_weight", "ct_int4", "ct_int4_g32", "ct_int4_asym", "ct_int4_act", "ct_int8")
 LINEAR = {
     "bf16": "UnquantizedLinearMethod",
     "fp8_block": "Fp8LinearMethod",
@@ -21,6 +22,10 @@ LINEAR = {
     "gptq_int4_act": "GPTQMarlinLinearMethod",
     "gptq_int4_g64": "GPTQMarlinLinearMethod",
     "gptq_int8": "GPTQMarlinLinearMethod",
+    "awq_int4": "AWQLinearMethod",
+    "awq_int4_g64": "AWQLinearMethod",
+    "ct_fp8_block": "Fp8LinearMethod",
+    **dict.fromkeys(COMPRESSED, "CompressedTensorsLinearMethod"),
 }
 EXPERTS = {
     "bf16": "UnquantizedFusedMoEMethod",
@@ -30,6 +35,9 @@ EXPERTS = {
     "gptq_int4": "GPTQMarlinMoEMethod",
     "gptq_int4_g64": "GPTQMarlinMoEMethod",
     "gptq_int8": "GPTQMarlinMoEMethod",
+    "awq_int4": "AWQMoEMethod",
+    "awq_int4_g64": "AWQMoEMethod",
+    **dict.fromkeys(COMPRESSED, "CompressedTensorsFusedMoEMethod"),
 }
 
 

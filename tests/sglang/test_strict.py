@@ -233,7 +233,7 @@ def test_what_other_pipeline_stages_hold_is_not_missed(folder: Path, name: str) 
 
 
 def test_what_this_pipeline_stage_holds_is_missed(folder: Path, copy: Any) -> None:
-    gone = "model.layers.2.mlp.down_proj.qweight"
+    gone = "model.layers.6.mlp.down_proj.weight_packed"
     checkpoint = copy("llama", lambda tensors: tensors.pop(gone))
     with stage_of(0, 2):
         serve(checkpoint)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from oracles import Stated, fp8, fp8_block, gptq, stated, stated_of
+from oracles import Stated, awq, fp8, fp8_block, gptq, stated, stated_of
 
+from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
@@ -53,6 +54,11 @@ LINEAR: list[tuple[Format, list[Tensors], list[str]]] = [
     (int4(16), [gptq(64, 128, group_size=16)], ["group size 16 has no CUDA kernel"]),
     (int4(256), [gptq(64, 384, group_size=256)], ["group size 256 has no", "no multiple of the group size 256"]),
     (int4(sym=False), [gptq(64, 128)], ["asymmetric GPTQ"]),
+    (Awq(128), [awq(64, 128)], []),
+    (Awq(32), [awq(32, 256, group_size=32), awq(32, 256, group_size=32)], []),
+    (Awq(64), [awq(96, 192, group_size=64)], ["96 outputs are no multiple of 64", "192 inputs are no multiple of 128"]),
+    (Awq(-1), [awq(64, 128, group_size=-1)], ["group size -1 has no CUDA kernel for AWQ"]),
+    (Awq(16), [awq(64, 128, group_size=16)], ["group size 16 has no CUDA kernel for AWQ"]),
     (B128, [fp8_block(128, 256)], []),
     (B128, [fp8_block(100, 256)], []),  # alone, the last block of outputs may be partial
     (B128, [fp8_block(128, 200)], ["200 inputs are no multiple of 128"]),  # per_token_group_quant_fp8
@@ -97,6 +103,11 @@ EXPERTS: list[tuple[Format, int, int, list[str]]] = [
     (int4(-1), 256, 96, ["intermediate size 96 is no multiple of 64"]),
     (int4(16), 128, 64, ["group size 16"]),
     (int4(sym=False), 256, 128, ["asymmetric GPTQ"]),
+    (Awq(128), 256, 128, []),
+    (Awq(32), 128, 64, []),
+    (Awq(128), 256, 192, ["intermediate size 192 is no multiple of 128"]),
+    (Awq(64), 192, 96, ["hidden size 192 is no multiple of 128", "intermediate size 96 is no multiple of 64"]),
+    (Awq(-1), 256, 64, ["group size -1"]),
     (B128, 256, 128, []),
     (B128, 256, 192, ["intermediate size 192 is no multiple of the block [128, 128]"]),
     (B128, 192, 128, ["hidden size 192 is no multiple of 128"]),  # per_token_group_quant_fp8
@@ -112,6 +123,8 @@ def linear(fmt: Format, n: int, k: int) -> Tensors:
     """The tensors of a linear of a format."""
     if isinstance(fmt, Gptq):
         return gptq(n, k, bits=fmt.bits, group_size=fmt.group_size)
+    if isinstance(fmt, Awq):
+        return awq(n, k, group_size=fmt.group_size)
     assert isinstance(fmt, Fp8)
     static: dict[str, Stated] = {"input_scale": ONE} if fmt.activations == "static" else {}
     if fmt.block is not None:

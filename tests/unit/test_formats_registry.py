@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import Stated, fp8, fp8_block, gptq, stated
+from oracles import Stated, awq, fp8, fp8_block, gptq, stated
 from safetensors.torch import save_file
 
 from mixprec_build.checkpoint import open_checkpoint
 from mixprec_build.errors import SourceError
+from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format, FormatError
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
@@ -30,6 +31,7 @@ Config = dict[str, Any]
 GPTQ: Config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 BLOCK: Config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 CHANNEL: Config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+AWQ: Config = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 ONE: Stated = ("F32", (1,))
 
 SOUND: list[tuple[Tensors, Config, Format]] = [
@@ -40,6 +42,11 @@ SOUND: list[tuple[Tensors, Config, Format]] = [
     (gptq(256, 512, scales=("BF16", (4, 256))), GPTQ | {"checkpoint_format": "gptq_v2"},
      Gptq(4, 128, True, False, "gptq_v2")),
     (gptq(256, 512, bias=("F16", (256,))), GPTQ, Gptq(4, 128, True, False, "gptq")),
+    (awq(256, 512), AWQ, Awq(128)),
+    (awq(256, 512, group_size=-1, bias=("F16", (256,))), AWQ | {"group_size": -1}, Awq(-1)),
+    (awq(256, 512), {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM"}, Awq(128)),
+    # What is quantized is what is stored so: tools differ in what parts of names stand for.
+    (awq(256, 512), AWQ | {"modules_to_not_convert": ["proj"]}, Awq(128)),
     (fp8_block(200, 300, bias=("BF16", (200,))), BLOCK, Fp8("block", "dynamic", (128, 128))),
     (fp8_block(200, 300, (64, 32)), BLOCK | {"weight_block_size": [64, 32]}, Fp8("block", "dynamic", (64, 32))),
     (fp8(256, 512, (256, 1)), CHANNEL, Fp8("channel")),
@@ -103,6 +110,29 @@ CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
     (gptq(256, 512), {}, "GPTQ tensors, but neither config.json nor quantize_config.json says how"),
     (gptq(256, 512), {"quant_method": "auto-round", "bits": 4},
      "qweight I32 [64, 256] of quant_method 'auto-round' is not read, only of gptq"),
+    # AWQ
+    (awq(256, 512, qzeros=None), AWQ, "awq_int4 needs qzeros"),
+    (awq(256, 512, scales=("F16", (256,))), AWQ, "scales F16 [256]: two dimensions were expected"),
+    (gptq(256, 512, g_idx=None), AWQ,
+     "qweight I32 [64, 256]: [64, 32] was expected beside scales F16 [4, 256] (version gemm)"),
+    (gptq(256, 512), AWQ, "g_idx I32 [512] does not belong to awq_int4"),
+    (awq(256, 512, group_size=64), AWQ, "scales F16 [8, 256]: [4, 256] was expected for 512 inputs in groups of 128"),
+    (awq(256, 512, qzeros=("I32", (4, 16))), AWQ,
+     "qzeros I32 [4, 16]: [4, 32] was expected beside scales F16 [4, 256]"),
+    (awq(260, 512), AWQ, "260 outputs do not fill whole words of 8"),
+    (awq(256, 512, scales=("I8", (4, 256))), AWQ, "scales I8 [4, 256]: F16 or BF16 or F32 was expected"),
+    (awq(256, 512, bias=("F16", (512,))), AWQ, "bias F16 [512]: [256] was expected for 256 outputs"),
+    (awq(256, 512), AWQ | {"bits": 8}, "AWQ with 8 bits is not read, only with 4"),
+    (awq(256, 512), AWQ | {"bits": 4.0}, "AWQ with 4.0 bits is not read"),
+    (awq(256, 512), {"quant_method": "awq"}, "AWQ with None bits is not read"),
+    (awq(256, 512), AWQ | {"zero_point": False}, "AWQ with zero_point False is not read, only with true"),
+    (awq(256, 512), AWQ | {"version": "gemv"}, "AWQ version 'gemv' is not read, only gemm"),
+    (awq(256, 512), AWQ | {"version": "gemv_fast"}, "AWQ version 'gemv_fast' is not read"),
+    (awq(256, 512), AWQ | {"version": "marlin"}, "AWQ version 'marlin' is not read"),
+    (awq(256, 512), AWQ | {"version": [[]]}, "AWQ version [[]] is not read"),
+    (awq(256, 512), AWQ | {"group_size": 0}, "AWQ group_size 0 is neither -1 nor a positive number"),
+    (awq(256, 512), AWQ | {"group_size": None}, "AWQ group_size None is neither"),
+    (awq(256, 512), AWQ | {"group_size": 10**400}, "scales F16 [4, 256]: [1, 256] was expected for 512 "),
     # FP8
     (fp8(256, 512, (), weight_scale=None), BLOCK,
      "weight F8_E4M3 [256, 512] needs one of weight_scale and weight_scale_inv"),
@@ -119,7 +149,8 @@ CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
      "weight_block_size [128, 0] is no pair of positive numbers"),
     (fp8_block(256, 512), BLOCK | {"weight_block_size": 128}, "weight_block_size 128 is no pair"),
     (fp8(256, 512, (512, 1)), CHANNEL, "weight_scale F32 [512, 1]: [256, 1] was expected for weight [256, 512]"),
-    (fp8(256, 512, (2, 4)), CHANNEL, "weight_scale F32 [2, 4]: block scales under the name weight_scale"),
+    (fp8(256, 512, (2, 4)), CHANNEL,
+     "weight_scale F32 [2, 4]: scales of blocks, but no config group of quantization_config says how large"),
     (fp8(256, 512, (1,), input_scale=("F32", (512,))), {}, "input_scale F32 [512]: one value was expected"),
     (fp8(256, 512, (1,), bias=("F16", (512,))), {}, "bias F16 [512]: [256] was expected for weight [256, 512]"),
     (fp8(256, 512, (1,), weight_zero_point=ONE), {}, "weight_zero_point F32 [1] does not belong to fp8_tensor"),
@@ -132,14 +163,17 @@ CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
     ({"weight": ("BF16", (256, 512)), "bias": ("BF16", (512,))}, {},
      "bias BF16 [512] does not fit weight BF16 [256, 512]"),
     # Formats that are known by their tensors and not read
-    (gptq(256, 512, g_idx=None), {"quant_method": "awq", "bits": 4}, "stored as AWQ (qweight I32 [64, 256], qzeros "),
     ({"weight": ("I8", (256, 512)), "weight_scale": ("F32", (256, 1)), "weight_zero_point": ("I8", (256, 1))}, CHANNEL,
      "weight_zero_point I8 [256, 1] does not belong to int8_channel"),
-    ({"weight_packed": ("I32", (256, 64)), "weight_scale": ("BF16", (256, 4)), "weight_shape": ("I64", (2,))}, CHANNEL,
-     "stored as compressed-tensors pack-quantized ("),
+    ({"weight_packed": ("U8", (256, 256)), "weight_scale": ("F8_E4M3", (256, 32)), "weight_global_scale": ONE},
+     CHANNEL,
+     "stored as NVFP4 (weight_global_scale F32 [1], weight_packed U8 [256, 256], weight_scale F8_E4M3 [256, 32]), "
+     "which this version of mixprec does not read: it has no code for packed 4-bit floats"),
+    ({"weight_packed": ("U8", (256, 256)), "weight_scale": ("U8", (256, 16))}, CHANNEL, "stored as MXFP4 ("),
+    ({"weight": ("U8", (256, 256)), "weight_scale": ("U8", (256, 16))}, {"quant_method": "quark"}, "stored as MXFP4 ("),
     (fp8(256, 512, (1,), weight=("F8_E5M2", (256, 512))), BLOCK, "stored as FP8 E5M2 (weight F8_E5M2 [256, 512], "),
-    ({"weight": ("U8", (256, 256)), "weight_scale": ("F8_E4M3", (256, 32))}, {},
-     "stored as a 4-bit float format (NVFP4, MXFP4)"),
+    ({"weight": ("U8", (256, 256)), "weight_scale": ("F8_E4M3", (256, 32)), "weight_scale_2": ("F32", ())},
+     {"quant_method": "modelopt"}, "stored as NVFP4 (weight U8 [256, 256], weight_scale F8_E4M3 [256, 32], "),
     ({"": ("F8_E4M3", (256, 512))}, BLOCK, "stored in no format mixprec knows (the tensor F8_E4M3 [256, 512])"),
     ({"weight": ("BF16", (256, 512)), "SCB": ("F32", (256,))}, {},
      "stored in no format mixprec knows (SCB F32 [256], weight "),
@@ -161,6 +195,7 @@ FORMATS = (
         Gptq, st.sampled_from((4, 8)), st.just(-1) | SIZES, st.booleans(), st.booleans(),
         st.sampled_from(("gptq", "gptq_v2")),
     )
+    | st.builds(Awq, st.just(-1) | SIZES)
 )  # fmt: skip
 
 
@@ -178,7 +213,10 @@ F = Fp8("block", "dynamic", (128, 128)).to_json()
     [
         {},
         {"kind": None},
-        {"kind": "awq_int4"},  # of a later version: not to be taken for something unquantized
+        {"kind": "awq_int3"},  # of a later version: not to be taken for something unquantized
+        {"kind": "awq_int4"},
+        {"kind": "awq_int4", "group_size": 0},
+        {"kind": "awq_int4", "group_size": True},
         {"kind": "f8_e4m3"},
         {"kind": "gptq_int4"},
         G | {"kind": "gptq_int2"},
@@ -204,6 +242,7 @@ MIXED: dict[str, tuple[Tensors, Format]] = {
     "model.layers.1.mlp.down_proj": (gptq(64, 128, group_size=-1), Gptq(4, -1, False, True, "gptq_v2")),
     "model.layers.2.mlp.down_proj": (fp8_block(64, 128, (48, 48)), Fp8("block", "dynamic", (48, 48))),
     "model.layers.3.mlp.down_proj": (fp8(64, 128, (), input_scale=ONE), Fp8("tensor", "static")),
+    "model.layers.4.mlp.down_proj": (awq(64, 128, group_size=64), Awq(64)),
     "model.norm": ({"weight": ("BF16", (128,))}, Dense("BF16")),
     "model.position_ids": ({"": ("I64", (1, 8))}, Dense("I64")),
 }
@@ -264,7 +303,16 @@ def test_a_compiled_checkpoint_has_what_it_declares(tmp_path: Path) -> None:
     assert static == "has no input_scale although its activations are declared static"
     assert found == {name: fmt for name, fmt in formats.items() if name not in changed}
 
-    for damage in ({"version": 2}, {"default": "int3"}, {"formats": {"bf16": {"kind": "awq_int4"}}}):
+    for damage in ({"version": 2}, {"default": "int3"}, {"formats": {"bf16": {"kind": "awq_int3"}}}):
         write(folder, modules, config | damage)
         with pytest.raises(SourceError, match=r"version 2|damaged"):
             detect(open_checkpoint(str(folder)))
+
+
+@pytest.mark.parametrize("leaf", ["gate_up_proj_blocks", "down_proj_scales"])
+def test_mxfp4_of_gpt_oss_does_not_pass_for_a_buffer(leaf: str) -> None:
+    module = stated({"": ("U8", (32, 5760, 90, 16))}, f"model.layers.0.mlp.experts.{leaf}")
+    with pytest.raises(
+        FormatError, match=r"^stored as MXFP4 \(the tensor U8 \[32, 5760, 90, 16\]\), which this version"
+    ):
+        recognise(module, {"quant_method": "mxfp4"})

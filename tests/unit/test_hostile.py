@@ -361,12 +361,47 @@ def test_a_g_idx_that_points_nowhere(mix: Path) -> None:
 TOO_LONG = "x" * 1_000_000
 CUT = "'xxxxxxxxxxxx...xxxxxxxxxxxxx'"
 
+GROUP: dict[str, Any] = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
+GROUPS: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {"g": GROUP},
+}
+
 CONFIGS: dict[str, tuple[str, Change, str]] = {
     "a long method": ("int4", lambda q: q.update(quant_method=TOO_LONG), f"of quant_method {CUT}"),
     "long bits": ("int4", lambda q: q.update(bits=[4] * 500_000), "GPTQ with [4, 4, 4, 4, 4, 4, ...] bits"),
     "a group size of 4000 digits": ("int4", lambda q: q.update(group_size=-(10**4000)), "GPTQ group_size -10000"),
     "a long block": ("fp8", lambda q: q.update(weight_block_size=[1] * 500_000), "[1, 1, 1, 1, 1, 1, ...] is no pair"),
     "a long activation scheme": ("fp8", lambda q: q.update(activation_scheme=TOO_LONG), CUT),
+    "long AWQ bits": (
+        "int4", lambda q: q.update(quant_method="awq", bits=[4] * 500_000), "AWQ with [4, 4, 4, 4, 4, 4, ...] bits",
+    ),
+    "a long AWQ version": ("int4", lambda q: q.update(quant_method="awq", version=TOO_LONG), f"AWQ version {CUT}"),
+    "an AWQ group size of 4000 digits": (
+        "int4", lambda q: q.update(quant_method="awq", version="gemm", group_size=-(10**4000)), "AWQ group_size -10000",
+    ),
+    "groups that are a list": ("fp8", lambda q: q.update(GROUPS, config_groups=[1] * 500_000), "config_groups [1, 1,"),
+    "a group of a long name": (
+        "fp8", lambda q: q.update(GROUPS, config_groups={TOO_LONG: {"targets": ["Linear"]}}), "says nothing of its",
+    ),
+    "a group of 4000 digits": (
+        "fp8", lambda q: q.update(GROUPS, config_groups={"g": {**GROUP, "weights": {"num_bits": 10**4000}}}),
+        "declared by config group 'g'",
+    ),
+    "a group of long words": (
+        "fp8", lambda q: q.update(GROUPS, config_groups={"g": {**GROUP, "weights": {"type": TOO_LONG}}}),
+        "declared by config group 'g'",
+    ),
+    "100,000 names to ignore": (
+        "fp8", lambda q: q.update(GROUPS, ignore=["x"] * 100_001), "ignore holds more than 100000 names",
+    ),
+    "a hundred thousand groups": (
+        "fp8", lambda q: q.update(GROUPS, config_groups={str(i): GROUP for i in range(1000)}), "are not 1 to 256",
+    ),
+    "a slow target": (
+        "fp8", lambda q: q.update(GROUPS, config_groups={"g": {**GROUP, "targets": ["re:(a+)+$"]}}), "holds 're:(a+)+",
+    ),
     "100,000 regexes": (
         "int4", lambda q: q.update(dynamic={str(i): {} for i in range(100_000)}), "more than 4096 regular expressions",
     ),

@@ -235,22 +235,24 @@ def test_a_source_called_what_it_is_not(zoo: Path, tmp_path: Path, name: str, va
 
 
 def test_a_source_called_int4_that_is_not_read(tmp_path: Path) -> None:
-    """AWQ under the name int4: the message says what it is, and that it is not read."""
+    """An AWQ of a layout that is not read, under the name int4: the message says what it is."""
 
     def make_awq(tensors: Tensors, config: Config) -> None:
-        config["quantization_config"]["quant_method"] = "awq"
+        config["quantization_config"] |= {"quant_method": "awq", "zero_point": True, "version": "gemv"}
         for name in [name for name in tensors if name.endswith("g_idx")]:
             del tensors[name]
 
     write_tiny(tmp_path / "bf16", LLAMA, "bf16")
     write_tiny(tmp_path / "awq", LLAMA, "gptq_int4", edit=make_awq)
     text = "model: bf16\nsources: {bf16: bf16, int4: awq}\nweights: {'*.mlp.*': int4}\n"
-    with pytest.raises(RecipeError, match=r":2: the source `int4` \(awq\) holds fp16 \(a module is stored as AWQ "):
+    with pytest.raises(
+        RecipeError, match=r":2: the source `int4` \(awq\) holds fp16 \(a module is AWQ version 'gemv' "
+    ):
         plan_of(tmp_path, text)
     # Under another name it may lie there, and what is not quantized may be taken from it.
     text = "model: bf16\nsources: {bf16: bf16, other: awq}\nweights: {lm_head: other}\n"
     assert plan_of(tmp_path, text).modules["lm_head"].source == "other"
-    with pytest.raises(SourceError, match=r"model\.layers\.0\.mlp\.down_proj: stored as AWQ .* does not read"):
+    with pytest.raises(SourceError, match=r"model\.layers\.0\.mlp\.down_proj: AWQ version 'gemv' is not read"):
         plan_of(tmp_path, text.replace("lm_head", "'*.mlp.*'"))
 
 

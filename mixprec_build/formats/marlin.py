@@ -1,0 +1,62 @@
+"""What formats that SGLang runs on its Marlin kernels have in common: packed words, and shapes.
+
+The shape rules are those of SGLang's ``marlin_utils.py``.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["FLOATS", "expert_shape_limits", "half_range", "linear_shape_limits", "tile", "unpack"]
+
+FLOATS = ("F16", "BF16", "F32")
+"""The dtypes that scales and biases of packed weights come in."""
+
+
+def linear_shape_limits(n: int, k: int, group_size: int) -> list[str]:
+    """``verify_marlin_supports_shape``, for ``n`` outputs in all of a fused linear; ``group_size`` may be -1."""
+    limits = []
+    if n % 64:
+        limits.append(f"its {n} outputs are no multiple of 64, which Marlin needs")
+    if k % 128:
+        limits.append(f"its {k} inputs are no multiple of 128, which Marlin needs")
+    if group_size > 0 and k % group_size:
+        limits.append(f"its {k} inputs are no multiple of the group size {group_size}")
+    return limits
+
+
+def expert_shape_limits(hidden: int, intermediate: int, group_size: int) -> list[str]:
+    """``check_moe_marlin_supports_layer``."""
+    limits = []
+    if hidden % 128:
+        limits.append(f"its hidden size {hidden} is no multiple of 128, which Marlin needs")
+    need = max(64, group_size)
+    if intermediate % need:
+        limits.append(f"its intermediate size {intermediate} is no multiple of {need}, which Marlin needs")
+    if group_size > 0 and hidden % group_size:
+        limits.append(f"its hidden size {hidden} is no multiple of the group size {group_size}")
+    return limits
+
+
+def tile(group_size: int, *, experts: bool) -> tuple[int, int]:
+    """What outputs and inputs must be multiples of, by the two rules above."""
+    return 64, lcm(64 if experts else 128, max(1, group_size))
+
+
+def half_range(bits: int) -> int:
+    """A signed word of values that stand for zero where half of their range is added to them."""
+    return sum(1 << (bits - 1) << at for at in range(0, 32, bits)) - (1 << 32)
+
+
+def unpack(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.int32]:
+    """``[R, C]`` 32-bit words -> ``[R, C * 32 / bits]`` values, lowest bits first."""
+    import numpy as np
+
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    values = (np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+    return values.reshape(words.shape[0], -1).astype(np.int32)
