@@ -96,7 +96,7 @@ def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch:
     monkeypatch.setattr(config.MixPrecConfig, "_experts_method", split)
     halves, _ = layers.make_layer([(kind, EXPERTS)], hidden=HIDDEN, intermediate=INTERMEDIATE)
     assert len(halves.groups) == 2
-    limit = ERRORS["fp8"] if kind == "fp8_tensor" else 0.01
+    limit = 0.08 if kind == "fp8_tensor" else 0.015
     for tokens in TOKENS[1:]:
         ids = routings(tokens, 2)["random"].cuda()
         x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
