@@ -19,7 +19,7 @@ from .recipe import Recipe, Rule
 from .servable import Mend, Problems, check_servable, gives, some
 from .sources import Source, Sources
 
-__all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan"]
+__all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan", "plan_modules"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +147,26 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
         notes=tuple(planner.notes),
         unservable=tuple(p.text for p in found),
     )
+
+
+def plan_modules(recipe: Recipe, sources: Sources) -> dict[str, PlannedModule]:
+    """The modules of :func:`make_plan`, whether SGLang could serve them or not.
+
+    Raises:
+        RecipeError, SourceError: as there.
+        RefusedError: for what no server could overcome.
+    """
+    planner = _Planner(recipe, sources)
+    planner.choose()
+    planner.check_same_model()
+    modules = planner.collect()
+    if not planner.problems.found():
+        with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
+            planner.check_biases(modules, reader)
+    found = planner.problems.found()
+    if found:
+        raise RefusedError([problem.text for problem in found])
+    return modules
 
 
 class _Planner:
