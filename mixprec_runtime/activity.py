@@ -7,8 +7,8 @@ counts, since all see all tokens; replicas of data parallelism count for themsel
 
 While it serves, SGLang's own requests control it: ``/start_expert_distribution_record`` forgets and counts from then
 on, ``/stop_expert_distribution_record`` pauses, ``/dump_expert_distribution_record`` writes a JSON file for ``mixprec
-experts`` and ``mixprec suggest``, named by ``MIXPREC_EXPERT_ACTIVITY_FILE``, and forgets. ``Engine`` has methods of these
-names. SGLang's own recorder, where it was asked for, gets the requests as well. What was counted so far is in
+experts`` and ``mixprec suggest``, named by ``MIXPREC_EXPERT_ACTIVITY_FILE``, and forgets. ``Engine`` has methods of
+these names. SGLang's own recorder, where it was asked for, gets the requests as well. What was counted so far is in
 ``internal_states[i]["mixprec_expert_activity"]`` of ``/server_info``.
 """
 
@@ -80,7 +80,7 @@ class ExpertCounter:
         self._experts = max(layers.values())
         self.counts = torch.zeros(len(layers), self._experts + 1, dtype=torch.int64, device=device)
         self.rows = torch.full((1,), _ALL_ROWS, dtype=torch.int32, device=device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.recording, self._gathered = True, gathered
 
     def add(self, layer: int, ids: torch.Tensor) -> None:
@@ -344,8 +344,8 @@ def _counted(layer: Any, forward: Callable[..., Any], counter: ExpertCounter) ->
         ids = getattr(topk_output, "topk_ids", None)
         if ids is None:  # kernels that choose for themselves
             raise RuntimeError(
-                f"{SWITCH}: the experts of layer {number} are chosen inside a kernel and cannot be counted; start SGLang "
-                "with --moe-runner-backend triton, or without counting"
+                f"{SWITCH}: the experts of layer {number} are chosen inside a kernel and cannot be counted; start "
+                "SGLang with --moe-runner-backend triton, or without counting"
             )
         return counter.beside(number, ids, lambda: forward(hidden_states, topk_output, *args, **kwargs))
 
