@@ -230,10 +230,10 @@ def dense(out: Path, folders: Mapping[str, Path], calibration: torch.Tensor, eva
         names = [group.name for group in groups]
         return {
             "layer-uniform (q/k/v, o, down, gate/up)": sorted(
-                names, key=lambda n: (columns.index(n.split(".", 3)[3]), n)
+                names, key=lambda n: (columns.index(n.split(".", 3)[3]), layer(n))
             ),
             "layer-uniform (gate/up, down, o, q/k/v)": sorted(
-                names, key=lambda n: (-columns.index(n.split(".", 3)[3]), n)
+                names, key=lambda n: (-columns.index(n.split(".", 3)[3]), layer(n))
             ),
             "first layers": sorted(names, key=layer),
         }
