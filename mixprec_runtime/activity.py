@@ -87,19 +87,22 @@ class ExpertCounter:
         """Counts the experts ``ids`` ``[rows, k]`` of a layer; ids outside its routed experts are none."""
         row, experts = self._row_of[layer], self.layers[layer]
         if ids.is_cuda:
-            size = ids.numel()
-            if size:
-                grid = (triton.cdiv(size, 256),)
-                _count[grid](
-                    ids, self.counts, self.rows, row * (self._experts + 1), self._experts, experts, size,
-                    ids.shape[1], ids.stride(0), ids.stride(1), BLOCK=256,
-                )  # fmt: skip
+            self._launch(row, experts, ids)
             return
         valid = torch.arange(len(ids), device=ids.device)[:, None] < self.rows
         chosen = ids.long()
         valid = valid & (chosen >= 0) & (chosen < experts)
         self.counts[row].index_add_(0, chosen.clamp(0, self._experts).flatten(), valid.flatten().long())
-        self.counts[row, self._experts] += valid.any(1).sum()
+        # A token once, by its first choice.
+        self.counts[row, self._experts] += valid[:, 0].sum()
+
+    def _launch(self, row: int, experts: int, ids: torch.Tensor) -> None:
+        size = ids.numel()
+        if size:
+            _count[(triton.cdiv(size, 256),)](
+                ids, self.counts, self.rows, row * (self._experts + 1), self._experts, experts, size,
+                ids.shape[1], ids.stride(0), ids.stride(1), BLOCK=256,
+            )  # fmt: skip
 
     def beside(self, layer: int, ids: torch.Tensor, run: Callable[[], Any]) -> Any:
         """Counts while ``run`` runs: in a CUDA graph on a branch of its own, so that nothing waits for it."""
@@ -143,7 +146,6 @@ def _count(  # type: ignore[no-untyped-def]
     chosen = there & (expert >= 0) & (expert < experts)
     one = tl.full((BLOCK,), 1, tl.int64)
     tl.atomic_add(counts + at + expert, one, chosen, sem="relaxed")
-    # A token once, by its first choice.
     tokens = tl.sum((chosen & (column == 0)).to(tl.int64), 0)
     tl.atomic_add(counts + at + last, tokens, sem="relaxed")
 

@@ -45,7 +45,7 @@ from mixprec_build.sources import open_sources  # noqa: E402
 TEXTS = HERE.parents[1] / "recipes" / "demo" / "text"
 WINDOW, CALIBRATION, EVALUATION = 512, 4096, 2048
 EXPERTS, TOP_K = 24, 18
-SEEDS = 3
+SEEDS = 5
 Mix = Mapping[str, str]
 """Module -> source."""
 

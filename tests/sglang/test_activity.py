@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import last_json
+from harness import last_json, run_python
 from mixes import MIXES, mix
 
 import mixprec_runtime.cpu
@@ -158,7 +158,7 @@ def test_rows_that_fill_up_and_ids_of_others_do_not_count() -> None:
             for row in ids[:rows].tolist():
                 chosen = [e for e in row if 0 <= e < experts]
                 expected[layer].update(chosen)
-                tokens[layer] += bool(chosen)
+                tokens[layer] += 0 <= row[0] < experts
     counter.recording = False
     counter.begin(16)
     counter.add(3, torch.zeros(16, 3, dtype=torch.int32))
@@ -167,6 +167,29 @@ def test_rows_that_fill_up_and_ids_of_others_do_not_count() -> None:
         assert found[layer] == ([expected[layer][e] for e in range(experts)], tokens[layer])
     counter.reset()
     assert counter.read() == {3: ([0] * 8, 0), 5: ([0] * 4, 0)}
+
+
+INTERPRETED = """
+import json, torch
+from mixprec_runtime.activity import ExpertCounter
+
+random = torch.Generator().manual_seed(0)
+plain, kernel = (ExpertCounter({3: 8, 5: 4}, torch.device("cpu")) for _ in range(2))
+for rows, wide in ((7, 3), (130, 8), (0, 3), (1, 1), (300, 8)):
+    plain.begin(rows), kernel.begin(rows)
+    for layer, experts in ((3, 8), (5, 4)):
+        ids = torch.randint(-1, experts + 2, (max(rows, 1) + 9, wide), generator=random).int()
+        plain.add(layer, ids)
+        kernel._launch([3, 5].index(layer), experts, ids.t().contiguous().t() if rows == 7 else ids)
+print(json.dumps([plain.read(), kernel.read()]))
+"""
+
+
+def test_the_kernel_counts_as_torch() -> None:
+    """Triton's interpreter runs it without a GPU."""
+    plain, kernel = last_json(run_python(INTERPRETED, TRITON_INTERPRET="1"))
+    assert kernel == plain
+    assert all(sum(counts) and tokens for counts, tokens in kernel.values())
 
 
 @pytest.mark.usefixtures("sglang")
