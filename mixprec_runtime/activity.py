@@ -400,15 +400,24 @@ def handle_request(original: Callable[..., Any], scheduler: Any, request: Any) -
         elif request.action == ExpertDistributionReqType.STOP_RECORD:
             counter.recording = False
         elif request.action == ExpertDistributionReqType.DUMP_RECORD:
-            _dump()
+            _dump(_replica(scheduler))
     # Without its own recorder SGLang raises, which would end the server.
     if "Noop" in type(get_global_expert_distribution_recorder()).__name__:
         return ExpertDistributionReqOutput()
     return original(scheduler, request)
 
 
-def _dump() -> None:
+def _replica(scheduler: Any) -> str:
+    """What tells the file of this process from those of others that count: ``-dp1`` and the like."""
+    from sglang.srt.runtime_context import get_parallel
+
+    ranks = getattr(scheduler, "ps", None) or get_parallel()  # 0.5.23 has them in its context only
+    return "".join(f"-{kind}{rank}" for kind in ("dp", "pp") if (rank := getattr(ranks, f"{kind}_rank", None)))
+
+
+def _dump(replica: str) -> None:
     path = Path(os.environ.get(FILE) or f"expert_activity_{time.time():.0f}.json")
+    path = path.with_name(f"{path.stem}{replica}{path.suffix}")
     try:
         _tracker.export_stats(path)
     except OSError as error:
