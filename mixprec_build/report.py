@@ -415,7 +415,7 @@ def _say_how_many_more(shown: Sized, console: Console) -> None:
 _NUMBERS = frozenset(
     {
         "line", "modules", "decides", "parameters", "bytes", "bits/weight", "relative error",
-        "loss", "share of the loss", "layer", "experts", "activations", "share", "variation", "Gini", "top 10%",
+        "loss", "share of the loss", "activations", "share", "variation", "Gini", "top 10%",
         "unused", "expert", "busiest",
     }
 )  # fmt: skip
