@@ -141,9 +141,9 @@ def filled(groups: Iterable[Group], order: Iterable[str], room: int) -> Mix:
     free = {name for name, one in options.items() if {"fp8", "int4"} <= one.keys()}
     room -= sum(one["int4"] if name in free else min(one.values()) for name, one in options.items())
     mix = {m: "int4" for name in free for m in members[name]}
-    for name in order:
+    for name in filter(free.__contains__, order):
         more = options[name]["fp8"] - options[name]["int4"]
-        if name in free and more <= room:
+        if more <= room:
             room -= more
             mix |= dict.fromkeys(members[name], "fp8")
     return mix
