@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ import typer
 
 from . import __version__
 from .errors import MixprecError
+from .objective import Objective
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -222,6 +223,117 @@ def doctor(
         show_findings([(f.status, f.subject, f.text) for f in findings], _console())
     if any(f.status == "fail" for f in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def suggest(
+    base: Annotated[Path, typer.Argument(help="A recipe with the sources to choose from (YAML).", show_default=False)],
+    budget: Annotated[str, typer.Option(help="Bytes of the files to be written: 140GB, 130GiB.", show_default=False)],
+    out: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.", show_default=False)],
+    stats: Annotated[
+        list[Path], typer.Option("--stats", help="Expert activity (JSON, or a dump of SGLang's recorder); repeatable.")
+    ] = [],  # noqa: B006
+    moments: Annotated[
+        Path | None, typer.Option(help="Second moments of the modules' inputs (safetensors).", show_default=False)
+    ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(help="What is kept small; without it `relative-output` with moments, else `relative`."),
+    ] = None,
+    min_format: Annotated[
+        list[str], typer.Option(help="No format of fewer bits there.", metavar="PATTERN: FORMAT")
+    ] = [],  # noqa: B006
+    pin: Annotated[list[str], typer.Option(help="This source there.", metavar="PATTERN: SOURCE")] = [],  # noqa: B006
+    plot: Annotated[Path | None, typer.Option(help="Draw loss against bytes (PNG).", show_default=False)] = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option(help="Where measured errors are kept; ~/.cache/mixprec without it.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the recipe that is there.")] = False,
+    allow: Allow = [],  # noqa: B006
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Measuring threads.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a source for every module: the least error within a budget. Writes a recipe."""
+    from .activity import read_activity
+    from .allocate import Request
+    from .allocate import suggest as run
+    from .distortion import DistortionCache, Moments, default_cache
+    from .recipe import load_recipe, parse_size
+    from .report import show_suggestion
+    from .sources import open_sources
+    from .suggestion import check_target, suggestion_facts, write_recipe
+
+    try:
+        nbytes = parse_size(budget)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from error
+    check_target(out, force=force)
+    request = Request(
+        budget=nbytes,
+        objective=objective,
+        activity=read_activity(stats) if stats else None,
+        moments=Moments(moments) if moments else None,
+        pins=[_wish(text, "--pin") for text in pin],
+        floors=[_wish(text, "--min-format") for text in min_format],
+        allow_unservable=Allowed.UNSERVABLE in allow,
+    )
+    recipe = load_recipe(base)
+    with ExitStack() as stack:
+        cache = stack.enter_context(DistortionCache(errors or default_cache()))
+
+        def watch(total: int) -> Progress:
+            return stack.enter_context(_bar("measuring", total, quiet or as_json))
+
+        suggestion = run(recipe, open_sources(recipe), request, cache, jobs=jobs, watch=watch)
+    write_recipe(suggestion, out, force=force)
+    if plot is not None:
+        from .figures import draw_frontier
+
+        draw_frontier(suggestion, plot)
+    if as_json:
+        _print_json({"recipe": str(out), **suggestion_facts(suggestion)})
+    elif not quiet:
+        show_suggestion(suggestion_facts(suggestion), _console())
+        print(f"next: mixprec plan {out}")
+
+
+@app.command()
+def experts(
+    files: Annotated[list[Path], typer.Argument(help="Activity (JSON) or dumps of SGLang's recorder (.pt), added up.")],
+    top: Annotated[int, typer.Option(min=0, help="How many of the busiest experts to list.")] = 20,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Draw layers x experts: .png or .html.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how tokens were spread over experts."""
+    from .activity import activity_facts, read_activity
+    from .report import show_activity
+
+    activity = read_activity(files)
+    if heatmap is not None:
+        from .figures import draw_heatmap
+
+        draw_heatmap(activity, heatmap)
+    facts = activity_facts(activity, top)
+    if as_json:
+        _print_json(facts)
+    else:
+        from .figures import show_heatmap
+
+        show_activity(facts, _console())
+        show_heatmap(activity, _console())
+
+
+def _wish(text: str, flag: str) -> tuple[str, str]:
+    pattern, colon, word = text.rpartition(":")
+    if not (colon and pattern.strip() and word.strip()):
+        raise typer.BadParameter(f"{text!r} is not `PATTERN: WORD`", param_hint=flag)
+    return pattern.strip(), word.strip()
 
 
 def _errors_against(folder: Path, against: str, moved: dict[str, str]) -> list[Any]:

@@ -4,6 +4,8 @@
     ├── RecipeError              the YAML: syntax, an unknown key, a name that matches nothing
     ├── SourceError              a checkpoint: a missing or damaged file, a format that contradicts itself
     │   └── HubError             a checkpoint on the Hugging Face Hub that cannot be reached or read
+    ├── StatsError               expert activity that cannot be read, or is another model's
+    ├── BudgetError              no mix of the sources is as small as the budget asks
     ├── RefusedError             the recipe and its sources are sound, the mix is not; carries every problem
     ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
     ├── WriteError               exit code 3: copying failed; nothing was left where the output belongs
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import ClassVar
 
 __all__ = [
+    "BudgetError",
     "HubError",
     "InterruptedBuildError",
     "MixprecError",
@@ -29,6 +32,7 @@ __all__ = [
     "RefusedError",
     "SourceError",
     "SplitError",
+    "StatsError",
     "VerifyError",
     "WriteError",
 ]
@@ -59,6 +63,14 @@ class SourceError(MixprecError):
 
 class HubError(SourceError):
     """A repository or file of the Hugging Face Hub that is missing, private or out of reach."""
+
+
+class StatsError(MixprecError):
+    """A file of expert activity that is damaged, of another kind, or of another model than the recipe's."""
+
+
+class BudgetError(MixprecError):
+    """A budget below the smallest mix; the message has its bytes."""
 
 
 class RefusedError(MixprecError):

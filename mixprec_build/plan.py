@@ -21,7 +21,7 @@ from .recipe import Recipe, Rule
 from .servable import Mend, Problems, check_servable, gives, some
 from .sources import Source, Sources
 
-__all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan"]
+__all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan", "plan_modules"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +175,26 @@ def _splitters(
             yield splitter, splitter.total_bytes()
         except SplitError as error:
             raise RecipeError(f"tp {tp}: {error}", path=recipe.path, line=recipe.tp_line) from error
+
+
+def plan_modules(recipe: Recipe, sources: Sources) -> dict[str, PlannedModule]:
+    """The modules of :func:`make_plan`, whether SGLang could serve them or not.
+
+    Raises:
+        RecipeError, SourceError: as there.
+        RefusedError: for what no server could overcome.
+    """
+    planner = _Planner(recipe, sources)
+    planner.choose()
+    planner.check_same_model()
+    modules = planner.collect()
+    if not planner.problems.found():
+        with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
+            planner.check_biases(modules, reader)
+    found = planner.problems.found()
+    if found:
+        raise RefusedError([problem.text for problem in found])
+    return modules
 
 
 class _Planner:

@@ -28,10 +28,12 @@ __all__ = [
     "inspect_facts",
     "plan_facts",
     "printable",
+    "show_activity",
     "show_errors",
     "show_findings",
     "show_inspect",
     "show_plan",
+    "show_suggestion",
 ]
 
 # What a terminal shows at most; --json has all of it.
@@ -251,6 +253,65 @@ def show_errors(errors: Iterable[WeightError], against: str, console: Console, m
         _say(f"{kind}: mean {sum(values) / len(values):.5f} over {len(values)} modules", console)
 
 
+def show_suggestion(facts: Mapping[str, Any], console: Console) -> None:
+    """Prints the facts: what was taken from where, and the frontier with this mix and the uniform ones on it."""
+    shares = _table("source", "modules", "bytes", "share of the loss", title="Chosen")
+    for entry in facts["sources"]:
+        share = entry["loss"] / facts["loss"] if facts["loss"] else 0.0
+        _add_row(shares, entry["name"], f"{entry['modules']:,}", human(entry["bytes"]), f"{share:.1%}")
+    console.print(shares)
+    rows = [(point["bytes"], point["loss"], "") for point in facts["frontier"]]
+    for entry in facts["uniform"]:
+        but = f" ({entry['elsewhere']:,} groups elsewhere)" if entry["elsewhere"] else ""
+        rows.append((entry["bytes"], entry["loss"], f"all {entry['source']}{but}"))
+    rows.append((facts["bytes"], facts["loss"], "this mix"))
+    points = _table("bytes", "loss", "", title=f"Loss ({facts['objective']}) against bytes")
+    for nbytes, loss, what in sorted(rows, key=lambda row: (row[0], -row[1])):
+        _add_row(points, human(nbytes), f"{loss:.6g}", what)
+    console.print(points)
+    gap = "proven the least" if facts["gap"] < 1e-12 else f"at most {facts['gap']:.2g} of it above the least"
+    _say(
+        f"{facts['choices']:,} choices in {facts['groups']:,} groups; {facts['bytes']:,} bytes, "
+        f"{1 - facts['bytes'] / facts['budget']:.2%} under the budget; loss {facts['loss']:.6g}, {gap}",
+        console,
+    )
+    for note in facts["notes"]:
+        _say(f"note: {note}", console, style="yellow")
+
+
+def show_activity(facts: Mapping[str, Any], console: Console) -> None:
+    """Prints the facts of expert activity: each layer's balance, all together, and the busiest experts."""
+    layers = _table(
+        "layer", "experts", "activations", "variation", "Gini", "top 10%", "unused", "busiest", title="Load balance"
+    )
+    for row in facts["layers"][:_MAX_LINES]:
+        _add_row(
+            layers,
+            str(row["layer"]),
+            f"{row['experts']:,}",
+            f"{row['activations']:,}",
+            f"{row['coefficient_of_variation']:.3f}",
+            f"{row['gini']:.3f}",
+            f"{row['top_10_percent_coverage']:.1%}",
+            f"{row['unused']:,}",
+            str(row["busiest"]),
+        )
+    console.print(layers)
+    _say_how_many_more(facts["layers"], console)
+    if facts["top_experts"]:
+        top = _table("layer", "expert", "activations", "share", title="Busiest experts")
+        for row in facts["top_experts"][:_MAX_LINES]:
+            _add_row(top, str(row["layer"]), str(row["expert"]), f"{row['activations']:,}", f"{row['share']:.3%}")
+        console.print(top)
+    tokens = "" if facts["tokens"] is None else f" of {facts['tokens']:,} tokens"
+    _say(
+        f"{facts['activations']:,} activations{tokens} over {facts['experts']:,} experts in {len(facts['layers'])} "
+        f"layers: coefficient of variation {facts['coefficient_of_variation']:.3f}, Gini {facts['gini']:.3f}, the "
+        f"busiest tenth got {facts['top_10_percent_coverage']:.1%}, {facts['unused']:,} got none",
+        console,
+    )
+
+
 def _show_formats(facts: Mapping[str, Any], console: Console) -> None:
     table = _table("format", "modules", "parameters", "bytes", "bits/weight", "details", title="Formats")
     for entry in facts["formats"][:_MAX_LINES]:
@@ -363,13 +424,22 @@ def _say_how_many_more(shown: Sized, console: Console) -> None:
         _say(f"... and {len(shown) - _MAX_LINES:,} more, which --json lists", console)
 
 
+_NUMBERS = frozenset(
+    {
+        "line", "modules", "decides", "parameters", "bytes", "bits/weight", "relative error",
+        "loss", "share of the loss", "activations", "share", "variation", "Gini", "top 10%",
+        "unused", "expert", "busiest",
+    }
+)  # fmt: skip
+
+
 def _table(*heads: str, title: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(printable(title), "table.title"), title_justify="left")
     for head in heads:
-        number = head in ("line", "modules", "decides", "parameters", "bytes", "bits/weight", "relative error")
+        number = head in _NUMBERS
         table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
     return table
 

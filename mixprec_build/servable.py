@@ -26,7 +26,18 @@ if TYPE_CHECKING:
     from .recipe import Recipe, Rule
     from .sources import Source, Sources
 
-__all__ = ["Mend", "Problem", "Problems", "can_give", "check_servable", "gives", "origin", "some"]
+__all__ = [
+    "Mend",
+    "Problem",
+    "Problems",
+    "can_give",
+    "check_same_weights",
+    "check_servable",
+    "gives",
+    "group_limits",
+    "origin",
+    "some",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +127,7 @@ def check_servable(
     for module in modules.values():
         _check_never_quantized(module, sources, problems)
     folding.check(modules, problems)
-    _check_same_weights(modules, sources, folding, problems)
+    check_same_weights(modules, sources, folding, problems)
 
 
 def _check_group(
@@ -131,6 +142,14 @@ def _check_group(
         text = f"{what} must share a format, but {owners}"
         problems.soft([part.name for part in parts], text, *_mend(source, change))
         return
+    for limit in _format_limits(parts, reader, expert):
+        source = _common_source(parts, sources, expert, other_than=parts[0].source)
+        text = f"{_described(parts[0].format)} from {origin(parts[0])}: {limit}"
+        problems.soft([part.name for part in parts], text, *_mend(source, parts))
+
+
+def _format_limits(parts: Sequence[PlannedModule], reader: ValueReader, expert: bool) -> list[str]:
+    """Why SGLang could not run a fused group whose parts share a format."""
     fmt = parts[0].format
     holder = {tensor.info.name: tensor.source for part in parts for tensor in part.tensors.values()}
 
@@ -139,11 +158,15 @@ def _check_group(
 
     by_name = {part.name: part.stored for part in parts}
     stored = [by_name[member] for member in (expert and expert_parts(by_name)) or by_name]
-    limits = [*_shape_limits(fmt, stored, expert), *fmt.value_limits(stored, read, experts=expert)]
-    for limit in limits:
-        source = _common_source(parts, sources, expert, other_than=parts[0].source)
-        text = f"{_described(fmt)} from {origin(parts[0])}: {limit}"
-        problems.soft([part.name for part in parts], text, *_mend(source, parts))
+    return [*_shape_limits(fmt, stored, expert), *fmt.value_limits(stored, read, experts=expert)]
+
+
+def group_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader) -> list[str]:
+    """Why SGLang could not run the fused group ``name`` made of ``parts``; empty where it can."""
+    limits = [limit for part in parts if (limit := _role_limit(part.name, part.role, part.format)) is not None]
+    if len({part.format.fuses_as for part in parts}) > 1:
+        return [*limits, f"{', '.join(_described(part.format) for part in parts)} are no one format"]
+    return [*limits, *(_format_limits(parts, reader, is_expert(name)) if parts[0].format.quantized else ())]
 
 
 def _mend(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Mend, list[str]]:
@@ -225,7 +248,7 @@ def _role_limit(name: str, role: Role, fmt: Format) -> str | None:
     return None
 
 
-def _check_same_weights(
+def check_same_weights(
     modules: Mapping[str, PlannedModule], sources: Sources, folding: Folding, problems: Problems
 ) -> None:
     """Norms must agree between all sources that weights come from: where they do not, one is another model's.

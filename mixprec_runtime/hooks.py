@@ -20,7 +20,7 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.registry import format_from_json
 from mixprec_build.manifest import MANIFEST, METHOD, read_manifest, tensor_entries
 
-from . import launch, loader, memory, reference
+from . import activity, launch, loader, memory, reference
 from .config import MixPrecConfig
 from .strict import load_strictly
 
@@ -42,6 +42,11 @@ def register() -> None:
         ("sglang.srt.model_loader.utils.get_model_architecture", get_model_architecture, HookType.AROUND),
         ("sglang.srt.managers.scheduler.Scheduler.__init__", ready, HookType.AFTER),
         ("sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_to_internal_state, HookType.AFTER),
+        (
+            "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle",
+            activity.handle_request,
+            HookType.AROUND,
+        ),
     ):
         if any(name in sys.modules for name in (target.rpartition(".")[0], target.rsplit(".", 2)[0])):
             HookRegistry.register(target, hook, kind)
@@ -52,7 +57,7 @@ def initialize_model(
 ) -> Module:
     """``_initialize_model``: reads the manifest before layers are made, and checks what is loaded into them after."""
     if not isinstance(quant_config, MixPrecConfig):
-        return original(model_config, load_config, quant_config)
+        return _counted(original(model_config, load_config, quant_config), model_config)
     if model_config.is_draft_model:
         raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
     folder, manifest = _manifest(model_config)
@@ -61,7 +66,7 @@ def initialize_model(
     files = loader.files_of_this_rank(folder, manifest)
     if files is not None:
         quant_config.padded = files.padded
-    model = original(model_config, load_config, quant_config)
+    model = _counted(original(model_config, load_config, quant_config), model_config)
     declared = tensor_entries(manifest)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
@@ -78,6 +83,17 @@ def initialize_model(
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
 
     model.load_weights = load_once  # type: ignore[assignment]
+    return model
+
+
+def _counted(model: Module, model_config: Any) -> Module:
+    """The model, with counters of expert activity in it where the environment asks for them."""
+    if activity.enabled() and not model_config.is_draft_model:
+        from sglang.srt.runtime_context import get_parallel, get_server_args
+
+        activity.install(
+            model, first_rank=get_parallel().tp_rank == 0, gathered=bool(get_server_args().enable_dp_attention)
+        )
     return model
 
 
@@ -121,6 +137,7 @@ def get_model_architecture(original: Callable[..., Any], model_config: Any) -> A
 def ready(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """``Scheduler.__init__``: the model is on its device and about to serve."""
     runner = scheduler.tp_worker.model_runner
+    activity.begin(runner)
     if runner.model_config.quantization == METHOD:
         memory.check_placement(runner.model, torch.device(runner.device))
         memory.serve(runner.model)
@@ -133,3 +150,6 @@ def add_to_internal_state(output: Any, *_: Any) -> None:
     stats = memory.get_mixed_precision_memory_stats()
     if stats:
         output.internal_state[METHOD] = stats
+    counted = activity.state()
+    if counted:
+        output.internal_state[activity.STATE] = counted

@@ -2,6 +2,8 @@
 
     python tests/benchmarks/serving.py FOLDER
 
+With `activity` after FOLDER only what counting expert activity costs: the mix, with and without.
+
 Makes a Qwen3-30B-A3B cut to 6 layers in FOLDER, in block FP8 and GPTQ-Int4; serves both natively and compiled, and
 a mix of them (16 FP8 and 112 Int4 experts in each layer); prints tokens a second with CUDA graphs and the ratio to
 the first line, seconds to load, and the bytes of the weights on the GPU.
@@ -10,10 +12,12 @@ the first line, seconds to load, and the bytes of the weights on the GPU.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +56,11 @@ def build(folder: Path, sources: dict[str, Path], name: str) -> Path:
 class Served:
     """One engine in a process of its own, which measures when it is told to."""
 
-    def __init__(self, path: Path, dtype: str, port: int):
+    def __init__(self, path: Path, dtype: str, port: int, environment: dict[str, str]):
         options = {"dtype": dtype, "answer": False, "speed": True, "engine": {**ENGINE, "nccl_port": port}}
         command = [sys.executable, str(HERE.parent / "gpu" / "ask.py"), str(path), json.dumps(options)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        own = {**os.environ, **environment}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
         self._path = path
 
     def _line(self, wanted: str) -> str:
@@ -82,9 +87,14 @@ class Served:
         return answer
 
 
-def compare(names: list[str], paths: list[Path], dtype: str) -> None:
+def compare(
+    names: list[str], paths: list[Path], dtype: str, environments: Sequence[dict[str, str]] = ({}, {}, {})
+) -> None:
     """Engines side by side on one GPU, each measured in turn, so that what disturbs one disturbs all."""
-    served = [Served(path, dtype, 22000 + 20 * number) for number, path in enumerate(paths)]
+    served = [
+        Served(path, dtype, 22000 + 20 * number, environment)
+        for number, (path, environment) in enumerate(zip(paths, environments, strict=False))
+    ]
     for one in served:
         one.wait()
     for number in range(TURNS):
@@ -95,7 +105,7 @@ def compare(names: list[str], paths: list[Path], dtype: str) -> None:
     for name, path, result in zip(names, paths, results, strict=True):
         rates = {what: statistics.median(turn[what] for turn in result["speed"]) for what in result["speed"][0]}
         first = first or rates
-        shown = "  ".join(f"{what} {rate:7.0f} ({rate / first[what]:.2f})" for what, rate in rates.items())
+        shown = "  ".join(f"{what} {rate:7.0f} ({rate / first[what]:.3f})" for what, rate in rates.items())
         print(f"{name:14s} {dtype:9s} {shown}  load {result['startup']['load_weight']:.2f} s", flush=True)
         if result["memory"]:
             modules = json.loads((path / "mixprec_manifest.json").read_text())["modules"].values()
@@ -116,6 +126,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     sources = write_sources(folder / "sources", SHAPE, ["fp8_block", "gptq_int4"])
     out = {name: build(folder, sources, name) for name in RECIPES}
+    activity = [{"MIXPREC_EXPERT_ACTIVITY": "0"}, {"MIXPREC_EXPERT_ACTIVITY": "1"}]
+    compare(["mix", "mix, counted"], [out["mix"]] * 2, "bfloat16", activity)
+    if sys.argv[2:] == ["activity"]:
+        return
     compare(["native fp8", "compiled fp8"], [sources["fp8_block"], out["fp8"]], "bfloat16")
     # Stock GPTQ experts run in FP16 only; the mix and its parts are compared in BF16.
     compare(["native int4", "compiled int4"], [sources["gptq_int4"], out["int4"]], "half")

@@ -128,6 +128,7 @@ def main() -> None:
             print("measured", flush=True)
     info = engine.get_server_info()["internal_states"][0]
     result["memory"] = info.get("mixprec")
+    result["activity"] = info.get("mixprec_expert_activity")
     result["weight_gb"] = info["memory_usage"].get("weight")
     result["startup"] = info.get("startup_time")
     engine.shutdown()

@@ -72,6 +72,7 @@ def test_a_fresh_process_knows_the_method(folder: Path) -> None:
     assert not any("Scheduler" in target for target in out["hooks"])
     assert out["worker"] == [
         "sglang.srt.managers.scheduler.Scheduler.__init__",
+        "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle",
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
         "sglang.srt.model_loader.loader._initialize_model",
         "sglang.srt.model_loader.utils.get_model_architecture",

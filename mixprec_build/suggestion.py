@@ -1,0 +1,159 @@
+"""What :func:`mixprec_build.allocate.suggest` chose, as a recipe and as facts for ``--json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from . import __version__
+from .allocate import Suggestion
+from .errors import OutputError
+from .objective import Objective
+from .recipe import Recipe
+from .report import human
+
+__all__ = ["check_target", "recipe_text", "suggestion_facts", "write_recipe"]
+
+_POINTS = 13
+"""Of the frontier, in a table."""
+_MEASURES = {
+    Objective.WEIGHT: "f ‖Δ‖²",
+    Objective.RELATIVE: "f ‖Δ‖² / ‖W‖²",
+    Objective.OUTPUT: "f Σ m ‖Δ‖²",
+    Objective.RELATIVE_OUTPUT: "f Σ m ‖Δ‖² / Σ m ‖W‖²",
+}
+_PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~@+{},\-*?]*")
+
+
+# The recipe
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Raises :class:`OutputError` where :func:`write_recipe` would in the end."""
+    if out.exists() and not force:
+        raise OutputError(f"{out}: exists; pass --force to replace it, or name another file")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}; make it first")
+
+
+def write_recipe(suggestion: Suggestion, out: Path, *, force: bool = False) -> None:
+    """Writes the recipe under its name by one rename.
+
+    Raises:
+        OutputError: there is such a file and ``force`` is not set, or it cannot be written.
+    """
+    check_target(out, force=force)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(recipe_text(suggestion, out.parent), encoding="utf-8")
+        unfinished.rename(out)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+def recipe_text(suggestion: Suggestion, folder: Path) -> str:
+    """The recipe as it is written into ``folder``, which relative locations of sources then start at."""
+    recipe = suggestion.plan.recipe
+    lines = [f"# {line}".rstrip() for line in _head(suggestion)]
+    lines += ["", f"model: {_location(recipe, recipe.model.location, folder)}", "sources:"]
+    lines += [f"  {ref.name}: {_location(recipe, ref.location, folder)}" for ref in recipe.sources.values()]
+    lines += [f"default: {recipe.default}", "weights:"]
+    nbytes: Counter[int] = Counter()
+    for module in suggestion.plan.modules.values():
+        nbytes[id(module.rule)] += module.nbytes
+    for comment, rules in suggestion.lines:
+        lines += [f"  # {line}" for line in comment.splitlines()]
+        lines += [f"  {_quoted(rule.pattern.text)}: {rule.source}  # {human(nbytes[id(rule)])}" for rule in rules]
+    lines.append(f"output: {{shard_size: {_size(recipe.shard_size)}}}")
+    if recipe.serving:
+        lines.append(yaml.safe_dump(dict(recipe.serving), sort_keys=False, allow_unicode=True).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _head(suggestion: Suggestion) -> Iterator[str]:
+    request, solution = suggestion.request, suggestion.solution
+    yield f"Chosen by mixprec {__version__} from {suggestion.plan.recipe.path.name} for {human(request.budget)}."
+    yield ""
+    yield f"Bytes   {suggestion.nbytes:,} in files, {_below(suggestion)} under the budget of {request.budget:,}"
+    yield f"Loss    {solution.loss:.6g}, {_gap(suggestion)}"
+    yield f"        {suggestion.objective.value}: {_MEASURES[suggestion.objective]}, added up over modules"
+    if solution.price:
+        yield f"Price   {solution.price * 1e6:.3g} of loss for a megabyte: what saves more got its bytes"
+    for line in suggestion.notes:
+        yield f"Note    {line}"
+
+
+def _below(suggestion: Suggestion) -> str:
+    return f"{1 - suggestion.nbytes / suggestion.request.budget:.2%}"
+
+
+def _gap(suggestion: Suggestion) -> str:
+    gap = suggestion.solution.gap
+    return "the least there is" if gap < 1e-12 else f"at most {gap:.2g} of it above the least there is"
+
+
+def _location(recipe: Recipe, location: str, folder: Path) -> str:
+    """A source's location, seen from another folder."""
+    path = Path(location).expanduser()
+    if not path.is_absolute() and (recipe.folder / path).is_dir():
+        relative = os.path.relpath(recipe.folder / path, folder)
+        location = relative if relative.startswith(".") else f"./{relative}"
+    return _quoted(location)
+
+
+def _quoted(text: str) -> str:
+    """As YAML: bare where that is the same text to every reader."""
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _size(nbytes: int) -> str:
+    return (
+        f"{nbytes // 10**9}GB"
+        if nbytes % 10**9 == 0
+        else f"{nbytes // 10**6}MB"
+        if nbytes % 10**6 == 0
+        else str(nbytes)
+    )
+
+
+# Facts
+
+
+def suggestion_facts(suggestion: Suggestion) -> dict[str, Any]:
+    """What ``mixprec suggest --json`` prints. Bytes are those of files; losses are in the objective's unit."""
+    sources: dict[str, dict[str, Any]] = {}
+    for group, option in suggestion.picked():
+        entry = sources.setdefault(option.source, {"groups": 0, "modules": 0, "bytes": 0, "loss": 0.0})
+        entry["groups"] += 1
+        entry["modules"] += len(group.members)
+        entry["bytes"] += option.nbytes
+        entry["loss"] += option.loss
+    line = suggestion.frontier
+    at = np.linspace(line.cost[0], line.cost[-1], _POINTS)
+    corners = sorted({int(np.abs(line.cost - cost).argmin()) for cost in at})
+    return {
+        "budget": suggestion.request.budget,
+        "bytes": suggestion.nbytes,
+        "objective": suggestion.objective.value,
+        "loss": suggestion.solution.loss,
+        "bound": suggestion.solution.bound,
+        "gap": suggestion.solution.gap,
+        "choices": sum(len(group.allowed) for group in suggestion.groups),
+        "groups": len(suggestion.groups),
+        "sources": [{"name": name, **entry} for name, entry in sources.items()],
+        "uniform": [
+            {"source": u.source, "bytes": u.nbytes, "loss": u.loss, "elsewhere": u.elsewhere}
+            for u in suggestion.uniform
+        ],
+        "frontier": [{"bytes": int(line.cost[i]), "loss": float(line.loss[i])} for i in corners],
+        "notes": [*suggestion.notes, *suggestion.plan.notes],
+    }

@@ -1,0 +1,185 @@
+"""`mixprec experts`: what it reads, adds up and draws."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mixprec_build.activity import Activity, balance_of, gini, read_activity
+from mixprec_build.cli import app
+from mixprec_build.errors import OutputError, StatsError
+from mixprec_build.figures import draw_heatmap, show_heatmap
+
+COUNTS = {1: [5, 0, 20, 15], 3: [1, 1, 1, 37]}
+
+
+def write_stats(path: Path, counts: dict[int, list[int]], tokens: dict[int, int] | None = None) -> Path:
+    experts = {
+        f"layer_{layer}_expert_{e}": {
+            "layer_id": layer,
+            "expert_id": e,
+            "activation_count": count,
+            "last_activation_time": 1.5,
+            "total_tokens_processed": count,
+        }
+        for layer, row in counts.items()
+        for e, count in enumerate(row)
+    }
+    layers = {str(layer): {"routed_tokens": n} for layer, n in (tokens or {}).items()}
+    path.write_text(json.dumps({"expert_stats": experts, "layer_stats": layers, "top_experts": []}))
+    return path
+
+
+def lists(activity: Activity) -> dict[int, list[int]]:
+    return {layer: counts.tolist() for layer, counts in activity.counts.items()}
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=40).filter(any))
+def test_gini_is_the_mean_difference(values: list[int]) -> None:
+    counts = np.array(values)
+    differences = np.abs(counts[:, None] - counts[None, :]).mean()
+    assert gini(counts) == pytest.approx(differences / (2 * counts.mean()), abs=1e-12)
+
+
+def test_balance() -> None:
+    even, one = balance_of(np.full(20, 7)), balance_of(np.array([0] * 19 + [9]))
+    assert (even.variation, even.gini, even.top_coverage, even.unused) == (0, pytest.approx(0), 0.1, 0)
+    assert (one.variation, one.gini, one.top_coverage, one.unused) == (pytest.approx(19**0.5), 0.95, 1.0, 19)
+
+
+def test_files_are_added_up(tmp_path: Path) -> None:
+    a = write_stats(tmp_path / "a.json", COUNTS, {1: 20, 3: 20})
+    b = write_stats(tmp_path / "b.json", {1: [1, 1], 4: [2]}, {4: 2})
+    merged = read_activity([a, b])
+    assert lists(merged) == {1: [6, 1, 20, 15], 3: [1, 1, 1, 37], 4: [2]}
+    assert merged.tokens == {3: 20, 4: 2}  # the second file does not say how many layer 1 saw
+
+
+def test_a_batch_counts_by_its_tokens(tmp_path: Path) -> None:
+    path = write_stats(tmp_path / "a.json", {0: [3, 4]})
+    data = json.loads(path.read_text())
+    data["expert_stats"]["layer_0_expert_0"]["total_tokens_processed"] = 96
+    path.write_text(json.dumps(data))
+    assert lists(read_activity([path])) == {0: [96, 4]}
+
+
+def test_sglangs_dumps(tmp_path: Path) -> None:
+    """Of mode stat, per_pass with two copies of an expert, and per_token; layer 0 is dense."""
+    logical = torch.tensor([[0, 0, 0, 0], COUNTS[1], [0, 0, 0, 0], COUNTS[3]], dtype=torch.int32)
+    torch.save({"rank": 0, "logical_count": torch.stack([logical, logical])}, tmp_path / "stat.pt")
+    assert lists(read_activity([tmp_path / "stat.pt"])) == {n: [2 * c for c in row] for n, row in COUNTS.items()}
+
+    places = torch.tensor([[0, 1, 2, 3, 0]]).repeat(4, 1)  # a fifth place holds expert 0 again
+    physical = torch.cat([logical, torch.zeros(4, 1, dtype=torch.int32)], 1)
+    physical[1, 0], physical[1, 4] = 2, 3
+    records = [{"forward_pass_id": 1, "global_physical_count": physical}]
+    torch.save({"records": records, "last_physical_to_logical_map": places}, tmp_path / "pass.pt")
+    assert lists(read_activity([tmp_path / "pass.pt"])) == COUNTS
+
+    ids = torch.full((4, 6, 2), -1)
+    ids[1, :2] = torch.tensor([[4, 2], [0, 3]])
+    torch.save({"records": [{"topk_ids_of_layer": ids}], "last_physical_to_logical_map": places}, tmp_path / "token.pt")
+    assert lists(read_activity([tmp_path / "token.pt"])) == {1: [2, 0, 1, 1]}
+
+
+class Stranger:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("/tmp/mixprec-was-run"),))
+
+
+def test_a_pickles_code_is_not_run(tmp_path: Path) -> None:
+    torch.save({"logical_count": Stranger()}, tmp_path / "x.pt")
+    with pytest.raises(StatsError, match="no dump of SGLang's expert distribution recorder"):
+        read_activity([tmp_path / "x.pt"])
+    assert not Path("/tmp/mixprec-was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no expert activity of mixprec or SGLang"),
+        ("{}", "`expert_stats` is missing"),
+        ('{"expert_stats": []}', "`expert_stats` is not an object"),
+        ('{"expert_stats": {"x": {"layer_id": 0}}}', "`expert_id` is missing"),
+        ('{"expert_stats": {"x": {"layer_id": 0, "expert_id": 99999999999}}}', "`expert_id` is 99999999999"),
+        ('{"expert_stats": {"x": {"layer_id": -1, "expert_id": 1}}}', "`layer_id` is -1, a number from 0 up"),
+        ('{"expert_stats": {}}', "counts no expert at all; record while the server answers requests"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(StatsError, match=re.escape(message)):
+        read_activity([tmp_path / "x.json"])
+
+
+def test_torch_is_needed_for_dumps_only(tmp_path: Path) -> None:
+    write_stats(tmp_path / "a.json", COUNTS)
+    (tmp_path / "b.pt").write_bytes(b"")
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pathlib import Path; from mixprec_build.activity import read_activity\n"
+        "folder = Path(sys.argv[1]); read_activity([folder / 'a.json'])\n"
+        "try: read_activity([folder / 'b.pt'])\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("StatsError") and "is read with torch; pip install torch" in done.stdout
+
+
+# The command and its pictures
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = write_stats(tmp_path / "a.json", COUNTS, {1: 20, 3: 20})
+    page = tmp_path / "heat.html"
+    done = CliRunner().invoke(app, ["experts", str(path), str(path), "--top", "2", "--heatmap", str(page), "--json"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert (facts["activations"], facts["tokens"], facts["experts"]) == (160, 40, 8)
+    assert [(e["layer"], e["expert"], e["activations"]) for e in facts["top_experts"]] == [(3, 3, 74), (1, 2, 40)]
+    assert facts["layers"][1]["top_10_percent_coverage"] == 0.925
+    assert facts["layers"][0]["unused"] == 1
+    text = page.read_text()
+    assert text.count("<td ") == 8 and 'title="layer 3, expert 3: 74 tokens, 3.70 of the mean"' in text
+    assert "http" not in text  # nothing is fetched to show it
+    shown = CliRunner().invoke(app, ["experts", str(path)])
+    assert "Load balance" in shown.output and "Heat map: a block is an expert" in shown.output
+
+
+def test_blocks_in_a_terminal() -> None:
+    activity = Activity({0: np.array([0, 4, 0, 0]), 1: np.array([1, 1, 1, 1]), 2: np.array([2, 2])}, {})
+    console = Console(width=80, force_terminal=True, color_system="truecolor")
+    with console.capture() as captured:
+        show_heatmap(activity, console)
+    lines = captured.get().splitlines()
+    assert len(lines) == 3 and lines[1].count("▀") == 4
+    assert "38;2;253;231;37" in lines[1]  # the busiest is the brightest
+    wide = Activity({0: np.arange(100)}, {})
+    console = Console(width=24, color_system=None, record=True)
+    show_heatmap(wide, console)
+    shown = console.export_text().splitlines()
+    assert shown[0].endswith("a block is 7 ") and len(shown[-1]) == 7 + 15  # of 16 that fit
+
+
+def test_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    activity = Activity({layer: np.random.default_rng(layer).integers(0, 50, 64) for layer in range(12)}, {})
+    draw_heatmap(activity, tmp_path / "heat.png")
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_other_kinds(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"pictures are written as \.png"):
+        draw_heatmap(Activity({0: np.array([1])}, {}), tmp_path / "heat.gif")
