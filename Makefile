@@ -67,6 +67,7 @@ gpu-test:
 gpu-bench:
 	$(PYTHON) tests/benchmarks/mixed_experts.py
 	$(PYTHON) tests/benchmarks/serving.py .demo/gpu-bench
+	$(PYTHON) tests/benchmarks/loading.py .demo/gpu-loading
 
 lint: setup
 	$(BIN)/ruff check .

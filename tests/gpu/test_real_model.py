@@ -33,6 +33,8 @@ NEW_TOKENS = 24
 
 @pytest.mark.skipif(not DEMO.exists(), reason=f"needs {DEMO}, which `make demo` makes")
 def test_real_weights_answer_as_in_transformers() -> None:
+    """Token for token what transformers finds best, given those before, or as good as that: FP8 rounds activations
+    too, and now and then two tokens are that near."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     ids = [tokenizer(text).input_ids for text in TEXTS]
     options = {"ids": ids, "new_tokens": NEW_TOKENS, "engine": {"mem_fraction_static": 0.3}}
@@ -44,8 +46,12 @@ def test_real_weights_answer_as_in_transformers() -> None:
         write_dense(DEMO, Path(folder))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
     for text, prompt, tokens in zip(TEXTS, ids, served, strict=True):
-        due = model.generate(torch.tensor([prompt], device="cuda"), max_new_tokens=NEW_TOKENS, do_sample=False)
-        due = due[0, len(prompt) :].tolist()
-        print(f"{text}|{tokenizer.decode(tokens)}")
-        assert tokens[: len(due)] == due, f"{text}: transformers goes on {tokenizer.decode(due)!r}"
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens], device="cuda")).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1)
+        behind = logprobs.amax(-1) - logprobs.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
+        print(
+            f"{text}|{tokenizer.decode(tokens)}| {(behind == 0).sum()} of {len(tokens)}, {behind.max():.2f} nats behind"
+        )
+        assert behind.max() < 0.5, text
     assert "Paris" in tokenizer.decode(served[0])
