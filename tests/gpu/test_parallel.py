@@ -83,8 +83,12 @@ class Servers:
         for name, options in {"alone": {}, **DEGREES, **WITHOUT_FILES}.items():
             if gpus(options) <= torch.cuda.device_count():
                 # On four ranks the merged files cannot be cut.
-                for home in (self.own, self.merged) if name in DEGREES and name != "tp4" else (self.merged,):
+                homes = (self.own, self.merged) if name in DEGREES and name != "tp4" else (self.merged,)
+                for home in homes:
                     self._ask(self.own if name == "tp4" else home, name, options)
+        # Does SGLang compile a plain model of this kind here?
+        self._ask(sources["bf16"], "torch.compile", WITHOUT_FILES["torch.compile"])
+        self.plain = sources["bf16"]
 
     @staticmethod
     def _mixprec(*arguments: object) -> None:
@@ -116,6 +120,9 @@ class Servers:
             pytest.skip("needs more GPUs")
         return future.result()
 
+    def serves(self, name: str, home: Path) -> bool:
+        return self._answers[home, name].exception() is None
+
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Servers:
@@ -138,7 +145,12 @@ def test_own_files_serve_what_the_merged_ones_do(servers: Servers, name: str) ->
 @pytest.mark.parametrize("name", [*DEGREES, *WITHOUT_FILES])
 def test_ranks_answer_as_one_gpu(servers: Servers, name: str) -> None:
     """Up to what another order of sums does: a token more or less for an expert, now and then."""
-    answer = servers.answer(name, servers.own if name == "tp4" else None)
+    try:
+        answer = servers.answer(name, servers.own if name == "tp4" else None)
+    except AssertionError as error:
+        if name == "torch.compile" and not servers.serves(name, servers.plain):
+            pytest.skip(f"SGLang cannot compile the plain BF16 model here, either: {str(error)[-300:]}")
+        raise
     alone = servers.answer("alone")
     distance = divergence(alone, answer)
     print(f"\n{name}: KL to one GPU {distance:.2e}")

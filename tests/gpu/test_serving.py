@@ -33,8 +33,8 @@ SIZES = {"hidden": 1024, "layers": 4, "heads": 16, "kv_heads": 8, "head_dim": 12
 DENSE = QWEN3.of(**SIZES, intermediate=3072)
 MOE = QWEN3_MOE.of(**SIZES, experts=32, top_k=8, expert_intermediate=512)
 VARIANTS = [
-    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "awq_int4", "ct_int4", "ct_int4_asym", "ct_int8",
-    "ct_fp8_block", "ct_fp8_weight",
+    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8",
+    "awq_int4", "ct_int4", "ct_int4_asym", "ct_int8", "ct_fp8_block", "ct_fp8_weight",
 ]  # fmt: skip
 
 # name -> (shape, lines of `weights:`)
@@ -144,7 +144,10 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 # Stock SGLang takes FP8 by channels with unquantized activations for Int4 (0.5.17), so that cannot be compared.
-EVERYWHERE = ("bf16", "fp8_block", "fp8_channel", "gptq_int4", "awq_int4", "ct_int4", "ct_int8")
+EVERYWHERE = (
+    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8",
+    "awq_int4", "ct_int4", "ct_int8",
+)  # fmt: skip
 IDENTITIES = [
     *((shape, variant) for shape in (DENSE, MOE) for variant in EVERYWHERE),
     *((DENSE, variant) for variant in ("ct_int4_asym", "ct_fp8_block")),
@@ -153,8 +156,8 @@ IDENTITIES = [
 
 def _identity(server: Server, shape: Shape, variant: str) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:
     # Stock GPTQ experts run in FP16 only.
-    options: dict[str, Any] = {"dtype": "half" if variant == "gptq_int4" and shape.experts else "bfloat16"}
-    methods = {"fp8_channel": "w8a8_fp8", "awq_int4": "awq_marlin"}
+    options: dict[str, Any] = {"dtype": "half" if variant.startswith("gptq") and shape.experts else "bfloat16"}
+    methods = {"fp8_channel": "w8a8_fp8", "int8_channel": "w8a8_int8", "awq_int4": "awq_marlin"}
     engine = {"engine": {"quantization": methods[variant]}} if variant in methods else {}
     native = {**options, **engine}
     lines = [] if variant == "bf16" else [f"*: {variant}"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import rank_of, serve
+from harness import load, make, rank_of, serve
 from mixes import MIXES, mix
 from safetensors.torch import load_file
 
+from mixprec_build.manifest import read_manifest
 from mixprec_build.presplit import Degree
 from mixprec_build.split import split
 
@@ -55,6 +56,24 @@ def test_a_rank_serves_its_own_files(folder: Path, tmp_path: Path, name: str, de
             held = parameters(serve(out))
         assert held.keys() == due.keys()
         assert all(torch.equal(bits(held[name]), bits(due[name])) for name in due)
+
+
+def test_a_rank_reads_its_own_bytes_once(folder: Path, tmp_path: Path) -> None:
+    """As the kernel counts what this process reads, page cache included."""
+    out = shutil.copytree(mix(folder, "qwen3_moe"), tmp_path / "out")
+    split(out, Degree(2))
+    for rank in range(2):
+        with rank_of(rank, 2):
+            model, config = make(out)
+            before = read_so_far()
+            load(model, config)
+            read = read_so_far() - before
+        listed = read_manifest(out)["presplit"][Degree(2).folder(rank)]["bytes"]
+        assert listed <= read <= 1.02 * listed
+
+
+def read_so_far() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
