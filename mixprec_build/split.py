@@ -9,12 +9,13 @@ manifest lists is whole.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 import xxhash
 
 from .copier import Progress, pwrite_all, write_errors
-from .errors import SourceError, SplitError, VerifyError, WriteError
+from .errors import OutputError, SourceError, SplitError, VerifyError, WriteError
 from .formats.base import Format, numpy_dtype
 from .header import (
     TensorInfo,
@@ -88,8 +89,36 @@ def split(
     Raises:
         VerifyError: ``folder`` is no compiled checkpoint.
         SplitError: it cannot be cut like that.
+        OutputError: another split is writing there.
         WriteError: the disk is full, fails, or forbids it.
     """
+    with _alone(folder):
+        return _split(folder, degree, ranks, jobs, shard_size, progress)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One split of a checkpoint at a time: each lists its ranks in the same manifest."""
+    with write_errors(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{folder}: another `mixprec split` is writing there; wait for it") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def _split(
+    folder: Path,
+    degree: Degree,
+    ranks: Iterable[int] | None,
+    jobs: int | None,
+    shard_size: int,
+    progress: Progress | None,
+) -> list[Path]:
     manifest = read_manifest(folder)
     wanted = sorted(set(range(degree.tp) if ranks is None else ranks))
     if any(not 0 <= rank < degree.tp for rank in wanted) or not wanted:

@@ -89,7 +89,7 @@ def test_two_ranks_answer_as_transformers(folder: Path, tmp_path: Path, name: st
     assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "experts"), [("qwen3_moe", 1), ("deepseek", 2)])
+@pytest.mark.parametrize(("name", "experts"), [("qwen3_moe", 1), ("mixtral", 2)])
 def test_two_ranks_answer_from_their_own_files(folder: Path, tmp_path: Path, name: str, experts: int) -> None:
     """As from the merged ones, which are gone."""
     out = Path(shutil.copytree(mix(folder, name), tmp_path / "out"))

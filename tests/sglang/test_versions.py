@@ -21,7 +21,7 @@ from mixprec_runtime.plugin import version_problem
 HERE = Path(__file__).parent
 SITES = [Path(site) for site in os.environ.get("MIXPREC_SGLANG_VERSIONS", "").split(os.pathsep) if site]
 # An engine of each version would take minutes.
-LEFT_OUT = {"test_versions.py", "test_cpu_engine.py"}
+LEFT_OUT = {"test_versions.py", "test_cpu_engine.py", "test_activity.py"}
 
 
 @pytest.mark.skipif(not SITES, reason="MIXPREC_SGLANG_VERSIONS is not set")
@@ -39,6 +39,6 @@ def test_another_sglang_passes_the_tests(site: Path) -> None:
     assert version_problem(version) is None
     files = [str(path) for path in sorted(HERE.glob("test_*.py")) if path.name not in LEFT_OUT]
     command = [sys.executable, "-m", "pytest", "-o", "filterwarnings=default", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, cwd=HERE.parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment, cwd=HERE.parents[1])
     print(version, done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stdout[-8000:]

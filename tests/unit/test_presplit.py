@@ -21,11 +21,11 @@ from tiny import tree
 
 from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.cli import main
-from mixprec_build.errors import RecipeError, SplitError, VerifyError
+from mixprec_build.errors import OutputError, RecipeError, SplitError, VerifyError
 from mixprec_build.manifest import read_manifest
 from mixprec_build.presplit import Degree
 from mixprec_build.sources import open_source
-from mixprec_build.split import split, splitter_of
+from mixprec_build.split import _alone, split, splitter_of
 from mixprec_build.verify import verify
 
 # 384 columns are 192 for each of two ranks: one and a half blocks.
@@ -314,6 +314,11 @@ def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest
     monkeypatch.undo()
     split(out, Degree(2))
     assert not verify(out).differences
+
+
+def test_two_splits_exclude_each_other(out: Path) -> None:
+    with _alone(out), pytest.raises(OutputError, match="another `mixprec split` is writing there; wait for it"):
+        split(out, Degree(2))
 
 
 def test_an_index_of_another_kind_is_refused(out: Path) -> None:
