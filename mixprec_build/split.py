@@ -27,6 +27,7 @@ from .copier import Progress, pwrite_all, write_errors
 from .errors import OutputError, SourceError, SplitError, VerifyError, WriteError
 from .formats.base import Format, numpy_dtype
 from .header import (
+    DTYPE_BITS,
     TensorInfo,
     build_header,
     header_length,
@@ -331,13 +332,16 @@ def read_rank(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: i
         if checksum_of(data) != listed[CHECKSUM]:
             raise VerifyError(f"{path}: was changed after it was written; remove {folder / name} and split again")
         index = load_json(data, _MAX_INDEX_VALUES)
-        return RankIndex(
-            degree,
-            rank,
-            folder / name,
-            {str(k): v for k, v in index["parameters"].items()},
-            {str(k): (int(v[0]), int(v[1])) for k, v in index["padded"].items()},
-        )
+        for key, entry in index["parameters"].items():
+            sizes = entry["shape"]
+            whole = isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes)
+            texts = all(isinstance(entry[field], str) for field in ("dtype", "file", CHECKSUM))
+            if not whole or not texts or entry["dtype"] not in DTYPE_BITS:
+                raise ValueError(f"the entry of {key:.200}")
+        padded = {key: (native, held) for key, (native, held) in index["padded"].items()}
+        if not all(type(n) is int and 0 < n < 1 << 31 for columns in padded.values() for n in columns):
+            raise ValueError("columns that are no numbers")
+        return RankIndex(degree, rank, folder / name, index["parameters"], padded)
     except SourceError as error:
         raise VerifyError(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:

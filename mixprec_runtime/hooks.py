@@ -66,6 +66,8 @@ def initialize_model(
     files = loader.files_of_this_rank(folder, manifest)
     if files is not None:
         quant_config.padded = files.padded
+    elif Path(model_config.model_path).is_dir():  # SGLang fetches what is on the hub later
+        loader.require_merged(folder, manifest, f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
     declared = tensor_entries(manifest)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
@@ -79,6 +81,7 @@ def initialize_model(
         if files is not None:
             if files.padded:
                 raise RuntimeError(f"the files in {files.folder} are not for this run: {unfit}")
+            loader.require_merged(folder, manifest, f"the files in {files.folder} are not for this run ({unfit})")
             logger.warning("mixprec reads the merged files, those in %s are not for this run: %s", files.folder, unfit)
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
 

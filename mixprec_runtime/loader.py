@@ -25,7 +25,7 @@ from mixprec_build.split import RankIndex, open_rank, read_rank
 
 from .strict import CASTS, DTYPES, LoadError, may_be_empty
 
-__all__ = ["files_of_this_rank", "load", "mismatch", "pad"]
+__all__ = ["files_of_this_rank", "load", "mismatch", "pad", "require_merged", "this_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,26 @@ def files_of_this_rank(folder: Path, manifest: Mapping[str, Any]) -> RankIndex |
         return read_rank(folder, manifest, Degree(parallel.tp_size, parallel.moe_ep_size), parallel.tp_rank)
     except MixprecError as error:
         raise RuntimeError(str(error)) from error
+
+
+def require_merged(folder: Path, manifest: Mapping[str, Any], because: str) -> None:
+    """Raises ``RuntimeError`` where this run needs the merged files, and they are not there."""
+    missing = [name for name, entry in manifest["files"].items() if "header" in entry and not (folder / name).exists()]
+    if not missing:
+        return
+    degrees = sorted({name.split("/")[1] for name in manifest.get("presplit", {})})
+    have = f"it has files cut for {', '.join(degrees)}" if degrees else "it has no files cut for ranks"
+    raise RuntimeError(
+        f"{folder}: {missing[0]} is not there, and {because}; {have}. Start SGLang with the --tp and --ep-size of "
+        "one of these, or bring the merged files, and `mixprec split` them for this run"
+    )
+
+
+def this_run() -> str:
+    """``"tp4-ep1"``."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return str(Degree(get_parallel().tp_size, get_parallel().moe_ep_size))
 
 
 def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]]) -> None:
@@ -110,7 +130,8 @@ def mismatch(model: Module, index: RankIndex) -> str | None:
             return f"they have no {name}"
         if tuple(entry["shape"]) != tuple(parameter.shape):
             return f"{name} is {entry['shape']} in them and {list(parameter.shape)} in SGLang"
-        if DTYPES[entry["dtype"]] != parameter.dtype and not {DTYPES[entry["dtype"]], parameter.dtype} <= CASTS:
+        stored = DTYPES.get(entry["dtype"])
+        if stored != parameter.dtype and not {stored, parameter.dtype} <= CASTS:
             return f"{name} is {entry['dtype']} in them and {parameter.dtype} in SGLang"
     extra = sorted(index.parameters.keys() - parameters.keys())
     return f"SGLang has no {extra[0]}" if extra else None

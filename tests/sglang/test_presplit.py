@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,40 @@ def test_a_rank_serves_its_own_files(folder: Path, tmp_path: Path, name: str, de
             held = parameters(serve(out))
         assert held.keys() == due.keys()
         assert all(torch.equal(bits(held[name]), bits(due[name])) for name in due)
+
+
+def test_a_run_that_no_files_are_for_is_told_which_there_are(folder: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(mix(folder, "qwen3"), tmp_path / "out")
+    split(out, Degree(2))
+    split(out, Degree(4), ranks=[0])
+    for file in out.glob("*.safetensors"):
+        file.unlink()
+    with rank_of(1, 4), pytest.raises(RuntimeError, match="this run is tp4-ep1; it has files cut for tp2-ep1, tp4-ep1"):
+        make(out)
+    with rank_of(0, 4):
+        make(out)
+
+
+def test_files_for_layers_made_in_another_way_are_not_read(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    """Then the merged ones are, and the log says why; without them the server stops."""
+    out = shutil.copytree(mix(folder, "qwen3"), tmp_path / "out")
+    split(out, Degree(2))
+    due = parameters(serve(mix(folder, "qwen3")))
+    with rank_of(0, 2):
+        model, config = make(out)
+    (name, parameter), *_ = model.named_parameters()
+    parameter.data = parameter.data[:-1]
+    reason = f"{name} is "
+    with rank_of(0, 2), pytest.raises(Exception, match="size"):
+        load(model, config)  # SGLang's own loader, which does not fit either
+    assert reason in caplog.text and due
+    with rank_of(0, 2):
+        model, config = make(out)
+        for file in out.glob("*.safetensors"):
+            file.unlink()
+        next(model.parameters()).data = parameter.data
+        with pytest.raises(RuntimeError, match=r"are not for this run \(.* in SGLang\)"):
+            load(model, config)
 
 
 def test_a_rank_reads_its_own_bytes_once(folder: Path, tmp_path: Path) -> None:

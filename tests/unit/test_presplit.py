@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from tiny import tree
 
 from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.cli import main
-from mixprec_build.errors import OutputError, RecipeError, SplitError, VerifyError
-from mixprec_build.manifest import read_manifest
+from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
+from mixprec_build.manifest import CHECKSUM, checksum_of, read_manifest
 from mixprec_build.presplit import Degree
 from mixprec_build.sources import open_source
-from mixprec_build.split import _alone, split, splitter_of
+from mixprec_build.split import _alone, open_rank, read_rank, split, splitter_of
 from mixprec_build.verify import verify
 
 # 384 columns are 192 for each of two ranks: one and a half blocks.
@@ -322,12 +323,45 @@ def test_two_splits_exclude_each_other(out: Path) -> None:
 
 
 def test_an_index_of_another_kind_is_refused(out: Path) -> None:
-    from mixprec_build.split import read_rank
-
     (one, _) = split(out, Degree(2))
     (one / "index.json").write_text(json.dumps({"parameters": []}))
     with pytest.raises(VerifyError, match=r"index\.json: was changed after it was written"):
         read_rank(out, read_manifest(out), Degree(2), 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "F3"), ("dtype", ["BF16"]), ("shape", "wide"), ("shape", [2, -1]), ("shape", [True]), ("file", 7),
+        ("parameters", []), ("padded", {"a": [1]}), ("padded", {"a": [1, "x"]}), ("padded", 3), (None, None),
+    ],
+)  # fmt: skip
+def test_a_hostile_index_is_refused(out: Path, field: str | None, value: Any) -> None:
+    """Even one that the manifest vouches for."""
+    (one, _) = split(out, Degree(2))
+    index = json.loads((one / "index.json").read_text())
+    if field is None:
+        index = [index]
+    elif field in index:
+        index[field] = value
+    else:
+        index["parameters"]["model.norm.weight"][field] = value
+    data = json.dumps(index).encode()
+    (one / "index.json").write_bytes(data)
+    manifest = read_manifest(out)
+    manifest["presplit"][Degree(2).folder(0)][CHECKSUM] = checksum_of(data)
+    with pytest.raises(VerifyError, match=r"index\.json: damaged"):
+        read_rank(out, manifest, Degree(2), 0)
+
+
+@pytest.mark.parametrize("file", ["../../../config.json", "/etc/passwd", "gone.safetensors"])
+def test_files_outside_of_a_ranks_folder_are_not_opened(out: Path, file: str) -> None:
+    (one, _) = split(out, Degree(2))
+    index = read_rank(out, read_manifest(out), Degree(2), 0)
+    assert index is not None
+    entries = {name: {**entry, "file": file} for name, entry in index.parameters.items()}
+    with pytest.raises(SourceError, match=str(one)):
+        open_rank(replace(index, parameters=entries))
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
