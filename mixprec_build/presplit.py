@@ -242,7 +242,7 @@ class Splitter:
             self.shares[owner] = Share(whole, ranks, held)
 
     def _advice(self, whole: int) -> str:
-        fitting = [str(tp) for tp in (1, 2, 4, 8, 16) if whole % tp == 0]
+        fitting = [str(ranks) for ranks in range(1, 17) if whole % ranks == 0]
         return f"{', '.join(fitting)} would do"
 
     def _cut(self, name: str, rank: int) -> _Cut:
