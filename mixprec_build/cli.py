@@ -172,20 +172,19 @@ def split(
     quiet: Quiet = False,
 ) -> None:
     """Cut a compiled checkpoint for the ranks that will serve it: each then reads its own files only."""
-    from .presplit import Degree
+    from .presplit import Degree, Splitter
     from .report import human
-    from .sources import open_source
     from .split import split as run
-    from .split import splitter_of
 
     degree = Degree(tp, ep)
-    chosen = None if ranks is None else _numbers(ranks)
-    splitter = splitter_of(open_source(str(folder)), degree)
-    if not quiet:
-        for remark in splitter.remarks():
-            print(f"note: {remark}", file=sys.stderr)
-    with _bar("cutting", splitter.total_bytes() // tp * len(chosen or range(tp)), quiet) as progress:
-        written = run(folder, degree, ranks=chosen, jobs=jobs, progress=progress)
+    with ExitStack() as stack:
+
+        def watch(splitter: Splitter, nbytes: int) -> Progress:
+            for remark in [] if quiet else splitter.remarks():
+                print(f"note: {remark}", file=sys.stderr)
+            return stack.enter_context(_bar("cutting", nbytes, quiet))
+
+        written = run(folder, degree, ranks=None if ranks is None else _numbers(ranks), jobs=jobs, watch=watch)
     if not quiet:
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
         print(f"{folder}/presplit/{degree}: files of {len(written)} ranks, {human(size)}")

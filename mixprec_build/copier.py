@@ -20,11 +20,11 @@ from pathlib import Path
 import xxhash
 
 from .errors import SourceError, WriteError
-from .header import open_regular, pread_all
+from .header import open_regular, pread_all, pread_into
 from .plan import Plan, PlannedShard, PlannedTensor
 from .stage import Stage
 
-__all__ = ["Copier", "Progress", "pwrite_all", "write_errors"]
+__all__ = ["Copier", "Progress", "check_space", "pwrite_all", "write_errors"]
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just done, from any thread."""
@@ -148,15 +148,9 @@ class Copier:
             yield _Batch(output, copy, start, group)
 
     def _check_space(self) -> None:
-        """A disk too small is told before hours of copying."""
         unfinished = (s for s in self._plan.shards if s.file not in self._stage.finished and s.link is None)
         need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished)
-        with write_errors(self._stage.folder):
-            free = os.statvfs(self._stage.folder)
-        if need > free.f_bavail * free.f_frsize:
-            raise WriteError(
-                f"{self._stage.folder.parent}: {need} bytes are needed, {free.f_bavail * free.f_frsize} are free"
-            )
+        check_space(self._stage.folder.parent, need)
 
     def _key(self, shard: PlannedShard) -> str:
         """Stands for all that a shard's bytes depend on: its header, and the ranges and states of its sources."""
@@ -247,17 +241,14 @@ class Copier:
     def _read(self, tensor: PlannedTensor, at: int, window: memoryview) -> None:
         """Fills ``window`` from the byte ``at`` of a tensor on."""
         fd = self._sources[tensor.source, tensor.info.file]
-        done = 0
-        while done < len(window):
-            try:
-                got = os.preadv(fd, [window[done:]], tensor.info.start + at + done)
-            except OSError as error:
-                path = self._paths[tensor.source, tensor.info.file]
-                raise SourceError(f"cannot read {tensor.info.name}: {error.strerror}", path=path) from error
-            if got == 0:
-                path = self._paths[tensor.source, tensor.info.file]
-                raise SourceError(f"ends inside {tensor.info.name}; fetch the file again", path=path)
-            done += got
+        try:
+            got = pread_into(fd, window, tensor.info.start + at)
+        except OSError as error:
+            path = self._paths[tensor.source, tensor.info.file]
+            raise SourceError(f"cannot read {tensor.info.name}: {error.strerror}", path=path) from error
+        if got < len(window):
+            path = self._paths[tensor.source, tensor.info.file]
+            raise SourceError(f"ends inside {tensor.info.name}; fetch the file again", path=path)
 
     def _note(self, tensor: PlannedTensor, checksum: str) -> None:
         self._checksums[tensor.source, tensor.info.name] = checksum
@@ -321,6 +312,15 @@ def start_writeback(fd: int) -> None:
     """Has the kernel start writing a file's dirty pages: the disk works while the copy goes on, not after it."""
     if _sync_file_range is not None:
         _sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # SYNC_FILE_RANGE_WRITE, fcntl.h
+
+
+def check_space(folder: Path, need: int) -> None:
+    """A disk too small is told before hours of copying. Raises :class:`WriteError`."""
+    with write_errors(folder):
+        disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if need > free:
+        raise WriteError(f"{folder}: {need} bytes are needed, {free} are free")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import xxhash
 
 from .errors import SourceError
 from .formats.base import Format, numpy_dtype
-from .header import TensorInfo, header_length, open_regular, parse_header, pread_all
+from .header import TensorInfo, open_regular, parse_header, pread_all, read_header
 from .sources import Source
 
 __all__ = ["Distortion", "DistortionCache", "Moments", "default_cache", "measure"]
@@ -63,13 +63,8 @@ class Moments:
     def __init__(self, path: Path):
         """Raises :class:`SourceError` for a file that is no safetensors file."""
         self._path = path
-        fd = open_regular(path)
-        try:
-            size = os.fstat(fd).st_size
-            length = 8 + header_length(pread_all(fd, 8, 0), path=path, file_size=size)
-            tensors, _ = parse_header(pread_all(fd, length, 0), path=path, file=path.name, file_size=size)
-        finally:
-            os.close(fd)
+        data, size = read_header(path)
+        tensors, _ = parse_header(data, path=path, file=path.name, file_size=size)
         self._tensors: Mapping[str, TensorInfo] = {name.removesuffix(".weight"): t for name, t in tensors.items()}
 
     def of(self, module: str, inputs: int) -> npt.NDArray[np.float64]:

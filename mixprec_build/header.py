@@ -28,6 +28,8 @@ __all__ = [
     "open_regular",
     "parse_header",
     "pread_all",
+    "pread_into",
+    "read_header",
     "read_regular",
 ]
 
@@ -76,6 +78,28 @@ def pread_all(fd: int, length: int, offset: int) -> bytes:
         parts.append(data)
         length, offset = length - len(data), offset + len(data)
     return b"".join(parts)
+
+
+def pread_into(fd: int, window: memoryview, offset: int) -> int:
+    """Fills ``window`` with these bytes of a file; how many there were is less than its length only where it ends."""
+    done = 0
+    while done < len(window) and (got := os.preadv(fd, [window[done:]], offset + done)):
+        done += got
+    return done
+
+
+def read_header(path: Path) -> tuple[bytes, int]:
+    """What :func:`parse_header` takes of a file on this machine: its first ``8 + N`` bytes, and its size.
+
+    Raises:
+        SourceError: it is no regular file, or none of safetensors.
+    """
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        return pread_all(fd, 8 + header_length(pread_all(fd, 8, 0), path=path, file_size=size), 0), size
+    finally:
+        os.close(fd)
 
 
 def read_regular(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:

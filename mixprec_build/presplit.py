@@ -72,6 +72,8 @@ class Share:
     whole: int
     ranks: int
     held: int
+    step: int = 1
+    """What ``held`` is to be a multiple of."""
 
     @property
     def native(self) -> int:
@@ -156,7 +158,6 @@ class Splitter:
     degree: Degree
     shares: dict[str, Share] = field(init=False, default_factory=dict)
     """MLP or ``...experts`` -> how its columns are shared out."""
-    _steps: dict[str, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         family = self.config.get("model_type")
@@ -203,17 +204,13 @@ class Splitter:
             by_share.setdefault(share, []).append(name)
         remarks = []
         for share, names in by_share.items():
-            less = [tp for tp in range(share.ranks - 1, 0, -1) if share.whole % tp == 0 and self._fits(names[0], tp)]
-            advice = f"; {less[0]} ranks would need none" if share.padding > WASTEFUL and less else ""
+            fitting = [n for n in range(share.ranks - 1, 0, -1) if share.whole % (n * share.step) == 0]
+            advice = f"; {fitting[0]} ranks would need none" if share.padding > WASTEFUL and fitting else ""
             remarks.append(
                 f"{self.degree}: a rank's {share.native} columns of {', '.join(compress(names)[:3])} are filled up to "
                 f"{share.held} with zeros ({share.padding:.0%} more weights there){advice}"
             )
         return remarks
-
-    def _fits(self, owner: str, ranks: int) -> bool:
-        share = self.shares[owner]
-        return share.whole // ranks % self._steps[owner] == 0
 
     # What is cut, and where
 
@@ -236,10 +233,9 @@ class Splitter:
             if whole % ranks:
                 raise SplitError(f"{owner}: {whole} columns cannot be shared by {ranks} ranks; {self._advice(whole)}")
             step = lcm(*(step for _, _, step in members))
-            self._steps[owner] = step
             native = whole // ranks
             held = native if ranks == 1 or native % step == 0 else -(-whole // (step * ranks)) * step
-            self.shares[owner] = Share(whole, ranks, held)
+            self.shares[owner] = Share(whole, ranks, held, step)
 
     def _advice(self, whole: int) -> str:
         fitting = [str(ranks) for ranks in range(1, 17) if whole % ranks == 0]

@@ -23,19 +23,20 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .copier import Progress, pwrite_all, write_errors
-from .errors import OutputError, SourceError, SplitError, VerifyError, WriteError
+from .checkpoint import Checkpoint
+from .copier import Progress, check_space, pwrite_all, write_errors
+from .errors import OutputError, SourceError, SplitError, VerifyError
 from .formats.base import Format, numpy_dtype
 from .header import (
     DTYPE_BITS,
     TensorInfo,
     build_header,
-    header_length,
     inside,
     load_json,
     open_regular,
     parse_header,
-    pread_all,
+    pread_into,
+    read_header,
     read_regular,
 )
 from .manifest import CHECKSUM, MANIFEST, checksum_of, dump_manifest, read_manifest
@@ -62,6 +63,8 @@ class RankIndex:
     folder: Path
     parameters: Mapping[str, Mapping[str, Any]]
     """Name -> dtype, shape, file, checksum."""
+    files: Mapping[str, Mapping[str, Any]]
+    """Name -> bytes, checksum of its header."""
     padded: Mapping[str, tuple[int, int]]
     """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that its files have."""
 
@@ -81,11 +84,12 @@ def split(
     ranks: Iterable[int] | None = None,
     jobs: int | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
-    progress: Progress | None = None,
+    watch: Callable[[Splitter, int], Progress] | None = None,
 ) -> list[Path]:
     """Writes the files of ``ranks`` (all of them) of a compiled checkpoint and lists them in its manifest.
 
-    Ranks that are there already are left as they are. Returns the folders of all ranks asked for.
+    Ranks that are there already are left as they are. ``watch`` is given the cut and the bytes to be written, and
+    gives what is called as they are. Returns the folders of all ranks asked for.
 
     Raises:
         VerifyError: ``folder`` is no compiled checkpoint.
@@ -94,7 +98,7 @@ def split(
         WriteError: the disk is full, fails, or forbids it.
     """
     with _alone(folder):
-        return _split(folder, degree, ranks, jobs, shard_size, progress)
+        return _split(folder, degree, ranks, jobs, shard_size, watch)
 
 
 @contextmanager
@@ -118,7 +122,7 @@ def _split(
     ranks: Iterable[int] | None,
     jobs: int | None,
     shard_size: int,
-    progress: Progress | None,
+    watch: Callable[[Splitter, int], Progress] | None,
 ) -> list[Path]:
     manifest = read_manifest(folder)
     wanted = sorted(set(range(degree.tp) if ranks is None else ranks))
@@ -129,7 +133,9 @@ def _split(
     listed = manifest.get("presplit", {})
     missing = [rank for rank in wanted if degree.folder(rank) not in listed]
     plans = {rank: splitter.parameters(rank) for rank in missing}
-    _check_space(folder, sum(p.nbytes for parameters in plans.values() for p in parameters))
+    need = sum(p.nbytes for parameters in plans.values() for p in parameters)
+    check_space(folder, need)
+    progress = watch(splitter, need) if watch is not None else None
     padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
 
     def write(rank: int) -> tuple[str, dict[str, Any]]:
@@ -143,13 +149,6 @@ def _split(
     if entries:
         _list_in_manifest(folder, {**manifest, "presplit": dict(sorted({**listed, **entries}.items()))})
     return [folder / degree.folder(rank) for rank in wanted]
-
-
-def _check_space(folder: Path, need: int) -> None:
-    with write_errors(folder):
-        free = os.statvfs(folder)
-    if need > free.f_bavail * free.f_frsize:
-        raise WriteError(f"{folder}: {need} bytes are needed, {free.f_bavail * free.f_frsize} are free")
 
 
 def _list_in_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -303,14 +302,12 @@ class _Reader:
             raise SourceError(f"{tensor.file} is not on this machine", path=self._source.location)
         if tensor.file not in self._open:
             self._open[tensor.file] = open_regular(path)
-        while window:
-            try:
-                got = os.preadv(self._open[tensor.file], [window], at)
-            except OSError as error:
-                raise SourceError(f"cannot read {tensor.name}: {error.strerror}", path=path) from error
-            if got == 0:
-                raise SourceError(f"ends inside {tensor.name}", path=path)
-            window, at = window[got:], at + got
+        try:
+            got = pread_into(self._open[tensor.file], window, at)
+        except OSError as error:
+            raise SourceError(f"cannot read {tensor.name}: {error.strerror}", path=path) from error
+        if got < len(window):
+            raise SourceError(f"ends inside {tensor.name}", path=path)
 
 
 # Reading back
@@ -341,23 +338,23 @@ def read_rank(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: i
         padded = {key: (native, held) for key, (native, held) in index["padded"].items()}
         if not all(type(n) is int and 0 < n < 1 << 31 for columns in padded.values() for n in columns):
             raise ValueError("columns that are no numbers")
-        return RankIndex(degree, rank, folder / name, index["parameters"], padded)
+        if not all(isinstance(entry["header"], str) for entry in index["files"].values()):
+            raise ValueError("files without checksums of their headers")
+        return RankIndex(degree, rank, folder / name, index["parameters"], index["files"], padded)
     except SourceError as error:
         raise VerifyError(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise VerifyError(f"{path}: damaged: {error!r:.300}; split the checkpoint again") from error
 
 
-def rank_differences(
-    folder: Path, manifest: Mapping[str, Any], progress: Callable[[int], None] | None = None
-) -> Iterator[str]:
+def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
     """Every difference between the per-rank files, what the manifest lists, and the merged tensors."""
     listed = manifest.get("presplit", {})
     present = {str(path.parent.relative_to(folder)) for path in folder.glob(f"presplit/*/*/{INDEX}")}
     present |= {str(path.relative_to(folder)) for path in folder.glob("presplit/*/.*")}
     for name in sorted(present - listed.keys()):
         yield f"{name}: not in the manifest"
-    source = open_source(str(folder)) if listed else None
+    source = Source.of("", checkpoint) if listed else None
     splitters: dict[Degree, Splitter] = {}
     for name in listed:
         degree, rank = _parse(name)
@@ -372,7 +369,7 @@ def rank_differences(
         assert index is not None
         if degree not in splitters:
             splitters[degree] = splitter_of(source, degree)
-        yield from _differences_of(index, source, splitters[degree].parameters(rank), progress)
+        yield from _differences_of(index, source, splitters[degree].parameters(rank))
 
 
 def _parse(name: str) -> tuple[Degree | None, int]:
@@ -386,9 +383,7 @@ def _parse(name: str) -> tuple[Degree | None, int]:
     return (found, number) if found.folder(number) == name else (None, 0)
 
 
-def _differences_of(
-    index: RankIndex, source: Source, parameters: Sequence[Parameter], progress: Callable[[int], None] | None
-) -> Iterator[str]:
+def _differences_of(index: RankIndex, source: Source, parameters: Sequence[Parameter]) -> Iterator[str]:
     try:
         stored = open_rank(index)
     except SourceError as error:
@@ -396,6 +391,10 @@ def _differences_of(
         return
     if extra := {p.name for p in index.folder.iterdir()} - {INDEX, *(t.file for t in stored.values())}:
         yield f"{index.folder / min(extra)}: not in the index"
+    for file in dict.fromkeys(tensor.file for tensor in stored.values()):
+        header, _ = read_header(index.folder / file)
+        if file not in index.files or checksum_of(header) != index.files[file]["header"]:
+            yield f"{index.folder / file}: its header was changed"
     due = {parameter.name: parameter for parameter in parameters}
     for name in sorted(due.keys() ^ stored.keys()):
         yield f"{index.folder}: {name} is {'missing' if name in due else 'no parameter of this rank'}"
@@ -415,8 +414,6 @@ def _differences_of(
             digest = xxhash.xxh3_128()
             for chunk in _contents(parameter, reader):
                 digest.update(chunk)
-                if progress is not None:
-                    progress(len(chunk))
             if digest.hexdigest() != checksum:
                 yield f"{where}: not what the merged tensors would be cut into"
 
@@ -441,13 +438,7 @@ def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
         if Path(file).name != file:
             raise SourceError(f"its index names the file {file!r:.200}", path=index.folder)
         path = inside(index.folder, file)
-        fd = open_regular(path)
-        try:
-            size = os.fstat(fd).st_size
-            length = header_length(pread_all(fd, 8, 0), path=path, file_size=size)
-            data = pread_all(fd, 8 + length, 0)
-        finally:
-            os.close(fd)
+        data, size = read_header(path)
         tensors |= parse_header(data, path=path, file=file, file_size=size)[0]
     for name, entry in index.parameters.items():
         tensor = tensors.get(name)

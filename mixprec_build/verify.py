@@ -69,7 +69,7 @@ def verify(
         for name, entry in module["tensors"].items()
         if name in checkpoint.tensors
     }
-    differences += rank_differences(folder, manifest)
+    differences += rank_differences(folder, manifest, checkpoint)
     bit_for_bit = 0
 
     def check(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, str | None]:

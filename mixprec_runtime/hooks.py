@@ -75,10 +75,10 @@ def initialize_model(
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
         # Later updates of weights, by a trainer say, bring some tensors only.
         del model.load_weights
-        unfit = files and loader.mismatch(model, files)
-        if files is not None and not unfit:
-            return loader.load(model, files, lambda: load_weights(iter(()), *args, **kwargs))
         if files is not None:
+            unfit = loader.mismatch(model, files)
+            if unfit is None:
+                return loader.load(model, files, lambda: load_weights(iter(()), *args, **kwargs))
             if files.padded:
                 raise RuntimeError(f"the files in {files.folder} are not for this run: {unfit}")
             loader.require_merged(folder, manifest, f"the files in {files.folder} are not for this run ({unfit})")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch.nn import Module
 
 from mixprec_build.errors import MixprecError
-from mixprec_build.header import TensorInfo, open_regular
+from mixprec_build.header import TensorInfo, open_regular, pread_into
 from mixprec_build.presplit import Degree
 from mixprec_build.split import RankIndex, open_rank, read_rank
 
@@ -150,7 +151,8 @@ def load(model: Module, index: RankIndex, finish: Callable[[], Any]) -> Any:
     parameters = _parameters(model)
     try:
         tensors = open_rank(index)
-        with _Files(index.folder) as files, ThreadPoolExecutor(_THREADS) as pool:
+        names = dict.fromkeys(tensor.file for tensor in tensors.values())
+        with _Files(index.folder, names) as files, ThreadPoolExecutor(_THREADS) as pool:
             largest_first = sorted(tensors.values(), key=lambda tensor: -tensor.nbytes)
             list(pool.map(lambda tensor: files.read(tensor, parameters[tensor.name]), largest_first))
     except (MixprecError, OSError) as error:
@@ -164,27 +166,23 @@ def load(model: Module, index: RankIndex, finish: Callable[[], Any]) -> Any:
 class _Files:
     """A rank's files, open, and buffers of pinned memory for each thread that reads them."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._open: dict[str, int] = {}
+    def __init__(self, folder: Path, names: Iterable[str]):
         self._mine = local()
+        self._open: dict[str, int] = {}
+        with ExitStack() as stack:
+            for name in names:
+                self._open[name] = open_regular(folder / name)
+                stack.callback(os.close, self._open[name])
+            self._close = stack.pop_all()
 
     def __enter__(self) -> _Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._open.values():
-            os.close(fd)
+        self._close.close()
 
     def read(self, tensor: TensorInfo, into: torch.Tensor) -> None:
-        dtype = DTYPES[tensor.dtype]
-        # setdefault is atomic, and at worst a file is opened twice.
-        fd = self._open.get(tensor.file)
-        if fd is None:
-            opened = open_regular(self._folder / tensor.file)
-            fd = self._open.setdefault(tensor.file, opened)
-            if fd != opened:
-                os.close(opened)
+        dtype, fd = DTYPES[tensor.dtype], self._open[tensor.file]
         if into.dtype == dtype and into.is_contiguous():
             self._read_bytes(fd, tensor, into.reshape(-1).view(torch.uint8))
         else:
@@ -194,14 +192,14 @@ class _Files:
 
     def _read_bytes(self, fd: int, tensor: TensorInfo, into: torch.Tensor) -> None:
         if not into.is_cuda:
-            _preadv(fd, into, tensor.start, tensor)
+            _read_into(fd, into, tensor.start, tensor)
             return
         with torch.cuda.device(into.device), torch.cuda.stream(self._stream()):
             for number, at in enumerate(range(0, tensor.nbytes, _BUFFER)):
                 buffer, copied = self._buffers()[number % 2]
                 copied.synchronize()  # what was read before has left the buffer
                 window = buffer[: min(_BUFFER, tensor.nbytes - at)]
-                _preadv(fd, window, tensor.start + at, tensor)
+                _read_into(fd, window, tensor.start + at, tensor)
                 into[at : at + len(window)].copy_(window, non_blocking=True)
                 copied.record()
 
@@ -221,10 +219,7 @@ class _Files:
         return buffers
 
 
-def _preadv(fd: int, into: torch.Tensor, at: int, tensor: TensorInfo) -> None:
+def _read_into(fd: int, into: torch.Tensor, at: int, tensor: TensorInfo) -> None:
     window = into.numpy().data.cast("B")
-    while window:
-        got = os.preadv(fd, [window], at)
-        if got == 0:
-            raise LoadError(f"{tensor.file} ends inside {tensor.name}")
-        window, at = window[got:], at + got
+    if pread_into(fd, window, at) < len(window):
+        raise LoadError(f"{tensor.file} ends inside {tensor.name}")
