@@ -1,9 +1,10 @@
 """Which experts the tokens go to: counted on the device, inside CUDA graphs, without a word to the host.
 
-Off unless the server starts with ``MIXPREC_EXPERT_ACTIVITY=1``; then it costs one small kernel a MoE layer, beside the
-experts' own. It counts what a router chose of the experts of any MoE model, compiled by mixprec or not. Rows that a
-CUDA graph is filled up with do not count, nor do ids of -1. Of the ranks of tensor or expert parallelism the first one
-counts, since all see all tokens; replicas of data parallelism count for themselves.
+Off unless the server starts with ``MIXPREC_EXPERT_ACTIVITY=1``; then it costs two small kernels a batch in the CUDA
+graphs that decode, and one a MoE layer elsewhere. It counts what a router chose of the experts of any MoE model,
+compiled by mixprec or not. Rows that a CUDA graph is filled up with do not count, nor do ids of -1. Of the ranks of
+tensor or expert parallelism the first one counts, since all see all tokens; replicas of data parallelism count for
+themselves.
 
 While it serves, SGLang's own requests control it: ``/start_expert_distribution_record`` forgets and counts from then
 on, ``/stop_expert_distribution_record`` pauses, ``/dump_expert_distribution_record`` writes a JSON file for ``mixprec
@@ -20,7 +21,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -77,51 +80,61 @@ class ExpertCounter:
         """
         self.layers = dict(sorted(layers.items()))
         self._row_of = {layer: row for row, layer in enumerate(self.layers)}
-        self._experts = max(layers.values())
-        self.counts = torch.zeros(len(layers), self._experts + 1, dtype=torch.int64, device=device)
+        self._columns = max(layers.values()) + 1
+        self.counts = torch.zeros(len(layers), self._columns, dtype=torch.int64, device=device)
+        self.experts = torch.tensor(list(self.layers.values()), dtype=torch.int32, device=device)
         self.rows = torch.full((1,), _ALL_ROWS, dtype=torch.int32, device=device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._rows = _ALL_ROWS
+        self._held: list[tuple[int, torch.Tensor]] | None = None
         self.recording, self._gathered = True, gathered
 
     def add(self, layer: int, ids: torch.Tensor) -> None:
         """Counts the experts ``ids`` ``[rows, k]`` of a layer; ids outside its routed experts are none."""
-        row, experts = self._row_of[layer], self.layers[layer]
-        if ids.is_cuda:
-            self._launch(row, experts, ids)
-            return
-        valid = torch.arange(len(ids), device=ids.device)[:, None] < self.rows
-        chosen = ids.long()
-        valid = valid & (chosen >= 0) & (chosen < experts)
-        self.counts[row].index_add_(0, chosen.clamp(0, self._experts).flatten(), valid.flatten().long())
-        # A token once, by its first choice.
-        self.counts[row, self._experts] += valid[:, 0].sum()
+        if self._held is not None:
+            self._held.append((self._row_of[layer], ids))
+        else:
+            self._add(self._row_of[layer], ids[None])
 
-    def _launch(self, row: int, experts: int, ids: torch.Tensor) -> None:
-        size = ids.numel()
-        if size:
-            _count[(triton.cdiv(size, 256),)](
-                ids, self.counts, self.rows, row * (self._experts + 1), self._experts, experts, size,
-                ids.shape[1], ids.stride(0), ids.stride(1), BLOCK=256,
-            )  # fmt: skip
-
-    def beside(self, layer: int, ids: torch.Tensor, run: Callable[[], Any]) -> Any:
-        """Counts while ``run`` runs: in a CUDA graph on a branch of its own, so that nothing waits for it."""
-        if self._stream is None or not torch.cuda.is_current_stream_capturing():
-            self.add(layer, ids)
-            return run()
-        main = torch.cuda.current_stream()
-        self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            self.add(layer, ids)
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Holds what is added until the end, and counts it in one launch where all layers came, each once."""
+        self._held = []
         try:
-            return run()
+            yield
+            alike = len({ids.shape for _, ids in self._held}) == 1
+            if alike and [row for row, _ in self._held] == list(range(len(self.layers))):
+                self._add(0, torch.stack([ids for _, ids in self._held]))
+            else:
+                for row, ids in self._held:
+                    self._add(row, ids[None])
         finally:
-            # Before anything can take the ids' memory.
-            main.wait_stream(self._stream)
+            self._held = None
+
+    def _add(self, first: int, ids: torch.Tensor) -> None:
+        """``ids`` ``[layers, rows, k]`` of the layers from the ``first`` row of the counts on."""
+        if ids.is_cuda:
+            self._launch(first, ids)
+            return
+        there = torch.arange(ids.shape[1], device=ids.device)[:, None] < self.rows
+        for row, chosen in enumerate(ids.long(), start=first):
+            valid = there & (chosen >= 0) & (chosen < self.experts[row])
+            self.counts[row].index_add_(0, chosen.clamp(0, self._columns - 1).flatten(), valid.flatten().long())
+            # A token once, by its first choice.
+            self.counts[row, -1] += valid[:, 0].sum()
+
+    def _launch(self, first: int, ids: torch.Tensor) -> None:
+        layers, rows, k = ids.shape
+        if rows:
+            _count[(triton.cdiv(rows * k, 256), layers)](
+                ids, self.counts, self.experts, self.rows, first, self._columns, rows * k, k, *ids.stride(), BLOCK=256
+            )
 
     def begin(self, rows: int) -> None:
         """Before a batch of so many tokens is run: an order to the device, which the host does not wait for."""
-        self.rows.fill_((_ALL_ROWS if self._gathered else rows) if self.recording else 0)
+        wanted = (_ALL_ROWS if self._gathered else rows) if self.recording else 0
+        if wanted != self._rows:
+            self.rows.fill_(wanted)
+            self._rows = wanted
 
     def read(self) -> dict[int, tuple[list[int], int]]:
         """Layer -> counts of its experts, and tokens."""
@@ -129,25 +142,27 @@ class ExpertCounter:
         return {layer: (found[row][: self.layers[layer]], found[row][-1]) for layer, row in self._row_of.items()}
 
     def reset(self) -> None:
-        if self._stream is not None:
+        if self.counts.is_cuda:
             torch.cuda.synchronize()  # a batch may be under way on another stream
         self.counts.zero_()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _count(  # type: ignore[no-untyped-def]
-    ids, counts, rows, at, last, experts, size, k, row_stride, column_stride, BLOCK: tl.constexpr
+    ids, counts, experts, rows, first, columns, size, k, layer_stride, row_stride, column_stride, BLOCK: tl.constexpr
 ):
-    """``at`` is where the layer's row begins, ``last`` the column of its tokens."""
+    """Programs ``(block of a layer's ids, layer)``; the last of the ``columns`` of a layer's counts is its tokens."""
+    layer = tl.program_id(1)
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, column = number // k, number % k
     there = (number < size) & (row < tl.load(rows))
-    expert = tl.load(ids + row.to(tl.int64) * row_stride + column * column_stride, there, -1).to(tl.int32)
-    chosen = there & (expert >= 0) & (expert < experts)
-    one = tl.full((BLOCK,), 1, tl.int64)
-    tl.atomic_add(counts + at + expert, one, chosen, sem="relaxed")
+    at = ids + layer.to(tl.int64) * layer_stride + row.to(tl.int64) * row_stride + column * column_stride
+    expert = tl.load(at, there, -1).to(tl.int32)
+    chosen = there & (expert >= 0) & (expert < tl.load(experts + first + layer))
+    mine = counts + (first + layer) * columns
+    tl.atomic_add(mine + expert, tl.full((BLOCK,), 1, tl.int64), chosen, sem="relaxed")
     tokens = tl.sum((chosen & (column == 0)).to(tl.int64), 0)
-    tl.atomic_add(counts + at + last, tokens, sem="relaxed")
+    tl.atomic_add(mine + columns - 1, tokens, sem="relaxed")
 
 
 # In the host
@@ -334,6 +349,7 @@ def install(model: Module, *, first_rank: bool, gathered: bool) -> ExpertCounter
     counter = ExpertCounter(experts, next(model.parameters()).device, gathered=gathered)
     for layer in layers:
         layer.forward_impl = _counted(layer, layer.forward_impl, counter)
+    model.forward = _in_graphs_together(model.forward, counter)
     _tracker.attach(counter)
     logger.info("mixprec: counts the activity of %d experts in %d layers", sum(experts.values()), len(layers))
     return counter
@@ -349,7 +365,21 @@ def _counted(layer: Any, forward: Callable[..., Any], counter: ExpertCounter) ->
                 f"{SWITCH}: the experts of layer {number} are chosen inside a kernel and cannot be counted; start "
                 "SGLang with --moe-runner-backend triton, or without counting"
             )
-        return counter.beside(number, ids, lambda: forward(hidden_states, topk_output, *args, **kwargs))
+        counter.add(number, ids)
+        return forward(hidden_states, topk_output, *args, **kwargs)
+
+    return forward_and_count
+
+
+def _in_graphs_together(forward: Callable[..., Any], counter: ExpertCounter) -> Callable[..., Any]:
+    """A model's ``forward``; where a whole run of it is captured in a graph, all layers are counted at its end."""
+
+    @wraps(forward)
+    def forward_and_count(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not counter.counts.is_cuda or not torch.cuda.is_current_stream_capturing():
+            return forward(*args, **kwargs)
+        with counter.together():
+            return forward(*args, **kwargs)
 
     return forward_and_count
 

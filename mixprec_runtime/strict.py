@@ -121,34 +121,52 @@ class Ledger:
 
 
 class _Arriving(torch.Tensor):
-    """A tensor that came from a checkpoint, or was made from such ones."""
+    """A tensor that came from a checkpoint, or was made from such ones.
+
+    Hundreds of thousands of them come by while a model loads, and torch's way to a subclass takes microseconds each
+    time: what weight loaders ask every tensor for is answered by the plain tensor.
+    """
 
     _origin: tuple[Ledger, tuple[str, ...]]
     """Who keeps the books, and the tensors of the checkpoint that it was made from."""
+    _plain: torch.Tensor
 
     @classmethod
     def of(cls, tensor: torch.Tensor, origin: tuple[Ledger, tuple[str, ...]]) -> _Arriving:
         arriving = tensor.as_subclass(cls)
-        arriving._origin = origin
+        arriving._origin, arriving._plain = origin, tensor
         return arriving
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self._plain.shape
+
+    def dim(self) -> int:
+        return self._plain.dim()
+
+    def narrow(self, dim: int, start: int, length: int) -> _Arriving:  # type: ignore[override]
+        if start == 0 and length == self._plain.shape[dim]:  # one rank takes all of it
+            return self
+        return _Arriving.of(self._plain.narrow(dim, start, length), self._origin)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Each of hundreds of thousands of tensors comes by here half a dozen times: asked for its shape, cut, copied.
+        copy = func is torch.Tensor.copy_
+        if copy and type(args[1]) is cls and type(args[0]) is not cls:
+            into, value = args[:2]
+            result = into.copy_(value._plain, *args[2:], **(kwargs or {}))
+            value._origin[0].copied(value._origin[1], into)
+            return result
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs) if kwargs else func(*args)
-            if func is torch.Tensor.copy_ or func is torch.Tensor.__setitem__:
-                copy = func is torch.Tensor.copy_
-                into, value = args[0], args[1 if copy else 2]
+            result = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.__setitem__:
+                into, key, value = args
                 if type(value) is cls and type(into) is not cls:
-                    ledger, names = value._origin
-                    ledger.copied(names, into if copy else into[args[1]])
+                    value._origin[0].copied(value._origin[1], into[key])
                 return result
-            if type(result) is torch.Tensor and func is torch.Tensor.narrow:
-                return cls.of(result, args[0]._origin)
-            if not isinstance(result, (torch.Tensor, tuple, list)) or isinstance(result, torch.Size):
+            if copy or not isinstance(result, (torch.Tensor, tuple, list)) or isinstance(result, torch.Size):
                 return result
             origins = [arg._origin for arg in _flat((*args, *(kwargs or {}).values())) if type(arg) is cls]
             if not origins:  # deeper in an argument than anyone looks

@@ -200,23 +200,32 @@ INTERPRETED = """
 import json, torch
 from mixprec_runtime.activity import ExpertCounter
 
+class Kernel(ExpertCounter):
+    _add = ExpertCounter._launch
+
 random = torch.Generator().manual_seed(0)
-plain, kernel = (ExpertCounter({3: 8, 5: 4}, torch.device("cpu")) for _ in range(2))
-for rows, wide in ((7, 3), (130, 8), (0, 3), (1, 1), (300, 8)):
-    plain.begin(rows), kernel.begin(rows)
-    for layer, experts in ((3, 8), (5, 4)):
-        ids = torch.randint(-1, experts + 2, (max(rows, 1) + 9, wide), generator=random).int()
-        plain.add(layer, ids)
-        kernel._launch([3, 5].index(layer), experts, ids.t().contiguous().t() if rows == 7 else ids)
-print(json.dumps([plain.read(), kernel.read()]))
+plain, one_by_one, together = (kind({3: 8, 5: 4}, torch.device("cpu")) for kind in (ExpertCounter, Kernel, Kernel))
+for rows, wide, layers in ((7, 3, (3, 5)), (130, 8, (3, 5)), (0, 3, (3, 5)), (1, 1, (5,)), (300, 8, (3, 5))):
+    ids = {n: torch.randint(-1, n + 4, (max(rows, 1) + 9, wide), generator=random).int() for n in layers}
+    if rows == 7:
+        ids = {n: i.t().contiguous().t() for n, i in ids.items()}
+    for counter in (plain, one_by_one, together):
+        counter.begin(rows)
+    for layer in layers:
+        plain.add(layer, ids[layer])
+        one_by_one.add(layer, ids[layer])
+    with together.together():
+        for layer in layers:
+            together.add(layer, ids[layer])
+print(json.dumps([plain.read(), one_by_one.read(), together.read()]))
 """
 
 
 def test_the_kernel_counts_as_torch() -> None:
     """Triton's interpreter runs it without a GPU."""
-    plain, kernel = last_json(run_python(INTERPRETED, TRITON_INTERPRET="1"))
-    assert kernel == plain
-    assert all(sum(counts) and tokens for counts, tokens in kernel.values())
+    plain, *kernels = last_json(run_python(INTERPRETED, TRITON_INTERPRET="1"))
+    assert kernels == [plain, plain]
+    assert all(sum(counts) and tokens for counts, tokens in plain.values())
 
 
 @pytest.mark.usefixtures("sglang")
