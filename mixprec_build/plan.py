@@ -18,7 +18,7 @@ from .model import FAMILIES, Role, role_of
 from .patterns import compress, natural_key
 from .presplit import Degree, Splitter
 from .recipe import Recipe, Rule
-from .servable import Mend, Problems, check_servable, gives, some
+from .servable import Mend, Problems, check_servable, gives, half_only, some
 from .sources import Source, Sources
 
 __all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan", "plan_modules"]
@@ -147,6 +147,7 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
         raise RefusedError([p.text for p in found])
+    planner.notes += half_only(modules, sources.model.config)
     presplit = {}
     for splitter, nbytes in _splitters(recipe, sources, modules):
         presplit[str(splitter.degree)] = nbytes

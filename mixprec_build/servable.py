@@ -7,7 +7,7 @@ would fail at start-up, or worse, load and answer nonsense.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ __all__ = [
     "check_servable",
     "gives",
     "group_limits",
+    "half_only",
     "origin",
     "some",
 ]
@@ -128,6 +129,23 @@ def check_servable(
         _check_never_quantized(module, sources, problems)
     folding.check(modules, problems)
     check_same_weights(modules, sources, folding, problems)
+
+
+def half_only(modules: Mapping[str, PlannedModule], config: Mapping[str, object]) -> Iterator[str]:
+    """Remarks on modules that SGLang serves in FP16 only."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for members in fused_groups(modules).values():
+        parts = [modules[name] for name in members]
+        alike = len({part.format.fuses_as for part in parts}) == 1 and not is_expert(members[0])
+        if alike and (why := parts[0].format.half_only([part.stored for part in parts])):
+            found.setdefault((parts[0].format.kind, why), []).extend(members)
+    half = config.get("dtype", config.get("torch_dtype")) == "float16"
+    for (kind, why), names in found.items():
+        flag = "" if half else ": start SGLang with --dtype half, or take another source for them"
+        yield (
+            f"{some(compress(names))} ({kind}): {why}; SGLang's slower GPTQ kernel runs them, with FP16 activations "
+            f"only{flag}"
+        )
 
 
 def _check_group(

@@ -14,7 +14,9 @@ from unittest.mock import patch
 import torch
 from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+from sglang.srt.layers.quantization.gptq import GPTQConfig
 from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
+from sglang.srt.utils import is_cpu
 from torch.nn import Parameter
 
 from mixprec_build.formats.awq import Awq
@@ -35,7 +37,9 @@ def mend_linear(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
     if isinstance(fmt, Scaled) and fmt.block is not None:
         _check_block_partition(method, fmt.block)
         _answer_to_weight_scale(method, ("",))
-    if isinstance(fmt, Gptq | Awq | Packed):
+    if isinstance(fmt, Gptq):
+        _fall_back_to_exllama(method, fmt)
+    if isinstance(fmt, Awq | Packed):
         _mind_marlin_shapes(method, fmt.group_size)
     if isinstance(fmt, Awq) or (isinstance(fmt, Packed) and not fmt.sym):
         _mind_whole_words(method)
@@ -128,9 +132,44 @@ def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -
     _check_first(method, check)
 
 
+def _fall_back_to_exllama(method: QuantizeMethodBase, fmt: Gptq) -> None:
+    """``check_marlin_supports_shape`` is called, and its answer dropped (gpu/quantization/gptq_kernels.py:139). Where
+    it is no, SGLang's ``GPTQConfig`` has a kernel for FP16 activations."""
+    create = method.create_weights
+
+    def create_weights(
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> None:
+        fits, why = check_marlin_supports_shape(
+            sum(output_partition_sizes), input_size_per_partition, input_size, fmt.group_size
+        )
+        if not fits:
+            if not fmt.fits_exllama(output_partition_sizes, input_size_per_partition):
+                raise ValueError(str(why))
+            if params_dtype != torch.half and not is_cpu():
+                raise ValueError(f"{why} SGLang's other GPTQ kernel does, in FP16 only: give --dtype half.")
+            layer.scheme = GPTQConfig(fmt.bits, fmt.group_size, fmt.desc_act, False, {}).get_linear_scheme(layer)
+        create(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype=params_dtype,
+            **kwargs,
+        )
+
+    method.create_weights = create_weights
+
+
 def _mind_marlin_shapes(method: QuantizeMethodBase, group_size: int) -> None:
-    """``check_marlin_supports_shape`` is called, and its answer dropped (gpu/quantization/gptq_kernels.py:139). AWQ
-    falls back to a kernel for FP16 activations instead (quantization/awq/awq.py:337), whatever the model's dtype."""
+    """AWQ falls back to a kernel for FP16 activations (quantization/awq/awq.py:337), whatever the model's dtype."""
 
     def check(outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
         fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], group_size)

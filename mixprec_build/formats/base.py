@@ -140,6 +140,10 @@ class Format(ABC):
         """Why SGLang cannot run a linear fused of ``parts`` (one, when not fused), on one GPU."""
         return []
 
+    def half_only(self, parts: Sequence[StoredModule]) -> str | None:
+        """Why SGLang runs a linear fused of ``parts`` with FP16 activations only; None where it does not matter."""
+        return None
+
     def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
         """Why SGLang cannot run an expert of these three projections, on one GPU."""
         return []

@@ -170,9 +170,27 @@ class Gptq(Format):
         return self.desc_act
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
+        limits = self._kernel_limits()
+        return limits if not limits and self.half_only(parts) else limits + self._marlin_limits(parts)
+
+    def half_only(self, parts: Sequence[StoredModule]) -> str | None:
+        shapes = [self.shape(part) for part in parts]
+        limits = self._marlin_limits(parts)
+        return ", ".join(limits) if limits and self.fits_exllama([n for n, _ in shapes], shapes[0][1]) else None
+
+    def _marlin_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         # SGLang computes this and does not look at the result.
         n = sum(self.shape(part)[0] for part in parts)
-        return self._kernel_limits() + linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
+        return linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
+
+    def fits_exllama(self, outputs: Sequence[int], inputs: int) -> bool:
+        """Whether SGLang's other kernel (``GPTQConfig``) multiplies by the joined parts of so many outputs, in FP16.
+
+        It takes inputs 32 at a time, and adds the one to zero points that only the older layout leaves out.
+        """
+        size = inputs if self.group_size == -1 else self.group_size
+        whole = all(n % self.pack == 0 for n in outputs)
+        return self.layout == "gptq" and whole and inputs % 32 == 0 and size % 32 == 0 and inputs % size == 0
 
     def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
         hidden, intermediate = self.shape(down)

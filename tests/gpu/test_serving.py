@@ -33,8 +33,8 @@ SIZES = {"hidden": 1024, "layers": 4, "heads": 16, "kv_heads": 8, "head_dim": 12
 DENSE = QWEN3.of(**SIZES, intermediate=3072)
 MOE = QWEN3_MOE.of(**SIZES, experts=32, top_k=8, expert_intermediate=512)
 VARIANTS = [
-    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8",
-    "awq_int4", "ct_int4", "ct_int4_asym", "ct_int8", "ct_fp8_block", "ct_fp8_weight",
+    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int4_g64",
+    "gptq_int8", "awq_int4", "ct_int4", "ct_int4_asym", "ct_int8", "ct_fp8_block", "ct_fp8_weight",
 ]  # fmt: skip
 
 # name -> (shape, lines of `weights:`)
@@ -201,6 +201,15 @@ def test_a_mix_answers_as_its_dequantized_weights(server: Server, name: str) -> 
     print(f"\n{name}: KL mean {mix.mean():.2e} max {mix.max():.2e}; native FP8 {native.mean():.2e}, {native.max():.2e}")
     assert mix.mean() < 1.5 * native.mean() + 1e-3
     assert mix.median() < 1.5 * native.median() + 1e-3
+
+
+def test_gptq_that_marlin_has_no_kernel_for_answers_as_its_dequantized_weights(server: Server) -> None:
+    """SGLang's other GPTQ kernel, in FP16. It adds atomically: answers to be equal to cannot be had."""
+    narrow = DENSE.of(**{**SIZES, "hidden": 1088}, intermediate=3072)
+    path = server.build(narrow, "for exllama", ["*: gptq_int4_g64"])
+    distance = _divergence(server.ask(path, dtype="half", logits=True), server.ask(path, "reference.py"))
+    print(f"\nexllama: KL mean {distance.mean():.2e} max {distance.max():.2e}")
+    assert distance.mean() < 1e-3
 
 
 def _native(server: Server, shape: Shape) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:

@@ -46,12 +46,10 @@ def experts_of(config: Any, dtype: torch.dtype = torch.bfloat16, **options: Any)
     return FusedMoE(layer_id=0, params_dtype=dtype, quant_config=config, prefix=PREFIX, **{**sizes, **options})
 
 
-def linear(config: Any, prefix: str, inputs: int, outputs: int) -> Any:
+def linear(config: Any, prefix: str, inputs: int, outputs: int, dtype: torch.dtype = torch.bfloat16) -> Any:
     from sglang.srt.layers.linear import ReplicatedLinear
 
-    return ReplicatedLinear(
-        inputs, outputs, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=prefix
-    )
+    return ReplicatedLinear(inputs, outputs, bias=False, params_dtype=dtype, quant_config=config, prefix=prefix)
 
 
 def load_expert(layer: Any, tensors: dict[str, torch.Tensor], shard: str, expert: int) -> None:
@@ -325,6 +323,17 @@ def test_a_shape_that_marlin_has_no_kernel_for_is_refused_by_name(kind: str, inp
     linear(stock(kind), prefix, inputs, outputs)  # its kernel would be wrong, or crash, or take FP16 alone
     with pytest.raises(ValueError, match=rf"{prefix} \({kind}\):.*fewer tensor-parallel ranks"):
         linear(config_of(kind, prefix), prefix, inputs, outputs)
+
+
+def test_gptq_that_marlin_has_no_kernel_for_goes_to_exllama_in_fp16() -> None:
+    prefix = "model.layers.7.mlp.down_proj"
+    config = config_of("gptq_int4", prefix)
+    layer = linear(config, prefix, 384, 120, torch.half)
+    assert type(layer.scheme).__name__ == "GPTQLinearScheme"
+    assert layer.scales.dtype == torch.half and layer.qweight.shape == (48, 120)
+    assert type(linear(config, prefix, 384, 128, torch.half).scheme).__name__ == "GPTQMarlinLinearScheme"
+    with pytest.raises(ValueError, match=rf"{prefix} \(gptq_int4\):.*in FP16 only: give --dtype half"):
+        linear(config, prefix, 384, 120)
 
 
 @pytest.mark.parametrize(

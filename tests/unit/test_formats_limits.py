@@ -9,6 +9,7 @@ they run, the place is named beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,16 +42,18 @@ def check(found: list[str], expected: Sequence[str]) -> None:
         assert words in limit
 
 
+V2 = replace(int4(), layout="gptq_v2")  # not for exllama, which would add one to its zero points
+
 # The format, the parts of a fused linear, and words of each limit.
 LINEAR: list[tuple[Format, list[Tensors], list[str]]] = [
     (int4(), [gptq(64, 128)], []),
     (int4(bits=8), [gptq(256, 2048, bits=8)], []),
     (int4(32), [gptq(192, 384, group_size=32)], []),
     (int4(-1, desc_act=True), [gptq(64, 128, group_size=-1)], []),
-    (int4(), [gptq(96, 256)], ["96 outputs are no multiple of 64"]),
-    (int4(), [gptq(96, 256), gptq(32, 256)], []),  # 128 together: Marlin sees the fused linear
-    (int4(), [gptq(64, 256), gptq(32, 256)], ["96 outputs are no multiple of 64"]),
-    (int4(64), [gptq(64, 192, group_size=64)], ["192 inputs are no multiple of 128"]),
+    (V2, [gptq(96, 256)], ["96 outputs are no multiple of 64"]),
+    (V2, [gptq(96, 256), gptq(32, 256)], []),  # 128 together: Marlin sees the fused linear
+    (V2, [gptq(64, 256), gptq(32, 256)], ["96 outputs are no multiple of 64"]),
+    (int4(-1), [gptq(64, 144, group_size=-1)], ["144 inputs are no multiple of 128"]),
     (int4(16), [gptq(64, 128, group_size=16)], ["group size 16 has no CUDA kernel"]),
     (int4(256), [gptq(64, 384, group_size=256)], ["group size 256 has no", "no multiple of the group size 256"]),
     (int4(sym=False), [gptq(64, 128)], ["asymmetric GPTQ"]),
@@ -81,6 +84,22 @@ def test_linear_limits(fmt: Format, parts: list[Tensors], expected: list[str]) -
     for module in modules:
         fmt.check(module)
     check(fmt.linear_limits(modules), expected)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "parts", "why"),
+    [
+        (int4(), [gptq(64, 256)], None),
+        (int4(), [gptq(96, 256)], "its 96 outputs are no multiple of 64, which Marlin needs"),
+        (int4(64), [gptq(64, 192, group_size=64)], "its 192 inputs are no multiple of 128, which Marlin needs"),
+        (int4(-1, bits=8), [gptq(68, 160, bits=8, group_size=-1)], "68 outputs"),
+    ],
+)
+def test_what_marlin_has_no_kernel_for_runs_in_fp16(fmt: Format, parts: list[Tensors], why: str | None) -> None:
+    modules = [stated(part) for part in parts]
+    assert fmt.linear_limits(modules) == []
+    found = fmt.half_only(modules)
+    assert found is None if why is None else why in (found or "")
 
 
 def test_the_end_of_deepseeks_joined_projections_may_be_ragged() -> None:

@@ -151,6 +151,19 @@ def test_a_family_that_nobody_checked_is_noted(tmp_path: Path) -> None:
     assert all(family in note for family in FAMILIES)
 
 
+@pytest.mark.parametrize(("dtype", "flag"), [("bfloat16", True), ("float16", False)])
+def test_what_needs_fp16_activations_is_noted(tmp_path: Path, dtype: str, flag: bool) -> None:
+    model = dataclasses.replace(LLAMA, intermediate=160)
+    for variant in ("bf16", "gptq_int4"):
+        write_tiny(tmp_path / variant, model, variant, group_size=32, edit=lambda _, c: c.update(torch_dtype=dtype))
+    text = "model: bf16\nsources: {quant: gptq_int4}\nweights: {'*.mlp.*': quant}\n"
+    (note,) = plan_of(tmp_path, text).notes
+    assert note.startswith(
+        "model.layers.{0..1}.mlp.down_proj (gptq_int4): its 160 inputs are no multiple of 128, which Marlin needs; "
+    )
+    assert ("start SGLang with --dtype half" in note) is flag
+
+
 # Words for formats
 
 

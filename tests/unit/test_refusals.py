@@ -61,6 +61,14 @@ def other_zeros(tensors: Tensors, _: Config) -> None:
     tensors["model.layers.1.mlp.up_proj.qzeros"][0, 0] = 0x66666666
 
 
+def as_v2(tensors: Tensors, config: Config) -> None:
+    """Zero points as they are: not for exllama, which would add one."""
+    for name in tensors:
+        if name.endswith(".qzeros"):
+            tensors[name][:] = 0x88888888 - (1 << 32)
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+
+
 def backwards(*names: str) -> Edit:
     """Another order of inputs, as from a quantizer that ordered each linear for itself."""
 
@@ -445,7 +453,7 @@ def moe_of(variant: str, edit: Edit | None = None, sizes: Mapping[str, int] | No
 
 SHAPES = {
     "outputs for Marlin": Case(
-        llama_of("gptq_int4", sizes={"intermediate": 144}, skip=("*.down_proj",)),
+        llama_of("gptq_int4", as_v2, {"intermediate": 144}, skip=("*.down_proj",)),
         ("*.{gate,up}_proj: quant",),
         (
             "model.layers.{0..1}.mlp.{gate_proj,up_proj}: gptq_int4 (group_size 128, ",
@@ -454,7 +462,7 @@ SHAPES = {
         ),
     ),
     "inputs for Marlin": Case(
-        llama_of("gptq_int4", sizes={"intermediate": 160}, group_size=32),
+        llama_of("gptq_int4", as_v2, {"intermediate": 160}, group_size=32),
         ("*.mlp.*: quant",),
         ("model.layers.{0..1}.mlp.down_proj: ", "its 160 inputs are no multiple of 128, which Marlin needs"),
     ),
