@@ -154,8 +154,12 @@ def test_a_family_that_nobody_checked_is_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "flag"), [("bfloat16", True), ("float16", False)])
 def test_what_needs_fp16_activations_is_noted(tmp_path: Path, dtype: str, flag: bool) -> None:
     model = dataclasses.replace(LLAMA, intermediate=160)
-    for variant in ("bf16", "gptq_int4"):
-        write_tiny(tmp_path / variant, model, variant, group_size=32, edit=lambda _, c: c.update(torch_dtype=dtype))
+
+    def configure(_: object, config: Config) -> None:
+        config["torch_dtype"] = dtype
+
+    write_tiny(tmp_path / "bf16", model, "bf16", edit=configure)
+    write_tiny(tmp_path / "gptq_int4", model, "gptq_int4", group_size=32, edit=configure)
     text = "model: bf16\nsources: {quant: gptq_int4}\nweights: {'*.mlp.*': quant}\n"
     (note,) = plan_of(tmp_path, text).notes
     assert note.startswith(
