@@ -180,6 +180,8 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             return StandardCombineInput(hidden_states=torch.empty_like(hidden_states))
         few = routing.are_few(topk.topk_ids)
         ids = None if few else routing.numbers_in_groups(topk.topk_ids, layer.group_numbers)
+        unsummed = [routing.Unsummed() for _ in layer.groups]
+        together = routing.can_sum(len(layer.groups), topk.topk_ids)
 
         def run(number: int) -> torch.Tensor:
             group = layer.groups[number]
@@ -189,13 +191,21 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 stack.enter_context(_tiles_of_the_layer(layer, group, len(hidden_states)))
                 if ids is None:
                     stack.enter_context(routing.aligning(topk.topk_ids, layer.group_numbers[number], numbers))
+                if together:
+                    stack.enter_context(unsummed[number])
                 out: torch.Tensor = group.quant_method.apply(group, mine).hidden_states
                 return out
 
         outputs = list(self._outputs(len(layer.groups), run))
         if not outputs:
             return StandardCombineInput(hidden_states=torch.zeros_like(hidden_states))
-        return StandardCombineInput(hidden_states=routing.add_up(outputs))
+        # Some runners sum as they multiply.
+        mine = [number for number, group in enumerate(unsummed) if group.rows is not None]
+        parts = [output for number, output in enumerate(outputs) if number not in mine]
+        if mine:
+            numbers = torch.stack([layer.group_numbers[n] for n in mine]) if parts else layer.group_numbers
+            parts.append(routing.sum_rows([unsummed[number] for number in mine], topk.topk_ids, numbers))
+        return StandardCombineInput(hidden_states=routing.add_up(parts))
 
     def _outputs(self, groups: int, run: Any) -> Iterator[torch.Tensor]:
         """The groups' outputs; in a CUDA graph they are computed side by side, since each alone leaves a GPU idle."""

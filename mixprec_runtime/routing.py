@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["add_up", "align", "aligning", "are_few", "numbers_in_groups"]
+__all__ = ["Unsummed", "add_up", "align", "aligning", "are_few", "can_sum", "numbers_in_groups", "sum_rows"]
 
 _FEW = 128
+_MOST = 4
 
 
 def numbers_in_groups(ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -129,6 +130,93 @@ def aligning(ids: torch.Tensor, numbers: torch.Tensor, out: torch.Tensor) -> Ite
         yield
     if not sorted_once:
         raise RuntimeError("SGLang's experts ran without sorting routed ids: this version of it is not supported")
+
+
+class Unsummed:
+    """While a group runs, what it computed for each routed id is kept instead of summed for each token.
+
+    SGLang's runners look the functions that sum up when they run (fused_marlin_moe.py:396 and
+    triton_utils/fused_moe.py:812 in 0.5.17). ``rows`` ``[tokens, top_k, hidden]`` holds whatever memory held where an
+    id is not the group's; it stays None where a runner sums in another way.
+    """
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+        self.factor = 1.0
+
+    def _keep(self, rows: torch.Tensor, out: torch.Tensor, factor: float) -> None:
+        self.rows, self.factor = rows, factor
+
+    def __enter__(self) -> Unsummed:
+        from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+        with ExitStack() as stack:
+            for module in (fused_marlin_moe, fused_moe):
+                for name in ("moe_sum_reduce", "moe_sum_reduce_triton", "moe_sum_reduce_torch_compile"):
+                    if hasattr(module, name):
+                        stack.enter_context(patch.object(module, name, self._keep))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def sum_rows(groups: Sequence[Unsummed], ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The sums ``[tokens, hidden]`` over each token's experts, in float32, each row read from the group it is of.
+
+    Args:
+        groups: one to four of them, with rows.
+        ids: routed ids of the layer, ``[tokens, top_k]``.
+        numbers: the rows of ``group_numbers`` of these groups, ``[groups, experts + 1]``, int32.
+    """
+    if len({group.factor for group in groups}) > 1:
+        return add_up([sum_rows([group], ids, numbers[n : n + 1]) for n, group in enumerate(groups)])
+    rows = [group.rows for group in groups if group.rows is not None]
+    tokens, top_k, hidden = rows[0].shape
+    out = torch.empty((tokens, hidden), dtype=rows[0].dtype, device=rows[0].device)
+    block = 256 if tokens <= _FEW else 512
+    _sum[(tokens, triton.cdiv(hidden, block))](
+        *rows, *rows[:1] * (_MOST - len(rows)), ids.contiguous(), numbers, out, top_k, hidden, numbers.shape[1],
+        groups[0].factor, GROUPS=len(rows), TOP_K=triton.next_power_of_2(top_k), BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def can_sum(groups: int, ids: torch.Tensor) -> bool:
+    """Whether :func:`sum_rows` is for so many groups."""
+    return 1 < groups <= _MOST and ids.is_cuda and not torch.compiler.is_compiling()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum(  # type: ignore[no-untyped-def]
+    a, b, c, d, ids, numbers, out, top_k, hidden, columns, factor,
+    GROUPS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One launch where each group's own sum and the sum of groups take one more than there are groups, and read all
+    rows of all groups, most of them for nothing."""
+    token = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, TOP_K)
+    expert = tl.load(ids + token * top_k + k, k < top_k, other=-1).to(tl.int32)
+    column = tl.where(expert < 0, columns - 1, expert)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = (k < top_k)[:, None] & (at < hidden)[None, :]
+    row = (token * top_k + k)[:, None] * hidden + at[None, :]
+    total = _rows(a, row, there, numbers + column)
+    if GROUPS > 1:
+        total += _rows(b, row, there, numbers + columns + column)
+    if GROUPS > 2:
+        total += _rows(c, row, there, numbers + 2 * columns + column)
+    if GROUPS > 3:
+        total += _rows(d, row, there, numbers + 3 * columns + column)
+    tl.store(out + token * hidden + at, (tl.sum(total, 0) * factor).to(out.dtype.element_ty), at < hidden)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows(rows, at, there, number):  # type: ignore[no-untyped-def]
+    mine = there & (tl.load(number) >= 0)[:, None]
+    return tl.load(rows + at, mine, other=0.0).to(tl.float32)
 
 
 def add_up(outputs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -133,6 +133,61 @@ def test_few_ids_are_numbered_and_sorted_at_once() -> None:
     assert done.returncode == 0, done.stderr
 
 
+SUM = """
+import torch
+from mixprec_runtime.routing import Unsummed, sum_rows
+
+generator = torch.Generator().manual_seed(0)
+for groups, tokens, top_k, hidden in ((1, 1, 8, 300), (2, 5, 3, 64), (3, 2, 8, 700), (4, 130, 6, 520)):
+    numbers = torch.full((groups, 13), -1, dtype=torch.int32)
+    home = torch.randint(groups + 1, (12,), generator=generator)  # some experts are another rank's
+    for expert, group in enumerate(home.tolist()):
+        if group < groups:
+            numbers[group, expert] = expert
+    ids = torch.rand(tokens, 12, generator=generator).argsort(1)[:, :top_k].int()
+    ids[-1, 0] = -1
+    rows = torch.randn(groups, tokens, top_k, hidden, generator=generator)
+    mine = numbers[:, ids.long()] >= 0
+    rows[~mine] = torch.nan  # what memory held before
+    for factors in ([2.5] * groups, [2.5, *[1.0] * (groups - 1)]):
+        given = []
+        for one, factor in zip(rows, factors):
+            given.append(Unsummed())
+            given[-1].rows, given[-1].factor = one, factor
+        due = (rows.double().nan_to_num() * torch.tensor(factors).double()[:, None, None, None]).sum((0, 2))
+        torch.testing.assert_close(sum_rows(given, ids, numbers).double(), due, atol=1e-5, rtol=1e-5)
+"""
+
+
+def test_rows_are_summed_from_the_group_they_are_of() -> None:
+    done = run_python(SUM, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+UNSUMMED = """
+import torch
+from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
+from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+from mixprec_runtime.routing import Unsummed
+
+names = ("moe_sum_reduce", "moe_sum_reduce_triton", "moe_sum_reduce_torch_compile")
+found = [(module, name) for module in (fused_marlin_moe, fused_moe) for name in names if hasattr(module, name)]
+assert {module for module, _ in found} == {fused_moe} or len(found) > 3
+before = [getattr(*place) for place in found]
+rows, out = torch.ones(2, 3, 4), torch.zeros(2, 4)
+for place in found:
+    with Unsummed() as kept:
+        getattr(*place)(rows, out, 2.0)
+    assert kept.rows is rows and kept.factor == 2.0 and not out.any()
+assert [getattr(*place) for place in found] == before
+"""
+
+
+def test_sglangs_runners_keep_what_they_would_sum() -> None:
+    done = run_python(UNSUMMED)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_sum_of_many_groups_is_rounded_once() -> None:
     from mixprec_runtime.routing import add_up
 
