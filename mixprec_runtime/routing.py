@@ -213,7 +213,7 @@ def _sum(  # type: ignore[no-untyped-def]
     tl.store(out + token * hidden + at, (tl.sum(total, 0) * factor).to(out.dtype.element_ty), at < hidden)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rows(rows, at, there, number):  # type: ignore[no-untyped-def]
     mine = there & (tl.load(number) >= 0)[:, None]
     return tl.load(rows + at, mine, other=0.0).to(tl.float32)
