@@ -116,7 +116,7 @@ class MixPrecConfig(QuantizationConfig):
 
     def _one_format(self, prefix: str, formats: Mapping[str, Format]) -> Format | None:
         """The format of a layer's parts; None where the checkpoint has no such layer."""
-        if len({fmt.fuses_as for fmt in formats.values()}) > 1:
+        if len({fmt.fuses_as for fmt in set(formats.values())}) > 1:
             parts = ", ".join(f"{name} {fmt.kind}" for name, fmt in formats.items())
             raise ValueError(f"{prefix} is one layer to SGLang and needs one format, but the checkpoint has {parts}")
         return next(iter(formats.values()), None)
@@ -129,11 +129,14 @@ class MixPrecConfig(QuantizationConfig):
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         formats: dict[int, Format] = {}
         kinds: dict[object, Format] = {}  # BF16 and FP16 experts run together
+        known: dict[Format, Format] = {}
         stored = self._experts.get(prefix) or self._experts.get(f"model.{prefix}", {})
         for expert, parts in sorted(stored.items()):
             fmt = self._one_format(f"{prefix}.{expert}", {f"{prefix}.{expert}.{p}": f for p, f in parts.items()})
             assert fmt is not None
-            formats[expert] = kinds.setdefault(fmt.fuses_as, fmt)
+            if fmt not in known:
+                known[fmt] = kinds.setdefault(fmt.fuses_as, fmt)
+            formats[expert] = known[fmt]
         if len(kinds) > 1:
             launch.check_mixed_experts()
             return MixedExpertsMethod(formats, self.native, prefix)

@@ -1,28 +1,35 @@
-"""How fast weights reach the GPU: SGLang's loader on a native checkpoint and on a compiled one, and a rank's own
-files. Needs a GPU and SGLang.
+"""How fast weights reach the GPU: SGLang's loader on a native checkpoint and on a compiled one, a rank's own files,
+and what SGLang dumps itself (``presharded``, ``sharded_state``). Needs a GPU and SGLang.
 
     python tests/benchmarks/loading.py FOLDER [LAYERS]
 
-Makes a Qwen3-30B-A3B cut to LAYERS layers (14: 8.6 GB) in block FP8, in FOLDER; starts servers one after the other,
-with the files in the page cache and, told by the kernel to forget them, without; prints the seconds that SGLang
-says it loaded weights for, and what the process that loads read from disk or cache.
+Makes a Qwen3-30B-A3B cut to LAYERS layers (14: 8.8 GB) in block FP8, in FOLDER; loads each form of it in this process
+as SGLang's workers do, in turns, three times with the files in the page cache and once without (the kernel is told to
+forget them); prints seconds from the first tensor made to the last one processed.
 """
 
 from __future__ import annotations
 
-import json
+import gc
 import os
+import shutil
+import statistics
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+import torch
 
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "gpu")]
+
+import layers  # noqa: E402
 from serving import QWEN3_MOE, write_sources  # noqa: E402
 
-ENGINE = {"disable_cuda_graph": True, "mem_fraction_static": 0.9, "max_total_tokens": 8192}
+TURNS = 3
 
 
 def forget(folder: Path) -> None:
@@ -33,39 +40,78 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load(path: Path, **engine: Any) -> float:
-    """Seconds to load weights, as SGLang counts them."""
-    options = {"dtype": "bfloat16", "prompts": 1, "new_tokens": 1, "engine": {**ENGINE, **engine}}
-    command = [sys.executable, str(HERE.parent / "gpu" / "ask.py"), str(path), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{path}: {done.stderr[-3000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["startup"]["load_weight"])
+def load(path: Path, load_format: str = "auto", **extra: Any) -> tuple[float, torch.nn.Module]:
+    """Seconds to make and fill a model, and the model."""
+    import sglang.srt.server_args as arguments
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.model_loader import get_model
+
+    args = arguments.ServerArgs(model_path=str(path), dtype="bfloat16", device="cuda")
+    arguments.set_global_server_args_for_scheduler(args)
+    config = ModelConfig.from_server_args(args)
+    initialize_dp_attention(args, config)
+    how = LoadConfig(load_format=load_format, model_loader_extra_config=extra or {})
+    started = time.perf_counter()
+    model = get_model(model_config=config, load_config=how, device_config=DeviceConfig("cuda", 0))
+    torch.cuda.synchronize()
+    return time.perf_counter() - started, model
+
+
+def seconds(*arguments: Any, **options: Any) -> float:
+    found, _ = load(*arguments, **options)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
 
 
 def main() -> None:
-    folder, layers = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 14
+    from sglang.srt.model_loader.loader import ShardedStateLoader
+    from sglang.srt.plugins import load_plugins
+
+    folder, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 14
     shape = QWEN3_MOE.of(
-        layers=layers, hidden=2048, experts=128, expert_intermediate=768, top_k=8, heads=32, kv_heads=4,
+        layers=count, hidden=2048, experts=128, expert_intermediate=768, top_k=8, heads=32, kv_heads=4,
         head_dim=128, vocab=8192,
     )  # fmt: skip
     native = write_sources(folder / "sources", shape, ["fp8_block"])["fp8_block"]
-    recipe, merged = folder / "recipe.yaml", folder / "merged"
+    recipe, merged, own, state = (folder / name for name in ("recipe.yaml", "merged", "own", "state"))
     recipe.write_text(f"model: {native}\n")
-    own = folder / "own"
     for arguments in (
         ("build", recipe, "-o", merged, "--link"),
         ("build", recipe, "-o", own, "--link"),
         ("split", own, "--tp", "1"),
     ):
         subprocess.run([sys.executable, "-m", "mixprec_build", *map(str, arguments)], check=True)
-    files = {"native": native, "compiled": merged, "cut for ranks": own}
-    print(f"{sum(p.stat().st_size for p in native.glob('*.safetensors')) / 1e9:.1f} GB in {layers} layers", flush=True)
-    for name, home in files.items():
-        warm = load(home)
-        forget(home)
-        cold = load(home)
-        print(f"{name:14s} warm {warm:6.2f} s  cold {cold:6.2f} s", flush=True)
+    layers.start_sglang()
+    load_plugins()
+    # The first load of all pays for imports and kernels; SGLang's own forms are dumped from it.
+    _, model = load(native)
+    shutil.copytree(native, state, ignore=shutil.ignore_patterns("*.safetensors*"))
+    ShardedStateLoader.save_model(model, str(state))
+    del model
+    presharded: dict[str, Any] = {"load_format": "presharded", "presharded_path": str(folder / "presharded")}
+    seconds(native, **presharded)  # loads as usual, and dumps
+    forms: dict[str, tuple[Path, Path, dict[str, Any]]] = {
+        "native": (native, native, {}),
+        "compiled": (merged, merged, {}),
+        "cut for ranks": (own, own / "presplit", {}),
+        "native, presharded": (native, folder / "presharded", presharded),
+        "native, sharded_state": (state, state, {"load_format": "sharded_state"}),
+    }
+    warm = defaultdict(list)
+    for turn in range(TURNS):
+        for name in list(forms)[:: -1 if turn % 2 else 1]:
+            path, _, options = forms[name]
+            warm[name].append(seconds(path, **options))
+    print(f"{sum(p.stat().st_size for p in native.glob('*.safetensors')) / 1e9:.1f} GB in {count} layers", flush=True)
+    for name, (path, files, options) in forms.items():
+        forget(files)
+        cold = seconds(path, **options)
+        each = " ".join(f"{found:.2f}" for found in warm[name])
+        print(f"{name:22s} warm {statistics.median(warm[name]):6.2f} s ({each})  cold {cold:6.2f} s", flush=True)
 
 
 if __name__ == "__main__":
