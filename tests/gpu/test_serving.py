@@ -203,6 +203,27 @@ def test_a_mix_answers_as_its_dequantized_weights(server: Server, name: str) -> 
     assert mix.median() < 1.5 * native.median() + 1e-3
 
 
+COMPILED = {
+    "enable_torch_compile": True, "torch_compile_max_bs": 1, "disable_cuda_graph": False,
+    "cuda_graph_max_bs_decode": 1, "cuda_graph_bs_decode": [1],
+}  # fmt: skip
+
+
+def test_torch_compile_answers_as_without(server: Server) -> None:
+    """The second token is the first that compiled code decodes; later ones may follow others."""
+    shape, lines = MIXES["experts in three formats"]
+    path = server.build(shape, "experts in three formats", lines)
+    compiled, eager = server.ask(path, dtype="bfloat16", engine=COMPILED), server.ask(path, dtype="bfloat16")
+    plain = server.ask(server.sources(shape)["bf16"], dtype="bfloat16", engine=COMPILED)
+    if plain.exception() is not None and compiled.exception() is not None:
+        pytest.skip(f"SGLang cannot compile the plain BF16 model here, either: {str(plain.exception())[-400:]}")
+    ours, theirs = compiled.result(), eager.result()
+    answers = zip(ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True)
+    apart = [abs(a[1] - b[1]) for s, t, a, b in answers if s[:2] == t[:2]]
+    print(f"\ntorch.compile: {len(apart)} of {len(ours['tokens'])} alike, {max(apart):.3f} nats apart at most")
+    assert len(apart) > 24 and max(apart) < 0.1
+
+
 def test_gptq_that_marlin_has_no_kernel_for_answers_as_its_dequantized_weights(server: Server) -> None:
     """SGLang's other GPTQ kernel, in FP16. It adds atomically: answers to be equal to cannot be had."""
     narrow = DENSE.of(**{**SIZES, "hidden": 1088}, intermediate=3072)
