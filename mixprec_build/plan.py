@@ -147,9 +147,10 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
         raise RefusedError([p.text for p in found])
-    planner.notes += half_only(modules, sources.model.config)
+    stored = {name: (module.format, module.stored) for name, module in modules.items()}
+    planner.notes += half_only(stored, sources.model.config)
     presplit = {}
-    for splitter, nbytes in _splitters(recipe, sources, modules):
+    for splitter, nbytes in _splitters(recipe, sources, stored):
         presplit[str(splitter.degree)] = nbytes
         planner.notes += splitter.remarks()
     return Plan(
@@ -166,10 +167,9 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
 
 
 def _splitters(
-    recipe: Recipe, sources: Sources, modules: Mapping[str, PlannedModule]
+    recipe: Recipe, sources: Sources, stored: Mapping[str, tuple[Format, StoredModule]]
 ) -> Iterator[tuple[Splitter, int]]:
     """The cuts that a recipe asks for, and the bytes of each."""
-    stored = {name: (module.format, module.stored) for name, module in modules.items()}
     for tp in recipe.tp:
         try:
             splitter = Splitter(stored, sources.model.config, Degree(tp))

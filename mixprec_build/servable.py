@@ -131,17 +131,19 @@ def check_servable(
     check_same_weights(modules, sources, folding, problems)
 
 
-def half_only(modules: Mapping[str, PlannedModule], config: Mapping[str, object]) -> Iterator[str]:
-    """Remarks on modules that SGLang serves in FP16 only."""
+def half_only(modules: Mapping[str, tuple[Format, StoredModule]], config: Mapping[str, object]) -> Iterator[str]:
+    """Remarks on modules that SGLang serves in FP16 only; ``config`` is the model's."""
     found: dict[tuple[str, str], list[str]] = {}
-    for members in fused_groups(modules).values():
-        parts = [modules[name] for name in members]
-        alike = len({part.format.fuses_as for part in parts}) == 1 and not is_expert(members[0])
-        if alike and (why := parts[0].format.half_only([part.stored for part in parts])):
-            found.setdefault((parts[0].format.kind, why), []).extend(members)
+    for name, members in fused_groups(modules).items():
+        formats = {modules[member][0] for member in members}
+        fmt = formats.pop()
+        if is_expert(name) or any(other.fuses_as != fmt.fuses_as for other in formats):
+            continue
+        if why := fmt.half_only([modules[member][1] for member in members]):
+            found.setdefault((fmt.kind, why), []).extend(members)
     half = config.get("dtype", config.get("torch_dtype")) == "float16"
+    flag = "" if half else ": start SGLang with --dtype half, or take another source for them"
     for (kind, why), names in found.items():
-        flag = "" if half else ": start SGLang with --dtype half, or take another source for them"
         yield (
             f"{some(compress(names))} ({kind}): {why}; SGLang's slower GPTQ kernel runs them, with FP16 activations "
             f"only{flag}"

@@ -20,7 +20,7 @@ from mixprec_build.checkpoint import Checkpoint, open_checkpoint
 from mixprec_build.errors import MixprecError
 from mixprec_build.formats.base import Format
 from mixprec_build.manifest import METHOD, Declaration, read_manifest, tensor_entries
-from mixprec_build.servable import some
+from mixprec_build.servable import half_only, some
 
 from .plugin import version_problem
 
@@ -143,6 +143,9 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         return
     counts = Counter(formats.values())
     problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
+    if not problems:
+        stored = {name: (fmt, checkpoint.modules[name]) for name, fmt in formats.items()}
+        problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.config)]
     yield from problems
     if not problems:
         modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())

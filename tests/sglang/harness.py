@@ -31,9 +31,9 @@ __all__ = [
 ]  # fmt: skip
 
 VARIANTS = [
-    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "gptq_int4_g64", "gptq_int4_act", "gptq_int8",
-    "awq_int4", "awq_int4_g64", "ct_fp8_block", "ct_fp8_weight", "ct_int4", "ct_int4_g32", "ct_int4_asym",
-    "ct_int4_act", "ct_int8",
+    "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int4_g64",
+    "gptq_int4_act", "gptq_int8", "awq_int4", "awq_int4_g64", "ct_fp8_block", "ct_fp8_weight", "ct_int4",
+    "ct_int4_g32", "ct_int4_asym", "ct_int4_act", "ct_int8",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ Mix = tuple[Shape, Mapping[str, str]]
 
 MIXES: Mapping[str, Mix] = {
     "llama": (
-        LLAMA.of(**_SIZES, layers=7),
+        LLAMA.of(**_SIZES, layers=8),
         {
             "model.layers.0.self_attn.*": "fp8_block",
             "model.layers.0.mlp.*": "gptq_int4",
@@ -44,6 +44,8 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.6.self_attn.*": "ct_int8",
             "model.layers.6.mlp.*": "ct_int4_act",
             "model.layers.6.mlp.down_proj": "ct_int4_g32",
+            "model.layers.7.self_attn.*": "int8_channel",
+            "model.layers.7.mlp.*": "int8_block",
         },
     ),
     "qwen2": (
@@ -60,7 +62,7 @@ MIXES: Mapping[str, Mix] = {
         {"model.layers.*.self_attn.*": "fp8_block", "model.layers.1.mlp.*": "fp8_channel"},
     ),
     "qwen3_moe": (
-        QWEN3_MOE.of(**_SIZES, layers=6),
+        QWEN3_MOE.of(**_SIZES, layers=7),
         {
             "model.layers.*.self_attn.*": "fp8_block",
             "model.layers.0.mlp.experts.*": "gptq_int4",
@@ -79,6 +81,9 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.5.mlp.experts.{3,4}.*": "ct_int8",
             "model.layers.5.mlp.experts.5.*": "ct_fp8_block",
             "model.layers.5.mlp.experts.6.*": "fp8_block",
+            "model.layers.6.mlp.experts.*": "int8_block",
+            "model.layers.6.mlp.experts.{1..3}.*": "int8_channel",
+            "model.layers.6.mlp.experts.5.*": "ct_int4",
         },
     ),
     "mixtral": (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkpoints import LLAMA, write_tiny
 from tiny import write_recipe, write_sources
 from typer.testing import CliRunner
 
@@ -95,6 +97,18 @@ def test_another_format_in_the_files_than_was_built_is_told(machine: None, out: 
     shard.write_bytes(data.replace(b'"dtype":"BF16"', b'"dtype":"F16" ', 1))
     ((subject, text),) = failures(out)
     assert subject == "tensors" and "not as they were built" in text
+
+
+def test_what_needs_fp16_activations_is_told(machine: None, tmp_path: Path) -> None:
+    narrow = replace(LLAMA, intermediate=160)
+    write_tiny(tmp_path / "bf16", narrow, "bf16")
+    write_tiny(tmp_path / "int4", narrow, "gptq_int4", group_size=32)
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text(f"model: {tmp_path}/bf16\nsources: {{int4: {tmp_path}/int4}}\nweights: {{'*.mlp.*': int4}}\n")
+    run_plan(plan_recipe(recipe), tmp_path / "out")
+    assert failures(tmp_path / "out") == []
+    (told,) = [f.text for f in doctor.examine(tmp_path / "out") if f.subject == "dtype"]
+    assert "down_proj (gptq_int4): its 160 inputs" in told and "--dtype half" in told
 
 
 def test_a_plain_checkpoint_is_not_for_the_plugin(machine: None, out: Path) -> None:
