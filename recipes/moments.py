@@ -1,0 +1,135 @@
+"""Second moments of what each linear of a model multiplies, over a text of yours: for `mixprec suggest --moments`.
+
+    python recipes/moments.py MODEL TEXT.txt -o moments.safetensors
+
+MODEL is the unquantized checkpoint, a folder or a hub id. It runs in transformers, on GPUs where there are any (with
+accelerate over several of them). For experts the moments are those of the tokens that each one gets; an expert that
+gets none has the mean of its layer's. Needs torch and transformers: `pip install '.[demo]'`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mixprec_build.sources import open_source
+
+_LAYER = re.compile(r"(.*\.layers\.\d+)\..+")
+_EXPERT = re.compile(r"(.*\.layers\.\d+)\..*experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
+_DOWN = ("down_proj", "w2")
+
+
+class Moments:
+    """Sums of squared inputs by module, and how many tokens they are of."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def add(self, module: str, inputs: torch.Tensor) -> None:
+        """``inputs`` ``[..., K]`` of one module."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        seen = rows.float().square().sum(0).double().cpu()
+        self._sums[module] = self._sums.get(module, 0) + seen
+        self._tokens[module] = self._tokens.get(module, 0) + len(rows)
+
+    def mean(self, modules: Iterable[str]) -> torch.Tensor | None:
+        """E[x_k²] over the tokens of several modules, ``[K]``; None where they got none."""
+        seen = [module for module in modules if self._tokens.get(module)]
+        if not seen:
+            return None
+        total = sum((self._sums[module] for module in seen), torch.zeros(()))
+        return (total / sum(self._tokens[module] for module in seen)).float()
+
+
+def collect(model: torch.nn.Module, modules: Iterable[str], ids: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
+    """E[x_k²] ``[K]``, float32, for those of a checkpoint's ``modules`` that ``model`` has, over tokens ``ids`` ``[T]``
+    in windows of ``window``.
+
+    Raises:
+        ValueError: the model keeps its experts in a way that is not known here.
+    """
+    wanted, moments = set(modules), Moments()
+    experts: dict[str, dict[int, dict[str, str]]] = {}
+    for name in wanted:
+        if found := _EXPERT.fullmatch(name):
+            experts.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = name
+    hooks = []
+    for name, module in model.named_modules():
+        layer = _LAYER.fullmatch(name)
+        if isinstance(module, torch.nn.Linear) and name in wanted:
+            hooks.append(module.register_forward_pre_hook(_linear(name, moments)))
+        elif layer and layer[1] in experts and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+            if not isinstance(module.gate_up_proj, torch.nn.Parameter):
+                continue  # a dense MLP, whose linears are modules
+            hook = _experts(module, experts[layer[1]], moments)
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            for part in ids.split(window):
+                model(part[None].to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    out = {name: mean for name in wanted if (mean := moments.mean([name])) is not None}
+    for members in experts.values():
+        for part in {part for parts in members.values() for part in parts}:
+            names = [parts[part] for parts in members.values()]
+            whole = moments.mean(names)
+            if whole is not None:
+                out |= {name: whole.clone() for name in names if name not in out}
+    return out
+
+
+def _linear(name: str, moments: Moments) -> Callable[..., None]:
+    return lambda _, inputs: moments.add(name, inputs[0])
+
+
+def _experts(module: Any, members: dict[int, dict[str, str]], moments: Moments) -> Callable[..., None]:
+    """For transformers' modules that hold all experts of a layer: ``gate_up_proj [E, 2I, H]``, ``down_proj``
+    ``[E, H, I]``."""
+    count, hidden, intermediate = module.down_proj.shape
+    if tuple(module.gate_up_proj.shape) != (count, 2 * intermediate, hidden) or not hasattr(module, "act_fn"):
+        raise ValueError(f"{type(module).__name__} keeps its experts in a way that is not known here")
+    signature = inspect.signature(module.forward)
+
+    def add(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states, chosen = list(signature.bind(*args, **kwargs).arguments.values())[:2]
+        rows, chosen = hidden_states.reshape(-1, hidden), chosen.reshape(-1, chosen.shape[-1])
+        for expert in chosen.unique().tolist():
+            if expert not in members:
+                continue
+            x = rows[(chosen == expert).any(-1)]
+            gate, up = torch.nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
+            for part, name in members[expert].items():
+                moments.add(name, module.act_fn(gate) * up if part in _DOWN else x)
+
+    return add
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="The unquantized checkpoint: a folder or a hub id.")],
+    text: Annotated[Path, typer.Argument(help="Text like that which will be served.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens of the text to run at most.")] = 65_536,
+    window: Annotated[int, typer.Option(help="How many at a time.")] = 2048,
+) -> None:
+    names = [name for name, module in open_source(model).checkpoint.modules.items() if "weight" in module.tensors]
+    ids = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    where = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    runs = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **where).eval()
+    found = collect(runs, names, ids[:tokens], window)
+    save_file(dict(sorted(found.items())), out)
+    print(f"{out}: {len(found):,} modules, {min(tokens, len(ids)):,} tokens")
+
+
+if __name__ == "__main__":
+    typer.run(main)
