@@ -23,9 +23,11 @@ from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.cli import main
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
 from mixprec_build.manifest import CHECKSUM, checksum_of, read_manifest
+from mixprec_build.merged import splitter_of
 from mixprec_build.presplit import Degree
+from mixprec_build.rankfiles import open_rank, read_rank
 from mixprec_build.sources import open_source
-from mixprec_build.split import _alone, open_rank, read_rank, split, splitter_of
+from mixprec_build.split import _alone, split
 from mixprec_build.verify import verify
 
 # 384 columns are 192 for each of two ranks: one and a half blocks.
@@ -307,7 +309,7 @@ def test_a_cut_of_other_weights_is_found(out: Path) -> None:
 
 
 def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mixprec_build.split as module
+    import mixprec_build.rankfiles as module
 
     before = (out / "mixprec_manifest.json").read_bytes()
 
