@@ -346,6 +346,8 @@ def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
             entry["dtype"], list(entry["shape"]), entry["file"],
         ):  # fmt: skip
             raise SourceError(f"{name} is not there as its index says; split the checkpoint again", path=index.folder)
+    if extra := tensors.keys() - index.parameters.keys():
+        raise SourceError(f"{min(extra)} is not in its index; split the checkpoint again", path=index.folder)
     return tensors
 
 
