@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import REST, LocalFolder, open_storage
+from .checkpoint import REST, Checkpoint, LocalFolder, open_checkpoint, open_storage
 from .errors import SourceError, SplitError, VerifyError
 from .formats.base import Format, numpy_dtype
 from .header import MAX_HEADER_BYTES, TensorInfo, header_length, inside
 from .manifest import checksum_of, layout_of, merged_files
 from .presplit import Degree, Parameter, Piece, Splitter
 from .rankfiles import Array, FileReader, Reader, contents, fill, open_rank, parse_folder, read_index, read_rank, whole
-from .sources import Source, open_source
+from .sources import Source
 
 __all__ = [
     "CutFolder",
@@ -44,7 +44,7 @@ def splitter_of(source: Source, degree: Degree) -> Splitter:
     return Splitter(modules, source.checkpoint.config, degree)
 
 
-def open_compiled(folder: Path, manifest: Mapping[str, Any]) -> Source:
+def open_compiled(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
     """A compiled checkpoint by its headers, also where its merged files were dropped.
 
     Raises:
@@ -52,13 +52,13 @@ def open_compiled(folder: Path, manifest: Mapping[str, Any]) -> Source:
         SourceError: from opening files.
     """
     if layout_of(manifest) != "presplit":
-        return open_source(str(folder))
-    return CutFolder(folder, manifest).source
+        return open_checkpoint(str(folder))
+    return CutFolder(folder, manifest).checkpoint
 
 
-def reader_of(source: Source) -> Reader:
+def reader_of(checkpoint: Checkpoint) -> Reader:
     """Reads the merged tensors of a compiled checkpoint."""
-    storage = source.checkpoint.storage
+    storage = checkpoint.storage
     return storage.reader if isinstance(storage, CutFolder) else FileReader(storage.cached)
 
 
@@ -129,16 +129,16 @@ class CutFolder:
         except SourceError as error:
             raise VerifyError(str(error)) from error
         kept = {name: _placed(REST, tensor) for name, tensor in rest.items()}
-        checkpoint = open_storage(self, str(folder), self._headers(folder, manifest, kept))
-        self.source = Source.of("", checkpoint)
-        self.reader = Rebuilt(folder, manifest, self.source, kept)
-        self._tensors = {(t.file, t.start, t.nbytes): t for t in checkpoint.tensors.values()}
+        self.checkpoint = open_storage(self, str(folder), self._headers(folder, manifest, kept))
+        self.reader = Rebuilt(folder, manifest, self.checkpoint, kept)
+        self._tensors = {(t.file, t.start, t.nbytes): t for t in self.checkpoint.tensors.values()}
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Of the merged files, whole tensors only."""
         if name not in self._merged:
             return self._local.read(name, offset, length)
-        return b"".join(contents(whole(self._tensors[name, offset, length]), self.reader))
+        tensor = self._tensors[name, offset, length]
+        return b"".join(contents(self.reader.parameter(tensor), self.reader.files))
 
     def cached(self, name: str) -> Path | None:
         return None if name in self._merged else self._local.cached(name)
@@ -170,22 +170,29 @@ class Rebuilt(Reader):
     ``kept`` is the rest, by name.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], source: Source, kept: Mapping[str, TensorInfo]):
-        self._folder, self._manifest, self._source, self._kept = folder, manifest, source, kept
-        self._files = FileReader(lambda file: inside(folder, file))
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint, kept: Mapping[str, TensorInfo]
+    ):
+        self._folder, self._manifest, self._checkpoint, self._kept = folder, manifest, checkpoint, kept
+        self.files = FileReader(lambda file: inside(folder, file))
+        """What :meth:`parameter` is read from."""
         self._lock = Lock()
         self._parts: dict[str, tuple[Piece, ...]] = {}
         """Tensor -> where its rectangles lie in the files, and in the tensor."""
 
     def close(self) -> None:
-        self._files.close()
+        self.files.close()
 
     def rows(self, piece: Piece, first: int, last: int) -> Array:
-        self.prepare()
-        tensor = piece.tensor
-        data = np.empty((last - first, piece.width), np.dtype(f"u{numpy_dtype(tensor.dtype).itemsize}"))
-        fill(data, first, self._parts[tensor.name], self._files)
+        element = np.dtype(f"u{numpy_dtype(piece.tensor.dtype).itemsize}")
+        data = np.empty((last - first, piece.width), element)
+        fill(data, first, self.parameter(piece.tensor).pieces, self.files)
         return data
+
+    def parameter(self, tensor: TensorInfo) -> Parameter:
+        """A merged tensor, or a merged file's header, as pieces of the files."""
+        self.prepare()
+        return Parameter(tensor.name, tensor.dtype, tensor.shape, self._parts.get(tensor.name, ()))
 
     def prepare(self) -> None:
         """Finds where each tensor lies.
@@ -200,7 +207,7 @@ class Rebuilt(Reader):
 
     def _find(self) -> dict[str, tuple[Piece, ...]]:
         degree = complete(self._folder, self._manifest["presplit"])
-        splitter = splitter_of(self._source, degree)
+        splitter = splitter_of(Source.of("", self._checkpoint), degree)
         found: dict[str, dict[Rectangle, Piece]] = {}
         for rank in range(degree.tp):
             stored = self._open(degree, rank)
@@ -216,9 +223,8 @@ class Rebuilt(Reader):
                     # Of ranks that hold the same the first.
                     found.setdefault(piece.tensor.name, {}).setdefault((piece.rows, piece.columns), back)
         parts = {name: tuple(pieces.values()) for name, pieces in found.items()}
-        checkpoint = self._source.checkpoint
-        headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
-        for tensor in (*in_no_rank(checkpoint.tensors.values(), found), *headers):
+        headers = (header_tensor(file, shard.header_bytes) for file, shard in self._checkpoint.shards.items())
+        for tensor in (*in_no_rank(self._checkpoint.tensors.values(), found), *headers):
             kept = self._kept.get(tensor.name)
             if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
                 raise SplitError(f"{tensor.name}: neither in the files of {degree} nor in {self._folder / REST}")

@@ -97,7 +97,7 @@ def open_on_disk(folder: Path) -> Source:
         return open_source(str(folder))
     from .merged import open_compiled
 
-    return open_compiled(folder, read_manifest(folder))
+    return Source.of(str(folder), open_compiled(folder, read_manifest(folder)))
 
 
 def open_sources(recipe: Recipe) -> Sources:

@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from .checkpoint import REST
+from .checkpoint import REST, Checkpoint
 from .copier import Progress, check_space, write_errors
 from .errors import OutputError, SourceError, SplitError, VerifyError
 from .header import TensorInfo, inside, read_header
@@ -32,7 +32,7 @@ from .manifest import (
     read_manifest,
     tensor_entries,
 )
-from .merged import CutFolder, Rectangle, complete, header_tensor, in_no_rank, open_compiled, reader_of, splitter_of
+from .merged import Rebuilt, Rectangle, complete, header_tensor, in_no_rank, open_compiled, reader_of, splitter_of
 from .presplit import Degree, Parameter, Splitter
 from .rankfiles import (
     INDEX,
@@ -82,8 +82,8 @@ def split(
     with _alone(folder):
         manifest = read_manifest(folder)
         _clear(folder, manifest, layout)
-        source = open_compiled(folder, manifest)
-        with reader_of(source) as reader:
+        source = Source.of("", open_compiled(folder, manifest))
+        with reader_of(source.checkpoint) as reader:
             return _Split(folder, manifest, source, reader, shard_size, jobs).run(degree, layout, ranks, watch)
 
 
@@ -126,7 +126,6 @@ class _Split:
             raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
         names = [] if degree is None else [degree.folder(rank) for rank in wanted]
         listed = self._manifest.get("presplit", {})
-        dropped = layout_of(self._manifest) == "presplit"
         if layout == "presplit":
             complete(self._folder, {**listed, **dict.fromkeys(names)})
         splitter = None if degree is None else splitter_of(self._source, degree)
@@ -135,20 +134,21 @@ class _Split:
             for rank, name in zip(wanted, names, strict=True):
                 if name not in listed or not (self._folder / name).exists():
                     plans[name] = splitter.parameters(rank)
-        if isinstance(self._source.checkpoint.storage, CutFolder) and (plans or layout != "presplit"):
-            self._source.checkpoint.storage.reader.prepare()
-        restore = self._absent() if dropped and layout != "presplit" else {}
+        rebuilt = self._reader if isinstance(self._reader, Rebuilt) else None
+        if rebuilt is not None:
+            rebuilt.prepare()
+        restore = {} if rebuilt is None or layout == "presplit" else self._absent()
         need = sum(p.nbytes for plan in plans.values() for p in plan)
         need += sum(tensor.nbytes for built in restore.values() for tensor, _ in built)
         check_space(self._folder, need)
         if watch is not None:
             self._progress = watch(splitter, need)
 
-        if dropped and layout != "presplit":
-            self._restore(restore)
+        if rebuilt is not None and layout != "presplit":
+            self._restore(rebuilt, restore)
         if splitter is not None and plans:
             self._cut(splitter, plans)
-        if layout == "presplit" and not dropped:
+        if layout == "presplit" and rebuilt is None:
             self._drop_merged(plans)
         if layout == "merged":
             self._drop_ranks()
@@ -236,12 +236,13 @@ class _Split:
             built[tensor.file].append((tensor, entries[tensor.name][CHECKSUM]))
         return built
 
-    def _restore(self, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
+    def _restore(self, rebuilt: Rebuilt, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
         part = self._folder / _RESTORED
 
         def write(file: str) -> None:
             built = files[file]
-            written = write_parameters(part / file, b"", [whole(t) for t, _ in built], self._reader, self._progress)
+            parameters = [rebuilt.parameter(tensor) for tensor, _ in built]
+            written = write_parameters(part / file, b"", parameters, rebuilt.files, self._progress)
             for (parameter, checksum), (_, due) in zip(written, built, strict=True):
                 if checksum != due:
                     raise VerifyError(
@@ -303,7 +304,7 @@ def _clear(folder: Path, manifest: Mapping[str, Any], layout: str) -> None:
 # Verification
 
 
-def rank_differences(folder: Path, manifest: Mapping[str, Any], source: Source) -> Iterator[str]:
+def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
     """Every difference between the per-rank files, what the manifest lists, and the merged tensors.
 
     Of merged files that were dropped, also in what was kept of them.
@@ -316,8 +317,11 @@ def rank_differences(folder: Path, manifest: Mapping[str, Any], source: Source) 
             yield f"{name}: not in the manifest"
     if layout_of(manifest) == "presplit":
         yield from _differences_of(read_index(folder, REST, manifest["rest"]))
+    if not listed:
+        return
+    source = Source.of("", checkpoint)
     splitters: dict[Degree, Splitter] = {}
-    with reader_of(source) as reader:
+    with reader_of(checkpoint) as reader:
         for name in listed:
             parsed = parse_folder(name)
             if parsed is None:

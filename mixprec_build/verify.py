@@ -20,7 +20,7 @@ from .formats.base import Format
 from .header import TensorInfo, inside, open_regular, pread_all, read_regular
 from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, layout_of, read_manifest, tensor_entries
 from .merged import CutFolder, open_compiled
-from .rankfiles import contents, whole
+from .rankfiles import contents
 from .report import printable
 from .sources import Source
 from .split import leftovers, rank_differences
@@ -66,8 +66,7 @@ def verify(
         SourceError: the checkpoint itself cannot be opened.
     """
     manifest = read_manifest(folder)
-    source = open_compiled(folder.absolute(), manifest)
-    checkpoint = source.checkpoint
+    checkpoint = open_compiled(folder.absolute(), manifest)
     if isinstance(checkpoint.storage, CutFolder):
         checkpoint.storage.reader.prepare()
     left = leftovers(folder, manifest)
@@ -82,7 +81,7 @@ def verify(
         for name, entry in module["tensors"].items()
         if name in checkpoint.tensors
     }
-    differences += rank_differences(folder, manifest, source)
+    differences += rank_differences(folder, manifest, checkpoint)
     bit_for_bit = 0
 
     def check(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, str | None]:
@@ -202,7 +201,8 @@ def _compare(
 def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes | memoryview]:
     """A tensor's bytes, a few MiB at a time."""
     if isinstance(checkpoint.storage, CutFolder):
-        yield from contents(whole(info), checkpoint.storage.reader)
+        reader = checkpoint.storage.reader
+        yield from contents(reader.parameter(info), reader.files)
         return
     with _opened(checkpoint, info) as read:
         for at in range(0, info.nbytes, _BUFFER):

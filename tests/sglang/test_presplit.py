@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import load, make, rank_of, serve
-from mixes import MIXES, mix
+from mixes import EIGHT, MIXES, mix
 from safetensors.torch import load_file
 
 from mixprec_build.manifest import read_manifest
@@ -22,7 +22,7 @@ DEGREES = [Degree(2), Degree(4), Degree(2, 2), Degree(4, 2)]
 
 
 CASES = [(name, degree) for name in MIXES for degree in DEGREES if degree.ep == 1 or MIXES[name][0].experts]
-CASES += [("llama_8", Degree(8)), *(("qwen3_moe_8", Degree(8, ep)) for ep in (1, 4, 8))]
+CASES += [(name, Degree(tp)) for name in EIGHT for tp in (2, 8)] + [("qwen3_moe_8", Degree(8, ep)) for ep in (4, 8)]
 
 
 @pytest.mark.parametrize(("name", "degree"), CASES, ids=[f"{name}-{degree}" for name, degree in CASES])

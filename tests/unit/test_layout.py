@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN3_MOE, Shape, write_sources
+from serving import DEEPSEEK, LLAMA, MIXTRAL, Shape, write_sources
 from test_presplit import LINES, MOE, SIZES, run
 from tiny import tree
 
@@ -22,6 +22,7 @@ from mixprec_build.presplit import Degree
 from mixprec_build.rankfiles import open_rank, read_rank
 from mixprec_build.split import split
 from mixprec_build.verify import verify
+from mixprec_runtime.doctor import examine
 
 SMALL = LLAMA.of(layers=3, hidden=128, intermediate=256, heads=2, kv_heads=2, head_dim=64, vocab=4096)
 
@@ -128,9 +129,8 @@ def test_what_no_rank_holds_is_kept(tmp_path: Path) -> None:
     for path in home.glob("*/config.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model: {home / 'bf16'}\nsources: {{int4: {home / 'gptq_int4'}}}\nweights: {{'*.{{q,k,v,gate,up,down}}_proj': int4}}\n"
-    )
+    lines = [f"model: {home / 'bf16'}", "sources:", f"  int4: {home / 'gptq_int4'}"]
+    recipe.write_text("\n".join([*lines, "weights: {'*.{q,k,v,gate,up,down}_proj': int4}"]))
     out = tmp_path / "out"
     run_plan(plan_recipe(recipe), out)
     due = tree(out)
@@ -206,6 +206,7 @@ def test_inspect_and_verify_of_ranks_files_alone(
     different = {key for key in facts[0] if facts[0][key] != facts[1][key]}
     assert different == {"location", "serve", "layout", "presplit", "manifest_checksum"}
     assert facts[1]["serve"].endswith("--tp 4 --ep-size 2")
+    assert any(finding.text.endswith("--tp 4 --ep-size 2") for finding in examine(out) if finding.status == "ok")
     assert run(monkeypatch, "inspect", out) == 0
     assert f"merged files: none; restore them: mixprec split {out} --layout both" in capsys.readouterr().out
     errors = []
@@ -430,7 +431,7 @@ def test_missing_ranks_are_named(out: Path) -> None:
     split(out, Degree(2), layout="presplit")
     shutil.rmtree(out / "presplit/tp2-ep1/rank-1-of-2")
     for layout in ("both", "presplit"):
-        with pytest.raises(VerifyError, match="rank-1-of-2/index.json: cannot open it"):
+        with pytest.raises(VerifyError, match=r"rank-1-of-2/index\.json: cannot open it"):
             split(out, Degree(1), layout=layout)
 
 

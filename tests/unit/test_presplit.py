@@ -374,7 +374,7 @@ def test_files_outside_of_a_ranks_folder_are_not_opened(out: Path, file: str) ->
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
-    """A tensor of 600 MB, of which two ranks get the columns: less than 200 MB beyond the interpreter."""
+    """A tensor of 600 MB, of which two ranks get the columns, and back: less than 200 MB beyond the interpreter."""
     config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
     source = tmp_path / "source"
     source.mkdir()
@@ -389,7 +389,12 @@ import sys
 from pathlib import Path
 from mixprec_build.presplit import Degree
 from mixprec_build.split import split
-split(Path(sys.argv[1]), Degree(2))
+out = Path(sys.argv[1])
+(before,) = (path.stat().st_size for path in out.glob("*.safetensors"))
+split(out, Degree(2), layout="presplit")
+assert not list(out.glob("*.safetensors"))
+split(out, layout="merged")
+assert [path.stat().st_size for path in out.glob("*.safetensors")] == [before]
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
