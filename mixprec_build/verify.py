@@ -198,11 +198,12 @@ def _compare(
     return direct, None
 
 
-def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes | memoryview]:
+def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
     """A tensor's bytes, a few MiB at a time."""
     if isinstance(checkpoint.storage, CutFolder):
         reader = checkpoint.storage.reader
-        yield from contents(reader.parameter(info), reader.files)
+        # As bytes: views are compared byte by byte, ten times as slow.
+        yield from map(bytes, contents(reader.parameter(info), reader.files))
         return
     with _opened(checkpoint, info) as read:
         for at in range(0, info.nbytes, _BUFFER):
