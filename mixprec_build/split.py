@@ -81,7 +81,7 @@ def split(
     """
     with _alone(folder):
         manifest = read_manifest(folder)
-        _clear(folder, manifest, layout)
+        _clear(folder, manifest, keep=merged_files(manifest))
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:
             return _Split(folder, manifest, source, reader, shard_size, jobs).run(degree, layout, ranks, watch)
@@ -148,8 +148,10 @@ class _Split:
             self._restore(rebuilt, restore)
         if splitter is not None and plans:
             self._cut(splitter, plans)
-        if layout == "presplit" and rebuilt is None:
-            self._drop_merged(plans)
+        if layout == "presplit":
+            if rebuilt is None:
+                self._keep_rest(plans)
+            _clear(self._folder, self._manifest)
         if layout == "merged":
             self._drop_ranks()
         return [self._folder / name for name in names]
@@ -175,22 +177,26 @@ class _Split:
         degree = splitter.degree
         padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
 
-        def write(name: str) -> tuple[str, dict[str, Any]]:
-            rank = int(name.rpartition("rank-")[2].partition("-")[0])
+        def write(rank: int) -> tuple[str, dict[str, Any]]:
+            name = degree.folder(rank)
             head = {"tp": degree.tp, "ep": degree.ep, "rank": rank, "padded": padded}
             return name, write_rank(
                 self._folder, name, head, self._reader, plans[name], self._shard_size, self._progress
             )
 
         with ThreadPoolExecutor(max_workers=self._jobs) as pool:
-            entries = dict(pool.map(write, plans))
+            entries = dict(pool.map(write, [rank for rank in range(degree.tp) if degree.folder(rank) in plans]))
         self._list({"presplit": dict(sorted({**self._manifest.get("presplit", {}), **entries}.items()))})
 
-    def _drop_merged(self, fresh: Collection[str]) -> None:
-        """``fresh`` are ranks that were cut just now; others are compared with the merged files for the last time."""
+    def _keep_rest(self, fresh: Collection[str]) -> None:
+        """Writes and lists what only the merged files hold: from here on they are not needed.
+
+        ``fresh`` are ranks that were cut just now; others are compared with the merged files for the last time.
+        """
         checkpoint = self._source.checkpoint
         for file in merged_files(self._manifest):
-            if checkpoint.shards[file].header_checksum != self._manifest["files"][file]["header"]:
+            shard = checkpoint.shards.get(file)
+            if shard is None or shard.header_checksum != self._manifest["files"][file]["header"]:
                 raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
         degree = complete(self._folder, self._manifest["presplit"])
         splitter = splitter_of(self._source, degree)
@@ -208,7 +214,6 @@ class _Split:
         check_space(self._folder, sum(p.nbytes for p in rest))
         entry = write_rank(self._folder, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
         self._list({"layout": "presplit", "rest": entry})
-        _clear(self._folder, self._manifest, "presplit")
 
     def _index(self, name: str) -> RankIndex:
         return read_index(self._folder, name, self._manifest["presplit"][name])
@@ -257,7 +262,7 @@ class _Split:
                 list(pool.map(write, files))
             sync_folder(self._folder)
             self._list({"layout": None, "rest": None})
-            _clear(self._folder, self._manifest, "both")
+            _clear(self._folder, self._manifest)
 
     def _drop_ranks(self) -> None:
         if "presplit" in self._manifest:
@@ -289,13 +294,12 @@ def leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _clear(folder: Path, manifest: Mapping[str, Any], layout: str) -> None:
-    """Removes it, but for what ``layout`` can use: merged files, and ranks that another machine may have cut."""
-    merged = merged_files(manifest)
+def _clear(folder: Path, manifest: Mapping[str, Any], keep: Collection[str] = ()) -> None:
+    """Removes it, but for ``keep``, and for ranks, which another machine may have cut."""
     with write_errors(folder):
         for name in leftovers(folder, manifest):
             path = folder / name
-            if parse_folder(name) is not None or (name in merged and layout != "presplit"):
+            if parse_folder(name) is not None or name in keep:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         sync_folder(folder)

@@ -177,7 +177,6 @@ def test_a_build_of_ranks_files_alone(folder: Path, monkeypatch: pytest.MonkeyPa
     split(later, Degree(2), layout="presplit", shard_size=2 << 20)
     assert tree(later) == tree(out)
 
-    recipe.write_text(text % "shard_size_: 1")
     recipe.write_text(text.replace(", %s", ""))
     for layout in ("presplit", "merged", "both"):
         options = ("--layout", layout, "--force", "--quiet", "--allow", "unservable")
@@ -342,6 +341,53 @@ def test_a_change_that_is_stopped_anywhere_can_be_repeated(
     assert verify(one).leftovers == ()
 
 
+def test_a_build_that_is_stopped_anywhere_is_whole_or_not_there(small: Path, tmp_path: Path, stop: Any) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = (small.parent / "recipe.yaml").read_text()
+    recipe.write_text(text.replace("1MiB", "1MiB, tp: [2, 1], layout: presplit"))
+    plan, out = plan_recipe(recipe), tmp_path / "out"
+    run_plan(plan, tmp_path / "due", jobs=1)
+    expected, steps = tree(tmp_path / "due"), 0
+    while True:
+        steps += 1
+        stop(steps)
+        try:
+            run_plan(plan, out, jobs=1)
+        except Killed:
+            stop(0)
+            if out.exists():  # stopped while the stage was removed
+                assert tree(out) == expected
+            else:
+                run_plan(plan, out, jobs=1)
+            assert tree(out) == expected, f"step {steps}"
+            assert [path.name for path in tmp_path.glob(".out*")] in ([], [".out.mixprec"])
+            shutil.rmtree(out)
+            shutil.rmtree(tmp_path / ".out.mixprec", ignore_errors=True)
+        else:
+            stop(0)
+            break
+    assert steps > 10 and not list(tmp_path.glob(".out*"))
+
+
+def test_a_build_whose_cut_fails_goes_on_from_its_files(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((small.parent / "recipe.yaml").read_text().replace("1MiB", "1MiB, tp: 2, layout: presplit"))
+    plan, out = plan_recipe(recipe), tmp_path / "out"
+    monkeypatch.setattr("mixprec_build.rankfiles.pwrite_all", full)
+    with pytest.raises(WriteError, match="3 of 3 files are finished and kept"):
+        run_plan(plan, out)
+    monkeypatch.undo()
+    assert not out.exists()
+    run_plan(plan, out)
+    assert not verify(out).differences and layout_of(read_manifest(out)) == "presplit"
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_what_was_left_behind_is_named(out: Path, stop: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     stop(7)  # two ranks, two manifests and the rest take five
     with pytest.raises(Killed):
@@ -360,10 +406,6 @@ def test_what_was_left_behind_is_named(out: Path, stop: Any, monkeypatch: pytest
 def test_a_disk_that_is_full_loses_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split(out, Degree(2), layout="presplit")
     before = tree(out)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("mixprec_build.rankfiles.pwrite_all", full)
     with pytest.raises(WriteError, match="free some space"):
         split(out, layout="both")
