@@ -26,6 +26,7 @@ from .sources import Source
 
 __all__ = [
     "CutFolder",
+    "Rebuilt",
     "Rectangle",
     "complete",
     "header_tensor",
@@ -73,9 +74,9 @@ def complete(folder: Path, names: Iterable[str]) -> Degree:
     ranks: dict[Degree, set[int]] = {}
     for degree, rank in filter(None, map(parse_folder, names)):
         ranks.setdefault(degree, set()).add(rank)
-    whole = [degree for degree, there in ranks.items() if len(there) == degree.tp]
-    if whole:
-        return min(whole, key=lambda degree: (degree.tp, degree.ep))
+    found = [degree for degree, there in ranks.items() if len(there) == degree.tp]
+    if found:
+        return min(found, key=lambda degree: (degree.tp, degree.ep))
     lacking = "; ".join(
         f"of {degree} ranks {', '.join(str(rank) for rank in range(degree.tp) if rank not in there)} are missing"
         for degree, there in ranks.items()

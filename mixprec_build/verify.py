@@ -19,7 +19,7 @@ from .errors import SourceError, VerifyError
 from .formats.base import Format
 from .header import TensorInfo, inside, open_regular, pread_all, read_regular
 from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, layout_of, read_manifest, tensor_entries
-from .merged import CutFolder, open_compiled
+from .merged import CutFolder, open_compiled, reader_of
 from .rankfiles import contents
 from .report import printable
 from .sources import Source
@@ -91,7 +91,7 @@ def verify(
             progress(int(entry["bytes"]))
         return result
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with reader_of(checkpoint), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for direct, difference in pool.map(check, recorded.items()):
             bit_for_bit += direct
             if difference is not None:

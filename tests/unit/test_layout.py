@@ -415,14 +415,24 @@ def test_a_disk_that_is_full_loses_nothing(out: Path, monkeypatch: pytest.Monkey
     assert tree(out) == before
 
 
-def test_space_is_asked_for_first(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_is_asked_for_first(small: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr("mixprec_build.split.check_space", lambda _, need: asked.append(need))
     split(out, Degree(2), layout="presplit")
     split(out, Degree(1))
     merged = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     (ranks,) = (json.loads(path.read_text()) for path in out.glob("presplit/tp1-ep1/*/index.json"))
-    assert asked[-1] > merged and asked[-1] - merged <= sum(entry["bytes"] for entry in ranks["files"].values())
+    cut = sum(entry["bytes"] for entry in ranks["files"].values())
+    assert asked[-1] > merged and asked[-1] - merged <= cut
+
+    # A build has both for a while.
+    recipe = small.parent / "space.yaml"
+    recipe.write_text((small.parent / "recipe.yaml").read_text().replace("1MiB", "1MiB, tp: 1, layout: presplit"))
+    monkeypatch.setattr("mixprec_build.copier.check_space", lambda _, need: asked.append(need))
+    asked.clear()
+    plan = plan_recipe(recipe)
+    run_plan(plan, out.with_name("built"))
+    assert asked[0] == merged + sum(plan.presplit.values())
 
 
 # Trust
