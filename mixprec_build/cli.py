@@ -196,6 +196,7 @@ def split(
     quiet: Quiet = False,
 ) -> None:
     """Cut a compiled checkpoint for the ranks that will serve it: each then reads its own files only."""
+    from .manifest import layout_of, read_manifest
     from .presplit import Degree, Splitter
     from .report import human
     from .split import split as run
@@ -219,15 +220,15 @@ def split(
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
         print(f"{folder}/presplit/{degree}: files of {len(written)} ranks, {human(size)}")
     if layout is not None:
-        print(f"{folder}: {_HAS[layout]}")
+        print(f"{folder}: {_HAS[layout_of(read_manifest(folder))]}")
     if degree is not None and written:
         print(f"next: python -m sglang.launch_server --model-path {folder} {degree.options}")
 
 
 _HAS = {
-    Layout.MERGED: "merged files only",
-    Layout.PRESPLIT: "files cut for ranks only; `mixprec split --layout both` restores the merged ones",
-    Layout.BOTH: "merged files, and those cut for ranks",
+    "merged": "merged files only",
+    "presplit": "files cut for ranks only; `mixprec split --layout both` restores the merged ones",
+    "both": "merged files, and those cut for ranks",
 }
 
 

@@ -140,6 +140,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         manifest = read_manifest(out)
         declaration = Declaration.from_json(checkpoint.quantization)
         formats = {name: declaration.format_of(name) for name in manifest["modules"]}
+        options = f" {complete(out, manifest['presplit']).options}" if layout_of(manifest) == "presplit" else ""
     except MixprecError as error:
         yield Finding("fail", str(out), str(error))
         return
@@ -148,7 +149,6 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
     yield from problems
     if not problems:
         modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())
-        options = f" {complete(out, manifest['presplit']).options}" if layout_of(manifest) == "presplit" else ""
         yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}{options}")
 
 

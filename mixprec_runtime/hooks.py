@@ -67,7 +67,7 @@ def initialize_model(
     if files is not None:
         quant_config.padded = files.padded
     elif Path(model_config.model_path).is_dir() or layout_of(manifest) == "presplit":
-        # Merged files on the hub are fetched later.
+        # Those on the hub are fetched later.
         loader.require_merged(folder, manifest, f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
     declared = tensor_entries(manifest)

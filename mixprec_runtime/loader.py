@@ -60,11 +60,9 @@ def require_merged(folder: Path, manifest: Mapping[str, Any], because: str) -> N
         return
     degrees = sorted({name.split("/")[1] for name in manifest.get("presplit", {})})
     have = f"it has files cut for {', '.join(degrees)}" if degrees else "it has no files cut for ranks"
-    remedy = (
-        f"restore the merged files with `mixprec split {folder} --layout both`"
-        if dropped
-        else ("bring the merged files, and `mixprec split` them for this run")
-    )
+    remedy = "bring the merged files, and `mixprec split` them for this run"
+    if dropped:
+        remedy = f"restore the merged files with `mixprec split {folder} --layout both`"
     raise RuntimeError(
         f"{folder}: {missing[0]} is not there, and {because}; {have}. Start SGLang with the --tp and --ep-size of "
         f"one of these, or {remedy}"
