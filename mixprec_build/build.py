@@ -16,13 +16,17 @@ from .write import check_output, fetch, write
 __all__ = ["plan_recipe", "run_plan"]
 
 
-def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = False) -> Plan:
+def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = False, layout: str | None = None) -> Plan:
     """Reads a recipe, opens its sources by their headers and decides everything. Writes nothing.
+
+    ``layout`` takes the place of the recipe's.
 
     Raises:
         RecipeError, SourceError, RefusedError: see their docstrings.
     """
     recipe = load_recipe(path)
+    if layout is not None:
+        recipe = recipe.laid_out(layout)
     with _no_garbage_collection():
         return make_plan(recipe, open_sources(recipe), allow_unservable=allow_unservable, link=link)
 

@@ -33,10 +33,13 @@ __all__ = [
     "ValueReader",
     "hide_password",
     "open_checkpoint",
+    "open_storage",
     "split_name",
 ]
 
 INDEX = "model.safetensors.index.json"
+REST = "presplit/rest"
+"""What a compiled checkpoint keeps of merged files that were dropped."""
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_INDEX_BYTES = 64 << 20  # 58 layers x 256 experts in GPTQ are 178,176 entries, 16 MB
 _MAX_JSON_VALUES = 2_000_000
@@ -254,7 +257,11 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
     Raises:
         SourceError: nothing is there, only pickle files are there, or a file contradicts itself or another.
     """
-    storage = _locate(location, relative_to or Path())
+    return open_storage(_locate(location, relative_to or Path()), location)
+
+
+def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, bytes]] | None = None) -> Checkpoint:
+    """:func:`open_checkpoint` of files that are found; of shards that are given by their headers alone with these."""
     config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
     if config is None:
         raise SourceError("no config.json; a source is a Hugging Face checkpoint", path=location)
@@ -267,12 +274,14 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
     if not isinstance(quantization, dict):
         raise SourceError("`quantization_config` is not an object", path=f"{location}/{quantization_file}")
 
-    shards, index = _shard_names(storage, location)
+    index: dict[str, str] | None = None
     tensors: dict[str, TensorInfo] = {}
-    headers: dict[str, Shard] = {}
-    reader = _HeaderReader(storage, location)
+    shards: dict[str, Shard] = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
-        for shard, data in zip(shards, pool.map(reader.read, shards), strict=True):
+        if headers is None:
+            names, index = _shard_names(storage, location)
+            headers = zip(names, pool.map(_HeaderReader(storage, location).read, names), strict=True)
+        for shard, data in headers:
             size = _size(storage, shard)
             found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
             for name in found.keys() & tensors.keys():
@@ -282,7 +291,7 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
                 raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
             file = storage.cached(shard)
             modified = None if file is None else file.stat().st_mtime_ns
-            headers[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata, modified)
+            shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata, modified)
     absent = {}
     if index is not None:
         if _offline(storage):
@@ -296,7 +305,7 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
         module, leaf = split_name(tensor.name)
         parts.setdefault(module, {})[leaf] = tensor
     modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
-    return Checkpoint(location, storage, config, quantization, quantization_file, tensors, headers, modules, absent)
+    return Checkpoint(location, storage, config, quantization, quantization_file, tensors, shards, modules, absent)
 
 
 def _offline(storage: Files) -> bool:
@@ -374,7 +383,13 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
                     f"names the file {shard!r}, which is no shard in this folder", path=f"{location}/{INDEX}"
                 )
             if shard not in storage.files and not _offline(storage):
-                raise SourceError(f"the shard {shard} is missing; fetch it again", path=location)
+                remedy = "fetch it again"
+                if isinstance(storage, LocalFolder) and (storage.folder / REST).is_dir():
+                    remedy = (
+                        "this checkpoint has files cut for ranks only: restore the merged ones with "
+                        f"`mixprec split {location} --layout both`"
+                    )
+                raise SourceError(f"the shard {shard} is missing; {remedy}", path=location)
         return [shard for shard in shards if shard in storage.files], weight_map
     found = [name for name in storage.files if name.endswith(".safetensors")]
     if "model.safetensors" in found or len(found) == 1:

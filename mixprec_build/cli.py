@@ -41,6 +41,14 @@ class Allowed(str, Enum):
     UNSERVABLE = "unservable"
 
 
+class Layout(str, Enum):
+    """Which files a compiled checkpoint has."""
+
+    MERGED = "merged"
+    PRESPLIT = "presplit"
+    BOTH = "both"
+
+
 RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).", show_default=False)]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint's folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON, for programs.")]
@@ -58,6 +66,10 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace an output that mixprec wrote before.")] = False,
     allow: Allow = [],  # noqa: B006 (typer copies it)
     link: Link = False,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="Files for all (merged), cut for ranks (presplit), or both; else what the recipe says."),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Copying threads.", show_default=False)
     ] = None,
@@ -68,7 +80,7 @@ def build(
     from .build import run_plan
     from .write import check_output
 
-    plan = _plan(recipe, allow, link)
+    plan = _plan(recipe, allow, link, layout)
     check_output(plan, out, force=force)
     _show_plan_notes(plan, quiet or as_json)
     with _bar("writing", plan.tensor_bytes, quiet or as_json) as progress:
@@ -80,7 +92,8 @@ def build(
     elif not quiet:
         from .report import human
 
-        print(f"{out}: {len(plan.modules):,} modules, {human(plan.tensor_bytes)} in {len(plan.shards)} files")
+        cut = "files cut for ranks only" if plan.recipe.layout == Layout.PRESPLIT.value else f"{len(plan.shards)} files"
+        print(f"{out}: {len(plan.modules):,} modules, {human(plan.tensor_bytes)} in {cut}")
         print(f"next: mixprec inspect {out}")
 
 
@@ -100,9 +113,9 @@ def plan(recipe: RecipePath, allow: Allow = [], link: Link = False, as_json: AsJ
 def inspect(folder: Folder, as_json: AsJson = False) -> None:
     """Show what a checkpoint holds: a compiled one or any other on disk."""
     from .report import inspect_facts, show_inspect
-    from .sources import open_source
+    from .sources import open_on_disk
 
-    facts = inspect_facts(open_source(str(folder)), folder)
+    facts = inspect_facts(open_on_disk(folder), folder)
     if as_json:
         _print_json(facts)
     else:
@@ -138,6 +151,7 @@ def verify(
                 "by_checksum": result.by_checksum,
                 "gone": result.gone,
                 "differences": result.differences,
+                "leftovers": result.leftovers,
                 "errors": [{"module": e.module, "format": e.kind, "relative": e.relative} for e in errors],
             }
         )
@@ -146,6 +160,8 @@ def verify(
 
         for reason in result.gone:
             print(f"compared by checksum only, source {reason}")
+        if result.leftovers:
+            print(f"left behind by a `mixprec split` that was stopped: {', '.join(result.leftovers)}; repeat it")
         compared = f"{result.bit_for_bit:,} tensors bit for bit with their sources, {result.by_checksum:,} by checksum"
         print(f"compared {compared}")
         if errors:
@@ -161,10 +177,18 @@ def verify(
 @app.command()
 def split(
     folder: Folder,
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.", show_default=False)],
+    tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks.", show_default=False)] = None,
     ep: Annotated[int, typer.Option("--ep", min=1, help="Expert-parallel ranks among them.")] = 1,
     ranks: Annotated[
         str | None, typer.Option("--ranks", help="Only these, as in 0-3 or 0,2: a node needs only its own.")
+    ] = None,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            help="presplit: drop the merged files after it; both: keep or restore them (without --layout, too); "
+            "merged: restore them, and drop the files of all ranks.",
+            show_default=False,
+        ),
     ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Copying threads.", show_default=False)
@@ -172,24 +196,40 @@ def split(
     quiet: Quiet = False,
 ) -> None:
     """Cut a compiled checkpoint for the ranks that will serve it: each then reads its own files only."""
+    from .manifest import layout_of, read_manifest
     from .presplit import Degree, Splitter
     from .report import human
     from .split import split as run
 
-    degree = Degree(tp, ep)
+    if tp is None and (layout is None or ep > 1 or ranks is not None):
+        raise typer.BadParameter("how many ranks are there?", param_hint="--tp")
+    degree = None if tp is None else Degree(tp, ep)
+    wanted = (layout or Layout.BOTH).value
     with ExitStack() as stack:
 
-        def watch(splitter: Splitter, nbytes: int) -> Progress:
-            for remark in [] if quiet else splitter.remarks():
+        def watch(splitter: Splitter | None, nbytes: int) -> Progress:
+            for remark in [] if quiet or splitter is None else splitter.remarks():
                 print(f"note: {remark}", file=sys.stderr)
-            return stack.enter_context(_bar("cutting", nbytes, quiet))
+            return stack.enter_context(_bar("writing", nbytes, quiet))
 
-        written = run(folder, degree, ranks=None if ranks is None else _numbers(ranks), jobs=jobs, watch=watch)
-    if not quiet:
+        numbers = None if ranks is None else _numbers(ranks)
+        written = run(folder, degree, layout=wanted, ranks=numbers, jobs=jobs, watch=watch)
+    if quiet:
+        return
+    if written:
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
         print(f"{folder}/presplit/{degree}: files of {len(written)} ranks, {human(size)}")
-        options = f"--tp {tp}" + (f" --ep-size {ep}" if ep > 1 else "")
-        print(f"next: python -m sglang.launch_server --model-path {folder} {options}")
+    if layout is not None:
+        print(f"{folder}: {_HAS[layout_of(read_manifest(folder))]}")
+    if degree is not None and written:
+        print(f"next: python -m sglang.launch_server --model-path {folder} {degree.options}")
+
+
+_HAS = {
+    "merged": "merged files only",
+    "presplit": "files cut for ranks only; `mixprec split --layout both` restores the merged ones",
+    "both": "merged files, and those cut for ranks",
+}
 
 
 def _numbers(text: str) -> list[int]:
@@ -336,12 +376,12 @@ def _wish(text: str, flag: str) -> tuple[str, str]:
 
 
 def _errors_against(folder: Path, against: str, moved: dict[str, str]) -> list[Any]:
-    from .sources import open_source
+    from .sources import open_on_disk, open_source
     from .verify import read_manifest, weight_errors
 
     entry = read_manifest(folder)["sources"].get(against, {})
     location = moved.get(against) or entry.get("path") or entry.get("location") or against
-    return list(weight_errors(open_source(str(folder)), open_source(location)))
+    return list(weight_errors(open_on_disk(folder), open_source(location)))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -351,10 +391,11 @@ def _pair(text: str) -> tuple[str, str]:
     return name, location
 
 
-def _plan(recipe: Path, allow: list[Allowed], link: bool) -> Plan:
+def _plan(recipe: Path, allow: list[Allowed], link: bool, layout: Layout | None = None) -> Plan:
     from .build import plan_recipe
 
-    return plan_recipe(recipe, allow_unservable=Allowed.UNSERVABLE in allow, link=link)
+    wanted = None if layout is None else layout.value
+    return plan_recipe(recipe, allow_unservable=Allowed.UNSERVABLE in allow, link=link, layout=wanted)
 
 
 def _show_plan_notes(plan: Plan, quiet: bool) -> None:

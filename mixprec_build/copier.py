@@ -149,7 +149,7 @@ class Copier:
 
     def _check_space(self) -> None:
         unfinished = (s for s in self._plan.shards if s.file not in self._stage.finished and s.link is None)
-        need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished)
+        need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished) + sum(self._plan.presplit.values())
         check_space(self._stage.folder.parent, need)
 
     def _key(self, shard: PlannedShard) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,8 @@ __all__ = [
     "build_manifest",
     "checksum_of",
     "dump_manifest",
+    "layout_of",
+    "merged_files",
     "name_formats",
     "quantization_config",
     "read_manifest",
@@ -51,6 +54,8 @@ _MAX_BYTES = 128 << 20
 _MAX_VALUES = 8_000_000  # a tensor takes 19
 _MAX_SOURCES = 100
 _MAX_TEXT = 4096  # as long as a path may be
+
+_SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 # The fields that are read back, and what they must be.
 _SOURCE = {"location": str, "path": str | None, "commit": str | None}
@@ -255,6 +260,16 @@ def tensor_entries(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: entry for module in manifest["modules"].values() for name, entry in module["tensors"].items()}
 
 
+def layout_of(manifest: Mapping[str, Any]) -> str:
+    """``merged``, ``presplit`` (files cut for ranks only) or ``both``."""
+    return str(manifest.get("layout", "both" if manifest.get("presplit") else "merged"))
+
+
+def merged_files(manifest: Mapping[str, Any]) -> list[str]:
+    """The names of the safetensors files of the whole model, whether they were dropped or not."""
+    return [name for name, entry in manifest["files"].items() if "header" in entry]
+
+
 def _check_fields(manifest: Mapping[str, Any]) -> None:
     """Raises ``ValueError``, ``KeyError`` or ``TypeError`` where a manifest is not what ``build_manifest`` makes."""
     for section in ("sources", "formats", "files", "modules"):
@@ -268,6 +283,8 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
         if pure.anchor or ".." in pure.parts:
             raise ValueError(f"the file {name[:200]!r} is not in this folder")
         _check_entry(file, _SHARD if "header" in file else _FILE)
+        if "header" in file and not _SHARD_NAME.fullmatch(name):
+            raise ValueError(f"{name[:200]!r} is no name of a merged file")
     for module in manifest["modules"].values():
         _check_type(module["tensors"], dict, "tensors")
         for tensor in module["tensors"].values():
@@ -278,6 +295,10 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
     _check_type(presplit, dict, "presplit")
     for rank in presplit.values():
         _check_entry(rank, _FILE)
+    if "layout" in manifest:
+        if manifest["layout"] != "presplit":
+            raise ValueError(f"the layout {brief(manifest['layout'])}")
+        _check_entry(manifest["rest"], _FILE)
     unservable = manifest.get("unservable", [])
     _check_type(unservable, list, "unservable")
     for problem in unservable:

@@ -60,6 +60,11 @@ class Degree:
     def moe_tp(self) -> int:
         return self.tp // self.ep
 
+    @property
+    def options(self) -> str:
+        """What SGLang is started with for it."""
+        return f"--tp {self.tp}" + (f" --ep-size {self.ep}" if self.ep > 1 else "")
+
     def folder(self, rank: int) -> str:
         """Where a rank's files lie in a checkpoint."""
         return f"presplit/{self}/rank-{rank}-of-{self.tp}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -70,6 +70,8 @@ class Recipe:
     tp: tuple[int, ...] = ()
     """Tensor-parallel degrees to cut files for."""
     tp_line: int = 0
+    layout: str = "merged"
+    """``merged``, ``presplit`` or ``both``: which files the checkpoint is to have."""
     serving: Mapping[str, object] = field(default_factory=dict)
     """The sections ``inference:`` and ``server:``, read and kept, without influence on the build."""
 
@@ -77,6 +79,14 @@ class Recipe:
     def folder(self) -> Path:
         """Relative locations start here."""
         return self.path.parent
+
+    def laid_out(self, layout: str) -> Recipe:
+        """The recipe with this layout instead of its own. Raises :class:`RecipeError` where it lacks ``tp`` for it."""
+        if layout == "merged":
+            return replace(self, layout=layout, tp=())
+        if not self.tp:
+            raise RecipeError(f"--layout {layout}: {_NO_TP}", path=self.path)
+        return replace(self, layout=layout)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -204,10 +214,14 @@ def _rules(reader: _Reader, section: _Map, sources: Mapping[str, SourceRef]) -> 
     return tuple(rules)
 
 
-def _output(reader: _Reader, root: _Map) -> tuple[int, tuple[int, ...], int]:
-    """``shard_size``, ``tp`` and the line of the latter."""
+_LAYOUTS = ("merged", "presplit", "both")
+_NO_TP = "which ranks are files to be cut for? Add to the recipe `output: {tp: [4]}`"
+
+
+def _output(reader: _Reader, root: _Map) -> tuple[int, tuple[int, ...], int, str]:
+    """``shard_size``, ``tp``, the line of the latter, and ``layout``."""
     output = reader.map(root.get("output"))
-    reader.only(output, {"shard_size", "tp"}, "`output:`")
+    reader.only(output, {"shard_size", "tp", "layout"}, "`output:`")
     size = DEFAULT_SHARD_SIZE
     if "shard_size" in output:
         try:
@@ -216,13 +230,21 @@ def _output(reader: _Reader, root: _Map) -> tuple[int, tuple[int, ...], int]:
             raise reader.error(str(error), output["shard_size"]) from error
         if size < 1 << 20:
             raise reader.error("shard_size must be at least 1MiB", output["shard_size"])
+    layout = "both" if "tp" in output else "merged"
+    if "layout" in output:
+        layout = reader.text(output["layout"]).text
+        if layout not in _LAYOUTS:
+            raise reader.error(f"layout must be one of {', '.join(_LAYOUTS)}", output["layout"])
+        if (layout == "merged") == ("tp" in output):
+            contradiction = "no files are cut with it; leave out `tp`" if layout == "merged" else _NO_TP
+            raise reader.error(f"layout {layout}: {contradiction}", output["layout"])
     if "tp" not in output:
-        return size, (), 0
+        return size, (), 0, layout
     node = output["tp"]
     words = [reader.text(item).text for item in (node.items if isinstance(node, _List) else (node,))]
     if not words or not all(re.fullmatch(r"[1-9]\d{0,3}", word) for word in words) or len(set(words)) != len(words):
         raise reader.error("tp must be numbers of tensor-parallel ranks, as in `tp: [4, 8]`", node)
-    return size, tuple(map(int, words)), node.line
+    return size, tuple(map(int, words)), node.line, layout
 
 
 def _serving(reader: _Reader, root: _Map) -> dict[str, object]:

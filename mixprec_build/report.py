@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .formats.base import Format, FormatError
-from .manifest import CHECKSUM, MANIFEST, METHOD, name_formats, read_manifest
+from .manifest import CHECKSUM, MANIFEST, METHOD, layout_of, name_formats, read_manifest
 from .model import Role, layer_of, projection_of, role_of
 from .patterns import compress
 
@@ -75,6 +75,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         **_facts(stored),
         "file_bytes": sum(shard.file_bytes(plan.sources) for shard in plan.shards),
         "shards": len(plan.shards),
+        "layout": plan.recipe.layout,
         "presplit": dict(plan.presplit),
         "rules": [
             {"line": use.rule.line, "pattern": use.rule.pattern.text, "source": use.rule.source}
@@ -112,12 +113,17 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
     }
     if compiled and (folder / MANIFEST).exists():
         recorded = read_manifest(folder)
+        if layout_of(recorded) == "presplit":
+            from .merged import complete
+
+            facts["serve"] += f" {complete(folder, recorded['presplit']).options}"
         facts |= {
             "sources": [
                 {"name": name} | {key: entry[key] for key in ("location", "path", "commit")}
                 for name, entry in recorded["sources"].items()
             ],
             "checksum": recorded["checksum"],
+            "layout": layout_of(recorded),
             "presplit": {name: entry["bytes"] for name, entry in recorded.get("presplit", {}).items()},
             # Over all of the manifest, and so over the checksum of every tensor: equal ones are equal checkpoints.
             "manifest_checksum": recorded[f"manifest_{CHECKSUM}"],
@@ -207,6 +213,8 @@ def show_plan(facts: Mapping[str, Any], console: Console) -> None:
             f"cut for ranks, {degree}: {human(nbytes)}, {(nbytes / facts['bytes'] - 1):.1%} more than the checkpoint",
             console,
         )
+    if facts["layout"] == "presplit":
+        _say("the merged files are dropped once these are cut: the build needs space for both", console)
     for left_out in facts["left_out"]:
         _say(
             f"left out of `{left_out['source']}`: {left_out['tensors']:,} tensors, {human(left_out['nbytes'])}, "
@@ -233,6 +241,8 @@ def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
         by_degree.setdefault(rank.split("/")[1], []).append(nbytes)
     for degree, sizes in by_degree.items():
         _say(f"cut for ranks, {degree}: files of {len(sizes)} ranks, {human(sum(sizes))}", console)
+    if facts.get("layout") == "presplit":
+        _say(f"merged files: none; restore them: mixprec split {facts['location']} --layout both", console)
     if "checksum" in facts:
         _say(f"checksums: {facts['checksum']} of every tensor, {facts['manifest_checksum']} of the manifest", console)
     _show_notes(facts, console)

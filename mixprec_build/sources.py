@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import Checkpoint, StoredModule, open_checkpoint
+from .checkpoint import REST, Checkpoint, StoredModule, open_checkpoint
 from .errors import RecipeError, SourceError
 from .formats.base import Format, FormatError
 from .formats.registry import ALIASES, detect
+from .manifest import MANIFEST, read_manifest
 from .model import Model
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from .recipe import Recipe, SourceRef
 
-__all__ = ["Source", "Sources", "open_source", "open_sources"]
+__all__ = ["Source", "Sources", "open_on_disk", "open_source", "open_sources"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +89,15 @@ class Sources:
 def open_source(location: str, *, relative_to: Path | None = None) -> Source:
     """Opens one checkpoint outside any recipe, a compiled one or a plain one, with its formats."""
     return Source.of(location, open_checkpoint(location, relative_to=relative_to))
+
+
+def open_on_disk(folder: Path) -> Source:
+    """:func:`open_source` of a folder; of a compiled checkpoint also where its merged files were dropped."""
+    if not (folder / MANIFEST).exists() or not (folder / REST).exists():
+        return open_source(str(folder))
+    from .merged import open_compiled
+
+    return Source.of(str(folder), open_compiled(folder, read_manifest(folder)))
 
 
 def open_sources(recipe: Recipe) -> Sources:

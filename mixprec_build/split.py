@@ -1,104 +1,90 @@
-"""``mixprec split``: writes, lists and checks the per-rank files of a compiled checkpoint.
+"""``mixprec split``: which files a compiled checkpoint has, merged ones, those of its ranks, or both.
 
-    presplit/tp4-ep1/rank-0-of-4/index.json            what the rank holds, with checksums
-    presplit/tp4-ep1/rank-0-of-4/model-00001-of-00002.safetensors
-
-A rank's folder is written under another name, synced and renamed, and only then listed in the manifest: what the
-manifest lists is whole.
+Files are written, synced and listed in the manifest before others are dropped, and dropped files are no longer listed
+before the first is removed: what the manifest lists is whole at any moment. What a split that was stopped leaves beside
+that is read by nothing, and the same command removes or finishes it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from .checkpoint import Checkpoint
-from .copier import Progress, check_space, pwrite_all, write_errors
+from .checkpoint import REST, Checkpoint
+from .copier import Progress, check_space, write_errors
 from .errors import OutputError, SourceError, SplitError, VerifyError
-from .formats.base import Format, numpy_dtype
-from .header import (
-    DTYPE_BITS,
-    TensorInfo,
-    build_header,
-    inside,
-    load_json,
-    open_regular,
-    parse_header,
-    pread_into,
-    read_header,
-    read_regular,
+from .header import TensorInfo, inside, read_header
+from .manifest import (
+    CHECKSUM,
+    MANIFEST,
+    checksum_of,
+    dump_manifest,
+    layout_of,
+    merged_files,
+    read_manifest,
+    tensor_entries,
 )
-from .manifest import CHECKSUM, MANIFEST, checksum_of, dump_manifest, read_manifest
-from .presplit import Degree, Parameter, Piece, Splitter
+from .merged import Rebuilt, Rectangle, complete, header_tensor, in_no_rank, open_compiled, reader_of, splitter_of
+from .presplit import Degree, Parameter, Splitter
+from .rankfiles import (
+    INDEX,
+    RankIndex,
+    Reader,
+    checksum_on_disk,
+    contents,
+    open_rank,
+    parse_folder,
+    read_index,
+    whole,
+    write_parameters,
+    write_rank,
+)
 from .recipe import DEFAULT_SHARD_SIZE
-from .sources import Source, open_source
+from .sources import Source
 from .stage import sync_folder
 
-__all__ = ["RankIndex", "open_rank", "rank_differences", "read_rank", "split", "splitter_of"]
+__all__ = ["leftovers", "rank_differences", "split"]
 
-INDEX = "index.json"
-_VERSION = 1
-_BUFFER = 4 << 20
-_MAX_INDEX_BYTES = 64 << 20
-_MAX_INDEX_VALUES = 4_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class RankIndex:
-    """``index.json`` of a rank, read back."""
-
-    degree: Degree
-    rank: int
-    folder: Path
-    parameters: Mapping[str, Mapping[str, Any]]
-    """Name -> dtype, shape, file, checksum."""
-    files: Mapping[str, Mapping[str, Any]]
-    """Name -> bytes, checksum of its header."""
-    padded: Mapping[str, tuple[int, int]]
-    """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that its files have."""
-
-
-def splitter_of(source: Source, degree: Degree) -> Splitter:
-    """The cut of a checkpoint on disk. Raises :class:`SplitError` where there is none."""
-    modules: dict[str, tuple[Format, Any]] = {
-        name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()
-    }
-    return Splitter(modules, source.checkpoint.config, degree)
+_RESTORED = "presplit/.merged.part"
 
 
 def split(
     folder: Path,
-    degree: Degree,
+    degree: Degree | None = None,
     *,
+    layout: str = "both",
     ranks: Iterable[int] | None = None,
     jobs: int | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
-    watch: Callable[[Splitter, int], Progress] | None = None,
+    watch: Callable[[Splitter | None, int], Progress] | None = None,
 ) -> list[Path]:
     """Writes the files of ``ranks`` (all of them) of a compiled checkpoint and lists them in its manifest.
 
-    Ranks that are there already are left as they are. ``watch`` is given the cut and the bytes to be written, and
-    gives what is called as they are. Returns the folders of all ranks asked for.
+    Ranks that are there already are left as they are. With the layout ``presplit`` the merged files are dropped then,
+    with ``both`` they are restored where they were, with ``merged`` the files of all ranks are dropped and none
+    written. ``watch`` is given the cut and the bytes to be written, and gives what is called as they are. Returns the
+    folders of all ranks asked for.
 
     Raises:
-        VerifyError: ``folder`` is no compiled checkpoint.
-        SplitError: it cannot be cut like that.
+        VerifyError: ``folder`` is no compiled checkpoint, or merged files that were restored are not what was built.
+        SplitError: it cannot be cut like that, or has not the files to do it with.
         OutputError: another split is writing there.
         WriteError: the disk is full, fails, or forbids it.
     """
     with _alone(folder):
-        return _split(folder, degree, ranks, jobs, shard_size, watch)
+        manifest = read_manifest(folder)
+        _clear(folder, manifest, keep=merged_files(manifest))
+        source = Source.of("", open_compiled(folder, manifest))
+        with reader_of(source.checkpoint) as reader:
+            return _Split(folder, manifest, source, reader, shard_size, jobs).run(degree, layout, ranks, watch)
 
 
 @contextmanager
@@ -116,274 +102,250 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _split(
-    folder: Path,
-    degree: Degree,
-    ranks: Iterable[int] | None,
-    jobs: int | None,
-    shard_size: int,
-    watch: Callable[[Splitter, int], Progress] | None,
-) -> list[Path]:
-    manifest = read_manifest(folder)
-    wanted = sorted(set(range(degree.tp) if ranks is None else ranks))
-    if any(not 0 <= rank < degree.tp for rank in wanted) or not wanted:
-        raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
-    source = open_source(str(folder))
-    splitter = splitter_of(source, degree)
-    listed = manifest.get("presplit", {})
-    missing = [rank for rank in wanted if degree.folder(rank) not in listed]
-    plans = {rank: splitter.parameters(rank) for rank in missing}
-    need = sum(p.nbytes for parameters in plans.values() for p in parameters)
-    check_space(folder, need)
-    progress = watch(splitter, need) if watch is not None else None
-    padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
+class _Split:
+    """The steps of one :func:`split`. ``manifest`` is always that on the disk."""
 
-    def write(rank: int) -> tuple[str, dict[str, Any]]:
-        head = {"version": _VERSION, "tp": degree.tp, "ep": degree.ep, "rank": rank, "padded": padded}
-        return degree.folder(rank), _write_rank(
-            folder, degree.folder(rank), head, source, plans[rank], shard_size, progress
-        )
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], source: Source, reader: Reader, shard_size: int, jobs: int | None
+    ):
+        self._folder, self._manifest, self._source, self._reader = folder, manifest, source, reader
+        self._shard_size, self._jobs = shard_size, jobs or min(8, os.cpu_count() or 1)
+        self._progress: Progress = lambda _: None
 
-    with ThreadPoolExecutor(max_workers=jobs or min(8, os.cpu_count() or 1)) as pool:
-        entries = dict(pool.map(write, missing))
-    if entries:
-        _list_in_manifest(folder, {**manifest, "presplit": dict(sorted({**listed, **entries}.items()))})
-    return [folder / degree.folder(rank) for rank in wanted]
+    def run(
+        self,
+        degree: Degree | None,
+        layout: str,
+        ranks: Iterable[int] | None,
+        watch: Callable[[Splitter | None, int], Progress] | None,
+    ) -> list[Path]:
+        if layout == "merged":
+            degree = None
+        wanted = [] if degree is None else sorted(set(range(degree.tp) if ranks is None else ranks))
+        if degree is not None and (not wanted or not all(0 <= rank < degree.tp for rank in wanted)):
+            raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
+        names = [] if degree is None else [degree.folder(rank) for rank in wanted]
+        listed = self._manifest.get("presplit", {})
+        if layout == "presplit":
+            complete(self._folder, {**listed, **dict.fromkeys(names)})
+        splitter = None if degree is None else splitter_of(self._source, degree)
+        plans: dict[str, list[Parameter]] = {}
+        if splitter is not None:
+            for rank, name in zip(wanted, names, strict=True):
+                if name not in listed or not (self._folder / name).exists():
+                    plans[name] = splitter.parameters(rank)
+        rebuilt = self._reader if isinstance(self._reader, Rebuilt) else None
+        if rebuilt is not None:
+            rebuilt.prepare()
+        restore = {} if rebuilt is None or layout == "presplit" else self._absent()
+        need = sum(p.nbytes for plan in plans.values() for p in plan)
+        need += sum(tensor.nbytes for built in restore.values() for tensor, _ in built)
+        check_space(self._folder, need)
+        if watch is not None:
+            self._progress = watch(splitter, need)
+
+        if rebuilt is not None and layout != "presplit":
+            self._restore(rebuilt, restore)
+        if splitter is not None and plans:
+            self._cut(splitter, plans)
+        if layout == "presplit":
+            if rebuilt is None:
+                self._keep_rest(plans)
+            _clear(self._folder, self._manifest)
+        if layout == "merged":
+            self._drop_ranks()
+        return [self._folder / name for name in names]
+
+    def _list(self, changes: Mapping[str, Any]) -> None:
+        """The new manifest takes the old one's place by one rename. None takes an entry away."""
+        changed = {**self._manifest, **changes}
+        last = {key: changed.pop(key, None) for key in ("presplit", "layout", "rest")}
+        changed.pop(f"manifest_{CHECKSUM}", None)
+        manifest = {**changed, **{key: value for key, value in last.items() if value}}
+        path = self._folder / f".{MANIFEST}.new"
+        with write_errors(path):
+            with path.open("wb") as file:
+                for chunk in dump_manifest({**manifest, "modules": manifest["modules"].items()}):
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            path.rename(self._folder / MANIFEST)
+            sync_folder(self._folder)
+        self._manifest = manifest
+
+    def _cut(self, splitter: Splitter, plans: Mapping[str, Sequence[Parameter]]) -> None:
+        degree = splitter.degree
+        padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
+
+        def write(rank: int) -> tuple[str, dict[str, Any]]:
+            name = degree.folder(rank)
+            head = {"tp": degree.tp, "ep": degree.ep, "rank": rank, "padded": padded}
+            return name, write_rank(
+                self._folder, name, head, self._reader, plans[name], self._shard_size, self._progress
+            )
+
+        with ThreadPoolExecutor(max_workers=self._jobs) as pool:
+            entries = dict(pool.map(write, [rank for rank in range(degree.tp) if degree.folder(rank) in plans]))
+        self._list({"presplit": dict(sorted({**self._manifest.get("presplit", {}), **entries}.items()))})
+
+    def _keep_rest(self, fresh: Collection[str]) -> None:
+        """Writes and lists what only the merged files hold: from here on they are not needed.
+
+        ``fresh`` are ranks that were cut just now; others are compared with the merged files for the last time.
+        """
+        checkpoint = self._source.checkpoint
+        for file in merged_files(self._manifest):
+            shard = checkpoint.shards.get(file)
+            if shard is None or shard.header_checksum != self._manifest["files"][file]["header"]:
+                raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
+        degree = complete(self._folder, self._manifest["presplit"])
+        splitter = splitter_of(self._source, degree)
+        held: dict[str, set[Rectangle]] = {}
+        for rank in range(degree.tp):
+            parameters, name = splitter.parameters(rank), degree.folder(rank)
+            for difference in [] if name in fresh else _differences_of(self._index(name), parameters, self._reader):
+                raise VerifyError(
+                    f"{difference}: the merged files are kept; remove {self._folder / name} and split again"
+                )
+            for piece in (piece for parameter in parameters for piece in parameter.pieces):
+                held.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
+        headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
+        rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), held), *headers)]
+        check_space(self._folder, sum(p.nbytes for p in rest))
+        entry = write_rank(self._folder, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
+        self._list({"layout": "presplit", "rest": entry})
+
+    def _index(self, name: str) -> RankIndex:
+        return read_index(self._folder, name, self._manifest["presplit"][name])
+
+    def _absent(self) -> dict[str, list[tuple[TensorInfo, str]]]:
+        """The merged files that are not there whole, and what they hold."""
+        return {file: built for file, built in self._built().items() if not self._is_whole(file, built)}
+
+    def _is_whole(self, file: str, built: Sequence[tuple[TensorInfo, str]]) -> bool:
+        path = inside(self._folder, file)
+        if not path.is_file() or path.stat().st_size != self._manifest["files"][file]["bytes"]:
+            return False
+        return all(checksum_on_disk(path, tensor) == due for tensor, due in built)
+
+    def _built(self) -> dict[str, list[tuple[TensorInfo, str]]]:
+        """What each merged file holds from its first byte to its last, and the checksums that it was built with."""
+        checkpoint, entries = self._source.checkpoint, tensor_entries(self._manifest)
+        built = {
+            file: [(header_tensor(file, shard.header_bytes), self._manifest["files"][file]["header"])]
+            for file, shard in checkpoint.shards.items()
+        }
+        for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.start):
+            if tensor.name not in entries:
+                raise VerifyError(f"{tensor.name}: in {tensor.file}, but not in the manifest")
+            built[tensor.file].append((tensor, entries[tensor.name][CHECKSUM]))
+        return built
+
+    def _restore(self, rebuilt: Rebuilt, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
+        part = self._folder / _RESTORED
+
+        def write(file: str) -> None:
+            built = files[file]
+            parameters = [rebuilt.parameter(tensor) for tensor, _ in built]
+            written = write_parameters(part / file, b"", parameters, rebuilt.files, self._progress)
+            for (parameter, checksum), (_, due) in zip(written, built, strict=True):
+                if checksum != due:
+                    raise VerifyError(
+                        f"{parameter.name}: put together from the files of ranks it is not what was built; "
+                        f"`mixprec verify {self._folder}` says which file was changed: bring that again"
+                    )
+            (part / file).rename(self._folder / file)
+
+        with write_errors(part):
+            part.mkdir()
+            with ThreadPoolExecutor(max_workers=self._jobs) as pool:
+                list(pool.map(write, files))
+            sync_folder(self._folder)
+            self._list({"layout": None, "rest": None})
+            _clear(self._folder, self._manifest)
+
+    def _drop_ranks(self) -> None:
+        if "presplit" in self._manifest:
+            self._list({"presplit": None})
+        with write_errors(self._folder):
+            for path in sorted(self._folder.glob("presplit/*/*")):
+                if parse_folder(str(path.relative_to(self._folder))) is not None:
+                    shutil.rmtree(path)
+            for path in (*self._folder.glob("presplit/*"), self._folder / "presplit"):
+                with suppress(OSError):  # not empty: of others
+                    path.rmdir()
 
 
-def _list_in_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """The new manifest takes the old one's place by one rename."""
-    path = folder / f".{MANIFEST}.new"
-    with write_errors(path):
-        with path.open("wb") as file:
-            for chunk in dump_manifest({**manifest, "modules": manifest["modules"].items()}):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        path.rename(folder / MANIFEST)
+# What was left behind
+
+
+def leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What a stopped split left behind, of all that is there: nothing reads it."""
+    listed = set(manifest.get("presplit", {}))
+    if layout_of(manifest) == "presplit":
+        listed.add(REST)
+    names = [f".{MANIFEST}.new", *(merged_files(manifest) if REST in listed else ())]
+    found = [name for name in names if (folder / name).exists()]
+    for path in sorted((*folder.glob("presplit/*"), *folder.glob("presplit/*/*"))):
+        name = str(path.relative_to(folder))
+        ours = path.name.startswith(".") or name == REST or parse_folder(name) is not None
+        if ours and name not in listed:
+            found.append(name)
+    return found
+
+
+def _clear(folder: Path, manifest: Mapping[str, Any], keep: Collection[str] = ()) -> None:
+    """Removes it, but for ``keep``, and for ranks, which another machine may have cut."""
+    with write_errors(folder):
+        for name in leftovers(folder, manifest):
+            path = folder / name
+            if parse_folder(name) is not None or name in keep:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         sync_folder(folder)
 
 
-# Writing
-
-
-def _write_rank(
-    root: Path,
-    name: str,
-    head: Mapping[str, Any],
-    source: Source,
-    parameters: Sequence[Parameter],
-    shard_size: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Writes one rank's folder; returns its line in the manifest."""
-    final = root / name
-    part = final.with_name(f".{final.name}.part")
-    with write_errors(final), ExitStack() as stack:
-        for leftover in (part, final):
-            if leftover.exists():  # of a split that was stopped before the manifest listed it
-                shutil.rmtree(leftover)
-        part.mkdir(parents=True)
-        reader = stack.enter_context(_Reader(source))
-        shards = _shards(parameters, shard_size)
-        entries: dict[str, Any] = {}
-        files: dict[str, Any] = {}
-        for number, shard in enumerate(shards, start=1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            header = build_header((p.name, p.dtype, p.shape, p.nbytes) for p in shard)
-            files[file] = {"bytes": len(header) + sum(p.nbytes for p in shard), "header": checksum_of(header)}
-            for parameter, checksum in _write_shard(part / file, header, shard, reader, progress):
-                entries[parameter.name] = {
-                    "dtype": parameter.dtype, "shape": parameter.shape, "file": file, CHECKSUM: checksum,
-                }  # fmt: skip
-        index = (json.dumps({**head, "files": files, "parameters": entries}, indent=1) + "\n").encode()
-        with (part / INDEX).open("wb") as out:
-            out.write(index)
-            out.flush()
-            os.fsync(out.fileno())
-        sync_folder(part)
-        part.rename(final)
-        for folder in (final.parent, final.parent.parent, root):
-            sync_folder(folder)
-    return {"bytes": sum(entry["bytes"] for entry in files.values()), CHECKSUM: checksum_of(index)}
-
-
-def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]:
-    shards: list[list[Parameter]] = [[]]
-    size = 0
-    for parameter in parameters:
-        if shards[-1] and size + parameter.nbytes > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(parameter)
-        size += parameter.nbytes
-    return shards
-
-
-def _write_shard(
-    path: Path, header: bytes, parameters: Sequence[Parameter], reader: _Reader, progress: Progress | None
-) -> Iterator[tuple[Parameter, str]]:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        os.posix_fallocate(fd, 0, len(header) + sum(p.nbytes for p in parameters))
-        pwrite_all(fd, memoryview(header), 0)
-        at = len(header)
-        for parameter in parameters:
-            digest = xxhash.xxh3_128()
-            for chunk in _contents(parameter, reader):
-                digest.update(chunk)
-                pwrite_all(fd, chunk, at)
-                at += len(chunk)
-                if progress is not None:
-                    progress(len(chunk))
-            yield parameter, digest.hexdigest()
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _contents(parameter: Parameter, reader: _Reader) -> Iterator[memoryview]:
-    """A parameter's bytes in order, a few MiB at a time."""
-    blocks, rows, columns = parameter.blocks
-    if not columns:
-        return
-    element = np.dtype(f"u{parameter.itemsize}")
-    filler = np.array(parameter.filler).astype(numpy_dtype(parameter.dtype)).view(element)
-    by_block: dict[int, list[Piece]] = {}
-    for piece in parameter.pieces:
-        by_block.setdefault(piece.at[0], []).append(piece)
-    step = max(1, _BUFFER // (columns * parameter.itemsize))
-    for block in range(blocks):
-        pieces = by_block.get(block, [])
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            chunk = np.full((stop - start, columns), filler, element)
-            for piece in pieces:
-                _, row, column = piece.at
-                down, across = (piece.columns, piece.rows) if piece.turned else (piece.rows, piece.columns)
-                # The rows of this chunk that the piece has, counted where it comes from.
-                first = max(down[0], down[0] + start - row)
-                last = min(down[1], down[0] + stop - row)
-                if first < last:
-                    to = row + first - down[0] - start
-                    chunk[to : to + last - first, column : column + across[1] - across[0]] = reader.read(
-                        piece, first, last
-                    )
-            yield chunk.view(np.uint8).data.cast("B")
-
-
-class _Reader:
-    """Rows of stored tensors, from files that stay open."""
-
-    def __init__(self, source: Source):
-        self._source = source
-        self._open: dict[str, int] = {}
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-
-    def read(self, piece: Piece, first: int, last: int) -> np.ndarray[Any, Any]:
-        """Rows ``first`` to ``last`` of the piece, or columns where it is turned, as whole numbers of their size."""
-        tensor = piece.tensor
-        element = np.dtype(f"u{numpy_dtype(tensor.dtype).itemsize}")
-        rows, columns = (piece.rows, (first, last)) if piece.turned else ((first, last), piece.columns)
-        data = np.empty((rows[1] - rows[0], piece.width), element)
-        self._fill(tensor, data.view(np.uint8).data.cast("B"), tensor.start + rows[0] * piece.width * element.itemsize)
-        data = data[:, columns[0] : columns[1]]
-        return data.T if piece.turned else data
-
-    def _fill(self, tensor: TensorInfo, window: memoryview, at: int) -> None:
-        path = self._source.checkpoint.storage.cached(tensor.file)
-        if path is None:
-            raise SourceError(f"{tensor.file} is not on this machine", path=self._source.location)
-        if tensor.file not in self._open:
-            self._open[tensor.file] = open_regular(path)
-        try:
-            got = pread_into(self._open[tensor.file], window, at)
-        except OSError as error:
-            raise SourceError(f"cannot read {tensor.name}: {error.strerror}", path=path) from error
-        if got < len(window):
-            raise SourceError(f"ends inside {tensor.name}", path=path)
-
-
-# Reading back
-
-
-def read_rank(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int) -> RankIndex | None:
-    """What a rank's files hold; None where the manifest lists no such rank.
-
-    Raises:
-        VerifyError: the index is not the one that was listed.
-    """
-    name = degree.folder(rank)
-    listed = manifest.get("presplit", {}).get(name)
-    if listed is None:
-        return None
-    path = folder / name / INDEX
-    try:
-        data = read_regular(inside(folder, f"{name}/{INDEX}"), _MAX_INDEX_BYTES)
-        if checksum_of(data) != listed[CHECKSUM]:
-            raise VerifyError(f"{path}: was changed after it was written; remove {folder / name} and split again")
-        index = load_json(data, _MAX_INDEX_VALUES)
-        for key, entry in index["parameters"].items():
-            sizes = entry["shape"]
-            whole = isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes)
-            texts = all(isinstance(entry[field], str) for field in ("dtype", "file", CHECKSUM))
-            if not whole or not texts or entry["dtype"] not in DTYPE_BITS:
-                raise ValueError(f"the entry of {key:.200}")
-        padded = {key: (native, held) for key, (native, held) in index["padded"].items()}
-        if not all(type(n) is int and 0 < n < 1 << 31 for columns in padded.values() for n in columns):
-            raise ValueError("columns that are no numbers")
-        if not all(isinstance(entry["header"], str) for entry in index["files"].values()):
-            raise ValueError("files without checksums of their headers")
-        return RankIndex(degree, rank, folder / name, index["parameters"], index["files"], padded)
-    except SourceError as error:
-        raise VerifyError(str(error)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise VerifyError(f"{path}: damaged: {error!r:.300}; split the checkpoint again") from error
+# Verification
 
 
 def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
-    """Every difference between the per-rank files, what the manifest lists, and the merged tensors."""
+    """Every difference between the per-rank files, what the manifest lists, and the merged tensors.
+
+    Of merged files that were dropped, also in what was kept of them.
+    """
     listed = manifest.get("presplit", {})
-    present = {str(path.parent.relative_to(folder)) for path in folder.glob(f"presplit/*/*/{INDEX}")}
-    present |= {str(path.relative_to(folder)) for path in folder.glob("presplit/*/.*")}
-    for name in sorted(present - listed.keys()):
-        yield f"{name}: not in the manifest"
-    source = Source.of("", checkpoint) if listed else None
+    known = {*listed, *leftovers(folder, manifest)}
+    for path in sorted(folder.glob("presplit/*/*")):
+        name = str(path.relative_to(folder))
+        if name not in known and str(path.parent.relative_to(folder)) not in {REST, *known}:
+            yield f"{name}: not in the manifest"
+    if layout_of(manifest) == "presplit":
+        yield from _differences_of(read_index(folder, REST, manifest["rest"]))
+    if not listed:
+        return
+    source = Source.of("", checkpoint)
     splitters: dict[Degree, Splitter] = {}
-    for name in listed:
-        degree, rank = _parse(name)
-        if source is None or degree is None:
-            yield f"{name}: no name of a rank's folder"
-            continue
-        try:
-            index = read_rank(folder, manifest, degree, rank)
-        except VerifyError as error:
-            yield str(error)
-            continue
-        assert index is not None
-        if degree not in splitters:
-            splitters[degree] = splitter_of(source, degree)
-        yield from _differences_of(index, source, splitters[degree].parameters(rank))
+    with reader_of(checkpoint) as reader:
+        for name in listed:
+            parsed = parse_folder(name)
+            if parsed is None:
+                yield f"{name}: no name of a rank's folder"
+                continue
+            degree, rank = parsed
+            try:
+                index = read_index(folder, name, listed[name])
+            except VerifyError as error:
+                yield str(error)
+                continue
+            if degree not in splitters:
+                splitters[degree] = splitter_of(source, degree)
+            yield from _differences_of(index, splitters[degree].parameters(rank), reader)
 
 
-def _parse(name: str) -> tuple[Degree | None, int]:
-    try:
-        _, degree, rank = name.split("/")
-        tp, ep = degree.removeprefix("tp").split("-ep")
-        found = Degree(int(tp), int(ep))
-        number = int(rank.split("-")[1])
-    except (ValueError, IndexError, SplitError):
-        return None, 0
-    return (found, number) if found.folder(number) == name else (None, 0)
-
-
-def _differences_of(index: RankIndex, source: Source, parameters: Sequence[Parameter]) -> Iterator[str]:
+def _differences_of(
+    index: RankIndex, parameters: Sequence[Parameter] | None = None, reader: Reader | None = None
+) -> Iterator[str]:
+    """Between a folder's files and its index, and, where given, the parameters that it is to hold."""
     try:
         stored = open_rank(index)
     except SourceError as error:
@@ -395,55 +357,23 @@ def _differences_of(index: RankIndex, source: Source, parameters: Sequence[Param
         header, _ = read_header(index.folder / file)
         if file not in index.files or checksum_of(header) != index.files[file]["header"]:
             yield f"{index.folder / file}: its header was changed"
-    due = {parameter.name: parameter for parameter in parameters}
+    due = {parameter.name: parameter for parameter in parameters or map(whole, stored.values())}
     for name in sorted(due.keys() ^ stored.keys()):
         yield f"{index.folder}: {name} is {'missing' if name in due else 'no parameter of this rank'}"
-    with _Reader(source) as reader:
-        for name, parameter in due.items():
-            tensor = stored.get(name)
-            if tensor is None:
-                continue
-            where = f"{name} in {index.folder / tensor.file}"
-            if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
-                yield f"{where}: {tensor.dtype} {list(tensor.shape)}, cut as {parameter.dtype} {list(parameter.shape)}"
-                continue
-            checksum = _checksum_of_range(index.folder / tensor.file, tensor)
-            if checksum != index.parameters[name][CHECKSUM]:
-                yield f"{where}: its bytes were changed"
-                continue
+    for name, parameter in due.items():
+        tensor = stored.get(name)
+        if tensor is None:
+            continue
+        where = f"{name} in {index.folder / tensor.file}"
+        if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
+            yield f"{where}: {tensor.dtype} {list(tensor.shape)}, cut as {parameter.dtype} {list(parameter.shape)}"
+            continue
+        checksum = checksum_on_disk(index.folder / tensor.file, tensor)
+        if checksum != index.parameters[name][CHECKSUM]:
+            yield f"{where}: its bytes were changed"
+        elif reader is not None:
             digest = xxhash.xxh3_128()
-            for chunk in _contents(parameter, reader):
+            for chunk in contents(parameter, reader):
                 digest.update(chunk)
             if digest.hexdigest() != checksum:
                 yield f"{where}: not what the merged tensors would be cut into"
-
-
-def _checksum_of_range(path: Path, tensor: TensorInfo) -> str:
-    digest = xxhash.xxh3_128()
-    fd = open_regular(path)
-    try:
-        at, end = tensor.start, tensor.start + tensor.nbytes
-        while at < end and (data := os.pread(fd, min(_BUFFER, end - at), at)):
-            digest.update(data)
-            at += len(data)
-    finally:
-        os.close(fd)
-    return str(digest.hexdigest())
-
-
-def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
-    """The tensors in a rank's files, by their headers. Raises :class:`SourceError` for damaged or missing files."""
-    tensors: dict[str, TensorInfo] = {}
-    for file in sorted({str(entry["file"]) for entry in index.parameters.values()}):
-        if Path(file).name != file:
-            raise SourceError(f"its index names the file {file!r:.200}", path=index.folder)
-        path = inside(index.folder, file)
-        data, size = read_header(path)
-        tensors |= parse_header(data, path=path, file=file, file_size=size)[0]
-    for name, entry in index.parameters.items():
-        tensor = tensors.get(name)
-        if tensor is None or (tensor.dtype, list(tensor.shape), tensor.file) != (
-            entry["dtype"], list(entry["shape"]), entry["file"],
-        ):  # fmt: skip
-            raise SourceError(f"{name} is not there as its index says; split the checkpoint again", path=index.folder)
-    return tensors

@@ -145,7 +145,11 @@ class Stage:
 
     def _drop_unfinished(self) -> None:
         for path in self.payload.iterdir():
-            if path.name not in self.finished:
+            if path.name in self.finished:
+                continue
+            if path.is_dir():  # ranks' files
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
 

@@ -70,7 +70,8 @@ def _written(out: Path) -> set[str]:
     """The names in a folder that its manifest lists; none where it has no manifest."""
     try:
         manifest = json.loads(read_regular(out / MANIFEST))
-        return {MANIFEST, *(name.partition("/")[0] for name in (*manifest["files"], *manifest.get("presplit", {})))}
+        names = (f".{MANIFEST}.new", *manifest["files"], *manifest.get("presplit", {}))
+        return {MANIFEST, *(name.partition("/")[0] for name in names)}
     except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()
 
@@ -130,8 +131,10 @@ def write(
                 _write_file(
                     stage.payload / MANIFEST, dump_manifest(build_manifest(plan, stage.payload, checksums, files))
                 )
-                for tp in plan.recipe.tp:
-                    split(stage.payload, Degree(tp), jobs=jobs, shard_size=plan.recipe.shard_size)
+                # The merged files are dropped after the last of them, the one that they could be restored from.
+                for tp in sorted(plan.recipe.tp, reverse=True):
+                    layout = plan.recipe.layout if tp == min(plan.recipe.tp) else "both"
+                    split(stage.payload, Degree(tp), layout=layout, jobs=jobs, shard_size=plan.recipe.shard_size)
                 with write_errors(stage.payload):
                     sync_folder(stage.payload)
                 check_output(plan, out, force=force)

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from mixprec_build import __version__
-from mixprec_build.checkpoint import Checkpoint, open_checkpoint
+from mixprec_build.checkpoint import Checkpoint
 from mixprec_build.errors import MixprecError
 from mixprec_build.formats.base import Format
-from mixprec_build.manifest import METHOD, Declaration, read_manifest, tensor_entries
+from mixprec_build.manifest import METHOD, Declaration, layout_of, read_manifest, tensor_entries
+from mixprec_build.merged import complete
 from mixprec_build.servable import half_only, some
+from mixprec_build.sources import open_on_disk
 
 from .plugin import version_problem
 
@@ -131,13 +133,14 @@ def _formats(gpu: Gpu | None) -> Iterator[Finding]:
 
 def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
     try:
-        checkpoint = open_checkpoint(str(out))
+        checkpoint = open_on_disk(out).checkpoint
         if checkpoint.quantization.get("quant_method") != METHOD:
             yield Finding("fail", str(out), "was not built by mixprec: SGLang serves it as what it is")
             return
         manifest = read_manifest(out)
         declaration = Declaration.from_json(checkpoint.quantization)
         formats = {name: declaration.format_of(name) for name in manifest["modules"]}
+        options = f" {complete(out, manifest['presplit']).options}" if layout_of(manifest) == "presplit" else ""
     except MixprecError as error:
         yield Finding("fail", str(out), str(error))
         return
@@ -149,7 +152,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
     yield from problems
     if not problems:
         modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())
-        yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}")
+        yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}{options}")
 
 
 def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[Finding]:

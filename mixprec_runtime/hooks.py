@@ -18,7 +18,7 @@ from torch.nn import Module
 from mixprec_build.errors import MixprecError
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.registry import format_from_json
-from mixprec_build.manifest import MANIFEST, METHOD, read_manifest, tensor_entries
+from mixprec_build.manifest import MANIFEST, METHOD, layout_of, read_manifest, tensor_entries
 
 from . import activity, launch, loader, memory, reference
 from .config import MixPrecConfig
@@ -66,7 +66,8 @@ def initialize_model(
     files = loader.files_of_this_rank(folder, manifest)
     if files is not None:
         quant_config.padded = files.padded
-    elif Path(model_config.model_path).is_dir():  # SGLang fetches what is on the hub later
+    elif Path(model_config.model_path).is_dir() or layout_of(manifest) == "presplit":
+        # Those on the hub are fetched later.
         loader.require_merged(folder, manifest, f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
     declared = tensor_entries(manifest)

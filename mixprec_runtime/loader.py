@@ -21,8 +21,9 @@ from torch.nn import Module
 
 from mixprec_build.errors import MixprecError
 from mixprec_build.header import TensorInfo, open_regular, pread_into
+from mixprec_build.manifest import layout_of, merged_files
 from mixprec_build.presplit import Degree
-from mixprec_build.split import RankIndex, open_rank, read_rank
+from mixprec_build.rankfiles import RankIndex, open_rank, read_rank
 
 from .strict import CASTS, DTYPES, LoadError, may_be_empty
 
@@ -53,14 +54,18 @@ def files_of_this_rank(folder: Path, manifest: Mapping[str, Any]) -> RankIndex |
 
 def require_merged(folder: Path, manifest: Mapping[str, Any], because: str) -> None:
     """Raises ``RuntimeError`` where this run needs the merged files, and they are not there."""
-    missing = [name for name, entry in manifest["files"].items() if "header" in entry and not (folder / name).exists()]
+    dropped = layout_of(manifest) == "presplit"
+    missing = [name for name in merged_files(manifest) if dropped or not (folder / name).exists()]
     if not missing:
         return
     degrees = sorted({name.split("/")[1] for name in manifest.get("presplit", {})})
     have = f"it has files cut for {', '.join(degrees)}" if degrees else "it has no files cut for ranks"
+    remedy = "bring the merged files, and `mixprec split` them for this run"
+    if dropped:
+        remedy = f"restore the merged files with `mixprec split {folder} --layout both`"
     raise RuntimeError(
         f"{folder}: {missing[0]} is not there, and {because}; {have}. Start SGLang with the --tp and --ep-size of "
-        "one of these, or bring the merged files, and `mixprec split` them for this run"
+        f"one of these, or {remedy}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import SourceError
 from ..manifest import METHOD, Declaration
 from .awq import Awq
 from .base import Format, FormatError, shape_text
@@ -55,7 +56,10 @@ def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
     """The format of each module of a checkpoint, or why it has none that is read: only used ones matter."""
     declaration = None
     if checkpoint.quantization.get("quant_method") == METHOD:
-        declaration = Declaration.from_json(checkpoint.quantization)
+        try:
+            declaration = Declaration.from_json(checkpoint.quantization)
+        except SourceError as error:
+            raise SourceError(str(error), path=checkpoint.path_of(checkpoint.quantization_file)) from error
     found: dict[str, Format | FormatError] = {}
     for name, module in checkpoint.modules.items():
         try:

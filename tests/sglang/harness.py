@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,11 @@ VARIANTS = [
 # Checkpoints
 
 
-def sources(folder: Path, shape: Shape) -> dict[str, Path]:
+def sources(folder: Path, shape: Shape, variants: Sequence[str] = VARIANTS) -> dict[str, Path]:
     """The variants of a model, written once below ``folder``."""
     home = folder / f"sources-{abs(hash(shape))}"
     return (
-        {v: home / v for v in VARIANTS} if home.exists() else write_sources(home, shape, VARIANTS, skip=["*.kv_b_proj"])
+        {v: home / v for v in variants} if home.exists() else write_sources(home, shape, variants, skip=["*.kv_b_proj"])
     )
 
 

@@ -11,10 +11,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from harness import build, sources, tensors_of
+from harness import VARIANTS, build, sources, tensors_of
 from serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, Shape
 
-__all__ = ["MIXES", "Expected", "Mix", "mix"]
+__all__ = ["EIGHT", "MIXES", "Expected", "Mix", "mix"]
 
 # Large enough for four ranks of every format.
 _SIZES = {"hidden": 512, "intermediate": 1024, "expert_intermediate": 512, "heads": 4, "kv_heads": 2, "head_dim": 128}
@@ -117,10 +117,45 @@ MIXES: Mapping[str, Mix] = {
 }
 
 
+# Large enough for eight ranks, which are more than there are key-value heads.
+_FOR_EIGHT = {"hidden": 256, "intermediate": 1024, "expert_intermediate": 1024, "heads": 8, "kv_heads": 2}
+EIGHT: Mapping[str, Mix] = {
+    "llama_8": (
+        LLAMA.of(**_FOR_EIGHT, head_dim=128, layers=8),
+        {
+            **MIXES["llama"][1],
+            "model.layers.7.self_attn.*": "int8_block",
+            "model.layers.7.mlp.*": "int8_channel",
+        },
+    ),
+    "qwen3_moe_8": (
+        QWEN3_MOE.of(**_FOR_EIGHT, head_dim=128, layers=2),
+        {
+            "model.layers.*.self_attn.*": "fp8_block",
+            "model.layers.0.mlp.experts.{0,1}.*": "fp8_block",
+            "model.layers.0.mlp.experts.2.*": "fp8_channel",
+            "model.layers.0.mlp.experts.3.*": "gptq_int4",
+            "model.layers.0.mlp.experts.4.*": "awq_int4",
+            "model.layers.0.mlp.experts.{5,7}.*": "ct_int4",
+            "model.layers.1.mlp.experts.0.*": "fp8_tensor",
+            "model.layers.1.mlp.experts.1.*": "gptq_int8",
+            "model.layers.1.mlp.experts.2.*": "gptq_int4_g64",
+            "model.layers.1.mlp.experts.3.*": "awq_int4_g64",
+            "model.layers.1.mlp.experts.4.*": "ct_int4_g32",
+            "model.layers.1.mlp.experts.5.*": "ct_int8",
+            "model.layers.1.mlp.experts.6.*": "int8_channel",
+            "model.layers.1.mlp.experts.7.*": "int8_block",
+        },
+    ),
+}
+
+
 def mix(folder: Path, name: str) -> Path:
     """The checkpoint of that name, built once below ``folder``."""
-    out, (shape, lines) = folder / name, MIXES[name]
-    return out if out.exists() else build(sources(folder, shape), lines, out)
+    out, (shape, lines) = folder / name, {**MIXES, **EIGHT}[name]
+    if out.exists():
+        return out
+    return build(sources(folder, shape, VARIANTS if name in MIXES else sorted({"bf16", *lines.values()})), lines, out)
 
 
 def variant_of(mix: Mix, module: str) -> str:

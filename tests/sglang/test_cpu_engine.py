@@ -93,9 +93,7 @@ def test_two_ranks_answer_as_transformers(folder: Path, tmp_path: Path, name: st
 def test_two_ranks_answer_from_their_own_files(folder: Path, tmp_path: Path, name: str, experts: int) -> None:
     """As from the merged ones, which are gone."""
     out = Path(shutil.copytree(mix(folder, name), tmp_path / "out"))
-    split(out, Degree(2, experts))
-    for file in out.glob("*.safetensors"):
-        file.unlink()
+    split(out, Degree(2, experts), layout="presplit")
     options = {"tp_size": 2, "ep_size": experts}
     merged, own = ask(folder, [(mix(folder, name), options), (out, options)], ranks=2)
     assert own["tokens"] == merged["tokens"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import load, make, rank_of, serve
-from mixes import MIXES, mix
+from mixes import EIGHT, MIXES, mix
 from safetensors.torch import load_file
 
 from mixprec_build.manifest import read_manifest
@@ -22,6 +22,7 @@ DEGREES = [Degree(2), Degree(4), Degree(2, 2), Degree(4, 2)]
 
 
 CASES = [(name, degree) for name in MIXES for degree in DEGREES if degree.ep == 1 or MIXES[name][0].experts]
+CASES += [(name, Degree(tp)) for name in EIGHT for tp in (2, 8)] + [("qwen3_moe_8", Degree(8, ep)) for ep in (4, 8)]
 
 
 @pytest.mark.parametrize(("name", "degree"), CASES, ids=[f"{name}-{degree}" for name, degree in CASES])
@@ -50,8 +51,7 @@ def test_a_rank_serves_its_own_files(folder: Path, tmp_path: Path, name: str, de
     for rank in range(degree.tp):
         with rank_of(rank, degree.tp, degree.ep):
             dues.append(parameters(serve(mix(folder, name))))
-    for file in out.glob("*.safetensors"):
-        file.unlink()
+    split(out, layout="presplit")
     for rank, due in enumerate(dues):
         with rank_of(rank, degree.tp, degree.ep):
             held = parameters(serve(out))
@@ -61,12 +61,12 @@ def test_a_rank_serves_its_own_files(folder: Path, tmp_path: Path, name: str, de
 
 def test_a_run_that_no_files_are_for_is_told_which_there_are(folder: Path, tmp_path: Path) -> None:
     out = shutil.copytree(mix(folder, "qwen3"), tmp_path / "out")
-    split(out, Degree(2))
     split(out, Degree(4), ranks=[0])
-    for file in out.glob("*.safetensors"):
-        file.unlink()
-    with rank_of(1, 4), pytest.raises(RuntimeError, match="this run is tp4-ep1; it has files cut for tp2-ep1, tp4-ep1"):
+    split(out, Degree(2), layout="presplit")
+    with rank_of(1, 4), pytest.raises(RuntimeError) as raised:
         make(out)
+    assert "this run is tp4-ep1; it has files cut for tp2-ep1, tp4-ep1" in str(raised.value)
+    assert f"restore the merged files with `mixprec split {out} --layout both`" in str(raised.value)
     with rank_of(0, 4):
         make(out)
 
@@ -86,8 +86,7 @@ def test_files_for_layers_made_in_another_way_are_not_read(folder: Path, tmp_pat
     assert reason in caplog.text and due
     with rank_of(0, 2):
         model, config = make(out)
-        for file in out.glob("*.safetensors"):
-            file.unlink()
+        split(out, layout="presplit")
         next(model.parameters()).data = parameter.data
         with pytest.raises(RuntimeError, match=r"are not for this run \(.* in SGLang\)"):
             load(model, config)

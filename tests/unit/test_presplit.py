@@ -23,9 +23,11 @@ from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.cli import main
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
 from mixprec_build.manifest import CHECKSUM, checksum_of, read_manifest
+from mixprec_build.merged import splitter_of
 from mixprec_build.presplit import Degree
+from mixprec_build.rankfiles import open_rank, read_rank
 from mixprec_build.sources import open_source
-from mixprec_build.split import _alone, open_rank, read_rank, split, splitter_of
+from mixprec_build.split import _alone, split
 from mixprec_build.verify import verify
 
 # 384 columns are 192 for each of two ranks: one and a half blocks.
@@ -307,7 +309,7 @@ def test_a_cut_of_other_weights_is_found(out: Path) -> None:
 
 
 def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mixprec_build.split as module
+    import mixprec_build.rankfiles as module
 
     before = (out / "mixprec_manifest.json").read_bytes()
 
@@ -372,7 +374,7 @@ def test_files_outside_of_a_ranks_folder_are_not_opened(out: Path, file: str) ->
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
-    """A tensor of 600 MB, of which two ranks get the columns: less than 200 MB beyond the interpreter."""
+    """A tensor of 600 MB, of which two ranks get the columns, and back: less than 200 MB beyond the interpreter."""
     config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
     source = tmp_path / "source"
     source.mkdir()
@@ -387,7 +389,12 @@ import sys
 from pathlib import Path
 from mixprec_build.presplit import Degree
 from mixprec_build.split import split
-split(Path(sys.argv[1]), Degree(2))
+out = Path(sys.argv[1])
+(before,) = (path.stat().st_size for path in out.glob("*.safetensors"))
+split(out, Degree(2), layout="presplit")
+assert not list(out.glob("*.safetensors"))
+split(out, layout="merged")
+assert [path.stat().st_size for path in out.glob("*.safetensors")] == [before]
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
     command = [sys.executable, "-c", code, str(tmp_path / "out")]

@@ -1,0 +1,365 @@
+"""The files of one rank: written from the merged tensors, and read back.
+
+    presplit/tp4-ep1/rank-0-of-4/index.json            what the rank holds, with checksums
+    presplit/tp4-ep1/rank-0-of-4/model-00001-of-00002.safetensors
+
+A rank's folder is written under another name, synced and renamed, and only then listed in the manifest: what the
+manifest lists is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from .copier import Progress, pwrite_all, write_errors
+from .errors import SourceError, SplitError, VerifyError
+from .formats.base import numpy_dtype
+from .header import (
+    DTYPE_BITS,
+    TensorInfo,
+    build_header,
+    inside,
+    load_json,
+    open_regular,
+    parse_header,
+    pread_into,
+    read_header,
+    read_regular,
+)
+from .manifest import CHECKSUM, checksum_of
+from .presplit import Degree, Parameter, Piece
+from .stage import sync_folder
+
+__all__ = [
+    "FileReader",
+    "RankIndex",
+    "Reader",
+    "checksum_on_disk",
+    "contents",
+    "fill",
+    "open_rank",
+    "parse_folder",
+    "read_index",
+    "read_rank",
+    "whole",
+    "write_parameters",
+    "write_rank",
+]
+
+INDEX = "index.json"
+VERSION = 1
+_BUFFER = 4 << 20
+_MAX_INDEX_BYTES = 64 << 20
+_MAX_INDEX_VALUES = 4_000_000
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RankIndex:
+    """``index.json`` of a rank, read back."""
+
+    folder: Path
+    parameters: Mapping[str, Mapping[str, Any]]
+    """Name -> dtype, shape, file, checksum."""
+    files: Mapping[str, Mapping[str, Any]]
+    """Name -> bytes, checksum of its header."""
+    padded: Mapping[str, tuple[int, int]]
+    """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that its files have."""
+
+
+def parse_folder(name: str) -> tuple[Degree, int] | None:
+    """``"presplit/tp4-ep1/rank-0-of-4"`` -> its degree and rank; None for any other name."""
+    try:
+        _, degree, rank = name.split("/")
+        tp, ep = degree.removeprefix("tp").split("-ep")
+        found = Degree(int(tp), int(ep))
+        number = int(rank.split("-")[1])
+    except (ValueError, IndexError, SplitError):
+        return None
+    return (found, number) if number < found.tp and found.folder(number) == name else None
+
+
+# Writing
+
+
+def write_rank(
+    root: Path,
+    name: str,
+    head: Mapping[str, Any],
+    reader: Reader,
+    parameters: Sequence[Parameter],
+    shard_size: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Writes one rank's folder; returns its line in the manifest. Raises :class:`WriteError`."""
+    final = root / name
+    part = final.with_name(f".{final.name}.part")
+    with write_errors(final):
+        for leftover in (part, final):
+            if leftover.exists():  # of a split that was stopped before the manifest listed it
+                shutil.rmtree(leftover)
+        part.mkdir(parents=True)
+        shards = _shards(parameters, shard_size)
+        entries: dict[str, Any] = {}
+        files: dict[str, Any] = {}
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            header = build_header((p.name, p.dtype, p.shape, p.nbytes) for p in shard)
+            files[file] = {"bytes": len(header) + sum(p.nbytes for p in shard), "header": checksum_of(header)}
+            for parameter, checksum in write_parameters(part / file, header, shard, reader, progress):
+                entries[parameter.name] = {
+                    "dtype": parameter.dtype, "shape": parameter.shape, "file": file, CHECKSUM: checksum,
+                }  # fmt: skip
+        index = (
+            json.dumps({"version": VERSION, **head, "files": files, "parameters": entries}, indent=1) + "\n"
+        ).encode()
+        with (part / INDEX).open("wb") as out:
+            out.write(index)
+            out.flush()
+            os.fsync(out.fileno())
+        sync_folder(part)
+        part.rename(final)
+        for folder in (final.parent, final.parent.parent, root):
+            sync_folder(folder)
+    return {"bytes": sum(entry["bytes"] for entry in files.values()), CHECKSUM: checksum_of(index)}
+
+
+def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]:
+    shards: list[list[Parameter]] = [[]]
+    size = 0
+    for parameter in parameters:
+        if shards[-1] and size + parameter.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(parameter)
+        size += parameter.nbytes
+    return shards
+
+
+def write_parameters(
+    path: Path, header: bytes, parameters: Sequence[Parameter], reader: Reader, progress: Progress | None
+) -> Iterator[tuple[Parameter, str]]:
+    """Writes a new file, giving each parameter with its checksum as it is written; synced when it is exhausted."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.posix_fallocate(fd, 0, len(header) + sum(p.nbytes for p in parameters))
+        pwrite_all(fd, memoryview(header), 0)
+        at = len(header)
+        for parameter in parameters:
+            digest = xxhash.xxh3_128()
+            for chunk in contents(parameter, reader):
+                digest.update(chunk)
+                pwrite_all(fd, chunk, at)
+                at += len(chunk)
+                if progress is not None:
+                    progress(len(chunk))
+            yield parameter, digest.hexdigest()
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# What is written, in pieces
+
+
+def whole(tensor: TensorInfo) -> Parameter:
+    """A parameter that is one tensor as it is stored."""
+    rows, width = (tensor.shape[0] if tensor.shape else 1), prod(tensor.shape[1:])
+    pieces = (Piece(tensor, (0, rows), (0, width), (0, 0, 0)),) if tensor.nbytes else ()
+    return Parameter(tensor.name, tensor.dtype, tensor.shape, pieces)
+
+
+def contents(parameter: Parameter, reader: Reader) -> Iterator[memoryview]:
+    """A parameter's bytes in order, a few MiB at a time."""
+    blocks, rows, columns = parameter.blocks
+    if not columns:
+        return
+    element = np.dtype(f"u{parameter.itemsize}")
+    filler = np.array(parameter.filler).astype(numpy_dtype(parameter.dtype)).view(element)
+    by_block: dict[int, list[Piece]] = {}
+    for piece in parameter.pieces:
+        by_block.setdefault(piece.at[0], []).append(piece)
+    for block in range(blocks):
+        pieces = by_block.get(block, [])
+        widest = max([columns, *(piece.width for piece in pieces if not piece.turned)])
+        step = _rows_at_once(widest, element)
+        for start in range(0, rows, step):
+            chunk = np.full((min(step, rows - start), columns), filler, element)
+            fill(chunk, start, pieces, reader)
+            yield chunk.view(np.uint8).data.cast("B")
+
+
+def fill(chunk: Array, start: int, pieces: Sequence[Piece], reader: Reader) -> None:
+    """Writes into ``chunk``, the rows of a block from ``start`` on, what the block's pieces have there."""
+    for piece in pieces:
+        _, row, column = piece.at
+        down, across = (piece.columns, piece.rows) if piece.turned else (piece.rows, piece.columns)
+        # The rows of this chunk that the piece has, counted where it comes from.
+        first = max(down[0], down[0] + start - row)
+        last = min(down[1], down[0] + start + len(chunk) - row)
+        if first < last:
+            to = row + first - down[0] - start
+            chunk[to : to + last - first, column : column + across[1] - across[0]] = reader.read(piece, first, last)
+
+
+def _rows_at_once(width: int, element: np.dtype[Any]) -> int:
+    return max(1, _BUFFER // (max(1, width) * element.itemsize))
+
+
+class Reader(ABC):
+    """Rectangles of tensors. May be shared by threads."""
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def rows(self, piece: Piece, first: int, last: int) -> Array:
+        """Whole rows of the piece's tensor, as whole numbers of their size.
+
+        Raises:
+            SourceError: they cannot be read.
+        """
+
+    def read(self, piece: Piece, first: int, last: int) -> Array:
+        """Rows ``first`` to ``last`` of the piece, or columns where it is turned."""
+        if not piece.turned:
+            return self.rows(piece, first, last)[:, slice(*piece.columns)]
+        top, bottom = piece.rows
+        element = np.dtype(f"u{numpy_dtype(piece.tensor.dtype).itemsize}")
+        out = np.empty((last - first, bottom - top), element)
+        step = _rows_at_once(piece.width, element)
+        for at in range(top, bottom, step):
+            to = min(at + step, bottom)
+            out[:, at - top : to - top] = self.rows(piece, at, to)[:, first:last].T
+        return out
+
+
+class FileReader(Reader):
+    """From safetensors files, which stay open; ``path_of`` says where a tensor's ``file`` is."""
+
+    def __init__(self, path_of: Callable[[str], Path | None]):
+        self._path_of = path_of
+        self._open: dict[str, int] = {}
+        self._lock = Lock()
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def rows(self, piece: Piece, first: int, last: int) -> Array:
+        element = np.dtype(f"u{numpy_dtype(piece.tensor.dtype).itemsize}")
+        data = np.empty((last - first, piece.width), element)
+        at = piece.tensor.start + first * piece.width * element.itemsize
+        self._fill(piece.tensor, data.view(np.uint8).data.cast("B"), at)
+        return data
+
+    def _fill(self, tensor: TensorInfo, window: memoryview, at: int) -> None:
+        path = self._path_of(tensor.file)
+        if path is None:
+            raise SourceError(f"{tensor.file} is not on this machine")
+        with self._lock:
+            if tensor.file not in self._open:
+                self._open[tensor.file] = open_regular(path)
+        try:
+            got = pread_into(self._open[tensor.file], window, at)
+        except OSError as error:
+            raise SourceError(f"cannot read {tensor.name}: {error.strerror}", path=path) from error
+        if got < len(window):
+            raise SourceError(f"ends inside {tensor.name}", path=path)
+
+
+# Reading back
+
+
+def read_rank(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int) -> RankIndex | None:
+    """What a rank's files hold; None where the manifest lists no such rank.
+
+    Raises:
+        VerifyError: the index is not the one that was listed.
+    """
+    name = degree.folder(rank)
+    listed = manifest.get("presplit", {}).get(name)
+    return None if listed is None else read_index(folder, name, listed)
+
+
+def read_index(folder: Path, name: str, listed: Mapping[str, Any]) -> RankIndex:
+    """``index.json`` in ``name``, which the manifest lists. Raises :class:`VerifyError`."""
+    path = folder / name / INDEX
+    try:
+        data = read_regular(inside(folder, f"{name}/{INDEX}"), _MAX_INDEX_BYTES)
+        if checksum_of(data) != listed[CHECKSUM]:
+            raise VerifyError(
+                f"{path}: was changed after it was written; bring the file again, or, where the merged files are "
+                f"there, remove {folder / name} and split again"
+            )
+        index = load_json(data, _MAX_INDEX_VALUES)
+        for key, entry in index["parameters"].items():
+            sizes = entry["shape"]
+            is_shape = isinstance(sizes, list) and all(type(n) is int and n >= 0 for n in sizes)
+            texts = all(isinstance(entry[field], str) for field in ("dtype", "file", CHECKSUM))
+            if not is_shape or not texts or entry["dtype"] not in DTYPE_BITS:
+                raise ValueError(f"the entry of {key:.200}")
+        padded = {key: (native, held) for key, (native, held) in index["padded"].items()}
+        if not all(type(n) is int and 0 < n < 1 << 31 for columns in padded.values() for n in columns):
+            raise ValueError("columns that are no numbers")
+        if not all(isinstance(entry["header"], str) for entry in index["files"].values()):
+            raise ValueError("files without checksums of their headers")
+        return RankIndex(folder / name, index["parameters"], index["files"], padded)
+    except SourceError as error:
+        raise VerifyError(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise VerifyError(f"{path}: damaged: {error!r:.300}; split the checkpoint again") from error
+
+
+def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
+    """The tensors in a rank's files, by their headers. Raises :class:`SourceError` for damaged or missing files."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted({str(entry["file"]) for entry in index.parameters.values()}):
+        if Path(file).name != file:
+            raise SourceError(f"its index names the file {file!r:.200}", path=index.folder)
+        path = inside(index.folder, file)
+        data, size = read_header(path)
+        tensors |= parse_header(data, path=path, file=file, file_size=size)[0]
+    for name, entry in index.parameters.items():
+        tensor = tensors.get(name)
+        if tensor is None or (tensor.dtype, list(tensor.shape), tensor.file) != (
+            entry["dtype"], list(entry["shape"]), entry["file"],
+        ):  # fmt: skip
+            raise SourceError(f"{name} is not there as its index says; split the checkpoint again", path=index.folder)
+    if extra := tensors.keys() - index.parameters.keys():
+        raise SourceError(f"{min(extra)} is not in its index; split the checkpoint again", path=index.folder)
+    return tensors
+
+
+def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:
+    """Of a tensor's bytes; of as many as there are where the file ends before."""
+    digest = xxhash.xxh3_128()
+    fd = open_regular(path)
+    try:
+        at, end = tensor.start, tensor.start + tensor.nbytes
+        while at < end and (data := os.pread(fd, min(_BUFFER, end - at), at)):
+            digest.update(data)
+            at += len(data)
+    finally:
+        os.close(fd)
+    return str(digest.hexdigest())
