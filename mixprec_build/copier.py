@@ -24,7 +24,7 @@ from .header import open_regular, pread_all, pread_into
 from .plan import Plan, PlannedShard, PlannedTensor
 from .stage import Stage
 
-__all__ = ["Copier", "Progress", "check_space", "pwrite_all", "write_errors"]
+__all__ = ["Copier", "Progress", "check_space", "pwrite_all", "thread_errors", "write_errors"]
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just done, from any thread."""
@@ -91,8 +91,10 @@ class Copier:
             self._check_space()
             batches = self._batches()
             with ThreadPoolExecutor(max_workers=jobs) as pool:
-                workers = [pool.submit(self._work, batches) for _ in range(jobs)]
+                workers: list[Future[None]] = []
                 try:
+                    with thread_errors(self._stage.out):
+                        workers += (pool.submit(self._work, batches) for _ in range(jobs))
                     for worker in workers:
                         worker.result()
                 except BaseException:
@@ -150,7 +152,8 @@ class Copier:
     def _check_space(self) -> None:
         unfinished = (s for s in self._plan.shards if s.file not in self._stage.finished and s.link is None)
         need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished)
-        check_space(self._stage.folder.parent, need)
+        there = sum(path.stat().st_size for path in self._stage.payload.glob("presplit/*/*/*"))
+        check_space(self._stage.folder.parent, need + max(0, sum(self._plan.presplit.values()) - there))
 
     def _key(self, shard: PlannedShard) -> str:
         """Stands for all that a shard's bytes depend on: its header, and the ranges and states of its sources."""
@@ -189,18 +192,18 @@ class Copier:
         return _Output(shard, path, fd), True, len(header)
 
     def _work(self, batches: Iterator[_Batch]) -> None:
-        buffer = memoryview(bytearray(_BUFFER))
-        while not self._failed.is_set():
-            with self._lock:
-                batch = next(batches, None)
-            if batch is None:
-                return
-            try:
+        try:
+            buffer = memoryview(bytearray(_BUFFER))
+            while not self._failed.is_set():
+                with self._lock:
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 self._copy(batch, buffer)
                 self._finish(batch.output)
-            except BaseException:
-                self._failed.set()
-                raise
+        except BaseException:
+            self._failed.set()
+            raise
 
     def _copy(self, batch: _Batch, buffer: memoryview) -> None:
         if len(batch.tensors) == 1:
@@ -334,3 +337,12 @@ def write_errors(path: Path) -> Iterator[None]:
             errno.EACCES: "; write permission is missing",
         }.get(error.errno or 0, "")
         raise WriteError(f"{error.filename or path}: {error.strerror}{hint}") from error
+
+
+@contextmanager
+def thread_errors(out: Path) -> Iterator[None]:
+    """Around starting threads: there may be no memory for their stacks, or no more processes allowed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WriteError(f"{out}: {error}; try --jobs 1") from error

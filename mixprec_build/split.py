@@ -13,8 +13,9 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from . import __version__
 from .checkpoint import Checkpoint
-from .copier import Progress, check_space, pwrite_all, write_errors
-from .errors import OutputError, SourceError, SplitError, VerifyError
+from .copier import Progress, check_space, pwrite_all, thread_errors, write_errors
+from .errors import InterruptedBuildError, OutputError, SourceError, SplitError, VerifyError
 from .formats.base import Format, numpy_dtype
 from .header import (
     DTYPE_BITS,
@@ -39,7 +41,7 @@ from .header import (
     read_header,
     read_regular,
 )
-from .manifest import CHECKSUM, MANIFEST, checksum_of, dump_manifest, read_manifest
+from .manifest import CHECKSUM, MANIFEST, checksum_of, dump_manifest, read_manifest, tensor_entries
 from .presplit import Degree, Parameter, Piece, Splitter
 from .recipe import DEFAULT_SHARD_SIZE
 from .sources import Source, open_source
@@ -96,9 +98,14 @@ def split(
         SplitError: it cannot be cut like that.
         OutputError: another split is writing there.
         WriteError: the disk is full, fails, or forbids it.
+        InterruptedBuildError: Ctrl-C.
     """
     with _alone(folder):
-        return _split(folder, degree, ranks, jobs, shard_size, watch)
+        try:
+            return _split(folder, degree, ranks, jobs, shard_size, watch)
+        except KeyboardInterrupt:
+            kept = "ranks that are finished are kept: the same command goes on from there"
+            raise InterruptedBuildError(f"{folder}: interrupted; {kept}") from None
 
 
 @contextmanager
@@ -128,34 +135,88 @@ def _split(
     wanted = sorted(set(range(degree.tp) if ranks is None else ranks))
     if any(not 0 <= rank < degree.tp for rank in wanted) or not wanted:
         raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
+    for path in (folder / "presplit", folder / f"presplit/{degree}"):
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a link; remove it, ranks' files are written there")
     source = open_source(str(folder))
     splitter = splitter_of(source, degree)
     listed = manifest.get("presplit", {})
-    missing = [rank for rank in wanted if degree.folder(rank) not in listed]
-    plans = {rank: splitter.parameters(rank) for rank in missing}
+    padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
+    cut_of = _cut_of(manifest, shard_size)
+    heads: dict[int, dict[str, Any]] = {
+        rank: {"version": _VERSION, "tp": degree.tp, "ep": degree.ep, "rank": rank, "cut_of": cut_of, "padded": padded}
+        for rank in wanted
+        if degree.folder(rank) not in listed
+    }
+    entries = {degree.folder(rank): _finished(folder / degree.folder(rank), head) for rank, head in heads.items()}
+    plans = {rank: splitter.parameters(rank) for rank in heads if entries[degree.folder(rank)] is None}
     need = sum(p.nbytes for parameters in plans.values() for p in parameters)
     check_space(folder, need)
-    progress = watch(splitter, need) if watch is not None else None
-    padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
+    report = watch(splitter, need) if watch is not None else None
+    stopped = threading.Event()
 
-    def write(rank: int) -> tuple[str, dict[str, Any]]:
-        head = {"version": _VERSION, "tp": degree.tp, "ep": degree.ep, "rank": rank, "padded": padded}
-        return degree.folder(rank), _write_rank(
-            folder, degree.folder(rank), head, source, plans[rank], shard_size, progress
-        )
+    def progress(done: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        if report is not None:
+            report(done)
+
+    def write(rank: int) -> None:
+        name = degree.folder(rank)
+        entries[name] = _write_rank(folder, name, heads[rank], source, plans[rank], shard_size, progress)
 
     with ThreadPoolExecutor(max_workers=jobs or min(8, os.cpu_count() or 1)) as pool:
-        entries = dict(pool.map(write, missing))
+        try:
+            with thread_errors(folder):
+                cuts = [pool.submit(write, rank) for rank in plans]
+            for cut in as_completed(cuts):
+                cut.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if entries:
         _list_in_manifest(folder, {**manifest, "presplit": dict(sorted({**listed, **entries}.items()))})
     return [folder / degree.folder(rank) for rank in wanted]
+
+
+class _StoppedError(Exception):
+    """Ends a rank's thread when another has failed."""
+
+
+def _cut_of(manifest: Mapping[str, Any], shard_size: int) -> str:
+    """Stands for all that ranks' files depend on beside the degree."""
+    config = manifest["files"].get("config.json", {}).get(CHECKSUM)
+    digest = xxhash.xxh3_128(f"{__version__} {shard_size} {config}".encode(errors="backslashreplace"))
+    for name, entry in tensor_entries(manifest).items():
+        digest.update(f"\n{name} {entry[CHECKSUM]}".encode(errors="backslashreplace"))
+    return str(digest.hexdigest())
+
+
+def _finished(folder: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest's line of a rank that a stopped split had finished, and that would be written the same; or None."""
+    try:
+        data = read_regular(folder / INDEX, _MAX_INDEX_BYTES)
+        index = load_json(data, _MAX_INDEX_VALUES)
+        there = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != INDEX}
+        if index | head != index or there != {name: entry["bytes"] for name, entry in index["files"].items()}:
+            return None
+    except (SourceError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return _line(index["files"], data)
+
+
+def _line(files: Mapping[str, Any], index: bytes) -> dict[str, Any]:
+    """A rank's line in the manifest."""
+    return {"bytes": sum(entry["bytes"] for entry in files.values()), CHECKSUM: checksum_of(index)}
 
 
 def _list_in_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """The new manifest takes the old one's place by one rename."""
     path = folder / f".{MANIFEST}.new"
     with write_errors(path):
-        with path.open("wb") as file:
+        path.unlink(missing_ok=True)  # it may be a link
+        with path.open("xb") as file:
             for chunk in dump_manifest({**manifest, "modules": manifest["modules"].items()}):
                 file.write(chunk)
             file.flush()
@@ -184,6 +245,7 @@ def _write_rank(
             if leftover.exists():  # of a split that was stopped before the manifest listed it
                 shutil.rmtree(leftover)
         part.mkdir(parents=True)
+        stack.callback(shutil.rmtree, part, ignore_errors=True)  # what was not renamed
         reader = stack.enter_context(_Reader(source))
         shards = _shards(parameters, shard_size)
         entries: dict[str, Any] = {}
@@ -205,7 +267,7 @@ def _write_rank(
         part.rename(final)
         for folder in (final.parent, final.parent.parent, root):
             sync_folder(folder)
-    return {"bytes": sum(entry["bytes"] for entry in files.values()), CHECKSUM: checksum_of(index)}
+    return _line(files, index)
 
 
 def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]:
