@@ -15,9 +15,9 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import xxhash
 
 from . import __version__
 from .checkpoint import Checkpoint
-from .copier import Progress, check_space, pwrite_all, thread_errors, write_errors
+from .copier import Progress, check_space, pwrite_all, run_all, write_errors
 from .errors import InterruptedBuildError, OutputError, SourceError, SplitError, VerifyError
 from .formats.base import Format, numpy_dtype
 from .header import (
@@ -165,16 +165,7 @@ def _split(
         name = degree.folder(rank)
         entries[name] = _write_rank(folder, name, heads[rank], source, plans[rank], shard_size, progress)
 
-    with ThreadPoolExecutor(max_workers=jobs or min(8, os.cpu_count() or 1)) as pool:
-        try:
-            with thread_errors(folder):
-                cuts = [pool.submit(write, rank) for rank in plans]
-            for cut in as_completed(cuts):
-                cut.result()
-        except BaseException:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    run_all([partial(write, rank) for rank in plans], jobs or min(8, os.cpu_count() or 1), stopped, folder)
     if entries:
         _list_in_manifest(folder, {**manifest, "presplit": dict(sorted({**listed, **entries}.items()))})
     return [folder / degree.folder(rank) for rank in wanted]
