@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -51,6 +52,8 @@ _MAX_BYTES = 128 << 20
 _MAX_VALUES = 8_000_000  # a tensor takes 19
 _MAX_SOURCES = 100
 _MAX_TEXT = 4096  # as long as a path may be
+
+_RANK = re.compile(r"presplit/tp\d{1,4}-ep\d{1,4}/rank-\d{1,4}-of-\d{1,4}")
 
 # The fields that are read back, and what they must be.
 _SOURCE = {"location": str, "path": str | None, "commit": str | None}
@@ -257,6 +260,8 @@ def tensor_entries(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _check_fields(manifest: Mapping[str, Any]) -> None:
     """Raises ``ValueError``, ``KeyError`` or ``TypeError`` where a manifest is not what ``build_manifest`` makes."""
+    from .formats.registry import format_from_json
+
     for section in ("sources", "formats", "files", "modules"):
         _check_type(manifest[section], dict, section)
     if len(manifest["sources"]) > _MAX_SOURCES:
@@ -268,7 +273,11 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
         if pure.anchor or ".." in pure.parts:
             raise ValueError(f"the file {name[:200]!r} is not in this folder")
         _check_entry(file, _SHARD if "header" in file else _FILE)
+    for fmt in manifest["formats"].values():
+        format_from_json(fmt)
     for module in manifest["modules"].values():
+        if module["format"] not in manifest["formats"]:
+            raise ValueError(f"format {brief(module['format'])} is not declared")
         _check_type(module["tensors"], dict, "tensors")
         for tensor in module["tensors"].values():
             _check_entry(tensor, _TENSOR)
@@ -276,7 +285,9 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
                 raise ValueError("a shape holds more than whole numbers")
     presplit = manifest.get("presplit", {})
     _check_type(presplit, dict, "presplit")
-    for rank in presplit.values():
+    for name, rank in presplit.items():
+        if not _RANK.fullmatch(name):
+            raise ValueError(f"{brief(name)} is no name of a rank's folder")
         _check_entry(rank, _FILE)
     unservable = manifest.get("unservable", [])
     _check_type(unservable, list, "unservable")

@@ -403,9 +403,9 @@ def read_rank(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: i
 def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
     """Every difference between the per-rank files, what the manifest lists, and the merged tensors."""
     listed = manifest.get("presplit", {})
-    present = {str(path.parent.relative_to(folder)) for path in folder.glob(f"presplit/*/*/{INDEX}")}
-    present |= {str(path.relative_to(folder)) for path in folder.glob("presplit/*/.*")}
-    for name in sorted(present - listed.keys()):
+    degrees = {str(Path(name).parent) for name in listed}
+    present = {str(path.relative_to(folder)) for part in ("*", "*/*") for path in folder.glob(f"presplit/{part}")}
+    for name in sorted(present - listed.keys() - degrees):
         yield f"{name}: not in the manifest"
     source = Source.of("", checkpoint) if listed else None
     splitters: dict[Degree, Splitter] = {}
@@ -433,7 +433,7 @@ def _parse(name: str) -> tuple[Degree | None, int]:
         number = int(rank.split("-")[1])
     except (ValueError, IndexError, SplitError):
         return None, 0
-    return (found, number) if found.folder(number) == name else (None, 0)
+    return (found, number) if number < found.tp and found.folder(number) == name else (None, 0)
 
 
 def _differences_of(index: RankIndex, source: Source, parameters: Sequence[Parameter]) -> Iterator[str]:
