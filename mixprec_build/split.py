@@ -493,6 +493,8 @@ def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
         path = inside(index.folder, file)
         data, size = read_header(path)
         tensors |= parse_header(data, path=path, file=file, file_size=size)[0]
+    for name in tensors.keys() - index.parameters.keys():
+        raise SourceError(f"{name} is not in its index; split the checkpoint again", path=index.folder)
     for name, entry in index.parameters.items():
         tensor = tensors.get(name)
         if tensor is None or (tensor.dtype, list(tensor.shape), tensor.file) != (
