@@ -441,6 +441,10 @@ def main() -> None:
         code, message = error.exit_code, str(error)
     except MemoryError:
         code, message = 1, "out of memory"
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        code, message = 1, f"out of memory, or of processes: {error}"
     except OSError as error:  # standard output is full, say
         code, message = 1, str(error)
     stop.ended = True

@@ -79,10 +79,10 @@ class Stage:
             stage._recover()
             yield stage
         finally:
-            if not stage.payload.exists() or not stage.finished:
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                with suppress(OSError):  # the next build does so, too
+            with suppress(OSError):  # the next build tidies up, too
+                if not stage.payload.exists() or not stage.finished:
+                    shutil.rmtree(folder, ignore_errors=True)
+                else:
                     stage._drop_unfinished()
                     os.ftruncate(lock, 0)
             os.close(lock)

@@ -588,6 +588,14 @@ RECIPES: dict[str, tuple[str, str]] = {
     "the home of nobody": ("model: ~nobody-of-that-name/x\n", "cannot be looked at: Could not determine home"),
     "a zero byte": ('model: "a\\0b/c"\n', "no such folder"),
     "half a character": ('model: "\\uD800/c"\n', "not valid YAML"),
+    "a value of 10 MB": (f"model: {'x' * 10_000_000}\n", "a word of 10000000 characters"),
+    "a key of 10 MB": (f"? {'x' * 10_000_000}\n: a\nmodel: a\n", "unknown key"),
+    "a comment of 10 MB": (f"# {'x' * 10_000_000}\n", "is empty"),
+    "a list of 10 MB": (f"model: [{'a,' * 5_000_000}]\n", "more than 500000 words"),
+    "brackets of 10 MB": ("model: " + "[" * 10_000_000, "nested deeper than 16 levels"),
+    "NaN as a size": ("model: a\noutput: {shard_size: .nan}\n", "'.nan' is no size"),
+    "NaN as a degree": ("model: a\noutput: {tp: .nan}\n", "tp must be numbers"),
+    "NaN as a source": ("model: a\nweights: {x: .nan}\n", "unknown source `.nan`"),
     "a path of 4000": (f"model: {'x' * 4000}\n", "cannot be looked at: File name too long"),
 }  # fmt: skip
 
@@ -823,6 +831,17 @@ def test_a_build_writes_only_its_output(mix: Path, snapshot: Path, tmp_path: Pat
     after = tree(tmp_path)
     assert {name: data for name, data in after.items() if not name.startswith("mix/new/")} == before
     assert len(after) > len(before)
+
+
+def test_a_split_writes_only_in_its_folder(mix: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    for variable in ("HOME", "TMPDIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    before = tree(tmp_path)
+    audited("split", mix / "out", "--tp", "1", "-q")
+    after = tree(tmp_path)
+    new = after.keys() - before.keys()
+    assert new and all(name.startswith("mix/out/presplit/tp1-ep1/") for name in new)
+    assert {name for name in before if after[name] != before[name]} == {f"mix/out/{MANIFEST}"}
 
 
 def test_python_files_are_copied_and_never_run(mix: Path) -> None:

@@ -6,10 +6,12 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -406,6 +408,58 @@ def test_a_read_error_keeps_what_is_finished(mix: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(SourceError, match=r"Input/output error; \d of \d+ files are finished and kept"):
         write(planned(mix), tmp_path / "out", jobs=1)
+
+
+def test_out_of_memory_keeps_what_is_finished(
+    mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = copier.pread_into, 0
+
+    def failing(fd: int, window: memoryview, at: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise MemoryError
+        return real(fd, window, at)
+
+    with monkeypatch.context() as patch, pytest.raises(WriteError) as caught:
+        patch.setattr(copier, "pread_into", failing)
+        write(planned(mix), tmp_path / "out", jobs=1)
+    assert re.search(r"out: out of memory; \d of 12 files are finished and kept in ", str(caught.value))
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match="can't start new thread; try --jobs 1; "):
+        plan = planned(mix)
+        patch.setattr(threading.Thread, "start", no_thread)
+        write(plan, tmp_path / "out")
+    write(planned(mix), tmp_path / "out")
+    assert tree(tmp_path / "out") == undisturbed
+
+
+def no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    "link", [".out.mixprec", "out/presplit", "out/presplit/tp1-ep1", "out/.mixprec_manifest.json.new"]
+)
+def test_nothing_is_written_through_a_link(mix: Path, tmp_path: Path, link: str) -> None:
+    """That somebody else put where a build or split writes."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if link.startswith("out/"):
+        small = load_recipe(mix)
+        write(make_plan(small, open_sources(small)), tmp_path / "out")
+    if link.endswith(".new"):
+        elsewhere = elsewhere / "file"
+        elsewhere.write_text("mine")
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(elsewhere)
+    before = tree(tmp_path / "elsewhere")
+    if link.endswith(".new"):
+        cut(tmp_path / "out")
+    else:
+        with pytest.raises(OutputError, match=f"{tmp_path / link}: is a link; remove it"):
+            cut(tmp_path / "out") if link.startswith("out/") else write(planned(mix), tmp_path / "out")
+    assert tree(tmp_path / "elsewhere") == before
 
 
 def test_the_clock_does_not_matter(mix: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
