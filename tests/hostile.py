@@ -10,13 +10,15 @@ import copy
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from mixprec_build.manifest import CHECKSUM, MANIFEST, checksum_of
 
-__all__ = ["INDEX", "RANK", "VALUES", "Choices", "Drawn", "Hostile", "changed", "dump", "sealed"]
+__all__ = ["CONFIG", "INDEX", "RANK", "VALUES", "Choices", "Drawn", "Hostile", "changed", "dump", "sealed"]
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 RANK = "presplit/tp1-ep1/rank-0-of-1"
 
@@ -102,13 +104,15 @@ def sealed(text: bytes) -> bytes:
 class Hostile:
     """One file of a checkpoint changed for as long as the context lasts; the manifest vouches for what is changed.
 
-    ``file`` is a JSON file's name, or that of a safetensors file, whose header is changed.
+    ``file`` is one of ``files``: a JSON file, or a safetensors file, whose header is changed.
     """
 
-    def __init__(self, folder: Path, choices: Choices):
-        shards = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.safetensors"))]
-        jsons = [name for name in ("config.json", INDEX, MANIFEST, f"{RANK}/index.json") if (folder / name).exists()]
-        self.file: str = choices.PickValueInList([*jsons, choices.PickValueInList(shards)])
+    def __init__(self, folder: Path, choices: Choices, files: Sequence[str] = ()):
+        if not files:
+            shards = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.safetensors"))]
+            jsons = (CONFIG, INDEX, MANIFEST, f"{RANK}/index.json")
+            files = [*(name for name in jsons if (folder / name).exists()), choices.PickValueInList(shards)]
+        self.file: str = choices.PickValueInList(list(files))
         self.path = folder / self.file
         self._before = {path: path.read_bytes() for path in {self.path, *folder.glob(MANIFEST)}}
         self.path.write_bytes(self._changed(choices))
