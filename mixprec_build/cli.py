@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import re
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -441,25 +443,60 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+class _Stop:
+    """Handles Ctrl-C and SIGTERM: the first ends the command in order, as KeyboardInterrupt.
+
+    What comes after it ends the process at once, as a kill would: whatever is being written survives that, and to end
+    in order may mean to wait for a disk.
+    """
+
+    number = 0
+    ended = False
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if self.number or self.ended:
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
+            os._exit(128 + number)
+        self.number = number
+        raise KeyboardInterrupt
+
+
 def main() -> None:
     """The console script ``mixprec``: errors become one message and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A path need not be text, and a terminal need not know every letter.
             stream.reconfigure(errors="backslashreplace")
+    stop = _Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background jobs inherit it
+            signal.signal(number, stop)
+    code: object = 0
+    message = ""
     try:
         app(prog_name="mixprec")
+    except SystemExit as ended:  # of every command that did not fail, and of one that Ctrl-C ended
+        code, message = ended.code, "interrupted" if stop.number else ""
     except MixprecError as error:
-        print(f"mixprec: {_printable(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code, message = error.exit_code, str(error)
+    except MemoryError:
+        code, message = 1, "out of memory"
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        code, message = 1, f"out of memory, or of processes: {error}"
     except OSError as error:  # standard output is full, say
-        print(f"mixprec: {error}", file=sys.stderr)
-        sys.exit(1)
+        code, message = 1, str(error)
+    stop.ended = True
+    if message:
+        print(f"mixprec: {_printable(message)}", file=sys.stderr)
+    sys.exit(128 + stop.number if stop.number else code)  # type: ignore[arg-type]
 
 
 def _printable(text: str) -> str:
     """Without characters that would command the terminal: a message may quote a stranger's file."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .header import open_regular, pread_all, pread_into
 from .plan import Plan, PlannedShard, PlannedTensor
 from .stage import Stage
 
-__all__ = ["Copier", "Progress", "check_space", "pwrite_all", "write_errors"]
+__all__ = ["Copier", "Progress", "check_space", "pwrite_all", "run_all", "write_errors"]
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just done, from any thread."""
@@ -90,15 +90,7 @@ class Copier:
             self._stage.keep(self._keys)
             self._check_space()
             batches = self._batches()
-            with ThreadPoolExecutor(max_workers=jobs) as pool:
-                workers = [pool.submit(self._work, batches) for _ in range(jobs)]
-                try:
-                    for worker in workers:
-                        worker.result()
-                except BaseException:
-                    self._failed.set()
-                    _wait_for(workers)
-                    raise
+            run_all([lambda: self._work(batches)] * jobs, jobs, self._failed, self._stage.out)
         return self._checksums
 
     def _close_unfinished(self) -> None:
@@ -149,8 +141,9 @@ class Copier:
 
     def _check_space(self) -> None:
         unfinished = (s for s in self._plan.shards if s.file not in self._stage.finished and s.link is None)
-        need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished) + sum(self._plan.presplit.values())
-        check_space(self._stage.folder.parent, need)
+        need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished)
+        there = sum(path.stat().st_size for path in self._stage.payload.glob("presplit/*/*/*"))
+        check_space(self._stage.folder.parent, need + max(0, sum(self._plan.presplit.values()) - there))
 
     def _key(self, shard: PlannedShard) -> str:
         """Stands for all that a shard's bytes depend on: its header, and the ranges and states of its sources."""
@@ -195,12 +188,8 @@ class Copier:
                 batch = next(batches, None)
             if batch is None:
                 return
-            try:
-                self._copy(batch, buffer)
-                self._finish(batch.output)
-            except BaseException:
-                self._failed.set()
-                raise
+            self._copy(batch, buffer)
+            self._finish(batch.output)
 
     def _copy(self, batch: _Batch, buffer: memoryview) -> None:
         if len(batch.tensors) == 1:
@@ -271,13 +260,6 @@ class Copier:
                 self._stage.record(file, self._keys[file], checksums)
 
 
-def _wait_for(workers: Sequence[Future[None]]) -> None:
-    """Waits through any number of Ctrl-C: the files that these threads write to are closed next."""
-    while not all(worker.done() for worker in workers):
-        with suppress(KeyboardInterrupt):
-            wait(workers)
-
-
 def _read_start(fd: int, length: int, path: Path) -> bytes:
     """The first bytes of a source file."""
     try:
@@ -334,3 +316,45 @@ def write_errors(path: Path) -> Iterator[None]:
             errno.EACCES: "; write permission is missing",
         }.get(error.errno or 0, "")
         raise WriteError(f"{error.filename or path}: {error.strerror}{hint}") from error
+
+
+def run_all(tasks: Sequence[Callable[[], None]], jobs: int, stop: threading.Event, out: Path) -> None:
+    """Runs tasks in ``jobs`` threads. Where one fails, and on Ctrl-C, sets ``stop`` and waits for all that have begun.
+
+    It waits through any number of Ctrl-C: the files that they write to are closed next.
+
+    Raises:
+        WriteError: no thread can be started.
+    """
+    idle = threading.Condition()
+    working = 0
+
+    def run(task: Callable[[], None]) -> None:
+        nonlocal working
+        with idle:
+            working += 1
+        try:
+            if not stop.is_set():
+                task()
+        finally:
+            with idle:
+                working -= 1
+                idle.notify_all()
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        try:
+            try:
+                running = [pool.submit(run, task) for task in tasks]
+            except RuntimeError as error:  # no memory for its stack, or no more processes allowed
+                raise WriteError(f"{out}: {error}; try --jobs 1") from error
+            for done in as_completed(running):
+                done.result()
+        except BaseException:
+            stop.set()
+            waiting = True
+            while waiting:
+                # Not for their futures: Ctrl-C while a thread is started leaves none.
+                with suppress(KeyboardInterrupt), idle:
+                    idle.wait_for(lambda: not working)
+                    waiting = False
+            raise

@@ -9,7 +9,7 @@
     ├── RefusedError             the recipe and its sources are sound, the mix is not; carries every problem
     ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
     ├── WriteError               exit code 3: copying failed; nothing was left where the output belongs
-    │   └── InterruptedBuildError  exit code 130: Ctrl-C
+    │   └── InterruptedBuildError  exit code 130: Ctrl-C, or 143: SIGTERM
     ├── SplitError               a checkpoint that cannot be cut for so many ranks
     └── VerifyError              a written checkpoint differs from its manifest or its sources
 
@@ -96,7 +96,7 @@ class WriteError(MixprecError):
 
 
 class InterruptedBuildError(WriteError):
-    """A build that the user stopped. The message says how to go on."""
+    """A build or split that the user stopped. The message says how to go on."""
 
     exit_code = 130
 

@@ -56,6 +56,7 @@ _MAX_SOURCES = 100
 _MAX_TEXT = 4096  # as long as a path may be
 
 _SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_RANK = re.compile(r"presplit/tp\d{1,4}-ep\d{1,4}/rank-\d{1,4}-of-\d{1,4}")
 
 # The fields that are read back, and what they must be.
 _SOURCE = {"location": str, "path": str | None, "commit": str | None}
@@ -272,6 +273,8 @@ def merged_files(manifest: Mapping[str, Any]) -> list[str]:
 
 def _check_fields(manifest: Mapping[str, Any]) -> None:
     """Raises ``ValueError``, ``KeyError`` or ``TypeError`` where a manifest is not what ``build_manifest`` makes."""
+    from .formats.registry import format_from_json
+
     for section in ("sources", "formats", "files", "modules"):
         _check_type(manifest[section], dict, section)
     if len(manifest["sources"]) > _MAX_SOURCES:
@@ -285,7 +288,11 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
         _check_entry(file, _SHARD if "header" in file else _FILE)
         if "header" in file and not _SHARD_NAME.fullmatch(name):
             raise ValueError(f"{name[:200]!r} is no name of a merged file")
+    for fmt in manifest["formats"].values():
+        format_from_json(fmt)
     for module in manifest["modules"].values():
+        if module["format"] not in manifest["formats"]:
+            raise ValueError(f"format {brief(module['format'])} is not declared")
         _check_type(module["tensors"], dict, "tensors")
         for tensor in module["tensors"].values():
             _check_entry(tensor, _TENSOR)
@@ -293,7 +300,9 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
                 raise ValueError("a shape holds more than whole numbers")
     presplit = manifest.get("presplit", {})
     _check_type(presplit, dict, "presplit")
-    for rank in presplit.values():
+    for name, rank in presplit.items():
+        if not _RANK.fullmatch(name):
+            raise ValueError(f"{brief(name)} is no name of a rank's folder")
         _check_entry(rank, _FILE)
     if "layout" in manifest:
         if manifest["layout"] != "presplit":

@@ -15,7 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from time import thread_time
 from typing import TypeVar
@@ -259,13 +259,16 @@ def _walk(segments: Sequence[Sequence[Mapping[int, set[str]]]], name: str) -> bo
 
 def natural_key(name: str) -> str:
     """Sort key that puts ``layers.2`` before ``layers.10``: numbers go by their length, then by their digits."""
-    return _NUMBER.sub(_number_key, name)
+    parts = _NUMBER.split(name)
+    parts[1::2] = map(_number_key, parts[1::2])
+    return "".join(parts)
 
 
-def _number_key(number: re.Match[str]) -> str:
-    digits = number[0].lstrip("0") or "0"
+@lru_cache(maxsize=4096)
+def _number_key(number: str) -> str:
+    digits = number.lstrip("0") or "0"
     # The length as one character, below all that names are made of; leading zeros make 07 differ from 7.
-    return chr(min(len(digits), 31)) + digits + "\x00" * (len(number[0]) - len(digits))
+    return chr(min(len(digits), 31)) + digits + "\x00" * (len(number) - len(digits))
 
 
 def compress(names: Iterable[str]) -> list[str]:

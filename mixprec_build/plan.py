@@ -209,6 +209,7 @@ class _Planner:
         self.sources_of_rules = [sources.resolve(rule.source, recipe, rule.line) for rule in recipe.rules]
         self.matched: Counter[int] = Counter()
         self.won: Counter[int] = Counter()
+        self.roles: dict[str, Role] = {}
         self.chosen: dict[str, tuple[Source, int | None]] = {}
         """Module -> its source and the number of the rule that chose it."""
         self.followers: set[str] = set()
@@ -230,7 +231,8 @@ class _Planner:
         names = sorted({*self.default.checkpoint.modules, *exact}, key=natural_key)
         globs = [(i, rule.pattern) for i, rule in enumerate(self.recipe.rules) if not rule.pattern.exact]
         hits = {name: [i for i, pattern in globs if pattern.matches(name)] for name in names}
-        fixed = {name for name in names if self._role(name).never_quantized}
+        self.roles = {name: self._role(name) for name in names}
+        fixed = {name for name, role in self.roles.items() if role.never_quantized}
         # A glob that covers nothing but norms, routers and the like means them; another one does not.
         means_fixed = {i for i, _ in globs} - {i for name in names if name not in fixed for i in hits[name]}
         for i in means_fixed:
@@ -314,7 +316,7 @@ class _Planner:
         """A norm that no line names has the values that what it feeds was quantized with; its router comes along."""
         moved: dict[str, list[str]] = {}
         for norm, fed in folding.fed.items():
-            free = [name for name in (norm, *fed) if self.chosen[name][1] is None and self._role(name).never_quantized]
+            free = [name for name in (norm, *fed) if self.chosen[name][1] is None and self.roles[name].never_quantized]
             voters = [self.chosen[name][0].name for name in fed if name not in free]
             if norm in free:
                 source = folding.follow(norm, self.chosen[norm][0].name, voters)
@@ -352,7 +354,7 @@ class _Planner:
                 continue
             fmt = source.format_of(name)
             rule = None if winner is None else self.recipe.rules[winner]
-            if rule is not None and winner is not None and self._role(name).never_quantized is False:
+            if rule is not None and winner is not None and not self.roles[name].never_quantized:
                 asked = ALIASES.get(rule.source, frozenset())
                 if asked and fmt.kind not in asked:
                     downgraded.setdefault((fmt.kind, winner), []).append(name)
@@ -366,7 +368,7 @@ class _Planner:
                     tensors["bias"] = PlannedTensor(self.default.name, base.tensors["bias"])
             follows = name in self.followers
             modules[name] = PlannedModule(
-                name, self._role(name), fmt, source.name, rule, fmt.shape(stored), tensors, follows
+                name, self.roles[name], fmt, source.name, rule, fmt.shape(stored), tensors, follows
             )
         for (source_name, winner), names in missing.items():
             self._report_missing(source_name, None if winner is None else self.recipe.rules[winner], names)

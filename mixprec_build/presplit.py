@@ -166,9 +166,9 @@ class Splitter:
 
     def __post_init__(self) -> None:
         family = self.config.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise SplitError(
-                f"model_type {family!r} cannot be cut; the families known are {', '.join(sorted(FAMILIES))}"
+                f"model_type {family!r:.100} cannot be cut; the families known are {', '.join(sorted(FAMILIES))}"
             )
         self._share_columns()
 

@@ -14,6 +14,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -107,11 +108,12 @@ def write_rank(
     """Writes one rank's folder; returns its line in the manifest. Raises :class:`WriteError`."""
     final = root / name
     part = final.with_name(f".{final.name}.part")
-    with write_errors(final):
+    with write_errors(final), ExitStack() as stack:
         for leftover in (part, final):
             if leftover.exists():  # of a split that was stopped before the manifest listed it
                 shutil.rmtree(leftover)
         part.mkdir(parents=True)
+        stack.callback(shutil.rmtree, part, ignore_errors=True)  # what was not renamed
         shards = _shards(parameters, shard_size)
         entries: dict[str, Any] = {}
         files: dict[str, Any] = {}
@@ -134,6 +136,25 @@ def write_rank(
         part.rename(final)
         for folder in (final.parent, final.parent.parent, root):
             sync_folder(folder)
+    return _line(files, index)
+
+
+def finished(folder: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest's line of a rank that a stopped split had finished, and that would be written the same; or None."""
+    try:
+        data = read_regular(folder / INDEX, _MAX_INDEX_BYTES)
+        index = load_json(data, _MAX_INDEX_VALUES)
+        there = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != INDEX}
+        due = {name: entry["bytes"] for name, entry in index["files"].items()}
+        if {**index, "version": VERSION, **head} != index or there != due:
+            return None
+    except (SourceError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return _line(index["files"], data)
+
+
+def _line(files: Mapping[str, Any], index: bytes) -> dict[str, Any]:
+    """A rank's line in the manifest."""
     return {"bytes": sum(entry["bytes"] for entry in files.values()), CHECKSUM: checksum_of(index)}
 
 

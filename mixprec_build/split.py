@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from . import __version__
 from .checkpoint import REST, Checkpoint
-from .copier import Progress, check_space, write_errors
-from .errors import OutputError, SourceError, SplitError, VerifyError
+from .copier import Progress, check_space, run_all, write_errors
+from .errors import InterruptedBuildError, OutputError, SourceError, SplitError, VerifyError
 from .header import TensorInfo, inside, read_header
 from .manifest import (
     CHECKSUM,
@@ -40,6 +43,7 @@ from .rankfiles import (
     Reader,
     checksum_on_disk,
     contents,
+    finished,
     open_rank,
     parse_folder,
     read_index,
@@ -78,13 +82,18 @@ def split(
         SplitError: it cannot be cut like that, or has not the files to do it with.
         OutputError: another split is writing there.
         WriteError: the disk is full, fails, or forbids it.
+        InterruptedBuildError: Ctrl-C.
     """
     with _alone(folder):
         manifest = read_manifest(folder)
         _clear(folder, manifest, keep=merged_files(manifest))
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:
-            return _Split(folder, manifest, source, reader, shard_size, jobs).run(degree, layout, ranks, watch)
+            try:
+                return _Split(folder, manifest, source, reader, shard_size, jobs).run(degree, layout, ranks, watch)
+            except KeyboardInterrupt:
+                kept = "what is finished is kept: the same command goes on from there"
+                raise InterruptedBuildError(f"{folder}: interrupted; {kept}") from None
 
 
 @contextmanager
@@ -102,6 +111,10 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
+class _StoppedError(Exception):
+    """Ends a thread when another has failed."""
+
+
 class _Split:
     """The steps of one :func:`split`. ``manifest`` is always that on the disk."""
 
@@ -110,7 +123,8 @@ class _Split:
     ):
         self._folder, self._manifest, self._source, self._reader = folder, manifest, source, reader
         self._shard_size, self._jobs = shard_size, jobs or min(8, os.cpu_count() or 1)
-        self._progress: Progress = lambda _: None
+        self._watch: Progress = lambda _: None
+        self._stopped = threading.Event()
 
     def run(
         self,
@@ -125,15 +139,22 @@ class _Split:
         if degree is not None and (not wanted or not all(0 <= rank < degree.tp for rank in wanted)):
             raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
         names = [] if degree is None else [degree.folder(rank) for rank in wanted]
+        for path in () if degree is None else (self._folder / "presplit", self._folder / f"presplit/{degree}"):
+            if path.is_symlink():
+                raise OutputError(f"{path}: is a link; remove it, ranks' files are written there")
         listed = self._manifest.get("presplit", {})
         if layout == "presplit":
             complete(self._folder, {**listed, **dict.fromkeys(names)})
         splitter = None if degree is None else splitter_of(self._source, degree)
-        plans: dict[str, list[Parameter]] = {}
-        if splitter is not None:
-            for rank, name in zip(wanted, names, strict=True):
-                if name not in listed or not (self._folder / name).exists():
-                    plans[name] = splitter.parameters(rank)
+        heads = {} if splitter is None else self._heads(splitter, wanted)
+        heads = {name: head for name, head in heads.items() if name not in listed or not (self._folder / name).exists()}
+        # Ranks that a stopped split had finished are taken over.
+        entries = {name: line for name, head in heads.items() if (line := finished(self._folder / name, head))}
+        plans = {
+            name: splitter.parameters(head["rank"])
+            for name, head in heads.items()
+            if splitter is not None and name not in entries
+        }
         rebuilt = self._reader if isinstance(self._reader, Rebuilt) else None
         if rebuilt is not None:
             rebuilt.prepare()
@@ -142,12 +163,12 @@ class _Split:
         need += sum(tensor.nbytes for built in restore.values() for tensor, _ in built)
         check_space(self._folder, need)
         if watch is not None:
-            self._progress = watch(splitter, need)
+            self._watch = watch(splitter, need)
 
         if rebuilt is not None and layout != "presplit":
             self._restore(rebuilt, restore)
-        if splitter is not None and plans:
-            self._cut(splitter, plans)
+        if heads:
+            self._cut({name: heads[name] for name in plans}, plans, entries)
         if layout == "presplit":
             if rebuilt is None:
                 self._keep_rest(plans)
@@ -164,7 +185,8 @@ class _Split:
         manifest = {**changed, **{key: value for key, value in last.items() if value}}
         path = self._folder / f".{MANIFEST}.new"
         with write_errors(path):
-            with path.open("wb") as file:
+            path.unlink(missing_ok=True)  # it may be a link
+            with path.open("xb") as file:
                 for chunk in dump_manifest({**manifest, "modules": manifest["modules"].items()}):
                     file.write(chunk)
                 file.flush()
@@ -173,20 +195,40 @@ class _Split:
             sync_folder(self._folder)
         self._manifest = manifest
 
-    def _cut(self, splitter: Splitter, plans: Mapping[str, Sequence[Parameter]]) -> None:
+    def _heads(self, splitter: Splitter, ranks: Iterable[int]) -> dict[str, dict[str, Any]]:
+        """What the index of each rank begins with: all that its files depend on."""
+        config = self._manifest["files"].get("config.json", {}).get(CHECKSUM)
+        digest = xxhash.xxh3_128(f"{__version__} {self._shard_size} {config}".encode(errors="backslashreplace"))
+        for name, entry in tensor_entries(self._manifest).items():
+            digest.update(f"\n{name} {entry[CHECKSUM]}".encode(errors="backslashreplace"))
         degree = splitter.degree
         padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
+        head = {"tp": degree.tp, "ep": degree.ep, "cut_of": digest.hexdigest(), "padded": padded}
+        return {degree.folder(rank): {**head, "rank": rank} for rank in ranks}
 
-        def write(rank: int) -> tuple[str, dict[str, Any]]:
-            name = degree.folder(rank)
-            head = {"tp": degree.tp, "ep": degree.ep, "rank": rank, "padded": padded}
-            return name, write_rank(
-                self._folder, name, head, self._reader, plans[name], self._shard_size, self._progress
+    def _cut(
+        self,
+        heads: Mapping[str, Mapping[str, Any]],
+        plans: Mapping[str, Sequence[Parameter]],
+        entries: dict[str, dict[str, Any]],
+    ) -> None:
+        """Writes ranks, and lists them with those of ``entries``."""
+
+        def write(name: str) -> None:
+            entries[name] = write_rank(
+                self._folder, name, heads[name], self._reader, plans[name], self._shard_size, self._progress
             )
 
-        with ThreadPoolExecutor(max_workers=self._jobs) as pool:
-            entries = dict(pool.map(write, [rank for rank in range(degree.tp) if degree.folder(rank) in plans]))
+        self._run(write, plans)
         self._list({"presplit": dict(sorted({**self._manifest.get("presplit", {}), **entries}.items()))})
+
+    def _run(self, write: Callable[[str], None], names: Iterable[str]) -> None:
+        run_all([partial(write, name) for name in names], self._jobs, self._stopped, self._folder)
+
+    def _progress(self, done: int) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
+        self._watch(done)
 
     def _keep_rest(self, fresh: Collection[str]) -> None:
         """Writes and lists what only the merged files hold: from here on they are not needed.
@@ -258,8 +300,7 @@ class _Split:
 
         with write_errors(part):
             part.mkdir()
-            with ThreadPoolExecutor(max_workers=self._jobs) as pool:
-                list(pool.map(write, files))
+            self._run(write, files)
             sync_folder(self._folder)
             self._list({"layout": None, "rest": None})
             _clear(self._folder, self._manifest)
@@ -314,11 +355,14 @@ def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Chec
     Of merged files that were dropped, also in what was kept of them.
     """
     listed = manifest.get("presplit", {})
-    known = {*listed, *leftovers(folder, manifest)}
-    for path in sorted(folder.glob("presplit/*/*")):
-        name = str(path.relative_to(folder))
-        if name not in known and str(path.parent.relative_to(folder)) not in {REST, *known}:
+    known = {*listed, *leftovers(folder, manifest), REST}
+    for path in sorted(folder.glob("presplit/*")) + sorted(folder.glob("presplit/*/*")):
+        name, parent = (str(p.relative_to(folder)) for p in (path, path.parent))
+        # A split that is stopped at its first rank leaves its folder empty.
+        degree = path.is_dir() and re.fullmatch(r"presplit/tp\d+-ep\d+", name)
+        if name not in known and parent not in known and not degree:
             yield f"{name}: not in the manifest"
+            known.add(name)
     if layout_of(manifest) == "presplit":
         yield from _differences_of(read_index(folder, REST, manifest["rest"]))
     if not listed:

@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,11 +79,12 @@ class Stage:
             stage._recover()
             yield stage
         finally:
-            if not stage.payload.exists() or not stage.finished:
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                stage._drop_unfinished()
-                os.ftruncate(lock, 0)
+            with suppress(OSError):  # the next build tidies up, too
+                if not stage.payload.exists() or not stage.finished:
+                    shutil.rmtree(folder, ignore_errors=True)
+                else:
+                    stage._drop_unfinished()
+                    os.ftruncate(lock, 0)
             os.close(lock)
 
     def record(self, shard: str, key: str, checksums: Mapping[str, str]) -> None:
@@ -92,6 +93,8 @@ class Stage:
         entry = FinishedShard(key, (self.payload / shard).stat().st_size, checksums)
         fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         _write_and_close(fd, _line(shard, entry))
+        if not self.finished:
+            sync_folder(self.folder)
         self.finished[shard] = entry
 
     def kept(self, shards: int) -> str:
@@ -125,6 +128,7 @@ class Stage:
     def _recover(self) -> None:
         """Reads the journal. A line that was cut short or garbled ends it: what follows was never promised."""
         self.payload.mkdir(exist_ok=True)
+        sync_folder(self.folder.parent)
         if self.replaced.exists():
             if self.out.exists():
                 shutil.rmtree(self.replaced)
@@ -144,12 +148,9 @@ class Stage:
             os.truncate(self._journal, whole)
 
     def _drop_unfinished(self) -> None:
+        """All but finished shards and the folder of files cut for ranks, which say themselves what they are."""
         for path in self.payload.iterdir():
-            if path.name in self.finished:
-                continue
-            if path.is_dir():  # ranks' files
-                shutil.rmtree(path)
-            else:
+            if path.name not in self.finished and not path.is_dir():
                 path.unlink()
 
 
@@ -171,6 +172,8 @@ def _lock(folder: Path, out: Path) -> int:
     path = folder / "lock"
     while True:
         folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise OutputError(f"{folder}: is a link; remove it, a build of {out} is written there")
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:

@@ -127,7 +127,9 @@ def _file_differences(
     folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint, left: Sequence[str]
 ) -> Iterator[str]:
     present = {entry.name for entry in folder.iterdir() if entry.is_file()}
-    for name in sorted(present - manifest["files"].keys() - {MANIFEST, *left}):
+    # Hidden folders are those of git and of the hub's downloads.
+    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    for name in sorted((present | folders) - manifest["files"].keys() - {MANIFEST, "presplit", *left}):
         yield f"{name}: not in the manifest"
     for name, entry in manifest["files"].items():
         path = folder / name

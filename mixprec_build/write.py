@@ -125,22 +125,14 @@ def write(
             # A build that was killed while it replaced an output may have left that output in the stage.
             check_output(plan, out, force=force)
             try:
-                copier = Copier(plan, paths, stage, progress or (lambda _: None))
-                checksums = copier.run(jobs or min(8, os.cpu_count() or 1))
-                files = _write_companions(plan, stage.payload, companions)
-                _write_file(
-                    stage.payload / MANIFEST, dump_manifest(build_manifest(plan, stage.payload, checksums, files))
-                )
-                # The merged files are dropped after the last of them, the one that they could be restored from.
-                for tp in sorted(plan.recipe.tp, reverse=True):
-                    layout = plan.recipe.layout if tp == min(plan.recipe.tp) else "both"
-                    split(stage.payload, Degree(tp), layout=layout, jobs=jobs, shard_size=plan.recipe.shard_size)
-                with write_errors(stage.payload):
-                    sync_folder(stage.payload)
-                check_output(plan, out, force=force)
-                _publish(stage, force=force)
-            except KeyboardInterrupt:
+                with write_errors(out):  # all that no step names itself
+                    _fill(stage, plan, paths, companions, jobs, progress or (lambda _: None))
+                    check_output(plan, out, force=force)
+                    _publish(stage, force=force)
+            except (KeyboardInterrupt, InterruptedBuildError):
                 raise InterruptedBuildError(f"{out}: interrupted; {stage.kept(len(plan.shards))}") from None
+            except MemoryError:
+                raise WriteError(f"{out}: out of memory; {stage.kept(len(plan.shards))}") from None
             except MixprecError as error:
                 if stage.finished or isinstance(error, WriteError):
                     error.args = (f"{error}; {stage.kept(len(plan.shards))}",)
@@ -151,6 +143,29 @@ def write(
                 folder.rmdir()
         raise
     return out / MANIFEST
+
+
+def _fill(
+    stage: Stage,
+    plan: Plan,
+    paths: Mapping[tuple[str, str], Path],
+    companions: Mapping[str, Path],
+    jobs: int | None,
+    progress: Progress,
+) -> None:
+    """Makes the payload of a stage the whole checkpoint, and syncs it."""
+    checksums = Copier(plan, paths, stage, progress).run(jobs or min(8, os.cpu_count() or 1))
+    files = _write_companions(plan, stage.payload, companions)
+    _write_file(stage.payload / MANIFEST, dump_manifest(build_manifest(plan, stage.payload, checksums, files)))
+    degrees = [Degree(tp) for tp in plan.recipe.tp]
+    for folder in stage.payload.glob("presplit/*" if degrees else "presplit"):
+        if folder.name not in map(str, degrees):
+            shutil.rmtree(folder)  # of another recipe's build, which was stopped
+    # The merged files are dropped after the last of them, the one that they could be restored from.
+    for degree in sorted(degrees, key=lambda degree: -degree.tp):
+        layout = plan.recipe.layout if degree.tp == min(plan.recipe.tp) else "both"
+        split(stage.payload, degree, layout=layout, jobs=jobs, shard_size=plan.recipe.shard_size)
+    sync_folder(stage.payload)
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterato
 def _not_served(
     checkpoint: Checkpoint, manifest: Mapping[str, Any], counts: Mapping[Format, int], gpu: Gpu | None
 ) -> Iterator[Finding]:
-    for problem in manifest["unservable"]:
+    for problem in manifest.get("unservable", []):
         yield Finding("fail", "unservable", problem)
     for fmt, count in counts.items():
         least = _KERNELS[fmt.kind][1] if fmt.kind in _KERNELS else 0

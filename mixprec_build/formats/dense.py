@@ -80,4 +80,4 @@ class Dense(Format):
 
 def _leaf(leaves: Collection[str]) -> str:
     """The tensor that makes the module what it is."""
-    return next(leaf for leaf in ("weight", "", "bias") if leaf in leaves)
+    return "weight" if "weight" in leaves else "" if "" in leaves else "bias"

@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -34,13 +32,16 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 with atheris.instrument_imports(include=["mixprec_build"]):
-    from mixprec_build import checkpoint, header, manifest, patterns, recipe, report, sources, verify
+    from mixprec_build import activity, checkpoint, header, patterns, recipe, report, sources, verify
     from mixprec_build.build import plan_recipe, run_plan
-    from mixprec_build.errors import MixprecError, RecipeError, SourceError
+    from mixprec_build.errors import MixprecError, RecipeError, SourceError, StatsError
     from mixprec_build.formats import base, gptq, registry
+    from mixprec_build.presplit import Degree
+    from mixprec_build.split import split
 
 import safetensors
 from checkpoints import LLAMA, write_tiny
+from hostile import VALUES, Hostile, changed, dump
 from rich.console import Console
 
 Target = Callable[[bytes], None]
@@ -49,60 +50,6 @@ Choices = atheris.FuzzedDataProvider
 SLOWEST = 40  # seconds for one input
 MEMORY = 1024  # MiB
 FOLDER = Path()  # of the sources and what is built of them: set when a target starts
-
-
-# Hostile documents
-
-
-DEEP: Any = json.loads("[" * 70 + "]" * 70)
-DEEPER = "a list in a list in a list ..."  # which only text can be: see dump()
-
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 8, 128, 1 << 31, 1 << 63, 10**400, 0.5, -0.0, float("nan"), float("inf"),
-    "", "x", "0", "\x1b[2J", "\x9b", "\u202e", "\ud800", "a\nb", "[/red]", ":smile:", "../x", "/etc/passwd", "C:\\x",
-    "a\0b", "~nobody/x", "x" * 5000, "9" * 5000, "gptq", "fp8", "mixprec", "gptq_int4", "fp8_block", "bf16", "awq",
-    [], {}, [0], [[]], [None], ["x"], ["*", "bf16"], [["*", "fp8_block"]], [["*", "bf16"]], [["*", "gptq_int4"]],
-    {"x": None}, {"": {}}, DEEP, DEEPER,
-    [1 << 30, 1 << 30], [1 << 62, 1 << 62], [0, 1 << 62, 1 << 62], [-1],
-    {"+:(a|a)*b": {"bits": 8}}, {".*.*.*.*.*b": {"bits": 8}},
-    "*", "**", "?", "{0..9999}", "{a,aa}" * 20, "*a*a*a*", "model.layers.*", "model.safetensors", "config.json",
-)  # fmt: skip
-
-
-def changed(document: Any, choices: Choices) -> Any:
-    """A copy of a document in which some values are replaced, added, or gone."""
-    document = json.loads(json.dumps(document))
-    for _ in range(choices.ConsumeIntInRange(1, 4)):
-        change(document, choices)
-    return document
-
-
-def change(node: Any, choices: Choices) -> None:
-    while isinstance(node, dict | list) and node:
-        key = choices.PickValueInList(list(node) if isinstance(node, dict) else list(range(len(node))))
-        inner = node[key]
-        if isinstance(inner, dict | list) and inner and choices.ConsumeBool():
-            node = inner
-            continue
-        action = choices.ConsumeIntInRange(0, 3)
-        if action == 0:
-            del node[key]
-        elif action == 1 and isinstance(node, dict):
-            node[choices.PickValueInList([value for value in VALUES if isinstance(value, str)])] = inner
-        else:
-            node[key] = copy.deepcopy(choices.PickValueInList(list(VALUES)))
-        return
-
-
-def dump(document: Any) -> bytes:
-    return json.dumps(document).replace(f'"{DEEPER}"', "[" * 900 + "]" * 900).encode()
-
-
-def sealed(text: bytes) -> bytes:
-    """A manifest with the checksum that its last line holds."""
-    text = re.sub(rb', "manifest_xxh3_128": "[^"]*"}$', b"}", text)
-    text = text[:-1] + b", "
-    return text + f' "manifest_xxh3_128": "{manifest.checksum_of(text)}"\n}}\n'.encode()
 
 
 # Targets
@@ -147,6 +94,26 @@ def fuzz_recipe(data: bytes) -> None:
         recipe.load_recipe(path)
 
 
+ACTIVITY = {
+    "expert_stats": {
+        f"{layer}.{expert}": {
+            "layer_id": layer, "expert_id": expert, "activation_count": 3, "total_tokens_processed": expert
+        }
+        for layer in (0, 1)
+        for expert in (0, 7)
+    },
+    "layer_stats": {"0": {"routed_tokens": 12}, "1": {"routed_tokens": 0}},
+}  # fmt: skip
+
+
+def fuzz_activity(data: bytes) -> None:
+    path = FOLDER / "activity.json"
+    choices = Choices(data)
+    path.write_bytes(dump(changed(ACTIVITY, choices)) if choices.ConsumeBool() else data)
+    with suppress(StatsError):
+        json.dumps(activity.activity_facts(activity.read_activity([path]), 3))
+
+
 def fuzz_plan(data: bytes) -> None:
     """A source whose config.json, index or header is hostile, inspected and planned with."""
     choices = Choices(data)
@@ -158,7 +125,7 @@ def fuzz_plan(data: bytes) -> None:
 
 
 def fuzz_compiled(data: bytes) -> None:
-    """A compiled checkpoint whose config.json, index, header or manifest is hostile, inspected and verified."""
+    """A compiled checkpoint of which one file is hostile, a rank's index or header perhaps, inspected and verified."""
     choices = Choices(data)
     with Hostile(FOLDER / "out", choices):
         inspect(FOLDER / "out")
@@ -182,33 +149,6 @@ def inspect(folder: Path) -> None:
 
 def console() -> Console:
     return Console(file=io.StringIO(), width=160)
-
-
-class Hostile:
-    """One file of a folder changed for as long as the context lasts."""
-
-    def __init__(self, folder: Path, choices: Choices):
-        files = ["config.json", "model.safetensors.index.json", "header", manifest.MANIFEST]
-        self.file = choices.PickValueInList([f for f in files if f == "header" or (folder / f).exists()])
-        self.path = folder / self.file
-        if self.file == "header":
-            self.path = sorted(folder.glob("*.safetensors"))[0]
-        self.before = self.path.read_bytes()
-        self.path.write_bytes(self.changed(choices))
-
-    def changed(self, choices: Choices) -> bytes:
-        if self.file == "header":
-            end = 8 + int.from_bytes(self.before[:8], "little")
-            text = dump(changed(json.loads(self.before[8:end]), choices))
-            return len(text).to_bytes(8, "little") + text + self.before[end:]
-        text = dump(changed(json.loads(self.before), choices))
-        return sealed(text) if self.file == manifest.MANIFEST else text
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.path.write_bytes(self.before)
 
 
 NAME = "model.layers.11.mlp.experts.111.up_proj"
@@ -306,6 +246,7 @@ def prepare(folder: Path) -> None:
         "weights: {'model.layers.*.self_attn.*': fp8, 'model.layers.*.mlp.*': int4}\n"
     )
     run_plan(plan_recipe(folder / "mix.yaml"), folder / "out")
+    split(folder / "out", Degree(1))
 
 
 def run_one(target: str, folder: Path, seconds: int) -> None:

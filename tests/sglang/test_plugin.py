@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from harness import last_json, make, run_python, sources
+from hostile import CONFIG, Drawn, Hostile
 from mixes import MIXES, mix
+
+from mixprec_build.manifest import MANIFEST
 
 START = """
 import json, sys
@@ -125,6 +129,34 @@ def test_models_of_other_methods_are_left_alone(folder: Path) -> None:
     method = model.model.layers[0].self_attn.qkv_proj.quant_method
     assert type(method).__name__ == "Fp8LinearMethod" and not vars(method).keys() & {"create_weights", "mixprec_format"}
     assert "load_weights" not in vars(model)
+
+
+@pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_damaged_is_refused_in_words(folder: Path, tmp_path: Path, seed: int) -> None:
+    """What SGLang is told of a checkpoint: values of any kind at any place of config.json and the manifest."""
+    from mixprec_runtime import hooks, loader
+    from mixprec_runtime.config import MixPrecConfig
+
+    checkpoint = Path(shutil.copytree(mix(folder, "qwen3"), tmp_path / "damaged"))
+    refused = 0
+    for i in range(50):
+        with Hostile(checkpoint, Drawn(100 * seed + i), (CONFIG, MANIFEST)):
+            model = SimpleNamespace(model_path=str(checkpoint), revision=None)
+            try:
+                declared = json.loads((checkpoint / CONFIG).read_text())["quantization_config"]
+                assert declared["quant_method"] == "mixprec"
+            except (ValueError, LookupError, TypeError, RecursionError, AssertionError):
+                continue  # and so SGLang does not come to the plugin
+            try:
+                config = MixPrecConfig.from_config(declared)
+                path, manifest = hooks._manifest(model)
+                hooks._check_declared(config.bind(manifest["modules"]), manifest)
+                loader.require_merged(path, manifest, "this is a test")
+            except (RuntimeError, ValueError) as error:
+                assert str(checkpoint) in str(error) or "config.json" in str(error)
+                refused += 1
+    assert refused > 10
 
 
 @pytest.mark.usefixtures("sglang")

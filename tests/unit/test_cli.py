@@ -21,6 +21,7 @@ from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.cli import main
 from mixprec_build.report import human, inspect_facts, plan_facts
 from mixprec_build.sources import open_source
+from mixprec_build.verify import verify
 
 Patch = pytest.MonkeyPatch
 
@@ -369,23 +370,79 @@ def test_module_and_console_script_are_one(mix: Path) -> None:
     assert ended.returncode == 1 and ended.stderr.startswith("mixprec: ")
 
 
-def test_an_interrupt(mix: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle of the copy, and again while it waits for its threads: they still write to open files."""
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+# Where a command is when the signal comes, and what it then says.
+ON = "the same command goes on from there\n"
+KEPT = "mixprec: {out}: interrupted; 1 of 1 files are finished and kept in {stage}: " + ON
+RANKS_KEPT = "mixprec: {out}: interrupted; ranks that are finished are kept: " + ON
+MOMENTS = {
+    "planning": ("mixprec_build.plan", "_lay_out", "build", "mixprec: interrupted\n"),
+    "copying": ("mixprec_build.copier", "pwrite_all", "build", KEPT),  # one batch of tensors is all there is
+    "ending": ("mixprec_build.write", "_write_companions", "build", KEPT),
+    "verifying": ("mixprec_build.verify", "_structure_differences", "verify", "mixprec: interrupted\n"),
+    "cutting": ("mixprec_build.split", "pwrite_all", "split", RANKS_KEPT),
+}
+
+
+def command_on(out: Path, command: str, mix: Path) -> list[str]:
+    if command == "build":
+        return ["build", str(mix), "-o", str(out), "--jobs", "1"]
+    shutil.copytree(mix.parent / "out", out)
+    return ["split", str(out), "--tp", "1"] if command == "split" else ["verify", str(out)]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal(mix: Path, tmp_path: Path, moment: str, number: signal.Signals) -> None:
+    """Its message says how to go on; threads that write to open files are waited for; the same command goes on."""
+    module, function, command, message = MOMENTS[moment]
     script = START + (
-        "import time; real = copier.pwrite_all\n"
-        "def interrupted(*arguments):\n"
-        "    for _ in range(2):\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"import {module} as module, time; real, signals = module.{function}, [{number:d}]\n"
+        "def signalled(*arguments):\n"
+        "    if signals:\n"
+        "        os.kill(os.getpid(), signals.pop())\n"
         "        time.sleep(0.2)\n"
-        "    try: real(*arguments)\n"
+        "    try: return real(*arguments)\n"
         "    except OSError as error: print('too late:', error)\n"
-        "copier.pwrite_all = interrupted\n"
+        f"module.{function} = signalled\n"
         "cli.main()\n"
     )
-    ended = run_python("-c", script, "build", str(mix), "-o", str(tmp_path / "out"), "--jobs", "1")
-    assert ended.returncode == 128 + signal.SIGINT and "Traceback" not in ended.stderr
-    assert "interrupted; " in ended.stderr and ended.stdout == ""
-    assert {path.name for path in tmp_path.iterdir()} <= {".out.mixprec"}, "no output, at most a stage to resume"
+    out = tmp_path / "out"
+    arguments = command_on(out, command, mix)
+    ended = run_python("-c", script, *arguments, "-q")
+    assert (ended.returncode, ended.stdout) == (SIGNALS[number], "")
+    assert ended.stderr == message.format(out=out, stage=tmp_path / ".out.mixprec")
+    if command == "build":
+        assert not out.exists()
+    elif command == "split":
+        assert tree(out) == tree(mix.parent / "out")
+    ended = run_python("-m", "mixprec_build.cli", *arguments, "-q")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert not verify(out).differences
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("moment", ["copying", "cutting"])
+def test_a_second_signal(mix: Path, tmp_path: Path, moment: str, number: signal.Signals) -> None:
+    """Ends at once and without a word, whatever a thread waits for."""
+    module, function, command, _ = MOMENTS[moment]
+    script = START + (
+        f"import {module} as module, time\n"
+        "def stuck(*_):\n"
+        f"    os.kill(os.getpid(), {number:d})\n"
+        "    time.sleep(0.2)\n"
+        f"    os.kill(os.getpid(), {number:d})\n"
+        "    time.sleep(600)\n"
+        f"module.{function} = stuck\n"
+        "cli.main()\n"
+    )
+    out = tmp_path / "out"
+    arguments = command_on(out, command, mix)
+    ended = run_python("-c", script, *arguments, "-q")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (SIGNALS[number], "", "")
+    assert run_python("-m", "mixprec_build.cli", *arguments, "-q").returncode == 0
+    assert not verify(out).differences
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

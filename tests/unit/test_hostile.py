@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from checkpoints import LLAMA, write_tiny
+from hostile import RANK, Drawn, Hostile, sealed
 from tiny import at_most, run_python, tree
 
 from mixprec_build.build import plan_recipe, run_plan
@@ -28,12 +28,15 @@ from mixprec_build.errors import MixprecError, RecipeError, SourceError
 from mixprec_build.formats.base import FormatError
 from mixprec_build.formats.gptq import _resolve_dynamic
 from mixprec_build.header import build_header
-from mixprec_build.manifest import CHECKSUM, MANIFEST, checksum_of
+from mixprec_build.manifest import CHECKSUM, MANIFEST
 from mixprec_build.patterns import Pattern, PatternError, PatternReader
+from mixprec_build.presplit import Degree
 from mixprec_build.recipe import load_recipe
 from mixprec_build.report import printable
 from mixprec_build.sources import open_source
+from mixprec_build.split import split
 from mixprec_build.verify import weight_errors
+from mixprec_runtime.doctor import _checkpoint
 
 Patch = pytest.MonkeyPatch
 Change = Callable[[dict[str, Any]], object]
@@ -117,19 +120,14 @@ def change(path: Path, how: Change) -> None:
     replaced = how(document)
     document = replaced if isinstance(replaced, Replaced) else document
     text = json.dumps(document.value if isinstance(document, Replaced) else document)
-    path.write_bytes(sealed(text) if path.name == MANIFEST else text.encode())
+    data = text.encode(errors="backslashreplace")
+    path.write_bytes(sealed(data) if path.name == MANIFEST else data)
 
 
 class Replaced(NamedTuple):
     """The whole of a document."""
 
     value: object
-
-
-def sealed(text: str) -> bytes:
-    text = re.sub(rf', "manifest_{CHECKSUM}": "\w*"}}$', "}", text)
-    data = (text[:-1] + ", ").encode(errors="backslashreplace")
-    return data + f' "manifest_{CHECKSUM}": "{checksum_of(data)}"\n}}\n'.encode()
 
 
 # Links
@@ -285,6 +283,41 @@ def test_a_hostile_manifest(mix: Path, mixprec: Any, monkeypatch: Patch, case: s
     for command in ("verify", "inspect"):
         assert message in refused(mixprec(command, mix / "out"))
     assert str(mix / "x") not in opened and "/etc/passwd" not in opened
+
+
+@pytest.fixture(scope="module")
+def cut(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``built``, with files cut for one rank, which tests leave as they were."""
+    folder = Path(shutil.copytree(built, tmp_path_factory.mktemp("cut") / "mix"))
+    split(folder / "out", Degree(1))
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_damaged_ends_in_a_message(cut: Path, mixprec: Any, seed: int) -> None:
+    """Values of any kind at any place of any file that describes a checkpoint, or files cut for a rank."""
+    changed = set()
+    for i in range(25):
+        with Hostile(cut / "out", Drawn(100 * seed + i)) as hostile:
+            changed.add(hostile.file)
+            shown = {command: mixprec(command, cut / "out") for command in ("inspect", "verify")}
+            list(_checkpoint(cut / "out", None))
+        for ended in shown.values():
+            assert ended.code in (0, 1) and "Traceback" not in ended.err, (seed, i)
+            assert all(line.isprintable() for line in (ended.out + ended.err).split("\n")), (seed, i)
+        # A manifest that is changed and vouches for itself may say nothing that matters.
+        assert shown["verify"].code == 1 or hostile.file in (MANIFEST, f"{RANK}/index.json"), (seed, i)
+    assert len(changed) >= 4
+    assert mixprec("verify", cut / "out").code == 0
+
+
+@pytest.mark.parametrize("source", ["bf16", "fp8", "int4"])
+def test_whatever_a_source_says_is_planned_or_refused(cut: Path, mixprec: Any, source: str) -> None:
+    for i in range(40):
+        with Hostile(cut / source, Drawn(i)):
+            ended = mixprec("plan", cut / "mix.yaml")
+        assert ended.code in (0, 1) and ended.err.startswith("mixprec: " if ended.code else ""), i
+        assert all(line.isprintable() for line in (ended.out + ended.err).split("\n")), i
 
 
 FP8: dict[str, Any] = {"kind": "fp8_block", "block": [128, 128], "activations": "dynamic"}
@@ -555,6 +588,14 @@ RECIPES: dict[str, tuple[str, str]] = {
     "the home of nobody": ("model: ~nobody-of-that-name/x\n", "cannot be looked at: Could not determine home"),
     "a zero byte": ('model: "a\\0b/c"\n', "no such folder"),
     "half a character": ('model: "\\uD800/c"\n', "not valid YAML"),
+    "a value of 10 MB": (f"model: {'x' * 10_000_000}\n", "a word of 10000000 characters"),
+    "a key of 10 MB": (f"? {'x' * 10_000_000}\n: a\nmodel: a\n", "unknown key"),
+    "a comment of 10 MB": (f"# {'x' * 10_000_000}\n", "is empty"),
+    "a list of 10 MB": (f"model: [{'a,' * 5_000_000}]\n", "more than 500000 words"),
+    "brackets of 10 MB": ("model: " + "[" * 10_000_000, "nested deeper than 16 levels"),
+    "NaN as a size": ("model: a\noutput: {shard_size: .nan}\n", "'.nan' is no size"),
+    "NaN as a degree": ("model: a\noutput: {tp: .nan}\n", "tp must be numbers"),
+    "NaN as a source": ("model: a\nweights: {x: .nan}\n", "unknown source `.nan`"),
     "a path of 4000": (f"model: {'x' * 4000}\n", "cannot be looked at: File name too long"),
 }  # fmt: skip
 
@@ -615,7 +656,7 @@ def many_tensors(prefix: str, count: int) -> bytes:
 
 
 MIB = 1 << 20
-MILLION = '{"version":1,"checksum":"xxh3_128","a":%s}'
+MILLION = b'{"version":1,"checksum":"xxh3_128","a":%s}'
 BOMBS: dict[str, tuple[str, str, Callable[[], str | bytes], str]] = {
     "config of lists": ("inspect", "config.json", lambda: repeated('{"a":[', "[],", "0]}", 16 * MIB), "more than"),
     "config of maps": ("inspect", "config.json", lambda: repeated('{"a":[', '{"a":0},', "0]}", 16 * MIB), "more than"),
@@ -638,7 +679,9 @@ BOMBS: dict[str, tuple[str, str, Callable[[], str | bytes], str]] = {
     ),
     "manifest of lists": ("verify", MANIFEST, lambda: repeated('{"a":[', "[],", "0]}", 127 * MIB), "more than 8000000"),
     "manifest of keys": ("verify", MANIFEST, lambda: distinct('"%06x":1', 127 * MIB), "more than 8000000"),
-    "manifest of a million": ("verify", MANIFEST, lambda: sealed(MILLION % distinct('"%06x":1', 11 * MIB)), "damaged"),
+    "manifest of a million": (
+        "verify", MANIFEST, lambda: sealed(MILLION % distinct('"%06x":1', 11 * MIB).encode()), "damaged",
+    ),
     "manifest of anything": ("verify", MANIFEST, lambda: bytes(129 * MIB), "at most 134217728 are read"),
 }  # fmt: skip
 
@@ -788,6 +831,17 @@ def test_a_build_writes_only_its_output(mix: Path, snapshot: Path, tmp_path: Pat
     after = tree(tmp_path)
     assert {name: data for name, data in after.items() if not name.startswith("mix/new/")} == before
     assert len(after) > len(before)
+
+
+def test_a_split_writes_only_in_its_folder(mix: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    for variable in ("HOME", "TMPDIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    before = tree(tmp_path)
+    audited("split", mix / "out", "--tp", "1", "-q")
+    after = tree(tmp_path)
+    new = after.keys() - before.keys()
+    assert new and all(name.startswith("mix/out/presplit/tp1-ep1/") for name in new)
+    assert {name for name in before if after[name] != before[name]} == {f"mix/out/{MANIFEST}"}
 
 
 def test_python_files_are_copied_and_never_run(mix: Path) -> None:

@@ -489,10 +489,17 @@ assert "huggingface_hub" not in sys.modules
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
-def test_a_build_downloads_only_what_its_plan_needs(hub: HubServer, tmp_path: Path, load: Load) -> None:
-    """Planning reads headers; building fetches the shards that hold a wanted tensor; then no hub is needed."""
+def test_a_build_downloads_only_what_its_plan_needs(
+    hub: HubServer, tmp_path: Path, load: Load, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Planning reads headers; building fetches the shards that hold a wanted tensor; then no hub is needed.
+
+    The token that it needs is neither printed nor kept, nor are signed addresses.
+    """
     for name, folder in write_sources(tmp_path, shards=4).items():
-        hub.add(f"org/{name}", folder)
+        hub.add(f"org/{name}", folder, readers=frozenset({TOKEN}))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    load()
     recipe = tmp_path / "hub.yaml"
     recipe.write_text(
         "model: org/bf16\nsources: {bf16: org/bf16, fp8: org/fp8@main}\nweights: {model.layers.0.self_attn.*: fp8}\n"
@@ -508,6 +515,11 @@ def test_a_build_downloads_only_what_its_plan_needs(hub: HubServer, tmp_path: Pa
     assert {(source, file) for source, files in cached.items() for file in files} == wanted
     assert len(cached["fp8"]) < 4, "the recipe needs one layer's attention"
     assert not verify(tmp_path / "out").differences
+    assert {request.token for request in hub.log(".safetensors")} >= {TOKEN}, "it was needed"
+    shown = "".join(capfd.readouterr())
+    assert not any(secret in shown for secret in (TOKEN, SIGNATURE))
+    kept = [data for folder in ("out", "home") for data in tree(tmp_path / folder).values()]
+    assert not any(secret.encode() in data for secret in (TOKEN, SIGNATURE) for data in kept)
 
     load(HF_HUB_OFFLINE="1")
     hub.requests.clear()

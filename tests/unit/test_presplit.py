@@ -258,19 +258,46 @@ def test_latent_attention_is_cut_by_heads(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found(out: Path) -> None:
+    """Of tensors, of headers and their lengths, of indices: and the tensor or file is named."""
     split(out, Degree(2))
-    files = sorted(path for path in (out / "presplit").rglob("*") if path.is_file())
     draw = random.Random(0)
-    for path in files:
-        for _ in range(6):
-            data = bytearray(path.read_bytes())
-            at = draw.randrange(len(data))
-            data[at] ^= 1 << draw.randrange(8)
-            good = path.read_bytes()
-            path.write_bytes(data)
-            assert verify(out).differences, f"{path} byte {at}"
-            path.write_bytes(good)
+    for path in sorted(path for path in (out / "presplit").rglob("*") if path.is_file()):
+        good = path.read_bytes()
+        start = 8 + int.from_bytes(good[:8], "little") if path.suffix == ".safetensors" else len(good)
+        regions = [(0, 8), (8, start), (start, len(good))]
+        for first, last in regions if path.suffix == ".safetensors" else [(0, len(good))]:
+            for at in (first, last - 1, *(draw.randrange(first, last) for _ in range(4))):
+                data = bytearray(good)
+                data[at] ^= 1 << draw.randrange(8)
+                path.write_bytes(data)
+                (found,) = verify(out).differences
+                name = owner(good, at - start) if at >= start else ""
+                assert found.startswith(f"{name} in {path}: " if name else str(path)) or (
+                    not name and str(path.parent) in found  # a header that is sound and tells of other tensors
+                ), f"{path} byte {at}: {found}"
+        path.write_bytes(good)
     assert not verify(out).differences
+
+
+def owner(data: bytes, at: int) -> str:
+    """The tensor with the byte ``at`` of a file's data."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    del header["__metadata__"]
+    return next(name for name, entry in header.items() if entry["data_offsets"][0] <= at < entry["data_offsets"][1])
+
+
+@pytest.mark.parametrize("place", ["x", "presplit/x", "presplit/tp2-ep1/x", "presplit/tp2-ep1/rank-0-of-2/x"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_does_not_belong_there_is_found(out: Path, place: str, kind: str) -> None:
+    split(out, Degree(2))
+    path = out / place
+    if kind == "file":
+        path.write_bytes(b"")
+    else:
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"")
+    found = verify(out).differences[0]
+    assert found.startswith((f"{place}: not in the manifest", f"{path}: not in the index"))
 
 
 def test_a_changed_header_is_found(out: Path) -> None:

@@ -6,9 +6,13 @@ import fcntl
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,70 +23,137 @@ from tiny import tree, write_recipe, write_sources
 from mixprec_build import copier
 from mixprec_build.errors import InterruptedBuildError, OutputError, SourceError, WriteError
 from mixprec_build.plan import Plan, make_plan
+from mixprec_build.presplit import Degree
 from mixprec_build.recipe import load_recipe
 from mixprec_build.sources import open_sources
+from mixprec_build.split import split
 from mixprec_build.stage import Stage
 from mixprec_build.verify import verify
 from mixprec_build.write import write
 
-# Runs a build in which the nth system call that changes the disk is the last: the process is killed before it,
-# and with "power" what was written and never synced is lost, too.
+# Runs builds (or splits of a build that is there) in which the nth system call that changes the disk is the last: the
+# process is killed before it, and with "power" what was never synced is lost, too: data, and new names in folders.
 DRIVER = """
-import os, signal, sys, threading
+import io, json, os, random, shutil, signal, sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_resume import planned
+from test_resume import cut, planned
+from mixprec_build import split
+from mixprec_build.stage import Stage
 from mixprec_build.write import write
 
-nth, how = int(sys.argv[4]), sys.argv[5]
-calls, unsynced = 0, set()
+what, how = sys.argv[3:5]
+calls, names, synced = 0, [], {}  # names in folders that were not synced; file -> bytes that were
+lock = threading.RLock()  # the end comes to all threads at once
 
 def path_of(fd):
     return os.readlink(f"/proc/self/fd/{fd}")
 
-lock = threading.RLock()  # the end comes to all threads at once
+def end():
+    if how == "power":
+        for path, kept in synced.items():
+            if os.path.isfile(path):
+                size = os.path.getsize(path)  # which may survive where data does not
+                truncate(path, min(kept, size))
+                truncate(path, size)
+        for path in names:
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            elif os.path.exists(path):
+                unlink(path)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def counted(name):
     real = getattr(os, name)
     def call(*arguments, **options):
         global calls
         with lock:
-            calls += 1
-            if calls == nth:
-                if how == "power":
-                    for path in filter(os.path.isfile, unsynced):
-                        size = os.path.getsize(path)  # names and sizes may survive where data does not
-                        os.truncate(path, 0)
-                        os.truncate(path, size)
-                os.kill(os.getpid(), signal.SIGKILL)
-            if name in ("pwrite", "write", "posix_fallocate"):
-                unsynced.add(path_of(arguments[0]))
+            creates = name == "mkdir" or (name == "open" and arguments[1] & os.O_CREAT)
+            if name != "open" or creates:
+                calls += 1
+                if calls == nth:
+                    end()
+            new = creates and not os.path.exists(arguments[0])
             result = real(*arguments, **options)
+            if new:
+                names.append(str(arguments[0]))
+            if creates and name == "open":
+                synced.setdefault(path_of(result), 0)
+            if name == "rename":
+                old, new = map(str, arguments[:2])
+                names[:] = [path for path in names if path != old]
+                for path in [path for path in synced if (path + "/").startswith(old + "/")]:
+                    synced[new + path.removeprefix(old)] = synced.pop(path)
             if name == "fsync":
-                unsynced.discard(path_of(arguments[0]))
+                path = path_of(arguments[0])
+                if path in synced:
+                    synced[path] = os.fstat(arguments[0]).st_size
+                names[:] = [other for other in names if os.path.dirname(other) != path]
             return result
     setattr(os, name, call)
 
+def opened(file, mode="r", *arguments, **options):
+    if isinstance(file, Path) and ("w" in mode or "x" in mode):
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL * ("x" in mode)))
+        mode = mode.replace("x", "w")
+    return real_open(file, mode, *arguments, **options)
+
+def noting(function, file_of):
+    # What is finished, as it was on the disk then.
+    def call(*arguments):
+        result = function(*arguments)
+        inode = os.stat(file_of(*arguments)).st_ino
+        with real_open(log, "a") as file:
+            print(file_of(*arguments).name, inode, file=file)
+        return result
+    return call
+
+truncate, unlink, real_open = os.truncate, os.unlink, io.open
 plan = planned(Path(sys.argv[2]))
-for name in ("pwrite", "write", "posix_fallocate", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate"):
-    counted(name)
-write(plan, Path(sys.argv[3]), force=True, jobs=1 + nth % 2)
-print(calls)
+for nth, out in json.loads(sys.argv[5]):
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        continue
+    log = out + ".finished"
+    Stage.record = noting(Stage.record, lambda stage, shard, *_: stage.payload / shard)
+    split._write_rank = noting(split._write_rank, lambda root, name, *_: root / name / "index.json")
+    changes = "open", "pwrite", "posix_fallocate", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate"
+    for name in changes:
+        counted(name)
+    io.open = opened
+    jobs = 1 + nth % 2
+    if what == "split":
+        cut(Path(out), jobs)
+    else:
+        write(plan, Path(out), force=True, jobs=jobs)
+    if not nth:
+        print(calls)
+    sys.stdout.flush()
+    os._exit(0)
 """
 
 
+MIX = {"model.layers.0.mlp.*": "fp8", "model.layers.1.mlp.*": "int4"}
+
+
 def planned(recipe: Path) -> Plan:
-    """A plan of several shards, smaller than a recipe may ask for, copied in many small steps."""
+    """A plan of several shards, smaller than a recipe may ask for, copied in many small steps, and cut for two."""
     copier._BUFFER = 10_000
-    small = replace(load_recipe(recipe), shard_size=40_000)
+    small = replace(load_recipe(recipe), shard_size=40_000, tp=(2,))
     return make_plan(small, open_sources(small))
+
+
+def cut(out: Path, jobs: int = 2) -> None:
+    """For two ranks, and one: a degree that its recipe does not ask for."""
+    split(out, Degree(1), jobs=jobs, shard_size=100_000)
 
 
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mix")
     write_sources(folder)
-    return write_recipe(folder / "mix.yaml")
+    return write_recipe(folder / "mix.yaml", MIX)
 
 
 @pytest.fixture(scope="module")
@@ -93,36 +164,87 @@ def undisturbed(mix: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return tree(out)
 
 
-def drive(recipe: Path, out: Path, nth: int, how: str) -> subprocess.CompletedProcess[str]:
-    arguments = [str(Path(__file__).parent), str(recipe), str(out), str(nth), how]
+def drive(recipe: Path, what: str, how: str, runs: Sequence[tuple[int, Path]]) -> list[int]:
+    """The exit codes of builds or splits that are killed before their nth change; of the 0th, the number of changes."""
+    arguments = [str(Path(__file__).parent), str(recipe), what, how, json.dumps(runs, default=str)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", DRIVER, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    return [int(line) for line in ended.stdout.split()]
+
+
+KILLS = 50
 
 
 @pytest.mark.parametrize("how", ["kill", "power"])
 @pytest.mark.parametrize("before", ["nothing", "an output"])
-def test_killed_at_any_moment(mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, how: str, before: str) -> None:
-    """Before or after, never between; and the next build makes what an undisturbed one makes."""
-    whole = drive(mix, tmp_path / "whole", 0, how)
-    assert whole.returncode == 0, whole.stderr
-    calls = int(whole.stdout) + 12 * (before == "an output")
-    kills = 13
-    for nth in sorted(random.Random(how + before).sample(range(1, calls), kills)):
-        out = tmp_path / str(nth) / "out"
+def test_a_build_killed_at_any_moment(
+    mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, how: str, before: str
+) -> None:
+    """Before or after, never between; and the next build makes what an undisturbed one makes, of what was finished."""
+
+    def prepared(name: str) -> Path:
+        out = tmp_path / name / "out"
         out.parent.mkdir()
         if before == "an output":
-            write(planned(mix), out)
-        killed = drive(mix, out, nth, how)
-        assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
+            shutil.copytree(built, out)
+        return out
+
+    built = tmp_path / "built"
+    write(planned(mix), built)
+    calls, _ = drive(mix, "build", how, [(0, prepared("whole"))])
+    runs = [(nth, prepared(str(nth))) for nth in sorted(random.Random(how + before).sample(range(1, calls + 1), KILLS))]
+    assert drive(mix, "build", how, runs) == [-signal.SIGKILL] * KILLS
+    resumed = 0
+    for nth, out in runs:
+        stage, finished = out.parent / ".out.mixprec", finished_in(out)
+        published = before == "nothing" and out.exists()
         if out.exists():
             assert tree(out) == undisturbed, nth
+            published |= not (stage / "out").exists()
         else:
             # Only between the two renames that replace an output is there none: it waits in the stage.
-            assert before == "nothing" or tree(out.parent / ".out.mixprec" / "replaced") == undisturbed
+            assert before == "nothing" or tree(stage / "replaced") == undisturbed
         write(planned(mix), out, force=True)
         assert tree(out) == undisturbed, nth
-        assert [entry.name for entry in out.parent.iterdir()] == ["out"], nth
+        assert [entry.name for entry in out.parent.iterdir() if entry.name != "out.finished"] == ["out"], nth
+        if not published:
+            resumed += bool(finished)
+            assert finished <= inodes(out), nth
+    assert resumed > KILLS / 2
+
+
+@pytest.mark.parametrize("how", ["kill", "power"])
+def test_a_split_killed_at_any_moment(mix: Path, tmp_path: Path, how: str) -> None:
+    """What the manifest lists is whole; the next split makes what an undisturbed one makes, of what was finished."""
+    built = tmp_path / "built"
+    write(planned(mix), built)
+    before = tree(built)
+    calls, _ = drive(mix, "split", how, [(0, Path(shutil.copytree(built, tmp_path / "whole")))])
+    after = tree(tmp_path / "whole")
+    runs = [(nth, Path(shutil.copytree(built, tmp_path / str(nth)))) for nth in range(1, calls + 1)]
+    assert drive(mix, "split", how, runs) == [-signal.SIGKILL] * calls
+    for nth, out in runs:
+        finished = finished_in(out)
+        there = tree(out)
+        listed = json.loads(there["mixprec_manifest.json"])["presplit"]
+        whole = after if "presplit/tp1-ep1/rank-0-of-1" in listed else before
+        assert there.items() >= whole.items(), nth
+        cut(out)
+        assert tree(out) == after, nth
+        assert finished <= inodes(out), nth
+
+
+def finished_in(out: Path) -> set[tuple[str, int]]:
+    """The name and inode of each file that the driver saw finished."""
+    log = out.with_name(f"{out.name}.finished")
+    lines = log.read_text().splitlines() if log.exists() else []
+    return {(name, int(inode)) for name, inode in map(str.split, lines)}
+
+
+def inodes(out: Path) -> set[tuple[str, int]]:
+    return {(path.name, path.stat().st_ino) for path in out.rglob("*")}
 
 
 def stop_after(shards: int) -> Any:
@@ -171,7 +293,7 @@ def test_an_interrupted_build_goes_on(mix: Path, undisturbed: dict[str, bytes], 
 def test_another_recipe_takes_over_only_what_is_the_same(mix: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(mix, out, 3)
-    other = write_recipe(mix.with_name("other.yaml"), {"model.layers.1.*": "fp8"})
+    other = write_recipe(mix.with_name("other.yaml"), {"model.layers.1.mlp.*": "fp8"})
     write(planned(other), out)
     assert not verify(out).differences
     write(planned(other), tmp_path / "fresh")
@@ -181,7 +303,7 @@ def test_another_recipe_takes_over_only_what_is_the_same(mix: Path, tmp_path: Pa
 def test_a_source_that_changed_is_copied_again(tmp_path: Path) -> None:
     """Also where its header stayed the same."""
     write_sources(tmp_path)
-    recipe, out = write_recipe(tmp_path / "mix.yaml"), tmp_path / "out"
+    recipe, out = write_recipe(tmp_path / "mix.yaml", MIX), tmp_path / "out"
     interrupted(recipe, out, 3)
     path = next((tmp_path / "fp8").glob("*.safetensors"))
     data = bytearray(path.read_bytes())
@@ -286,6 +408,58 @@ def test_a_read_error_keeps_what_is_finished(mix: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(SourceError, match=r"Input/output error; \d of \d+ files are finished and kept"):
         write(planned(mix), tmp_path / "out", jobs=1)
+
+
+def test_out_of_memory_keeps_what_is_finished(
+    mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = copier.pread_into, 0
+
+    def failing(fd: int, window: memoryview, at: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise MemoryError
+        return real(fd, window, at)
+
+    with monkeypatch.context() as patch, pytest.raises(WriteError) as caught:
+        patch.setattr(copier, "pread_into", failing)
+        write(planned(mix), tmp_path / "out", jobs=1)
+    assert re.search(r"out: out of memory; \d of 12 files are finished and kept in ", str(caught.value))
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match="can't start new thread; try --jobs 1; "):
+        plan = planned(mix)
+        patch.setattr(threading.Thread, "start", no_thread)
+        write(plan, tmp_path / "out")
+    write(planned(mix), tmp_path / "out")
+    assert tree(tmp_path / "out") == undisturbed
+
+
+def no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    "link", [".out.mixprec", "out/presplit", "out/presplit/tp1-ep1", "out/.mixprec_manifest.json.new"]
+)
+def test_nothing_is_written_through_a_link(mix: Path, tmp_path: Path, link: str) -> None:
+    """That somebody else put where a build or split writes."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if link.startswith("out/"):
+        small = load_recipe(mix)
+        write(make_plan(small, open_sources(small)), tmp_path / "out")
+    if link.endswith(".new"):
+        elsewhere = elsewhere / "file"
+        elsewhere.write_text("mine")
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(elsewhere)
+    before = tree(tmp_path / "elsewhere")
+    if link.endswith(".new"):
+        cut(tmp_path / "out")
+    else:
+        with pytest.raises(OutputError, match=f"{tmp_path / link}: is a link; remove it"):
+            cut(tmp_path / "out") if link.startswith("out/") else write(planned(mix), tmp_path / "out")
+    assert tree(tmp_path / "elsewhere") == before
 
 
 def test_the_clock_does_not_matter(mix: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:

@@ -770,6 +770,20 @@ def test_a_source_that_changes_while_it_is_copied(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_source_that_is_replaced_while_it_is_copied(own_mix: Path, tmp_path: Path) -> None:
+    """By another file of its name: all that is copied is of the files that were planned with."""
+    path = own_mix.parent / SHARD
+    expected = tree(build(own_mix, tmp_path / "before"))
+
+    def replaced(_: int) -> None:
+        other = path.with_name("other")
+        other.write_bytes(bytes(path.stat().st_size))
+        other.replace(path)
+
+    out = build(own_mix, tmp_path / "out", jobs=1, progress=replaced)
+    assert tree(out) == expected
+
+
 def test_no_file_stays_open(mix: Path, tmp_path: Path) -> None:
     before = set(Path("/proc/self/fd").iterdir())
     build(mix, tmp_path / "out")
