@@ -291,13 +291,13 @@ def _check_fields(manifest: Mapping[str, Any]) -> None:
     for fmt in manifest["formats"].values():
         format_from_json(fmt)
     for module in manifest["modules"].values():
-        if module["format"] not in manifest["formats"]:
-            raise ValueError(f"format {brief(module['format'])} is not declared")
         _check_type(module["tensors"], dict, "tensors")
         for tensor in module["tensors"].values():
             _check_entry(tensor, _TENSOR)
             if not all(type(n) is int for n in tensor["shape"]):
                 raise ValueError("a shape holds more than whole numbers")
+        if module["format"] not in manifest["formats"]:
+            raise ValueError(f"format {brief(module['format'])} is not declared")
     presplit = manifest.get("presplit", {})
     _check_type(presplit, dict, "presplit")
     for name, rank in presplit.items():

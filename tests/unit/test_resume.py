@@ -462,6 +462,23 @@ def test_nothing_is_written_through_a_link(mix: Path, tmp_path: Path, link: str)
     assert tree(tmp_path / "elsewhere") == before
 
 
+def test_room_for_ranks_is_asked_for_before_a_byte_is_written(
+    mix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(mix)
+    merged, real = sum(shard.file_bytes(plan.sources) for shard in plan.shards), os.statvfs
+
+    def almost_full(path: Path) -> os.statvfs_result:
+        found = list(real(path))
+        found[1], found[4] = 1, merged  # f_frsize, f_bavail
+        return os.statvfs_result(found)
+
+    monkeypatch.setattr(os, "statvfs", almost_full)
+    with pytest.raises(WriteError, match=f"{merged + plan.presplit['tp2-ep1']} bytes are needed, {merged} are free"):
+        write(plan, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_clock_does_not_matter(mix: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     """Kept files from the future or the distant past are taken over by their key, not by their age."""
     out, stage = tmp_path / "out", tmp_path / ".out.mixprec"
