@@ -147,7 +147,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
     counts = Counter(formats.values())
     problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
     if not problems:
-        stored = {name: (fmt, checkpoint.modules[name]) for name, fmt in formats.items()}
+        stored = {name: (formats[name], module) for name, module in checkpoint.modules.items() if name in formats}
         problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.config)]
     yield from problems
     if not problems:

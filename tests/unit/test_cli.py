@@ -375,13 +375,13 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # Where a command is when the signal comes, and what it then says.
 ON = "the same command goes on from there\n"
 KEPT = "mixprec: {out}: interrupted; 1 of 1 files are finished and kept in {stage}: " + ON
-RANKS_KEPT = "mixprec: {out}: interrupted; ranks that are finished are kept: " + ON
+RANKS_KEPT = "mixprec: {out}: interrupted; what is finished is kept: " + ON
 MOMENTS = {
     "planning": ("mixprec_build.plan", "_lay_out", "build", "mixprec: interrupted\n"),
     "copying": ("mixprec_build.copier", "pwrite_all", "build", KEPT),  # one batch of tensors is all there is
     "ending": ("mixprec_build.write", "_write_companions", "build", KEPT),
     "verifying": ("mixprec_build.verify", "_structure_differences", "verify", "mixprec: interrupted\n"),
-    "cutting": ("mixprec_build.split", "pwrite_all", "split", RANKS_KEPT),
+    "cutting": ("mixprec_build.rankfiles", "pwrite_all", "split", RANKS_KEPT),
 }
 
 

@@ -117,7 +117,7 @@ for nth, out in json.loads(sys.argv[5]):
         continue
     log = out + ".finished"
     Stage.record = noting(Stage.record, lambda stage, shard, *_: stage.payload / shard)
-    split._write_rank = noting(split._write_rank, lambda root, name, *_: root / name / "index.json")
+    split.write_rank = noting(split.write_rank, lambda root, name, *_: root / name / "index.json")
     changes = "open", "pwrite", "posix_fallocate", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate"
     for name in changes:
         counted(name)
@@ -140,7 +140,7 @@ MIX = {"model.layers.0.mlp.*": "fp8", "model.layers.1.mlp.*": "int4"}
 def planned(recipe: Path) -> Plan:
     """A plan of several shards, smaller than a recipe may ask for, copied in many small steps, and cut for two."""
     copier._BUFFER = 10_000
-    small = replace(load_recipe(recipe), shard_size=40_000, tp=(2,))
+    small = replace(load_recipe(recipe), shard_size=40_000, tp=(2,), layout="both")
     return make_plan(small, open_sources(small))
 
 
