@@ -134,7 +134,8 @@ def check_servable(
 def half_only(modules: Mapping[str, tuple[Format, StoredModule]], config: Mapping[str, object]) -> Iterator[str]:
     """Remarks on modules that SGLang serves in FP16 only; ``config`` is the model's."""
     found: dict[tuple[str, str], list[str]] = {}
-    for name, members in fused_groups(modules).items():
+    may = [name for name, (fmt, _) in modules.items() if type(fmt).half_only is not Format.half_only]
+    for name, members in fused_groups(may).items():
         formats = {modules[member][0] for member in members}
         fmt = formats.pop()
         if is_expert(name) or any(other.fuses_as != fmt.fuses_as for other in formats):
