@@ -124,7 +124,7 @@ def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -
     """SGLang compares with the global tensor-parallel size (quantization/fp8.py:478), which is not this layer's
     under data-parallel attention, and then cuts through a block without a word."""
 
-    def check(outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+    def check(layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
         for size, all_of_it, step in zip((sum(outputs), inputs), whole, block, strict=True):
             if size < all_of_it and size % step:
                 raise ValueError(f"a rank would hold {size} of {all_of_it}, no multiple of its block of {step}.")
@@ -135,43 +135,24 @@ def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -
 def _fall_back_to_exllama(method: QuantizeMethodBase, fmt: Gptq) -> None:
     """``check_marlin_supports_shape`` is called, and its answer dropped (gpu/quantization/gptq_kernels.py:139). Where
     it is no, SGLang's ``GPTQConfig`` has a kernel for FP16 activations."""
-    create = method.create_weights
 
-    def create_weights(
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **kwargs: Any,
-    ) -> None:
-        fits, why = check_marlin_supports_shape(
-            sum(output_partition_sizes), input_size_per_partition, input_size, fmt.group_size
-        )
-        if not fits:
-            if not fmt.fits_exllama(output_partition_sizes, input_size_per_partition):
-                raise ValueError(str(why))
-            if params_dtype != torch.half and not is_cpu():
-                raise ValueError(f"{why} SGLang's other GPTQ kernel does, in FP16 only: give --dtype half.")
-            layer.scheme = GPTQConfig(fmt.bits, fmt.group_size, fmt.desc_act, False, {}).get_linear_scheme(layer)
-        create(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype=params_dtype,
-            **kwargs,
-        )
+    def check(layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+        fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], fmt.group_size)
+        if fits:
+            return
+        if not fmt.fits_exllama(outputs, inputs):
+            raise ValueError(str(why))
+        if layer.params_dtype != torch.half and not is_cpu():
+            raise ValueError(f"{why} SGLang's other GPTQ kernel does, in FP16 only: give --dtype half.")
+        layer.scheme = GPTQConfig(fmt.bits, fmt.group_size, fmt.desc_act, False, {}).get_linear_scheme(layer)
 
-    method.create_weights = create_weights
+    _check_first(method, check)
 
 
 def _mind_marlin_shapes(method: QuantizeMethodBase, group_size: int) -> None:
     """AWQ falls back to a kernel for FP16 activations (quantization/awq/awq.py:337), whatever the model's dtype."""
 
-    def check(outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+    def check(layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
         fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], group_size)
         if not fits:
             raise ValueError(str(why))
@@ -182,7 +163,7 @@ def _mind_marlin_shapes(method: QuantizeMethodBase, group_size: int) -> None:
 def _mind_whole_words(method: QuantizeMethodBase) -> None:
     """Outputs that are packed in words of eight are cut by words, and what is left over is dropped without a word."""
 
-    def check(outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+    def check(layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
         for size in outputs:
             if size % 8:
                 raise ValueError(f"a rank would hold {size} outputs of a part, no multiple of 8.")
@@ -190,9 +171,9 @@ def _mind_whole_words(method: QuantizeMethodBase) -> None:
     _check_first(method, check)
 
 
-def _check_first(method: QuantizeMethodBase, check: Callable[[list[int], int, tuple[int, int]], None]) -> None:
-    """Before a linear's weights are made, ``check`` is shown the outputs of each part and the inputs on this rank, and
-    ``(N, K)`` of the whole."""
+def _check_first(method: QuantizeMethodBase, check: Callable[[Any, list[int], int, tuple[int, int]], None]) -> None:
+    """Before a linear's weights are made, ``check`` is shown the layer, the outputs of each part and the inputs on this
+    rank, and ``(N, K)`` of the whole."""
     create = method.create_weights
 
     # ReplicatedLinear gives the sizes by position, the others by name.
@@ -205,7 +186,7 @@ def _check_first(method: QuantizeMethodBase, check: Callable[[list[int], int, tu
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        check(output_partition_sizes, input_size_per_partition, (output_size, input_size))
+        check(layer, output_partition_sizes, input_size_per_partition, (output_size, input_size))
         create(layer, input_size_per_partition, output_partition_sizes, input_size, output_size, *args, **kwargs)
 
     method.create_weights = create_weights
