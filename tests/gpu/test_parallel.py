@@ -23,16 +23,17 @@ pytest.importorskip("sglang.srt")
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 
-from serving import QWEN3_MOE, write_sources  # noqa: E402
+from serving import QWEN3_MOE, Shape, write_sources  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 HERE = Path(__file__).parent
 VARIANTS = ["bf16", "fp8_block", "gptq_int4"]
+SIZES = {"hidden": 1024, "layers": 4, "heads": 16, "kv_heads": 8, "head_dim": 128, "vocab": 1024, "experts": 32}
 # 768 columns are 384 for each of two ranks, and 192 for each of four: one and a half blocks, which SGLang refuses.
-SHAPE = QWEN3_MOE.of(
-    hidden=1024, layers=4, heads=16, kv_heads=8, head_dim=128, vocab=1024, experts=32, top_k=8, expert_intermediate=768
-)
+SHAPE = QWEN3_MOE.of(**SIZES, top_k=8, expert_intermediate=768)
+# The same for two.
+NARROW = QWEN3_MOE.of(**SIZES, top_k=8, expert_intermediate=384)
 LINES = {
     "model.layers.*.self_attn.*": "fp8_block",
     "model.layers.*.mlp.experts.*": "gptq_int4",
@@ -63,9 +64,10 @@ def gpus(options: Mapping[str, Any]) -> int:
 
 
 class Servers:
-    def __init__(self, folder: Path):
-        self._folder, self._pool = folder, ThreadPoolExecutor(16)
-        sources = write_sources(folder / "sources", SHAPE, VARIANTS)
+    def __init__(self, folder: Path, shape: Shape, runs: Mapping[str, Mapping[str, Any]], padded: str, port: int):
+        """``runs`` by name, of which ``padded`` cannot be served from merged files."""
+        self._folder, self._pool, self._port = folder, ThreadPoolExecutor(16), port
+        sources = write_sources(folder / "sources", shape, VARIANTS)
         text = [f"model: {sources['bf16']}", "sources:", *(f"  {v}: {p}" for v, p in sources.items())]
         text += ["default: bf16", "weights:", *(f"  '{pattern}': {variant}" for pattern, variant in LINES.items())]
         recipe = folder / "mix.yaml"
@@ -75,15 +77,13 @@ class Servers:
         self._mixprec("build", recipe, "-o", self.own)
         for tp, ep in ((2, 1), (4, 1), (2, 2), (4, 2)):
             self._mixprec("split", self.own, "--tp", tp, "--ep", ep)
-        for path in self.own.glob("*.safetensors"):
-            path.unlink()
+        self._mixprec("split", self.own, "--layout", "presplit")
         self._answers: dict[tuple[Path, str], Future[dict[str, Any]]] = {}
-        for name, options in {"alone": {}, **DEGREES, **WITHOUT_FILES}.items():
+        for name, options in runs.items():
             if gpus(options) <= torch.cuda.device_count():
-                # On four ranks the merged files cannot be cut.
-                homes = (self.own, self.merged) if name in DEGREES and name != "tp4" else (self.merged,)
-                for home in homes:
-                    self._ask(self.own if name == "tp4" else home, name, options)
+                homes = [self.merged] if name != padded else []
+                for home in [*homes, *([self.own] if name in DEGREES else [])]:
+                    self._ask(home, name, options)
 
     @staticmethod
     def _mixprec(*arguments: object) -> None:
@@ -92,7 +92,7 @@ class Servers:
     def _ask(self, home: Path, name: str, options: Mapping[str, Any]) -> None:
         number = len(self._answers)
         first = number % (torch.cuda.device_count() - gpus(options) + 1)
-        engine = {**QUIET, **options, "nccl_port": 23000 + 50 * number, "base_gpu_id": first}
+        engine = {**QUIET, **options, "nccl_port": self._port + 50 * number, "base_gpu_id": first}
         asked = {"dtype": "bfloat16", "logits": True, "prompts": 8, "new_tokens": 32, "record": name == "recorder"}
         command = [sys.executable, str(HERE / "ask.py"), str(home), json.dumps({**asked, "engine": engine})]
         records = self._folder / f"records-{number}"
@@ -118,7 +118,12 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Servers:
-    return Servers(tmp_path_factory.mktemp("parallel"))
+    return Servers(tmp_path_factory.mktemp("parallel"), SHAPE, {"alone": {}, **DEGREES, **WITHOUT_FILES}, "tp4", 23000)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Servers:
+    return Servers(tmp_path_factory.mktemp("narrow"), NARROW, {"alone": {}, "tp2": DEGREES["tp2"]}, "tp2", 25000)
 
 
 def divergence(answer: Mapping[str, Any], other: Mapping[str, Any]) -> float:
@@ -137,8 +142,14 @@ def test_own_files_serve_what_the_merged_ones_do(servers: Servers, name: str) ->
 @pytest.mark.parametrize("name", [*DEGREES, *WITHOUT_FILES])
 def test_ranks_answer_as_one_gpu(servers: Servers, name: str) -> None:
     """Up to what another order of sums does: a token more or less for an expert, now and then."""
-    answer = servers.answer(name, servers.own if name == "tp4" else None)
-    alone = servers.answer("alone")
+    compare(name, servers.answer(name, servers.own if name == "tp4" else None), servers.answer("alone"))
+
+
+def test_ranks_that_were_filled_up_answer_as_one_gpu(narrow: Servers) -> None:
+    compare("tp2, filled up", narrow.answer("tp2", narrow.own), narrow.answer("alone"))
+
+
+def compare(name: str, answer: Mapping[str, Any], alone: Mapping[str, Any]) -> None:
     distance = divergence(alone, answer)
     print(f"\n{name}: KL to one GPU {distance:.2e}")
     assert distance < 2e-3

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,11 @@ class Server:
         self._sources: dict[Shape, dict[str, Path]] = {}
         self._running: dict[tuple[str, str], Future[dict[str, Any]]] = {}
 
-    def sources(self, shape: Shape) -> dict[str, Path]:
+    def sources(self, shape: Shape, variants: Sequence[str] = VARIANTS) -> dict[str, Path]:
+        """``variants`` are those that the shape allows, said when it is asked for first."""
         if shape not in self._sources:
             folder = self._folder / f"sources-{len(self._sources)}"
-            self._sources[shape] = write_sources(folder, shape, VARIANTS)
+            self._sources[shape] = write_sources(folder, shape, variants)
         return self._sources[shape]
 
     def build(self, shape: Shape, name: str, lines: list[str]) -> Path:
@@ -227,6 +228,7 @@ def test_torch_compile_answers_as_without(server: Server) -> None:
 def test_gptq_that_marlin_has_no_kernel_for_answers_as_its_dequantized_weights(server: Server) -> None:
     """SGLang's other GPTQ kernel, in FP16. It adds atomically: answers to be equal to cannot be had."""
     narrow = DENSE.of(**{**SIZES, "hidden": 1088}, intermediate=3072)
+    server.sources(narrow, ["bf16", "gptq_int4_g64"])
     path = server.build(narrow, "for exllama", ["*: gptq_int4_g64"])
     distance = _divergence(server.ask(path, dtype="half", logits=True), server.ask(path, "reference.py"))
     print(f"\nexllama: KL mean {distance.mean():.2e} max {distance.max():.2e}")
