@@ -200,11 +200,11 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         if not outputs:
             return StandardCombineInput(hidden_states=torch.zeros_like(hidden_states))
         # Some runners sum as they multiply.
-        mine = [number for number, group in enumerate(unsummed) if group.rows is not None]
-        parts = [output for number, output in enumerate(outputs) if number not in mine]
-        if mine:
-            numbers = torch.stack([layer.group_numbers[n] for n in mine]) if parts else layer.group_numbers
-            parts.append(routing.sum_rows([unsummed[number] for number in mine], topk.topk_ids, numbers))
+        kept = [number for number, group in enumerate(unsummed) if group.rows is not None]
+        parts = [output for number, output in enumerate(outputs) if number not in kept]
+        if kept:
+            numbers = torch.stack([layer.group_numbers[n] for n in kept]) if parts else layer.group_numbers
+            parts.append(routing.sum_rows([unsummed[n] for n in kept], topk.topk_ids, numbers))
         return StandardCombineInput(hidden_states=routing.add_up(parts))
 
     def _outputs(self, groups: int, run: Any) -> Iterator[torch.Tensor]:
