@@ -146,8 +146,8 @@ def half_only(modules: Mapping[str, tuple[Format, StoredModule]], config: Mappin
     flag = "" if half else ": start SGLang with --dtype half, or take another source for them"
     for (kind, why), names in found.items():
         yield (
-            f"{some(compress(names))} ({kind}): {why}; SGLang's slower GPTQ kernel runs them, with FP16 activations "
-            f"only{flag}"
+            f"{some(compress(names))} ({kind}): {why}; SGLang's slower GPTQ kernel, which 0.5.23 has no more, runs "
+            f"them, with FP16 activations only{flag}"
         )
 
 

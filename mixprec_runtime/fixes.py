@@ -134,7 +134,7 @@ def _check_block_partition(method: QuantizeMethodBase, block: tuple[int, int]) -
 
 def _fall_back_to_exllama(method: QuantizeMethodBase, fmt: Gptq) -> None:
     """``check_marlin_supports_shape`` is called, and its answer dropped (gpu/quantization/gptq_kernels.py:139). Where
-    it is no, SGLang's ``GPTQConfig`` has a kernel for FP16 activations."""
+    it is no, SGLang's ``GPTQConfig`` has a kernel for FP16 activations, up to some version before 0.5.23."""
 
     def check(layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
         fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], fmt.group_size)
@@ -144,7 +144,11 @@ def _fall_back_to_exllama(method: QuantizeMethodBase, fmt: Gptq) -> None:
             raise ValueError(str(why))
         if layer.params_dtype != torch.half and not is_cpu():
             raise ValueError(f"{why} SGLang's other GPTQ kernel does, in FP16 only: give --dtype half.")
-        layer.scheme = GPTQConfig(fmt.bits, fmt.group_size, fmt.desc_act, False, {}).get_linear_scheme(layer)
+        other = GPTQConfig(fmt.bits, fmt.group_size, fmt.desc_act, False, {})
+        try:
+            layer.scheme = other.get_linear_scheme(layer)
+        except RuntimeError as error:
+            raise ValueError(f"{why} This SGLang has no other: {error}") from error
 
     _check_first(method, check)
 
