@@ -50,6 +50,7 @@ __all__ = [
     "checksum_on_disk",
     "contents",
     "fill",
+    "finished",
     "open_rank",
     "parse_folder",
     "read_index",

@@ -146,8 +146,12 @@ class _Split:
         if layout == "presplit":
             complete(self._folder, {**listed, **dict.fromkeys(names)})
         splitter = None if degree is None else splitter_of(self._source, degree)
-        heads = {} if splitter is None else self._heads(splitter, wanted)
-        heads = {name: head for name, head in heads.items() if name not in listed or not (self._folder / name).exists()}
+        missing = [
+            rank
+            for rank, name in zip(wanted, names, strict=True)
+            if name not in listed or not (self._folder / name).exists()
+        ]
+        heads = self._heads(splitter, missing) if splitter is not None and missing else {}
         # Ranks that a stopped split had finished are taken over.
         entries = {name: line for name, head in heads.items() if (line := finished(self._folder / name, head))}
         plans = {
@@ -168,7 +172,7 @@ class _Split:
         if rebuilt is not None and layout != "presplit":
             self._restore(rebuilt, restore)
         if heads:
-            self._cut({name: heads[name] for name in plans}, plans, entries)
+            self._cut(heads, plans, entries)
         if layout == "presplit":
             if rebuilt is None:
                 self._keep_rest(plans)
