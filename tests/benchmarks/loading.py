@@ -4,7 +4,7 @@ and what SGLang dumps itself (``presharded``, ``sharded_state``). Needs a GPU an
     python tests/benchmarks/loading.py FOLDER [LAYERS]
 
 Makes a Qwen3-30B-A3B cut to LAYERS layers (14: 8.8 GB) in block FP8, in FOLDER; loads each form of it in this process
-as SGLang's workers do, in turns, three times with the files in the page cache and once without (the kernel is told to
+as SGLang's workers do, in turns, five times with the files in the page cache and twice without (the kernel is told to
 forget them); prints seconds from the first tensor made to the last one processed.
 """
 
@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,14 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "gpu")]
 import layers  # noqa: E402
 from serving import QWEN3_MOE, write_sources  # noqa: E402
 
-TURNS = 3
+WARM, COLD = 5, 2
 
 
 def forget(folder: Path) -> None:
     """Drops a folder's files from the page cache."""
-    for path in folder.rglob("*.safetensors"):
+    for path in folder.rglob("*"):
+        if not path.is_file():
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -101,17 +102,21 @@ def main() -> None:
         "native, presharded": (native, folder / "presharded", presharded),
         "native, sharded_state": (state, state, {"load_format": "sharded_state"}),
     }
-    warm = defaultdict(list)
-    for turn in range(TURNS):
-        for name in list(forms)[:: -1 if turn % 2 else 1]:
-            path, _, options = forms[name]
-            warm[name].append(seconds(path, **options))
+    found: dict[str, dict[str, list[float]]] = {name: {"warm": [], "cold": []} for name in forms}
+    for state_of, turns in (("warm", WARM), ("cold", COLD)):
+        for turn in range(turns):
+            for name in list(forms)[:: -1 if turn % 2 else 1]:
+                path, files, options = forms[name]
+                if state_of == "cold":
+                    forget(files)
+                found[name][state_of].append(seconds(path, **options))
     print(f"{sum(p.stat().st_size for p in native.glob('*.safetensors')) / 1e9:.1f} GB in {count} layers", flush=True)
-    for name, (path, files, options) in forms.items():
-        forget(files)
-        cold = seconds(path, **options)
-        each = " ".join(f"{found:.2f}" for found in warm[name])
-        print(f"{name:22s} warm {statistics.median(warm[name]):6.2f} s ({each})  cold {cold:6.2f} s", flush=True)
+    for name, times in found.items():
+        shown = (
+            f"{what} {statistics.median(all_):5.2f} s ({' '.join(f'{t:.2f}' for t in all_)})"
+            for what, all_ in times.items()
+        )
+        print(f"{name:22s} {'  '.join(shown)}", flush=True)
 
 
 if __name__ == "__main__":

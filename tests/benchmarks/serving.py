@@ -2,11 +2,12 @@
 
     python tests/benchmarks/serving.py FOLDER
 
-With `mix` after FOLDER the last comparison alone.
+With `mix` after FOLDER the last two comparisons alone, with `counted` the last one.
 
 Makes a Qwen3-30B-A3B cut to 8 layers in FOLDER, in block FP8 and GPTQ-Int4; serves both natively and compiled, and
 a mix of them (16 FP8 and 112 Int4 experts in each layer), also with expert activity counted; prints tokens a second
-with CUDA graphs and the ratio to the first line, seconds to load, and the bytes of the weights on the GPU.
+with CUDA graphs, their ratio to those of the first line (the median of the ratios of each turn, and the smallest and
+the largest), seconds to load, and the bytes of the weights on the GPU.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ ENGINE = {
     "cuda_graph_max_bs_decode": 128,
     "cuda_graph_bs_decode": [1, 16, 128],
     "mem_fraction_static": 0.9,
-    "max_total_tokens": 40960,
+    "max_total_tokens": 81920,
+    "sleep_on_idle": True,
 }
-TURNS = 6
 RECIPES = {
     "fp8": ["*: fp8_block"],
     "int4": ["*: gptq_int4"],
@@ -87,24 +88,26 @@ class Served:
         return answer
 
 
-def compare(names: list[str], paths: list[Path], dtype: str, environments: Sequence[dict[str, str]] = ({}, {})) -> None:
-    """Engines side by side on one GPU, each measured in turn, so that what disturbs one disturbs all."""
+def compare(engines: Sequence[tuple[str, Path, dict[str, str]]], dtype: str, turns: int = 6) -> None:
+    """Engines (name, checkpoint, environment) side by side on one GPU, each measured in turn, so that what disturbs
+    one disturbs all."""
     served = [
-        Served(path, dtype, 22000 + 20 * number, environment)
-        for number, (path, environment) in enumerate(zip(paths, environments, strict=False))
+        Served(path, dtype, 22000 + 20 * number, environment) for number, (_, path, environment) in enumerate(engines)
     ]
     for one in served:
         one.wait()
-    for number in range(TURNS):
+    for number in range(turns):
         for one in served[:: -1 if number % 2 else 1]:
             one.turn()
     results = [one.end() for one in served]
-    first = None
-    for name, path, result in zip(names, paths, results, strict=True):
-        rates = {what: statistics.median(turn[what] for turn in result["speed"]) for what in result["speed"][0]}
-        first = first or rates
-        shown = "  ".join(f"{what} {rate:7.0f} ({rate / first[what]:.3f})" for what, rate in rates.items())
-        print(f"{name:14s} {dtype:9s} {shown}  load {result['startup']['load_weight']:.2f} s", flush=True)
+    for (name, path, _), result in zip(engines, results, strict=True):
+        shown = []
+        for what in result["speed"][0]:
+            rates = [turn[what] for turn in result["speed"]]
+            ratios = sorted(a / b[what] for a, b in zip(rates, results[0]["speed"], strict=True))
+            middle = statistics.median(ratios)
+            shown.append(f"{what} {statistics.median(rates):7.0f} ({middle:.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f})")
+        print(f"{name:14s} {dtype:9s} {'  '.join(shown)}  load {result['startup']['load_weight']:.2f} s", flush=True)
         if result["memory"]:
             modules = json.loads((path / "mixprec_manifest.json").read_text())["modules"].values()
             stored: Counter[str] = Counter()
@@ -124,16 +127,15 @@ def main() -> None:
     folder = Path(sys.argv[1])
     sources = write_sources(folder / "sources", SHAPE, ["fp8_block", "gptq_int4"])
     out = {name: build(folder, sources, name) for name in RECIPES}
-    if sys.argv[2:] != ["mix"]:
-        compare(["native fp8", "compiled fp8"], [sources["fp8_block"], out["fp8"]], "bfloat16")
+    none: dict[str, str] = {}
+    if sys.argv[2:] not in (["mix"], ["counted"]):
+        compare([("native fp8", sources["fp8_block"], none), ("compiled fp8", out["fp8"], none)], "bfloat16")
         # Stock GPTQ experts run in FP16 only; the mix and its parts are compared in BF16.
-        compare(["native int4", "compiled int4"], [sources["gptq_int4"], out["int4"]], "half")
-    compare(
-        ["compiled fp8", "compiled int4", "mix", "mix, counted"],
-        [out["fp8"], out["int4"], out["mix"], out["mix"]],
-        "bfloat16",
-        [{}, {}, {}, {"MIXPREC_EXPERT_ACTIVITY": "1"}],
-    )
+        compare([("native int4", sources["gptq_int4"], none), ("compiled int4", out["int4"], none)], "half")
+    if sys.argv[2:] != ["counted"]:
+        compare([(name, out[name], none) for name in RECIPES], "bfloat16")
+    counted = {"MIXPREC_EXPERT_ACTIVITY": "1"}
+    compare([("mix", out["mix"], none), ("mix, counted", out["mix"], counted)], "bfloat16", turns=12)
 
 
 if __name__ == "__main__":
