@@ -21,7 +21,6 @@ from mixprec_build.formats.registry import format_from_json
 from mixprec_build.manifest import MANIFEST, METHOD, layout_of, read_manifest, tensor_entries
 
 from . import activity, launch, loader, memory, reference
-from .ahead import read_ahead
 from .config import MixPrecConfig
 from .strict import load_strictly
 
@@ -85,8 +84,6 @@ def initialize_model(
                 raise RuntimeError(f"the files in {files.folder} are not for this run: {unfit}")
             loader.require_merged(folder, manifest, f"the files in {files.folder} are not for this run ({unfit})")
             logger.warning("mixprec reads the merged files, those in %s are not for this run: %s", files.folder, unfit)
-        if loader.takes_all(model):
-            weights = read_ahead(weights)
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
 
     model.load_weights = load_once  # type: ignore[assignment]

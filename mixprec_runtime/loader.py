@@ -27,7 +27,7 @@ from mixprec_build.rankfiles import RankIndex, open_rank, read_rank
 
 from .strict import CASTS, DTYPES, LoadError, may_be_empty
 
-__all__ = ["files_of_this_rank", "load", "mismatch", "pad", "require_merged", "takes_all", "this_run"]
+__all__ = ["files_of_this_rank", "load", "mismatch", "pad", "require_merged", "this_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +74,6 @@ def this_run() -> str:
     from sglang.srt.runtime_context import get_parallel
 
     return str(Degree(get_parallel().tp_size, get_parallel().moe_ep_size))
-
-
-def takes_all(model: Module) -> bool:
-    """Whether this process copies all of every tensor to a GPU."""
-    from sglang.srt.runtime_context import get_parallel
-
-    parallel = get_parallel()
-    return parallel.tp_size == parallel.pp_size == 1 and next(model.parameters()).is_cuda
 
 
 def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]]) -> None:
