@@ -13,11 +13,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
-
 from .checkpoint import REST, Checkpoint, LocalFolder, open_checkpoint, open_storage
 from .errors import SourceError, SplitError, VerifyError
-from .formats.base import Format, numpy_dtype
+from .formats.base import Format
 from .header import MAX_HEADER_BYTES, TensorInfo, header_length, inside
 from .manifest import checksum_of, layout_of, merged_files
 from .presplit import Degree, Parameter, Piece, Splitter
@@ -184,11 +182,8 @@ class Rebuilt(Reader):
     def close(self) -> None:
         self.files.close()
 
-    def rows(self, piece: Piece, first: int, last: int) -> Array:
-        element = np.dtype(f"u{numpy_dtype(piece.tensor.dtype).itemsize}")
-        data = np.empty((last - first, piece.width), element)
-        fill(data, first, self.parameter(piece.tensor).pieces, self.files)
-        return data
+    def rows(self, piece: Piece, first: int, into: Array) -> None:
+        fill(into, first, self.parameter(piece.tensor).bands(), self.files)
 
     def parameter(self, tensor: TensorInfo) -> Parameter:
         """A merged tensor, or a merged file's header, as pieces of the files."""
@@ -251,7 +246,7 @@ def _backwards(parameter: Parameter, stored: TensorInfo) -> Iterable[tuple[Piece
     flat = stored._replace(shape=(blocks * rows, columns))
     for piece in parameter.pieces:
         block, row, column = piece.at
-        down, across = (piece.columns, piece.rows) if piece.turned else (piece.rows, piece.columns)
+        down, across = piece.rectangle
         top = block * rows + row
         yield (
             piece,

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import lcm, prod
+from typing import NamedTuple
 
 from .checkpoint import StoredModule
 from .errors import SplitError
@@ -31,7 +32,7 @@ from .header import DTYPE_BITS, TensorInfo
 from .model import FAMILIES, expert_groups, joined_groups
 from .patterns import compress
 
-__all__ = ["Degree", "Parameter", "Piece", "Share", "Splitter"]
+__all__ = ["Band", "Degree", "Parameter", "Piece", "Share", "Splitter"]
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
 _GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
@@ -108,10 +109,34 @@ class Piece:
     turned: bool = False
 
     @property
+    def rectangle(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Its extent down and across the parameter, counted in the stored tensor."""
+        return (self.columns, self.rows) if self.turned else (self.rows, self.columns)
+
+    @property
     def width(self) -> int:
         """Columns of the stored tensor."""
         shape = self.tensor.shape
         return prod(shape[1:]) if len(shape) > 1 else 1
+
+
+class Band(NamedTuple):
+    """Where a piece lies in a parameter, with the rows of all its experts one below the other."""
+
+    piece: Piece
+    top: int
+    column: int
+    down: tuple[int, int]
+    """The piece's rows, its columns where it is turned."""
+    across: tuple[int, int]
+
+    @property
+    def height(self) -> int:
+        return self.down[1] - self.down[0]
+
+    @property
+    def width(self) -> int:
+        return self.across[1] - self.across[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +156,12 @@ class Parameter:
         """``shape`` as ``(experts, rows, columns)``."""
         experts, rest = (self.shape[0], self.shape[1:]) if self.experts else (1, self.shape)
         return experts, rest[0] if rest else 1, prod(rest[1:])
+
+    def bands(self) -> list[Band]:
+        """The pieces from top to bottom."""
+        rows = self.blocks[1]
+        bands = [Band(piece, piece.at[0] * rows + piece.at[1], piece.at[2], *piece.rectangle) for piece in self.pieces]
+        return sorted(bands, key=lambda band: (band.top, band.column))
 
     @property
     def itemsize(self) -> int:
@@ -410,7 +441,7 @@ def _stack_experts(
         for piece in one.pieces:
             _, row, column = piece.at
             at = (expert, column, row) if held.turned else (expert, row, column)
-            pieces.append(replace(piece, at=at, turned=held.turned))
+            pieces.append(Piece(piece.tensor, piece.rows, piece.columns, at, held.turned))
     if held.turned:
         shape = shape[::-1]
     return Parameter(name, held.dtype, (len(experts), *shape), tuple(pieces), held.filler, experts=True)

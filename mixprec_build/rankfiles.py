@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -40,7 +41,7 @@ from .header import (
     read_regular,
 )
 from .manifest import CHECKSUM, checksum_of
-from .presplit import Degree, Parameter, Piece
+from .presplit import Band, Degree, Parameter, Piece
 from .stage import sync_folder
 
 __all__ = [
@@ -197,6 +198,10 @@ def write_parameters(
 # What is written, in pieces
 
 
+def _new(nbytes: int) -> Array:
+    return np.empty(nbytes, np.uint8)
+
+
 def whole(tensor: TensorInfo) -> Parameter:
     """A parameter that is one tensor as it is stored."""
     rows, width = (tensor.shape[0] if tensor.shape else 1), prod(tensor.shape[1:])
@@ -204,41 +209,50 @@ def whole(tensor: TensorInfo) -> Parameter:
     return Parameter(tensor.name, tensor.dtype, tensor.shape, pieces)
 
 
-def contents(parameter: Parameter, reader: Reader) -> Iterator[memoryview]:
-    """A parameter's bytes in order, a few MiB at a time."""
+def contents(
+    parameter: Parameter, reader: Reader, *, most: int = _BUFFER, allocate: Callable[[int], Array] = _new
+) -> Iterator[memoryview]:
+    """A parameter's bytes in order, ``most`` at a time, or what one row takes where that is more.
+
+    ``allocate`` gives so many bytes of memory, once for each chunk, and after the chunk before has been dealt with.
+    """
     blocks, rows, columns = parameter.blocks
     if not columns:
         return
     element = np.dtype(f"u{parameter.itemsize}")
+    bands = parameter.bands()
+    tops = [band.top for band in bands]
+    tallest = max((band.height for band in bands), default=0)
+    covered = sum(band.height * band.width for band in bands) == blocks * rows * columns
     filler = np.array(parameter.filler).astype(numpy_dtype(parameter.dtype)).view(element)
-    by_block: dict[int, list[Piece]] = {}
-    for piece in parameter.pieces:
-        by_block.setdefault(piece.at[0], []).append(piece)
-    for block in range(blocks):
-        pieces = by_block.get(block, [])
-        widest = max([columns, *(piece.width for piece in pieces if not piece.turned)])
-        step = _rows_at_once(widest, element)
-        for start in range(0, rows, step):
-            chunk = np.full((min(step, rows - start), columns), filler, element)
-            fill(chunk, start, pieces, reader)
-            yield chunk.view(np.uint8).data.cast("B")
+    widest = max([columns, *(band.piece.width for band in bands if not band.piece.turned)])
+    step = _rows_at_once(widest, element, most)
+    for start in range(0, blocks * rows, step):
+        end = min(start + step, blocks * rows)
+        chunk = allocate((end - start) * columns * element.itemsize).view(element).reshape(end - start, columns)
+        if not covered:
+            chunk[...] = filler
+        fill(chunk, start, bands[bisect_right(tops, start - tallest) : bisect_left(tops, end)], reader)
+        yield chunk.view(np.uint8).data.cast("B")
 
 
-def fill(chunk: Array, start: int, pieces: Sequence[Piece], reader: Reader) -> None:
-    """Writes into ``chunk``, the rows of a block from ``start`` on, what the block's pieces have there."""
-    for piece in pieces:
-        _, row, column = piece.at
-        down, across = (piece.columns, piece.rows) if piece.turned else (piece.rows, piece.columns)
+def fill(chunk: Array, start: int, bands: Iterable[Band], reader: Reader) -> None:
+    """Writes into ``chunk``, the rows of a parameter from ``start`` on, what ``bands`` have there."""
+    for piece, top, column, down, across in bands:
         # The rows of this chunk that the piece has, counted where it comes from.
-        first = max(down[0], down[0] + start - row)
-        last = min(down[1], down[0] + start + len(chunk) - row)
+        first = max(down[0], down[0] + start - top)
+        last = min(down[1], down[0] + start + len(chunk) - top)
         if first < last:
-            to = row + first - down[0] - start
-            chunk[to : to + last - first, column : column + across[1] - across[0]] = reader.read(piece, first, last)
+            to = top + first - down[0] - start
+            into = chunk[to : to + last - first, column : column + across[1] - across[0]]
+            if piece.turned or across != (0, piece.width) or not into.flags.c_contiguous:
+                into[...] = reader.read(piece, first, last)
+            else:
+                reader.rows(piece, first, into)
 
 
-def _rows_at_once(width: int, element: np.dtype[Any]) -> int:
-    return max(1, _BUFFER // (max(1, width) * element.itemsize))
+def _rows_at_once(width: int, element: np.dtype[Any], most: int = _BUFFER) -> int:
+    return max(1, most // (max(1, width) * element.itemsize))
 
 
 class Reader(ABC):
@@ -254,24 +268,27 @@ class Reader(ABC):
     def close(self) -> None: ...
 
     @abstractmethod
-    def rows(self, piece: Piece, first: int, last: int) -> Array:
-        """Whole rows of the piece's tensor, as whole numbers of their size.
+    def rows(self, piece: Piece, first: int, into: Array) -> None:
+        """Fills ``into``, which lies in memory row after row, with whole rows of the piece's tensor from ``first`` on.
 
         Raises:
             SourceError: they cannot be read.
         """
 
     def read(self, piece: Piece, first: int, last: int) -> Array:
-        """Rows ``first`` to ``last`` of the piece, or columns where it is turned."""
-        if not piece.turned:
-            return self.rows(piece, first, last)[:, slice(*piece.columns)]
-        top, bottom = piece.rows
+        """Rows ``first`` to ``last`` of the piece, or columns where it is turned, as whole numbers of their size."""
         element = np.dtype(f"u{numpy_dtype(piece.tensor.dtype).itemsize}")
+        if not piece.turned:
+            data = np.empty((last - first, piece.width), element)
+            self.rows(piece, first, data)
+            return data[:, slice(*piece.columns)]
+        top, bottom = piece.rows
         out = np.empty((last - first, bottom - top), element)
         step = _rows_at_once(piece.width, element)
         for at in range(top, bottom, step):
-            to = min(at + step, bottom)
-            out[:, at - top : to - top] = self.rows(piece, at, to)[:, first:last].T
+            data = np.empty((min(step, bottom - at), piece.width), element)
+            self.rows(piece, at, data)
+            out[:, at - top : at - top + len(data)] = data[:, first:last].T
         return out
 
 
@@ -288,26 +305,28 @@ class FileReader(Reader):
             os.close(fd)
         self._open.clear()
 
-    def rows(self, piece: Piece, first: int, last: int) -> Array:
-        element = np.dtype(f"u{numpy_dtype(piece.tensor.dtype).itemsize}")
-        data = np.empty((last - first, piece.width), element)
-        at = piece.tensor.start + first * piece.width * element.itemsize
-        self._fill(piece.tensor, data.view(np.uint8).data.cast("B"), at)
-        return data
-
-    def _fill(self, tensor: TensorInfo, window: memoryview, at: int) -> None:
-        path = self._path_of(tensor.file)
-        if path is None:
-            raise SourceError(f"{tensor.file} is not on this machine")
-        with self._lock:
-            if tensor.file not in self._open:
-                self._open[tensor.file] = open_regular(path)
+    def rows(self, piece: Piece, first: int, into: Array) -> None:
+        tensor, window = piece.tensor, into.view(np.uint8).data.cast("B")
+        fd = self._open.get(tensor.file)
+        if fd is None:
+            fd = self._opened(tensor.file)
         try:
-            got = pread_into(self._open[tensor.file], window, at)
+            got = pread_into(fd, window, tensor.start + first * piece.width * into.itemsize)
         except OSError as error:
-            raise SourceError(f"cannot read {tensor.name}: {error.strerror}", path=path) from error
+            raise SourceError(
+                f"cannot read {tensor.name}: {error.strerror}", path=self._path_of(tensor.file)
+            ) from error
         if got < len(window):
-            raise SourceError(f"ends inside {tensor.name}", path=path)
+            raise SourceError(f"ends inside {tensor.name}", path=self._path_of(tensor.file))
+
+    def _opened(self, file: str) -> int:
+        path = self._path_of(file)
+        if path is None:
+            raise SourceError(f"{file} is not on this machine")
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = open_regular(path)
+            return self._open[file]
 
 
 # Reading back

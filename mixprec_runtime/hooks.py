@@ -63,9 +63,9 @@ def initialize_model(
     folder, manifest = _manifest(model_config)
     _check_declared(quant_config.bind(manifest["modules"]), manifest)
     launch.check_arguments()
-    files = loader.files_of_this_rank(folder, manifest)
-    if files is not None:
-        quant_config.padded = files.padded
+    held = loader.holdings(folder, manifest, merged=load_config.load_format == "auto")
+    if held is not None:
+        quant_config.padded = held.padded
     elif Path(model_config.model_path).is_dir() or layout_of(manifest) == "presplit":
         # Those on the hub are fetched later.
         loader.require_merged(folder, manifest, f"this run is {loader.this_run()}")
@@ -76,14 +76,15 @@ def initialize_model(
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
         # Later updates of weights, by a trainer say, bring some tensors only.
         del model.load_weights
-        if files is not None:
-            unfit = loader.mismatch(model, files)
+        if held is not None:
+            unfit = loader.mismatch(model, held)
             if unfit is None:
-                return loader.load(model, files, lambda: load_weights(iter(()), *args, **kwargs))
-            if files.padded:
-                raise RuntimeError(f"the files in {files.folder} are not for this run: {unfit}")
-            loader.require_merged(folder, manifest, f"the files in {files.folder} are not for this run ({unfit})")
-            logger.warning("mixprec reads the merged files, those in %s are not for this run: %s", files.folder, unfit)
+                return loader.load(model, held, lambda: load_weights(iter(()), *args, **kwargs))
+            if held.padded:
+                raise RuntimeError(f"{held.where} are not for this run: {unfit}")
+            loader.require_merged(folder, manifest, f"{held.where} are not for this run ({unfit})")
+            log = logger.warning if held.own else logger.info
+            log("mixprec: SGLang's loader reads the merged files, %s are not for this run: %s", held.where, unfit)
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
 
     model.load_weights = load_once  # type: ignore[assignment]

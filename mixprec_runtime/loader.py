@@ -1,33 +1,36 @@
-"""Each rank reads its own files, where the checkpoint has them (``mixprec split``).
+"""Each rank reads what it holds, and nothing else, straight into its parameters.
 
-They hold SGLang's parameters as its weight loaders would fill them, so loading is reading: a few large tensors, each
-into the parameter of its name, from the file through pinned memory to the GPU. The files of the whole checkpoint
-are not opened.
+SGLang's parameters are rectangles of a checkpoint's tensors, laid side by side; which ones is known before a byte is
+read. A rank's own files (``mixprec split``) hold them as they are in memory, in a few large tensors; from merged files
+they are read one by one. Either way threads read, through pinned memory to the GPU, where SGLang's loaders handle
+tensor after tensor. What cannot be read like that they load, see :mod:`mixprec_runtime.strict`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from threading import local
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import Module
 
 from mixprec_build.errors import MixprecError
-from mixprec_build.header import TensorInfo, open_regular, pread_into
+from mixprec_build.header import inside
 from mixprec_build.manifest import layout_of, merged_files
-from mixprec_build.presplit import Degree
-from mixprec_build.rankfiles import RankIndex, open_rank, read_rank
+from mixprec_build.merged import open_compiled, splitter_of
+from mixprec_build.presplit import Degree, Parameter
+from mixprec_build.rankfiles import FileReader, Reader, contents, open_rank, read_rank, whole
+from mixprec_build.sources import Source
 
 from .strict import CASTS, DTYPES, LoadError, may_be_empty
 
-__all__ = ["files_of_this_rank", "load", "mismatch", "pad", "require_merged", "this_run"]
+__all__ = ["Holdings", "holdings", "load", "mismatch", "pad", "require_merged", "this_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +38,61 @@ _THREADS = 4
 _BUFFER = 16 << 20
 
 
-def files_of_this_rank(folder: Path, manifest: Mapping[str, Any]) -> RankIndex | None:
-    """What this process is to read; None where the checkpoint has no files for this run.
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What this rank's parameters are to hold, and where that lies."""
+
+    where: str
+    """For messages."""
+    parameters: Mapping[str, Parameter]
+    padded: Mapping[str, tuple[int, int]]
+    """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that it holds, zeros among them."""
+    path_of: Callable[[str], Path]
+    own: bool
+    """Whether these are files of this rank alone."""
+
+
+def holdings(folder: Path, manifest: Mapping[str, Any], *, merged: bool = True) -> Holdings | None:
+    """What this process is to read itself: its own files, else, with ``merged``, its share of the merged ones.
+
+    None where SGLang's loader is to read the merged files: in runs that tensors are not cut for here, for families of
+    models that are not known, and where files are not those that were built.
 
     Raises:
-        RuntimeError: it has, and they are damaged.
+        RuntimeError: the checkpoint has files for this run, and they are damaged.
     """
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
     if parallel.pp_size > 1 or parallel.attn_tp_size != parallel.tp_size:
         return None  # attention is cut for all ranks of one replica
+    degree, rank = Degree(parallel.tp_size, parallel.moe_ep_size), parallel.tp_rank
     try:
-        return read_rank(folder, manifest, Degree(parallel.tp_size, parallel.moe_ep_size), parallel.tp_rank)
+        index = read_rank(folder, manifest, degree, rank)
+        if index is not None:
+            files = index.folder
+            stored = {name: whole(tensor) for name, tensor in open_rank(index).items()}
+            return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file), own=True)
     except MixprecError as error:
         raise RuntimeError(str(error)) from error
+    return _share(folder, manifest, degree, rank) if merged and layout_of(manifest) != "presplit" else None
+
+
+def _share(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int) -> Holdings | None:
+    """A rank's share of the merged files."""
+    try:
+        checkpoint = open_compiled(folder, manifest)
+        for file, shard in checkpoint.shards.items():
+            if shard.header_checksum != manifest["files"].get(file, {}).get("header"):
+                raise LoadError(f"{file} was changed after building")
+        splitter = splitter_of(Source.of("", checkpoint), degree)
+        parameters = {parameter.name: parameter for parameter in splitter.parameters(rank)}
+    except (MixprecError, LoadError) as error:
+        logger.info("mixprec: SGLang's loader reads the merged files: %s", error)
+        return None
+    padded = {name: (share.native, share.held) for name, share in splitter.padded.items()}
+    where = f"the weights in {folder} of rank {rank} of {degree}"
+    return Holdings(where, parameters, padded, lambda file: inside(folder, file), own=False)
 
 
 def require_merged(folder: Path, manifest: Mapping[str, Any], because: str) -> None:
@@ -125,21 +168,21 @@ def _pad_experts(method: Any, held: int) -> None:
     method.create_weights = create_weights
 
 
-def mismatch(model: Module, index: RankIndex) -> str | None:
-    """Why a rank's files are not for the parameters of ``model``: SGLang was started in a way they were not cut for."""
+def mismatch(model: Module, held: Holdings) -> str | None:
+    """Why they are not for the parameters of ``model``: SGLang was started in a way they were not cut for."""
     parameters = _parameters(model)
     for name, parameter in parameters.items():
-        entry = index.parameters.get(name)
-        if entry is None:
-            if may_be_empty(name, index.parameters):
+        stored = held.parameters.get(name)
+        if stored is None:
+            if may_be_empty(name, held.parameters):
                 continue
             return f"they have no {name}"
-        if tuple(entry["shape"]) != tuple(parameter.shape):
-            return f"{name} is {entry['shape']} in them and {list(parameter.shape)} in SGLang"
-        stored = DTYPES.get(entry["dtype"])
-        if stored != parameter.dtype and not {stored, parameter.dtype} <= CASTS:
-            return f"{name} is {entry['dtype']} in them and {parameter.dtype} in SGLang"
-    extra = sorted(index.parameters.keys() - parameters.keys())
+        if stored.shape != tuple(parameter.shape):
+            return f"{name} is {list(stored.shape)} in them and {list(parameter.shape)} in SGLang"
+        dtype = DTYPES.get(stored.dtype)
+        if dtype != parameter.dtype and not {dtype, parameter.dtype} <= CASTS:
+            return f"{name} is {stored.dtype} in them and {parameter.dtype} in SGLang"
+    extra = sorted(held.parameters.keys() - parameters.keys())
     return f"SGLang has no {extra[0]}" if extra else None
 
 
@@ -147,7 +190,7 @@ def _parameters(model: Module) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.numel()}
 
 
-def load(model: Module, index: RankIndex, finish: Callable[[], Any]) -> Any:
+def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
     """Fills the parameters of ``model``, and calls ``finish``: what it does itself once weights are loaded.
 
     Raises:
@@ -155,76 +198,60 @@ def load(model: Module, index: RankIndex, finish: Callable[[], Any]) -> Any:
     """
     parameters = _parameters(model)
     try:
-        tensors = open_rank(index)
-        names = dict.fromkeys(tensor.file for tensor in tensors.values())
-        with _Files(index.folder, names) as files, ThreadPoolExecutor(_THREADS) as pool:
-            largest_first = sorted(tensors.values(), key=lambda tensor: -tensor.nbytes)
-            list(pool.map(lambda tensor: files.read(tensor, parameters[tensor.name]), largest_first))
+        with FileReader(held.path_of) as reader, ThreadPoolExecutor(_THREADS) as pool:
+            copies = _Copies(reader)
+            largest_first = sorted(held.parameters.values(), key=lambda parameter: -parameter.nbytes)
+            list(pool.map(lambda parameter: copies.fill(parameters[parameter.name], parameter), largest_first))
     except (MixprecError, OSError) as error:
         raise LoadError(str(error)) from error
     if any(parameter.is_cuda for parameter in parameters.values()):
         torch.cuda.synchronize()
-    logger.info("mixprec: read %s (%.2f GB)", index.folder, sum(t.nbytes for t in tensors.values()) / 1e9)
+    logger.info("mixprec: read %s (%.2f GB)", held.where, sum(p.nbytes for p in held.parameters.values()) / 1e9)
     return finish()
 
 
-class _Files:
-    """A rank's files, open, and buffers of pinned memory for each thread that reads them."""
+class _Copies(local):
+    """Copies to a device, through two buffers of pinned memory for each thread."""
 
-    def __init__(self, folder: Path, names: Iterable[str]):
-        self._mine = local()
-        self._open: dict[str, int] = {}
-        with ExitStack() as stack:
-            for name in names:
-                self._open[name] = open_regular(folder / name)
-                stack.callback(os.close, self._open[name])
-            self._close = stack.pop_all()
+    def __init__(self, reader: Reader):
+        self._reader = reader
+        self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._stream: torch.cuda.Stream | None = None
 
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close.close()
-
-    def read(self, tensor: TensorInfo, into: torch.Tensor) -> None:
-        dtype, fd = DTYPES[tensor.dtype], self._open[tensor.file]
+    def fill(self, into: torch.Tensor, parameter: Parameter) -> None:
+        dtype = DTYPES[parameter.dtype]
         if into.dtype == dtype and into.is_contiguous():
-            self._read_bytes(fd, tensor, into.reshape(-1).view(torch.uint8))
+            self._fill_bytes(into.reshape(-1).view(torch.uint8), parameter)
         else:
-            stored = torch.empty(tensor.shape, dtype=dtype)
-            self._read_bytes(fd, tensor, stored.reshape(-1).view(torch.uint8))
+            stored = torch.empty(parameter.shape, dtype=dtype)
+            self._fill_bytes(stored.reshape(-1).view(torch.uint8), parameter)
             into.copy_(stored.reshape(into.shape))
 
-    def _read_bytes(self, fd: int, tensor: TensorInfo, into: torch.Tensor) -> None:
+    def _fill_bytes(self, into: torch.Tensor, parameter: Parameter) -> None:
+        at = 0
         if not into.is_cuda:
-            _read_into(fd, into, tensor.start, tensor)
+            in_place: Callable[[int], Any] = lambda nbytes: into[at : at + nbytes].numpy()  # noqa: E731
+            for chunk in contents(parameter, self._reader, most=_BUFFER, allocate=in_place):
+                at += len(chunk)
             return
-        with torch.cuda.device(into.device), torch.cuda.stream(self._stream()):
-            for number, at in enumerate(range(0, tensor.nbytes, _BUFFER)):
-                buffer, copied = self._buffers()[number % 2]
-                copied.synchronize()  # what was read before has left the buffer
-                window = buffer[: min(_BUFFER, tensor.nbytes - at)]
-                _read_into(fd, window, tensor.start + at, tensor)
-                into[at : at + len(window)].copy_(window, non_blocking=True)
+        self._stream = self._stream or torch.cuda.Stream(into.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            for chunk in contents(parameter, self._reader, most=_BUFFER, allocate=self._next_buffer):
+                buffer, copied = self._buffers[-1]
+                into[at : at + len(chunk)].copy_(buffer[: len(chunk)], non_blocking=True)
                 copied.record()
+                at += len(chunk)
 
-    def _stream(self) -> torch.cuda.Stream:
-        if not hasattr(self._mine, "stream"):
-            self._mine.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream: torch.cuda.Stream = self._mine.stream
-        return stream
-
-    def _buffers(self) -> list[tuple[torch.Tensor, torch.cuda.Event]]:
-        if not hasattr(self._mine, "buffers"):
-            self._mine.buffers = [
-                (torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
-                for _ in range(2)
-            ]
-        buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = self._mine.buffers
-        return buffers
-
-
-def _read_into(fd: int, into: torch.Tensor, at: int, tensor: TensorInfo) -> None:
-    window = into.numpy().data.cast("B")
-    if pread_into(fd, window, at) < len(window):
-        raise LoadError(f"{tensor.file} ends inside {tensor.name}")
+    def _next_buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
+        """The buffer that was used before the last one, once what it held has left it."""
+        if len(self._buffers) < 2:
+            self._buffers.append((torch.empty(0, dtype=torch.uint8), torch.cuda.Event()))  # type: ignore[no-untyped-call]
+        else:
+            self._buffers.reverse()
+        buffer, copied = self._buffers[-1]
+        copied.synchronize()
+        if len(buffer) < nbytes:
+            buffer = torch.empty(max(nbytes, _BUFFER), dtype=torch.uint8, pin_memory=True)
+            self._buffers[-1] = buffer, copied
+        window: np.ndarray[Any, Any] = buffer[:nbytes].numpy()
+        return window

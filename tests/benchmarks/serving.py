@@ -2,10 +2,9 @@
 
     python tests/benchmarks/serving.py FOLDER
 
-With `mix` after FOLDER the last two comparisons alone, with `counted` the last one.
-
-Makes a Qwen3-30B-A3B cut to 8 layers in FOLDER, in block FP8 and GPTQ-Int4; serves both natively and compiled, and
-a mix of them (16 FP8 and 112 Int4 experts in each layer), also with expert activity counted; prints tokens a second
+Makes a Qwen3-30B-A3B cut to 8 layers in FOLDER, in block FP8 and GPTQ-Int4; serves both natively and compiled, a mix of
+them (16 FP8 and 112 Int4 experts in each layer) beside its parts, and, 24 layers deep, one with expert activity
+counted beside one without. `mix` or `counted` after FOLDER asks for one of the last two alone. Prints tokens a second
 with CUDA graphs, their ratio to those of the first line (the median of the ratios of each turn, and the smallest and
 the largest), seconds to load, and the bytes of the weights on the GPU.
 """
@@ -50,7 +49,7 @@ def build(folder: Path, sources: dict[str, Path], name: str) -> Path:
     recipe = folder / f"{name}.yaml"
     recipe.write_text("\n".join(lines))
     out = folder / name
-    subprocess.run([sys.executable, "-m", "mixprec_build", "build", recipe, "-o", out, "--force"], check=True)
+    subprocess.run([sys.executable, "-m", "mixprec_build", "build", recipe, "-o", out, "--link", "--force"], check=True)
     return out
 
 
@@ -124,18 +123,22 @@ def compare(engines: Sequence[tuple[str, Path, dict[str, str]]], dtype: str, tur
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    sources = write_sources(folder / "sources", SHAPE, ["fp8_block", "gptq_int4"])
-    out = {name: build(folder, sources, name) for name in RECIPES}
+    folder, only = Path(sys.argv[1]), sys.argv[2:]
     none: dict[str, str] = {}
-    if sys.argv[2:] not in (["mix"], ["counted"]):
-        compare([("native fp8", sources["fp8_block"], none), ("compiled fp8", out["fp8"], none)], "bfloat16")
-        # Stock GPTQ experts run in FP16 only; the mix and its parts are compared in BF16.
-        compare([("native int4", sources["gptq_int4"], none), ("compiled int4", out["int4"], none)], "half")
-    if sys.argv[2:] != ["counted"]:
+    if only != ["counted"]:
+        sources = write_sources(folder / "sources", SHAPE, ["fp8_block", "gptq_int4"])
+        out = {name: build(folder, sources, name) for name in RECIPES}
+        if only != ["mix"]:
+            compare([("native fp8", sources["fp8_block"], none), ("compiled fp8", out["fp8"], none)], "bfloat16")
+            # Stock GPTQ experts run in FP16 only; the mix and its parts are compared in BF16.
+            compare([("native int4", sources["gptq_int4"], none), ("compiled int4", out["int4"], none)], "half")
         compare([(name, out[name], none) for name in RECIPES], "bfloat16")
-    counted = {"MIXPREC_EXPERT_ACTIVITY": "1"}
-    compare([("mix", out["mix"], none), ("mix, counted", out["mix"], counted)], "bfloat16", turns=12)
+    if only != ["mix"]:
+        # Deep enough that the GPU, and not the host, is what decoding waits for.
+        deep = folder / "deep"
+        mix = build(deep, write_sources(deep / "sources", SHAPE.of(layers=24), ["fp8_block", "gptq_int4"]), "mix")
+        counted = {"MIXPREC_EXPERT_ACTIVITY": "1"}
+        compare([("mix", mix, none), ("mix, counted", mix, counted)], "bfloat16", turns=12)
 
 
 if __name__ == "__main__":

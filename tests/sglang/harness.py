@@ -199,7 +199,10 @@ class _Group:
 
 
 def make(checkpoint: Path, dtype: str = "bfloat16", **options: Any) -> tuple[torch.nn.Module, Any]:
-    """The model that SGLang makes of a checkpoint, empty, and its ``ModelConfig``. ``options`` are ServerArgs'."""
+    """The model that SGLang makes of a checkpoint, empty, and its ``ModelConfig``. ``options`` are ServerArgs'.
+
+    With ``load_format="safetensors"`` SGLang's own loader reads merged files, tensor by tensor.
+    """
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader import loader
@@ -207,12 +210,13 @@ def make(checkpoint: Path, dtype: str = "bfloat16", **options: Any) -> tuple[tor
     args = server_args(checkpoint, dtype=dtype, **options)
     publish(args)
     config = ModelConfig.from_server_args(args)
-    quantization = loader._get_quantization_config(config, LoadConfig())
+    how = LoadConfig(load_format=args.load_format)
+    quantization = loader._get_quantization_config(config, how)
     before = torch.get_default_dtype()
     torch.set_default_dtype(config.dtype)
     try:
         # Looked up where SGLang's loaders look it up, with mixprec's hook around it.
-        return loader._initialize_model(config, LoadConfig(), quantization), config
+        return loader._initialize_model(config, how, quantization), config
     finally:
         torch.set_default_dtype(before)
 

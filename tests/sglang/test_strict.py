@@ -115,7 +115,7 @@ def test_a_parameter_that_nothing_is_loaded_into_stops_the_server(folder: Path, 
 
 
 def test_a_parameter_that_is_filled_by_half_stops_the_server(folder: Path) -> None:
-    model, config = make(mix(folder, "llama"))
+    model, config = make(mix(folder, "llama"), load_format="safetensors")
     weight = model.model.layers[1].mlp.down_proj.qweight
     half = len(weight) // 2
     weight._weight_loader = lambda parameter, loaded: parameter.data[:half].copy_(loaded[:half])
@@ -125,7 +125,7 @@ def test_a_parameter_that_is_filled_by_half_stops_the_server(folder: Path) -> No
 
 def test_a_quantized_tensor_that_is_loaded_into_another_dtype_stops_the_server(folder: Path) -> None:
     """Without mixprec SGLang casts FP8 codes to BF16, forgets their scales, and answers."""
-    model, config = make(mix(folder, "llama"))
+    model, config = make(mix(folder, "llama"), load_format="safetensors")
     layer = model.model.layers[1].self_attn.o_proj
     layer.weight.data = layer.weight.data.to(torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.o_proj\.weight is torch\.float8_e4m3fn.*bfloat16"):

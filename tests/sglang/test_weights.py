@@ -1,4 +1,4 @@
-"""What SGLang's own ``load_weights`` leaves in each parameter is, bit for bit, what the sources' tensors say."""
+"""What loading leaves in each parameter, mixprec's and SGLang's own, is, bit for bit, what the sources' tensors say."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def test_every_parameter_holds_the_bytes_of_its_sources(folder: Path, name: str,
         pytest.skip("no experts")
     with rank_of(rank, tp, ep):
         check(serve(mix(folder, name)), expected)
+        check(serve(mix(folder, name), load_format="safetensors"), expected)
 
 
 def test_deepseek_v2_is_loaded_as_v3(folder: Path, tmp_path: Path) -> None:
