@@ -3,7 +3,7 @@
     python tests/benchmarks/serving.py FOLDER
 
 Makes a Qwen3-30B-A3B cut to 8 layers in FOLDER, in block FP8 and GPTQ-Int4; serves both natively and compiled, a mix of
-them (16 FP8 and 112 Int4 experts in each layer) beside its parts, and, 24 layers deep, one with expert activity
+them (16 FP8 and 112 Int4 experts in each layer) beside its parts, and, 16 layers deep, one with expert activity
 counted beside one without. `mix` or `counted` after FOLDER asks for one of the last two alone. Prints tokens a second
 with CUDA graphs, their ratio to those of the first line (the median of the ratios of each turn, and the smallest and
 the largest), seconds to load, and the bytes of the weights on the GPU.
@@ -73,11 +73,13 @@ class Served:
     def wait(self) -> None:
         self._line("ready")
 
-    def turn(self) -> None:
+    def turn(self) -> dict[str, float]:
+        """Tokens a second."""
         assert self._process.stdin is not None
         self._process.stdin.write("again\n")
         self._process.stdin.flush()
-        self._line("measured")
+        rates: dict[str, float] = json.loads(self._line("measured").partition(" ")[2])
+        return rates
 
     def end(self) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -95,18 +97,17 @@ def compare(engines: Sequence[tuple[str, Path, dict[str, str]]], dtype: str, tur
     ]
     for one in served:
         one.wait()
+    measured: list[list[dict[str, float]]] = [[] for _ in served]
     for number in range(turns):
-        for one in served[:: -1 if number % 2 else 1]:
-            one.turn()
-    results = [one.end() for one in served]
-    for (name, path, _), result in zip(engines, results, strict=True):
-        shown = []
-        for what in result["speed"][0]:
-            rates = [turn[what] for turn in result["speed"]]
-            ratios = sorted(a / b[what] for a, b in zip(rates, results[0]["speed"], strict=True))
-            middle = statistics.median(ratios)
-            shown.append(f"{what} {statistics.median(rates):7.0f} ({middle:.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f})")
-        print(f"{name:14s} {dtype:9s} {'  '.join(shown)}  load {result['startup']['load_weight']:.2f} s", flush=True)
+        order = range(len(served))
+        for each in order[:: -1 if number % 2 else 1]:
+            measured[each].append(served[each].turn())
+        for (name, _, _), rates in zip(engines, measured, strict=True):
+            print(f"turn {number}: {name:14s} {_shown(rates[-1:], measured[0][-1:])}", flush=True)
+    for (name, path, _), rates, one in zip(engines, measured, served, strict=True):
+        result = one.end()
+        loaded = f"load {result['startup']['load_weight']:.2f} s"
+        print(f"{name:14s} {dtype:9s} {_shown(rates, measured[0])}  {loaded}", flush=True)
         if result["memory"]:
             modules = json.loads((path / "mixprec_manifest.json").read_text())["modules"].values()
             stored: Counter[str] = Counter()
@@ -120,6 +121,17 @@ def compare(engines: Sequence[tuple[str, Path, dict[str, str]]], dtype: str, tur
                 f"{'':24s} weights on the GPU {held / 2**20:.1f} MB, {held / stored.total():.4f} of the manifest's, "
                 f"{held / (stored.total() - freed):.4f} without GPTQ's zero points and g_idx"
             )
+
+
+def _shown(rates: Sequence[dict[str, float]], first: Sequence[dict[str, float]]) -> str:
+    """Medians, and of the ratios to the same turns of the ``first`` engine the median, the least and the greatest."""
+    shown = []
+    for what in rates[0]:
+        ratios = sorted(a[what] / b[what] for a, b in zip(rates, first, strict=True))
+        spread = f", {ratios[0]:.3f} to {ratios[-1]:.3f}" if len(ratios) > 1 else ""
+        middle = statistics.median(rate[what] for rate in rates)
+        shown.append(f"{what} {middle:7.0f} ({statistics.median(ratios):.3f}{spread})")
+    return "  ".join(shown)
 
 
 def main() -> None:
@@ -136,7 +148,7 @@ def main() -> None:
     if only != ["mix"]:
         # Deep enough that the GPU, and not the host, is what decoding waits for.
         deep = folder / "deep"
-        mix = build(deep, write_sources(deep / "sources", SHAPE.of(layers=24), ["fp8_block", "gptq_int4"]), "mix")
+        mix = build(deep, write_sources(deep / "sources", SHAPE.of(layers=16), ["fp8_block", "gptq_int4"]), "mix")
         counted = {"MIXPREC_EXPERT_ACTIVITY": "1"}
         compare([("mix", mix, none), ("mix, counted", mix, counted)], "bfloat16", turns=12)
 
