@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple, NoReturn
@@ -31,6 +32,7 @@ __all__ = [
     "pread_into",
     "read_header",
     "read_regular",
+    "source_errors",
 ]
 
 DTYPE_BITS: Mapping[str, int] = {
@@ -59,16 +61,29 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
 
+@contextmanager
+def source_errors(path: Path) -> Iterator[None]:
+    """What the system says of a file that is read, as :class:`SourceError` with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"cannot read it: {error.strerror}", path=path) from error
+
+
 def open_regular(path: Path) -> int:
     """Opens a regular file for reading; a FIFO, device or folder is refused instead of waited for."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise SourceError(f"cannot open it: {error.strerror}", path=path) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    try:
+        with source_errors(path):
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
         raise SourceError("not a regular file", path=path)
-    return fd
+    except SourceError:
+        os.close(fd)
+        raise
 
 
 def pread_all(fd: int, length: int, offset: int) -> bytes:
@@ -95,25 +110,25 @@ def read_header(path: Path) -> tuple[bytes, int]:
         SourceError: it is no regular file, or none of safetensors.
     """
     fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        return pread_all(fd, 8 + header_length(pread_all(fd, 8, 0), path=path, file_size=size), 0), size
-    finally:
-        os.close(fd)
+    with source_errors(path):
+        try:
+            size = os.fstat(fd).st_size
+            return pread_all(fd, 8 + header_length(pread_all(fd, 8, 0), path=path, file_size=size), 0), size
+        finally:
+            os.close(fd)
 
 
 def read_regular(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:
     """A whole small file. Raises :class:`SourceError`, also for what would never end or is larger than ``limit``."""
     fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
-        return pread_all(fd, size, 0)
-    except OSError as error:
-        raise SourceError(f"cannot read it: {error.strerror}", path=path) from error
-    finally:
-        os.close(fd)
+    with source_errors(path):
+        try:
+            size = os.fstat(fd).st_size
+            if size > limit:
+                raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
+            return pread_all(fd, size, 0)
+        finally:
+            os.close(fd)
 
 
 def inside(folder: Path, name: str) -> Path:
