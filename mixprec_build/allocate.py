@@ -18,10 +18,9 @@ from .checkpoint import ValueReader
 from .distortion import Distortion, DistortionCache, Moments, measure
 from .errors import BudgetError, RecipeError, RefusedError, SourceError, StatsError
 from .folding import Folding
-from .formats.base import Format
 from .formats.registry import ALIASES
 from .knapsack import Frontier, Solution, frontier, solve
-from .model import Role, fused_groups, is_expert, layer_of, projection_of
+from .model import Role, fused_groups, is_expert, place_of
 from .objective import Objective
 from .patterns import Pattern, PatternError, compress
 from .plan import Plan, PlannedModule, make_plan, plan_modules
@@ -246,8 +245,9 @@ class _Choices:
             names = some(compress(members))
             raise RefusedError([f"{names}: no source has it as SGLang could serve it; {'; '.join(reasons)}"])
         reason = "no other source can give it: " + "; ".join(reasons) if len(options) == 1 and reasons else ""
-        column = projection_of(name) if not is_expert(name) else "experts"
-        return Group(name, members, column, layer_of(name), tuple(options), tuple(range(len(options))), reason)
+        layer, column = place_of(name)
+        column = "experts" if is_expert(name) else column
+        return Group(name, members, column, layer, tuple(options), tuple(range(len(options))), reason)
 
     # Pins and floors
 
@@ -286,7 +286,7 @@ class _Choices:
     def reference(self, name: str) -> Source:
         """The unquantized source of a module, the base's default before others; else the one of the most bits."""
         default = self.sources.by_name[self.recipe.default]
-        holders = [s for s in (default, *self.sources.by_name.values()) if isinstance(s.formats.get(name), Format)]
+        holders = [s for s in (default, *self.sources.by_name.values()) if s.known_format(name) is not None]
         return max(holders, key=lambda source: min(16, _bits(source.format_of(name).kind)))
 
 

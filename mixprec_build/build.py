@@ -6,12 +6,14 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .copier import Progress
 from .plan import Plan, make_plan
 from .recipe import load_recipe
 from .sources import open_sources
-from .write import check_output, fetch, write
+
+if TYPE_CHECKING:
+    from .copier import Progress
 
 __all__ = ["plan_recipe", "run_plan"]
 
@@ -47,6 +49,8 @@ def run_plan(
     Raises:
         OutputError, SourceError, RefusedError, WriteError: see their docstrings.
     """
+    from .write import check_output, fetch, write
+
     check_output(plan, out, force=force)
     away = [
         source

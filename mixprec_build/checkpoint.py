@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from sys import intern
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import xxhash
 
@@ -130,8 +131,7 @@ class LocalFolder:
         return {name: inside(self.folder, name) for name in names}
 
 
-@dataclass(frozen=True, slots=True)
-class StoredModule:
+class StoredModule(NamedTuple):
     """The tensors of one module, by the last word of their names (``""`` for a bare parameter)."""
 
     name: str
@@ -299,11 +299,12 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
             index = {name: shard for name, shard in index.items() if shard in storage.files}
         _check_index(index, tensors, f"{location}/{INDEX}")
 
-    parts: dict[str, dict[str, TensorInfo]] = {}
-    for tensor in tensors.values():
-        _check_name(tensor, location)
-        module, leaf = split_name(tensor.name)
-        parts.setdefault(module, {})[leaf] = tensor
+    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable() or _NOT_IN_NAMES.search(name):
+            raise _bad_name(tensor, location)
+        module, leaf = split_name(name)
+        parts[module][leaf] = tensor
     modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
     return Checkpoint(location, storage, config, quantization, quantization_file, tensors, shards, modules, absent)
 
@@ -427,19 +428,19 @@ class _HeaderReader:
         return first[:end]
 
 
-def _check_name(tensor: TensorInfo, location: str) -> None:
+def _bad_name(tensor: TensorInfo, location: str) -> SourceError:
     name, path = tensor.name, f"{location}/{tensor.file}"
     if len(name) > MAX_NAME:
-        raise SourceError(f"tensor name {name[:MAX_NAME]!r}... is longer than any model's", path=path)
-    if not name or not name.isprintable() or _NOT_IN_NAMES.search(name):
-        raise SourceError(f"tensor name {name!r} has characters no model uses", path=path)
+        return SourceError(f"tensor name {name[:MAX_NAME]!r}... is longer than any model's", path=path)
+    return SourceError(f"tensor name {name!r} has characters no model uses", path=path)
 
 
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: str) -> None:
     for name, shard in index.items():
-        if name not in tensors:
+        tensor = tensors.get(name)
+        if tensor is None:
             raise SourceError(f"lists {name!r} in {shard}, which does not hold it", path=path)
-        if tensors[name].file != shard:
-            raise SourceError(f"lists {name!r} in {shard}, but it is in {tensors[name].file}", path=path)
-    for name in tensors.keys() - index.keys():
+        if tensor.file != shard:
+            raise SourceError(f"lists {name!r} in {shard}, but it is in {tensor.file}", path=path)
+    for name in tensors.keys() - index.keys() if len(tensors) > len(index) else ():
         raise SourceError(f"does not list {name!r}, which {tensors[name].file} holds", path=path)

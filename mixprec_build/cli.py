@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -397,7 +398,13 @@ def _plan(recipe: Path, allow: list[Allowed], link: bool, layout: Layout | None 
     from .build import plan_recipe
 
     wanted = None if layout is None else layout.value
-    return plan_recipe(recipe, allow_unservable=Allowed.UNSERVABLE in allow, link=link, layout=wanted)
+    gc.disable()
+    try:
+        plan = plan_recipe(recipe, allow_unservable=Allowed.UNSERVABLE in allow, link=link, layout=wanted)
+        gc.freeze()  # its million objects stay until the end, and need not be searched for garbage, at exit neither
+    finally:
+        gc.enable()
+    return plan
 
 
 def _show_plan_notes(plan: Plan, quiet: bool) -> None:

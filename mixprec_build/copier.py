@@ -20,7 +20,7 @@ from pathlib import Path
 import xxhash
 
 from .errors import SourceError, WriteError
-from .header import open_regular, pread_all, pread_into
+from .header import open_regular, pread_all, pread_into, source_errors
 from .plan import Plan, PlannedShard, PlannedTensor
 from .stage import Stage
 
@@ -95,7 +95,8 @@ class Copier:
 
     def _close_unfinished(self) -> None:
         for fd in self._unfinished:
-            os.close(fd)
+            with suppress(OSError):  # what is in them is thrown away, and an error is told already
+                os.close(fd)
 
     @contextmanager
     def _source(self, key: tuple[str, str], path: Path) -> Iterator[int]:
@@ -104,18 +105,21 @@ class Copier:
         shard = checkpoint.shards[key[1]]
         fd = open_regular(path)
         try:
-            before = os.fstat(fd)
-            header = _read_start(fd, shard.header_bytes, path)
+            with source_errors(path):
+                before = os.fstat(fd)
+                header = pread_all(fd, shard.header_bytes, 0)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             same = before.st_size == shard.size and shard.modified in (None, before.st_mtime_ns)
             if not same or xxhash.xxh3_128_hexdigest(header) != shard.header_checksum:
                 raise SourceError("changed since it was planned; start again", path=path)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield fd
-            after = os.fstat(fd)
+            with source_errors(path):
+                after = os.fstat(fd)
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise SourceError("changed while it was copied; start again", path=path)
         finally:
-            os.close(fd)
+            with source_errors(path):
+                os.close(fd)
 
     def _batches(self) -> Iterator[_Batch]:
         """All batches, shard by shard; a shard's file is created when its first batch is due."""
@@ -148,12 +152,18 @@ class Copier:
     def _key(self, shard: PlannedShard) -> str:
         """Stands for all that a shard's bytes depend on: its header, and the ranges and states of its sources."""
         digest = xxhash.xxh3_128(shard.header)
+        states = {key: self._state(*key) for key in dict.fromkeys((t.source, t.info.file) for t in shard.tensors)}
         for tensor in shard.tensors:
-            state = os.fstat(self._sources[tensor.source, tensor.info.file])
-            checksum = self._plan.sources.by_name[tensor.source].checkpoint.shards[tensor.info.file].header_checksum
-            origin = (checksum, state.st_size, state.st_mtime_ns, tensor.info.start, shard.link is None)
+            state = states[tensor.source, tensor.info.file]
+            origin = (*state, tensor.info.start, shard.link is None)
             digest.update(repr((tensor.source, tensor.info.file, *origin)).encode())
         return digest.hexdigest()
+
+    def _state(self, source: str, file: str) -> tuple[str, int, int]:
+        with source_errors(self._paths[source, file]):
+            state = os.fstat(self._sources[source, file])
+        checksum = self._plan.sources.by_name[source].checkpoint.shards[file].header_checksum
+        return checksum, state.st_size, state.st_mtime_ns
 
     def _take_over(self, shard: PlannedShard) -> None:
         checksums = self._stage.finished[shard.file].checksums
@@ -168,10 +178,12 @@ class Copier:
             source, file = shard.link
             data_start = self._plan.sources.by_name[source].checkpoint.shards[file].header_bytes
             if _link(self._paths[shard.link], path):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                with write_errors(path):
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._unfinished.add(fd)
                 return _Output(shard, path, fd), False, data_start
-            header = _read_start(self._sources[shard.link], data_start, self._paths[shard.link])
+            with source_errors(self._paths[shard.link]):
+                header = pread_all(self._sources[shard.link], data_start, 0)
         else:
             header = shard.header
         with write_errors(path):
@@ -249,23 +261,15 @@ class Copier:
             if last:
                 self._unfinished.discard(output.fd)
         if last:
-            try:
-                with write_errors(output.path):
+            with write_errors(output.path):
+                try:
                     os.fsync(output.fd)
-            finally:
-                os.close(output.fd)
+                finally:
+                    os.close(output.fd)
             file = output.shard.file
             checksums = {t.info.name: self._checksums[t.source, t.info.name] for t in output.shard.tensors}
             with self._lock, write_errors(self._stage.folder):
                 self._stage.record(file, self._keys[file], checksums)
-
-
-def _read_start(fd: int, length: int, path: Path) -> bytes:
-    """The first bytes of a source file."""
-    try:
-        return pread_all(fd, length, 0)
-    except OSError as error:
-        raise SourceError(f"cannot read it: {error.strerror}", path=path) from error
 
 
 def _link(source: Path, target: Path) -> bool:

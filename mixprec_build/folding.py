@@ -19,14 +19,13 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from .formats.base import Format
 from .model import fused_groups, layer_prefix, norms_before, scaled_before
 from .patterns import compress
 from .servable import Mend, Problems, can_give, origin
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .checkpoint import StoredModule, ValueReader
     from .plan import PlannedModule
     from .sources import Source, Sources
@@ -43,13 +42,15 @@ class Folding:
 
     def __init__(self, modules: Iterable[str], sources: Sources, reader: ValueReader):
         self._sources, self._reader = sources, reader
-        names = dict.fromkeys(modules)
+        names = list(modules)
+        norms = {name for name in names if name.endswith("norm")}
         self.fed: dict[str, list[str]] = {}
         """Norm -> the modules that it feeds."""
         for name in names:
-            norm = next((norm for norm in norms_before(name) if norm in names), None)
-            if norm is not None:
-                self.fed.setdefault(norm, []).append(name)
+            for norm in norms_before(name):
+                if norm in norms:
+                    self.fed.setdefault(norm, []).append(name)
+                    break
         self._differ: dict[tuple[str, str, str], bool] = {}
         self._apart: dict[tuple[str, str], bool] = {}
 
@@ -57,9 +58,7 @@ class Folding:
     def _folding(self) -> frozenset[str]:
         """Sources in formats whose quantizers fold."""
         return frozenset(
-            source.name
-            for source in self._sources.by_name.values()
-            if any(isinstance(fmt, Format) and fmt.folds for fmt in source.formats.values())
+            source.name for source in self._sources.by_name.values() if any(fmt.folds for fmt in source.held)
         )
 
     def between(self, a: str, b: str) -> bool:
@@ -68,8 +67,12 @@ class Folding:
 
     def differ(self, norm: str, a: str, b: str) -> bool:
         """Whether two sources hold different values of a norm; False where one has it not, or not at hand."""
+        if a == b:
+            return False
         key = (norm, min(a, b), max(a, b))
-        if a != b and key not in self._differ:
+        if key not in self._differ:
+            import numpy as np
+
             values = [self._values(norm, self._sources.by_name[name]) for name in (a, b)]
             # One rounding to FP16 or BF16 lies between releases of one model, no more.
             self._differ[key] = (
@@ -77,14 +80,14 @@ class Folding:
                 and values[1] is not None
                 and not np.allclose(values[0], values[1], rtol=2**-7, atol=1e-6)
             )
-        return a != b and self._differ[key]
+        return self._differ[key]
 
     def _values(self, norm: str, source: Source) -> np.ndarray | None:
         module: StoredModule | None = source.module(norm)
         if module is None or "weight" not in module.tensors:
             return None
         values = self._reader.read(source.name, module.tensors["weight"])
-        return None if values is None else values.astype(np.float32)
+        return None if values is None else values.astype("float32")
 
     def _are_apart(self, a: str, b: str) -> bool:
         """Whether one of two sources has folded scales that the other has not, anywhere."""
@@ -105,6 +108,8 @@ class Folding:
 
     def check(self, modules: Mapping[str, PlannedModule], problems: Problems) -> None:
         """Adds to ``problems`` what would lose scales, or apply them twice."""
+        if not self._folding:
+            return
         for norm, names in self.fed.items():
             if norm in modules:
                 self._check_norm(modules[norm], [modules[name] for name in names if name in modules], modules, problems)

@@ -20,10 +20,10 @@ __all__ = [
     "fused_groups",
     "is_expert",
     "joined_groups",
-    "layer_of",
     "layer_prefix",
     "norms_before",
-    "projection_of",
+    "place_of",
+    "role_by_name",
     "role_of",
     "scaled_before",
 ]
@@ -83,10 +83,9 @@ class Role(Enum):
     NORM = "norm"
     PARAMETER = "parameter"
 
-    @property
-    def never_quantized(self) -> bool:
+    def __init__(self, word: str):
+        self.never_quantized = word in ("router", "norm", "parameter")
         """Globs that map whole layers to a quantized source do not mean these."""
-        return self in (Role.ROUTER, Role.NORM, Role.PARAMETER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +116,11 @@ class Model:
 
 def role_of(name: str, shape: tuple[int, ...], leaves: Iterable[str]) -> Role:
     """The role of the module ``name``, whose weight has ``shape`` and whose tensors are ``leaves``."""
+    return role_by_name(name) or (Role.PARAMETER if len(shape) < 2 or "" in leaves else Role.LINEAR)
+
+
+def role_by_name(name: str) -> Role | None:
+    """The role of the module ``name``, where the name says it."""
     last = name.rpartition(".")[2]
     if _EXPERT.fullmatch(name):
         return Role.EXPERT
@@ -126,9 +130,7 @@ def role_of(name: str, shape: tuple[int, ...], leaves: Iterable[str]) -> Role:
         return Role.HEAD
     if last in _ROUTERS:
         return Role.ROUTER
-    if last.endswith(("norm", "layernorm")):
-        return Role.NORM
-    return Role.PARAMETER if len(shape) < 2 or "" in leaves else Role.LINEAR
+    return Role.NORM if last.endswith("norm") else None
 
 
 def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
@@ -175,10 +177,13 @@ def is_expert(group: str) -> bool:
     return re.search(r"\.experts\.\d+$", group) is not None
 
 
-def layer_of(name: str) -> int | None:
-    """The first number between dots: the decoder layer."""
+def place_of(name: str) -> tuple[int | None, str]:
+    """A module's row and column in a layer map: its decoder layer, which is the first number between dots, and its
+    name within the layer, experts folded into one."""
     found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    layer, inner = (int(found[1]), name[found.end() :]) if found else (None, name)
+    within = ".experts." in inner or inner.startswith("experts.")
+    return layer, "experts" if within and _EXPERT.fullmatch(name) else inner
 
 
 def layer_prefix(name: str) -> str:
@@ -192,18 +197,12 @@ def norms_before(name: str) -> tuple[str, ...]:
     parent, _, last = name.rpartition(".")
     if last in _BESIDE:
         return (f"{parent}.{_BESIDE[last]}",)
-    prefix = layer_prefix(name)
-    return tuple(f"{prefix}{norm}" for norm in _IN_LAYER.get(last, ())) if prefix else ()
+    norms = _IN_LAYER.get(last, ())
+    prefix = layer_prefix(name) if norms else ""
+    return tuple([prefix + norm for norm in norms]) if prefix else ()
 
 
 def scaled_before(name: str) -> str | None:
     """The linear that a scaling of this linear's inputs can be folded into."""
     parent, _, last = name.rpartition(".")
     return f"{parent}.{_LINEAR_BEFORE[last]}" if last in _LINEAR_BEFORE else None
-
-
-def projection_of(name: str) -> str:
-    """A module's column in a layer map: its name within the layer, experts folded into one."""
-    found = _LAYER.search(name)
-    inner = name[found.end() :] if found else name
-    return "experts" if ".experts." in f".{inner}" and _EXPERT.fullmatch(name) else inner

@@ -259,12 +259,16 @@ def _walk(segments: Sequence[Sequence[Mapping[int, set[str]]]], name: str) -> bo
 
 def natural_key(name: str) -> str:
     """Sort key that puts ``layers.2`` before ``layers.10``: numbers go by their length, then by their digits."""
-    parts = _NUMBER.split(name)
+    return ".".join(map(_word_key, name.split(".")))
+
+
+@lru_cache(maxsize=4096)
+def _word_key(word: str) -> str:
+    parts = _NUMBER.split(word)
     parts[1::2] = map(_number_key, parts[1::2])
     return "".join(parts)
 
 
-@lru_cache(maxsize=4096)
 def _number_key(number: str) -> str:
     digits = number.lstrip("0") or "0"
     # The length as one character, below all that names are made of; leading zeros make 07 differ from 7.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
+from typing import NamedTuple
 
 from .checkpoint import StoredModule, ValueReader, split_name
 from .errors import RecipeError, RefusedError, SplitError
@@ -14,7 +16,7 @@ from .folding import Folding
 from .formats.base import Format
 from .formats.registry import ALIASES
 from .header import TensorInfo, build_header
-from .model import FAMILIES, Role, role_of
+from .model import FAMILIES, Role, role_by_name, role_of
 from .patterns import compress, natural_key
 from .presplit import Degree, Splitter
 from .recipe import Recipe, Rule
@@ -24,16 +26,14 @@ from .sources import Source, Sources
 __all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan", "plan_modules"]
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
+class PlannedTensor(NamedTuple):
     """A tensor of the output: ``info`` is where its bytes lie in ``source``."""
 
     source: str
     info: TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedModule:
+class PlannedModule(NamedTuple):
     """A module of the output. ``rule`` is the recipe line that chose its source, None for the default.
 
     ``follows`` marks norms and routers that come along with the modules that a norm feeds.
@@ -54,7 +54,7 @@ class PlannedModule:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+        return sum([tensor.info.nbytes for tensor in self.tensors.values()])
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,11 @@ class PlannedShard:
     @cached_property
     def header(self) -> bytes:
         """All before the data section, for a shard that is not linked."""
-        infos = (tensor.info for tensor in self.tensors)
-        return build_header((info.name, info.dtype, info.shape, info.nbytes) for info in infos)
+        return build_header((*tensor.info[:3], tensor.info.nbytes) for tensor in self.tensors)
 
     @property
     def data_bytes(self) -> int:
-        return sum(tensor.info.nbytes for tensor in self.tensors)
+        return sum([tensor.info.nbytes for tensor in self.tensors])
 
     def file_bytes(self, sources: Sources) -> int:
         """The size of the file, header included."""
@@ -147,10 +146,10 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
         raise RefusedError([p.text for p in found])
-    stored = {name: (module.format, module.stored) for name, module in modules.items()}
-    planner.notes += half_only(stored, sources.model.config)
+    quantized = {name: (m.format, m.stored) for name, m in modules.items() if m.format.quantized}
+    planner.notes += half_only(quantized, sources.model.config)
     presplit = {}
-    for splitter, nbytes in _splitters(recipe, sources, stored):
+    for splitter, nbytes in _splitters(recipe, sources, modules):
         presplit[str(splitter.degree)] = nbytes
         planner.notes += splitter.remarks()
     return Plan(
@@ -167,9 +166,10 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
 
 
 def _splitters(
-    recipe: Recipe, sources: Sources, stored: Mapping[str, tuple[Format, StoredModule]]
+    recipe: Recipe, sources: Sources, modules: Mapping[str, PlannedModule]
 ) -> Iterator[tuple[Splitter, int]]:
     """The cuts that a recipe asks for, and the bytes of each."""
+    stored = {name: (module.format, module.stored) for name, module in modules.items()} if recipe.tp else {}
     for tp in recipe.tp:
         try:
             splitter = Splitter(stored, sources.model.config, Degree(tp))
@@ -204,6 +204,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, sources: Sources):
         self.recipe, self.sources = recipe, sources
         self.default = sources.by_name[recipe.default]
+        self.default_first = [self.default, *sources.by_name.values()]
         self.problems = Problems(recipe)
         self.notes: list[str] = []
         self.sources_of_rules = [sources.resolve(rule.source, recipe, rule.line) for rule in recipe.rules]
@@ -231,7 +232,7 @@ class _Planner:
         names = sorted({*self.default.checkpoint.modules, *exact}, key=natural_key)
         globs = [(i, rule.pattern) for i, rule in enumerate(self.recipe.rules) if not rule.pattern.exact]
         hits = {name: [i for i, pattern in globs if pattern.matches(name)] for name in names}
-        self.roles = {name: self._role(name) for name in names}
+        self.roles = {name: role_by_name(name) or self._role(name) for name in names}
         fixed = {name for name, role in self.roles.items() if role.never_quantized}
         # A glob that covers nothing but norms, routers and the like means them; another one does not.
         means_fixed = {i for i, _ in globs} - {i for name in names if name not in fixed for i in hits[name]}
@@ -242,9 +243,9 @@ class _Planner:
                     f"{self.recipe.rules[i]} covers only tensors that are never quantized (norms, routers, "
                     f"parameters): {covered} are copied as they are there"
                 )
-        for name in names:
-            self.matched.update(hits[name])
-            candidates = [i for i in hits[name] if name not in fixed or i in means_fixed]
+        self.matched.update(chain.from_iterable(hits.values()))
+        for name, found in hits.items():
+            candidates = [i for i in found if i in means_fixed] if name in fixed else found
             winner = exact.get(name, candidates[-1] if candidates else None)
             if winner is not None:
                 self.won[winner] += 1
@@ -292,9 +293,9 @@ class _Planner:
         return RecipeError(message, path=self.recipe.path, line=rule.line)
 
     def _role(self, name: str) -> Role:
-        for source in (self.default, *self.sources.by_name.values()):
-            fmt = source.formats.get(name)
-            if isinstance(fmt, Format):
+        for source in self.default_first:
+            fmt = source.known_format(name)
+            if fmt is not None:
                 stored = source.checkpoint.modules[name]
                 return role_of(name, fmt.shape(stored), stored.tensors)
         return role_of(name, (0, 0), ())
@@ -334,8 +335,8 @@ class _Planner:
     def _move(self, names: Iterable[str], source: str | None, moved: dict[str, list[str]]) -> None:
         for name in names if source is not None else ():
             assert source is not None
-            fmt = self.sources.by_name[source].formats.get(name)
-            if isinstance(fmt, Format) and not fmt.quantized:
+            fmt = self.sources.by_name[source].known_format(name)
+            if fmt is not None and not fmt.quantized:
                 self.chosen[name] = (self.sources.by_name[source], None)
                 self.followers.add(name)
                 moved.setdefault(source, []).append(name)
@@ -353,23 +354,22 @@ class _Planner:
                 missing.setdefault((source.name, winner), []).append(name)
                 continue
             fmt = source.format_of(name)
+            shape = fmt.shape(stored)
             rule = None if winner is None else self.recipe.rules[winner]
             if rule is not None and winner is not None and not self.roles[name].never_quantized:
                 asked = ALIASES.get(rule.source, frozenset())
                 if asked and fmt.kind not in asked:
                     downgraded.setdefault((fmt.kind, winner), []).append(name)
-            tensors = {leaf: PlannedTensor(source.name, info) for leaf, info in sorted(stored.tensors.items())}
-            base = self.default.module(name)
+            tensors = {leaf: PlannedTensor(source.name, stored.tensors[leaf]) for leaf in sorted(stored.tensors)}
+            base = stored if source is self.default else self.default.module(name)
             if base is not None and base is not stored:
-                due = self._shape_clash(name, fmt.shape(stored))
+                due = self._shape_clash(name, shape)
                 if due is not None:
-                    clashes.setdefault((due, fmt.shape(stored), source.name), []).append(name)
+                    clashes.setdefault((due, shape, source.name), []).append(name)
                 if "bias" in base.tensors and "bias" not in tensors and "" not in tensors:
                     tensors["bias"] = PlannedTensor(self.default.name, base.tensors["bias"])
             follows = name in self.followers
-            modules[name] = PlannedModule(
-                name, self.roles[name], fmt, source.name, rule, fmt.shape(stored), tensors, follows
-            )
+            modules[name] = PlannedModule(name, self.roles[name], fmt, source.name, rule, shape, tensors, follows)
         for (source_name, winner), names in missing.items():
             self._report_missing(source_name, None if winner is None else self.recipe.rules[winner], names)
         for (due, shape, source_name), names in clashes.items():
@@ -387,8 +387,8 @@ class _Planner:
 
     def _shape_clash(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape a module has in the default source, where it is another one."""
-        base = self.default.formats[name]
-        due = base.shape(self.default.checkpoint.modules[name]) if isinstance(base, Format) else shape
+        base = self.default.known_format(name)
+        due = base.shape(self.default.checkpoint.modules[name]) if base is not None else shape
         return due if due != shape else None
 
     def _report_missing(self, source_name: str, rule: Rule | None, names: list[str]) -> None:
@@ -412,9 +412,11 @@ class _Planner:
     def check_biases(self, modules: dict[str, PlannedModule], reader: ValueReader) -> None:
         """GPTQ packers write zero biases for linears that have none; such ones are left out."""
         for name, module in modules.items():
-            base = self.default.module(name)
             bias = module.tensors.get("bias")
-            if bias is None or base is None or "bias" in base.tensors or module.source == self.default.name:
+            if bias is None or module.source == self.default.name:
+                continue
+            base = self.default.module(name)
+            if base is None or "bias" in base.tensors:
                 continue
             values = reader.read(bias.source, bias.info)
             if values is not None and values.any():
@@ -425,7 +427,7 @@ class _Planner:
                 )
                 continue
             tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != "bias"}
-            modules[name] = replace(module, tensors=tensors)
+            modules[name] = module._replace(tensors=tensors)
             self.dropped_biases.add((bias.source, bias.info.name))
 
     # Accounts
@@ -440,11 +442,14 @@ class _Planner:
                 self.notes.append(f"{rule} never wins: later or exact lines decide all it matches")
 
     def left_out(self, modules: Mapping[str, PlannedModule]) -> Iterable[LeftOut]:
-        kept = {(t.source, t.info.name) for m in modules.values() for t in m.tensors.values()}
+        kept: dict[str, set[str]] = {name: set() for name in self.sources.by_name}
+        for module in modules.values():
+            for planned in module.tensors.values():
+                kept[planned.source].add(planned.info.name)
         for source in self.sources.by_name.values():
             groups: dict[str, list[TensorInfo]] = {}
-            for tensor in source.checkpoint.tensors.values():
-                if (source.name, tensor.name) not in kept:
+            for name, tensor in source.checkpoint.tensors.items():
+                if name not in kept[source.name]:
                     groups.setdefault(self._why_left_out(source, tensor, modules), []).append(tensor)
             for reason, tensors in groups.items():
                 names = {split_name(tensor.name)[0] for tensor in tensors}
@@ -478,10 +483,12 @@ def _lay_out(modules: Mapping[str, PlannedModule], shard_size: int, link: Source
     bins: list[list[PlannedTensor]] = []
     room = 0
     for module in modules.values():
-        tensors = [t for t in module.tensors.values() if (t.source, t.info.name) not in taken]
+        tensors = list(module.tensors.values())
+        if taken:
+            tensors = [t for t in tensors if (t.source, t.info.name) not in taken]
         if not tensors:
             continue
-        need = sum(tensor.info.nbytes for tensor in tensors)
+        need = sum([tensor.info.nbytes for tensor in tensors])
         if not bins or need > room:
             bins.append([])
             room = shard_size
@@ -500,8 +507,10 @@ def _aligned(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
     """Moves tensors of odd sizes to the end, wide dtypes first, so that each starts at a multiple of its dtype."""
 
     def odd(tensor: PlannedTensor) -> int:
-        nbytes, dtype = tensor.info.nbytes, tensor.info.dtype
-        return 0 if nbytes % 8 == 0 else 16 - {"F32": 4, "I32": 4, "U32": 4}.get(dtype, 2 if "16" in dtype else 1)
+        if tensor.info.nbytes % 8 == 0:
+            return 0
+        dtype = tensor.info.dtype
+        return 16 - {"F32": 4, "I32": 4, "U32": 4}.get(dtype, 2 if "16" in dtype else 1)
 
     return sorted(tensors, key=odd)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sized
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sized
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .formats.base import Format, FormatError
 from .manifest import CHECKSUM, MANIFEST, METHOD, layout_of, name_formats, read_manifest
-from .model import Role, layer_of, projection_of, role_of
+from .model import Role, place_of, role_of
 from .patterns import compress
 
 if TYPE_CHECKING:
@@ -43,10 +43,22 @@ _MAX_NAMES = 500
 _MAX_COLUMNS = 40
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A module as a report sees it. ``shape`` is that of the weight it stands for."""
+class _Module(Protocol):
+    """A module as a report sees it, planned or stored. ``shape`` is that of the weight it stands for."""
 
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def format(self) -> Format: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class _Stored(NamedTuple):
     name: str
     role: Role
     format: Format
@@ -59,20 +71,24 @@ class _Stored:
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """What ``mixprec plan --json`` prints."""
-    stored = [_Stored(m.name, m.role, m.format, m.shape, m.nbytes) for m in plan.modules.values()]
+    counts = Counter(module.source for module in plan.modules.values())
+    nbytes: Counter[str] = Counter()
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            nbytes[tensor.source] += tensor.info.nbytes
     sources = [
         {
             "name": name,
             "location": source.location,
             "commit": source.checkpoint.commit,
             "holds": sorted(source.holds),
-            "modules": sum(module.source == name for module in plan.modules.values()),
-            "bytes": sum(t.info.nbytes for shard in plan.shards for t in shard.tensors if t.source == name),
+            "modules": counts[name],
+            "bytes": nbytes[name],
         }
         for name, source in plan.sources.by_name.items()
     ]
     return {
-        **_facts(stored),
+        **_facts(plan.modules.values()),
         "file_bytes": sum(shard.file_bytes(plan.sources) for shard in plan.shards),
         "shards": len(plan.shards),
         "layout": plan.recipe.layout,
@@ -132,11 +148,10 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _facts(modules: Iterable[_Stored]) -> dict[str, Any]:
-    modules = list(modules)
-    by_format: dict[Format, list[_Stored]] = {}
+def _facts(modules: Collection[_Module]) -> dict[str, Any]:
+    by_format: dict[Format, list[_Module]] = defaultdict(list)
     for module in modules:
-        by_format.setdefault(module.format, []).append(module)
+        by_format[module.format].append(module)
     names = name_formats(by_format)
     formats: list[dict[str, Any]] = []
     for fmt, members in by_format.items():
@@ -166,14 +181,14 @@ def _facts(modules: Iterable[_Stored]) -> dict[str, Any]:
     }
 
 
-def _layer_map(modules: Iterable[_Stored], names: Mapping[Format, str]) -> list[dict[str, Any]]:
+def _layer_map(modules: Iterable[_Module], names: Mapping[Format, str]) -> list[dict[str, Any]]:
     """For each decoder layer, projection -> format name -> how many modules (experts count by expert)."""
-    layers: dict[int, dict[str, Counter[str]]] = {}
+    layers: dict[int, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for module in modules:
-        layer = layer_of(module.name)
-        if layer is None or module.role not in (Role.LINEAR, Role.EXPERT, Role.EMBEDDING, Role.HEAD):
+        layer, projection = place_of(module.name)
+        if layer is None or module.role.never_quantized:
             continue
-        column = layers.setdefault(layer, {}).setdefault(projection_of(module.name), Counter())
+        column = layers[layer][projection]
         # An expert is counted once, by its down projection.
         if module.role is not Role.EXPERT or module.name.endswith(("down_proj", "w2")):
             column[names[module.format]] += 1

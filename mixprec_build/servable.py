@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .formats.base import Format
 from .formats.registry import ALIASES
 from .header import TensorInfo
@@ -20,6 +18,8 @@ from .model import Role, expert_parts, fused_groups, is_expert
 from .patterns import compress
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .checkpoint import StoredModule, ValueReader
     from .folding import Folding
     from .plan import PlannedModule
@@ -121,11 +121,12 @@ def check_servable(
     problems: Problems,
 ) -> None:
     """Adds to ``problems`` all that SGLang's layers would not run as planned."""
-    for name, members in fused_groups(modules).items():
+    quantized = [module for module in modules.values() if module.format.quantized]
+    for name, members in fused_groups(modules if quantized else ()).items():
         parts = [modules[member] for member in members]
         if any(part.format.quantized for part in parts):
             _check_group(name, parts, sources, reader, problems)
-    for module in modules.values():
+    for module in quantized:
         _check_never_quantized(module, sources, problems)
     folding.check(modules, problems)
     check_same_weights(modules, sources, folding, problems)
@@ -236,8 +237,8 @@ def can_give(source: Source, modules: Iterable[PlannedModule]) -> bool:
 def gives(source: Source, modules: Iterable[str]) -> bool:
     """Whether a recipe may take all of ``modules`` from ``source``, as what the source's name says they are."""
     claimed = ALIASES.get(source.name)
-    formats = [source.formats.get(name) for name in modules]
-    return all(isinstance(fmt, Format) and (claimed is None or fmt.kind in claimed) for fmt in formats)
+    formats = [source.known_format(name) for name in modules]
+    return all(fmt is not None and (claimed is None or fmt.kind in claimed) for fmt in formats)
 
 
 def _check_never_quantized(module: PlannedModule, sources: Sources, problems: Problems) -> None:
@@ -251,9 +252,9 @@ def _check_never_quantized(module: PlannedModule, sources: Sources, problems: Pr
 
 def _role_limit(name: str, role: Role, fmt: Format) -> str | None:
     """Why SGLang has no place for a module in ``fmt``, whatever its shape."""
-    last = _last(name)
     if not fmt.quantized:
         return None
+    last = _last(name)
     if role in (Role.EMBEDDING, Role.HEAD, Role.ROUTER):
         return f"SGLang has no quantized {role.value}"
     if last == "kv_b_proj":

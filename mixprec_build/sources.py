@@ -35,19 +35,26 @@ class Source:
     checkpoint: Checkpoint
     formats: Mapping[str, Format | FormatError]
     model: Model
+    held: frozenset[Format]
+    """All that are read."""
     holds: frozenset[str]
     """Kinds of its quantized formats; of its unquantized ones where it has no others."""
 
     @classmethod
     def of(cls, name: str, checkpoint: Checkpoint, line: int = 0) -> Source:
         formats = detect(checkpoint)
-        held = {fmt for fmt in formats.values() if isinstance(fmt, Format)}
+        held = frozenset(fmt for fmt in {*formats.values()} if isinstance(fmt, Format))
         kinds = {fmt.kind for fmt in held if fmt.quantized} or {fmt.kind for fmt in held}
         model = Model.from_config(checkpoint.config)
-        return cls(name, checkpoint.location, line, checkpoint, formats, model, frozenset(kinds))
+        return cls(name, checkpoint.location, line, checkpoint, formats, model, held, frozenset(kinds))
 
     def module(self, name: str) -> StoredModule | None:
         return self.checkpoint.modules.get(name)
+
+    def known_format(self, name: str) -> Format | None:
+        """The format of a module; None where the source lacks the module, or its format is not read."""
+        found = self.formats.get(name)
+        return None if isinstance(found, FormatError) else found
 
     def format_of(self, name: str) -> Format:
         """Raises :class:`SourceError` for a module whose format is not read."""

@@ -85,7 +85,8 @@ class Stage:
                 else:
                     stage._drop_unfinished()
                     os.ftruncate(lock, 0)
-            os.close(lock)
+            with suppress(OSError):  # nothing was written through it that matters
+                os.close(lock)
 
     def record(self, shard: str, key: str, checksums: Mapping[str, str]) -> None:
         """Notes a shard as finished. Its data must have been synced."""

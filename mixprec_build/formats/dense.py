@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Dense"]
 
 _KINDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_LEAVES = {"", "weight", "bias"}
 _OTHER = {"F64", "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
 
@@ -41,7 +42,7 @@ class Dense(Format):
     @classmethod
     def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Dense | None:
         leaves = module.tensors.keys()
-        if not leaves <= {"", "weight", "bias"} or len(leaves & {"", "weight"}) > 1:
+        if not leaves <= _LEAVES or {"", "weight"} <= leaves:
             return None
         leaf = _leaf(leaves)
         dtype = module.tensors[leaf].dtype
@@ -61,7 +62,7 @@ class Dense(Format):
         return {"kind": self.kind}
 
     def check(self, module: StoredModule) -> None:
-        only_leaves(module, {"", "weight", "bias"}, self.kind)
+        only_leaves(module, _LEAVES, self.kind)
         weight, bias = module.tensors.get("weight"), module.tensors.get("bias")
         if weight is not None and weight.dtype != self.dtype:
             raise FormatError(f"{shape_text('weight', module)}: {self.dtype} was expected")

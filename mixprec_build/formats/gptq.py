@@ -60,7 +60,7 @@ class Gptq(Format):
     @property
     def fuses_as(self) -> object:
         # Symmetric kernels never look at the zero points, so their layout does not matter.
-        return replace(self, layout="gptq") if self.sym else self
+        return replace(self, layout="gptq") if self.sym and self.layout != "gptq" else self
 
     @property
     def pack(self) -> int:

@@ -51,25 +51,36 @@ _UNREAD: Sequence[tuple[str, Mapping[str, str]]] = (
 )
 _FP4 = "NVFP4", "MXFP4", "4-bit float"
 
+_BY_NAME = {"dynamic", "config_groups"}
+"""What tells modules apart by their names in a quantization_config."""
+
 
 def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
     """The format of each module of a checkpoint, or why it has none that is read: only used ones matter."""
+    quantization = checkpoint.quantization
+    method = quantization.get("quant_method")
     declaration = None
-    if checkpoint.quantization.get("quant_method") == METHOD:
+    if method == METHOD:
         try:
-            declaration = Declaration.from_json(checkpoint.quantization)
+            declaration = Declaration.from_json(quantization)
         except SourceError as error:
             raise SourceError(str(error), path=checkpoint.path_of(checkpoint.quantization_file)) from error
-    found: dict[str, Format | FormatError] = {}
+    names_matter = method in (METHOD, "mxfp4") or not quantization.keys().isdisjoint(_BY_NAME)
+    known: dict[object, Format | FormatError] = {}
+    found = {}
     for name, module in checkpoint.modules.items():
-        try:
-            if declaration is not None:
-                found[name] = fmt = declaration.format_of(name)
-                fmt.check(module)
-            else:
-                found[name] = recognise(module, checkpoint.quantization)
-        except FormatError as error:
-            found[name] = error.with_traceback(None)  # which would keep all that was at hand, for every module
+        # Where names do not matter, modules whose tensors are alike are looked at once: experts are, by thousands.
+        what = name if names_matter else tuple([(leaf, t.dtype, t.shape) for leaf, t in module.tensors.items()])
+        if what not in known:
+            try:
+                if declaration is None:
+                    known[what] = recognise(module, quantization)
+                else:
+                    known[what] = fmt = declaration.format_of(name)
+                    fmt.check(module)
+            except FormatError as error:
+                known[what] = error.with_traceback(None)  # which would keep all that was at hand, for every module
+        found[name] = known[what]
     return found
 
 

@@ -62,7 +62,7 @@ class Scaled(Format):
 
     @property
     def fuses_as(self) -> object:
-        return replace(self, scale="")  # one kernel, whatever the name
+        return replace(self, scale="") if self.scale else self  # one kernel, whatever the name
 
     @classmethod
     def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Self | None:

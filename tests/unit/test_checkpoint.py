@@ -486,13 +486,11 @@ def test_inspect_starts_light(tmp_path: Path) -> None:
 
 
 def test_inspect_takes_little_time(tmp_path: Path) -> None:
-    """CPU time, best of several, in seconds or, where all is slow, beside that of the command line alone."""
+    """CPU time beside that of the command line alone, each round in turn: a busy machine slows both of one round."""
     folder = str(write_tiny(tmp_path / "a", "int4"))
-    times, bare = [], []
-    for _ in range(5):
-        times.append(cpu_seconds("-m", "mixprec_build.cli", "inspect", folder))
-        bare.append(cpu_seconds("-m", "mixprec_build.cli", "--version"))
-    assert min(times) < max(0.3, 1.8 * min(bare))
+    command = ("-m", "mixprec_build.cli")
+    rounds = (cpu_seconds(*command, "inspect", folder) / cpu_seconds(*command, "--version") for _ in range(12))
+    assert any(ratio < 1.7 for ratio in rounds)
 
 
 def test_opening_reads_headers_only(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -370,6 +370,20 @@ def test_module_and_console_script_are_one(mix: Path) -> None:
     assert ended.returncode == 1 and ended.stderr.startswith("mixprec: ")
 
 
+def test_ctrl_c_while_modules_are_imported() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "from mixprec_build.__main__ import main\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 # Where a command is when the signal comes, and what it then says.

@@ -316,3 +316,21 @@ def test_mxfp4_of_gpt_oss_does_not_pass_for_a_buffer(leaf: str) -> None:
         FormatError, match=r"^stored as MXFP4 \(the tensor U8 \[32, 5760, 90, 16\]\), which this version"
     ):
         recognise(module, {"quant_method": "mxfp4"})
+
+
+def test_modules_stored_alike_are_told_apart_where_names_matter(tmp_path: Path) -> None:
+    words = torch.zeros(4, dtype=torch.uint8)
+    save_file({"mlp.gate_up_proj_blocks": words, "mlp.token_map": words.clone()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
+    found = detect(open_checkpoint(str(tmp_path)))
+    assert found["mlp.token_map"] == Dense("U8")
+    assert isinstance(found["mlp.gate_up_proj_blocks"], FormatError)
+
+
+def test_modules_stored_alike_share_one_format(tmp_path: Path) -> None:
+    weight = torch.zeros(4, 4)
+    tensors = {"a.weight": weight, "b.weight": weight.clone(), "c.weight": weight.clone(), "c.bias": torch.zeros(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    found = detect(open_checkpoint(str(tmp_path)))
+    assert found["a"] is found["b"] and found["a"] == found["c"] == Dense("F32")

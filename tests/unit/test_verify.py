@@ -452,6 +452,32 @@ def test_a_manifest_of_another_shape(out: Path, change: Callable[[dict[str, Any]
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("dtype", None, "TypeError('dtype is NoneType')"),
+        ("dtype", "x" * 5000, "ValueError('dtype has 5000 characters')"),
+        ("shape", "12", "TypeError('shape is str')"),
+        ("shape", [1, True], "ValueError('a shape holds more than whole numbers')"),
+        ("shape", [1, 2.0], "ValueError('a shape holds more than whole numbers')"),
+        ("bytes", "1", "TypeError('bytes is str')"),
+        ("bytes", -1, "ValueError('bytes is -1')"),
+        ("bytes", 1 << 63, f"ValueError('bytes is {1 << 63}')"),
+        ("file", 1, "TypeError('file is int')"),
+        ("source", ["x"], "TypeError('source is list')"),
+        ("xxh3_128", {}, "TypeError('xxh3_128 is dict')"),
+    ],
+)
+def test_a_manifest_with_another_field(out: Path, field: str, value: object, expected: str) -> None:
+    rewrite_manifest(out, lambda m: first_tensor(m).update({field: value}))
+    assert found(out) == f"{out / MANIFEST}: damaged: {expected}; build the checkpoint again"
+
+
+def test_a_manifest_without_a_field(out: Path) -> None:
+    rewrite_manifest(out, lambda m: first_tensor(m).pop("file"))
+    assert found(out) == f"{out / MANIFEST}: damaged: KeyError('file'); build the checkpoint again"
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         (lambda m: first_tensor(m).update(xxh3_128="0" * 32), "lm_head.weight in "),

@@ -596,6 +596,23 @@ def test_a_header_that_cannot_be_read_is_the_sources_fault(mix: Path, tmp_path: 
     assert listing(tmp_path) == {}
 
 
+@pytest.mark.parametrize("function", ["fstat", "close"])
+def test_an_error_beside_reads_and_writes_names_its_file(mix: Path, tmp_path: Path, function: str) -> None:
+    calls = count(mix, tmp_path / "counted" / "out", function)
+    plan = plan_recipe(mix)
+    named = 0
+    for nth in range(1, calls + 1, 3):
+        out = tmp_path / str(nth) / "out"
+        with Patch.context() as monkeypatch:
+            Fault(monkeypatch, function, errno.EIO, nth)
+            try:
+                run_plan(plan, out)
+            except MixprecError as error:
+                assert re.search(rf"({mix.parent}|{tmp_path})/[^:]+: .*{os.strerror(errno.EIO)}", str(error)), nth
+                named += 1
+    assert named > 4
+
+
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.EACCES, OutputError), (errno.EROFS, OutputError), (errno.ENOSPC, WriteError)]
 )
