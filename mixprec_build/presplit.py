@@ -94,8 +94,7 @@ class Share:
         return min(rank * self.held, self.whole), min((rank + 1) * self.held, self.whole)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A rectangle of a stored tensor, as rows and columns, and where it lies in a parameter.
 
     A vector is one column. ``at`` is ``(expert, row, column)``, the expert 0 in parameters of no experts. A piece that
@@ -369,10 +368,11 @@ class Splitter:
         for name in names:
             fmt, stored = self.modules[name]
             for leaf, tensor in stored.tensors.items():
-                held = out.setdefault(
-                    fmt.held_as(leaf),
-                    _Held(fmt.held_as(leaf), tensor.dtype, fmt.axes(leaf), fmt.filler(leaf), fmt.turned(leaf), []),
-                )
+                key = fmt.held_as(leaf)
+                held = out.get(key)
+                if held is None:
+                    held = _Held(key, tensor.dtype, fmt.axes(leaf), fmt.filler(leaf), fmt.turned(leaf), [])
+                    out[key] = held
                 held.tensors.append(tensor)
                 if held.dtype != tensor.dtype:
                     raise SplitError(
@@ -399,21 +399,10 @@ class _Held:
 
 def _stack(name: str, parts: Sequence[tuple[TensorInfo, _Cut]], held: _Held) -> Parameter:
     """Parts one after the other along their outputs."""
-    axes, shape = held.axes, list(parts[0][0].shape)
-    pieces, at = [], 0
-    for tensor, cut in parts:
-        ranges, room = _ranges(tensor.shape, axes, cut)
-        place = [0] * len(shape)
-        if axes.n is not None and shape:
-            place[axes.n.dim] = at
-            at += room[axes.n.dim]
-        for dim, size in enumerate(room):
-            shape[dim] = size
-        if all(stop > start for start, stop in ranges):
-            pieces.append(_piece(tensor, ranges, place))
-    if axes.n is not None and shape:
-        shape[axes.n.dim] = at
-    return Parameter(name, held.dtype, tuple(shape), tuple(pieces), held.filler)
+    tensors = [tensor for tensor, _ in parts]
+    places, shape = _places([tensor.shape for tensor in tensors], [cut for _, cut in parts], held.axes)
+    pieces = [Piece(tensors[i], rows, columns, (0, *at)) for i, rows, columns, at in places]
+    return Parameter(name, held.dtype, shape, tuple(pieces), held.filler)
 
 
 def _stack_experts(
@@ -434,17 +423,53 @@ def _stack_experts(
     cut = _Cut("", n=columns) if len(first) == 2 else _Cut("", k=columns)
     count = 1 if held.axes.n is None else len(first)
     pieces: list[Piece] = []
+    places: list[_Place] = []
+    shapes: list[tuple[int, ...]] = []
     shape: tuple[int, ...] = ()
     for expert, tensors in enumerate(experts):
-        one = _stack(name, [(tensor, cut) for tensor in tensors[-count:]], held)
-        shape = one.shape
-        for piece in one.pieces:
-            _, row, column = piece.at
-            at = (expert, column, row) if held.turned else (expert, row, column)
-            pieces.append(Piece(piece.tensor, piece.rows, piece.columns, at, held.turned))
+        tensors = tensors[-count:]
+        if shapes != [tensor.shape for tensor in tensors]:  # those of all experts are the same, as a rule
+            shapes = [tensor.shape for tensor in tensors]
+            places, shape = _places(shapes, [cut] * count, held.axes)
+        for i, down, across, place in places:
+            row, column = place[::-1] if held.turned else place
+            pieces.append(Piece(tensors[i], down, across, (expert, row, column), held.turned))
     if held.turned:
         shape = shape[::-1]
     return Parameter(name, held.dtype, (len(experts), *shape), tuple(pieces), held.filler, experts=True)
+
+
+class _Place(NamedTuple):
+    """What is taken of a part, by its number, and the row and column that it begins at in the whole."""
+
+    part: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    at: tuple[int, int]
+
+
+def _places(
+    shapes: Sequence[tuple[int, ...]], cuts: Sequence[_Cut], axes: Axes
+) -> tuple[list[_Place], tuple[int, ...]]:
+    """Where tensors of these ``shapes`` go, one after the other along their outputs, and the shape of the whole."""
+    shape = list(shapes[0])
+    places, at = [], 0
+    for part, (stored, cut) in enumerate(zip(shapes, cuts, strict=True)):
+        ranges, room = _ranges(stored, axes, cut)
+        place = [0] * len(shape)
+        if axes.n is not None and shape:
+            place[axes.n.dim] = at
+            at += room[axes.n.dim]
+        for dim, size in enumerate(room):
+            shape[dim] = size
+        if all(stop > start for start, stop in ranges):
+            rows, row = (ranges[0], place[0]) if ranges else ((0, 1), 0)
+            columns, column = (ranges[1], place[1]) if len(ranges) > 1 else ((0, 1), 0)
+            inner = prod(stored[2:])
+            places.append(_Place(part, rows, (columns[0] * inner, columns[1] * inner), (row, column * inner)))
+    if axes.n is not None and shape:
+        shape[axes.n.dim] = at
+    return places, tuple(shape)
 
 
 def _ranges(shape: Sequence[int], axes: Axes, cut: _Cut) -> tuple[list[tuple[int, int]], list[int]]:
@@ -456,10 +481,3 @@ def _ranges(shape: Sequence[int], axes: Axes, cut: _Cut) -> tuple[list[tuple[int
             ranges[axis.dim] = (start // axis.per, min(-(-stop // axis.per), shape[axis.dim]))
             held[axis.dim] = -(-room // axis.per)
     return ranges, held
-
-
-def _piece(tensor: TensorInfo, ranges: Sequence[tuple[int, int]], place: Sequence[int]) -> Piece:
-    rows, row = (ranges[0], place[0]) if ranges else ((0, 1), 0)
-    inner = prod(tensor.shape[2:])
-    columns, column = (ranges[1], place[1]) if len(ranges) > 1 else ((0, 1), 0)
-    return Piece(tensor, rows, (columns[0] * inner, columns[1] * inner), (0, row, column * inner))
