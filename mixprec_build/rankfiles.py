@@ -48,6 +48,7 @@ __all__ = [
     "FileReader",
     "RankIndex",
     "Reader",
+    "changed_headers",
     "checksum_on_disk",
     "contents",
     "fill",
@@ -390,6 +391,16 @@ def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
     if extra := tensors.keys() - index.parameters.keys():
         raise SourceError(f"{min(extra)} is not in its index; split the checkpoint again", path=index.folder)
     return tensors
+
+
+def changed_headers(index: RankIndex) -> list[Path]:
+    """The files that tell of other tensors than were written. Raises :class:`SourceError` where one has no header."""
+    changed = []
+    for file in sorted({str(entry["file"]) for entry in index.parameters.values()}):
+        data, _ = read_header(inside(index.folder, file))
+        if checksum_of(data) != index.files.get(file, {}).get("header"):
+            changed.append(index.folder / file)
+    return changed
 
 
 def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:

@@ -24,11 +24,10 @@ from . import __version__
 from .checkpoint import REST, Checkpoint
 from .copier import Progress, check_space, run_all, write_errors
 from .errors import InterruptedBuildError, OutputError, SourceError, SplitError, VerifyError
-from .header import TensorInfo, inside, read_header
+from .header import TensorInfo, inside
 from .manifest import (
     CHECKSUM,
     MANIFEST,
-    checksum_of,
     dump_manifest,
     layout_of,
     merged_files,
@@ -41,6 +40,7 @@ from .rankfiles import (
     INDEX,
     RankIndex,
     Reader,
+    changed_headers,
     checksum_on_disk,
     contents,
     finished,
@@ -401,10 +401,8 @@ def _differences_of(
         return
     if extra := {p.name for p in index.folder.iterdir()} - {INDEX, *(t.file for t in stored.values())}:
         yield f"{index.folder / min(extra)}: not in the index"
-    for file in dict.fromkeys(tensor.file for tensor in stored.values()):
-        header, _ = read_header(index.folder / file)
-        if file not in index.files or checksum_of(header) != index.files[file]["header"]:
-            yield f"{index.folder / file}: its header was changed"
+    for path in changed_headers(index):
+        yield f"{path}: its header was changed"
     due = {parameter.name: parameter for parameter in parameters or map(whole, stored.values())}
     for name in sorted(due.keys() ^ stored.keys()):
         yield f"{index.folder}: {name} is {'missing' if name in due else 'no parameter of this rank'}"

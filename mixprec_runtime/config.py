@@ -44,7 +44,7 @@ class MixPrecConfig(QuantizationConfig):
         self.declaration = declaration
         self.native = {fmt: NativeFormat(fmt) for fmt in declaration.formats.values()}
         self.padded: Mapping[str, tuple[int, int]] = {}
-        """What files cut for this rank have added to layers; see :func:`.loader.pad`."""
+        """The layers that zeros are added to on this rank; see :func:`.loader.pad`."""
         self._mapper: Any = None
         self._formats: dict[str, Format] | None = None
         self._experts: dict[str, dict[int, dict[str, Format]]] = {}

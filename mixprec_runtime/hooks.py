@@ -63,11 +63,12 @@ def initialize_model(
     folder, manifest = _manifest(model_config)
     _check_declared(quant_config.bind(manifest["modules"]), manifest)
     launch.check_arguments()
-    held = loader.holdings(folder, manifest, merged=load_config.load_format == "auto")
+    local = Path(model_config.model_path).is_dir()  # what is on the hub is fetched later
+    held = loader.holdings(folder, manifest, merged=local and load_config.load_format == "auto")
     if held is not None:
         quant_config.padded = held.padded
-    elif Path(model_config.model_path).is_dir() or layout_of(manifest) == "presplit":
-        # Those on the hub are fetched later.
+        launch.check_padded(held.padded)
+    elif local or layout_of(manifest) == "presplit":
         loader.require_merged(folder, manifest, f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
     declared = tensor_entries(manifest)
@@ -79,16 +80,27 @@ def initialize_model(
         if held is not None:
             unfit = loader.mismatch(model, held)
             if unfit is None:
+                if held.padded:
+                    model.load_weights = _refuse_update  # type: ignore[assignment]
                 return loader.load(model, held, lambda: load_weights(iter(()), *args, **kwargs))
+            reason = f"{held.where} are not for this run ({unfit})"
             if held.padded:
-                raise RuntimeError(f"{held.where} are not for this run: {unfit}")
-            loader.require_merged(folder, manifest, f"{held.where} are not for this run ({unfit})")
-            log = logger.warning if held.own else logger.info
-            log("mixprec: SGLang's loader reads the merged files, %s are not for this run: %s", held.where, unfit)
+                raise RuntimeError(
+                    f"{reason}; at {loader.this_run()} zeros are added to them, so nothing else can be read"
+                )
+            loader.require_merged(folder, manifest, reason)
+            logger.warning("mixprec: SGLang's loader, which is slower, reads the merged files: %s", reason)
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
 
     model.load_weights = load_once  # type: ignore[assignment]
     return model
+
+
+def _refuse_update(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "ranks hold zeros beside their weights here, and SGLang would write them to other columns than they lie in: "
+        "weights can be updated while serving only at a --tp that needs no zeros"
+    )
 
 
 def _counted(model: Module, model_config: Any) -> Module:

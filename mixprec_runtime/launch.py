@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["argument_problems", "check_arguments", "check_mixed_experts", "mixed_problems"]
+__all__ = ["argument_problems", "check_arguments", "check_mixed_experts", "check_padded", "mixed_problems"]
 
 
 def check_arguments() -> None:
@@ -15,6 +16,13 @@ def check_arguments() -> None:
 def check_mixed_experts() -> None:
     """For a layer whose experts differ in format. Raises ``RuntimeError`` with the flags to change."""
     _raise(mixed_problems(_server_args()))
+
+
+def check_padded(padded: Mapping[str, Any]) -> None:
+    """For ranks that hold zeros beside their weights. Raises ``RuntimeError`` with the flags to change."""
+    args = _server_args()
+    if padded and (getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None)):
+        _raise(["--enable-lora and --lora-paths know no ranks that are filled up with zeros; leave them out"])
 
 
 def _server_args() -> Any:

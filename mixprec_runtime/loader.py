@@ -2,8 +2,8 @@
 
 SGLang's parameters are rectangles of a checkpoint's tensors, laid side by side; which ones is known before a byte is
 read. A rank's own files (``mixprec split``) hold them as they are in memory, in a few large tensors; from merged files
-they are read one by one. Either way threads read, through pinned memory to the GPU, where SGLang's loaders handle
-tensor after tensor. What cannot be read like that they load, see :mod:`mixprec_runtime.strict`.
+they are read one by one. Either way threads read, through pinned memory to the GPU. Runs that tensors are not cut for
+here are left to SGLang's loader, which takes tensor after tensor (:mod:`mixprec_runtime.strict`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -20,15 +21,16 @@ import numpy as np
 import torch
 from torch.nn import Module
 
-from mixprec_build.errors import MixprecError
-from mixprec_build.header import inside
-from mixprec_build.manifest import layout_of, merged_files
+from mixprec_build.checkpoint import Checkpoint
+from mixprec_build.errors import MixprecError, SplitError, VerifyError
+from mixprec_build.header import TensorInfo, inside
+from mixprec_build.manifest import layout_of, merged_files, tensor_entries
 from mixprec_build.merged import open_compiled, splitter_of
 from mixprec_build.presplit import Degree, Parameter
-from mixprec_build.rankfiles import FileReader, Reader, contents, open_rank, read_rank, whole
+from mixprec_build.rankfiles import FileReader, Reader, changed_headers, contents, open_rank, read_rank, whole
 from mixprec_build.sources import Source
 
-from .strict import CASTS, DTYPES, LoadError, may_be_empty
+from .strict import CASTS, DTYPES, LoadError, here, may_be_empty
 
 __all__ = ["Holdings", "holdings", "load", "mismatch", "pad", "require_merged", "this_run"]
 
@@ -55,44 +57,93 @@ class Holdings:
 def holdings(folder: Path, manifest: Mapping[str, Any], *, merged: bool = True) -> Holdings | None:
     """What this process is to read itself: its own files, else, with ``merged``, its share of the merged ones.
 
-    None where SGLang's loader is to read the merged files: in runs that tensors are not cut for here, for families of
-    models that are not known, and where files are not those that were built.
+    None where SGLang's loader is to read the merged files: in runs that tensors are not cut for here, and for families
+    of models that are not known.
 
     Raises:
-        RuntimeError: the checkpoint has files for this run, and they are damaged.
+        RuntimeError: files are damaged, or not those that were built.
     """
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
-    if parallel.pp_size > 1 or parallel.attn_tp_size != parallel.tp_size:
-        return None  # attention is cut for all ranks of one replica
     degree, rank = Degree(parallel.tp_size, parallel.moe_ep_size), parallel.tp_rank
+    usual = (
+        parallel.pp_size == 1
+        and parallel.attn_tp_size == degree.tp  # attention is cut for all ranks of one replica
+        and (parallel.moe_tp_size, parallel.moe_ep_rank) == (degree.moe_tp, rank // degree.moe_tp)
+    )
+    if not usual or _experts_moved():
+        return None
     try:
         index = read_rank(folder, manifest, degree, rank)
         if index is not None:
             files = index.folder
-            stored = {name: whole(tensor) for name, tensor in open_rank(index).items()}
+            for path in changed_headers(index):
+                raise VerifyError(f"{path}: its header was changed after it was written; split the checkpoint again")
+            stored = {name: _stored(tensor) for name, tensor in open_rank(index).items()}
             return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file), own=True)
+        return _share(folder, manifest, degree, rank) if merged and layout_of(manifest) != "presplit" else None
     except MixprecError as error:
         raise RuntimeError(str(error)) from error
-    return _share(folder, manifest, degree, rank) if merged and layout_of(manifest) != "presplit" else None
+
+
+def _experts_moved() -> bool:
+    """Whether experts start elsewhere than in the checkpoint's order (``--init-expert-location``)."""
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    metadata = get_global_expert_location_metadata()
+    if metadata is None:
+        return False
+    experts = metadata.physical_to_logical_map_cpu
+    return not bool((experts == torch.arange(experts.shape[-1])).all())
+
+
+def _stored(tensor: TensorInfo) -> Parameter:
+    """A parameter as its tensor is stored, to be read row by row, also where it is of experts."""
+    if len(tensor.shape) < 3:
+        return whole(tensor)
+    experts, rows, *columns = tensor.shape
+    flat = tensor._replace(shape=(experts * rows, prod(columns)))
+    return Parameter(tensor.name, tensor.dtype, tensor.shape, whole(flat).pieces, experts=True)
 
 
 def _share(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int) -> Holdings | None:
-    """A rank's share of the merged files."""
+    """A rank's share of the merged files, where they are there."""
+    if not all((folder / name).exists() for name in merged_files(manifest)):
+        return None
+    checkpoint = open_compiled(folder, manifest)
+    changed = _changed(checkpoint, manifest)
+    if changed is not None:
+        raise VerifyError(f"{folder}: {changed}; `mixprec verify` finds all differences, and a new build mends them")
     try:
-        checkpoint = open_compiled(folder, manifest)
-        for file, shard in checkpoint.shards.items():
-            if shard.header_checksum != manifest["files"].get(file, {}).get("header"):
-                raise LoadError(f"{file} was changed after building")
         splitter = splitter_of(Source.of("", checkpoint), degree)
         parameters = {parameter.name: parameter for parameter in splitter.parameters(rank)}
-    except (MixprecError, LoadError) as error:
-        logger.info("mixprec: SGLang's loader reads the merged files: %s", error)
+    except SplitError as error:
+        logger.warning("mixprec: SGLang's loader, which is slower, reads the files: %s", error)
         return None
     padded = {name: (share.native, share.held) for name, share in splitter.padded.items()}
     where = f"the weights in {folder} of rank {rank} of {degree}"
     return Holdings(where, parameters, padded, lambda file: inside(folder, file), own=False)
+
+
+def _changed(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
+    """How the headers of merged files differ from those that were built."""
+    declared = tensor_entries(manifest)
+    for name, entry in declared.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None:
+            return f"{name}, which the manifest lists, is not in its files"
+        if tensor.dtype != entry["dtype"] or list(tensor.shape) != entry["shape"]:
+            return (
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, and was built as {entry['dtype']} {entry['shape']}: "
+                "the checkpoint was changed after building"
+            )
+    for name in checkpoint.tensors.keys() - declared.keys():
+        return f"{name} is not in the checkpoint's manifest: a file was added or changed after building"
+    for file, shard in checkpoint.shards.items():
+        if shard.header_checksum != manifest["files"].get(file, {}).get("header"):
+            return f"{file}: its header was changed after building"
+    return None
 
 
 def require_merged(folder: Path, manifest: Mapping[str, Any], because: str) -> None:
@@ -120,9 +171,9 @@ def this_run() -> str:
 
 
 def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]]) -> None:
-    """Has SGLang's method make a layer as wide as this rank's files have it, where zeros were added.
+    """Has SGLang's method make a layer as wide as this rank holds it, where zeros are added.
 
-    ``padded``: MLP or ``...experts`` -> columns of a rank as SGLang counts them, and as they are stored.
+    ``padded``: MLP or ``...experts`` -> columns of a rank as SGLang counts them, and as they are held.
     """
     for name in (prefix, f"model.{prefix}"):
         if name in padded:
@@ -182,7 +233,8 @@ def mismatch(model: Module, held: Holdings) -> str | None:
         dtype = DTYPES.get(stored.dtype)
         if dtype != parameter.dtype and not {dtype, parameter.dtype} <= CASTS:
             return f"{name} is {stored.dtype} in them and {parameter.dtype} in SGLang"
-    extra = sorted(held.parameters.keys() - parameters.keys())
+    belongs = here(model)
+    extra = sorted(filter(belongs, held.parameters.keys() - parameters.keys()))
     return f"SGLang has no {extra[0]}" if extra else None
 
 
@@ -197,17 +249,27 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
         LoadError: a file is damaged, or cannot be read.
     """
     parameters = _parameters(model)
+    taken = [held.parameters[name] for name in parameters if name in held.parameters]
+    on_gpu = any(parameter.is_cuda for parameter in parameters.values())
+    if on_gpu:
+        torch.cuda.synchronize()  # what parameters were made with must not come after what is read
     try:
         with FileReader(held.path_of) as reader, ThreadPoolExecutor(_THREADS) as pool:
             copies = _Copies(reader)
-            largest_first = sorted(held.parameters.values(), key=lambda parameter: -parameter.nbytes)
+            largest_first = sorted(taken, key=lambda parameter: -parameter.nbytes)
             list(pool.map(lambda parameter: copies.fill(parameters[parameter.name], parameter), largest_first))
     except (MixprecError, OSError) as error:
         raise LoadError(str(error)) from error
-    if any(parameter.is_cuda for parameter in parameters.values()):
+    if on_gpu:
         torch.cuda.synchronize()
-    logger.info("mixprec: read %s (%.2f GB)", held.where, sum(p.nbytes for p in held.parameters.values()) / 1e9)
-    return finish()
+    logger.info("mixprec: read %s (%.2f GB)", held.where, sum(parameter.nbytes for parameter in taken) / 1e9)
+    result = finish()
+    # Models that derive tensors from the names that they were given have had none (SGLang's model_loader/loader.py:333
+    # asks this of loaders that pass load_weights by).
+    derive = getattr(model, "post_load_weights", None)
+    if derive is not None:
+        derive()
+    return result
 
 
 class _Copies(local):
@@ -220,7 +282,7 @@ class _Copies(local):
 
     def fill(self, into: torch.Tensor, parameter: Parameter) -> None:
         dtype = DTYPES[parameter.dtype]
-        if into.dtype == dtype and into.is_contiguous():
+        if into.dtype == dtype and into.is_contiguous() and into.device.type in ("cpu", "cuda"):
             self._fill_bytes(into.reshape(-1).view(torch.uint8), parameter)
         else:
             stored = torch.empty(parameter.shape, dtype=dtype)

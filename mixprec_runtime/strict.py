@@ -22,7 +22,7 @@ from torch.nn import Module
 from mixprec_build.patterns import compress
 from mixprec_build.servable import some
 
-__all__ = ["CASTS", "DTYPES", "Ledger", "LoadError", "load_strictly", "may_be_empty"]
+__all__ = ["CASTS", "DTYPES", "Ledger", "LoadError", "here", "load_strictly", "may_be_empty"]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -211,7 +211,7 @@ def load_strictly(
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from sglang.srt.runtime_context import get_parallel
 
-    belongs, ranks = _here(model), get_parallel().tp_size
+    belongs, ranks = here(model), get_parallel().tp_size
     # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
     padded = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
     lost = [name for name in ledger.unused(ranks) if belongs(name) and not (name in padded and ranks > 1)]
@@ -239,7 +239,7 @@ def may_be_empty(parameter: str, declared: Mapping[str, Any]) -> bool:
     return parameter.endswith("g_idx") and not any(name.endswith("g_idx") for name in declared)
 
 
-def _here(model: Module) -> Callable[[str], bool]:
+def here(model: Module) -> Callable[[str], bool]:
     """Tells which tensors of a checkpoint a model on this rank is meant to take."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.runtime_context import get_parallel

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,12 @@ from mixes import EIGHT, MIXES, mix
 from safetensors.torch import load_file
 from serving import QWEN3_MOE
 
+from mixprec_build.header import TensorInfo
 from mixprec_build.manifest import read_manifest
-from mixprec_build.presplit import Degree
+from mixprec_build.presplit import Degree, Piece
+from mixprec_build.rankfiles import Reader, contents
 from mixprec_build.split import split
+from mixprec_runtime import loader
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -53,9 +59,9 @@ def test_a_rank_serves_its_share_of_merged_files_and_its_own(
     split(out, degree, layout="presplit")
     for rank in range(degree.tp):
         with rank_of(rank, degree.tp, degree.ep):
-            due = parameters(serve(merged, load_format="safetensors"))
+            due = everything(serve(merged, load_format="safetensors"))
             for checkpoint in (merged, out):
-                held = parameters(serve(checkpoint))
+                held = everything(serve(checkpoint))
                 assert held.keys() == due.keys()
                 assert all(torch.equal(bits(held[name]), bits(due[name])) for name in due)
 
@@ -85,6 +91,66 @@ def test_merged_files_serve_ranks_whose_share_ends_inside_a_block(folder: Path, 
         own = tensors(files)
         assert own.keys() == ranks[rank].keys()
         assert all(torch.equal(bits(own[n].to(t.dtype)), bits(t)) for n, t in ranks[rank].items())
+
+
+def test_weights_beside_added_zeros_are_not_updated(folder: Path, tmp_path: Path) -> None:
+    """SGLang's loader would write a rank's columns elsewhere, without a word."""
+    shape = QWEN3_MOE.of(hidden=256, expert_intermediate=384, heads=4, kv_heads=2, head_dim=128)
+    out = build(
+        sources(folder, shape, ["bf16", "fp8_block"]), {"model.layers.*.experts.*": "fp8_block"}, tmp_path / "o"
+    )
+    with rank_of(1, 2):
+        model, config = make(out)
+        load(model, config)
+        with pytest.raises(RuntimeError, match="needs no zeros"):
+            load(model, config)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_experts_that_start_elsewhere_are_loaded_by_sglang(folder: Path, tmp_path: Path, own: bool) -> None:
+    """``--init-expert-location``."""
+    shape = QWEN3_MOE.of(hidden=256, heads=4, kv_heads=2)
+    out = build(sources(folder, shape, ["bf16"]), {}, tmp_path / "out")
+    if own:
+        split(out, Degree(1))
+    due = parameters(serve(out))
+    with experts_at([list(reversed(range(shape.experts)))] * shape.layers):
+        held = parameters(serve(out))
+    for name, tensor in due.items():
+        assert torch.equal(held[name], tensor.flip(0) if ".experts." in name else tensor), name
+
+
+@contextmanager
+def experts_at(places: list[list[int]]) -> Iterator[None]:
+    from sglang.srt.eplb import expert_location
+
+    logical = torch.tensor(places)
+    metadata = SimpleNamespace(
+        physical_to_logical_map_cpu=logical,
+        num_logical_experts=logical.shape[1],
+        logical_to_all_physical=lambda layer, expert, *_: [places[layer].index(expert)],
+    )
+    expert_location.set_global_expert_location_metadata(metadata, allow_overwrite=True)
+    try:
+        yield
+    finally:
+        expert_location.set_global_expert_location_metadata(None, allow_overwrite=True)
+
+
+def test_experts_are_read_row_by_row() -> None:
+    """Of a rank's file, in which all experts of a layer are one tensor: buffers stay small."""
+    stored = TensorInfo("w13", "BF16", (4, 64, 32), "file", 0, 4 * 64 * 64)
+    sizes: list[int] = []
+
+    class Zeros(Reader):
+        def close(self) -> None: ...
+
+        def rows(self, piece: Piece, first: int, into: Any) -> None:
+            sizes.append(into.nbytes)
+
+    for chunk in contents(loader._stored(stored), Zeros(), most=512):
+        assert len(chunk) == 512
+    assert sum(sizes) == stored.nbytes
 
 
 def test_a_run_that_no_files_are_for_is_told_which_there_are(folder: Path, tmp_path: Path) -> None:
@@ -140,6 +206,17 @@ def read_so_far() -> int:
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.data for n, p in model.named_parameters() if p.numel() and "sort_indices" not in n}
+
+
+def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Also what models derive from their parameters once these are loaded, as DeepSeek's do."""
+    derived = {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return parameters(model) | derived
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from harness import build, load, make, rank_of, serve, sources, stage_of, tensors_of
 from mixes import MIXES, mix
 from safetensors.torch import save_file
+
+from mixprec_build.presplit import Degree
+from mixprec_build.split import split
+from mixprec_runtime import hooks
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -65,20 +71,23 @@ GONE = [
 ]
 
 
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
 @pytest.mark.parametrize(("name", "gone"), GONE)
-def test_a_tensor_that_is_not_in_the_files_stops_the_server(copy: Any, name: str, gone: str) -> None:
+def test_a_tensor_that_is_not_in_the_files_stops_the_server(copy: Any, name: str, gone: str, load_format: str) -> None:
     checkpoint = copy(name, lambda tensors: tensors.pop(gone))
     # DeepSeek joins q_a_proj and kv_a_proj once it has both: then what it kept of the other is lost, too.
     with pytest.raises(RuntimeError, match=rf"{gone}.*not in its files"):
-        serve(checkpoint)
+        serve(checkpoint, load_format=load_format)
 
 
-def test_a_tensor_that_the_manifest_does_not_have_stops_the_server(copy: Any) -> None:
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_a_tensor_that_the_manifest_does_not_have_stops_the_server(copy: Any, load_format: str) -> None:
     checkpoint = copy("llama", lambda tensors: tensors.update({"model.layers.0.mlp.new.weight": torch.zeros(2)}))
     with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.new\.weight is not in the checkpoint's manifest"):
-        serve(checkpoint)
+        serve(checkpoint, load_format=load_format)
 
 
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
 @pytest.mark.parametrize(
     ("gone", "change"),
     [
@@ -88,10 +97,47 @@ def test_a_tensor_that_the_manifest_does_not_have_stops_the_server(copy: Any) ->
         ("model.layers.0.mlp.down_proj.qweight", lambda t: t[:-8]),
     ],
 )
-def test_a_tensor_of_another_dtype_or_shape_stops_the_server(copy: Any, gone: str, change: Any) -> None:
+def test_a_tensor_of_another_dtype_or_shape_stops_the_server(
+    copy: Any, gone: str, change: Any, load_format: str
+) -> None:
     checkpoint = copy("llama", lambda tensors: tensors.update({gone: change(tensors[gone]).contiguous()}))
-    with pytest.raises(RuntimeError, match=rf"{gone} is torch.*was built as"):
-        serve(checkpoint)
+    with pytest.raises(RuntimeError, match=rf"{gone} is .*was built as"):
+        serve(checkpoint, load_format=load_format)
+
+
+def swap(shard: Path, first: str, second: str) -> None:
+    """Gives two tensors of a file each other's bytes, by its header."""
+    data = shard.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    a, b = header[first], header[second]
+    a["data_offsets"], b["data_offsets"] = b["data_offsets"], a["data_offsets"]
+    shard.write_bytes(data[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + data[end:])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_header_that_tells_of_other_tensors_stops_the_server(copy: Any, own: bool) -> None:
+    checkpoint, leaf = copy("qwen3"), "q_proj.weight"
+    if own:
+        split(checkpoint, Degree(1), layout="presplit")
+        leaf = "qkv_proj.weight"
+    shard = next(checkpoint.glob("presplit/*/*/*.safetensors" if own else "*.safetensors"))
+    swap(shard, f"model.layers.0.self_attn.{leaf}", f"model.layers.1.self_attn.{leaf}")
+    with pytest.raises(RuntimeError, match=rf"{shard.name}: its header was changed"):
+        make(checkpoint)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a link", "a pipe"])
+def test_a_damaged_file_is_named(copy: Any, tmp_path: Path, damage: str) -> None:
+    checkpoint = copy("qwen3")
+    shard = next(checkpoint.glob("*.safetensors"))
+    if damage == "cut short":
+        os.truncate(shard, shard.stat().st_size - 100)
+    else:
+        shard.rename(tmp_path / "elsewhere")
+        shard.symlink_to(tmp_path / "elsewhere") if damage == "a link" else os.mkfifo(shard)
+    with pytest.raises(RuntimeError, match=shard.name):
+        make(checkpoint)
 
 
 # Tensors that SGLang loses, or loads wrongly
@@ -210,9 +256,18 @@ def test_a_head_that_is_stored_although_tied_is_not_missed(folder: Path, tmp_pat
     serve(custom(folder, tmp_path, "llama", lambda t: None, tie_word_embeddings=True))
 
 
+def serve_every_way(checkpoint: Path) -> None:
+    """By SGLang's loader, from the merged files and from those of a rank alone."""
+    serve(checkpoint, load_format="safetensors")
+    with patch.object(hooks, "load_strictly", side_effect=AssertionError("left to SGLang's loader")):
+        serve(checkpoint)
+        split(checkpoint, Degree(1), layout="presplit")
+        serve(checkpoint)
+
+
 def test_an_old_rotary_buffer_is_not_missed(folder: Path, tmp_path: Path) -> None:
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(64)}
-    serve(custom(folder, tmp_path, "llama", lambda t: t.update(buffer)))
+    serve_every_way(custom(folder, tmp_path, "llama", lambda t: t.update(buffer)))
 
 
 def test_layers_for_speculation_are_not_missed(folder: Path, tmp_path: Path) -> None:
@@ -222,7 +277,7 @@ def test_layers_for_speculation_are_not_missed(folder: Path, tmp_path: Path) -> 
         more = {n.replace(".2.", f".{past}.", 1): t.clone() for n, t in tensors.items() if ".layers.2." in n}
         tensors |= {**more, f"model.layers.{past}.eh_proj.weight": torch.zeros(512, 1024, dtype=torch.bfloat16)}
 
-    serve(custom(folder, tmp_path, "deepseek", add, num_nextn_predict_layers=1))
+    serve_every_way(custom(folder, tmp_path, "deepseek", add, num_nextn_predict_layers=1))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
@@ -247,6 +302,6 @@ def test_an_expert_is_missed_on_its_rank_only(folder: Path, copy: Any, name: str
     gone = next(n for n in tensors_of(mix(folder, name)) if f"layers.2.{experts}.experts.5." in n)
     checkpoint = copy(name, lambda tensors: tensors.pop(gone))
     with rank_of(0, 2, 2):
-        serve(checkpoint)
+        serve(checkpoint, load_format="safetensors")
     with rank_of(1, 2, 2), pytest.raises(RuntimeError, match=gone):
-        serve(checkpoint)
+        serve(checkpoint, load_format="safetensors")
