@@ -327,9 +327,7 @@ def test_a_cut_of_other_weights_is_found(out: Path) -> None:
     (path,) = out.glob("*.safetensors")
     held = load_file(path)
     held["model.norm.weight"] += 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mixprec_build.split.checksum_of", lambda data: "0" * 32)
-        save_file(held, path, metadata={"format": "pt"})
+    save_file(held, path, metadata={"format": "pt"})
     found = verify(out).differences
     assert any("model.norm.weight" in d and "not what the merged tensors would be cut into" in d for d in found), found
     assert one.exists()
