@@ -290,19 +290,23 @@ class _Copies(local):
             into.copy_(stored.reshape(into.shape))
 
     def _fill_bytes(self, into: torch.Tensor, parameter: Parameter) -> None:
-        at = 0
-        if not into.is_cuda:
-            in_place: Callable[[int], Any] = lambda nbytes: into[at : at + nbytes].numpy()  # noqa: E731
-            for chunk in contents(parameter, self._reader, most=_BUFFER, allocate=in_place):
-                at += len(chunk)
+        if into.is_cuda:
+            self._stream = self._stream or torch.cuda.Stream(into.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._stream):
+                self._through_buffers(into, parameter)
             return
-        self._stream = self._stream or torch.cuda.Stream(into.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            for chunk in contents(parameter, self._reader, most=_BUFFER, allocate=self._next_buffer):
-                buffer, copied = self._buffers[-1]
-                into[at : at + len(chunk)].copy_(buffer[: len(chunk)], non_blocking=True)
-                copied.record()
-                at += len(chunk)
+        at = 0
+        in_place: Callable[[int], Any] = lambda nbytes: into[at : at + nbytes].numpy()  # noqa: E731
+        for chunk in contents(parameter, self._reader, most=_BUFFER, allocate=in_place):
+            at += len(chunk)
+
+    def _through_buffers(self, into: torch.Tensor, parameter: Parameter) -> None:
+        at = 0
+        for chunk in contents(parameter, self._reader, most=_BUFFER, allocate=self._next_buffer):
+            buffer, copied = self._buffers[-1]
+            into[at : at + len(chunk)].copy_(buffer[: len(chunk)], non_blocking=True)
+            copied.record()
+            at += len(chunk)
 
     def _next_buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
         """The buffer that was used before the last one, once what it held has left it."""
@@ -313,7 +317,7 @@ class _Copies(local):
         buffer, copied = self._buffers[-1]
         copied.synchronize()
         if len(buffer) < nbytes:
-            buffer = torch.empty(max(nbytes, _BUFFER), dtype=torch.uint8, pin_memory=True)
+            buffer = torch.empty(max(nbytes, _BUFFER), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
             self._buffers[-1] = buffer, copied
         window: np.ndarray[Any, Any] = buffer[:nbytes].numpy()
         return window

@@ -19,9 +19,10 @@ from serving import QWEN3_MOE
 from mixprec_build.header import TensorInfo
 from mixprec_build.manifest import read_manifest
 from mixprec_build.presplit import Degree, Piece
-from mixprec_build.rankfiles import Reader, contents
+from mixprec_build.rankfiles import FileReader, Reader, contents
 from mixprec_build.split import split
 from mixprec_runtime import loader
+from mixprec_runtime.strict import DTYPES
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -151,6 +152,43 @@ def test_experts_are_read_row_by_row() -> None:
     for chunk in contents(loader._stored(stored), Zeros(), most=512):
         assert len(chunk) == 512
     assert sum(sizes) == stored.nbytes
+
+
+def test_a_buffer_is_not_used_again_before_it_was_copied(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes to a GPU, with events that know what a buffer held when they were recorded."""
+    waits = 0
+
+    class Event:
+        held: tuple[torch.Tensor, torch.Tensor] | None = None
+
+        def record(self) -> None:
+            buffer, _ = copies._buffers[-1]
+            self.held = buffer, buffer.clone()
+
+        def synchronize(self) -> None:
+            nonlocal waits
+            if self.held is not None:
+                waits += 1
+                assert torch.equal(*self.held)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(loader, "_BUFFER", 1 << 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = shutil.copytree(mix(folder, "qwen3_moe"), tmp_path / "out")
+    with rank_of(1, 2):
+        due = parameters(serve(out))
+        held = loader.holdings(out, read_manifest(out))
+    assert held is not None
+    with FileReader(held.path_of) as reader:
+        copies = loader._Copies(reader)
+        for name, parameter in held.parameters.items():
+            into = torch.empty(parameter.nbytes, dtype=torch.uint8)
+            copies._through_buffers(into, parameter)
+            if due[name].dtype == DTYPES[parameter.dtype]:
+                assert torch.equal(into, bits(due[name]).reshape(-1)), name
+    assert waits > 100 and len(copies._buffers) == 2
 
 
 def test_a_run_that_no_files_are_for_is_told_which_there_are(folder: Path, tmp_path: Path) -> None:
