@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import build, load, make, rank_of, serve, sources
+from harness import Changed, build, load, make, rank_of, serve, server_args, sources
 from mixes import EIGHT, MIXES, mix
 from safetensors.torch import load_file
 from serving import QWEN3_MOE
@@ -21,7 +21,7 @@ from mixprec_build.manifest import read_manifest
 from mixprec_build.presplit import Degree, Piece
 from mixprec_build.rankfiles import FileReader, Reader, contents
 from mixprec_build.split import split
-from mixprec_runtime import loader
+from mixprec_runtime import launch, loader
 from mixprec_runtime.strict import DTYPES
 
 pytestmark = pytest.mark.usefixtures("sglang")
@@ -94,8 +94,10 @@ def test_merged_files_serve_ranks_whose_share_ends_inside_a_block(folder: Path, 
         assert all(torch.equal(bits(own[n].to(t.dtype)), bits(t)) for n, t in ranks[rank].items())
 
 
-def test_weights_beside_added_zeros_are_not_updated(folder: Path, tmp_path: Path) -> None:
-    """SGLang's loader would write a rank's columns elsewhere, without a word."""
+def test_weights_beside_added_zeros_are_not_updated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's loader would write a rank's columns elsewhere, without a word. Nor do they go with LoRA."""
     shape = QWEN3_MOE.of(hidden=256, expert_intermediate=384, heads=4, kv_heads=2, head_dim=128)
     out = build(
         sources(folder, shape, ["bf16", "fp8_block"]), {"model.layers.*.experts.*": "fp8_block"}, tmp_path / "o"
@@ -105,6 +107,9 @@ def test_weights_beside_added_zeros_are_not_updated(folder: Path, tmp_path: Path
         load(model, config)
         with pytest.raises(RuntimeError, match="needs no zeros"):
             load(model, config)
+        monkeypatch.setattr(launch, "_server_args", lambda: Changed(server_args(out), enable_lora=True))
+        with pytest.raises(RuntimeError, match="--enable-lora"):
+            make(out)
 
 
 @pytest.mark.parametrize("own", [False, True])
