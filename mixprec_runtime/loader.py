@@ -50,8 +50,6 @@ class Holdings:
     padded: Mapping[str, tuple[int, int]]
     """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that it holds, zeros among them."""
     path_of: Callable[[str], Path]
-    own: bool
-    """Whether these are files of this rank alone."""
 
 
 def holdings(folder: Path, manifest: Mapping[str, Any], *, merged: bool = True) -> Holdings | None:
@@ -81,7 +79,7 @@ def holdings(folder: Path, manifest: Mapping[str, Any], *, merged: bool = True) 
             for path in changed_headers(index):
                 raise VerifyError(f"{path}: its header was changed after it was written; split the checkpoint again")
             stored = {name: _stored(tensor) for name, tensor in open_rank(index).items()}
-            return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file), own=True)
+            return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
         return _share(folder, manifest, degree, rank) if merged and layout_of(manifest) != "presplit" else None
     except MixprecError as error:
         raise RuntimeError(str(error)) from error
@@ -123,7 +121,7 @@ def _share(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int)
         return None
     padded = {name: (share.native, share.held) for name, share in splitter.padded.items()}
     where = f"the weights in {folder} of rank {rank} of {degree}"
-    return Holdings(where, parameters, padded, lambda file: inside(folder, file), own=False)
+    return Holdings(where, parameters, padded, lambda file: inside(folder, file))
 
 
 def _changed(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
