@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -129,6 +130,7 @@ def test_experts_that_start_elsewhere_are_loaded_by_sglang(folder: Path, tmp_pat
 @contextmanager
 def experts_at(places: list[list[int]]) -> Iterator[None]:
     from sglang.srt.eplb import expert_location
+    from sglang.srt.layers.moe.fused_moe_triton import layer
 
     logical = torch.tensor(places)
     metadata = SimpleNamespace(
@@ -136,11 +138,10 @@ def experts_at(places: list[list[int]]) -> Iterator[None]:
         num_logical_experts=logical.shape[1],
         logical_to_all_physical=lambda layer, expert, *_: [places[layer].index(expert)],
     )
-    expert_location.set_global_expert_location_metadata(metadata, allow_overwrite=True)
-    try:
+    with ExitStack() as stack:
+        for module in (expert_location, layer):
+            stack.enter_context(patch.object(module, "get_global_expert_location_metadata", lambda: metadata))
         yield
-    finally:
-        expert_location.set_global_expert_location_metadata(None, allow_overwrite=True)
 
 
 def test_experts_are_read_row_by_row() -> None:
