@@ -15,7 +15,7 @@ from .sources import open_sources
 if TYPE_CHECKING:
     from .copier import Progress
 
-__all__ = ["plan_recipe", "run_plan"]
+__all__ = ["no_garbage_collection", "plan_recipe", "run_plan"]
 
 
 def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = False, layout: str | None = None) -> Plan:
@@ -29,7 +29,7 @@ def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = Fals
     recipe = load_recipe(path)
     if layout is not None:
         recipe = recipe.laid_out(layout)
-    with _no_garbage_collection():
+    with no_garbage_collection():
         return make_plan(recipe, open_sources(recipe), allow_unservable=allow_unservable, link=link)
 
 
@@ -65,7 +65,7 @@ def run_plan(
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Planning makes a million small objects that all stay: looking for garbage among them takes a third longer."""
     enabled = gc.isenabled()
     gc.disable()

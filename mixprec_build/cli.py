@@ -395,15 +395,12 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _plan(recipe: Path, allow: list[Allowed], link: bool, layout: Layout | None = None) -> Plan:
-    from .build import plan_recipe
+    from .build import no_garbage_collection, plan_recipe
 
     wanted = None if layout is None else layout.value
-    gc.disable()
-    try:
+    with no_garbage_collection():
         plan = plan_recipe(recipe, allow_unservable=Allowed.UNSERVABLE in allow, link=link, layout=wanted)
         gc.freeze()  # its million objects stay until the end, and need not be searched for garbage, at exit neither
-    finally:
-        gc.enable()
     return plan
 
 

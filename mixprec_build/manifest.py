@@ -23,7 +23,7 @@ import xxhash
 from . import __version__
 from .checkpoint import hide_password
 from .errors import SourceError, VerifyError
-from .header import inside, load_json, read_regular
+from .header import TensorInfo, inside, load_json, read_regular
 from .patterns import Patience, Pattern, PatternError, PatternReader, compress
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ __all__ = [
     "name_formats",
     "quantization_config",
     "read_manifest",
+    "tensor_differences",
     "tensor_entries",
 ]
 
@@ -261,6 +262,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def tensor_entries(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What a manifest says of each tensor, by its name."""
     return {name: entry for module in manifest["modules"].values() for name, entry in module["tensors"].items()}
+
+
+def tensor_differences(
+    manifest: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, Mapping[str, Any] | None, TensorInfo | None]]:
+    """Where headers tell of other tensors than the manifest: a name, its entry, and what headers say; None for what is
+    missing."""
+    recorded = tensor_entries(manifest)
+    for name, entry in recorded.items():
+        info = tensors.get(name)
+        if info is None or (info.dtype, list(info.shape), info.file) != (entry["dtype"], entry["shape"], entry["file"]):
+            yield name, entry, info
+    for name in tensors.keys() - recorded.keys():
+        yield name, None, tensors[name]
 
 
 def layout_of(manifest: Mapping[str, Any]) -> str:

@@ -244,10 +244,7 @@ def _backwards(parameter: Parameter, stored: TensorInfo) -> Iterable[tuple[Piece
     """Each piece, and the one that puts it back: a rectangle of the parameter, and where it lies in the tensor."""
     blocks, rows, columns = parameter.blocks
     flat = stored._replace(shape=(blocks * rows, columns))
-    for piece in parameter.pieces:
-        block, row, column = piece.at
-        down, across = piece.rectangle
-        top = block * rows + row
+    for piece, top, column, down, across in parameter.bands():
         yield (
             piece,
             Piece(

@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import SourceError, VerifyError
 from .formats.base import Format
 from .header import TensorInfo, inside, open_regular, pread_all, read_regular
-from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, layout_of, read_manifest, tensor_entries
+from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, layout_of, read_manifest, tensor_differences
 from .merged import CutFolder, open_compiled, reader_of
 from .rankfiles import contents
 from .report import printable
@@ -154,18 +154,16 @@ def _structure_differences(manifest: Mapping[str, Any], checkpoint: Checkpoint) 
         yield f"config.json: quant_method is not {METHOD}"
     elif checkpoint.quantization.get("formats") != manifest["formats"]:
         yield "config.json: its formats are not those of the manifest"
-    recorded = tensor_entries(manifest)
-    for name, entry in recorded.items():
-        info = checkpoint.tensors.get(name)
-        if info is None:
-            yield f"{name}: missing from {entry['file']}"
-        elif (info.dtype, list(info.shape), info.file) != (entry["dtype"], entry["shape"], entry["file"]):
+    for name, entry, info in tensor_differences(manifest, checkpoint.tensors):
+        if entry is not None and info is not None:
             yield (
                 f"{name}: {info.dtype} {list(info.shape)} in {info.file}, "
                 f"built as {entry['dtype']} {entry['shape']} in {entry['file']}"
             )
-    for name in checkpoint.tensors.keys() - recorded.keys():
-        yield f"{name}: in {checkpoint.tensors[name].file}, but not in the manifest"
+        elif entry is not None:
+            yield f"{name}: missing from {entry['file']}"
+        elif info is not None:
+            yield f"{name}: in {info.file}, but not in the manifest"
 
 
 def _compare(

@@ -71,7 +71,6 @@ def initialize_model(
     elif local or layout_of(manifest) == "presplit":
         loader.require_merged(folder, manifest, f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
-    declared = tensor_entries(manifest)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +89,7 @@ def initialize_model(
                 )
             loader.require_merged(folder, manifest, reason)
             logger.warning("mixprec: SGLang's loader, which is slower, reads the merged files: %s", reason)
+        declared = tensor_entries(manifest)
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
 
     model.load_weights = load_once  # type: ignore[assignment]

@@ -20,8 +20,7 @@ def check_mixed_experts() -> None:
 
 def check_padded(padded: Mapping[str, Any]) -> None:
     """For ranks that hold zeros beside their weights. Raises ``RuntimeError`` with the flags to change."""
-    args = _server_args()
-    if padded and (getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None)):
+    if padded and _asks_for_lora(_server_args()):
         _raise(["--enable-lora and --lora-paths know no ranks that are filled up with zeros; leave them out"])
 
 
@@ -29,6 +28,10 @@ def _server_args() -> Any:
     from sglang.srt.runtime_context import get_server_args
 
     return get_server_args()
+
+
+def _asks_for_lora(args: Any) -> bool:
+    return bool(getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None))
 
 
 def _raise(problems: list[str]) -> None:
@@ -70,6 +73,6 @@ def mixed_problems(args: Any) -> list[str]:
         )
     if getattr(args, "init_expert_location", "trivial") != "trivial":
         problems.append("--init-expert-location places experts elsewhere than the checkpoint; leave it out")
-    if getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None):
+    if _asks_for_lora(args):
         problems.append("--enable-lora and --lora-paths know experts of one format only; leave them out")
     return problems

@@ -24,7 +24,7 @@ from torch.nn import Module
 from mixprec_build.checkpoint import Checkpoint
 from mixprec_build.errors import MixprecError, SplitError, VerifyError
 from mixprec_build.header import TensorInfo, inside
-from mixprec_build.manifest import layout_of, merged_files, tensor_entries
+from mixprec_build.manifest import layout_of, merged_files, tensor_differences
 from mixprec_build.merged import open_compiled, splitter_of
 from mixprec_build.presplit import Degree, Parameter
 from mixprec_build.rankfiles import FileReader, Reader, changed_headers, contents, open_rank, read_rank, whole
@@ -126,22 +126,21 @@ def _share(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int)
 
 def _changed(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
     """How the headers of merged files differ from those that were built."""
-    declared = tensor_entries(manifest)
-    for name, entry in declared.items():
-        tensor = checkpoint.tensors.get(name)
-        if tensor is None:
+    built = {file: manifest["files"][file]["header"] for file in merged_files(manifest)}
+    headers = {file: shard.header_checksum for file, shard in checkpoint.shards.items()}
+    if headers == built:
+        return None
+    for name, entry, info in tensor_differences(manifest, checkpoint.tensors):
+        if info is None:
             return f"{name}, which the manifest lists, is not in its files"
-        if tensor.dtype != entry["dtype"] or list(tensor.shape) != entry["shape"]:
-            return (
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, and was built as {entry['dtype']} {entry['shape']}: "
-                "the checkpoint was changed after building"
-            )
-    for name in checkpoint.tensors.keys() - declared.keys():
-        return f"{name} is not in the checkpoint's manifest: a file was added or changed after building"
-    for file, shard in checkpoint.shards.items():
-        if shard.header_checksum != manifest["files"].get(file, {}).get("header"):
-            return f"{file}: its header was changed after building"
-    return None
+        if entry is None:
+            return f"{name} is not in the checkpoint's manifest: a file was added or changed after building"
+        return (
+            f"{name} is {info.dtype} {list(info.shape)} in {info.file}, and was built as {entry['dtype']} "
+            f"{entry['shape']} in {entry['file']}: the checkpoint was changed after building"
+        )
+    file = min(file for file in headers.keys() | built.keys() if headers.get(file) != built.get(file))
+    return f"{file}: its header was changed after building"
 
 
 def require_merged(folder: Path, manifest: Mapping[str, Any], because: str) -> None:
