@@ -182,6 +182,9 @@ def split(
     folder: Folder,
     tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks.", show_default=False)] = None,
     ep: Annotated[int, typer.Option("--ep", min=1, help="Expert-parallel ranks among them.")] = 1,
+    dp: Annotated[
+        int, typer.Option("--dp", min=1, help="Replicas of attention among them, for --enable-dp-attention.")
+    ] = 1,
     ranks: Annotated[
         str | None, typer.Option("--ranks", help="Only these, as in 0-3 or 0,2: a node needs only its own.")
     ] = None,
@@ -204,9 +207,9 @@ def split(
     from .report import human
     from .split import split as run
 
-    if tp is None and (layout is None or ep > 1 or ranks is not None):
+    if tp is None and (layout is None or ep > 1 or dp > 1 or ranks is not None):
         raise typer.BadParameter("how many ranks are there?", param_hint="--tp")
-    degree = None if tp is None else Degree(tp, ep)
+    degree = None if tp is None else Degree(tp, ep, dp)
     wanted = (layout or Layout.BOTH).value
     with ExitStack() as stack:
 

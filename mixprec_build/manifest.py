@@ -58,7 +58,7 @@ _MAX_SOURCES = 100
 _MAX_TEXT = 4096  # as long as a path may be
 
 _SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_RANK = re.compile(r"presplit/tp\d{1,4}-ep\d{1,4}/rank-\d{1,4}-of-\d{1,4}")
+_RANK = re.compile(r"presplit/tp\d{1,4}-ep\d{1,4}(-dp\d{1,4})?/rank-\d{1,4}-of-\d{1,4}")
 
 # The fields that are read back, and what they must be.
 _SOURCE = {"location": str, "path": str | None, "commit": str | None}

@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 
-def splitter_of(source: Source, degree: Degree) -> Splitter:
+def splitter_of(source: Source, degree: Degree, *, replicated_head: bool = False) -> Splitter:
     """The cut of a checkpoint on disk. Raises :class:`SplitError` where there is none."""
     modules: dict[str, tuple[Format, Any]] = {
         name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()
     }
-    return Splitter(modules, source.checkpoint.config, degree)
+    return Splitter(modules, source.checkpoint.config, degree, replicated_head)
 
 
 def open_compiled(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
@@ -74,7 +74,7 @@ def complete(folder: Path, names: Iterable[str]) -> Degree:
         ranks.setdefault(degree, set()).add(rank)
     found = [degree for degree, there in ranks.items() if len(there) == degree.tp]
     if found:
-        return min(found, key=lambda degree: (degree.tp, degree.ep))
+        return min(found, key=lambda degree: (degree.tp, degree.ep, degree.dp))
     lacking = "; ".join(
         f"of {degree} ranks {', '.join(str(rank) for rank in range(degree.tp) if rank not in there)} are missing"
         for degree, there in ranks.items()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 __all__ = [
+    "ATTENTION_REPLICAS",
     "FAMILIES",
     "Model",
     "Role",
@@ -35,6 +36,9 @@ FAMILIES = frozenset(
     }
 )  # fmt: skip
 """``model_type`` of the families whose fused groups and names were compared with SGLang's."""
+
+ATTENTION_REPLICAS = frozenset({"qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"})
+"""Of these, those whose attention SGLang can keep in replicas (``--enable-dp-attention``)."""
 
 _FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",

@@ -11,6 +11,8 @@ whole on every rank   norms, routers, q_a with kv_a, tensors without the axis th
 by expert             whole experts under expert parallelism, each cut by what parallelism is left
 ====================  =============================================================================
 
+With data-parallel attention, attention and embeddings are cut for the ranks of one replica, the rest for all.
+
 Where a share of an MLP's columns would end inside a quantization block or group, or on no tile of the kernel, ranks
 get whole blocks and zero weights up to the same size: zero columns of gate and up meet zero rows of down, so no
 result changes. Layouts are those of SGLang 0.5.17: layers/linear.py, layers/vocab_parallel_embedding.py and
@@ -29,7 +31,7 @@ from .checkpoint import StoredModule
 from .errors import SplitError
 from .formats.base import Axes, Format
 from .header import DTYPE_BITS, TensorInfo
-from .model import FAMILIES, expert_groups, joined_groups
+from .model import ATTENTION_REPLICAS, FAMILIES, expert_groups, joined_groups
 from .patterns import compress
 
 __all__ = ["Band", "Degree", "Parameter", "Piece", "Share", "Splitter"]
@@ -38,33 +40,56 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|
 _GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _HEADS = {"q_proj", "q_b_proj", "kv_b_proj"}
 _KV_HEADS = {"k_proj", "v_proj"}
-_VOCABULARY = {"embed_tokens", "lm_head"}
+_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 _VOCABULARY_STEP = 64  # DEFAULT_VOCAB_PADDING_SIZE
 WASTEFUL = 0.4
 
 
 @dataclass(frozen=True, slots=True)
 class Degree:
-    """``tp`` ranks in all, of which groups of ``tp / ep`` share each expert."""
+    """``tp`` ranks in all, of which groups of ``tp / ep`` share each expert and groups of ``tp / dp`` the attention."""
 
     tp: int
     ep: int = 1
+    dp: int = 1
+    """Replicas of attention, each of which takes requests of its own (``--enable-dp-attention``)."""
 
     def __post_init__(self) -> None:
-        if self.tp < 1 or self.ep < 1 or self.tp % self.ep:
-            raise SplitError(f"tp {self.tp} and ep {self.ep}: tp must be a multiple of ep")
+        for name, parts in (("ep", self.ep), ("dp", self.dp)):
+            if self.tp < 1 or parts < 1 or self.tp % parts:
+                raise SplitError(f"tp {self.tp} and {name} {parts}: tp must be a multiple of {name}")
 
     def __str__(self) -> str:
-        return f"tp{self.tp}-ep{self.ep}"
+        return f"tp{self.tp}-ep{self.ep}" + (f"-dp{self.dp}" if self.dp > 1 else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Degree:
+        """Reads what ``str`` gives. Raises :class:`ValueError` for any other text."""
+        found = re.fullmatch(r"tp(\d{1,6})-ep(\d{1,6})(?:-dp(\d{1,6}))?", text, re.ASCII)
+        if not found:
+            raise ValueError(f"{text!r} is no degree")
+        try:
+            degree = cls(*(int(number or 1) for number in found.groups()))
+        except SplitError as error:
+            raise ValueError(str(error)) from error
+        if str(degree) != text:
+            raise ValueError(f"{text!r} is {degree}")
+        return degree
 
     @property
     def moe_tp(self) -> int:
         return self.tp // self.ep
 
     @property
+    def attention_tp(self) -> int:
+        return self.tp // self.dp
+
+    @property
     def options(self) -> str:
         """What SGLang is started with for it."""
-        return f"--tp {self.tp}" + (f" --ep-size {self.ep}" if self.ep > 1 else "")
+        experts = f" --ep-size {self.ep}" if self.ep > 1 else ""
+        attention = f" --dp {self.dp} --enable-dp-attention" if self.dp > 1 else ""
+        return f"--tp {self.tp}{experts}{attention}"
 
     def folder(self, rank: int) -> str:
         """Where a rank's files lie in a checkpoint."""
@@ -191,6 +216,8 @@ class Splitter:
     modules: Mapping[str, tuple[Format, StoredModule]]
     config: Mapping[str, object]
     degree: Degree
+    replicated_head: bool = False
+    """Whether each replica of attention has all of ``lm_head`` (``--enable-dp-lm-head``)."""
     shares: dict[str, Share] = field(init=False, default_factory=dict)
     """MLP or ``...experts`` -> how its columns are shared out."""
 
@@ -199,6 +226,11 @@ class Splitter:
         if not isinstance(family, str) or family not in FAMILIES:
             raise SplitError(
                 f"model_type {family!r:.100} cannot be cut; the families known are {', '.join(sorted(FAMILIES))}"
+            )
+        if self.degree.dp > 1 and family not in ATTENTION_REPLICAS:
+            raise SplitError(
+                f"{self.degree}: SGLang keeps no replicas of {family}'s attention (--enable-dp-attention); it does of "
+                f"that of {', '.join(sorted(ATTENTION_REPLICAS))}"
             )
         self._share_columns()
 
@@ -278,12 +310,19 @@ class Splitter:
 
     def _cut(self, name: str, rank: int) -> _Cut:
         fmt, stored = self.modules[name]
-        shape, last, tp = fmt.shape(stored), name.rpartition(".")[2], self.degree.tp
+        shape, last = fmt.shape(stored), name.rpartition(".")[2]
         owner = self.shares.get(name.rpartition(".")[0])
         if owner is not None and last in _GATES + _UPS:
             return _Cut(name, n=(*owner.of(rank), owner.held))
         if owner is not None and last in _DOWNS:
             return _Cut(name, k=(*owner.of(rank), owner.held))
+        if last == _HEAD and not self.replicated_head:
+            return self._vocabulary(name, shape[0], rank, self.degree.tp)
+        # The rest is what each replica of attention has.
+        tp = self.degree.attention_tp
+        rank %= tp
+        if last in (_EMBEDDING, _HEAD):
+            return self._vocabulary(name, shape[0], rank, tp)
         if last in _HEADS:
             return _Cut(name, n=self._even(name, shape[0], self._number("num_attention_heads"), rank, tp))
         if last in _KV_HEADS:
@@ -295,13 +334,14 @@ class Splitter:
             return _Cut(name, n=self._even(name, shape[0], heads, rank // copies, tp // copies))
         if last == "o_proj":
             return _Cut(name, k=self._even(name, shape[1], self._number("num_attention_heads"), rank, tp))
-        if last in _VOCABULARY:
-            padded = -(-shape[0] // _VOCABULARY_STEP) * _VOCABULARY_STEP
-            if padded % tp:
-                raise SplitError(f"{name}: a vocabulary of {padded} rows cannot be shared by {tp} ranks")
-            share = Share(shape[0], tp, padded // tp)
-            return _Cut(name, n=(*share.of(rank), share.held))
         return _Cut(name)
+
+    def _vocabulary(self, name: str, size: int, rank: int, ranks: int) -> _Cut:
+        padded = -(-size // _VOCABULARY_STEP) * _VOCABULARY_STEP
+        if padded % ranks:
+            raise SplitError(f"{name}: a vocabulary of {padded} rows cannot be shared by {ranks} ranks")
+        share = Share(size, ranks, padded // ranks)
+        return _Cut(name, n=(*share.of(rank), share.held))
 
     def _number(self, *keys: str) -> int:
         value = next((self.config[key] for key in keys if self.config.get(key) is not None), None)

@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from .copier import Progress, pwrite_all, write_errors
-from .errors import SourceError, SplitError, VerifyError
+from .errors import SourceError, VerifyError
 from .formats.base import numpy_dtype
 from .header import (
     DTYPE_BITS,
@@ -88,10 +88,9 @@ def parse_folder(name: str) -> tuple[Degree, int] | None:
     """``"presplit/tp4-ep1/rank-0-of-4"`` -> its degree and rank; None for any other name."""
     try:
         _, degree, rank = name.split("/")
-        tp, ep = degree.removeprefix("tp").split("-ep")
-        found = Degree(int(tp), int(ep))
+        found = Degree.parse(degree)
         number = int(rank.split("-")[1])
-    except (ValueError, IndexError, SplitError):
+    except (ValueError, IndexError):
         return None
     return (found, number) if number < found.tp and found.folder(number) == name else None
 

@@ -333,6 +333,8 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             at = None if mark is None else mark.line + 1
+            if "nesting" in (error.problem or ""):  # libyaml reads ahead of us, and has a limit of its own
+                raise self.error(f"nested deeper than {_MAX_DEPTH} levels", at) from error
             # `*.mlp: fp8` is an alias to YAML, and one with a bad name.
             hint = "; quote names that start with *" if "alias" in (error.context or "") else ""
             raise self.error(f"not valid YAML: {error.problem or error.context}{hint}", at) from error

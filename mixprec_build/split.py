@@ -363,7 +363,7 @@ def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Chec
     for path in sorted(folder.glob("presplit/*")) + sorted(folder.glob("presplit/*/*")):
         name, parent = (str(p.relative_to(folder)) for p in (path, path.parent))
         # A split that is stopped at its first rank leaves its folder empty.
-        cut = path.is_dir() and re.fullmatch(r"presplit/tp\d+-ep\d+", name)
+        cut = path.is_dir() and re.fullmatch(r"presplit/tp\d+-ep\d+(-dp\d+)?", name)
         if name not in known and parent not in known and not cut:
             yield f"{name}: not in the manifest"
             known.add(name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from threading import local
@@ -61,14 +61,14 @@ def holdings(folder: Path, manifest: Mapping[str, Any], *, merged: bool = True) 
     Raises:
         RuntimeError: files are damaged, or not those that were built.
     """
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_parallel, get_server_args
 
-    parallel = get_parallel()
-    degree, rank = Degree(parallel.tp_size, parallel.moe_ep_size), parallel.tp_rank
+    parallel, args = get_parallel(), get_server_args()
+    degree, rank = _degree(), parallel.tp_rank
     usual = (
-        parallel.pp_size == 1
-        and parallel.attn_tp_size == degree.tp  # attention is cut for all ranks of one replica
+        (parallel.attn_tp_size, parallel.attn_tp_rank) == (degree.attention_tp, rank % degree.attention_tp)
         and (parallel.moe_tp_size, parallel.moe_ep_rank) == (degree.moe_tp, rank // degree.moe_tp)
+        and args.moe_dense_tp_size in (None, degree.tp)
     )
     if not usual or _experts_moved():
         return None
@@ -78,9 +78,11 @@ def holdings(folder: Path, manifest: Mapping[str, Any], *, merged: bool = True) 
             files = index.folder
             for path in changed_headers(index):
                 raise VerifyError(f"{path}: its header was changed after it was written; split the checkpoint again")
-            stored = {name: _stored(tensor) for name, tensor in open_rank(index).items()}
+            stored = _with_head({name: _stored(tensor) for name, tensor in open_rank(index).items()})
             return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
-        return _share(folder, manifest, degree, rank) if merged and layout_of(manifest) != "presplit" else None
+        if merged and layout_of(manifest) != "presplit":
+            return _share(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
+        return None
     except MixprecError as error:
         raise RuntimeError(str(error)) from error
 
@@ -96,6 +98,23 @@ def _experts_moved() -> bool:
     return not bool((experts == torch.arange(experts.shape[-1])).all())
 
 
+def _degree() -> Degree:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return Degree(parallel.tp_size, parallel.moe_ep_size, parallel.attn_dp_size)
+
+
+def _with_head(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    """With the ``lm_head`` that the last of several pipeline stages has also where it is tied to the embedding."""
+    from sglang.srt.runtime_context import get_parallel
+
+    embedding = parameters.get("model.embed_tokens.weight")
+    if get_parallel().pp_size > 1 and embedding is not None:
+        parameters.setdefault("lm_head.weight", replace(embedding, name="lm_head.weight"))
+    return parameters
+
+
 def _stored(tensor: TensorInfo) -> Parameter:
     """A parameter as its tensor is stored, to be read row by row, also where it is of experts."""
     if len(tensor.shape) < 3:
@@ -105,7 +124,9 @@ def _stored(tensor: TensorInfo) -> Parameter:
     return Parameter(tensor.name, tensor.dtype, tensor.shape, whole(flat).pieces, experts=True)
 
 
-def _share(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int) -> Holdings | None:
+def _share(
+    folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int, *, replicated_head: bool
+) -> Holdings | None:
     """A rank's share of the merged files, where they are there."""
     if not all((folder / name).exists() for name in merged_files(manifest)):
         return None
@@ -114,8 +135,8 @@ def _share(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int)
     if changed is not None:
         raise VerifyError(f"{folder}: {changed}; `mixprec verify` finds all differences, and a new build mends them")
     try:
-        splitter = splitter_of(Source.of("", checkpoint), degree)
-        parameters = {parameter.name: parameter for parameter in splitter.parameters(rank)}
+        splitter = splitter_of(Source.of("", checkpoint), degree, replicated_head=replicated_head)
+        parameters = _with_head({parameter.name: parameter for parameter in splitter.parameters(rank)})
     except SplitError as error:
         logger.warning("mixprec: SGLang's loader, which is slower, reads the files: %s", error)
         return None
@@ -162,9 +183,7 @@ def require_merged(folder: Path, manifest: Mapping[str, Any], because: str) -> N
 
 def this_run() -> str:
     """``"tp4-ep1"``."""
-    from sglang.srt.runtime_context import get_parallel
-
-    return str(Degree(get_parallel().tp_size, get_parallel().moe_ep_size))
+    return str(_degree())
 
 
 def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]]) -> None:
@@ -174,12 +193,20 @@ def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]]) -> None
     """
     for name in (prefix, f"model.{prefix}"):
         if name in padded:
-            _pad_experts(method, padded[name][1])
+            _pad_experts(method, name, *padded[name])
         elif name.rpartition(".")[0] in padded:
-            _pad_linear(method, *padded[name.rpartition(".")[0]], inputs=name.endswith("down_proj"))
+            _pad_linear(method, name, *padded[name.rpartition(".")[0]], inputs=name.endswith("down_proj"))
 
 
-def _pad_linear(method: Any, native: int, held: int, *, inputs: bool) -> None:
+def _check_native(name: str, columns: set[int], native: int) -> None:
+    if columns != {native}:
+        raise RuntimeError(
+            f"{name}: SGLang gives this rank {', '.join(map(str, sorted(columns)))} of its columns, and it is cut for "
+            f"{native} and zeros beside them: leave out the options that have it cut otherwise than other layers"
+        )
+
+
+def _pad_linear(method: Any, name: str, native: int, held: int, *, inputs: bool) -> None:
     create = method.create_weights
 
     def create_weights(
@@ -191,6 +218,7 @@ def _pad_linear(method: Any, native: int, held: int, *, inputs: bool) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        _check_native(name, {input_size_per_partition} if inputs else set(output_partition_sizes), native)
         if inputs:
             input_size = input_size // native * held
             layer.input_size_per_partition = input_size_per_partition = held
@@ -204,10 +232,11 @@ def _pad_linear(method: Any, native: int, held: int, *, inputs: bool) -> None:
     method.create_weights = create_weights
 
 
-def _pad_experts(method: Any, held: int) -> None:
+def _pad_experts(method: Any, name: str, native: int, held: int) -> None:
     create = method.create_weights
 
     def create_weights(layer: Any, *, intermediate_size_per_partition: int, **kwargs: Any) -> None:
+        _check_native(name, {intermediate_size_per_partition}, native)
         layer.intermediate_size_per_partition = held
         if getattr(layer.moe_runner_config, "intermediate_size_per_partition", None) is not None:
             layer.moe_runner_config.intermediate_size_per_partition = held

@@ -145,31 +145,37 @@ def publish(args: Any) -> None:
     initialize_moe_config(*[args][: len(inspect.signature(initialize_moe_config).parameters)])
 
 
-def _ranks(rank: int, tp: int, ep: int) -> dict[str, int]:
-    """What ``get_parallel()`` says on one of ``tp`` ranks, of which ``ep`` share the experts out."""
-    moe_tp = tp // ep
+def _ranks(rank: int, tp: int, ep: int, dp: int = 1) -> dict[str, int]:
+    """What ``get_parallel()`` says on one of ``tp`` ranks, of which ``ep`` share the experts out and ``dp`` parts
+    have all of the attention."""
+    moe_tp, attn_tp = tp // ep, tp // dp
     return {
-        "tp_size": tp, "tp_rank": rank, "attn_tp_size": tp, "attn_tp_rank": rank, "attn_dp_size": 1, "attn_dp_rank": 0,
+        "tp_size": tp, "tp_rank": rank, "attn_tp_size": attn_tp, "attn_tp_rank": rank % attn_tp,
+        "attn_dp_size": dp, "attn_dp_rank": rank // attn_tp,
         "pp_size": 1, "pp_rank": 0, "attn_cp_size": 1, "attn_cp_rank": 0, "moe_dp_size": 1, "moe_dp_rank": 0,
         "moe_ep_size": ep, "moe_ep_rank": rank // moe_tp, "moe_tp_size": moe_tp, "moe_tp_rank": rank % moe_tp,
     }  # fmt: skip
 
 
 @contextmanager
-def rank_of(rank: int, tp: int, ep: int = 1) -> Iterator[None]:
+def rank_of(rank: int, tp: int, ep: int = 1, dp: int = 1) -> Iterator[None]:
     """This process passes for one of several ranks while layers are made and loaded."""
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.runtime_context import get_flags, get_parallel
 
     parallel = get_parallel()
-    values: dict[str, Any] = dict(_ranks(rank, tp, ep))
+    values: dict[str, Any] = dict(_ranks(rank, tp, ep, dp))
     for kind, group_rank, size in (  # 0.5.23's layers ask their group
         ("tp", rank, tp),
-        ("attn_tp", rank, tp),
+        ("attn_tp", values["attn_tp_rank"], tp // dp),
         ("moe_ep", values["moe_ep_rank"], ep),
         ("moe_tp", values["moe_tp_rank"], tp // ep),
     ):
         values[f"{kind}_group"] = _Group(getattr(parallel, f"{kind}_group"), group_rank, size)
-    with patch.dict(parallel._overrides, values):
+    # 0.5.15 has it in the module.
+    old = hasattr(dp_attention, "_ENABLE_DP_ATTENTION_FLAG")
+    where, flag = (dp_attention, "_ENABLE_DP_ATTENTION_FLAG") if old else (get_flags().dp, "enabled")
+    with patch.dict(parallel._overrides, values), patch.object(where, flag, dp > 1):
         yield
 
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from harness import Changed, build, load, make, rank_of, serve, server_args, sources
+from harness import Changed, build, load, make, rank_of, serve, server_args, sources, stage_of
 from mixes import EIGHT, MIXES, mix
 from safetensors.torch import load_file
 from serving import QWEN3_MOE
@@ -32,6 +32,9 @@ DEGREES = [Degree(2), Degree(4), Degree(2, 2), Degree(4, 2)]
 
 CASES = [(name, degree) for name in MIXES for degree in DEGREES if degree.ep == 1 or MIXES[name][0].experts]
 CASES += [(name, Degree(tp)) for name in EIGHT for tp in (2, 8)] + [("qwen3_moe_8", Degree(8, ep)) for ep in (4, 8)]
+# Attention in replicas.
+CASES += [("qwen3", Degree(4, 1, 2)), ("qwen3_moe", Degree(4, 2, 2)), ("deepseek", Degree(4, 4, 2))]
+CASES += [("qwen3_moe", Degree(2, 1, 2)), ("deepseek", Degree(2, 2, 2)), ("qwen3_moe_8", Degree(8, 4, 2))]
 
 
 @pytest.mark.parametrize(("name", "degree"), CASES, ids=[f"{name}-{degree}" for name, degree in CASES])
@@ -39,8 +42,8 @@ def test_a_ranks_files_hold_what_sglang_would_load(folder: Path, tmp_path: Path,
     merged = mix(folder, name)
     out = shutil.copytree(merged, tmp_path / "out")
     for rank, files in enumerate(split(out, degree)):
-        with rank_of(rank, degree.tp, degree.ep):
-            due = parameters(serve(merged, load_format="safetensors"))
+        with rank_of(rank, degree.tp, degree.ep, degree.dp):
+            due = parameters(serve(merged, load_format="safetensors", **options(degree)))
         held = tensors(files)
         assert held.keys() == due.keys()
         for parameter, tensor in due.items():
@@ -49,9 +52,13 @@ def test_a_ranks_files_hold_what_sglang_would_load(folder: Path, tmp_path: Path,
             assert torch.equal(bits(same), bits(tensor)), f"rank {rank}: {parameter}"
 
 
-@pytest.mark.parametrize(
-    ("name", "degree"), [("qwen3_moe", Degree(4, 2)), ("deepseek", Degree(2)), ("mixtral", Degree(2))]
-)
+SERVED = [
+    ("qwen3_moe", Degree(4, 2)), ("qwen3_moe", Degree(4, 2, 2)), ("deepseek", Degree(2)), ("deepseek", Degree(4, 1, 2)),
+    ("mixtral", Degree(2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "degree"), SERVED, ids=[f"{name}-{degree}" for name, degree in SERVED])
 def test_a_rank_serves_its_share_of_merged_files_and_its_own(
     folder: Path, tmp_path: Path, name: str, degree: Degree
 ) -> None:
@@ -60,12 +67,66 @@ def test_a_rank_serves_its_share_of_merged_files_and_its_own(
     out = shutil.copytree(merged, tmp_path / "out")
     split(out, degree, layout="presplit")
     for rank in range(degree.tp):
-        with rank_of(rank, degree.tp, degree.ep):
-            due = everything(serve(merged, load_format="safetensors"))
+        with rank_of(rank, degree.tp, degree.ep, degree.dp):
+            due = everything(serve(merged, load_format="safetensors", **options(degree)))
             for checkpoint in (merged, out):
-                held = everything(serve(checkpoint))
+                held = everything(read(checkpoint, **options(degree)))
                 assert held.keys() == due.keys()
                 assert all(torch.equal(bits(held[name]), bits(due[name])) for name in due)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "deepseek"])
+def test_a_pipeline_stage_reads_its_layers(folder: Path, tmp_path: Path, name: str) -> None:
+    merged = mix(folder, name)
+    out = shutil.copytree(merged, tmp_path / "out")
+    split(out, Degree(2), layout="presplit")
+    for stage in range(2):
+        with rank_of(1, 2), stage_of(stage, 2):
+            due = everything(serve(merged, load_format="safetensors"))
+            for checkpoint in (merged, out):
+                held = everything(read(checkpoint))
+                assert held.keys() == due.keys()
+                assert all(torch.equal(bits(held[name]), bits(due[name])) for name in due)
+            assert ("model.embed_tokens.weight" in due) == (stage == 0)
+
+
+def test_the_last_stage_has_the_tied_embedding(folder: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(mix(folder, "qwen3"), tmp_path / "out")
+    tensors = {}
+    for path in out.glob("model-*.safetensors"):
+        tensors |= load_file(path)
+    config = out / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with stage_of(1, 2):
+        held = parameters(read(out))
+    assert torch.equal(held["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+def test_replicas_that_have_all_of_lm_head(folder: Path) -> None:
+    degree = Degree(4, 1, 2)
+    for rank in range(4):
+        with rank_of(rank, 4, 1, 2):
+            due, held = (
+                everything(serve_(mix(folder, "qwen3_moe"), enable_dp_lm_head=True, **options(degree), **how))
+                for serve_, how in ((serve, {"load_format": "safetensors"}), (read, {}))
+            )
+        assert held.keys() == due.keys()
+        assert all(torch.equal(bits(held[name]), bits(due[name])) for name in due)
+
+
+def options(degree: Degree) -> dict[str, Any]:
+    """What SGLang's arguments say of attention in replicas."""
+    if degree.dp == 1:
+        return {}
+    return {"tp_size": degree.tp, "dp_size": degree.dp, "enable_dp_attention": True}
+
+
+def read(checkpoint: Path, **arguments: Any) -> torch.nn.Module:
+    """Served without SGLang's loader."""
+    with patch.object(loader, "load", wraps=loader.load) as used:
+        model = serve(checkpoint, **arguments)
+    assert used.called
+    return model
 
 
 def test_merged_files_serve_ranks_whose_share_ends_inside_a_block(folder: Path, tmp_path: Path) -> None:

@@ -284,16 +284,16 @@ def test_layers_for_speculation_are_not_missed(folder: Path, tmp_path: Path) -> 
 def test_what_other_pipeline_stages_hold_is_not_missed(folder: Path, name: str) -> None:
     for rank in range(2):
         with stage_of(rank, 2):
-            serve(mix(folder, name))
+            serve(mix(folder, name), load_format="safetensors")
 
 
 def test_what_this_pipeline_stage_holds_is_missed(folder: Path, copy: Any) -> None:
     gone = "model.layers.6.mlp.down_proj.weight_packed"
     checkpoint = copy("llama", lambda tensors: tensors.pop(gone))
     with stage_of(0, 2):
-        serve(checkpoint)
+        serve(checkpoint, load_format="safetensors")
     with stage_of(1, 2), pytest.raises(RuntimeError, match=gone):
-        serve(checkpoint)
+        serve(checkpoint, load_format="safetensors")
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek"])

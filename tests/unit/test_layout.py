@@ -66,7 +66,7 @@ MOE_LINES = {
 # 384 columns for two ranks, and two key-value heads for four: zeros are added, heads repeated.
 MODELS = {
     "dense": (DENSE, DENSE_LINES, [Degree(2), Degree(4)]),
-    "moe": (MOE, MOE_LINES, [Degree(4, 2), Degree(2)]),
+    "moe": (MOE, MOE_LINES, [Degree(4, 2), Degree(2, 1, 2)]),
     "mixtral": (
         MIXTRAL.of(**{**SIZES, "expert_intermediate": 512}, layers=1, vocab=100),
         {"*.experts.*": "gptq_int4_act", "*.experts.{0,5}.*": "fp8_tensor"},

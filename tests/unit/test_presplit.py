@@ -25,7 +25,7 @@ from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitErr
 from mixprec_build.manifest import CHECKSUM, checksum_of, read_manifest
 from mixprec_build.merged import splitter_of
 from mixprec_build.presplit import Degree
-from mixprec_build.rankfiles import open_rank, read_rank
+from mixprec_build.rankfiles import open_rank, parse_folder, read_rank
 from mixprec_build.sources import open_source
 from mixprec_build.split import _alone, split
 from mixprec_build.verify import verify
@@ -224,6 +224,8 @@ def test_what_cannot_be_cut_is_named(out: Path, tmp_path: Path) -> None:
         split(out, Degree(2), ranks=[2])
     with pytest.raises(SplitError, match="tp must be a multiple of ep"):
         Degree(4, 3)
+    with pytest.raises(SplitError, match="tp must be a multiple of dp"):
+        Degree(4, 1, 3)
     with pytest.raises(SplitError, match="4 heads cannot be shared by 8 ranks; 1, 2, 4 would do"):
         splitter_of(open_source(str(out)), Degree(8)).parameters(0)
     config = out / "config.json"
@@ -241,6 +243,41 @@ def test_what_cannot_be_cut_is_named(out: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(SplitError, match=r"k_proj \(fp8_block\): a rank's heads have 64 of its 128 columns"):
         splitter_of(open_source(str(narrow)), Degree(2)).parameters(0)
+
+
+def test_replicas_of_attention_have_all_its_heads_and_vocabulary(out: Path) -> None:
+    """Ranks 0 and 1 are one replica, 2 and 3 the other; MLPs and experts are for all four."""
+    ranks = [tensors(folder) for folder in split(out, Degree(4, 2, 2))]
+    pairs, fours = ([tensors(folder) for folder in split(out, degree)] for degree in (Degree(2), Degree(4, 2)))
+    for rank, held in enumerate(ranks):
+        assert held.keys() == fours[rank].keys()
+        for name, tensor in held.items():
+            replica = ".self_attn." in name or "embed_tokens" in name
+            due = (pairs[rank % 2] if replica else fours[rank])[name]
+            assert tensor.dtype == due.dtype and torch.equal(tensor.view(torch.uint8), due.view(torch.uint8)), name
+
+
+def test_models_whose_attention_sglang_does_not_replicate(tmp_path: Path) -> None:
+    out = build(tmp_path, LLAMA.of(**SIZES, layers=1), {})
+    with pytest.raises(SplitError, match=r"tp4-ep1-dp2: SGLang keeps no replicas of llama's attention"):
+        splitter_of(open_source(str(out)), Degree(4, 1, 2))
+
+
+@pytest.mark.parametrize("degree", [Degree(4), Degree(8, 4), Degree(8, 1, 2), Degree(8, 8, 8)])
+def test_a_degree_is_read_as_it_is_written(degree: Degree) -> None:
+    assert Degree.parse(str(degree)) == degree
+    assert parse_folder(degree.folder(3)) == (degree, 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "tp4", "tp4-ep3", "tp04-ep1", "tp4-ep1-dp1", "tp4-ep1-dp3", "tp0-ep1", "tp4-ep1 ", "tp4-ep1\n", "tp４-ep1",
+     "tp-4-ep1", "tp4-ep1-dp2-dp2"],
+)  # fmt: skip
+def test_other_text_is_no_degree(text: str) -> None:
+    with pytest.raises(ValueError):
+        Degree.parse(text)
+    assert parse_folder(f"presplit/{text}/rank-0-of-4") is None
 
 
 def test_latent_attention_is_cut_by_heads(tmp_path: Path) -> None:
