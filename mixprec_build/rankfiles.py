@@ -45,6 +45,7 @@ from .presplit import Band, Degree, Parameter, Piece
 from .stage import sync_folder
 
 __all__ = [
+    "INDEX",
     "FileReader",
     "RankIndex",
     "Reader",

@@ -18,6 +18,7 @@ from torch.nn import Module
 from mixprec_build.errors import MixprecError
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.registry import format_from_json
+from mixprec_build.hub import HubRepo
 from mixprec_build.manifest import MANIFEST, METHOD, layout_of, read_manifest, tensor_entries
 
 from . import activity, launch, loader, memory, reference
@@ -60,15 +61,16 @@ def initialize_model(
         return _counted(original(model_config, load_config, quant_config), model_config)
     if model_config.is_draft_model:
         raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
-    folder, manifest = _manifest(model_config)
+    folder, manifest, fetch = _checkpoint(model_config)
     _check_declared(quant_config.bind(manifest["modules"]), manifest)
     launch.check_arguments()
-    local = Path(model_config.model_path).is_dir()  # what is on the hub is fetched later
-    held = loader.holdings(folder, manifest, merged=local and load_config.load_format == "auto")
+    # SGLang's loader has its own place for what it fetches with --download-dir.
+    elsewhere = fetch is not None and load_config.download_dir is not None
+    held = loader.holdings(folder, manifest, fetch, merged=load_config.load_format == "auto" and not elsewhere)
     if held is not None:
         quant_config.padded = held.padded
         launch.check_padded(held.padded)
-    elif local or layout_of(manifest) == "presplit":
+    elif fetch is None or layout_of(manifest) == "presplit":
         loader.require_merged(folder, manifest, f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
@@ -114,15 +116,14 @@ def _counted(model: Module, model_config: Any) -> Module:
     return model
 
 
-def _manifest(model_config: Any) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint's folder, and its manifest."""
-    path = Path(model_config.model_path)
-    if not path.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(model_config.model_path, MANIFEST, revision=model_config.revision)).parent
+def _checkpoint(model_config: Any) -> tuple[Path, dict[str, Any], loader.Fetch | None]:
+    """The checkpoint's folder, its manifest, and, where it is on the hub, what brings more of its files there."""
+    path, fetch = Path(model_config.model_path), None
     try:
-        return path, read_manifest(path)
+        if not path.is_dir():
+            repository = HubRepo.open(model_config.model_path, model_config.revision)
+            path, fetch = repository.fetch([MANIFEST])[MANIFEST].parent, repository.fetch
+        return path, read_manifest(path), fetch
     except MixprecError as error:
         raise RuntimeError(f"{error} (SGLang is given the whole folder that `mixprec build` writes)") from error
 

@@ -9,7 +9,8 @@ here are left to SGLang's loader, which takes tensor after tensor (:mod:`mixprec
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -27,14 +28,25 @@ from mixprec_build.header import TensorInfo, inside
 from mixprec_build.manifest import layout_of, merged_files, tensor_differences
 from mixprec_build.merged import open_compiled, splitter_of
 from mixprec_build.presplit import Degree, Parameter
-from mixprec_build.rankfiles import FileReader, Reader, changed_headers, contents, open_rank, read_rank, whole
+from mixprec_build.rankfiles import (
+    INDEX,
+    FileReader,
+    Reader,
+    changed_headers,
+    contents,
+    open_rank,
+    read_rank,
+    whole,
+)
 from mixprec_build.sources import Source
 
 from .strict import CASTS, DTYPES, LoadError, here, may_be_empty
 
-__all__ = ["Holdings", "holdings", "load", "mismatch", "pad", "require_merged", "this_run"]
+__all__ = ["Fetch", "Holdings", "holdings", "load", "mismatch", "pad", "require_merged", "this_run"]
 
 logger = logging.getLogger(__name__)
+
+Fetch = Callable[[Iterable[str]], object]
 
 _THREADS = 4
 _BUFFER = 16 << 20
@@ -52,14 +64,18 @@ class Holdings:
     path_of: Callable[[str], Path]
 
 
-def holdings(folder: Path, manifest: Mapping[str, Any], *, merged: bool = True) -> Holdings | None:
+def holdings(
+    folder: Path, manifest: Mapping[str, Any], fetch: Fetch | None = None, *, merged: bool = True
+) -> Holdings | None:
     """What this process is to read itself: its own files, else, with ``merged``, its share of the merged ones.
+
+    ``fetch`` brings files of a checkpoint on the hub to ``folder``: those that are to be read, and no others.
 
     None where SGLang's loader is to read the merged files: in runs that tensors are not cut for here, and for families
     of models that are not known.
 
     Raises:
-        RuntimeError: files are damaged, or not those that were built.
+        RuntimeError: files are damaged, not those that were built, or cannot be fetched.
     """
     from sglang.srt.runtime_context import get_parallel, get_server_args
 
@@ -73,14 +89,23 @@ def holdings(folder: Path, manifest: Mapping[str, Any], *, merged: bool = True) 
     if not usual or _experts_moved():
         return None
     try:
+        own = degree.folder(rank)
+        if fetch is not None and own in manifest.get("presplit", {}):
+            fetch([f"{own}/{INDEX}"])
         index = read_rank(folder, manifest, degree, rank)
         if index is not None:
+            if fetch is not None:
+                fetch([f"{own}/{file}" for file in index.files])
             files = index.folder
             for path in changed_headers(index):
                 raise VerifyError(f"{path}: its header was changed after it was written; split the checkpoint again")
             stored = _with_head({name: _stored(tensor) for name, tensor in open_rank(index).items()})
             return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
         if merged and layout_of(manifest) != "presplit":
+            if fetch is not None:
+                names = deque(name for name in manifest["files"] if name.endswith((".json", ".safetensors")))
+                names.rotate(-rank)  # each rank begins with another, and finds what others have fetched
+                fetch(names)
             return _share(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
         return None
     except MixprecError as error:

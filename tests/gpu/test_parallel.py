@@ -50,8 +50,8 @@ QUIET = {
 }
 DEGREES = {"tp2": {"tp_size": 2}, "tp4": {"tp_size": 4}, "tp2-ep2": {"tp_size": 2, "ep_size": 2}}
 DEGREES |= {"tp4-ep2": {"tp_size": 4, "ep_size": 2}, "dp2-tp2": {"dp_size": 2, "tp_size": 2}}
+DEGREES |= {"attention dp2": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}}
 WITHOUT_FILES = {
-    "attention dp": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
     "cuda graph": {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 4, "cuda_graph_bs_decode": [1, 4]},
     "chunked prefill": {"chunked_prefill_size": 32},
     "recorder": {"expert_distribution_recorder_mode": "stat", "expert_distribution_recorder_buffer_size": -1},
@@ -76,8 +76,8 @@ class Servers:
         self.merged, self.own = folder / "merged", folder / "own"
         self._mixprec("build", recipe, "-o", self.merged)
         self._mixprec("build", recipe, "-o", self.own)
-        for tp, ep in ((2, 1), (4, 1), (2, 2), (4, 2)):
-            self._mixprec("split", self.own, "--tp", tp, "--ep", ep)
+        for tp, ep, dp in ((2, 1, 1), (4, 1, 1), (2, 2, 1), (4, 2, 1), (2, 1, 2)):
+            self._mixprec("split", self.own, "--tp", tp, "--ep", ep, "--dp", dp)
         self._mixprec("split", self.own, "--layout", "presplit")
         self._answers: dict[tuple[Path, str], Future[dict[str, Any]]] = {}
         for name, options in runs.items():

@@ -12,10 +12,23 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from harness import Changed, build, load, make, rank_of, serve, server_args, sources, stage_of
+from harness import (
+    Changed,
+    build,
+    last_json,
+    load,
+    make,
+    rank_of,
+    run_python,
+    serve,
+    server_args,
+    sources,
+    stage_of,
+)
+from hub_server import HubServer
 from mixes import EIGHT, MIXES, mix
 from safetensors.torch import load_file
-from serving import QWEN3_MOE
+from serving import DEEPSEEK, QWEN3_MOE
 
 from mixprec_build.header import TensorInfo
 from mixprec_build.manifest import read_manifest
@@ -112,6 +125,61 @@ def test_replicas_that_have_all_of_lm_head(folder: Path) -> None:
             )
         assert held.keys() == due.keys()
         assert all(torch.equal(bits(held[name]), bits(due[name])) for name in due)
+
+
+FROM_HUB = """
+import hashlib, json, sys
+import harness, torch
+from mixprec_runtime import loader
+
+harness.start()
+used = []
+load = loader.load
+loader.load = lambda *args: used.append(load(*args))
+with harness.rank_of(1, int(sys.argv[2])):
+    model = harness.serve(sys.argv[1])
+bits = lambda t: t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+sums = {n: hashlib.sha256(bits(p.data)).hexdigest() for n, p in model.named_parameters() if p.numel()}
+print(json.dumps([len(used), sums]))
+"""
+
+
+def test_a_rank_fetches_from_the_hub_what_it_reads(folder: Path, tmp_path: Path) -> None:
+    """Its own files where it has some, else all merged ones; without the hub it finds them in the cache."""
+    out = shutil.copytree(mix(folder, "qwen3"), tmp_path / "out")
+    split(out, Degree(2))
+    with HubServer() as hub:
+        hub.add("org/mix", out)
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        for tp, cache in ((2, "two"), (4, "four")):
+            for offline in ("0", "1"):
+                hub.requests.clear()
+                home = {"HF_HOME": str(tmp_path / cache), "HF_HUB_OFFLINE": offline}
+                used, sums = last_json(run_python(FROM_HUB, "org/mix", str(tp), **{**settings, **home}))
+                due = last_json(run_python(FROM_HUB, str(out), str(tp)))
+                assert [used, sums] == due and used == 1
+                fetched = {name for request in hub.requests if (name := request.path.partition("/resolve/")[2])}
+                weights = {name.partition("/")[2] for name in fetched if name.endswith(".safetensors")}
+                own = {f"presplit/tp2-ep1/rank-1-of-2/{path.name}" for path in out.glob("presplit/*/*1-of-2/*.saf*")}
+                merged = {path.name for path in out.glob("*.safetensors")}
+                assert weights == (set() if offline == "1" else own if tp == 2 else merged)
+
+
+def test_layers_that_sglang_cuts_otherwise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros must not be added to what a rank has all of: SGLang's loader reads it, or the option is refused."""
+    shape = DEEPSEEK.of(hidden=512, intermediate=384, expert_intermediate=384, heads=4, layers=2)
+    lines = {"model.layers.0.mlp.*": "fp8_block", "model.layers.1.mlp.shared_experts.*": "fp8_block"}
+    out = build(sources(folder, shape, ["bf16", "fp8_block"]), lines, tmp_path / "out")
+    with rank_of(1, 2):
+        held = parameters(read(out))
+        assert held["model.layers.0.mlp.down_proj.weight"].shape == (512, 256)
+        monkeypatch.setenv("SGLANG_SHARED_EXPERT_TP1", "1")
+        with pytest.raises(RuntimeError, match=r"shared_experts.*SGLang gives this rank 384 of its columns.* for 192"):
+            make(out)
+        monkeypatch.delenv("SGLANG_SHARED_EXPERT_TP1")
+        with patch.object(loader, "load") as used, pytest.raises(ValueError, match="192"):
+            serve(out, tp_size=2, moe_dense_tp_size=1)  # its shared experts are for two ranks, still
+        assert not used.called
 
 
 def options(degree: Degree) -> dict[str, Any]:
