@@ -130,7 +130,12 @@ def verify(
     folder: Folder,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="A source's name, folder or hub id: how far are quantized weights from its?"),
+        typer.Option(
+            "--against",
+            help="Also show how far quantized weights are from those of this unquantized source (its name), folder or "
+            "hub id.",
+            show_default=False,
+        ),
     ] = None,
     source: Annotated[
         list[str], typer.Option("--source", help="NAME=LOCATION: where a source has moved to.", metavar="NAME=LOCATION")
@@ -140,13 +145,20 @@ def verify(
 ) -> None:
     """Compare a compiled checkpoint with its sources, bit for bit."""
     from .manifest import read_manifest, tensor_entries
+    from .sources import open_on_disk, open_source
+    from .verify import comparable, weight_errors
     from .verify import verify as run
 
     moved = dict(_pair(item) for item in source)
-    total = sum(entry["bytes"] for entry in tensor_entries(read_manifest(folder)).values())
+    manifest = read_manifest(folder)
+    if against:
+        entry = manifest["sources"].get(against, {})
+        reference = open_source(moved.get(against) or entry.get("path") or entry.get("location") or against)
+        comparable(open_on_disk(folder), reference)  # before the hour that reading may take
+    total = sum(entry["bytes"] for entry in tensor_entries(manifest).values())
     with _bar("comparing", total, quiet or as_json) as progress:
         result = run(folder, sources=moved, progress=progress)
-    errors = _errors_against(folder, against, moved) if against else []
+    errors = list(weight_errors(open_on_disk(folder), reference)) if against else []
     if as_json:
         _print_json(
             {
@@ -172,6 +184,8 @@ def verify(
     if result.differences:
         for difference in result.differences:
             print(f"differs: {difference}", file=sys.stderr)
+        if not quiet and not as_json:
+            print(f"differences: {len(result.differences)}")
         raise typer.Exit(1)
     if not quiet and not as_json:
         print("no difference")
@@ -379,15 +393,6 @@ def _wish(text: str, flag: str) -> tuple[str, str]:
     if not (colon and pattern.strip() and word.strip()):
         raise typer.BadParameter(f"{text!r} is not `PATTERN: WORD`", param_hint=flag)
     return pattern.strip(), word.strip()
-
-
-def _errors_against(folder: Path, against: str, moved: dict[str, str]) -> list[Any]:
-    from .sources import open_on_disk, open_source
-    from .verify import read_manifest, weight_errors
-
-    entry = read_manifest(folder)["sources"].get(against, {})
-    location = moved.get(against) or entry.get("path") or entry.get("location") or against
-    return list(weight_errors(open_on_disk(folder), open_source(location)))
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -18,14 +18,25 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import SourceError, VerifyError
 from .formats.base import Format
 from .header import TensorInfo, inside, open_regular, pread_all, read_regular
-from .manifest import CHECKSUM, MANIFEST, METHOD, checksum_of, layout_of, read_manifest, tensor_differences
+from .manifest import (
+    CHECKSUM,
+    MANIFEST,
+    METHOD,
+    checksum_of,
+    layout_of,
+    read_manifest,
+    tensor_differences,
+    tensor_entries,
+)
 from .merged import CutFolder, open_compiled, reader_of
+from .patterns import compress
 from .rankfiles import contents
 from .report import printable
+from .servable import some
 from .sources import Source
 from .split import leftovers, rank_differences
 
-__all__ = ["Verification", "WeightError", "read_manifest", "verify", "weight_errors"]
+__all__ = ["Verification", "WeightError", "comparable", "read_manifest", "verify", "weight_errors"]
 
 _BUFFER = 4 << 20
 
@@ -37,7 +48,7 @@ class Verification:
     bit_for_bit: int
     by_checksum: int
     gone: tuple[str, ...]
-    """Sources that could not be opened, with the reason: their tensors were compared by checksum."""
+    """Sources that could not be opened or lack tensors, with the reason: these were compared by checksum."""
     differences: tuple[str, ...]
     leftovers: tuple[str, ...] = ()
     """Files of a split that was stopped. Nothing reads them."""
@@ -61,7 +72,8 @@ def verify(
     merged files were dropped, tensors are put together from the files of ranks.
 
     Raises:
-        VerifyError: there is no manifest, or it cannot be read; files of ranks that nothing can be put together from.
+        VerifyError: there is no manifest, or it cannot be read; files of ranks that nothing can be put together from;
+            a source of ``sources`` has not the tensors that were taken from it.
         SplitError: merged files were dropped, and not all ranks are there.
         SourceError: the checkpoint itself cannot be opened.
     """
@@ -75,12 +87,7 @@ def verify(
         *_file_differences(folder, manifest, checkpoint, left),
         *_structure_differences(manifest, checkpoint),
     ]
-    recorded = {
-        name: entry
-        for module in manifest["modules"].values()
-        for name, entry in module["tensors"].items()
-        if name in checkpoint.tensors
-    }
+    recorded = {name: entry for name, entry in tensor_entries(manifest).items() if name in checkpoint.tensors}
     differences += rank_differences(folder, manifest, checkpoint)
     bit_for_bit = 0
 
@@ -102,6 +109,9 @@ def verify(
 
 def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[str]]:
     opened, gone = {}, []
+    taken: dict[str, list[str]] = {}
+    for name, entry in tensor_entries(manifest).items():
+        taken.setdefault(entry["source"], []).append(name)
     unknown = moved.keys() - manifest["sources"].keys()
     if unknown:
         known = ", ".join(manifest["sources"])
@@ -114,6 +124,13 @@ def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tupl
             if name in moved:
                 raise
             gone.append(f"`{name}`: {error}")
+            continue
+        lacking = [tensor for tensor in taken.get(name, ()) if tensor not in opened[name].tensors]
+        if lacking:
+            reason = f"`{name}`: {location} lacks {len(lacking):,} of its tensors: {some(compress(lacking))}"
+            if name in moved:
+                raise VerifyError(f"source {reason}; is this the right folder?")
+            gone.append(reason)
     return opened, gone
 
 
@@ -233,25 +250,38 @@ def _opened(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[Callable[[int,
         os.close(fd)
 
 
+def comparable(checkpoint: Source, reference: Source) -> dict[str, Format]:
+    """The quantized modules of a checkpoint, where each is there unquantized in another.
+
+    Raises:
+        VerifyError: the reference lacks a module, holds it quantized itself, or in another shape.
+    """
+    quantized = {name: fmt for name, fmt in checkpoint.formats.items() if isinstance(fmt, Format) and fmt.quantized}
+    for name, fmt in quantized.items():
+        other = reference.formats.get(name)
+        if not isinstance(other, Format) or other.quantized:
+            raise VerifyError(
+                f"{reference.checkpoint.location}: holds no unquantized {name} to compare with; name a checkpoint in "
+                "BF16 or FP16"
+            )
+        ours, theirs = fmt.shape(checkpoint.checkpoint.modules[name]), other.shape(reference.checkpoint.modules[name])
+        if ours != theirs:
+            raise VerifyError(f"{name}: {list(ours)}, but {list(theirs)} in {reference.checkpoint.location}")
+    return quantized
+
+
 def weight_errors(
     checkpoint: Source, reference: Source, progress: Callable[[str], None] | None = None
 ) -> Iterator[WeightError]:
     """The relative error of each quantized module against the same module of an unquantized checkpoint.
 
     Raises:
-        VerifyError: the reference lacks a module, holds it quantized itself, or in another shape.
+        VerifyError: the two are not :func:`comparable`.
     """
-    for name, fmt in checkpoint.formats.items():
-        if not isinstance(fmt, Format) or not fmt.quantized:
-            continue
-        other = reference.formats.get(name)
-        if not isinstance(other, Format) or other.quantized:
-            raise VerifyError(f"{reference.checkpoint.location}: holds no unquantized {name} to compare with")
+    for name, fmt in comparable(checkpoint, reference).items():
         if progress is not None:
             progress(name)
         exact, ours = _dequantized(reference, name), _dequantized(checkpoint, name)
-        if exact.shape != ours.shape:
-            raise VerifyError(f"{name}: {list(ours.shape)}, but {list(exact.shape)} in the reference")
         with np.errstate(all="ignore"):  # weights may be infinite or no numbers: then so is the result
             norm = float(np.linalg.norm(exact))
             distance = float(np.linalg.norm(exact - ours))

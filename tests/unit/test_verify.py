@@ -337,7 +337,14 @@ def test_a_source_that_is_another_model_now(movable: Path) -> None:
 def test_a_source_that_is_another_checkpoint_now(movable: Path) -> None:
     shutil.rmtree(movable / "int4")
     write_tiny(movable / "int4", "bf16")
-    assert verify(movable / "out") == Verification(TENSORS - 24, 24, (), ()), "its tensors have other names"
+    result = verify(movable / "out")
+    assert result == Verification(TENSORS - 24, 24, result.gone, ()), "its tensors have other names"
+    (gone,) = result.gone
+    assert gone.startswith(
+        f"`int4`: {movable / 'int4'} lacks 24 of its tensors: model.layers.{{0..1}}.mlp.down_proj.{{"
+    )
+    with pytest.raises(VerifyError, match=r"source `int4`: .* lacks 24 of its tensors.*; is this the right folder\?"):
+        verify(movable / "out", sources={"int4": str(movable / "int4")})
     shutil.rmtree(movable / "fp8")
     write_tiny(movable / "fp8", "bf16")
     result = verify(movable / "out")
@@ -539,11 +546,11 @@ def test_weight_errors_need_an_unquantized_reference(built: Path, tmp_path: Path
     out, int4 = open_source(str(built / "out")), open_source(str(built / "int4"))
     with pytest.raises(VerifyError, match=r"int4: holds no unquantized model\.layers\.0\.mlp\.\w+ to compare with"):
         list(weight_errors(out, int4))
-    small = {f"model.layers.0.{linear}.weight": torch.zeros(64, 128) for linear in LINEARS}
+    small = {f"model.layers.{i}.{linear}.weight": torch.zeros(64, 128) for i in (0, 1) for linear in LINEARS}
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text("{}")
     save_file(small, tmp_path / "small" / "model.safetensors")
-    with pytest.raises(VerifyError, match=r": \[128, 128\], but \[64, 128\] in the reference"):
+    with pytest.raises(VerifyError, match=r": \[128, 128\], but \[64, 128\] in .*small"):
         list(weight_errors(out, open_source(str(tmp_path / "small"))))
 
 
