@@ -55,7 +55,7 @@ class Layout(str, Enum):
 RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).", show_default=False)]
 Folder = Annotated[Path, typer.Argument(help="A checkpoint's folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON, for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes and errors.")]
 Allow = Annotated[
     list[Allowed], typer.Option("--allow", help="`unservable`: build also what SGLang could not serve, and record it.")
 ]
@@ -85,7 +85,7 @@ def build(
 
     plan = _plan(recipe, allow, link, layout)
     check_output(plan, out, force=force)
-    _show_plan_notes(plan, quiet or as_json)
+    _show_plan_notes(plan, as_json)
     with _bar("writing", plan.tensor_bytes, quiet or as_json) as progress:
         manifest = run_plan(plan, out, force=force, link=link, jobs=jobs, progress=progress)
     if as_json:
@@ -228,7 +228,7 @@ def split(
     with ExitStack() as stack:
 
         def watch(splitter: Splitter | None, nbytes: int) -> Progress:
-            for remark in [] if quiet or splitter is None else splitter.remarks():
+            for remark in [] if splitter is None else splitter.remarks():
                 print(f"note: {remark}", file=sys.stderr)
             return stack.enter_context(_bar("writing", nbytes, quiet))
 
@@ -412,8 +412,8 @@ def _plan(recipe: Path, allow: list[Allowed], link: bool, layout: Layout | None 
     return plan
 
 
-def _show_plan_notes(plan: Plan, quiet: bool) -> None:
-    if quiet:
+def _show_plan_notes(plan: Plan, as_json: bool) -> None:
+    if as_json:
         return
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -79,6 +79,15 @@ class Pattern:
     def matches(self, name: str) -> bool:
         return name == self.text if self.exact else self._match(name) is not None
 
+    def greatest(self) -> Iterator[tuple[str, Pattern]]:
+        """The greatest number of each range or list of numbers, and the pattern for that one alone."""
+        tokens = _TOKEN.findall(self.text)
+        for i, token in enumerate(tokens):
+            words = _alternatives(token[1:-1], self.text) if token[0] == "{" else ()
+            if len(words) > 1 and all(map(str.isdecimal, words)):
+                number = max(words, key=int)
+                yield number, Pattern("".join([*tokens[:i], number, *tokens[i + 1 :]]))
+
 
 class PatternReader:
     """Parses the patterns of one file, a stranger's perhaps, and bounds what they are together."""

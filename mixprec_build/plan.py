@@ -440,6 +440,9 @@ class _Planner:
                 self.notes.append(f"{rule} matches nothing{hint}")
             elif not self.won[i]:
                 self.notes.append(f"{rule} never wins: later or exact lines decide all it matches")
+            for number, pattern in rule.pattern.greatest() if self.matched[i] else ():
+                if not any(map(pattern.matches, self.roles)):
+                    self.notes.append(f"{rule}: nothing there has the number {number}")
 
     def left_out(self, modules: Mapping[str, PlannedModule]) -> Iterable[LeftOut]:
         kept: dict[str, set[str]] = {name: set() for name in self.sources.by_name}

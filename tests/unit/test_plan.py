@@ -138,6 +138,11 @@ def test_modules_are_in_natural_order(tmp_path: Path) -> None:
             ["line 7 `model.*: fp8`: 1 of its modules are stored as bf16 there (model.embed_tokens)"],
         ),
         ("*.experts.*: int4\n*.experts.0.*: fp8", []),
+        (
+            "model.layers.{0..8}.*.experts.{1,0}.*: int4",
+            ["line 7 `model.layers.{0..8}.*.experts.{1,0}.*: int4`: nothing there has the number 8"],
+        ),
+        ("model.layers.{7..8}.*: fp8", ["line 7 `model.layers.{7..8}.*: fp8` matches nothing"]),
     ],
 )
 def test_a_note(zoo: Path, tmp_path: Path, weights: str, notes: list[str]) -> None:
