@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,13 +38,16 @@ def run_plan(
     out: Path,
     *,
     force: bool = False,
+    allow_unservable: bool = False,
     link: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
+    replanned: Callable[[Plan], object] | None = None,
 ) -> Path:
     """Fetches what is missing, checks the values that only headers were known of, and writes ``out``.
 
-    Returns the path of the manifest.
+    ``replanned`` is given the plan that is followed, where these values made another one. Returns the path of the
+    manifest.
 
     Raises:
         OutputError, SourceError, RefusedError, WriteError: see their docstrings.
@@ -58,9 +61,12 @@ def run_plan(
         if any(source.checkpoint.storage.cached(file) is None for file in source.checkpoint.shards)
     ]
     if away:
-        # Scales, zero points and norms of a hub's files can be looked at only now.
+        # Scales and zero points of a hub's files can be looked at only now.
         fetch(plan)
-        plan = make_plan(plan.recipe, plan.sources, allow_unservable=bool(plan.unservable), link=link)
+        allow_unservable = allow_unservable or bool(plan.unservable)
+        plan = make_plan(plan.recipe, plan.sources, allow_unservable=allow_unservable, link=link)
+        if replanned is not None:
+            replanned(plan)
     return write(plan, out, force=force, jobs=jobs, progress=progress)
 
 

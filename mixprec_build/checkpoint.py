@@ -173,6 +173,8 @@ class Checkpoint:
     modules: Mapping[str, StoredModule] = field(repr=False)
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Modules known from the index only -> their shard, which the cache of an unreachable hub lacks."""
+    values: dict[str, bytes] = field(default_factory=dict, repr=False)
+    """Tensor -> its first bytes, of those that were read although their files are not on this machine."""
 
     @property
     def commit(self) -> str | None:
@@ -202,9 +204,23 @@ class Checkpoint:
         data = self.storage.read(tensor.file, tensor.start, tensor.nbytes)
         return np.frombuffer(data, dtype=numpy_dtype(tensor.dtype)).reshape(tensor.shape)
 
+    def read_values(self, tensors: Iterable[TensorInfo]) -> None:
+        """Reads the first values of tensors whose files are on an online hub only, for :class:`ValueReader`."""
+        if isinstance(self.storage, LocalFolder) or self.offline is not None:
+            return
+        wanted = [tensor for tensor in tensors if tensor.name not in self.values]
+        away = {file for file in {tensor.file for tensor in wanted} if self.storage.cached(file) is None}
+        wanted = [tensor for tensor in wanted if tensor.file in away]
+
+        def read(tensor: TensorInfo) -> bytes:
+            return self.storage.read(tensor.file, tensor.start, min(tensor.nbytes, ValueReader.LIMIT))
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            self.values.update(zip((tensor.name for tensor in wanted), pool.map(read, wanted), strict=True))
+
 
 class ValueReader:
-    """Reads the first values of small tensors of several checkpoints, where they are on this machine.
+    """Reads the first values of small tensors of several checkpoints, where they are here or were read ahead.
 
     A sparse file with nothing but a header is enough to plan with: what lies in a hole is not read.
     """
@@ -234,6 +250,9 @@ class ValueReader:
             path = self._checkpoints[checkpoint].storage.cached(tensor.file)
             self._open[key] = None if path is None else open_regular(path)
         fd = self._open[key]
+        ahead = self._checkpoints[checkpoint].values.get(tensor.name)
+        if fd is None and ahead is not None:
+            return np.frombuffer(ahead, dtype=numpy_dtype(tensor.dtype))
         if fd is None or not tensor.nbytes:
             return None
         path_text = self._checkpoints[checkpoint].path_of(tensor.file)
@@ -388,7 +407,7 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
                 if isinstance(storage, LocalFolder) and (storage.folder / REST).is_dir():
                     remedy = (
                         "this checkpoint has files cut for ranks only: restore the merged ones with "
-                        f"`mixprec split {location} --layout both`"
+                        f"`mixprec split {storage.folder.absolute()} --layout both`"
                     )
                 raise SourceError(f"the shard {shard} is missing; {remedy}", path=location)
         return [shard for shard in shards if shard in storage.files], weight_map

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -86,8 +86,24 @@ def build(
     plan = _plan(recipe, allow, link, layout)
     check_output(plan, out, force=force)
     _show_plan_notes(plan, as_json)
+
+    def follow(other: Plan) -> None:
+        nonlocal plan
+        _show_plan_notes(other, as_json, told=plan)
+        plan = other
+
     with _bar("writing", plan.tensor_bytes, quiet or as_json) as progress:
-        manifest = run_plan(plan, out, force=force, link=link, jobs=jobs, progress=progress)
+        unservable = Allowed.UNSERVABLE in allow
+        manifest = run_plan(
+            plan,
+            out,
+            force=force,
+            allow_unservable=unservable,
+            link=link,
+            jobs=jobs,
+            progress=progress,
+            replanned=follow,
+        )
     if as_json:
         from .report import plan_facts
 
@@ -146,14 +162,14 @@ def verify(
     """Compare a compiled checkpoint with its sources, bit for bit."""
     from .manifest import read_manifest, tensor_entries
     from .sources import open_on_disk, open_source
-    from .verify import comparable, weight_errors
+    from .verify import comparable, location_of, weight_errors
     from .verify import verify as run
 
     moved = dict(_pair(item) for item in source)
     manifest = read_manifest(folder)
     if against:
         entry = manifest["sources"].get(against, {})
-        reference = open_source(moved.get(against) or entry.get("path") or entry.get("location") or against)
+        reference = open_source(moved.get(against) or (entry and location_of(entry)) or against)
         comparable(open_on_disk(folder), reference)  # before the hour that reading may take
     total = sum(entry["bytes"] for entry in tensor_entries(manifest).values())
     with _bar("comparing", total, quiet or as_json) as progress:
@@ -412,13 +428,16 @@ def _plan(recipe: Path, allow: list[Allowed], link: bool, layout: Layout | None 
     return plan
 
 
-def _show_plan_notes(plan: Plan, as_json: bool) -> None:
+def _show_plan_notes(plan: Plan, as_json: bool, told: Plan | None = None) -> None:
+    """Those that ``told`` did not have, too."""
     if as_json:
         return
     for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+        if told is None or note not in told.notes:
+            print(f"note: {note}", file=sys.stderr)
     for problem in plan.unservable:
-        print(f"SGLang cannot serve this: {problem}", file=sys.stderr)
+        if told is None or problem not in told.unservable:
+            print(f"SGLang cannot serve this: {problem}", file=sys.stderr)
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Folding:
                     break
         self._differ: dict[tuple[str, str, str], bool] = {}
         self._apart: dict[tuple[str, str], bool] = {}
+        self._mended: set[str] = set()
 
     @cached_property
     def _folding(self) -> frozenset[str]:
@@ -106,10 +107,14 @@ class Folding:
             return None
         return next((s for s in voters if not any(self.differ(norm, s, other) for other in voters)), None)
 
-    def check(self, modules: Mapping[str, PlannedModule], problems: Problems) -> None:
-        """Adds to ``problems`` what would lose scales, or apply them twice."""
+    def check(self, modules: Mapping[str, PlannedModule], problems: Problems) -> set[str]:
+        """Adds to ``problems`` what would lose scales, or apply them twice.
+
+        Returns the modules that are told there to come from one source.
+        """
+        self._mended = set()
         if not self._folding:
-            return
+            return self._mended
         for norm, names in self.fed.items():
             if norm in modules:
                 self._check_norm(modules[norm], [modules[name] for name in names if name in modules], modules, problems)
@@ -119,6 +124,7 @@ class Folding:
             if before is not None and before.source != module.source:
                 fused = dict.fromkeys((*group_of[before.name], name))
                 self._check_pair(before, module, [modules[part] for part in fused], problems)
+        return self._mended
 
     def _check_norm(
         self,
@@ -127,6 +133,15 @@ class Folding:
         modules: Mapping[str, PlannedModule],
         problems: Problems,
     ) -> None:
+        held_by = dict.fromkeys(module.source for module in (norm, *fed))
+        for name in held_by:
+            shard = self._sources.by_name[name].checkpoint.absent.get(norm.name)
+            if shard is not None and any(self.between(name, other) for other in held_by):
+                problems.hard(
+                    f"`{name}` is read from the cache, which lacks {shard}: scales may be folded into {norm.name} "
+                    "there; run once online"
+                )
+
         def unlike(module: PlannedModule) -> bool:
             return self.between(norm.source, module.source) and self.differ(norm.name, norm.source, module.source)
 
@@ -154,6 +169,7 @@ class Folding:
             change = [(m.name, m.rule) for m in block if m.source != source]
             lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source}
             if (change or lines) and can_give(self._sources.by_name[source], block):
+                self._mended.update(module.name for module in block)
                 mend, others = Mend.of(source, change)
                 return Mend(mend.source, mend.rules, tuple(lines)), others
         return Mend(None), []

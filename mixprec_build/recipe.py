@@ -74,6 +74,8 @@ class Recipe:
     """``merged``, ``presplit`` or ``both``: which files the checkpoint is to have."""
     serving: Mapping[str, object] = field(default_factory=dict)
     """The sections ``inference:`` and ``server:``, read and kept, without influence on the build."""
+    section: str = "weights"
+    """What the recipe calls the section of its rules."""
 
     @property
     def folder(self) -> Path:
@@ -188,7 +190,8 @@ def _mixed_precision(reader: _Reader, root: _Map) -> Recipe:
         default = model.name
         sources[default] = model
     rules = _rules(reader, reader.map(section.get("weight_mapping")), sources)
-    return Recipe(reader.path, model, sources, default, rules, *_output(reader, root), _serving(reader, root))
+    output, serving = _output(reader, root), _serving(reader, root)
+    return Recipe(reader.path, model, sources, default, rules, *output, serving, "weight_mapping")
 
 
 # Formats a rule may ask for without naming a source; plan.py finds the source that holds them.

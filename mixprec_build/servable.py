@@ -7,7 +7,7 @@ would fail at start-up, or worse, load and answer nonsense.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ class Problems:
     """Collects problems; the same one in many modules is told once, with their names as patterns."""
 
     def __init__(self, recipe: Recipe):
-        self._last_line = max((rule.line for rule in recipe.rules), default=None)
+        self._recipe = recipe
         self._hard: list[str] = []
         self._soft: dict[tuple[str, Mend | None], tuple[list[str], list[str]]] = {}
 
@@ -75,7 +75,7 @@ class Problems:
 
     def mended(self, mend: Mend | None, change: Sequence[str]) -> str:
         """The sentence that ends a problem."""
-        return "" if mend is None else mend.sentence(change, self._last_line)
+        return "" if mend is None else mend.sentence(change, self._recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +101,34 @@ class Mend:
                 others.append(name)
         return cls(source, tuple(sorted(exact, key=lambda rule: rule.line))), others
 
-    def sentence(self, modules: Sequence[str], last_line: int | None) -> str:
+    def sentence(self, modules: Sequence[str], recipe: Recipe) -> str:
         if self.source is None:
             return ". No source of this recipe can take their place: add one that can"
         steps = [f"change line {rule.line} to `{rule.pattern.text}: {self.source}`" for rule in self.rules]
         steps += [f"take out {rule}" for rule in self.needless]
-        if modules:
-            where = "under `weights:`" if last_line is None else f"below line {last_line}"
-            steps.append(f"add {where}: {some([f'`{pattern}: {self.source}`' for pattern in compress(modules)], 8)}")
+        lines = []
+        by_text = {rule.pattern.text: rule for rule in recipe.rules}
+        for pattern in compress(modules):
+            rule = by_text.get(pattern)  # a line that is there cannot be added
+            if rule is not None and not _is_overruled(rule, modules, recipe):
+                steps.append(f"change line {rule.line} to `{pattern}: {self.source}`")
+                continue
+            if rule is not None:
+                steps.append(f"take out {rule}")
+            lines.append(f"`{pattern}: {self.source}`")
+        if lines:
+            last = max((rule.line for rule in recipe.rules), default=None)
+            where = f"under `{recipe.section}:`" if last is None else f"below line {last}"
+            steps.append(f"add {where}: {some(lines, 8)}")
         sentence = ", ".join(steps)
         return f". {sentence[0].upper()}{sentence[1:]}"
+
+
+def _is_overruled(rule: Rule, modules: Iterable[str], recipe: Recipe) -> bool:
+    """Whether a later line decides for one of ``modules`` that ``rule`` matches."""
+    matched = [name for name in modules if rule.pattern.matches(name)]
+    later = [other.pattern for other in recipe.rules if other.line > rule.line]
+    return any(pattern.matches(name) for pattern in later for name in matched)
 
 
 def check_servable(
@@ -121,14 +139,13 @@ def check_servable(
     problems: Problems,
 ) -> None:
     """Adds to ``problems`` all that SGLang's layers would not run as planned."""
-    quantized = [module for module in modules.values() if module.format.quantized]
+    mended = folding.check(modules, problems)
+    quantized = any(module.format.quantized for module in modules.values())
     for name, members in fused_groups(modules if quantized else ()).items():
         parts = [modules[member] for member in members]
         if any(part.format.quantized for part in parts):
-            _check_group(name, parts, sources, reader, problems)
-    for module in quantized:
-        _check_never_quantized(module, sources, problems)
-    folding.check(modules, problems)
+            _check_group(name, parts, sources, reader, problems, mended)
+            _check_never_quantized(parts, sources, problems)
     check_same_weights(modules, sources, folding, problems)
 
 
@@ -153,8 +170,14 @@ def half_only(modules: Mapping[str, tuple[Format, StoredModule]], config: Mappin
 
 
 def _check_group(
-    name: str, parts: list[PlannedModule], sources: Sources, reader: ValueReader, problems: Problems
+    name: str,
+    parts: list[PlannedModule],
+    sources: Sources,
+    reader: ValueReader,
+    problems: Problems,
+    mended: Set[str],
 ) -> None:
+    """``mended`` are modules that another problem's mend gives one source: to mend them once more would undo it."""
     expert = is_expert(name)
     if len({part.format.fuses_as for part in parts}) > 1:
         what = "the projections of one expert" if expert else f"parts of {name.rpartition('.')[2]}, one GEMM in SGLang,"
@@ -162,7 +185,8 @@ def _check_group(
         source = _common_source(parts, sources, expert)
         change = [part for part in parts if part.source != source]
         text = f"{what} must share a format, but {owners}"
-        problems.soft([part.name for part in parts], text, *_mend(source, change))
+        names = [part.name for part in parts]
+        problems.soft(names, text, *(_mend(source, change) if mended.isdisjoint(names) else ()))
         return
     for limit in _format_limits(parts, reader, expert):
         source = _common_source(parts, sources, expert, other_than=parts[0].source)
@@ -241,13 +265,13 @@ def gives(source: Source, modules: Iterable[str]) -> bool:
     return all(fmt is not None and (claimed is None or fmt.kind in claimed) for fmt in formats)
 
 
-def _check_never_quantized(module: PlannedModule, sources: Sources, problems: Problems) -> None:
-    limit = _role_limit(module.name, module.role, module.format)
-    if limit is None:
-        return
-    source = _common_source([module], sources, expert=False)
-    text = f"{_described(module.format)} from {origin(module)}: {limit}"
-    problems.soft([module.name], text, *_mend(source, [module]))
+def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, problems: Problems) -> None:
+    for module in parts:
+        limit = _role_limit(module.name, module.role, module.format)
+        if limit is not None:
+            source = _common_source(parts, sources, expert=False)  # for all: they must share a format still
+            text = f"{_described(module.format)} from {origin(module)}: {limit}"
+            problems.soft([module.name], text, *_mend(source, [part for part in parts if part.source != source]))
 
 
 def _role_limit(name: str, role: Role, fmt: Format) -> str | None:

@@ -13,7 +13,7 @@ from .errors import RecipeError, SourceError
 from .formats.base import Format, FormatError
 from .formats.registry import ALIASES, detect
 from .manifest import MANIFEST, read_manifest
-from .model import Model
+from .model import Model, Role, role_by_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,6 +123,11 @@ def open_sources(recipe: Recipe) -> Sources:
         source = Source.of(name, checkpoint, ref.line)
         _check_claim(source, recipe)
         by_name[name] = source
+    if len(by_name) > 1:
+        for checkpoint in opened.values():
+            # What their norms hold says whether sources are one model, and whether scales are folded into them.
+            norms = (module for name, module in checkpoint.modules.items() if role_by_name(name) is Role.NORM)
+            checkpoint.read_values(tensor for norm in norms for tensor in norm.tensors.values())
     return Sources(opened[recipe.model.location], by_name)
 
 

@@ -36,7 +36,7 @@ from .servable import some
 from .sources import Source
 from .split import leftovers, rank_differences
 
-__all__ = ["Verification", "WeightError", "comparable", "read_manifest", "verify", "weight_errors"]
+__all__ = ["Verification", "WeightError", "comparable", "location_of", "read_manifest", "verify", "weight_errors"]
 
 _BUFFER = 4 << 20
 
@@ -117,7 +117,7 @@ def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tupl
         known = ", ".join(manifest["sources"])
         raise VerifyError(f"the checkpoint has no source `{min(unknown)}`; its sources are {known}")
     for name, entry in manifest["sources"].items():
-        location = moved.get(name) or entry["path"] or _on_hub(entry)
+        location = moved.get(name) or location_of(entry)
         try:
             opened[name] = open_checkpoint(location)
         except SourceError as error:
@@ -134,10 +134,10 @@ def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tupl
     return opened, gone
 
 
-def _on_hub(entry: Mapping[str, Any]) -> str:
-    """The hub id of a source at the commit it was built from."""
+def location_of(entry: Mapping[str, Any]) -> str:
+    """Where the manifest says that a source was: its folder, or its hub id at the commit it was built from."""
     repository = str(entry["location"]).partition("@")[0]
-    return f"{repository}@{entry['commit']}" if entry["commit"] else repository
+    return str(entry["path"] or (f"{repository}@{entry['commit']}" if entry["commit"] else repository))
 
 
 def _file_differences(

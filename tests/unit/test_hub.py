@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -9,18 +10,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
+from checkpoints import LLAMA, write_tiny
 from hub_server import Answer, HubServer
 from tiny import tree, write_sources
 
 from mixprec_build import hub as hub_module
 from mixprec_build.build import plan_recipe, run_plan
+from mixprec_build.cli import main
 from mixprec_build.errors import HubError, RefusedError
 from mixprec_build.hub import HubRepo, parse_repo_id
+from mixprec_build.manifest import read_manifest
 from mixprec_build.verify import verify
 
 REPO = "org/model"
@@ -534,3 +539,64 @@ def test_a_build_downloads_only_what_its_plan_needs(
     recipe.write_text(recipe.read_text().replace("layers.0.self_attn.*", "layers.1.mlp.*"))
     with pytest.raises(RefusedError, match=r"`fp8` is read from the cache, which lacks .*safetensors"):
         plan_recipe(recipe)
+
+
+def test_norms_are_looked_at_whatever_shard_they_are_in(
+    hub: HubServer, tmp_path: Path, load: Load, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scales are folded into norms, which lie in other shards than what they feed: in none that a build fetches."""
+    load()
+    folders = {"bf16": write_tiny(tmp_path / "bf16", LLAMA, "bf16")}
+    folders["awq"] = write_tiny(tmp_path / "awq", LLAMA, "awq_int4", fold=0.7, shards=4)
+    folders["other"] = write_tiny(tmp_path / "other", replace(LLAMA, seed=3), "fp8_block", shards=8)
+    for name, folder in folders.items():
+        hub.add(f"org/{name}", folder)
+
+    def recipe(name: str, home: str) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        lines = [f"model: {home}bf16", "sources:", f"  bf16: {home}bf16", f"  {name}: {home}{name}"]
+        path.write_text("\n".join([*lines, f"weights: {{model.layers.0.self_attn.*: {name}}}"]))
+        return path
+
+    norm = "model.layers.0.input_layernorm"
+    (note,) = plan_recipe(recipe("awq", "org/")).notes
+    assert note.startswith(f"{norm}: from `awq`")
+    run_plan(plan_recipe(recipe("awq", "org/")), tmp_path / "out")
+    run_plan(plan_recipe(recipe("awq", f"{tmp_path}/")), tmp_path / "due")
+    ours, due = (read_manifest(tmp_path / name)["modules"] for name in ("out", "due"))
+    assert ours == due and {t["source"] for t in due[norm]["tensors"].values()} == {"awq"}
+    with pytest.raises(RefusedError, match="hold different values, so they do not hold the same weights"):
+        plan_recipe(recipe("other", "org/"))
+
+    # Without the hub and without the norm nothing is taken for granted.
+    (shard,) = {t.info.file for t in plan_recipe(recipe("awq", f"{tmp_path}/")).modules[norm].tensors.values()}
+    for path in (tmp_path / "home").rglob(shard):
+        if "models--org--awq" in str(path):
+            path.unlink()
+    load(HF_HUB_OFFLINE="1")
+    with pytest.raises(RefusedError, match=rf"`awq` is read from the cache, which lacks {shard}: scales may be folded"):
+        plan_recipe(recipe("awq", "org/"))
+
+
+def test_what_is_seen_only_once_files_are_fetched(
+    hub: HubServer, tmp_path: Path, load: Load, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the user allows holds for that, too, and what is printed is what was written."""
+    load()
+    hub.add("org/bf16", write_tiny(tmp_path / "bf16", LLAMA, "bf16"))
+
+    def odd_zeros(tensors: Any, _: object) -> None:
+        tensors["model.layers.0.self_attn.q_proj.qzeros"][0, 0] += 1
+
+    hub.add("org/gptq", write_tiny(tmp_path / "gptq", LLAMA, "gptq_int4", edit=odd_zeros))
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text(
+        "model: org/bf16\nsources: {bf16: org/bf16, gptq: org/gptq}\nweights: {model.layers.0.self_attn.*: gptq}\n"
+    )
+    command = ["mixprec", "build", str(recipe), "-o", str(tmp_path / "out"), "--json", "--allow", "unservable"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    (problem,) = json.loads(capsys.readouterr().out)["unservable"]
+    assert "zero point" in problem and read_manifest(tmp_path / "out")["unservable"] == [problem]
