@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -713,6 +714,8 @@ NAMES = {
     ),
 }
 
+SEEDS = 50
+
 CASES = {
     f"{title}: {name}": case
     for title, cases in {
@@ -926,3 +929,36 @@ def test_a_problem_of_every_layer_is_told_once(tmp_path: Path, run: Run) -> None
     assert refused.startswith("mixprec: refused, 1 problem:\n")
     assert "model.layers.{0..11}.mlp.experts.{0..7}.{down_proj,gate_proj,up_proj}: gptq_int4" in refused
     assert len(refused) < 700
+
+
+@pytest.mark.parametrize("model", ["llama", "deepseek"])
+def test_advice_leads_to_a_recipe_that_passes(tmp_path: Path, run: Run, model: str) -> None:
+    """Whatever lines there are, one after the other or all at once, and never round in circles."""
+    shape = {"llama": LLAMA, "deepseek": DEEPSEEK}[model]
+    variants = {"base": ("bf16", {}), "fp8": ("fp8_block", {}), "packed": ("gptq_int4", {})}
+    variants["awq"] = ("awq_int4", {"fold": 0.7}) if model == "llama" else ("fp8_channel", {})
+    for name, (variant, options) in variants.items():
+        write_tiny(tmp_path / name, shape, variant, **options)
+    attention = (
+        ["q_proj", "{k,v}_proj", "o_proj"] if model == "llama" else ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"]
+    )
+    tails = ["*", "self_attn.*", "mlp.*", "mlp.down_proj", "mlp.{gate,up}_proj", "mlp.up_proj"]
+    tails += [f"self_attn.{part}" for part in attention]
+    heads = ["model.layers.*.", "model.layers.0.", "model.layers.{0..1}.", "*.1."]
+    chance = random.Random(0)
+    recipe, refusals = tmp_path / "recipe.yaml", 0
+    for _ in range(SEEDS):
+        lines = {chance.choice(heads) + chance.choice(tails): chance.choice([*variants]) for _ in range(4)}
+        names = chance.sample([*variants], 3)
+        text = [f"model: {tmp_path / 'base'}", "sources:", *(f"  {name}: {tmp_path / name}" for name in variants)]
+        text += [f"default: {chance.choice(names)}", "weights:", *(f"  '{p}': {s}" for p, s in lines.items())]
+        recipe.write_text("\n".join(text))
+        seen = set()
+        while (ran := run("plan", recipe)).code:
+            assert "refused" in ran.err and recipe.read_text() not in seen, "\n".join([*text, *seen, ran.err])
+            if "No source of this recipe" in ran.err:
+                break
+            refusals += 1
+            seen.add(recipe.read_text())
+            recipe.write_text(follow(recipe.read_text(), ran.err))
+    assert refusals > SEEDS / 4
