@@ -283,7 +283,7 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
     """:func:`open_checkpoint` of files that are found; of shards that are given by their headers alone with these."""
     config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
     if config is None:
-        raise SourceError("no config.json; a source is a Hugging Face checkpoint", path=location)
+        raise SourceError("no config.json: this is no Hugging Face checkpoint", path=location)
     quantization, quantization_file = config.get("quantization_config"), "config.json"
     if quantization is None:
         quantization_file = "quantize_config.json"
@@ -349,9 +349,8 @@ def _locate(location: str, relative_to: Path) -> Files:
     looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") != 1
     parsed = None if looks_local else parse_repo_id(location)
     if parsed is None:
-        raise SourceError(
-            f"no such folder ({folder.absolute()}), and not a hub id like org/name@revision", path=location
-        )
+        where = "" if Path(location).is_absolute() else f" ({folder.absolute()})"
+        raise SourceError(f"no such folder{where}, and not a hub id like org/name@revision", path=location)
     return HubRepo.open(*parsed)
 
 

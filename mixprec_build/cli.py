@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
-from .errors import MixprecError
+from .errors import MixprecError, RefusedError
 from .objective import Objective
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -121,7 +122,12 @@ def plan(recipe: RecipePath, allow: Allow = [], link: Link = False, as_json: AsJ
     """Show what a build would write, without writing it."""
     from .report import plan_facts, show_plan
 
-    facts = plan_facts(_plan(recipe, allow, link))
+    try:
+        facts = plan_facts(_plan(recipe, allow, link))
+    except RefusedError as error:
+        if as_json:
+            _print_json({"refused": list(error.problems)})
+        raise
     if as_json:
         _print_json(facts)
     else:
@@ -443,7 +449,7 @@ def _show_plan_notes(plan: Plan, as_json: bool, told: Plan | None = None) -> Non
 @contextmanager
 def _bar(what: str, total: int, quiet: bool) -> Iterator[Progress]:
     """A progress bar with bytes and rate on standard error, where that is a terminal."""
-    if quiet:
+    if quiet or not total:
         yield lambda _: None
         return
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn

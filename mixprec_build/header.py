@@ -231,6 +231,8 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
 def header_length(first8: bytes, *, path: Path | str, file_size: int) -> int:
     """``N`` of a file from its first eight bytes, checked against the file's size."""
     length = int.from_bytes(first8, "little")
+    if first8 == b"version ":
+        raise SourceError("a Git LFS pointer, not the file that it stands for; fetch it with `git lfs pull`", path=path)
     if len(first8) < 8 or length < 2 or 8 + length > file_size:
         raise SourceError("damaged safetensors file: too short for its header; fetch the file again", path=path)
     if length > MAX_HEADER_BYTES:

@@ -274,11 +274,11 @@ class _Planner:
             fmt = source.format_of(name)
             asked = ALIASES.get(rule.source, frozenset())
             if asked and fmt.kind not in asked and not fmt.quantized:
-                held = ", ".join(f"`{s.name}`" for s in holders if s is not source) or "no other source"
+                held = ", ".join(f"`{s.name}`" for s in holders if gives(s, [name])) or "no source"
                 raise self._error(
                     rule,
                     f"{name} is not quantized in `{source.name}`: it is stored as {fmt.kind} there; "
-                    f"remove the line or name another source ({held} has it)",
+                    f"remove the line or name another source ({held} has it so)",
                 )
         return exact
 

@@ -264,7 +264,7 @@ def _unknown(what: str, word: str, known: Iterable[str]) -> str:
     known, word = sorted(known), word[:100]
     near = difflib.get_close_matches(word, known, n=1)
     hint = f"did you mean `{near[0]}`?" if near else "known: " + ", ".join(f"`{k}`" for k in known)
-    return f"unknown {what} `{word}`; {hint}"
+    return f"unknown {what} `{word}`; {hint if known else 'there are none'}"
 
 
 # YAML nodes that know their line
@@ -340,6 +340,8 @@ class _Reader:
                 raise self.error(f"nested deeper than {_MAX_DEPTH} levels", at) from error
             # `*.mlp: fp8` is an alias to YAML, and one with a bad name.
             hint = "; quote names that start with *" if "alias" in (error.context or "") else ""
+            if r"'\t'" in (error.problem or "") or (mark and mark.index < len(text) and text[mark.index] == "\t"):
+                hint = "; a tab: YAML wants spaces"
             raise self.error(f"not valid YAML: {error.problem or error.context}{hint}", at) from error
         except yaml.YAMLError as error:
             raise self.error(f"not valid YAML: {error}", None) from error

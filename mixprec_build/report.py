@@ -14,6 +14,7 @@ from .formats.base import Format, FormatError
 from .manifest import CHECKSUM, MANIFEST, METHOD, layout_of, name_formats, read_manifest
 from .model import Role, place_of, role_of
 from .patterns import compress
+from .servable import half_only
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,6 +128,11 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         "serve": f"python -m sglang.launch_server --model-path {shlex.quote(source.checkpoint.location)}"
         + (f" --quantization {METHOD}" if compiled else ""),
     }
+    if compiled:
+        modules = source.checkpoint.modules
+        served = {name: (fmt, modules[name]) for name, fmt in source.formats.items() if isinstance(fmt, Format)}
+        facts["notes"] = list(half_only(served, source.checkpoint.config))
+        facts["serve"] += " --dtype half" if facts["notes"] else ""
     if compiled and (folder / MANIFEST).exists():
         recorded = read_manifest(folder)
         if layout_of(recorded) == "presplit":
@@ -261,7 +267,8 @@ def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
     if "checksum" in facts:
         _say(f"checksums: {facts['checksum']} of every tensor, {facts['manifest_checksum']} of the manifest", console)
     _show_notes(facts, console)
-    _say(f"serve it with: {facts['serve']}", console, soft_wrap=True)
+    if not facts.get("unservable"):
+        _say(f"serve it with: {facts['serve']}", console, soft_wrap=True)
 
 
 def show_errors(errors: Iterable[WeightError], against: str, console: Console, most: int = 20) -> None:
@@ -357,7 +364,7 @@ def _show_formats(facts: Mapping[str, Any], console: Console) -> None:
         f"{facts['modules']:,} modules, {facts['parameters']:,} parameters in {facts['bytes']:,} bytes "
         f"({human(facts['bytes'])}, {facts['bits_per_weight'] or 0:.2f} bits/weight): {facts['compression'] or 0:.2f} "
         f"times smaller than FP16 ({human(facts['fp16_bytes'])}); "
-        f"{facts['shards']} files of {facts['file_bytes']:,} bytes",
+        f"{facts['shards']} {'file' if facts['shards'] == 1 else 'files'} of {facts['file_bytes']:,} bytes",
         console,
     )
 
@@ -441,7 +448,8 @@ def _say(line: str, console: Console, *, style: str = "", soft_wrap: bool = Fals
     from rich.text import Text
 
     shown = line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}..."
-    console.print(Text(printable(shown), style), soft_wrap=soft_wrap)
+    # What another program reads is not folded.
+    console.print(Text(printable(shown), style), soft_wrap=soft_wrap or not console.is_terminal)
 
 
 def _say_how_many_more(shown: Sized, console: Console) -> None:
@@ -465,7 +473,7 @@ def _table(*heads: str, title: str) -> Table:
     table = Table(title=Text(printable(title), "table.title"), title_justify="left")
     for head in heads:
         number = head in _NUMBERS
-        table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
+        table.add_column(Text(head), justify="right" if number else "left", overflow="fold", no_wrap=number)
     return table
 
 

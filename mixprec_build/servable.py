@@ -146,6 +146,7 @@ def check_servable(
         if any(part.format.quantized for part in parts):
             _check_group(name, parts, sources, reader, problems, mended)
             _check_never_quantized(parts, sources, problems)
+            _check_shared_experts(name, parts, modules, sources, problems)
     check_same_weights(modules, sources, folding, problems)
 
 
@@ -274,6 +275,47 @@ def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, pro
             problems.soft([module.name], text, *_mend(source, [part for part in parts if part.source != source]))
 
 
+def _check_shared_experts(
+    name: str,
+    parts: Sequence[PlannedModule],
+    modules: Mapping[str, PlannedModule],
+    sources: Sources,
+    problems: Problems,
+) -> None:
+    """DeepSeek looks into the methods of its shared experts (models/deepseek_v2.py:774 in 0.5.17)."""
+    down = modules.get(f"{name.rpartition('.')[0]}.down_proj")
+    if not name.endswith(".shared_experts.gate_up_proj") or down is None or len({p.format for p in parts}) > 1:
+        return
+    limit = _shared_experts_limit(parts[0].format, down.format)
+    if limit is None:
+        return
+    trio = [*parts, down]
+
+    def fits(source: Source) -> bool:
+        if not can_give(source, trio):
+            return False
+        return _shared_experts_limit(*(source.format_of(part.name) for part in (parts[0], down))) is None
+
+    votes = [part.source for part in trio]
+    order = sorted(sources.by_name, key=lambda source: -votes.count(source))
+    chosen = next((source for source in order if fits(sources.by_name[source])), None)
+    text = f"{_described(parts[0].format)} from {origin(parts[0])}: {limit}"
+    problems.soft([part.name for part in trio], text, *_mend(chosen, [p for p in trio if p.source != chosen]))
+
+
+def _shared_experts_limit(gate: Format, down: Format) -> str | None:
+    kind, quantizes = gate.kind, gate.to_json().get("activations", "none") != "none"
+    if kind.startswith("gptq"):
+        return "SGLang looks for a weight in shared experts' gate and up, and GPTQ has none of that name"
+    if kind == "fp8_channel" and quantizes:
+        return "SGLang asks shared experts for a config that its method for FP8 by channels has not"
+    blocks = [fmt.to_json().get("block") for fmt in (gate, down)]
+    alike = down.kind in ("fp8_block", "fp8_tensor") and down.to_json().get("activations") != "none"
+    if kind in ("fp8_block", "fp8_tensor") and quantizes and not (alike and blocks[0] == blocks[1]):
+        return f"SGLang compares blocks of shared experts' gate and up with those of down, which is {down.kind}"
+    return None
+
+
 def _role_limit(name: str, role: Role, fmt: Format) -> str | None:
     """Why SGLang has no place for a module in ``fmt``, whatever its shape."""
     if not fmt.quantized:
@@ -283,6 +325,8 @@ def _role_limit(name: str, role: Role, fmt: Format) -> str | None:
         return f"SGLang has no quantized {role.value}"
     if last == "kv_b_proj":
         return "SGLang reads kv_b_proj outside its quantization methods and needs it unquantized"
+    if last == "q_b_proj" and fmt.kind.startswith(("gptq", "awq", "ct_")):
+        return "SGLang 0.5.17 looks for a weight in q_b_proj, and packed formats have none of that name"
     if last in ("q_a_proj", "kv_a_proj_with_mqa"):
         # deepseek_weight_loader.py: torch.cat along the first axis, or the first of two scalars
         if fmt.kind.startswith(("gptq", "awq")):

@@ -138,13 +138,17 @@ class ExpertCounter:
 
     def read(self) -> dict[int, tuple[list[int], int]]:
         """Layer -> counts of its experts, and tokens."""
+        self._wait()
         found = self.counts.cpu().tolist()
         return {layer: (found[row][: self.layers[layer]], found[row][-1]) for layer, row in self._row_of.items()}
 
     def reset(self) -> None:
+        self._wait()
+        self.counts.zero_()
+
+    def _wait(self) -> None:
         if self.counts.is_cuda:
             torch.cuda.synchronize()  # a batch may be under way on another stream
-        self.counts.zero_()
 
 
 @triton.jit  # type: ignore[untyped-decorator]

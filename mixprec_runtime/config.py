@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,8 +39,13 @@ class MixPrecConfig(QuantizationConfig):
     # Models look at this attribute of whatever config they are given.
     weight_block_size = None
 
-    def __init__(self, declaration: Declaration):
+    def __init__(self, declaration: Declaration | None = None):
         super().__init__()
+        if declaration is None:  # as SGLang makes one for a draft model without quantization_config
+            raise ValueError(
+                "--quantization mixprec is for checkpoints that mixprec built, and config.json says whether one is: "
+                "leave it out, for draft models of such ones with --speculative-draft-model-quantization unquant"
+            )
         self.declaration = declaration
         self.native = {fmt: NativeFormat(fmt) for fmt in declaration.formats.values()}
         self.padded: Mapping[str, tuple[int, int]] = {}
@@ -137,10 +142,21 @@ class MixPrecConfig(QuantizationConfig):
             if fmt not in known:
                 known[fmt] = kinds.setdefault(fmt.fuses_as, fmt)
             formats[expert] = known[fmt]
+        if getattr(layer, "num_fused_shared_experts", 0):
+            self._check_fused_shared_experts(prefix.rpartition(".")[0], kinds)
         if len(kinds) > 1:
             launch.check_mixed_experts()
             return MixedExpertsMethod(formats, self.native, prefix)
         return self._native(next(iter(kinds.values()), None)).get_quant_method(layer, prefix)
+
+    def _check_fused_shared_experts(self, parent: str, kinds: Container[object]) -> None:
+        assert self._formats is not None
+        shared = [f"{parent}.shared_experts.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+        if any(name in self._formats and self._formats[name].fuses_as not in kinds for name in shared):
+            raise ValueError(
+                f"{parent}: shared experts are in another format than routed ones, and SGLang would make them one "
+                "layer; start it with --disable-shared-experts-fusion"
+            )
 
     # What SGLang asks of every config
 

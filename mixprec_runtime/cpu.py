@@ -7,6 +7,7 @@ Kernels that SGLang lacks there are replaced by :mod:`mixprec_runtime.reference`
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,8 @@ def environment(ranks: int = 1) -> dict[str, str]:
 
 
 def main() -> None:
+    if importlib.util.find_spec("sglang") is None:
+        sys.exit("SGLang is not installed here; pip install 'mixprec[sglang]'")
     arguments = []
     for name, value in ENGINE.items():
         flag = f"--{name.replace('_', '-')}"

@@ -56,10 +56,7 @@ def examine(out: Path | None = None) -> list[Finding]:
         findings.append(Finding("warn", "GPU", f"{missing}; `python -m mixprec_runtime.cpu` serves slowly, for a try"))
     else:
         findings.append(Finding("ok", "GPU", f"{gpu.name}, compute capability {gpu.capability / 10}"))
-    findings += _formats(gpu)
-    if out is not None:
-        findings += _checkpoint(out, gpu)
-    return findings
+    return [*findings, *(_formats(gpu) if out is None else _checkpoint(out, gpu))]
 
 
 def _versions() -> Iterator[Finding]:
@@ -106,7 +103,7 @@ def _find_gpu() -> tuple[Gpu | None, str]:
 
 # kind -> (what SGLang runs it with, the least compute capability)
 _KERNELS = {
-    "bf16": ("dense GEMM, Triton for experts", 80),
+    "bf16": ("dense GEMM, Triton for experts", 75),
     "fp16": ("dense GEMM, Triton for experts", 75),
     "fp32": ("cast to the model's dtype when loaded", 75),
     "fp8_block": ("block FP8 (DeepGEMM or Triton), Triton for experts", 80),
@@ -122,13 +119,26 @@ _KERNELS = {
 }
 
 
+_MOST = {"int8_channel": 90}
+"""Where it is not every one above."""
+
+
 def _formats(gpu: Gpu | None) -> Iterator[Finding]:
-    for kind, (kernel, least) in _KERNELS.items():
-        if gpu is not None and gpu.capability < least:
-            text = f"{kernel}: needs compute capability {least / 10}, this GPU has {gpu.capability / 10}"
-            yield Finding("warn", kind, text)
-        else:
-            yield Finding("ok", kind, f"{kernel}, compute capability {least / 10} and up")
+    for kind, (kernel, _) in _KERNELS.items():
+        unfit = _unfit(kind, gpu)
+        yield Finding("warn", kind, f"{kernel}: {unfit}") if unfit else Finding("ok", kind, f"{kernel}, {_needs(kind)}")
+
+
+def _needs(kind: str) -> str:
+    least, most = _KERNELS[kind][1], _MOST.get(kind)
+    return f"compute capability {least / 10} " + (f"to {most / 10}" if most else "and up")
+
+
+def _unfit(kind: str, gpu: Gpu | None) -> str:
+    """Why a GPU has no kernel for a format; empty where it has one."""
+    if gpu is None or kind not in _KERNELS or _KERNELS[kind][1] <= gpu.capability <= _MOST.get(kind, 1000):
+        return ""
+    return f"needs {_needs(kind)}, this GPU has {gpu.capability / 10}"
 
 
 def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
@@ -171,9 +181,8 @@ def _not_served(
     for problem in manifest.get("unservable", []):
         yield Finding("fail", "unservable", problem)
     for fmt, count in counts.items():
-        least = _KERNELS[fmt.kind][1] if fmt.kind in _KERNELS else 0
-        if gpu is not None and gpu.capability < least:
-            yield Finding("fail", fmt.kind, f"{count:,} modules need a GPU of compute capability {least / 10}")
+        if unfit := _unfit(fmt.kind, gpu):
+            yield Finding("fail", fmt.kind, f"{count:,} modules: {unfit}")
     dtype = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     if dtype == "float32" and any(fmt.quantized for fmt in counts):
         yield Finding("warn", "dtype", "config.json says float32: start SGLang with --dtype bfloat16 or half")

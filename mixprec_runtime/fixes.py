@@ -16,6 +16,7 @@ from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.gptq import GPTQConfig
 from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
+from sglang.srt.runtime_context import get_server_args
 from sglang.srt.utils import is_cpu
 from torch.nn import Parameter
 
@@ -45,6 +46,8 @@ def mend_linear(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
         _mind_whole_words(method)
     if isinstance(fmt, Fp8) and fmt.activations == "none":
         _mind_marlin_shapes(method, -1)
+    if isinstance(fmt, Packed):
+        _let_go_of_what_was_packed(method)
     _name_errors(method, fmt, prefix)
 
 
@@ -162,6 +165,21 @@ def _mind_marlin_shapes(method: QuantizeMethodBase, group_size: int) -> None:
             raise ValueError(str(why))
 
     _check_first(method, check)
+
+
+def _let_go_of_what_was_packed(method: QuantizeMethodBase) -> None:
+    """DeepSeek's dense MLPs call ``weight_packed`` ``weight``, too (models/deepseek_v2.py:290), which would keep it in
+    memory beside what Marlin repacks it into."""
+    process = method.process_weights_after_loading
+
+    def process_weights_after_loading(layer: Any) -> None:
+        parameters = layer._parameters
+        alias = "weight" in parameters and parameters["weight"] is parameters.get("weight_packed")
+        process(layer)
+        if alias:
+            layer.weight = layer.weight_packed
+
+    method.process_weights_after_loading = process_weights_after_loading
 
 
 def _mind_whole_words(method: QuantizeMethodBase) -> None:
@@ -359,6 +377,11 @@ def _mend_tensor_scaled_experts(method: QuantizeMethodBase) -> None:
         create_runner(layer, *args, **kwargs)
         if not _sees_other_ranks(layer):
             return
+        if getattr(get_server_args(), "enable_eplb", False):
+            raise ValueError(
+                "experts in FP8 with one scale a tensor do not go with --enable-eplb, which moves their scales: leave "
+                "it out"
+            )
         run = method.runner.run
         columns: dict[str, torch.Tensor] = {}
 

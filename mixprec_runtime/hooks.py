@@ -48,6 +48,7 @@ def register() -> None:
             activity.handle_request,
             HookType.AROUND,
         ),
+        *((f"{_MANAGER}.{name}", _answer_update(answer), HookType.AROUND) for name, answer in _UPDATES.items()),
     ):
         if any(name in sys.modules for name in (target.rpartition(".")[0], target.rsplit(".", 2)[0])):
             HookRegistry.register(target, hook, kind)
@@ -76,13 +77,10 @@ def initialize_model(
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
-        # Later updates of weights, by a trainer say, bring some tensors only.
-        del model.load_weights
+        model.load_weights = _refuse_update  # type: ignore[assignment]
         if held is not None:
             unfit = loader.mismatch(model, held)
             if unfit is None:
-                if held.padded:
-                    model.load_weights = _refuse_update  # type: ignore[assignment]
                 return loader.load(model, held, lambda: load_weights(iter(()), *args, **kwargs))
             reason = f"{held.where} are not for this run ({unfit})"
             if held.padded:
@@ -98,21 +96,45 @@ def initialize_model(
     return model
 
 
+# Kernels repack weights once they are loaded, experts of several formats have no names in SGLang's model any more, and
+# ranks may hold zeros beside their weights: SGLang's loaders would leave some as they are and others in pieces.
+_NO_UPDATES = "weights of a checkpoint that mixprec built cannot be updated while they serve; start the server again"
+
+
 def _refuse_update(*_: Any, **__: Any) -> None:
-    raise RuntimeError(
-        "ranks hold zeros beside their weights here, and SGLang would write them to other columns than they lie in: "
-        "weights can be updated while serving only at a --tp that needs no zeros"
-    )
+    raise RuntimeError(_NO_UPDATES)
+
+
+def _answer_update(answer: str) -> Callable[..., Any]:
+    """A hook around one of SGLang's ways to update weights; what it raises would end the server."""
+
+    def update(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+        if manager.tp_worker.model_runner.model_config.quantization != METHOD:
+            return original(manager, *args, **kwargs)
+        from sglang.srt.managers import io_struct
+
+        return getattr(io_struct, answer)(success=False, message=_NO_UPDATES)
+
+    return update
+
+
+_MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_UPDATES = {
+    "update_weights_from_disk": "UpdateWeightFromDiskReqOutput",
+    "update_weights_from_distributed": "UpdateWeightsFromDistributedReqOutput",
+    "update_weights_from_tensor": "UpdateWeightsFromTensorReqOutput",
+    "update_weights_from_ipc": "UpdateWeightsFromIPCReqOutput",
+}
 
 
 def _counted(model: Module, model_config: Any) -> Module:
     """The model, with counters of expert activity in it where the environment asks for them."""
     if activity.enabled() and not model_config.is_draft_model:
-        from sglang.srt.runtime_context import get_parallel, get_server_args
+        from sglang.srt.runtime_context import get_parallel
 
-        activity.install(
-            model, first_rank=get_parallel().tp_rank == 0, gathered=bool(get_server_args().enable_dp_attention)
-        )
+        launch.check_counted_experts()
+        parallel = get_parallel()
+        activity.install(model, first_rank=parallel.tp_rank == 0, gathered=parallel.attn_dp_size > 1)
     return model
 
 

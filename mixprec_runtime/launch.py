@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["argument_problems", "check_arguments", "check_mixed_experts", "check_padded", "mixed_problems"]
+__all__ = [
+    "argument_problems",
+    "check_arguments",
+    "check_counted_experts",
+    "check_mixed_experts",
+    "check_padded",
+    "mixed_problems",
+]
 
 
 def check_arguments() -> None:
@@ -16,6 +23,17 @@ def check_arguments() -> None:
 def check_mixed_experts() -> None:
     """For a layer whose experts differ in format. Raises ``RuntimeError`` with the flags to change."""
     _raise(mixed_problems(_server_args()))
+
+
+def check_counted_experts() -> None:
+    """For expert activity, of any model. Raises ``RuntimeError`` with the flags to change."""
+    args = _server_args()
+    moved = getattr(args, "enable_eplb", False) or getattr(args, "ep_num_redundant_experts", 0)
+    if moved or getattr(args, "init_expert_location", "trivial") != "trivial":
+        raise RuntimeError(
+            "expert activity is counted by where experts lie: leave out --enable-eplb, --ep-num-redundant-experts and "
+            "--init-expert-location while MIXPREC_EXPERT_ACTIVITY is set"
+        )
 
 
 def check_padded(padded: Mapping[str, Any]) -> None:
@@ -58,7 +76,18 @@ def argument_problems(args: Any) -> list[str]:
         problems.append(f"--load-format {args.load_format} does not read compiled checkpoints; leave it out")
     if getattr(args, "torchao_config", ""):
         problems.append("--torchao-config would quantize weights once more; leave it out")
+    if getattr(args, "ep_size", 1) > 1:
+        if getattr(args, "enable_fused_moe_sum_all_reduce", False):
+            problems.append(_SUM_ALL_REDUCE)
+        if _asks_for_lora(args):
+            # lora/layers.py:1027 makes runners of its own, which know no ids of -1.
+            problems.append("--enable-lora and --lora-paths do not go with --ep-size above 1; leave one of them out")
     return problems
+
+
+# Up to some version before 0.5.23, the kernel writes rows of ids of -1 behind its output
+# (kernels/ops/moe/fused_moe_triton_kernels.py:444 in 0.5.17).
+_SUM_ALL_REDUCE = "--enable-fused-moe-sum-all-reduce knows no experts elsewhere; leave it out"
 
 
 def mixed_problems(args: Any) -> list[str]:
@@ -75,4 +104,6 @@ def mixed_problems(args: Any) -> list[str]:
         problems.append("--init-expert-location places experts elsewhere than the checkpoint; leave it out")
     if _asks_for_lora(args):
         problems.append("--enable-lora and --lora-paths know experts of one format only; leave them out")
+    if getattr(args, "enable_fused_moe_sum_all_reduce", False):
+        problems.append(_SUM_ALL_REDUCE)
     return problems

@@ -272,11 +272,13 @@ def _pad_experts(method: Any, name: str, native: int, held: int) -> None:
 
 def mismatch(model: Module, held: Holdings) -> str | None:
     """Why they are not for the parameters of ``model``: SGLang was started in a way they were not cut for."""
-    parameters = _parameters(model)
+    if any(getattr(module, "num_fused_shared_experts", 0) for module in model.modules()):
+        return "shared experts are apart from routed ones in them: give --disable-shared-experts-fusion"
+    parameters, empty = _parameters(model), may_be_empty(model)
     for name, parameter in parameters.items():
         stored = held.parameters.get(name)
         if stored is None:
-            if may_be_empty(name, held.parameters):
+            if empty(name):
                 continue
             return f"they have no {name}"
         if stored.shape != tuple(parameter.shape):
@@ -300,18 +302,24 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
         LoadError: a file is damaged, or cannot be read.
     """
     parameters = _parameters(model)
+    device = next((parameter.device for parameter in parameters.values() if parameter.is_cuda), None)
     taken = [held.parameters[name] for name in parameters if name in held.parameters]
-    on_gpu = any(parameter.is_cuda for parameter in parameters.values())
-    if on_gpu:
+    if device is not None:
         torch.cuda.synchronize()  # what parameters were made with must not come after what is read
+
+    def begin() -> None:
+        # A new thread is at GPU 0, and would leave a context there.
+        if device is not None:
+            torch.cuda.set_device(device)
+
     try:
-        with FileReader(held.path_of) as reader, ThreadPoolExecutor(_THREADS) as pool:
+        with FileReader(held.path_of) as reader, ThreadPoolExecutor(_THREADS, initializer=begin) as pool:
             copies = _Copies(reader)
             largest_first = sorted(taken, key=lambda parameter: -parameter.nbytes)
             list(pool.map(lambda parameter: copies.fill(parameters[parameter.name], parameter), largest_first))
     except (MixprecError, OSError) as error:
         raise LoadError(str(error)) from error
-    if on_gpu:
+    if device is not None:
         torch.cuda.synchronize()
     logger.info("mixprec: read %s (%.2f GB)", held.where, sum(parameter.nbytes for parameter in taken) / 1e9)
     result = finish()

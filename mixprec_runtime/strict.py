@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from mixprec_build.formats.base import Format
 from mixprec_build.patterns import compress
 from mixprec_build.servable import some
 
@@ -215,7 +216,8 @@ def load_strictly(
     # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
     padded = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
     lost = [name for name in ledger.unused(ranks) if belongs(name) and not (name in padded and ranks > 1)]
-    unfilled = [n for n in ledger.unfilled() if n not in padded and not may_be_empty(n, declared)]
+    empty = may_be_empty(model)
+    unfilled = [name for name in ledger.unfilled() if name not in padded and not empty(name)]
     problems = []
     if lost:
         missing = [name for name in lost if name not in ledger.arrived]
@@ -232,11 +234,20 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} tensors ({some(compress(names))})" if len(names) > 1 else names[0]
 
 
-def may_be_empty(parameter: str, declared: Mapping[str, Any]) -> bool:
-    """Parameters that need no tensor: made after loading, or an input order (``g_idx``) that files may leave out."""
-    if _DERIVED.fullmatch(parameter):
-        return True
-    return parameter.endswith("g_idx") and not any(name.endswith("g_idx") for name in declared)
+def may_be_empty(model: Module) -> Callable[[str], bool]:
+    """Tells which parameters need no tensor: made after loading, or an input order (``g_idx``) of a layer that has its
+    inputs in order, which files may leave out."""
+    ordered = set()
+    for path, module in model.named_modules():
+        fmt: Format | None = getattr(getattr(module, "quant_method", None), "mixprec_format", None)
+        if fmt is not None and fmt.scattered:
+            ordered.add(path)
+
+    def empty(parameter: str) -> bool:
+        path, _, leaf = parameter.rpartition(".")
+        return _DERIVED.fullmatch(parameter) is not None or (leaf.endswith("g_idx") and path not in ordered)
+
+    return empty
 
 
 def here(model: Module) -> Callable[[str], bool]:

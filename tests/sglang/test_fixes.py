@@ -303,7 +303,34 @@ def test_tensor_scaled_experts_scale_activations_by_token(monkeypatch: pytest.Mo
     assert not runner.given(alone.quant_method.runner, **info).per_channel_quant
 
 
+def test_tensor_scaled_experts_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixprec_runtime import fixes
+
+    monkeypatch.setattr(fixes, "get_server_args", lambda: SimpleNamespace(enable_eplb=True))
+    experts_of(ours("fp8_tensor"))
+    with rank_of(1, 2, 2), pytest.raises(ValueError, match="leave it out"):
+        experts_of(ours("fp8_tensor"))
+
+
 # Linear layers
+
+
+def test_what_was_packed_is_not_kept_under_another_name() -> None:
+    from mixprec_runtime.fixes import _let_go_of_what_was_packed
+
+    def repack(layer: torch.nn.Module) -> None:
+        layer.weight_packed = torch.nn.Parameter(torch.zeros(2))
+
+    method = SimpleNamespace(process_weights_after_loading=repack)
+    _let_go_of_what_was_packed(method)  # type: ignore[arg-type]
+    named, plain = torch.nn.Module(), torch.nn.Module()
+    for layer in (named, plain):
+        layer.weight_packed = torch.nn.Parameter(torch.ones(8))
+    named.weight = named.weight_packed
+    for layer in (named, plain):
+        method.process_weights_after_loading(layer)
+    assert named.weight is named.weight_packed and named.weight.numel() == 2
+    assert not hasattr(plain, "weight")
 
 
 def config_of(kind: str, prefix: str) -> Any:

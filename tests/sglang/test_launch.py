@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from harness import Changed, make, rank_of, serve, server_args, sources
+from harness import Changed, load, make, rank_of, serve, server_args, sources
 from mixes import MIXES, Expected, mix
 
 pytestmark = pytest.mark.usefixtures("sglang")
@@ -35,6 +36,58 @@ def test_arguments_that_no_checkpoint_goes_with() -> None:
         assert flag in problem and "leave it out" in problem
     everything = {name: value for name, (value, _) in UNFIT.items()}
     assert len(argument_problems(Changed(args, **everything))) == len(UNFIT)
+
+
+def test_arguments_that_experts_elsewhere_do_not_go_with() -> None:
+    from mixprec_runtime.launch import argument_problems, mixed_problems
+
+    for name, flag in (
+        ("enable_fused_moe_sum_all_reduce", "--enable-fused-moe-sum-all-reduce"),
+        ("enable_lora", "--enable-lora"),
+    ):
+        assert hasattr(server_args("dummy"), name), "SGLang has renamed it"
+        args = Changed(server_args("dummy"), **{name: True})
+        assert argument_problems(args) == []
+        for problems in (mixed_problems(args), argument_problems(Changed(args, ep_size=2))):
+            assert len(problems) == 1 and flag in problems[0]
+
+
+def test_weights_are_not_updated_while_they_serve(folder: Path) -> None:
+    """Neither by a model's own loader, nor by a request, which is answered: what a hook raised would end the server."""
+    from sglang.srt.managers import io_struct
+    from sglang.srt.managers.scheduler_components import weight_updater
+
+    from mixprec_runtime import hooks
+
+    model, config = make(mix(folder, "qwen3_moe"))
+    load(model, config)
+    with pytest.raises(RuntimeError, match="cannot be updated while they serve"):
+        load(model, config)
+    for way, answer in hooks._UPDATES.items():
+        assert hasattr(weight_updater.SchedulerWeightUpdaterManager, way), "SGLang has renamed it"
+        for method, answers in (("mixprec", False), ("fp8", True)):
+            runner = SimpleNamespace(model_config=SimpleNamespace(quantization=method))
+            manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+            said = hooks._answer_update(answer)(lambda *_: "SGLang's own", manager, object())
+            assert (said == "SGLang's own") == answers
+            if not answers:
+                assert isinstance(said, getattr(io_struct, answer)) and not said.success
+                assert "start the server again" in said.message
+
+
+def test_experts_are_not_counted_where_they_move(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXPREC_EXPERT_ACTIVITY", "1")
+    path = sources(folder, MIXES["qwen3_moe"][0])["bf16"]
+    make(path)
+    with pytest.raises(RuntimeError, match="leave out --enable-eplb, --ep-num-redundant-experts and"):
+        make(path, init_expert_location="file.json")
+
+
+def test_a_draft_model_that_mixprec_did_not_build_is_told_apart() -> None:
+    from mixprec_runtime.config import MixPrecConfig
+
+    with pytest.raises(ValueError, match="--speculative-draft-model-quantization unquant"):
+        MixPrecConfig()
 
 
 @pytest.mark.parametrize(

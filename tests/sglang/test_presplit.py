@@ -163,6 +163,19 @@ def test_a_rank_fetches_from_the_hub_what_it_reads(folder: Path, tmp_path: Path)
             assert {name for name in fetched if name.endswith(".safetensors")} == weights
 
 
+def test_shared_experts_that_sglang_fuses_are_read_by_sglang(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    """They are one more routed expert then; where only SGLang's loader is left out, the flag is named."""
+    out = shutil.copytree(mix(folder, "qwen3_moe"), tmp_path / "out")
+    model, config = make(out)
+    held = loader.holdings(out, read_manifest(out))
+    assert held is not None and loader.mismatch(model, held) is None
+    model.model.layers[0].mlp.experts.num_fused_shared_experts = 1
+    assert "give --disable-shared-experts-fusion" in str(loader.mismatch(model, held))
+    split(out, Degree(1), layout="presplit")
+    with pytest.raises(RuntimeError, match="give --disable-shared-experts-fusion"):
+        load(model, config)
+
+
 def test_layers_that_sglang_cuts_otherwise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros must not be added to what a rank has all of: SGLang's loader reads it, or the option is refused."""
     shape = DEEPSEEK.of(hidden=512, intermediate=384, expert_intermediate=384, heads=4, layers=2)
@@ -222,19 +235,13 @@ def test_merged_files_serve_ranks_whose_share_ends_inside_a_block(folder: Path, 
         assert all(torch.equal(bits(own[n].to(t.dtype)), bits(t)) for n, t in ranks[rank].items())
 
 
-def test_weights_beside_added_zeros_are_not_updated(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SGLang's loader would write a rank's columns elsewhere, without a word. Nor do they go with LoRA."""
+def test_added_zeros_do_not_go_with_lora(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = QWEN3_MOE.of(hidden=256, expert_intermediate=384, heads=4, kv_heads=2, head_dim=128)
     out = build(
         sources(folder, shape, ["bf16", "fp8_block"]), {"model.layers.*.experts.*": "fp8_block"}, tmp_path / "o"
     )
     with rank_of(1, 2):
-        model, config = make(out)
-        load(model, config)
-        with pytest.raises(RuntimeError, match="needs no zeros"):
-            load(model, config)
+        make(out)
         monkeypatch.setattr(launch, "_server_args", lambda: Changed(server_args(out), enable_lora=True))
         with pytest.raises(RuntimeError, match="--enable-lora"):
             make(out)

@@ -15,6 +15,7 @@ import torch
 from harness import build, load, make, rank_of, serve, sources, stage_of, tensors_of
 from mixes import MIXES, mix
 from safetensors.torch import save_file
+from serving import LLAMA
 
 from mixprec_build.presplit import Degree
 from mixprec_build.split import split
@@ -278,6 +279,17 @@ def test_layers_for_speculation_are_not_missed(folder: Path, tmp_path: Path) -> 
         tensors |= {**more, f"model.layers.{past}.eh_proj.weight": torch.zeros(512, 1024, dtype=torch.bfloat16)}
 
     serve_every_way(custom(folder, tmp_path, "deepseek", add, num_nextn_predict_layers=1))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_an_input_order_may_be_left_out_beside_others(folder: Path, tmp_path: Path, load_format: str) -> None:
+    """Where inputs are in order, ``g_idx`` says nothing; it must not be missed because another layer needs its own."""
+    shape = LLAMA.of(hidden=512, intermediate=1024, heads=4, kv_heads=2, head_dim=128, layers=2)
+    paths = sources(folder, shape, ["bf16", "gptq_int4", "gptq_int4_act"])
+    without = shutil.copytree(paths["gptq_int4"], tmp_path / "without")
+    change_tensors(without, lambda tensors: [tensors.pop(name) for name in [*tensors] if name.endswith("g_idx")])
+    lines = {"model.layers.0.mlp.*": "gptq_int4", "model.layers.1.mlp.down_proj": "gptq_int4_act"}
+    serve(build({**paths, "gptq_int4": without}, lines, tmp_path / "out"), load_format=load_format)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])

@@ -174,7 +174,9 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("location", ["/no/such/folder", "./nowhere", "../a/b", "a/b/c", "name", "org/name with space"])
 def test_what_is_neither_a_folder_nor_a_hub_id(location: str) -> None:
     message = refusal(location)
-    assert message.startswith(f"{location}: no such folder (/") and message.endswith("hub id like org/name@revision")
+    where = ", and" if location.startswith("/") else " (/"
+    assert message.startswith(f"{location}: no such folder{where}")
+    assert message.endswith("not a hub id like org/name@revision")
 
 
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
@@ -265,7 +267,7 @@ def test_a_config_that_is_no_text(tmp_path: Path) -> None:
 def test_a_missing_config(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a", model=weights("x.weight"))
     (folder / "config.json").unlink()
-    assert refusal(folder) == f"{folder}: no config.json; a source is a Hugging Face checkpoint"
+    assert refusal(folder) == f"{folder}: no config.json: this is no Hugging Face checkpoint"
 
 
 @pytest.mark.parametrize(("name", "cap"), [("config.json", 16 << 20), (INDEX, 64 << 20)])
@@ -418,6 +420,7 @@ def test_values_of_files_that_are_elsewhere_or_empty(tmp_path: Path) -> None:
 
     away = object.__new__(Checkpoint)
     object.__setattr__(away, "storage", Remote())
+    object.__setattr__(away, "values", {})
     with ValueReader({"here": opened, "away": away}) as reader:
         assert reader.read("away", opened.tensors["x.weight"]) is None
         assert reader.read("here", opened.tensors["empty.weight"]) is None
@@ -525,3 +528,11 @@ def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
         for name, t in opened.tensors.items()
     }
     assert stored == folder_tensors(folder)
+
+
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "a", model={"x.weight": torch.arange(3)})
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    assert refusal(folder).endswith(
+        "model.safetensors: a Git LFS pointer, not the file that it stands for; fetch it with `git lfs pull`"
+    )

@@ -80,8 +80,14 @@ def test_a_gpu_that_is_too_old_for_a_format_of_the_checkpoint_is_told(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give(monkeypatch, capability=75)
-    assert {subject for subject, _ in failures(out)} == {"bf16", "fp8_block", "gptq_int4"}
+    assert {subject for subject, _ in failures(out)} == {"fp8_block", "gptq_int4"}
     assert failures() == []  # by itself that is no failure
+
+
+def test_a_gpu_that_is_too_new_for_a_format_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, capability=100)
+    (finding,) = [finding for finding in doctor.examine(None) if finding.subject == "int8_channel"]
+    assert finding.status == "warn" and "needs compute capability 7.5 to 9.0, this GPU has 10.0" in finding.text
 
 
 def test_a_checkpoint_that_was_changed_is_told(machine: None, out: Path) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import torch
+from checkpoints import LLAMA
 from rich.console import Console
 from safetensors.torch import save_file
 from tiny import folder_tensors, write_recipe, write_sources, write_tiny
+from typer.testing import CliRunner
 
 from mixprec_build.build import plan_recipe, run_plan
+from mixprec_build.cli import app
 from mixprec_build.errors import VerifyError
 from mixprec_build.report import human, inspect_facts, show_inspect
 from mixprec_build.sources import open_source
@@ -239,3 +244,26 @@ def test_a_checkpoint_of_nothing(tmp_path: Path) -> None:
 )
 def test_human_sizes(nbytes: int, text: str) -> None:
     assert human(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "intermediate", "command"),
+    [
+        ("model.layers.0.mlp.gate_proj", 256, None),
+        ("model.layers.*.mlp.*", 256, "--quantization mixprec"),
+        ("model.layers.*.mlp.down_proj", 160, "--quantization mixprec --dtype half"),
+    ],
+)
+def test_the_command_that_serves(tmp_path: Path, line: str, intermediate: int, command: str | None) -> None:
+    """With what serving needs; none for what cannot be served."""
+    model = replace(LLAMA, intermediate=intermediate)
+    checkpoints.write_tiny(tmp_path / "bf16", model, "bf16")
+    checkpoints.write_tiny(tmp_path / "int4", model, "gptq_int4", group_size=32)
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text(f"model: bf16\nsources: {{bf16: bf16, int4: int4}}\nweights: {{'{line}': int4}}\n")
+    run_plan(plan_recipe(recipe, allow_unservable=True), tmp_path / "out")
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).output
+    if command is None:
+        assert "SGLang cannot serve this: " in shown and "launch_server" not in shown
+    else:
+        assert shown.rstrip().endswith(command)

@@ -269,7 +269,10 @@ MISSING = {
             "fp8": spec(sized(DEEPSEEK, mtp=1), "fp8_block"),
             "bf16": spec(sized(DEEPSEEK, mtp=1), "bf16"),
         },
-        ("model.layers.2.eh_proj: int4", "*.{kv_b_proj,q_a_proj,kv_a_proj_with_mqa}: bf16"),
+        (
+            "model.layers.2.eh_proj: int4",
+            "*.{kv_b_proj,q_a_proj,q_b_proj,kv_a_proj_with_mqa,shared_experts.gate_proj,shared_experts.up_proj}: bf16",
+        ),
         ("`int4` has no model.layers.2.eh_proj (1 module)", "Change line 7 to `model.layers.2.eh_proj: bf16`"),
         hard=True,
     ),
@@ -652,6 +655,32 @@ NEVER_QUANTIZED = {
         ("*.q_a_proj: fp8", "*.kv_b_proj: bf16"),
         ("kv_a_proj_with_mqa is gptq_int4", "packed formats hold outputs in columns"),
     ),
+    "Int4 in q_b_proj": Case(
+        deepseek("bf16", "int4"),
+        ("*.q_b_proj: int4",),
+        (
+            "SGLang 0.5.17 looks for a weight in q_b_proj",
+            "Add below line 6: `model.layers.{0..1}.self_attn.q_b_proj: bf16`",
+        ),
+    ),
+    "GPTQ in shared experts": Case(
+        deepseek("fp8", "int4"),
+        ("*.mlp.shared_experts.*: int4", "*.kv_b_proj: fp8"),
+        (
+            "SGLang looks for a weight in shared experts' gate and up, and GPTQ has none of that name",
+            "Add below line 7: `model.layers.1.mlp.shared_experts.{down_proj,gate_proj,up_proj}: fp8`",
+        ),
+    ),
+    "FP8 by channels in shared experts": Case(
+        deepseek("bf16") | {"channel": spec(DEEPSEEK, "fp8_channel", skip=("*.kv_b_proj",))},
+        ("*.mlp.*: channel",),
+        ("SGLang asks shared experts for a config that its method for FP8 by channels has not",),
+    ),
+    "two kinds of FP8 in shared experts": Case(
+        deepseek("bf16", "fp8") | {"channel": spec(DEEPSEEK, "fp8_channel", skip=("*.kv_b_proj",))},
+        ("*.mlp.*: fp8", "*.shared_experts.down_proj: channel"),
+        ("SGLang compares blocks of shared experts' gate and up with those of down, which is fp8_channel",),
+    ),
     "per-tensor FP8 in q_a_proj and kv_a_proj": Case(
         deepseek("bf16") | {"fp8": spec(DEEPSEEK, "fp8_tensor", skip=("*.kv_b_proj",))},
         ("*.self_attn.*: fp8",),
@@ -679,7 +708,7 @@ NAMES = {
         ("model.norm: int4",),
         (
             "model.norm is not quantized in `int4`: it is stored as fp16 there; remove the line or name another source "
-            "(`bf16` has it)",
+            "(`bf16` has it so)",
         ),
         clash=(),
         hard=True,
