@@ -229,6 +229,12 @@ def test_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for name, message in (("heat.pdf", "pictures are written as .png"), ("none/heat.html", "there is no folder")):
+        done = CliRunner().invoke(app, ["experts", str(tmp_path / "none.json"), "--heatmap", str(tmp_path / name)])
+        assert isinstance(done.exception, OutputError) and message in str(done.exception)
+
+
 def test_pictures_of_other_kinds(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"pictures are written as \.png"):
         draw_heatmap(Activity({0: np.array([1])}, {}), tmp_path / "heat.gif")

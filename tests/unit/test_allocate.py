@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from mixprec_build.allocate import Request, Suggestion, suggest
 from mixprec_build.build import plan_recipe
 from mixprec_build.cli import app
 from mixprec_build.distortion import Distortion, DistortionCache
-from mixprec_build.errors import BudgetError, RecipeError, RefusedError, SourceError, StatsError
+from mixprec_build.errors import BudgetError, OutputError, RecipeError, RefusedError, SourceError, StatsError
 from mixprec_build.objective import Objective
 from mixprec_build.plan import Plan
 from mixprec_build.recipe import load_recipe
@@ -139,6 +140,11 @@ def test_what_has_no_choice_stays_as_the_base_has_it(tmp_path: Path) -> None:
     plan = written(chosen(base, ends(base)[1]), tmp_path)
     assert sources_of(plan, "lm_head|norm$") == {"half"}
     assert sources_of(plan, "mlp") == {"bf16"}
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocate, "measure", lambda *_, **__: pytest.fail("measured"))
 
 
 # What weighs
@@ -327,6 +333,22 @@ def test_the_command(moe: Path, tmp_path: Path) -> None:
     assert again.exit_code != 0 and "exists; pass --force" in str(again.exception)
     shown = CliRunner().invoke(app, [*arguments[:-1], "--force"])
     assert "all int4" in shown.output and "this mix" in shown.output
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plotted(to: Path) -> str:
+        arguments = ["suggest", str(moe), "--budget", "1TB", "-o", str(tmp_path / "x.yaml"), "--plot", str(to)]
+        done = CliRunner().invoke(app, arguments)
+        assert isinstance(done.exception, OutputError) and not (tmp_path / "x.yaml").exists()
+        return str(done.exception)
+
+    assert "pictures are written as .png" in plotted(tmp_path / "f.pdf")
+    assert "there is no folder" in plotted(tmp_path / "none" / "f.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'mixprec[plot]'" in plotted(tmp_path / "f.png")
 
 
 @pytest.mark.parametrize("flag", [["--budget", "much"], ["--pin", "model.layers.0"]])
