@@ -105,7 +105,8 @@ def _location(recipe: Recipe, location: str, folder: Path) -> str:
     """A source's location, seen from another folder."""
     path = Path(location).expanduser()
     if not path.is_absolute() and (recipe.folder / path).is_dir():
-        relative = os.path.relpath(recipe.folder / path, folder)
+        # Of the folders themselves: what `..` of a link to one means is not to be seen in its name.
+        relative = os.path.relpath(os.path.realpath(recipe.folder / path), os.path.realpath(folder))
         location = relative if relative.startswith(".") else f"./{relative}"
     return _quoted(location)
 

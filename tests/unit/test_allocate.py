@@ -335,6 +335,24 @@ def test_the_command(moe: Path, tmp_path: Path) -> None:
     assert "all int4" in shown.output and "this mix" in shown.output
 
 
+def test_the_table_has_no_row_twice(moe: Path, tmp_path: Path) -> None:
+    arguments = [
+        "suggest",
+        str(moe),
+        "--budget",
+        "1TB",
+        "-o",
+        str(tmp_path / "x.yaml"),
+        "--errors",
+        str(tmp_path / "k"),
+    ]
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    rows = [line.split("│")[1:-1] for line in shown.output.partition("against bytes")[2].splitlines() if "│" in line]
+    cells = [tuple(cell.strip() for cell in row[:2]) for row in rows]
+    assert len(cells) > 5 and len({*cells}) == len(cells)
+    assert rows[-1][2].strip() == "all bf16, this mix"
+
+
 @pytest.mark.usefixtures("unmeasured")
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -349,6 +367,16 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
     assert "there is no folder" in plotted(tmp_path / "none" / "f.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'mixprec[plot]'" in plotted(tmp_path / "f.png")
+
+
+def test_into_a_folder_that_is_a_link(moe: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    (tmp_path / "models").symlink_to(moe.parent)
+    for base in (moe, tmp_path / "models" / moe.name):
+        (tmp_path / "link" / "x.yaml").write_text(recipe_text(chosen(base, 1 << 40), tmp_path / "link"))
+        plan = plan_recipe(tmp_path / "link" / "x.yaml")
+        assert plan.recipe.model.location.startswith("../../")
 
 
 @pytest.mark.parametrize("flag", [["--budget", "much"], ["--pin", "model.layers.0"]])
