@@ -45,9 +45,10 @@ class Request:
     activity: Activity | None = None
     moments: Moments | None = None
     pins: Sequence[tuple[str, str]] = ()
-    """``(pattern, source)``; as in recipes an exact name beats a glob, and of globs the last."""
+    """``(pattern, source)``; as in recipes an exact name beats a glob, and of globs the last. One that matches a part
+    of a group means all of it."""
     floors: Sequence[tuple[str, str]] = ()
-    """``(pattern, format)``: no format of fewer bits."""
+    """``(pattern, format)``: no format of fewer bits. A pin below one is refused."""
     allow_unservable: bool = False
 
 
@@ -257,6 +258,8 @@ class _Choices:
         floors = [_Wish(pattern, word, "--min-format", self) for pattern, word in request.floors]
         self.groups = [self._limited(group, pins, floors) for group in self.groups]
         for wish in (*pins, *floors):
+            if wish in pins and wish.used and not wish.won:
+                self.notes.append(f"{wish} never wins: later or exact ones decide all it matches")
             if not wish.used:
                 covered = sum(wish.pattern.matches(name) for name in self.base)
                 what = f"; the {covered} it matches (norms, routers, embeddings) stay as the base has them"
@@ -265,21 +268,35 @@ class _Choices:
 
     def _limited(self, group: Group, pins: Sequence[_Wish], floors: Sequence[_Wish]) -> Group:
         allowed, reason = list(group.allowed), group.reason
-        for floor in floors:
-            if floor.matches(group):
-                bits = min(map(_bits, ALIASES[floor.word]))
-                allowed = [i for i in allowed if _bits(group.options[i].kind) >= bits]
-                if not allowed:
-                    raise RecipeError(f"{floor}: no source gives {group.name} in as many bits; {_offers(group)}")
-                if len(allowed) == 1 and len(group.options) > 1:
-                    reason = str(floor)
-        pin = next((pin for pin in reversed(pins) if pin.matches(group)), None)
-        if pin is not None:
-            allowed = [i for i, option in enumerate(group.options) if option.source == pin.word]
+        below: dict[int, _Wish] = {}
+        for floor in filter(lambda floor: floor.matches(group), floors):
+            bits = min(map(_bits, ALIASES[floor.word]))
+            below |= {i: floor for i in allowed if _bits(group.options[i].kind) < bits}
+            allowed = [i for i in allowed if i not in below]
             if not allowed:
-                raise RecipeError(f"{pin}: `{pin.word}` cannot give {group.name}; {_offers(group)}. {group.reason}")
-            reason = str(pin)
-        return replace(group, allowed=tuple(allowed), reason=reason)
+                raise RecipeError(f"{floor}: no source gives {group.name} in as many bits; {_offers(group)}")
+            if len(allowed) == 1 and len(group.options) > 1:
+                reason = f"asked for by {floor}"
+        matching = [pin for pin in pins if pin.matches(group)]
+        if not matching:
+            return replace(group, allowed=tuple(allowed), reason=reason)
+        pin = matching[-1]
+        pin.won = True
+        for other in matching:
+            if other.pattern.exact and other.word != pin.word:
+                together = f"{some(compress(group.members))} are decided together, for SGLang runs them as one"
+                raise RecipeError(f"{other} and {pin}: {together}; pin them to one source")
+        mine = [i for i, option in enumerate(group.options) if option.source == pin.word]
+        if not mine:
+            why = f". {group.reason}" if group.reason else ""
+            raise RecipeError(f"{pin}: `{pin.word}` cannot give {group.name}; {_offers(group)}{why}")
+        if mine[0] in below:
+            kind = group.options[mine[0]].kind
+            raise RecipeError(
+                f"{pin} and {below[mine[0]]}: {group.name} is {kind} in `{pin.word}`, which has fewer bits; leave "
+                "one of them out, or narrow its pattern"
+            )
+        return replace(group, allowed=tuple(mine), reason=f"asked for by {pin}")
 
     # References
 
@@ -294,7 +311,8 @@ class _Wish:
     """``--pin`` or ``--min-format``, one of them."""
 
     def __init__(self, pattern: str, word: str, flag: str, choices: _Choices):
-        self.word, self._flag, self.used = word, flag, False
+        self.word, self._flag = word, flag
+        self.used = self.won = False
         try:
             self.pattern = Pattern(pattern.removesuffix(".weight"))
         except PatternError as error:
@@ -504,18 +522,26 @@ def _comment(column: str, mine: Sequence[tuple[Group, Option]], of: int, solutio
     if column == "experts":
         text += f"; {sum(g.frequency for g, _ in mine) / len(mine):.2%} of the tokens each"
     reasons = Counter(group.reason or _why(group, option) for group, option in mine)
-    return text + "".join(f"\n{count:,} because {reason}" for reason, count in reasons.most_common(4))
+    return text + "".join(f"\n{count:,} of them: {reason}" for reason, count in reasons.most_common(4))
 
 
 def _why(group: Group, option: Option) -> str:
     losses = [group.options[i].loss for i in group.allowed]
     sizes = [group.options[i].nbytes for i in group.allowed]
     if len(losses) == 1:
-        return "there is one source"
+        return "there is no other source"
+    smallest = option.nbytes <= min(sizes)
     if option.loss <= min(losses):
-        return "here the bytes save more than elsewhere" if option.nbytes > min(sizes) else "nothing is lost"
+        return (
+            "no other source loses less here, and none is smaller"
+            if smallest
+            else "the source that loses least; its bytes save more loss here than they would elsewhere"
+        )
     return (
-        "more bytes save more elsewhere" if option.nbytes <= min(sizes) else "fewer lose too much, more save too little"
+        "the smallest source; a larger one would save more loss elsewhere for the same bytes"
+        if smallest
+        else "a source in between; a smaller one would lose too much for the bytes it frees, a larger one would save "
+        "too little loss for the bytes it takes"
     )
 
 

@@ -239,7 +239,7 @@ def test_pins_and_floors(moe: Path, tmp_path: Path) -> None:
         moe,
         2 * low,
         pins=[("model.layers.0.*", "int4"), ("model.layers.0.self_attn.o_proj", "fp8"), ("*.experts.3.*", "bf16")],
-        floors=[("*.self_attn.*", "fp8"), ("model.layers.1.mlp.experts.2.*", "int8")],
+        floors=[("model.layers.1.self_attn.*", "fp8"), ("model.layers.1.mlp.experts.2.*", "int8")],
     )
     plan = written(suggestion, tmp_path)
     assert sources_of(plan, r"layers\.0\.mlp\.experts\.[0-2]\.") == {"int4"}
@@ -259,6 +259,23 @@ def test_pins_and_floors(moe: Path, tmp_path: Path) -> None:
         ({"pins": [("*", "awq")]}, RecipeError, "no source is called `awq`; there are `bf16`, `fp8`, `int4`"),
         ({"pins": [("*", "int8")]}, RecipeError, "no source holds `int8`"),
         ({"pins": [("model.{", "fp8")]}, RecipeError, "--pin: 'model.{': '{' without a closing '}'"),
+        (
+            {"pins": [("*.q_proj", "int4"), ("*.self_attn.*", "fp8"), ("x.*", "fp8")]},
+            RecipeError,
+            '--pin "x.*: fp8" matches no module that has a choice; see',
+        ),
+        (
+            {"pins": [("model.layers.0.self_attn.k_proj", "fp8"), ("model.layers.0.self_attn.q_proj", "int4")]},
+            RecipeError,
+            '--pin "model.layers.0.self_attn.k_proj: fp8" and --pin "model.layers.0.self_attn.q_proj: int4": '
+            "model.layers.0.self_attn.{k_proj,q_proj,v_proj} are decided together",
+        ),
+        (
+            {"pins": [("*", "int4")], "floors": [("*.self_attn.*", "fp8")]},
+            RecipeError,
+            '--pin "*: int4" and --min-format "*.self_attn.*: fp8": model.layers.0.self_attn.qkv_proj is gptq_int4 in '
+            "`int4`, which has fewer bits",
+        ),
         ({"floors": [("*", "big")]}, RecipeError, "`big` is no format; write int4, int8, fp8, fp16"),
         ({"floors": [("*", "fp32")]}, RecipeError, "in as many bits; it can be"),
         ({"objective": Objective.OUTPUT}, SourceError, "output weighs errors by the inputs' second moments"),
@@ -269,6 +286,15 @@ def test_pins_and_floors(moe: Path, tmp_path: Path) -> None:
 def test_what_cannot_be(moe: Path, asked: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         chosen(moe, 1 << 40, **asked)
+
+
+def test_a_pin_that_later_ones_decide_against_is_noted(moe: Path) -> None:
+    pins = [("*.q_proj", "int4"), ("*.self_attn.*", "fp8"), ("model.layers.1.self_attn.k_proj", "bf16")]
+    suggestion = chosen(moe, 1 << 40, pins=pins)
+    assert '--pin "*.q_proj: int4" never wins: later or exact ones decide all it matches' in suggestion.notes
+    assert not any('"*.self_attn.*: fp8" never' in note for note in suggestion.notes)
+    picked = {g.name: o.source for g, o in suggestion.picked()}
+    assert [picked[f"model.layers.{i}.self_attn.qkv_proj"] for i in (0, 1)] == ["fp8", "bf16"]
 
 
 def test_a_pin_to_what_cannot_be_served(deepseek: Path) -> None:
