@@ -73,7 +73,7 @@ def recipe_text(suggestion: Suggestion, folder: Path) -> str:
     for comment, rules in suggestion.lines:
         lines += [f"  # {line}" for line in comment.splitlines()]
         lines += [f"  {_quoted(rule.pattern.text)}: {rule.source}  # {human(nbytes[id(rule)])}" for rule in rules]
-    lines.append(f"output: {{shard_size: {_size(recipe.shard_size)}}}")
+    lines.append(f"output: {{{', '.join(_output(recipe))}}}")
     if recipe.serving:
         lines.append(yaml.safe_dump(dict(recipe.serving), sort_keys=False, allow_unicode=True).rstrip())
     return "\n".join(lines) + "\n"
@@ -99,6 +99,13 @@ def _below(suggestion: Suggestion) -> str:
 def _gap(suggestion: Suggestion) -> str:
     gap = suggestion.solution.gap
     return "the least there is" if gap < 1e-12 else f"at most {gap:.2g} of it above the least there is"
+
+
+def _output(recipe: Recipe) -> Iterator[str]:
+    yield f"shard_size: {_size(recipe.shard_size)}"
+    if recipe.tp:
+        yield f"tp: {list(recipe.tp)}"
+        yield f"layout: {recipe.layout}"
 
 
 def _location(recipe: Recipe, location: str, folder: Path) -> str:

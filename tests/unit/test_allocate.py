@@ -147,6 +147,120 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocate, "measure", lambda *_, **__: pytest.fail("measured"))
 
 
+def write_partial(folder: Path, skip: list[str], weights: str = "{}") -> Path:
+    """Sources called ``fp8`` and ``int4`` that both leave some linears unquantized."""
+    for variant in ("fp8_block", "gptq_int4"):
+        write_tiny(folder / variant, LLAMA, variant, skip=skip)
+    base = folder / "base.yaml"
+    base.write_text(f"model: fp8_block\nsources: {{fp8: fp8_block, int4: gptq_int4}}\nweights: {weights}\n")
+    return base
+
+
+@pytest.mark.parametrize("weights", ["{}", '{"model.layers.1.*": int4}', '{"*.down_proj": int4, "*.1.*": fp8}'])
+def test_what_no_source_holds_as_its_name_says_stays(tmp_path: Path, weights: str) -> None:
+    base = write_partial(tmp_path, ["*.1.mlp.down_proj"], weights)
+    kept = "model.layers.1.mlp.down_proj"
+    source = plan_recipe(base).modules[kept].source
+    for budget in (ends(base)[0], 1 << 40):
+        suggestion = chosen(base, budget)
+        plan = written(suggestion, tmp_path)
+        assert plan.modules[kept].source == source and not plan.modules[kept].format.quantized
+        assert file_bytes(plan) == suggestion.nbytes
+        assert f"{kept}: as in base.yaml, for no source can be chosen: `fp8` holds it as bf16; `int4` holds" in str(
+            suggestion.notes
+        )
+    with pytest.raises(RecipeError, match="among them linears that no source can give"):
+        chosen(base, 1 << 40, pins=[(kept, "fp8")])
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_stays_and_cannot_be_served_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    base = write_partial(tmp_path, ["*.1.self_attn.k_proj"])
+    with pytest.raises(RefusedError) as planned:
+        plan_recipe(base)
+    with pytest.raises(RefusedError) as suggested:
+        chosen(base, 1 << 40)
+    assert suggested.value.problems == planned.value.problems
+
+
+@pytest.mark.parametrize(
+    ("weights", "lines"),
+    [
+        ("lm_*: fp8", ["lm_*: fp8"]),
+        ('"*.norm": fp8', ['"*.norm": fp8']),
+        ("model.embed*: fp8", ["model.embed*: fp8"]),
+        ('"*.norm": fp8, model.norm: bf16', ["model.norm: bf16"]),
+        ('"*": fp8', ['"{lm_head}": fp8', "model.{embed_tokens}: fp8"]),
+        ('"*": fp8, lm_head: bf16', ["lm_head: bf16", "model.{embed_tokens}: fp8"]),
+        ('"*": fp8, "l*": bf16', ["model.{embed_tokens}: fp8", "l*: bf16"]),
+        ('"*": bf16', []),
+        ('"*norm": int4, "*": fp8, "model*": bf16', ['"*norm": int4', '"{lm_head}": fp8']),
+        (
+            '"{lm_head,model.embed_tokens}": fp8, "{lm_head,model.layers.0.self_attn.o_proj}": bf16',
+            ['"{lm_head,model.embed_tokens}": fp8', "lm_head: bf16"],
+        ),
+    ],
+)
+def test_the_bases_lines_for_what_has_no_choice(moe: Path, weights: str, lines: list[str]) -> None:
+    base = moe.with_name("lines.yaml")
+    base.write_text(moe.read_text() + f"weights: {{{weights}}}\n")
+    suggestion = chosen(base, 1 << 40)
+    plan, planned = written(suggestion, moe.parent), plan_recipe(base)
+    fixed = [name for name in plan.modules if re.search(r"norm$|\.gate$|embed|lm_head", name)]
+    assert {n: plan.modules[n].source for n in fixed} == {n: planned.modules[n].source for n in fixed}
+    text = (moe.parent / "suggested.yaml").read_text()
+    block = re.search(r"# as in lines\.yaml\n((?:  [^#\n].*\n)*)", text)
+    kept = [line.split("  #")[0].strip() for line in block[1].splitlines()] if block else []
+    assert sorted(kept) == sorted(lines)
+
+
+# Files cut for ranks
+
+
+def test_what_cannot_be_cut_for_the_bases_ranks_is_not_offered(tmp_path: Path) -> None:
+    """Of 4 ranks each has a head of 64 columns: half a block of FP8, half a group of Int4."""
+    base = write_sources(tmp_path, LLAMA, more="output: {shard_size: 2MB, tp: [2, 4], layout: presplit}\n")
+    suggestion = chosen(base, ends(base)[0])
+    plan = written(suggestion, tmp_path)
+    assert (plan.recipe.tp, plan.recipe.layout, plan.recipe.shard_size) == ((2, 4), "presplit", 2_000_000)
+    assert set(plan.presplit) == {"tp2-ep1", "tp4-ep1"}
+    assert sources_of(plan, "o_proj") == {"bf16"} and sources_of(plan, "mlp") == {"int4"}
+    assert "because" not in recipe_text(suggestion, tmp_path)
+    (reason,) = {group.reason for group in suggestion.groups if group.column == "self_attn.o_proj"}
+    assert "from `fp8`: tp 4: self_attn.o_proj (fp8_block): a rank's heads have 64 of its 256 columns" in reason
+    base.write_text(base.read_text().replace("tp: [2, 4], layout: presplit", "tp: 2"))
+    plan = written(chosen(base, ends(base)[0]), tmp_path)
+    assert (plan.recipe.tp, plan.recipe.layout) == ((2,), "both")
+    assert sources_of(plan, "proj") == {"int4"}
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("tp", [3, 4])
+def test_what_stays_and_cannot_be_cut_is_refused_before_anything_is_measured(tmp_path: Path, tp: int) -> None:
+    base = write_sources(tmp_path, LLAMA, {"fp8": "fp8_block", "int4": "gptq_int4"}, f"output: {{tp: {tp}}}\n")
+    with pytest.raises(RecipeError) as caught:
+        chosen(base, 1 << 40)
+    assert re.match(rf".*base\.yaml:5: tp {tp}: .* cannot be (shared|filled up)", str(caught.value))
+    assert caught.value.line == 5
+
+
+def test_experts_of_one_format_have_the_same_dtypes_where_they_are_cut(tmp_path: Path) -> None:
+    variants = {"half": "fp16", "bf16": "bf16", "fp8": "fp8_block"}
+    base = write_sources(tmp_path, QWEN3_MOE, variants, "default: bf16\noutput: {tp: 2}\n")
+    pins = [("model.layers.0.mlp.experts.3.*", "half")]
+    plan = written(chosen(base, 1 << 40, pins=pins), tmp_path)  # which refuses what cannot be cut
+    assert sources_of(plan, r"layers\.0\..*experts") <= {"half", "fp8"}
+    assert sources_of(plan, r"layers\.1\..*experts") == {"bf16"}
+    pins.append(("model.layers.0.mlp.experts.1.*", "bf16"))
+    with pytest.raises(
+        RecipeError, match=r"has other dtypes than `.*give --pin \"model.layers.0.mlp.experts.\*: SOURCE"
+    ):
+        chosen(base, 1 << 40, pins=pins)
+    base.write_text(base.read_text().replace("output: {tp: 2}", ""))
+    plan = written(chosen(base, 1 << 40, pins=pins), tmp_path)
+    assert sources_of(plan, r"layers\.0\..*experts") == {"half", "bf16"}
+
+
 # What weighs
 
 
