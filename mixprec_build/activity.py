@@ -3,8 +3,10 @@ and as SGLang's own recorder dumps it; and how evenly they are spread."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -20,6 +22,8 @@ __all__ = ["Activity", "Balance", "activity_facts", "balance_of", "gini", "read_
 _MAX_BYTES = 1 << 30
 _MAX_VALUES = 8_000_000
 _MAX_LAYERS, _MAX_EXPERTS = 4096, 65536  # of any model; an id beyond is damage, and would take memory
+_MAX_CELLS = 1 << 20  # layers times experts; DeepSeek-V3 has 58 x 256
+_MAX_COUNT = 1 << 42  # so that no sum of a file's counts overflows
 
 _Counts = npt.NDArray[np.int64]
 
@@ -77,26 +81,46 @@ def read_activity(paths: Iterable[Path]) -> Activity:
 # Our own files
 
 
+_ENTRIES = "objects with layer_id, expert_id, and total_tokens_processed or activation_count"
+
+
 def _read_json(path: Path) -> Activity:
+    data = read_regular(path, _MAX_BYTES)
     try:
-        data = load_json(read_regular(path, _MAX_BYTES), _MAX_VALUES)
-        experts = data["expert_stats"]
-        if not isinstance(experts, dict):
-            raise TypeError("`expert_stats` is not an object")
-        found: dict[int, dict[int, int]] = {}
-        for entry in experts.values():
+        try:
+            found = load_json(data, _MAX_VALUES)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        except ValueError as error:
+            raise ValueError(f"JSON that cannot be read: {error}") from error
+        return _of_json(found, path)
+    except ValueError as error:
+        raise StatsError(f"{path}: no expert activity of mixprec or SGLang: {error!s:.300}") from error
+
+
+def _of_json(data: object, path: Path) -> Activity:
+    """Raises :class:`ValueError` in words."""
+    if not isinstance(data, dict) or "expert_stats" not in data:
+        raise ValueError(f"`expert_stats` is missing, which maps names to {_ENTRIES}")
+    found: dict[int, dict[int, int]] = {}
+    for name, entry in _objects(data, "expert_stats", f"names to {_ENTRIES}"):
+        try:
             layer, expert = _number(entry, "layer_id", _MAX_LAYERS), _number(entry, "expert_id", _MAX_EXPERTS)
-            # What a batch of tokens was recorded as once has its tokens here.
-            count = _number(entry, "total_tokens_processed") or _number(entry, "activation_count")
-            found.setdefault(layer, {})[expert] = count
-        tokens = {
-            int(layer): _number(entry, "routed_tokens")
-            for layer, entry in data.get("layer_stats", {}).items()
-            if "routed_tokens" in entry
-        }
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        what = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
-        raise StatsError(f"{path}: no expert activity of mixprec or SGLang: {what:.300}") from error
+            given = [key for key in ("total_tokens_processed", "activation_count") if key in entry]
+            if not given:
+                raise ValueError("`total_tokens_processed` is missing, and `activation_count` as well")
+            # What a batch of tokens was recorded as once has its tokens in the former.
+            count = next(filter(None, (_number(entry, key, _MAX_COUNT) for key in given)), 0)
+        except ValueError as error:
+            raise ValueError(f"{brief(name)} in `expert_stats`: {error}") from error
+        found.setdefault(layer, {})[expert] = count
+    _check_size(sum(max(numbers) + 1 for numbers in found.values()))
+    tokens = {}
+    for name, entry in _objects(data, "layer_stats", "layers to objects"):
+        if not re.fullmatch("[0-9]{1,9}", name):
+            raise ValueError(f"`layer_stats` has {brief(name)}, the number of a layer was expected")
+        if "routed_tokens" in entry:
+            tokens[int(name)] = _number(entry, "routed_tokens", _MAX_COUNT)
     counts = {}
     for layer, numbers in sorted(found.items()):
         counts[layer] = np.zeros(max(numbers) + 1, np.int64)
@@ -104,11 +128,28 @@ def _read_json(path: Path) -> Activity:
     return _checked(Activity(counts, {layer: n for layer, n in tokens.items() if layer in counts}), path)
 
 
-def _number(entry: Mapping[str, Any], key: str, below: int = 1 << 62) -> int:
+def _objects(data: Mapping[str, Any], key: str, what: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """The objects that ``data[key]`` holds by name; none where there is no such key."""
+    section = data.get(key, {})
+    if not isinstance(section, dict) or not all(isinstance(entry, dict) for entry in section.values()):
+        raise ValueError(f"`{key}` must map {what}")
+    return section.items()
+
+
+def _number(entry: Mapping[str, Any], key: str, below: int) -> int:
+    if key not in entry:
+        raise ValueError(f"`{key}` is missing")
     value = entry[key]
     if type(value) is not int or not 0 <= value < below:
-        raise ValueError(f"`{key}` is {brief(value)}, a number from 0 up was expected")
+        raise ValueError(f"`{key}` is {brief(value)}, a number from 0 up to {below - 1} was expected")
     return value
+
+
+def _check_size(cells: int) -> None:
+    if cells > _MAX_CELLS:
+        raise ValueError(
+            f"{cells:,} experts in all layers, counted up to the highest id; at most {_MAX_CELLS:,} are read"
+        )
 
 
 # SGLang's recorder: modes stat, per_pass and per_token
@@ -125,11 +166,14 @@ def _read_dump(path: Path) -> Activity:
         # Tensors and plain values only: no code of a pickle is run.
         data = torch.load(path, map_location="cpu", weights_only=True)
         if "logical_count" in data:
+            _check_size(prod(data["logical_count"].shape[1:]))
             counts = data["logical_count"].sum(0).numpy()  # [steps, L, E]
         else:
             counts = _of_records(data, lambda tensor: np.asarray(tensor.cpu().numpy()))
-        if counts.ndim != 2 or len(counts) > _MAX_LAYERS or counts.shape[1] > _MAX_EXPERTS or (counts < 0).any():
-            raise ValueError(f"counts of shape {list(counts.shape)}, or negative ones")
+        if counts.ndim != 2 or len(counts) > _MAX_LAYERS or counts.shape[1] > _MAX_EXPERTS:
+            raise ValueError(f"counts of shape {list(counts.shape)}")
+        if (counts < 0).any() or (counts >= _MAX_COUNT).any():
+            raise ValueError(f"counts that are negative, or {_MAX_COUNT} and more")
     except Exception as error:  # torch raises all kinds for a damaged file
         raise StatsError(f"{path}: no dump of SGLang's expert distribution recorder: {error!s:.300}") from error
     # Dense layers have a row as well, of zeros.
@@ -140,6 +184,7 @@ def _of_records(data: Mapping[str, Any], numpy: Callable[[Any], npt.NDArray[Any]
     """``[L, E]`` from the records of single passes, whose experts are physical ones."""
     logical_of = numpy(data["last_physical_to_logical_map"]).astype(np.int64)  # [L, P]
     layers, physical = logical_of.shape
+    _check_size(layers * max(physical, int(logical_of.max()) + 1))
     total = np.zeros((layers, physical), np.int64)
     for record in data["records"]:
         if "topk_ids_of_layer" in record:
@@ -198,9 +243,11 @@ def gini(counts: _Counts) -> float:
 
 def activity_facts(activity: Activity, top: int) -> dict[str, Any]:
     """What ``mixprec experts --json`` prints. ``top`` experts are listed."""
-    flat = [(int(c), layer, e) for layer, row in activity.counts.items() for e, c in enumerate(row)]
-    flat.sort(key=lambda item: (-item[0], item[1], item[2]))
-    total = sum(count for count, _, _ in flat)
+    flat = np.concatenate(list(activity.counts.values()))
+    total = int(flat.sum())
+    of = np.repeat(list(activity.counts), list(map(len, activity.counts.values())))
+    numbers = np.concatenate([np.arange(len(row)) for row in activity.counts.values()])
+    busiest = np.argsort(-flat, kind="stable")[:top]  # of equal ones the first
     layers = []
     for layer, counts in activity.counts.items():
         balance = balance_of(counts)
@@ -219,10 +266,15 @@ def activity_facts(activity: Activity, top: int) -> dict[str, Any]:
         "tokens": max(activity.tokens.values(), default=None),
         "layers": layers,
         "experts": len(flat),
-        **_facts_of(balance_of(np.concatenate(list(activity.counts.values())))),
+        **_facts_of(balance_of(flat)),
         "top_experts": [
-            {"layer": layer, "expert": expert, "activations": count, "share": count / total}
-            for count, layer, expert in flat[:top]
+            {
+                "layer": int(of[i]),
+                "expert": int(numbers[i]),
+                "activations": int(flat[i]),
+                "share": int(flat[i]) / total,
+            }
+            for i in busiest
         ],
     }
 

@@ -353,6 +353,10 @@ def suggest(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--budget") from error
     check_target(out, force=force)
+    if plot is not None:
+        from .figures import check_picture
+
+        check_picture(plot)
     request = Request(
         budget=nbytes,
         objective=objective,
@@ -395,10 +399,12 @@ def experts(
     from .activity import activity_facts, read_activity
     from .report import show_activity
 
+    if heatmap is not None:
+        from .figures import check_picture, draw_heatmap
+
+        check_picture(heatmap, page=True)
     activity = read_activity(files)
     if heatmap is not None:
-        from .figures import draw_heatmap
-
         draw_heatmap(activity, heatmap)
     facts = activity_facts(activity, top)
     if as_json:

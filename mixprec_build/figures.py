@@ -20,12 +20,28 @@ if TYPE_CHECKING:
 
     from .allocate import Suggestion
 
-__all__ = ["draw_frontier", "draw_heatmap", "show_heatmap"]
+__all__ = ["check_picture", "draw_frontier", "draw_heatmap", "show_heatmap"]
 
 _DARK, _LIGHT = np.array([68.0, 1.0, 84.0]), np.array([253.0, 231.0, 37.0])
 _MIDDLE = np.array([33.0, 145.0, 140.0])  # these three are the ends and the middle of matplotlib's viridis
 
 _Grid = npt.NDArray[np.float64]
+
+
+def check_picture(path: Path, *, page: bool = False) -> None:
+    """Raises :class:`OutputError` where no picture can be drawn to ``path``; ``page`` ones may be HTML, too."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file")
+    if page and path.suffix == ".html":
+        return
+    if path.suffix != ".png":
+        raise OutputError(f"{path}: pictures are written as .png (a heat map also as .html)")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise OutputError(f"{path}: PNGs are drawn by matplotlib; pip install 'mixprec[plot]'") from error
 
 
 def _grid(activity: Activity) -> tuple[list[int], _Grid]:
@@ -41,8 +57,9 @@ def draw_heatmap(activity: Activity, path: Path) -> None:
     """Writes ``path``, an HTML page or a PNG by its suffix.
 
     Raises:
-        OutputError: another suffix, no matplotlib for a PNG, or a file that cannot be written.
+        OutputError: as :func:`check_picture`, or a file that cannot be written.
     """
+    check_picture(path, page=True)
     if path.suffix == ".html":
         try:
             path.write_text(_html(activity), encoding="utf-8")
@@ -50,7 +67,7 @@ def draw_heatmap(activity: Activity, path: Path) -> None:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
         return
     layers, grid = _grid(activity)
-    figure, axes = _figure(path, (min(16.0, 3 + grid.shape[1] / 10), min(16.0, 2 + len(layers) / 6)))
+    figure, axes = _figure((min(16.0, 3 + grid.shape[1] / 10), min(16.0, 2 + len(layers) / 6)))
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", vmin=0)
     figure.colorbar(image, ax=axes, label="tokens, over the layer's mean")
     step = -(-len(layers) // 24)
@@ -65,7 +82,8 @@ def draw_frontier(suggestion: Suggestion, path: Path) -> None:
     Raises:
         OutputError: as for :func:`draw_heatmap`.
     """
-    figure, axes = _figure(path, (8.0, 5.0))
+    check_picture(path)
+    figure, axes = _figure((8.0, 5.0))
     line = suggestion.frontier
     axes.plot(line.cost / 1e9, line.loss, label="frontier (lower bound)", zorder=1)
     axes.scatter([suggestion.nbytes / 1e9], [suggestion.solution.loss], marker="*", s=160, label="this mix", zorder=3)
@@ -79,14 +97,10 @@ def draw_frontier(suggestion: Suggestion, path: Path) -> None:
     _save(figure, path)
 
 
-def _figure(path: Path, size: tuple[float, float]) -> tuple[Any, Any]:
-    if path.suffix != ".png":
-        raise OutputError(f"{path}: pictures are written as .png (a heat map also as .html)")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OutputError(f"{path}: PNGs are drawn by matplotlib; pip install 'mixprec[plot]'") from error
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()

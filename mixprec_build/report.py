@@ -298,8 +298,11 @@ def show_suggestion(facts: Mapping[str, Any], console: Console) -> None:
         rows.append((entry["bytes"], entry["loss"], f"all {entry['source']}{but}"))
     rows.append((facts["bytes"], facts["loss"], "this mix"))
     points = _table("bytes", "loss", "", title=f"Loss ({facts['objective']}) against bytes")
+    shown: dict[tuple[str, str], list[str]] = {}
     for nbytes, loss, what in sorted(rows, key=lambda row: (row[0], -row[1])):
-        _add_row(points, human(nbytes), f"{loss:.6g}", what)
+        shown.setdefault((human(nbytes), f"{loss:.6g}"), []).extend([what] if what else [])
+    for cells, names in shown.items():
+        _add_row(points, *cells, ", ".join(names))
     console.print(points)
     gap = "proven the least" if facts["gap"] < 1e-12 else f"at most {facts['gap']:.2g} of it above the least"
     _say(

@@ -73,7 +73,7 @@ def recipe_text(suggestion: Suggestion, folder: Path) -> str:
     for comment, rules in suggestion.lines:
         lines += [f"  # {line}" for line in comment.splitlines()]
         lines += [f"  {_quoted(rule.pattern.text)}: {rule.source}  # {human(nbytes[id(rule)])}" for rule in rules]
-    lines.append(f"output: {{shard_size: {_size(recipe.shard_size)}}}")
+    lines.append(f"output: {{{', '.join(_output(recipe))}}}")
     if recipe.serving:
         lines.append(yaml.safe_dump(dict(recipe.serving), sort_keys=False, allow_unicode=True).rstrip())
     return "\n".join(lines) + "\n"
@@ -101,11 +101,19 @@ def _gap(suggestion: Suggestion) -> str:
     return "the least there is" if gap < 1e-12 else f"at most {gap:.2g} of it above the least there is"
 
 
+def _output(recipe: Recipe) -> Iterator[str]:
+    yield f"shard_size: {_size(recipe.shard_size)}"
+    if recipe.tp:
+        yield f"tp: {list(recipe.tp)}"
+        yield f"layout: {recipe.layout}"
+
+
 def _location(recipe: Recipe, location: str, folder: Path) -> str:
     """A source's location, seen from another folder."""
     path = Path(location).expanduser()
     if not path.is_absolute() and (recipe.folder / path).is_dir():
-        relative = os.path.relpath(recipe.folder / path, folder)
+        # Of the folders themselves: what `..` of a link to one means is not to be seen in its name.
+        relative = os.path.relpath(os.path.realpath(recipe.folder / path), os.path.realpath(folder))
         location = relative if relative.startswith(".") else f"./{relative}"
     return _quoted(location)
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mixprec_build.activity import Activity, balance_of, gini, read_activity
+from mixprec_build.activity import Activity, activity_facts, balance_of, gini, read_activity
 from mixprec_build.cli import app
 from mixprec_build.errors import OutputError, StatsError
 from mixprec_build.figures import draw_heatmap, show_heatmap
@@ -75,6 +76,41 @@ def test_a_batch_counts_by_its_tokens(tmp_path: Path) -> None:
     assert lists(read_activity([path])) == {0: [96, 4]}
 
 
+@pytest.mark.parametrize(("tokens", "times", "count"), [(9, 3, 9), (0, 3, 3), (9, None, 9), (None, 3, 3), (0, None, 0)])
+def test_either_count_is_enough(tmp_path: Path, tokens: int | None, times: int | None, count: int) -> None:
+    given = {"total_tokens_processed": tokens, "activation_count": times}
+    entry = {"layer_id": 0, "expert_id": 1} | {key: value for key, value in given.items() if value is not None}
+    other = {"layer_id": 0, "expert_id": 0, "activation_count": 1}
+    (tmp_path / "a.json").write_text(json.dumps({"expert_stats": {"a": other, "b": entry}}))
+    assert lists(read_activity([tmp_path / "a.json"])) == {0: [1, count]}
+
+
+def test_a_small_file_takes_no_memory(tmp_path: Path) -> None:
+    """Layers that count one expert of a high id each: refused, or little more than the arrays."""
+    for layers in (15, 40):
+        found = {str(i): {"layer_id": i, "expert_id": 65535, "activation_count": i + 1} for i in range(layers)}
+        (tmp_path / f"{layers}.json").write_text(json.dumps({"expert_stats": found}))
+    tracemalloc.start()
+    try:
+        facts = activity_facts(read_activity([tmp_path / "15.json"]), 3)
+        with pytest.raises(StatsError, match=r"2,621,440 experts in all layers, .* at most 1,048,576 are read"):
+            read_activity([tmp_path / "40.json"])
+        assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    finally:
+        tracemalloc.stop()
+    assert facts["top_experts"][0] == {"layer": 14, "expert": 65535, "activations": 15, "share": 15 / 120}
+    assert facts["experts"] == 15 << 16
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), min_size=1, max_size=4), st.integers(0, 30))
+def test_the_busiest_are_in_order(rows: list[list[int]], top: int) -> None:
+    rows = [*rows, [1]]
+    facts = activity_facts(Activity({3 * i: np.array(row) for i, row in enumerate(rows)}, {}), top)
+    every = [(-count, 3 * i, e) for i, row in enumerate(rows) for e, count in enumerate(row)]
+    listed = [(-entry["activations"], entry["layer"], entry["expert"]) for entry in facts["top_experts"]]
+    assert listed == sorted(every)[:top]
+
+
 def test_sglangs_dumps(tmp_path: Path) -> None:
     """Of mode stat, per_pass with two copies of an expert, and per_token; layer 0 is dense."""
     logical = torch.tensor([[0, 0, 0, 0], COUNTS[1], [0, 0, 0, 0], COUNTS[3]], dtype=torch.int32)
@@ -109,9 +145,22 @@ def test_a_pickles_code_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no expert activity of mixprec or SGLang"),
+        ("{", "no expert activity of mixprec or SGLang: JSON that cannot be read: Expecting property name"),
         ("{}", "`expert_stats` is missing"),
-        ('{"expert_stats": []}', "`expert_stats` is not an object"),
+        ("[]", "`expert_stats` is missing"),
+        ("[" * 100_000, "nested too deeply"),
+        (
+            '{"expert_stats": []}',
+            "`expert_stats` must map names to objects with layer_id, expert_id, and total_tokens_",
+        ),
+        ('{"expert_stats": {"x": []}}', "`expert_stats` must map names to objects with layer_id, expert_id, and"),
+        (
+            '{"expert_stats": {"x": {"layer_id": 0, "expert_id": 0}}}',
+            "'x' in `expert_stats`: `total_tokens_processed` is",
+        ),
+        ('{"expert_stats": {}, "layer_stats": []}', "`layer_stats` must map layers to objects"),
+        ('{"expert_stats": {}, "layer_stats": {"0": 7}}', "`layer_stats` must map layers to objects"),
+        ('{"expert_stats": {}, "layer_stats": {"a": {}}}', "`layer_stats` has 'a', the number of a layer was expected"),
         ('{"expert_stats": {"x": {"layer_id": 0}}}', "`expert_id` is missing"),
         ('{"expert_stats": {"x": {"layer_id": 0, "expert_id": 99999999999}}}', "`expert_id` is 99999999999"),
         ('{"expert_stats": {"x": {"layer_id": -1, "expert_id": 1}}}', "`layer_id` is -1, a number from 0 up"),
@@ -178,6 +227,12 @@ def test_a_png(tmp_path: Path) -> None:
     activity = Activity({layer: np.random.default_rng(layer).integers(0, 50, 64) for layer in range(12)}, {})
     draw_heatmap(activity, tmp_path / "heat.png")
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for name, message in (("heat.pdf", "pictures are written as .png"), ("none/heat.html", "there is no folder")):
+        done = CliRunner().invoke(app, ["experts", str(tmp_path / "none.json"), "--heatmap", str(tmp_path / name)])
+        assert isinstance(done.exception, OutputError) and message in str(done.exception)
 
 
 def test_pictures_of_other_kinds(tmp_path: Path) -> None:

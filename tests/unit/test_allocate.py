@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from mixprec_build.allocate import Request, Suggestion, suggest
 from mixprec_build.build import plan_recipe
 from mixprec_build.cli import app
 from mixprec_build.distortion import Distortion, DistortionCache
-from mixprec_build.errors import BudgetError, RecipeError, RefusedError, SourceError, StatsError
+from mixprec_build.errors import BudgetError, OutputError, RecipeError, RefusedError, SourceError, StatsError
 from mixprec_build.objective import Objective
 from mixprec_build.plan import Plan
 from mixprec_build.recipe import load_recipe
@@ -141,6 +142,125 @@ def test_what_has_no_choice_stays_as_the_base_has_it(tmp_path: Path) -> None:
     assert sources_of(plan, "mlp") == {"bf16"}
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocate, "measure", lambda *_, **__: pytest.fail("measured"))
+
+
+def write_partial(folder: Path, skip: list[str], weights: str = "{}") -> Path:
+    """Sources called ``fp8`` and ``int4`` that both leave some linears unquantized."""
+    for variant in ("fp8_block", "gptq_int4"):
+        write_tiny(folder / variant, LLAMA, variant, skip=skip)
+    base = folder / "base.yaml"
+    base.write_text(f"model: fp8_block\nsources: {{fp8: fp8_block, int4: gptq_int4}}\nweights: {weights}\n")
+    return base
+
+
+@pytest.mark.parametrize("weights", ["{}", '{"model.layers.1.*": int4}', '{"*.down_proj": int4, "*.1.*": fp8}'])
+def test_what_no_source_holds_as_its_name_says_stays(tmp_path: Path, weights: str) -> None:
+    base = write_partial(tmp_path, ["*.1.mlp.down_proj"], weights)
+    kept = "model.layers.1.mlp.down_proj"
+    source = plan_recipe(base).modules[kept].source
+    for budget in (ends(base)[0], 1 << 40):
+        suggestion = chosen(base, budget)
+        plan = written(suggestion, tmp_path)
+        assert plan.modules[kept].source == source and not plan.modules[kept].format.quantized
+        assert file_bytes(plan) == suggestion.nbytes
+        assert f"{kept}: as in base.yaml, for no source can be chosen: `fp8` holds it as bf16; `int4` holds" in str(
+            suggestion.notes
+        )
+    with pytest.raises(RecipeError, match="among them linears that no source can give"):
+        chosen(base, 1 << 40, pins=[(kept, "fp8")])
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_stays_and_cannot_be_served_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    base = write_partial(tmp_path, ["*.1.self_attn.k_proj"])
+    with pytest.raises(RefusedError) as planned:
+        plan_recipe(base)
+    with pytest.raises(RefusedError) as suggested:
+        chosen(base, 1 << 40)
+    assert suggested.value.problems == planned.value.problems
+
+
+@pytest.mark.parametrize(
+    ("weights", "lines"),
+    [
+        ("lm_*: fp8", ["lm_*: fp8"]),
+        ('"*.norm": fp8', ['"*.norm": fp8']),
+        ("model.embed*: fp8", ["model.embed*: fp8"]),
+        ('"*.norm": fp8, model.norm: bf16', ["model.norm: bf16"]),
+        ('"*": fp8', ['"{lm_head}": fp8', "model.{embed_tokens}: fp8"]),
+        ('"*": fp8, lm_head: bf16', ["lm_head: bf16", "model.{embed_tokens}: fp8"]),
+        ('"*": fp8, "l*": bf16', ["model.{embed_tokens}: fp8", "l*: bf16"]),
+        ('"*": bf16', []),
+        ('"*norm": int4, "*": fp8, "model*": bf16', ['"*norm": int4', '"{lm_head}": fp8']),
+        (
+            '"{lm_head,model.embed_tokens}": fp8, "{lm_head,model.layers.0.self_attn.o_proj}": bf16',
+            ['"{lm_head,model.embed_tokens}": fp8', "lm_head: bf16"],
+        ),
+    ],
+)
+def test_the_bases_lines_for_what_has_no_choice(moe: Path, weights: str, lines: list[str]) -> None:
+    base = moe.with_name("lines.yaml")
+    base.write_text(moe.read_text() + f"weights: {{{weights}}}\n")
+    suggestion = chosen(base, 1 << 40)
+    plan, planned = written(suggestion, moe.parent), plan_recipe(base)
+    fixed = [name for name in plan.modules if re.search(r"norm$|\.gate$|embed|lm_head", name)]
+    assert {n: plan.modules[n].source for n in fixed} == {n: planned.modules[n].source for n in fixed}
+    text = (moe.parent / "suggested.yaml").read_text()
+    block = re.search(r"# as in lines\.yaml\n((?:  [^#\n].*\n)*)", text)
+    kept = [line.split("  #")[0].strip() for line in block[1].splitlines()] if block else []
+    assert sorted(kept) == sorted(lines)
+
+
+# Files cut for ranks
+
+
+def test_what_cannot_be_cut_for_the_bases_ranks_is_not_offered(tmp_path: Path) -> None:
+    """Of 4 ranks each has a head of 64 columns: half a block of FP8, half a group of Int4."""
+    base = write_sources(tmp_path, LLAMA, more="output: {shard_size: 2MB, tp: [2, 4], layout: presplit}\n")
+    suggestion = chosen(base, ends(base)[0])
+    plan = written(suggestion, tmp_path)
+    assert (plan.recipe.tp, plan.recipe.layout, plan.recipe.shard_size) == ((2, 4), "presplit", 2_000_000)
+    assert set(plan.presplit) == {"tp2-ep1", "tp4-ep1"}
+    assert sources_of(plan, "o_proj") == {"bf16"} and sources_of(plan, "mlp") == {"int4"}
+    assert "because" not in recipe_text(suggestion, tmp_path)
+    (reason,) = {group.reason for group in suggestion.groups if group.column == "self_attn.o_proj"}
+    assert "from `fp8`: tp 4: self_attn.o_proj (fp8_block): a rank's heads have 64 of its 256 columns" in reason
+    base.write_text(base.read_text().replace("tp: [2, 4], layout: presplit", "tp: 2"))
+    plan = written(chosen(base, ends(base)[0]), tmp_path)
+    assert (plan.recipe.tp, plan.recipe.layout) == ((2,), "both")
+    assert sources_of(plan, "proj") == {"int4"}
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("tp", [3, 4])
+def test_what_stays_and_cannot_be_cut_is_refused_before_anything_is_measured(tmp_path: Path, tp: int) -> None:
+    base = write_sources(tmp_path, LLAMA, {"fp8": "fp8_block", "int4": "gptq_int4"}, f"output: {{tp: {tp}}}\n")
+    with pytest.raises(RecipeError) as caught:
+        chosen(base, 1 << 40)
+    assert re.match(rf".*base\.yaml:5: tp {tp}: .* cannot be (shared|filled up)", str(caught.value))
+    assert caught.value.line == 5
+
+
+def test_experts_of_one_format_have_the_same_dtypes_where_they_are_cut(tmp_path: Path) -> None:
+    variants = {"half": "fp16", "bf16": "bf16", "fp8": "fp8_block"}
+    base = write_sources(tmp_path, QWEN3_MOE, variants, "default: bf16\noutput: {tp: 2}\n")
+    pins = [("model.layers.0.mlp.experts.3.*", "half")]
+    plan = written(chosen(base, 1 << 40, pins=pins), tmp_path)  # which refuses what cannot be cut
+    assert sources_of(plan, r"layers\.0\..*experts") <= {"half", "fp8"}
+    assert sources_of(plan, r"layers\.1\..*experts") == {"bf16"}
+    pins.append(("model.layers.0.mlp.experts.1.*", "bf16"))
+    with pytest.raises(
+        RecipeError, match=r"has other dtypes than `.*give --pin \"model.layers.0.mlp.experts.\*: SOURCE"
+    ):
+        chosen(base, 1 << 40, pins=pins)
+    base.write_text(base.read_text().replace("output: {tp: 2}", ""))
+    plan = written(chosen(base, 1 << 40, pins=pins), tmp_path)
+    assert sources_of(plan, r"layers\.0\..*experts") == {"half", "bf16"}
+
+
 # What weighs
 
 
@@ -233,7 +353,7 @@ def test_pins_and_floors(moe: Path, tmp_path: Path) -> None:
         moe,
         2 * low,
         pins=[("model.layers.0.*", "int4"), ("model.layers.0.self_attn.o_proj", "fp8"), ("*.experts.3.*", "bf16")],
-        floors=[("*.self_attn.*", "fp8"), ("model.layers.1.mlp.experts.2.*", "int8")],
+        floors=[("model.layers.1.self_attn.*", "fp8"), ("model.layers.1.mlp.experts.2.*", "int8")],
     )
     plan = written(suggestion, tmp_path)
     assert sources_of(plan, r"layers\.0\.mlp\.experts\.[0-2]\.") == {"int4"}
@@ -253,6 +373,23 @@ def test_pins_and_floors(moe: Path, tmp_path: Path) -> None:
         ({"pins": [("*", "awq")]}, RecipeError, "no source is called `awq`; there are `bf16`, `fp8`, `int4`"),
         ({"pins": [("*", "int8")]}, RecipeError, "no source holds `int8`"),
         ({"pins": [("model.{", "fp8")]}, RecipeError, "--pin: 'model.{': '{' without a closing '}'"),
+        (
+            {"pins": [("*.q_proj", "int4"), ("*.self_attn.*", "fp8"), ("x.*", "fp8")]},
+            RecipeError,
+            '--pin "x.*: fp8" matches no module that has a choice; see',
+        ),
+        (
+            {"pins": [("model.layers.0.self_attn.k_proj", "fp8"), ("model.layers.0.self_attn.q_proj", "int4")]},
+            RecipeError,
+            '--pin "model.layers.0.self_attn.k_proj: fp8" and --pin "model.layers.0.self_attn.q_proj: int4": '
+            "model.layers.0.self_attn.{k_proj,q_proj,v_proj} are decided together",
+        ),
+        (
+            {"pins": [("*", "int4")], "floors": [("*.self_attn.*", "fp8")]},
+            RecipeError,
+            '--pin "*: int4" and --min-format "*.self_attn.*: fp8": model.layers.0.self_attn.qkv_proj is gptq_int4 in '
+            "`int4`, which has fewer bits",
+        ),
         ({"floors": [("*", "big")]}, RecipeError, "`big` is no format; write int4, int8, fp8, fp16"),
         ({"floors": [("*", "fp32")]}, RecipeError, "in as many bits; it can be"),
         ({"objective": Objective.OUTPUT}, SourceError, "output weighs errors by the inputs' second moments"),
@@ -263,6 +400,15 @@ def test_pins_and_floors(moe: Path, tmp_path: Path) -> None:
 def test_what_cannot_be(moe: Path, asked: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         chosen(moe, 1 << 40, **asked)
+
+
+def test_a_pin_that_later_ones_decide_against_is_noted(moe: Path) -> None:
+    pins = [("*.q_proj", "int4"), ("*.self_attn.*", "fp8"), ("model.layers.1.self_attn.k_proj", "bf16")]
+    suggestion = chosen(moe, 1 << 40, pins=pins)
+    assert '--pin "*.q_proj: int4" never wins: later or exact ones decide all it matches' in suggestion.notes
+    assert not any('"*.self_attn.*: fp8" never' in note for note in suggestion.notes)
+    picked = {g.name: o.source for g, o in suggestion.picked()}
+    assert [picked[f"model.layers.{i}.self_attn.qkv_proj"] for i in (0, 1)] == ["fp8", "bf16"]
 
 
 def test_a_pin_to_what_cannot_be_served(deepseek: Path) -> None:
@@ -327,6 +473,50 @@ def test_the_command(moe: Path, tmp_path: Path) -> None:
     assert again.exit_code != 0 and "exists; pass --force" in str(again.exception)
     shown = CliRunner().invoke(app, [*arguments[:-1], "--force"])
     assert "all int4" in shown.output and "this mix" in shown.output
+
+
+def test_the_table_has_no_row_twice(moe: Path, tmp_path: Path) -> None:
+    arguments = [
+        "suggest",
+        str(moe),
+        "--budget",
+        "1TB",
+        "-o",
+        str(tmp_path / "x.yaml"),
+        "--errors",
+        str(tmp_path / "k"),
+    ]
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    rows = [line.split("│")[1:-1] for line in shown.output.partition("against bytes")[2].splitlines() if "│" in line]
+    cells = [tuple(cell.strip() for cell in row[:2]) for row in rows]
+    assert len(cells) > 5 and len({*cells}) == len(cells)
+    assert rows[-1][2].strip() == "all bf16, this mix"
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plotted(to: Path) -> str:
+        arguments = ["suggest", str(moe), "--budget", "1TB", "-o", str(tmp_path / "x.yaml"), "--plot", str(to)]
+        done = CliRunner().invoke(app, arguments)
+        assert isinstance(done.exception, OutputError) and not (tmp_path / "x.yaml").exists()
+        return str(done.exception)
+
+    assert "pictures are written as .png" in plotted(tmp_path / "f.pdf")
+    assert "there is no folder" in plotted(tmp_path / "none" / "f.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'mixprec[plot]'" in plotted(tmp_path / "f.png")
+
+
+def test_into_a_folder_that_is_a_link(moe: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    (tmp_path / "models").symlink_to(moe.parent)
+    for base in (moe, tmp_path / "models" / moe.name):
+        (tmp_path / "link" / "x.yaml").write_text(recipe_text(chosen(base, 1 << 40), tmp_path / "link"))
+        plan = plan_recipe(tmp_path / "link" / "x.yaml")
+        assert plan.recipe.model.location.startswith("../../")
 
 
 @pytest.mark.parametrize("flag", [["--budget", "much"], ["--pin", "model.layers.0"]])
