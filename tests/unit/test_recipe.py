@@ -233,10 +233,6 @@ BROKEN: dict[str, tuple[str | bytes, int | None, str]] = {
     "nested maps": ("model: " + "{a: " * 100_000, 1, "nested deeper than 16 levels"),
     "aliases of aliases": (BOMB, 1, "anchors (&) and aliases (*) are not allowed"),
     "a tab before a key": ("model: a\nsources:\n\tb: c\n", 3, "that cannot start any token; a tab: YAML wants spaces"),
-        "model: a\nsources:\n\tb: c\n",
-        3,
-        "not valid YAML: found character that cannot start any token; a tab",
-    ),
     "a control character": ("model: a\x07\n", None, "not valid YAML: unacceptable character #x0007"),
     # Keys
     "given twice": ("model: a\nweights: {}\nmodel: b\n", 3, "`model` is given twice; first on line 1"),
