@@ -27,7 +27,7 @@ from .plan import Plan, PlannedModule, make_plan, plan_modules
 from .presplit import Degree, Splitter
 from .recipe import Recipe, Rule
 from .report import human
-from .servable import Problems, check_same_weights, check_servable, gives, group_limits, some
+from .servable import Problems, check_same_weights, check_servable, decided_groups, fuse, gives, group_limits, some
 from .sources import Source, Sources
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class _Choices:
         with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
             if not request.allow_unservable:
                 self._check_same_weights(reader)
-            for name, members in fused_groups(names).items():
+            for name, members in decided_groups(names).items():
                 self._add_group(name, tuple(members), request, reader)
             free = {n for group in self.groups for n in group.members}
             self.fixed = {name: module for name, module in self.base.items() if name not in free}
@@ -251,8 +251,8 @@ class _Choices:
                 reasons.append(self._why_not(source, [member for member in members if member not in modules]))
                 continue
             parts = [modules[member] for member in members]
-            limits = group_limits(name, parts, reader)
-            if limits and (not request.allow_unservable or len({p.format.fuses_as for p in parts}) > 1):
+            limits = group_limits(parts, reader)
+            if limits and (not request.allow_unservable or not fuse(parts)):
                 reasons.append(f"from `{source}`: {limits[0]}")
                 continue
             limit = self._cut_limit(parts)

@@ -33,6 +33,8 @@ __all__ = [
     "can_give",
     "check_same_weights",
     "check_servable",
+    "decided_groups",
+    "fuse",
     "gives",
     "group_limits",
     "half_only",
@@ -208,12 +210,34 @@ def _format_limits(parts: Sequence[PlannedModule], reader: ValueReader, expert: 
     return [*_shape_limits(fmt, stored, expert), *fmt.value_limits(stored, read, experts=expert)]
 
 
-def group_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader) -> list[str]:
-    """Why SGLang could not run the fused group ``name`` made of ``parts``; empty where it can."""
+def decided_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """What must come from one source, or had better: fused groups, and DeepSeek's shared experts whole."""
+    groups = {name: list(members) for name, members in fused_groups(names).items()}
+    for name in [name for name in groups if name.endswith(_SHARED_GATE_UP)]:
+        groups[name] += groups.pop(_shared_down(name), [])
+    return groups
+
+
+def group_limits(parts: Sequence[PlannedModule], reader: ValueReader) -> list[str]:
+    """Why SGLang could not run a group of :func:`decided_groups` that is made of ``parts``; empty where it can."""
     limits = [limit for part in parts if (limit := _role_limit(part.name, part.role, part.format)) is not None]
-    if len({part.format.fuses_as for part in parts}) > 1:
-        return [*limits, f"{', '.join(_described(part.format) for part in parts)} are no one format"]
-    return [*limits, *(_format_limits(parts, reader, is_expert(name)) if parts[0].format.quantized else ())]
+    by_name = {part.name: part for part in parts}
+    for name, members in fused_groups(by_name).items():
+        fused = [by_name[member] for member in members]
+        if len({part.format.fuses_as for part in fused}) > 1:
+            limits.append(f"{', '.join(_described(part.format) for part in fused)} are no one format")
+        elif fused[0].format.quantized:
+            limits += _format_limits(fused, reader, is_expert(name))
+        down = by_name.get(_shared_down(name)) if name.endswith(_SHARED_GATE_UP) else None
+        limit = down and _shared_experts_limit(fused[0].format, down.format)
+        limits += [limit] if limit else []
+    return limits
+
+
+def fuse(parts: Iterable[PlannedModule]) -> bool:
+    """Whether what SGLang fuses among ``parts`` is in one format."""
+    by_name = {part.name: part.format.fuses_as for part in parts}
+    return all(len({by_name[member] for member in members}) == 1 for members in fused_groups(by_name).values())
 
 
 def _mend(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Mend, list[str]]:
@@ -283,8 +307,8 @@ def _check_shared_experts(
     problems: Problems,
 ) -> None:
     """DeepSeek looks into the methods of its shared experts (models/deepseek_v2.py:774 in 0.5.17)."""
-    down = modules.get(f"{name.rpartition('.')[0]}.down_proj")
-    if not name.endswith(".shared_experts.gate_up_proj") or down is None or len({p.format for p in parts}) > 1:
+    down = modules.get(_shared_down(name))
+    if not name.endswith(_SHARED_GATE_UP) or down is None or len({part.format for part in parts}) > 1:
         return
     limit = _shared_experts_limit(parts[0].format, down.format)
     if limit is None:
@@ -301,6 +325,13 @@ def _check_shared_experts(
     chosen = next((source for source in order if fits(sources.by_name[source])), None)
     text = f"{_described(parts[0].format)} from {origin(parts[0])}: {limit}"
     problems.soft([part.name for part in trio], text, *_mend(chosen, [p for p in trio if p.source != chosen]))
+
+
+_SHARED_GATE_UP = ".shared_experts.gate_up_proj"
+
+
+def _shared_down(gate_up: str) -> str:
+    return gate_up.replace("gate_up_proj", "down_proj")
 
 
 def _shared_experts_limit(gate: Format, down: Format) -> str | None:
