@@ -135,8 +135,11 @@ def plan(recipe: RecipePath, allow: Allow = [], link: Link = False, as_json: AsJ
 
 
 @app.command()
-def inspect(folder: Folder, as_json: AsJson = False) -> None:
-    """Show what a checkpoint holds: a compiled one or any other on disk."""
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint holds: a compiled one or any other."""
     from .report import inspect_facts, show_inspect
     from .sources import open_on_disk
 
