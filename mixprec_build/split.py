@@ -55,7 +55,7 @@ from .recipe import DEFAULT_SHARD_SIZE
 from .sources import Source
 from .stage import sync_folder
 
-__all__ = ["leftovers", "rank_differences", "split"]
+__all__ = ["alone", "leftovers", "rank_differences", "split", "strangers"]
 
 _RESTORED = "presplit/.merged.part"
 
@@ -80,33 +80,53 @@ def split(
     Raises:
         VerifyError: ``folder`` is no compiled checkpoint, or merged files that were restored are not what was built.
         SplitError: it cannot be cut like that, or has not the files to do it with.
-        OutputError: another split is writing there.
+        OutputError: another split or a build is writing there.
         WriteError: the disk is full, fails, or forbids it.
         InterruptedBuildError: Ctrl-C.
     """
-    with _alone(folder):
+    with alone(folder) as check:
         manifest = read_manifest(folder)
+        check()
         _clear(folder, manifest, keep=merged_files(manifest))
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:
             try:
-                return _Split(folder, manifest, source, reader, shard_size, jobs).run(degree, layout, ranks, watch)
+                return _Split(folder, manifest, source, reader, shard_size, jobs, check).run(
+                    degree, layout, ranks, watch
+                )
             except KeyboardInterrupt:
                 kept = "what is finished is kept: the same command goes on from there"
                 raise InterruptedBuildError(f"{folder}: interrupted; {kept}") from None
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One split of a checkpoint at a time: each lists its ranks in the same manifest."""
+def alone(folder: Path) -> Iterator[Callable[[], None]]:
+    """One split of a checkpoint at a time, for each lists its ranks in the same manifest, and none while a build
+    replaces it.
+
+    Gives what raises :class:`OutputError` once the folder is no longer the one that was locked.
+    """
     with write_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise VerifyError(f"{folder}: no such folder; name one that `mixprec build` wrote") from None
+
+    def check() -> None:
+        with write_errors(folder), suppress(FileNotFoundError):
+            if os.path.samestat(folder.stat(), os.fstat(fd)):
+                return
+        raise OutputError(f"{folder}: was replaced meanwhile; what is there now was left as it is")
+
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{folder}: another `mixprec split` is writing there; wait for it") from None
-        yield
+            raise OutputError(f"{folder}: another `mixprec split` or build is writing there; wait for it") from None
+        except OSError:
+            pass  # network file systems lock no folders: what is left is the check
+        check()
+        yield check
     finally:
         os.close(fd)
 
@@ -119,8 +139,17 @@ class _Split:
     """The steps of one :func:`split`. ``manifest`` is always that on the disk."""
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], source: Source, reader: Reader, shard_size: int, jobs: int | None
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        source: Source,
+        reader: Reader,
+        shard_size: int,
+        jobs: int | None,
+        check: Callable[[], None],
     ):
+        self._check = check
+        """Raises where the folder is another one; before each change of it."""
         self._folder, self._manifest, self._source, self._reader = folder, manifest, source, reader
         self._shard_size, self._jobs = shard_size, jobs or min(8, os.cpu_count() or 1)
         self._watch: Progress = lambda _: None
@@ -135,7 +164,7 @@ class _Split:
     ) -> list[Path]:
         if layout == "merged":
             degree = None
-        wanted = [] if degree is None else sorted(set(range(degree.tp) if ranks is None else ranks))
+        wanted = [] if degree is None else sorted(range(degree.tp) if ranks is None else set(ranks))
         if degree is not None and (not wanted or not all(0 <= rank < degree.tp for rank in wanted)):
             raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
         names = [] if degree is None else [degree.folder(rank) for rank in wanted]
@@ -176,6 +205,7 @@ class _Split:
         if layout == "presplit":
             if rebuilt is None:
                 self._keep_rest(plans)
+            self._check()
             _clear(self._folder, self._manifest)
         if layout == "merged":
             self._drop_ranks()
@@ -188,6 +218,7 @@ class _Split:
         changed.pop(f"manifest_{CHECKSUM}", None)
         manifest = {**changed, **{key: value for key, value in last.items() if value}}
         path = self._folder / f".{MANIFEST}.new"
+        self._check()
         with write_errors(path):
             path.unlink(missing_ok=True)  # it may be a link
             with path.open("xb") as file:
@@ -195,6 +226,7 @@ class _Split:
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
+            self._check()
             path.rename(self._folder / MANIFEST)
             sync_folder(self._folder)
         self._manifest = manifest
@@ -219,6 +251,7 @@ class _Split:
         """Writes ranks, and lists them with those of ``entries``."""
 
         def write(name: str) -> None:
+            self._check()
             entries[name] = write_rank(
                 self._folder, name, heads[name], self._reader, plans[name], self._shard_size, self._progress
             )
@@ -239,6 +272,7 @@ class _Split:
 
         ``fresh`` are ranks that were cut just now; others are compared with the merged files for the last time.
         """
+        self._check()
         checkpoint = self._source.checkpoint
         for file in merged_files(self._manifest):
             shard = checkpoint.shards.get(file)
@@ -258,6 +292,7 @@ class _Split:
         headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
         rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), held), *headers)]
         check_space(self._folder, sum(p.nbytes for p in rest))
+        self._check()
         entry = write_rank(self._folder, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
         self._list({"layout": "presplit", "rest": entry})
 
@@ -300,18 +335,22 @@ class _Split:
                         f"{parameter.name}: put together from the files of ranks it is not what was built; "
                         f"`mixprec verify {self._folder}` says which file was changed: bring that again"
                     )
+            self._check()
             (part / file).rename(self._folder / file)
 
         with write_errors(part):
+            self._check()
             part.mkdir()
             self._run(write, files)
             sync_folder(self._folder)
             self._list({"layout": None, "rest": None})
+            self._check()
             _clear(self._folder, self._manifest)
 
     def _drop_ranks(self) -> None:
         if "presplit" in self._manifest:
             self._list({"presplit": None})
+        self._check()
         with write_errors(self._folder):
             for path in sorted(self._folder.glob("presplit/*/*")):
                 if parse_folder(str(path.relative_to(self._folder))) is not None:
@@ -339,6 +378,21 @@ def leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What lies in ``presplit``, is not listed, and was not left behind by a split, either."""
+    listed = manifest.get("presplit", {})
+    known = {*listed, *leftovers(folder, manifest), REST}
+    found = []
+    for path in sorted(folder.glob("presplit/*")) + sorted(folder.glob("presplit/*/*")):
+        name, parent = (str(p.relative_to(folder)) for p in (path, path.parent))
+        # A split that is stopped at its first rank leaves its folder empty.
+        cut = path.is_dir() and re.fullmatch(r"presplit/tp\d+-ep\d+(-dp\d+)?", name)
+        if name not in known and parent not in known and not cut:
+            found.append(name)
+            known.add(name)
+    return found
+
+
 def _clear(folder: Path, manifest: Mapping[str, Any], keep: Collection[str] = ()) -> None:
     """Removes it, but for ``keep``, and for ranks, which another machine may have cut."""
     with write_errors(folder):
@@ -359,14 +413,8 @@ def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Chec
     Of merged files that were dropped, also in what was kept of them.
     """
     listed = manifest.get("presplit", {})
-    known = {*listed, *leftovers(folder, manifest), REST}
-    for path in sorted(folder.glob("presplit/*")) + sorted(folder.glob("presplit/*/*")):
-        name, parent = (str(p.relative_to(folder)) for p in (path, path.parent))
-        # A split that is stopped at its first rank leaves its folder empty.
-        cut = path.is_dir() and re.fullmatch(r"presplit/tp\d+-ep\d+(-dp\d+)?", name)
-        if name not in known and parent not in known and not cut:
-            yield f"{name}: not in the manifest"
-            known.add(name)
+    for name in strangers(folder, manifest):
+        yield f"{name}: not in the manifest"
     if layout_of(manifest) == "presplit":
         yield from _differences_of(read_index(folder, REST, manifest["rest"]))
     if not listed:

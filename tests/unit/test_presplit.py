@@ -27,7 +27,7 @@ from mixprec_build.merged import splitter_of
 from mixprec_build.presplit import Degree
 from mixprec_build.rankfiles import open_rank, parse_folder, read_rank
 from mixprec_build.sources import open_source
-from mixprec_build.split import _alone, split
+from mixprec_build.split import alone, split
 from mixprec_build.verify import verify
 
 # 384 columns are 192 for each of two ranks: one and a half blocks.
@@ -389,7 +389,7 @@ def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest
 
 
 def test_two_splits_exclude_each_other(out: Path) -> None:
-    with _alone(out), pytest.raises(OutputError, match="another `mixprec split` is writing there; wait for it"):
+    with alone(out), pytest.raises(OutputError, match="another `mixprec split` or build is writing there; wait for it"):
         split(out, Degree(2))
 
 

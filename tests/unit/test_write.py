@@ -497,6 +497,17 @@ def test_an_output_that_cannot_be(mix: Path, tmp_path: Path, out: str, message: 
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_that_is_a_mount_point(mix: Path, tmp_path: Path, monkeypatch: Patch, force: bool) -> None:
+    """It could not be renamed, which would be found out after all was copied."""
+    out, real = tmp_path / "out", os.path.ismount
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == out or real(path))
+    hint = "is a mount point, which no folder can replace; name a folder inside it"
+    assert refused(mix, out, force=force) == f"{out}: {hint}"
+    assert (build(mix, out / "inside") / MANIFEST).is_file()
+
+
 def test_a_folder_that_is_a_link_above_the_output(mix: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "models").symlink_to("disk")
@@ -583,7 +594,7 @@ def test_nothing_is_left_and_nothing_is_lost_when_a_call_fails(
             if function == "posix_fallocate":
                 assert re.match(rf"{tmp_path}/{STAGE}/[\w./-]+: ", message)
             assert ("quota" in message) == (number == errno.EDQUOT)
-        assert ("are finished and kept in" in message) == (tmp_path / ".out.mixprec").exists()
+        assert ("finished and kept in" in message) == (tmp_path / ".out.mixprec").exists()
         shutil.rmtree(tmp_path / ".out.mixprec", ignore_errors=True)
         assert listing(tmp_path) == before, (function, nth)
 
