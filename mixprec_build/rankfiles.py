@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from .checkpoint import REST
 from .copier import Progress, pwrite_all, write_errors
 from .errors import SourceError, VerifyError
 from .formats.base import numpy_dtype
@@ -52,6 +53,7 @@ __all__ = [
     "changed_headers",
     "checksum_on_disk",
     "contents",
+    "damage",
     "fill",
     "finished",
     "open_rank",
@@ -83,6 +85,18 @@ class RankIndex:
     """Name -> bytes, checksum of its header."""
     padded: Mapping[str, tuple[int, int]]
     """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that its files have."""
+
+    @property
+    def remedy(self) -> str:
+        """What helps where its files are damaged."""
+        return _remedy(self.folder)
+
+
+def _remedy(folder: Path) -> str:
+    bring = "bring the folder again"
+    if folder.name == Path(REST).name:
+        return bring
+    return f"{bring}, or cut it again with `mixprec split`, from the merged files or all ranks of another degree"
 
 
 def parse_folder(name: str) -> tuple[Degree, int] | None:
@@ -150,6 +164,8 @@ def finished(folder: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
         there = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != INDEX}
         due = {name: entry["bytes"] for name, entry in index["files"].items()}
         if {**index, "version": VERSION, **head} != index or there != due:
+            return None
+        if any(checksum_of(read_header(folder / name)[0]) != index["files"][name]["header"] for name in there):
             return None
     except (SourceError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -350,10 +366,7 @@ def read_index(folder: Path, name: str, listed: Mapping[str, Any]) -> RankIndex:
     try:
         data = read_regular(inside(folder, f"{name}/{INDEX}"), _MAX_INDEX_BYTES)
         if checksum_of(data) != listed[CHECKSUM]:
-            raise VerifyError(
-                f"{path}: was changed after it was written; bring the file again, or, where the merged files are "
-                f"there, remove {folder / name} and split again"
-            )
+            raise VerifyError(f"{path}: was changed after it was written; {_remedy(folder / name)}")
         index = load_json(data, _MAX_INDEX_VALUES)
         for key, entry in index["parameters"].items():
             sizes = entry["shape"]
@@ -370,7 +383,7 @@ def read_index(folder: Path, name: str, listed: Mapping[str, Any]) -> RankIndex:
     except SourceError as error:
         raise VerifyError(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise VerifyError(f"{path}: damaged: {error!r:.300}; split the checkpoint again") from error
+        raise VerifyError(f"{path}: damaged: {error!r:.300}; {_remedy(folder / name)}") from error
 
 
 def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
@@ -387,9 +400,9 @@ def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
         if tensor is None or (tensor.dtype, list(tensor.shape), tensor.file) != (
             entry["dtype"], list(entry["shape"]), entry["file"],
         ):  # fmt: skip
-            raise SourceError(f"{name} is not there as its index says; split the checkpoint again", path=index.folder)
+            raise SourceError(f"{name} is not there as its index says; {index.remedy}", path=index.folder)
     if extra := tensors.keys() - index.parameters.keys():
-        raise SourceError(f"{min(extra)} is not in its index; split the checkpoint again", path=index.folder)
+        raise SourceError(f"{min(extra)} is not in its index; {index.remedy}", path=index.folder)
     return tensors
 
 
@@ -401,6 +414,17 @@ def changed_headers(index: RankIndex) -> list[Path]:
         if checksum_of(data) != index.files.get(file, {}).get("header"):
             changed.append(index.folder / file)
     return changed
+
+
+def damage(folder: Path, name: str, listed: Mapping[str, Any]) -> str | None:
+    """Why the files in ``name`` are not those that the manifest lists, as far as the index, headers and sizes tell."""
+    try:
+        index = read_index(folder, name, listed)
+        open_rank(index)
+        changed = changed_headers(index)
+    except (SourceError, VerifyError) as error:
+        return str(error)
+    return f"{changed[0]}: its header was changed after it was written; {index.remedy}" if changed else None
 
 
 def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:

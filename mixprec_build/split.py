@@ -35,6 +35,7 @@ from .manifest import (
     tensor_entries,
 )
 from .merged import Rebuilt, Rectangle, complete, header_tensor, in_no_rank, open_compiled, reader_of, splitter_of
+from .model import Role, role_by_name
 from .presplit import Degree, Parameter, Splitter
 from .rankfiles import (
     INDEX,
@@ -43,6 +44,7 @@ from .rankfiles import (
     changed_headers,
     checksum_on_disk,
     contents,
+    damage,
     finished,
     open_rank,
     parse_folder,
@@ -72,10 +74,10 @@ def split(
 ) -> list[Path]:
     """Writes the files of ``ranks`` (all of them) of a compiled checkpoint and lists them in its manifest.
 
-    Ranks that are there already are left as they are. With the layout ``presplit`` the merged files are dropped then,
-    with ``both`` they are restored where they were, with ``merged`` the files of all ranks are dropped and none
-    written. ``watch`` is given the cut and the bytes to be written, and gives what is called as they are. Returns the
-    folders of all ranks asked for.
+    Ranks that are there already are left as they are; where headers or sizes tell that they are damaged, they are
+    written again. With the layout ``presplit`` the merged files are dropped then, with ``both`` they are restored where
+    they were, with ``merged`` the files of all ranks are dropped and none written. ``watch`` is given the cut and the
+    bytes to be written, and gives what is called as they are. Returns the folders of all ranks asked for.
 
     Raises:
         VerifyError: ``folder`` is no compiled checkpoint, or merged files that were restored are not what was built.
@@ -171,18 +173,22 @@ class _Split:
         for path in () if degree is None else (self._folder / "presplit", self._folder / f"presplit/{degree}"):
             if path.is_symlink():
                 raise OutputError(f"{path}: is a link; remove it, ranks' files are written there")
-        listed = self._manifest.get("presplit", {})
+        whole_ranks = self._whole_ranks()
         if layout == "presplit":
-            complete(self._folder, {**listed, **dict.fromkeys(names)})
+            complete(self._folder, [*whole_ranks, *names])
+        experts = any(role_by_name(name) is Role.EXPERT for name in self._source.checkpoint.modules)
+        if degree is not None and degree.ep > 1 and not experts:
+            raise SplitError(f"{self._folder}: its model has no experts; leave out --ep")
         splitter = None if degree is None else splitter_of(self._source, degree)
-        missing = [
-            rank
-            for rank, name in zip(wanted, names, strict=True)
-            if name not in listed or not (self._folder / name).exists()
-        ]
+        missing = [rank for rank, name in zip(wanted, names, strict=True) if name not in whole_ranks]
         heads = self._heads(splitter, missing) if splitter is not None and missing else {}
-        # Ranks that a stopped split had finished are taken over.
-        entries = {name: line for name, head in heads.items() if (line := finished(self._folder / name, head))}
+        # Ranks that a stopped split had finished are taken over; those that were listed are damaged.
+        listed = self._manifest.get("presplit", {})
+        entries = {
+            name: line
+            for name, head in heads.items()
+            if name not in listed and (line := finished(self._folder / name, head))
+        }
         plans = {
             name: splitter.parameters(head["rank"])
             for name, head in heads.items()
@@ -210,6 +216,11 @@ class _Split:
         if layout == "merged":
             self._drop_ranks()
         return [self._folder / name for name in names]
+
+    def _whole_ranks(self) -> list[str]:
+        """The ranks that are listed and there, as far as headers and sizes tell."""
+        listed = self._manifest.get("presplit", {})
+        return [name for name, line in listed.items() if damage(self._folder, name, line) is None]
 
     def _list(self, changes: Mapping[str, Any]) -> None:
         """The new manifest takes the old one's place by one rename. None takes an entry away."""
@@ -278,14 +289,15 @@ class _Split:
             shard = checkpoint.shards.get(file)
             if shard is None or shard.header_checksum != self._manifest["files"][file]["header"]:
                 raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
-        degree = complete(self._folder, self._manifest["presplit"])
+        degree = complete(self._folder, self._whole_ranks())
         splitter = splitter_of(self._source, degree)
         held: dict[str, set[Rectangle]] = {}
         for rank in range(degree.tp):
             parameters, name = splitter.parameters(rank), degree.folder(rank)
             for difference in [] if name in fresh else _differences_of(self._index(name), parameters, self._reader):
                 raise VerifyError(
-                    f"{difference}: the merged files are kept; remove {self._folder / name} and split again"
+                    f"{difference}: the merged files are kept; remove {self._folder / name} and split again for "
+                    f"{degree}"
                 )
             for piece in (piece for parameter in parameters for piece in parameter.pieces):
                 held.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
@@ -333,7 +345,8 @@ class _Split:
                 if checksum != due:
                     raise VerifyError(
                         f"{parameter.name}: put together from the files of ranks it is not what was built; "
-                        f"`mixprec verify {self._folder}` says which file was changed: bring that again"
+                        f"`mixprec verify {self._folder}` says which file was changed: bring that again, or remove its "
+                        "folder where all ranks of another degree are there"
                     )
             self._check()
             (part / file).rename(self._folder / file)

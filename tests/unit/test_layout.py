@@ -663,3 +663,100 @@ def test_a_build_replaces_no_stranger_in_a_folder_of_ranks(small: Path, out: Pat
     (out / "presplit").write_text("...")
     with pytest.raises(OutputError, match=r"files that mixprec did not write \(presplit\)"):
         run_plan(plan, out, force=True)
+
+
+# Ranks that are damaged
+
+
+def change_index(rank: Path) -> None:
+    path = rank / "index.json"
+    path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"F16"', 1))
+
+
+def change_header(rank: Path) -> None:
+    (path,) = rank.glob("*.safetensors")
+    path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"qt"', 1))
+
+
+def cut_short(rank: Path) -> None:
+    (path,) = rank.glob("*.safetensors")
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def change_value(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+DAMAGE = {
+    "index changed": change_index,
+    "index gone": lambda rank: (rank / "index.json").unlink(),
+    "header changed": change_header,
+    "file short": cut_short,
+    "file gone": lambda rank: next(rank.glob("*.safetensors")).unlink(),
+    "folder gone": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_ranks_are_cut_again(out: Path, how: str) -> None:
+    """From the merged files; without them, from the ranks of another degree; without these, it is said."""
+    damage, rank = DAMAGE[how], out / Degree(2).folder(1)
+    split(out, Degree(2))
+    due = tree(out)
+    damage(rank)
+    assert verify(out).differences
+    with pytest.raises(SplitError, match="of tp2-ep1 ranks 1 are missing or damaged"):
+        split(out, layout="presplit")
+    split(out, Degree(2))
+    assert tree(out) == due and not verify(out).differences
+
+    split(out, Degree(1), layout="presplit")
+    due = tree(out)
+    damage(rank)
+    split(out, Degree(2), layout="presplit")
+    assert tree(out) == due and not verify(out).differences
+
+    # The smaller degree is the one that merged files are put together from, where it is whole.
+    damage(out / Degree(1).folder(0))
+    split(out, Degree(1), layout="presplit")
+    assert tree(out) == due
+
+    damage(rank)
+    damage(out / Degree(1).folder(0))
+    with pytest.raises(
+        VerifyError, match=r"presplit/tp.*merged files were dropped, and no degree has all its ranks: b"
+    ):
+        split(out, Degree(2), layout="presplit")
+
+
+def test_a_changed_byte_is_mended_as_it_is_said(out: Path) -> None:
+    """Remove the rank's folder, and split again."""
+    split(out, Degree(2))
+    split(out, Degree(1))
+    due = tree(out)
+    path = out / Degree(1).folder(0) / "model-00001-of-00001.safetensors"
+    change_value(path)
+    with pytest.raises(VerifyError, match=f"remove {path.parent} and split again for tp1-ep1"):
+        split(out, layout="presplit")
+    shutil.rmtree(path.parent)
+    split(out, Degree(1))
+    assert tree(out) == due
+    split(out, layout="presplit")
+    change_value(path)
+    with pytest.raises(VerifyError, match="or remove its folder where all ranks of another degree are there"):
+        split(out)
+    shutil.rmtree(path.parent)
+    split(out, Degree(1))
+    assert tree(out) == due
+
+
+def test_a_finished_rank_whose_header_was_changed_is_not_taken_over(out: Path) -> None:
+    manifest = out / "mixprec_manifest.json"
+    before = manifest.read_bytes()
+    split(out, Degree(2))
+    due = tree(out)
+    manifest.write_bytes(before)  # as a split that was stopped leaves it
+    change_header(out / Degree(2).folder(0))
+    split(out, Degree(2))
+    assert tree(out) == due
