@@ -15,7 +15,7 @@ import shutil
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -42,6 +42,7 @@ from .header import (
     read_regular,
 )
 from .manifest import CHECKSUM, checksum_of
+from .plan import MOST_TENSORS
 from .presplit import Band, Degree, Parameter, Piece
 from .stage import sync_folder
 
@@ -70,6 +71,7 @@ VERSION = 1
 _BUFFER = 4 << 20
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_INDEX_VALUES = 4_000_000
+_MOST_OPEN = 64  # of the files that a process may have open, 1,024 as a rule
 
 Array = np.ndarray[Any, Any]
 
@@ -181,7 +183,7 @@ def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]
     shards: list[list[Parameter]] = [[]]
     size = 0
     for parameter in parameters:
-        if shards[-1] and size + parameter.nbytes > most:
+        if shards[-1] and (size + parameter.nbytes > most or len(shards[-1]) == MOST_TENSORS):
             shards.append([])
             size = 0
         shards[-1].append(parameter)
@@ -309,41 +311,62 @@ class Reader(ABC):
         return out
 
 
+@dataclass(slots=True)
+class _OpenFile:
+    fd: int
+    readers: int = 0
+    """Threads that read from it now."""
+
+
 class FileReader(Reader):
-    """From safetensors files, which stay open; ``path_of`` says where a tensor's ``file`` is."""
+    """From safetensors files; ``path_of`` says where a tensor's ``file`` is. Those that were read last stay open."""
 
     def __init__(self, path_of: Callable[[str], Path | None]):
         self._path_of = path_of
-        self._open: dict[str, int] = {}
+        self._open: dict[str, _OpenFile] = {}
+        """The one that was asked for last is the last."""
         self._lock = Lock()
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
+        for opened in self._open.values():
+            os.close(opened.fd)
         self._open.clear()
 
     def rows(self, piece: Piece, first: int, into: Array) -> None:
         tensor, window = piece.tensor, into.view(np.uint8).data.cast("B")
-        fd = self._open.get(tensor.file)
-        if fd is None:
-            fd = self._opened(tensor.file)
-        try:
-            got = pread_into(fd, window, tensor.start + first * piece.width * into.itemsize)
-        except OSError as error:
-            raise SourceError(
-                f"cannot read {tensor.name}: {error.strerror}", path=self._path_of(tensor.file)
-            ) from error
+        with self._reading(tensor.file) as fd:
+            try:
+                got = pread_into(fd, window, tensor.start + first * piece.width * into.itemsize)
+            except OSError as error:
+                raise SourceError(
+                    f"cannot read {tensor.name}: {error.strerror}", path=self._path_of(tensor.file)
+                ) from error
         if got < len(window):
             raise SourceError(f"ends inside {tensor.name}", path=self._path_of(tensor.file))
 
-    def _opened(self, file: str) -> int:
-        path = self._path_of(file)
-        if path is None:
-            raise SourceError(f"{file} is not on this machine")
+    @contextmanager
+    def _reading(self, file: str) -> Iterator[int]:
+        """A file's descriptor, which is not closed meanwhile."""
         with self._lock:
-            if file not in self._open:
-                self._open[file] = open_regular(path)
-            return self._open[file]
+            opened = self._open.pop(file, None)
+            if opened is None:
+                self._make_room()
+                path = self._path_of(file)
+                if path is None:
+                    raise SourceError(f"{file} is not on this machine")
+                opened = _OpenFile(open_regular(path))
+            self._open[file] = opened
+            opened.readers += 1
+        try:
+            yield opened.fd
+        finally:
+            with self._lock:
+                opened.readers -= 1
+
+    def _make_room(self) -> None:
+        idle = [file for file, opened in self._open.items() if not opened.readers]
+        for file in idle[: max(0, len(self._open) - _MOST_OPEN + 1)]:
+            os.close(self._open.pop(file).fd)
 
 
 # Reading back

@@ -124,6 +124,15 @@ def test_shards_are_no_larger_than_asked(tmp_path: Path) -> None:
     assert order == list(tensors), "in checkpoint order"
 
 
+def test_shards_have_no_more_tensors_than_are_read(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("mixprec_build.plan.MOST_TENSORS", 7)
+    tensors = {f"model.layers.{i}.mlp.up_proj.{leaf}": torch.ones(4) for i in range(10) for leaf in ("bias", "weight")}
+    out = build(one_source(tmp_path, tensors), tmp_path / "out")
+    held = [file_tensors(path) for path in sorted(out.glob("*.safetensors"))]
+    assert [len(shard) for shard in held] == [6, 6, 6, 2], "modules are not torn apart"
+    assert not verify(out).differences
+
+
 def awkward() -> dict[str, torch.Tensor]:
     """Tensors around the size of the copy buffer, a thousand tiny ones, empty ones, odd ones."""
     random = torch.Generator().manual_seed(0)
