@@ -219,7 +219,9 @@ def verify(
 @app.command()
 def split(
     folder: Folder,
-    tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks.", show_default=False)] = None,
+    tp: Annotated[
+        int | None, typer.Option("--tp", min=1, max=9999, help="Tensor-parallel ranks.", show_default=False)
+    ] = None,
     ep: Annotated[int, typer.Option("--ep", min=1, help="Expert-parallel ranks among them.")] = 1,
     dp: Annotated[
         int, typer.Option("--dp", min=1, help="Replicas of attention among them, for --enable-dp-attention.")
@@ -248,6 +250,8 @@ def split(
 
     if tp is None and (layout is None or ep > 1 or dp > 1 or ranks is not None):
         raise typer.BadParameter("how many ranks are there?", param_hint="--tp")
+    if tp is not None and layout is Layout.MERGED:
+        raise typer.BadParameter("no files are cut with --layout merged; leave out --tp", param_hint="--tp")
     degree = None if tp is None else Degree(tp, ep, dp)
     wanted = (layout or Layout.BOTH).value
     with ExitStack() as stack:
@@ -257,13 +261,14 @@ def split(
                 print(f"note: {remark}", file=sys.stderr)
             return stack.enter_context(_bar("writing", nbytes, quiet))
 
-        numbers = None if ranks is None else _numbers(ranks)
+        numbers = None if ranks is None or tp is None else _numbers(ranks, tp)
         written = run(folder, degree, layout=wanted, ranks=numbers, jobs=jobs, watch=watch)
     if quiet:
         return
     if written:
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
-        print(f"{folder}/presplit/{degree}: files of {len(written)} ranks, {human(size)}")
+        count = "1 rank" if len(written) == 1 else f"{len(written)} ranks"
+        print(f"{folder}/presplit/{degree}: files of {count}, {human(size)}")
     if layout is not None:
         print(f"{folder}: {_HAS[layout_of(read_manifest(folder))]}")
     if degree is not None and written:
@@ -277,13 +282,15 @@ _HAS = {
 }
 
 
-def _numbers(text: str) -> list[int]:
-    """``"0-3,6"`` -> ``[0, 1, 2, 3, 6]``."""
+def _numbers(text: str, tp: int) -> list[int]:
+    """``"0-3,6"`` -> ``[0, 1, 2, 3, 6]``, of ``tp`` ranks."""
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 9:
             raise typer.BadParameter(f"{text!r} is no list of ranks like 0-3 or 0,2", param_hint="--ranks")
+        if int(last or first) >= tp:
+            raise typer.BadParameter(f"{text!r}: of {tp} ranks the last is {tp - 1}", param_hint="--ranks")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
 

@@ -19,7 +19,19 @@ from .formats.base import Format
 from .header import MAX_HEADER_BYTES, TensorInfo, header_length, inside
 from .manifest import checksum_of, layout_of, merged_files
 from .presplit import Degree, Parameter, Piece, Splitter
-from .rankfiles import Array, FileReader, Reader, contents, fill, open_rank, parse_folder, read_index, read_rank, whole
+from .rankfiles import (
+    Array,
+    FileReader,
+    Reader,
+    contents,
+    damage,
+    fill,
+    open_rank,
+    parse_folder,
+    read_index,
+    read_rank,
+    whole,
+)
 from .sources import Source
 
 __all__ = [
@@ -76,7 +88,8 @@ def complete(folder: Path, names: Iterable[str]) -> Degree:
     if found:
         return min(found, key=lambda degree: (degree.tp, degree.ep, degree.dp))
     lacking = "; ".join(
-        f"of {degree} ranks {', '.join(str(rank) for rank in range(degree.tp) if rank not in there)} are missing"
+        f"of {degree} ranks {', '.join(str(rank) for rank in range(degree.tp) if rank not in there)} are missing or "
+        "damaged"
         for degree, there in ranks.items()
     )
     raise SplitError(
@@ -202,7 +215,7 @@ class Rebuilt(Reader):
                 self._parts = self._find()
 
     def _find(self) -> dict[str, tuple[Piece, ...]]:
-        degree = complete(self._folder, self._manifest["presplit"])
+        degree = self._degree()
         splitter = splitter_of(Source.of("", self._checkpoint), degree)
         found: dict[str, dict[Rectangle, Piece]] = {}
         for rank in range(degree.tp):
@@ -226,6 +239,18 @@ class Rebuilt(Reader):
                 raise SplitError(f"{tensor.name}: neither in the files of {degree} nor in {self._folder / REST}")
             parts[tensor.name] = whole(kept).pieces
         return parts
+
+    def _degree(self) -> Degree:
+        listed = self._manifest["presplit"]
+        reasons = {name: damage(self._folder, name, line) for name, line in listed.items()}
+        try:
+            return complete(self._folder, (name for name, reason in reasons.items() if reason is None))
+        except SplitError:
+            for reason in filter(None, reasons.values()):
+                raise VerifyError(
+                    f"{reason}; here the merged files were dropped, and no degree has all its ranks: bring it again"
+                ) from None
+            raise
 
     def _open(self, degree: Degree, rank: int) -> dict[str, TensorInfo]:
         index = read_rank(self._folder, self._manifest, degree, rank)

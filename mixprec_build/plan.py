@@ -472,9 +472,12 @@ class _Planner:
 
 # Files
 
+MOST_TENSORS = 100_000
+"""Of a file: its header then takes some 20 MB, of the 32 MiB and 300,000 tensors that are read (:mod:`.header`)."""
+
 
 def _lay_out(modules: Mapping[str, PlannedModule], shard_size: int, link: Sources | None) -> list[PlannedShard]:
-    """Shards of at most ``shard_size`` bytes of tensors, in checkpoint order; a module is not torn apart.
+    """Shards of at most ``shard_size`` bytes and so many tensors, in checkpoint order; a module is not torn apart.
 
     With ``link``, source files that are taken over whole become shards of their own.
     """
@@ -492,7 +495,7 @@ def _lay_out(modules: Mapping[str, PlannedModule], shard_size: int, link: Source
         if not tensors:
             continue
         need = sum([tensor.info.nbytes for tensor in tensors])
-        if not bins or need > room:
+        if not bins or need > room or len(bins[-1]) + len(tensors) > MOST_TENSORS:
             bins.append([])
             room = shard_size
         bins[-1] += tensors

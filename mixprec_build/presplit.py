@@ -30,19 +30,21 @@ from typing import NamedTuple
 from .checkpoint import StoredModule
 from .errors import SplitError
 from .formats.base import Axes, Format
+from .formats.gptq import Gptq
 from .header import DTYPE_BITS, TensorInfo
-from .model import ATTENTION_REPLICAS, FAMILIES, expert_groups, joined_groups
+from .model import ATTENTION_REPLICAS, FAMILIES, expert_groups, joined_groups, layer_prefix
 from .patterns import compress
 
 __all__ = ["Band", "Degree", "Parameter", "Piece", "Share", "Splitter"]
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
 _GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
-_HEADS = {"q_proj", "q_b_proj", "kv_b_proj"}
+_QUERY_HEADS = {"q_proj", "q_b_proj", "kv_b_proj"}
 _KV_HEADS = {"k_proj", "v_proj"}
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 _VOCABULARY_STEP = 64  # DEFAULT_VOCAB_PADDING_SIZE
 WASTEFUL = 0.4
+_MOST_ADVISED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,10 @@ class Splitter:
     degree: Degree
     replicated_head: bool = False
     """Whether each replica of attention has all of ``lm_head`` (``--enable-dp-lm-head``)."""
+    advise: bool = True
+    """Whether errors say which degrees would do."""
+    experts: dict[str, list[tuple[str, str, str]]] = field(init=False, default_factory=dict)
+    """``...experts`` -> gate, up and down of each, in order."""
     shares: dict[str, Share] = field(init=False, default_factory=dict)
     """MLP or ``...experts`` -> how its columns are shared out."""
 
@@ -232,6 +238,7 @@ class Splitter:
                 f"{self.degree}: SGLang keeps no replicas of {family}'s attention (--enable-dp-attention); it does of "
                 f"that of {', '.join(sorted(ATTENTION_REPLICAS))}"
             )
+        self._find_experts()
         self._share_columns()
 
     @property
@@ -242,19 +249,14 @@ class Splitter:
     def parameters(self, rank: int) -> list[Parameter]:
         """All that ``rank`` holds, in checkpoint order."""
         out: list[Parameter] = []
-        experts: dict[str, dict[int, dict[str, str]]] = {}
-        singles = []
-        for name in self.modules:
-            found = _EXPERT.fullmatch(name)
-            if found:
-                experts.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = name
-            else:
-                singles.append(name)
+        singles = [name for name in self.modules if not _EXPERT.fullmatch(name)]
         tied = self.config.get("tie_word_embeddings") and "model.embed_tokens" in self.modules
         for joined, members in joined_groups(singles).items():
             if not (tied and joined == "lm_head"):
-                out += self._joined(joined, [self._cut(name, rank) for name in members])
-        for prefix, stored in experts.items():
+                cuts = [self._cut(name, rank) for name in members]
+                self._check_tile(joined, cuts)
+                out += self._joined(joined, cuts)
+        for prefix, stored in self.experts.items():
             out += self._experts(prefix, stored, rank)
         return out
 
@@ -281,6 +283,21 @@ class Splitter:
 
     # What is cut, and where
 
+    def _find_experts(self) -> None:
+        stored: dict[str, dict[int, dict[str, str]]] = {}
+        for name in self.modules:
+            found = _EXPERT.fullmatch(name)
+            if found:
+                stored.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = name
+        for prefix, by_number in stored.items():
+            for number in range(len(by_number)):
+                if number not in by_number:
+                    raise SplitError(
+                        f"{prefix}: expert {number} is missing, and there is an expert {max(by_number)}; "
+                        "take all experts from one model"
+                    )
+            self.experts[prefix] = [_trio(f"{prefix}.{n}", parts) for n, parts in sorted(by_number.items())]
+
     def _share_columns(self) -> None:
         columns: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
         for name, (fmt, stored) in self.modules.items():
@@ -298,15 +315,32 @@ class Splitter:
             if any(size != whole for _, size, _ in members):
                 raise SplitError(f"{owner}: gate, up and down disagree in how many columns it has")
             if whole % ranks:
-                raise SplitError(f"{owner}: {whole} columns cannot be shared by {ranks} ranks; {self._advice(whole)}")
+                raise SplitError(f"{owner}: {whole} columns cannot be shared by {ranks} ranks{self._advice()}")
             step = lcm(*(step for _, _, step in members))
             native = whole // ranks
             held = native if ranks == 1 or native % step == 0 else -(-whole // (step * ranks)) * step
             self.shares[owner] = Share(whole, ranks, held, step)
 
-    def _advice(self, whole: int) -> str:
-        fitting = [str(ranks) for ranks in range(1, 17) if whole % ranks == 0]
-        return f"{', '.join(fitting)} would do"
+    def _advice(self) -> str:
+        """The degrees at which all of the checkpoint can be cut."""
+        if not self.advise:
+            return ""
+        part = _one_layer_of_each(self.modules)
+        fitting = [str(tp) for tp in range(1, _MOST_ADVISED + 1) if self._fits(part, tp)]
+        parts = [f"{name} {n}" for name, n in (("ep", self.degree.ep), ("dp", self.degree.dp)) if n > 1]
+        beside = f" with {' and '.join(parts)}" if parts else ""
+        found = f"tp {', '.join(fitting)}" if fitting else f"no tp up to {_MOST_ADVISED}"
+        return f"; {found}{beside} would do"
+
+    def _fits(self, modules: Mapping[str, tuple[Format, StoredModule]], tp: int) -> bool:
+        try:
+            degree = Degree(tp, self.degree.ep, self.degree.dp)
+            splitter = Splitter(modules, self.config, degree, self.replicated_head, advise=False)
+            for rank in range(0, tp, degree.moe_tp):  # those that share experts are cut alike
+                splitter.parameters(rank)
+        except SplitError:
+            return False
+        return True
 
     def _cut(self, name: str, rank: int) -> _Cut:
         fmt, stored = self.modules[name]
@@ -323,14 +357,17 @@ class Splitter:
         rank %= tp
         if last in (_EMBEDDING, _HEAD):
             return self._vocabulary(name, shape[0], rank, tp)
-        if last in _HEADS:
+        if last in _QUERY_HEADS:
             return _Cut(name, n=self._even(name, shape[0], self._number("num_attention_heads"), rank, tp))
         if last in _KV_HEADS:
             heads = self._number("num_key_value_heads", "num_attention_heads")
             # With fewer heads than ranks, ranks that follow one another hold the same head.
             copies = max(1, tp // heads)
             if heads < tp and tp % heads:
-                raise SplitError(f"{name}: {heads} key-value heads on {tp} ranks; one must be a multiple of the other")
+                raise SplitError(
+                    f"{name}: {heads} key-value heads on {tp} ranks; one must be a multiple of the other"
+                    f"{self._advice()}"
+                )
             return _Cut(name, n=self._even(name, shape[0], heads, rank // copies, tp // copies))
         if last == "o_proj":
             return _Cut(name, k=self._even(name, shape[1], self._number("num_attention_heads"), rank, tp))
@@ -339,7 +376,7 @@ class Splitter:
     def _vocabulary(self, name: str, size: int, rank: int, ranks: int) -> _Cut:
         padded = -(-size // _VOCABULARY_STEP) * _VOCABULARY_STEP
         if padded % ranks:
-            raise SplitError(f"{name}: a vocabulary of {padded} rows cannot be shared by {ranks} ranks")
+            raise SplitError(f"{name}: a vocabulary of {padded} rows cannot be shared by {ranks} ranks{self._advice()}")
         share = Share(size, ranks, padded // ranks)
         return _Cut(name, n=(*share.of(rank), share.held))
 
@@ -351,18 +388,37 @@ class Splitter:
 
     def _even(self, name: str, size: int, heads: int, rank: int, ranks: int) -> tuple[int, int, int]:
         if heads % ranks or size % heads:
-            raise SplitError(f"{name}: {heads} heads cannot be shared by {ranks} ranks; {self._advice(heads)}")
+            raise SplitError(f"{name}: {heads} heads cannot be shared by {ranks} ranks{self._advice()}")
         share = size // ranks
         fmt, stored = self.modules[name]
         axes = [fmt.axes(leaf) for leaf in stored.tensors]
         inputs = name.endswith("o_proj")
         step = lcm(*(axis.per for axis in ((a.k if inputs else a.n) for a in axes) if axis is not None))
         if ranks > 1 and share % step:
-            raise SplitError(
-                f"{name} ({fmt.kind}): a rank's heads have {share} of its {size} columns, and the format is stored in "
-                f"blocks of {step}; heads cannot be filled up with zeros: use fewer ranks, or another format here"
-            )
+            raise self._uneven(name, fmt, share, size, f"the format is stored in blocks of {step}")
         return rank * share, (rank + 1) * share, share
+
+    def _uneven(self, name: str, fmt: Format, share: int, size: int, why: str) -> SplitError:
+        return SplitError(
+            f"{name} ({fmt.kind}): a rank's heads have {share} of its {size} columns, and {why}; "
+            f"heads cannot be filled up with zeros: use fewer ranks, or another format here{self._advice()}"
+        )
+
+    def _check_tile(self, joined: str, cuts: Sequence[_Cut]) -> None:
+        """Raises where SGLang's kernels would not take a rank's part of a layer. MLPs are cut by whole tiles."""
+        fmt = self.modules[cuts[0].name][0]
+        tile = fmt.tile(experts=False)
+        if tile == (1, 1):
+            return
+        shapes = [other.shape(stored) for other, stored in (self.modules[cut.name] for cut in cuts)]
+        outputs = [shape[0] if cut.n is None else cut.n[2] for shape, cut in zip(shapes, cuts, strict=True)]
+        whole, inputs = shapes[0][1], shapes[0][1] if cuts[0].k is None else cuts[0].k[2]
+        if isinstance(fmt, Gptq) and fmt.fits_exllama(outputs, inputs):
+            return  # SGLang's other kernel for GPTQ takes what Marlin does not
+        # Parts that run as one have their outputs side by side.
+        for share, size, step in ((sum(outputs), sum(n for n, _ in shapes), tile[0]), (inputs, whole, tile[1])):
+            if share < size and share % step:
+                raise self._uneven(joined, fmt, share, size, f"SGLang's kernels take multiples of {step}")
 
     # The parameters
 
@@ -378,7 +434,7 @@ class Splitter:
             count = 1 if held.axes.n is None else len(parts)
             yield _stack(name, list(zip(held.tensors[-count:], parts[-count:], strict=True)), held)
 
-    def _experts(self, prefix: str, stored: Mapping[int, Mapping[str, str]], rank: int) -> Iterator[Parameter]:
+    def _experts(self, prefix: str, stored: Sequence[tuple[str, str, str]], rank: int) -> Iterator[Parameter]:
         """The parameters of a FusedMoE: those of this rank's experts, format by format."""
         share = self.shares[prefix]
         ep, here = rank // self.degree.moe_tp, len(stored) // self.degree.ep
@@ -387,7 +443,7 @@ class Splitter:
                 f"{prefix}: {len(stored)} experts cannot be shared by {self.degree.ep} expert-parallel ranks"
             )
         columns = (*share.of(rank % self.degree.moe_tp), share.held)
-        formats = {expert: self.modules[next(iter(parts.values()))][0] for expert, parts in sorted(stored.items())}
+        formats = {expert: self.modules[gate][0] for expert, (gate, _, _) in enumerate(stored)}
         kinds = {expert: fmt.fuses_as for expert, fmt in formats.items()}
         groups = expert_groups(kinds, range(ep * here, (ep + 1) * here))
         mixed = len(set(kinds.values())) > 1
@@ -396,10 +452,11 @@ class Splitter:
             fmt = formats[members[0]]
             if self.degree.moe_tp > 1 and fmt.scattered:
                 raise SplitError(f"{prefix}: experts in act-order cannot be cut; use as many ep as tp ranks")
-            for weight, lasts in (("w13", (_GATES, _UPS)), ("w2", (_DOWNS,))):
-                names = [[next(stored[e][p] for p in last if p in stored[e]) for last in lasts] for e in members]
-                for held in self._leaves(prefix, [name for one in names for name in one]):
-                    each = [held.tensors[i : i + len(lasts)] for i in range(0, len(held.tensors), len(lasts))]
+            for weight, parts in (("w13", slice(0, 2)), ("w2", slice(2, 3))):
+                names = [name for expert in members for name in stored[expert][parts]]
+                for held in self._leaves(prefix, names):
+                    count = parts.stop - parts.start
+                    each = [held.tensors[i : i + count] for i in range(0, len(held.tensors), count)]
                     yield _stack_experts(f"{home}.{weight}_{held.name}", each, columns, held)
 
     def _leaves(self, owner: str, names: Sequence[str]) -> list[_Held]:
@@ -423,6 +480,35 @@ class Splitter:
             if len(held.tensors) != len(names):
                 raise SplitError(f"{owner}: not all of its parts have {held.name}")
         return list(out.values())
+
+
+def _trio(expert: str, parts: Mapping[str, str]) -> tuple[str, str, str]:
+    """An expert's gate, up and down projections; ``parts``: last word -> name."""
+    lasts = max(zip(_GATES, _UPS, _DOWNS, strict=True), key=lambda lasts: len(parts.keys() & {*lasts}))
+    lacking = [last for last in lasts if last not in parts]
+    if lacking:
+        raise SplitError(f"{expert}: has no {' and no '.join(lacking)}; take the whole expert from one model")
+    gate, up, down = lasts
+    return parts[gate], parts[up], parts[down]
+
+
+def _one_layer_of_each(
+    modules: Mapping[str, tuple[Format, StoredModule]],
+) -> dict[str, tuple[Format, StoredModule]]:
+    """The modules outside of layers, and of all layers that hold the same formats and shapes one."""
+    layers: dict[str, list[str]] = {}
+    for name in modules:
+        layers.setdefault(layer_prefix(name), []).append(name)
+    kinds: dict[object, list[str]] = {}
+    for prefix, names in layers.items():
+        kind = set()
+        for name in names:
+            fmt, stored = modules[name]
+            expert = _EXPERT.fullmatch(name)
+            inner = expert[3] if expert else name.removeprefix(prefix)
+            kind.add((inner, fmt, *((leaf, t.dtype, t.shape) for leaf, t in stored.tensors.items())))
+        kinds.setdefault((len(names), frozenset(kind)), names)
+    return {name: modules[name] for names in kinds.values() for name in names}
 
 
 @dataclass(frozen=True, slots=True)

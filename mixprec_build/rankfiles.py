@@ -15,7 +15,7 @@ import shutil
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from .checkpoint import REST
 from .copier import Progress, pwrite_all, write_errors
 from .errors import SourceError, VerifyError
 from .formats.base import numpy_dtype
@@ -41,6 +42,7 @@ from .header import (
     read_regular,
 )
 from .manifest import CHECKSUM, checksum_of
+from .plan import MOST_TENSORS
 from .presplit import Band, Degree, Parameter, Piece
 from .stage import sync_folder
 
@@ -52,6 +54,7 @@ __all__ = [
     "changed_headers",
     "checksum_on_disk",
     "contents",
+    "damage",
     "fill",
     "finished",
     "open_rank",
@@ -68,6 +71,7 @@ VERSION = 1
 _BUFFER = 4 << 20
 _MAX_INDEX_BYTES = 64 << 20
 _MAX_INDEX_VALUES = 4_000_000
+_MOST_OPEN = 64  # of the files that a process may have open, 1,024 as a rule
 
 Array = np.ndarray[Any, Any]
 
@@ -83,6 +87,18 @@ class RankIndex:
     """Name -> bytes, checksum of its header."""
     padded: Mapping[str, tuple[int, int]]
     """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that its files have."""
+
+    @property
+    def remedy(self) -> str:
+        """What helps where its files are damaged."""
+        return _remedy(self.folder)
+
+
+def _remedy(folder: Path) -> str:
+    bring = "bring the folder again"
+    if folder.name == Path(REST).name:
+        return bring
+    return f"{bring}, or cut it again with `mixprec split`, from the merged files or all ranks of another degree"
 
 
 def parse_folder(name: str) -> tuple[Degree, int] | None:
@@ -151,6 +167,8 @@ def finished(folder: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
         due = {name: entry["bytes"] for name, entry in index["files"].items()}
         if {**index, "version": VERSION, **head} != index or there != due:
             return None
+        if any(checksum_of(read_header(folder / name)[0]) != index["files"][name]["header"] for name in there):
+            return None
     except (SourceError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return _line(index["files"], data)
@@ -165,7 +183,7 @@ def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]
     shards: list[list[Parameter]] = [[]]
     size = 0
     for parameter in parameters:
-        if shards[-1] and size + parameter.nbytes > most:
+        if shards[-1] and (size + parameter.nbytes > most or len(shards[-1]) == MOST_TENSORS):
             shards.append([])
             size = 0
         shards[-1].append(parameter)
@@ -293,41 +311,62 @@ class Reader(ABC):
         return out
 
 
+@dataclass(slots=True)
+class _OpenFile:
+    fd: int
+    readers: int = 0
+    """Threads that read from it now."""
+
+
 class FileReader(Reader):
-    """From safetensors files, which stay open; ``path_of`` says where a tensor's ``file`` is."""
+    """From safetensors files; ``path_of`` says where a tensor's ``file`` is. Those that were read last stay open."""
 
     def __init__(self, path_of: Callable[[str], Path | None]):
         self._path_of = path_of
-        self._open: dict[str, int] = {}
+        self._open: dict[str, _OpenFile] = {}
+        """The one that was asked for last is the last."""
         self._lock = Lock()
 
     def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
+        for opened in self._open.values():
+            os.close(opened.fd)
         self._open.clear()
 
     def rows(self, piece: Piece, first: int, into: Array) -> None:
         tensor, window = piece.tensor, into.view(np.uint8).data.cast("B")
-        fd = self._open.get(tensor.file)
-        if fd is None:
-            fd = self._opened(tensor.file)
-        try:
-            got = pread_into(fd, window, tensor.start + first * piece.width * into.itemsize)
-        except OSError as error:
-            raise SourceError(
-                f"cannot read {tensor.name}: {error.strerror}", path=self._path_of(tensor.file)
-            ) from error
+        with self._reading(tensor.file) as fd:
+            try:
+                got = pread_into(fd, window, tensor.start + first * piece.width * into.itemsize)
+            except OSError as error:
+                raise SourceError(
+                    f"cannot read {tensor.name}: {error.strerror}", path=self._path_of(tensor.file)
+                ) from error
         if got < len(window):
             raise SourceError(f"ends inside {tensor.name}", path=self._path_of(tensor.file))
 
-    def _opened(self, file: str) -> int:
-        path = self._path_of(file)
-        if path is None:
-            raise SourceError(f"{file} is not on this machine")
+    @contextmanager
+    def _reading(self, file: str) -> Iterator[int]:
+        """A file's descriptor, which is not closed meanwhile."""
         with self._lock:
-            if file not in self._open:
-                self._open[file] = open_regular(path)
-            return self._open[file]
+            opened = self._open.pop(file, None)
+            if opened is None:
+                self._make_room()
+                path = self._path_of(file)
+                if path is None:
+                    raise SourceError(f"{file} is not on this machine")
+                opened = _OpenFile(open_regular(path))
+            self._open[file] = opened
+            opened.readers += 1
+        try:
+            yield opened.fd
+        finally:
+            with self._lock:
+                opened.readers -= 1
+
+    def _make_room(self) -> None:
+        idle = [file for file, opened in self._open.items() if not opened.readers]
+        for file in idle[: max(0, len(self._open) - _MOST_OPEN + 1)]:
+            os.close(self._open.pop(file).fd)
 
 
 # Reading back
@@ -350,10 +389,7 @@ def read_index(folder: Path, name: str, listed: Mapping[str, Any]) -> RankIndex:
     try:
         data = read_regular(inside(folder, f"{name}/{INDEX}"), _MAX_INDEX_BYTES)
         if checksum_of(data) != listed[CHECKSUM]:
-            raise VerifyError(
-                f"{path}: was changed after it was written; bring the file again, or, where the merged files are "
-                f"there, remove {folder / name} and split again"
-            )
+            raise VerifyError(f"{path}: was changed after it was written; {_remedy(folder / name)}")
         index = load_json(data, _MAX_INDEX_VALUES)
         for key, entry in index["parameters"].items():
             sizes = entry["shape"]
@@ -370,7 +406,7 @@ def read_index(folder: Path, name: str, listed: Mapping[str, Any]) -> RankIndex:
     except SourceError as error:
         raise VerifyError(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise VerifyError(f"{path}: damaged: {error!r:.300}; split the checkpoint again") from error
+        raise VerifyError(f"{path}: damaged: {error!r:.300}; {_remedy(folder / name)}") from error
 
 
 def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
@@ -387,9 +423,9 @@ def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
         if tensor is None or (tensor.dtype, list(tensor.shape), tensor.file) != (
             entry["dtype"], list(entry["shape"]), entry["file"],
         ):  # fmt: skip
-            raise SourceError(f"{name} is not there as its index says; split the checkpoint again", path=index.folder)
+            raise SourceError(f"{name} is not there as its index says; {index.remedy}", path=index.folder)
     if extra := tensors.keys() - index.parameters.keys():
-        raise SourceError(f"{min(extra)} is not in its index; split the checkpoint again", path=index.folder)
+        raise SourceError(f"{min(extra)} is not in its index; {index.remedy}", path=index.folder)
     return tensors
 
 
@@ -401,6 +437,17 @@ def changed_headers(index: RankIndex) -> list[Path]:
         if checksum_of(data) != index.files.get(file, {}).get("header"):
             changed.append(index.folder / file)
     return changed
+
+
+def damage(folder: Path, name: str, listed: Mapping[str, Any]) -> str | None:
+    """Why the files in ``name`` are not those that the manifest lists, as far as the index, headers and sizes tell."""
+    try:
+        index = read_index(folder, name, listed)
+        open_rank(index)
+        changed = changed_headers(index)
+    except (SourceError, VerifyError) as error:
+        return str(error)
+    return f"{changed[0]}: its header was changed after it was written; {index.remedy}" if changed else None
 
 
 def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:

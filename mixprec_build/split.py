@@ -35,6 +35,7 @@ from .manifest import (
     tensor_entries,
 )
 from .merged import Rebuilt, Rectangle, complete, header_tensor, in_no_rank, open_compiled, reader_of, splitter_of
+from .model import Role, role_by_name
 from .presplit import Degree, Parameter, Splitter
 from .rankfiles import (
     INDEX,
@@ -43,6 +44,7 @@ from .rankfiles import (
     changed_headers,
     checksum_on_disk,
     contents,
+    damage,
     finished,
     open_rank,
     parse_folder,
@@ -55,7 +57,7 @@ from .recipe import DEFAULT_SHARD_SIZE
 from .sources import Source
 from .stage import sync_folder
 
-__all__ = ["leftovers", "rank_differences", "split"]
+__all__ = ["alone", "leftovers", "rank_differences", "split", "strangers"]
 
 _RESTORED = "presplit/.merged.part"
 
@@ -72,41 +74,61 @@ def split(
 ) -> list[Path]:
     """Writes the files of ``ranks`` (all of them) of a compiled checkpoint and lists them in its manifest.
 
-    Ranks that are there already are left as they are. With the layout ``presplit`` the merged files are dropped then,
-    with ``both`` they are restored where they were, with ``merged`` the files of all ranks are dropped and none
-    written. ``watch`` is given the cut and the bytes to be written, and gives what is called as they are. Returns the
-    folders of all ranks asked for.
+    Ranks that are there already are left as they are; where headers or sizes tell that they are damaged, they are
+    written again. With the layout ``presplit`` the merged files are dropped then, with ``both`` they are restored where
+    they were, with ``merged`` the files of all ranks are dropped and none written. ``watch`` is given the cut and the
+    bytes to be written, and gives what is called as they are. Returns the folders of all ranks asked for.
 
     Raises:
         VerifyError: ``folder`` is no compiled checkpoint, or merged files that were restored are not what was built.
         SplitError: it cannot be cut like that, or has not the files to do it with.
-        OutputError: another split is writing there.
+        OutputError: another split or a build is writing there.
         WriteError: the disk is full, fails, or forbids it.
         InterruptedBuildError: Ctrl-C.
     """
-    with _alone(folder):
+    with alone(folder) as check:
         manifest = read_manifest(folder)
+        check()
         _clear(folder, manifest, keep=merged_files(manifest))
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:
             try:
-                return _Split(folder, manifest, source, reader, shard_size, jobs).run(degree, layout, ranks, watch)
+                return _Split(folder, manifest, source, reader, shard_size, jobs, check).run(
+                    degree, layout, ranks, watch
+                )
             except KeyboardInterrupt:
                 kept = "what is finished is kept: the same command goes on from there"
                 raise InterruptedBuildError(f"{folder}: interrupted; {kept}") from None
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One split of a checkpoint at a time: each lists its ranks in the same manifest."""
+def alone(folder: Path) -> Iterator[Callable[[], None]]:
+    """One split of a checkpoint at a time, for each lists its ranks in the same manifest, and none while a build
+    replaces it.
+
+    Gives what raises :class:`OutputError` once the folder is no longer the one that was locked.
+    """
     with write_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise VerifyError(f"{folder}: no such folder; name one that `mixprec build` wrote") from None
+
+    def check() -> None:
+        with write_errors(folder), suppress(FileNotFoundError):
+            if os.path.samestat(folder.stat(), os.fstat(fd)):
+                return
+        raise OutputError(f"{folder}: was replaced meanwhile; what is there now was left as it is")
+
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{folder}: another `mixprec split` is writing there; wait for it") from None
-        yield
+            raise OutputError(f"{folder}: another `mixprec split` or build is writing there; wait for it") from None
+        except OSError:
+            pass  # network file systems lock no folders: what is left is the check
+        check()
+        yield check
     finally:
         os.close(fd)
 
@@ -119,8 +141,17 @@ class _Split:
     """The steps of one :func:`split`. ``manifest`` is always that on the disk."""
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], source: Source, reader: Reader, shard_size: int, jobs: int | None
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        source: Source,
+        reader: Reader,
+        shard_size: int,
+        jobs: int | None,
+        check: Callable[[], None],
     ):
+        self._check = check
+        """Raises where the folder is another one; before each change of it."""
         self._folder, self._manifest, self._source, self._reader = folder, manifest, source, reader
         self._shard_size, self._jobs = shard_size, jobs or min(8, os.cpu_count() or 1)
         self._watch: Progress = lambda _: None
@@ -135,25 +166,29 @@ class _Split:
     ) -> list[Path]:
         if layout == "merged":
             degree = None
-        wanted = [] if degree is None else sorted(set(range(degree.tp) if ranks is None else ranks))
+        wanted = [] if degree is None else sorted(range(degree.tp) if ranks is None else set(ranks))
         if degree is not None and (not wanted or not all(0 <= rank < degree.tp for rank in wanted)):
             raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
         names = [] if degree is None else [degree.folder(rank) for rank in wanted]
         for path in () if degree is None else (self._folder / "presplit", self._folder / f"presplit/{degree}"):
             if path.is_symlink():
                 raise OutputError(f"{path}: is a link; remove it, ranks' files are written there")
-        listed = self._manifest.get("presplit", {})
+        whole_ranks = self._whole_ranks()
         if layout == "presplit":
-            complete(self._folder, {**listed, **dict.fromkeys(names)})
+            complete(self._folder, [*whole_ranks, *names])
+        experts = any(role_by_name(name) is Role.EXPERT for name in self._source.checkpoint.modules)
+        if degree is not None and degree.ep > 1 and not experts:
+            raise SplitError(f"{self._folder}: its model has no experts; leave out --ep")
         splitter = None if degree is None else splitter_of(self._source, degree)
-        missing = [
-            rank
-            for rank, name in zip(wanted, names, strict=True)
-            if name not in listed or not (self._folder / name).exists()
-        ]
+        missing = [rank for rank, name in zip(wanted, names, strict=True) if name not in whole_ranks]
         heads = self._heads(splitter, missing) if splitter is not None and missing else {}
-        # Ranks that a stopped split had finished are taken over.
-        entries = {name: line for name, head in heads.items() if (line := finished(self._folder / name, head))}
+        # Ranks that a stopped split had finished are taken over; those that were listed are damaged.
+        listed = self._manifest.get("presplit", {})
+        entries = {
+            name: line
+            for name, head in heads.items()
+            if name not in listed and (line := finished(self._folder / name, head))
+        }
         plans = {
             name: splitter.parameters(head["rank"])
             for name, head in heads.items()
@@ -176,10 +211,16 @@ class _Split:
         if layout == "presplit":
             if rebuilt is None:
                 self._keep_rest(plans)
+            self._check()
             _clear(self._folder, self._manifest)
         if layout == "merged":
             self._drop_ranks()
         return [self._folder / name for name in names]
+
+    def _whole_ranks(self) -> list[str]:
+        """The ranks that are listed and there, as far as headers and sizes tell."""
+        listed = self._manifest.get("presplit", {})
+        return [name for name, line in listed.items() if damage(self._folder, name, line) is None]
 
     def _list(self, changes: Mapping[str, Any]) -> None:
         """The new manifest takes the old one's place by one rename. None takes an entry away."""
@@ -188,6 +229,7 @@ class _Split:
         changed.pop(f"manifest_{CHECKSUM}", None)
         manifest = {**changed, **{key: value for key, value in last.items() if value}}
         path = self._folder / f".{MANIFEST}.new"
+        self._check()
         with write_errors(path):
             path.unlink(missing_ok=True)  # it may be a link
             with path.open("xb") as file:
@@ -195,6 +237,7 @@ class _Split:
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
+            self._check()
             path.rename(self._folder / MANIFEST)
             sync_folder(self._folder)
         self._manifest = manifest
@@ -219,6 +262,7 @@ class _Split:
         """Writes ranks, and lists them with those of ``entries``."""
 
         def write(name: str) -> None:
+            self._check()
             entries[name] = write_rank(
                 self._folder, name, heads[name], self._reader, plans[name], self._shard_size, self._progress
             )
@@ -239,25 +283,28 @@ class _Split:
 
         ``fresh`` are ranks that were cut just now; others are compared with the merged files for the last time.
         """
+        self._check()
         checkpoint = self._source.checkpoint
         for file in merged_files(self._manifest):
             shard = checkpoint.shards.get(file)
             if shard is None or shard.header_checksum != self._manifest["files"][file]["header"]:
                 raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
-        degree = complete(self._folder, self._manifest["presplit"])
+        degree = complete(self._folder, self._whole_ranks())
         splitter = splitter_of(self._source, degree)
         held: dict[str, set[Rectangle]] = {}
         for rank in range(degree.tp):
             parameters, name = splitter.parameters(rank), degree.folder(rank)
             for difference in [] if name in fresh else _differences_of(self._index(name), parameters, self._reader):
                 raise VerifyError(
-                    f"{difference}: the merged files are kept; remove {self._folder / name} and split again"
+                    f"{difference}: the merged files are kept; remove {self._folder / name} and split again for "
+                    f"{degree}"
                 )
             for piece in (piece for parameter in parameters for piece in parameter.pieces):
                 held.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
         headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
         rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), held), *headers)]
         check_space(self._folder, sum(p.nbytes for p in rest))
+        self._check()
         entry = write_rank(self._folder, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
         self._list({"layout": "presplit", "rest": entry})
 
@@ -298,20 +345,25 @@ class _Split:
                 if checksum != due:
                     raise VerifyError(
                         f"{parameter.name}: put together from the files of ranks it is not what was built; "
-                        f"`mixprec verify {self._folder}` says which file was changed: bring that again"
+                        f"`mixprec verify {self._folder}` says which file was changed: bring that again, or remove its "
+                        "folder where all ranks of another degree are there"
                     )
+            self._check()
             (part / file).rename(self._folder / file)
 
         with write_errors(part):
+            self._check()
             part.mkdir()
             self._run(write, files)
             sync_folder(self._folder)
             self._list({"layout": None, "rest": None})
+            self._check()
             _clear(self._folder, self._manifest)
 
     def _drop_ranks(self) -> None:
         if "presplit" in self._manifest:
             self._list({"presplit": None})
+        self._check()
         with write_errors(self._folder):
             for path in sorted(self._folder.glob("presplit/*/*")):
                 if parse_folder(str(path.relative_to(self._folder))) is not None:
@@ -339,6 +391,21 @@ def leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What lies in ``presplit``, is not listed, and was not left behind by a split, either."""
+    listed = manifest.get("presplit", {})
+    known = {*listed, *leftovers(folder, manifest), REST}
+    found = []
+    for path in sorted(folder.glob("presplit/*")) + sorted(folder.glob("presplit/*/*")):
+        name, parent = (str(p.relative_to(folder)) for p in (path, path.parent))
+        # A split that is stopped at its first rank leaves its folder empty.
+        cut = path.is_dir() and re.fullmatch(r"presplit/tp\d+-ep\d+(-dp\d+)?", name)
+        if name not in known and parent not in known and not cut:
+            found.append(name)
+            known.add(name)
+    return found
+
+
 def _clear(folder: Path, manifest: Mapping[str, Any], keep: Collection[str] = ()) -> None:
     """Removes it, but for ``keep``, and for ranks, which another machine may have cut."""
     with write_errors(folder):
@@ -359,14 +426,8 @@ def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Chec
     Of merged files that were dropped, also in what was kept of them.
     """
     listed = manifest.get("presplit", {})
-    known = {*listed, *leftovers(folder, manifest), REST}
-    for path in sorted(folder.glob("presplit/*")) + sorted(folder.glob("presplit/*/*")):
-        name, parent = (str(p.relative_to(folder)) for p in (path, path.parent))
-        # A split that is stopped at its first rank leaves its folder empty.
-        cut = path.is_dir() and re.fullmatch(r"presplit/tp\d+-ep\d+(-dp\d+)?", name)
-        if name not in known and parent not in known and not cut:
-            yield f"{name}: not in the manifest"
-            known.add(name)
+    for name in strangers(folder, manifest):
+        yield f"{name}: not in the manifest"
     if layout_of(manifest) == "presplit":
         yield from _differences_of(read_index(folder, REST, manifest["rest"]))
     if not listed:

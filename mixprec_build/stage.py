@@ -102,10 +102,8 @@ class Stage:
         """What a stopped build leaves and how to go on, for its message."""
         if not self.finished:
             return "nothing was left behind"
-        return (
-            f"{len(self.finished)} of {shards} files are finished and kept in {self.folder}: "
-            "the same command goes on from there"
-        )
+        which = "its one file is" if shards == 1 else f"{len(self.finished)} of {shards} files are"
+        return f"{which} finished and kept in {self.folder}: the same command goes on from there"
 
     def keep(self, keys: Mapping[str, str]) -> None:
         """Forgets finished shards that this build, whose shards have ``keys``, would not write the same."""

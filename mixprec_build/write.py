@@ -21,7 +21,7 @@ from .header import read_regular
 from .manifest import MANIFEST, build_manifest, dump_manifest, quantization_config
 from .plan import Plan
 from .presplit import Degree
-from .split import split
+from .split import alone, leftovers, split, strangers
 from .stage import Stage, sync_folder
 
 __all__ = ["check_output", "companion_files", "fetch", "write"]
@@ -40,11 +40,13 @@ def check_output(plan: Plan, out: Path, *, force: bool) -> None:
         _check_overlap(plan, out)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: is a file; name a folder")
+        if os.path.ismount(out):
+            raise OutputError(f"{out}: is a mount point, which no folder can replace; name a folder inside it")
         if not out.is_dir() or not any(out.iterdir()):
             return
         if not force:
             raise OutputError(f"{out}: exists and is not empty; pass --force to replace it, or name another folder")
-        foreign = sorted({entry.name for entry in out.iterdir()} - _written(out))
+        foreign = sorted(_foreign(out))
     except (OSError, RuntimeError) as error:  # the latter for a loop of links, before Python 3.13
         raise OutputError(f"{out}: cannot be used: {getattr(error, 'strerror', error)}") from error
     if foreign:
@@ -66,14 +68,18 @@ def _check_overlap(plan: Plan, out: Path) -> None:
             raise OutputError(f"{out}: overlaps the source `{name}` ({folder}); name another folder")
 
 
-def _written(out: Path) -> set[str]:
-    """The names in a folder that its manifest lists; none where it has no manifest."""
+def _foreign(out: Path) -> set[str]:
+    """The names in a folder that its manifest does not list and no stopped split left there; all of them where it has
+    no manifest."""
+    there = {entry.name for entry in out.iterdir()}
     try:
         manifest = json.loads(read_regular(out / MANIFEST))
-        names = (f".{MANIFEST}.new", *manifest["files"], *manifest.get("presplit", {}))
-        return {MANIFEST, *(name.partition("/")[0] for name in names)}
+        names = [MANIFEST, *manifest["files"], *leftovers(out, manifest), *manifest.get("presplit", {})]
+        if (out / "presplit").is_dir():
+            names.append("presplit")
+        return there - {name.partition("/")[0] for name in names} | {*strangers(out, manifest)}
     except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()
+        return there
 
 
 def fetch(plan: Plan) -> dict[tuple[str, str], Path]:
@@ -224,9 +230,10 @@ def _write_file(path: Path, chunks: Iterable[bytes]) -> None:
 def _publish(stage: Stage, *, force: bool) -> None:
     """The finished folder takes its name by one rename; a folder it replaces goes first, and last of all away."""
     out, replaced = stage.out, None
-    if force and out.is_dir() and any(out.iterdir()):
-        replaced = stage.replaced
-    with write_errors(out):
+    with write_errors(out), ExitStack() as stack:
+        if force and out.is_dir() and any(out.iterdir()):
+            replaced = stage.replaced
+            stack.enter_context(alone(out))  # a split would go on in it, under the name of the new one
         try:
             if replaced is not None:
                 out.rename(replaced)

@@ -98,7 +98,7 @@ def holdings(
                 fetch([f"{own}/{file}" for file in index.files])
             files = index.folder
             for path in changed_headers(index):
-                raise VerifyError(f"{path}: its header was changed after it was written; split the checkpoint again")
+                raise VerifyError(f"{path}: its header was changed after it was written; {index.remedy}")
             stored = _with_head({name: _stored(tensor) for name, tensor in open_rank(index).items()})
             return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
         if merged and layout_of(manifest) != "presplit":

@@ -389,7 +389,7 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 # Where a command is when the signal comes, and what it then says.
 ON = "the same command goes on from there\n"
-KEPT = "mixprec: {out}: interrupted; 1 of 1 files are finished and kept in {stage}: " + ON
+KEPT = "mixprec: {out}: interrupted; its one file is finished and kept in {stage}: " + ON
 RANKS_KEPT = "mixprec: {out}: interrupted; what is finished is kept: " + ON
 MOMENTS = {
     "planning": ("mixprec_build.plan", "_lay_out", "build", "mixprec: interrupted\n"),

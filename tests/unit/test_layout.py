@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,19 @@ from typing import Any
 import pytest
 from serving import DEEPSEEK, LLAMA, MIXTRAL, Shape, write_sources
 from test_presplit import LINES, MOE, SIZES, run
-from tiny import tree
+from tiny import run_python, tree
 
 from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.errors import MixprecError, RecipeError, SourceError, SplitError, VerifyError, WriteError
+from mixprec_build.errors import (
+    InterruptedBuildError,
+    MixprecError,
+    OutputError,
+    RecipeError,
+    SourceError,
+    SplitError,
+    VerifyError,
+    WriteError,
+)
 from mixprec_build.manifest import CHECKSUM, checksum_of, dump_manifest, layout_of, read_manifest, tensor_entries
 from mixprec_build.presplit import Degree
 from mixprec_build.rankfiles import open_rank, read_rank
@@ -560,3 +570,193 @@ def test_a_manifest_of_other_layouts_is_refused(out: Path) -> None:
         (out / "mixprec_manifest.json").write_bytes(text)
         with pytest.raises(VerifyError, match="damaged"):
             read_manifest(out)
+
+
+# Builds and splits of one folder
+
+
+def rebuild(recipe: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "mixprec_build.cli", "build", str(recipe), "-o", str(out), "--force", "--quiet")
+
+
+@pytest.mark.parametrize("layout", ["both", "presplit"])
+def test_a_build_does_not_replace_what_is_being_cut(small: Path, out: Path, layout: str) -> None:
+    recipe = out.with_name("recipe.yaml")
+    recipe.write_text((small.parent / "recipe.yaml").read_text().replace("1MiB", "2MiB"))
+    ended = []
+
+    def watch(_: Any, __: int) -> Any:
+        ended.append(rebuild(recipe, out))
+        return lambda _: None
+
+    split(out, Degree(2), layout=layout, watch=watch)
+    assert ended[0].returncode == 2
+    why = f"{out}: another `mixprec split` or build is writing there; wait for it; 2 of 2 files are finished and kept"
+    assert why in ended[0].stderr
+    assert not verify(out).differences and layout_of(read_manifest(out)) == layout
+    assert rebuild(recipe, out).returncode == 0
+    assert not verify(out).differences and len(list(out.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        (None, (Degree(2), "both")),
+        (None, (Degree(2), "presplit")),
+        ("presplit", (None, "both")),
+        ("presplit", (Degree(1), "presplit")),
+        ("presplit", (None, "merged")),
+        ("both", (None, "merged")),
+        ("both", (None, "presplit")),
+    ],
+)
+def test_a_split_does_not_go_on_in_another_checkpoint(
+    small: Path, out: Path, before: str | None, change: tuple[Degree | None, str]
+) -> None:
+    """That somebody put under its name meanwhile."""
+    if before is not None:
+        split(out, Degree(2), layout=before)
+    degree, layout = change
+
+    def watch(_: Any, __: int) -> Any:
+        out.rename(out.with_name("before"))
+        shutil.copytree(small, out)
+        return lambda _: None
+
+    with pytest.raises(OutputError, match=f"{out}: was replaced meanwhile; what is there now was left as it is"):
+        split(out, degree, layout=layout, watch=watch)
+    assert tree(out) == tree(small)
+    assert not verify(out.with_name("before")).differences
+
+
+def test_a_build_replaces_what_a_stopped_split_left(small: Path, out: Path, stop: Any) -> None:
+    plan, before, steps = plan_recipe(small.parent / "recipe.yaml"), tree(small), 0
+    while True:
+        steps += 1
+        stop(steps)
+        try:
+            split(out, Degree(2), layout="presplit", jobs=1)
+        except Killed:
+            stop(0)
+            run_plan(plan, out, force=True)
+            assert tree(out) == before, f"step {steps}"
+        else:
+            stop(0)
+            break
+    assert steps > 7
+
+
+def test_a_build_replaces_no_stranger_in_a_folder_of_ranks(small: Path, out: Path) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedBuildError):
+        split(out, Degree(2), watch=lambda *_: interrupt)
+    assert [path.name for path in out.glob("presplit/*")] == ["tp2-ep1"] and not read_manifest(out).get("presplit")
+    plan = plan_recipe(small.parent / "recipe.yaml")
+    (out / "presplit/thesis.tex").write_text("...")
+    with pytest.raises(OutputError, match=r"files that mixprec did not write \(presplit/thesis\.tex\)"):
+        run_plan(plan, out, force=True)
+    (out / "presplit/thesis.tex").unlink()
+    run_plan(plan, out, force=True)
+    assert tree(out) == tree(small)
+    (out / "presplit").write_text("...")
+    with pytest.raises(OutputError, match=r"files that mixprec did not write \(presplit\)"):
+        run_plan(plan, out, force=True)
+
+
+# Ranks that are damaged
+
+
+def change_index(rank: Path) -> None:
+    path = rank / "index.json"
+    path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"F16"', 1))
+
+
+def change_header(rank: Path) -> None:
+    (path,) = rank.glob("*.safetensors")
+    path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"qt"', 1))
+
+
+def cut_short(rank: Path) -> None:
+    (path,) = rank.glob("*.safetensors")
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def change_value(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+DAMAGE = {
+    "index changed": change_index,
+    "index gone": lambda rank: (rank / "index.json").unlink(),
+    "header changed": change_header,
+    "file short": cut_short,
+    "file gone": lambda rank: next(rank.glob("*.safetensors")).unlink(),
+    "folder gone": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_ranks_are_cut_again(out: Path, how: str) -> None:
+    """From the merged files; without them, from the ranks of another degree; without these, it is said."""
+    damage, rank = DAMAGE[how], out / Degree(2).folder(1)
+    split(out, Degree(2))
+    due = tree(out)
+    damage(rank)
+    assert verify(out).differences
+    with pytest.raises(SplitError, match="of tp2-ep1 ranks 1 are missing or damaged"):
+        split(out, layout="presplit")
+    split(out, Degree(2))
+    assert tree(out) == due and not verify(out).differences
+
+    split(out, Degree(1), layout="presplit")
+    due = tree(out)
+    damage(rank)
+    split(out, Degree(2), layout="presplit")
+    assert tree(out) == due and not verify(out).differences
+
+    # The smaller degree is the one that merged files are put together from, where it is whole.
+    damage(out / Degree(1).folder(0))
+    split(out, Degree(1), layout="presplit")
+    assert tree(out) == due
+
+    damage(rank)
+    damage(out / Degree(1).folder(0))
+    with pytest.raises(
+        VerifyError, match=r"presplit/tp.*merged files were dropped, and no degree has all its ranks: b"
+    ):
+        split(out, Degree(2), layout="presplit")
+
+
+def test_a_changed_byte_is_mended_as_it_is_said(out: Path) -> None:
+    """Remove the rank's folder, and split again."""
+    split(out, Degree(2))
+    split(out, Degree(1))
+    due = tree(out)
+    path = out / Degree(1).folder(0) / "model-00001-of-00001.safetensors"
+    change_value(path)
+    with pytest.raises(VerifyError, match=f"remove {path.parent} and split again for tp1-ep1"):
+        split(out, layout="presplit")
+    shutil.rmtree(path.parent)
+    split(out, Degree(1))
+    assert tree(out) == due
+    split(out, layout="presplit")
+    change_value(path)
+    with pytest.raises(VerifyError, match="or remove its folder where all ranks of another degree are there"):
+        split(out)
+    shutil.rmtree(path.parent)
+    split(out, Degree(1))
+    assert tree(out) == due
+
+
+def test_a_finished_rank_whose_header_was_changed_is_not_taken_over(out: Path) -> None:
+    manifest = out / "mixprec_manifest.json"
+    before = manifest.read_bytes()
+    split(out, Degree(2))
+    due = tree(out)
+    manifest.write_bytes(before)  # as a split that was stopped leaves it
+    change_header(out / Degree(2).folder(0))
+    split(out, Degree(2))
+    assert tree(out) == due

@@ -7,7 +7,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tracemalloc
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from mixprec_build.cli import main
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
 from mixprec_build.manifest import CHECKSUM, checksum_of, read_manifest
 from mixprec_build.merged import splitter_of
-from mixprec_build.presplit import Degree
+from mixprec_build.presplit import Degree, Splitter, _one_layer_of_each
 from mixprec_build.rankfiles import open_rank, parse_folder, read_rank
 from mixprec_build.sources import open_source
-from mixprec_build.split import _alone, split
+from mixprec_build.split import alone, split
 from mixprec_build.verify import verify
 
 # 384 columns are 192 for each of two ranks: one and a half blocks.
@@ -44,11 +45,19 @@ LINES = {
 }
 
 
-def build(folder: Path, shape: Shape, lines: Mapping[str, str], *, output: str = "", name: str = "out") -> Path:
+def build(
+    folder: Path,
+    shape: Shape,
+    lines: Mapping[str, str],
+    *,
+    output: str = "",
+    name: str = "out",
+    variants: Sequence[str] = VARIANTS,
+) -> Path:
     sources = folder / "sources"
     if not sources.exists():
-        write_sources(sources, shape, VARIANTS)
-    text = [f"model: {sources / 'bf16'}", "sources:", *(f"  {v}: {sources / v}" for v in VARIANTS), "default: bf16"]
+        write_sources(sources, shape, variants)
+    text = [f"model: {sources / 'bf16'}", "sources:", *(f"  {v}: {sources / v}" for v in variants), "default: bf16"]
     text += ["weights:", *(f"  '{pattern}': {variant}" for pattern, variant in lines.items()), output]
     recipe = folder / f"{name}.yaml"
     recipe.write_text("\n".join(text))
@@ -226,7 +235,7 @@ def test_what_cannot_be_cut_is_named(out: Path, tmp_path: Path) -> None:
         Degree(4, 3)
     with pytest.raises(SplitError, match="tp must be a multiple of dp"):
         Degree(4, 1, 3)
-    with pytest.raises(SplitError, match="4 heads cannot be shared by 8 ranks; 1, 2, 4 would do"):
+    with pytest.raises(SplitError, match="4 heads cannot be shared by 8 ranks; tp 1, 2, 4 would do"):
         splitter_of(open_source(str(out)), Degree(8)).parameters(0)
     config = out / "config.json"
     text = config.read_text()
@@ -389,7 +398,7 @@ def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest
 
 
 def test_two_splits_exclude_each_other(out: Path) -> None:
-    with _alone(out), pytest.raises(OutputError, match="another `mixprec split` is writing there; wait for it"):
+    with alone(out), pytest.raises(OutputError, match="another `mixprec split` or build is writing there; wait for it"):
         split(out, Degree(2))
 
 
@@ -462,3 +471,116 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 260_000, f"{done.stdout.strip()} kB"
+
+
+# What a cut asks for
+
+
+def splitter(out: Path, degree: Degree, *, without: tuple[str, ...] = ()) -> Splitter:
+    source = open_source(str(out))
+    modules = {
+        name: (source.format_of(name), module)
+        for name, module in source.checkpoint.modules.items()
+        if not any(part in name for part in without)
+    }
+    return Splitter(modules, source.checkpoint.config, degree)
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        (("0.mlp.experts.3.up_proj",), "model.layers.0.mlp.experts.3: has no up_proj; take the whole expert from one"),
+        (("0.mlp.experts.3.gate_proj", "0.mlp.experts.3.down_proj"), "experts.3: has no gate_proj and no down_proj"),
+        (("1.mlp.experts.5.",), "model.layers.1.mlp.experts: expert 5 is missing, and there is an expert 7; take all"),
+        (("1.mlp.experts.0.",), "model.layers.1.mlp.experts: expert 0 is missing"),
+    ],
+)
+def test_experts_that_lack_something_are_named(built: Path, without: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SplitError, match=message):
+        splitter(built, Degree(2), without=without)
+    assert len(splitter(built, Degree(2)).experts["model.layers.1.mlp.experts"]) == 8
+
+
+@pytest.mark.parametrize("degree", [Degree(7), Degree(2), Degree(16)])
+def test_the_degrees_that_would_do_are_those_of_the_whole_checkpoint(tmp_path: Path, degree: Degree) -> None:
+    """As SmolLM2-135M: 1,536 columns can be shared by 2 ranks and by 4, its 9 heads cannot."""
+    sizes = {"hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64, "vocab": 576}
+    out = build(tmp_path, LLAMA.of(**sizes, layers=1), {}, variants=["bf16"])
+    with pytest.raises(SplitError, match=f"cannot be shared by {degree.tp} ranks; tp 1, 3 would do$"):
+        splitter(out, degree).parameters(0)
+
+
+def test_degrees_that_would_do_keep_the_others(built: Path) -> None:
+    """2 key-value heads, of which 4 ranks may hold copies, and 4 others, for 8 experts."""
+    with pytest.raises(SplitError, match=r"4 heads cannot be shared by 8 ranks; tp 2, 4 with ep 2 would do$"):
+        splitter(built, Degree(8, 2)).parameters(0)
+    with pytest.raises(SplitError, match=r"; tp 4, 8 with ep 4 and dp 2 would do$"):
+        splitter(built, Degree(12, 4, 2)).parameters(0)
+    with pytest.raises(SplitError, match=r"; no tp up to 16 with ep 3 would do$"):
+        splitter(built, Degree(3, 3)).parameters(0)
+
+
+def test_one_layer_of_each_is_tried(built: Path) -> None:
+    source = open_source(str(built))
+    modules = {name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()}
+    assert _one_layer_of_each(modules) == modules  # two layers of two kinds
+    more = {name.replace("layers.1", f"layers.{n}"): held for n in range(1, 9) for name, held in modules.items()}
+    assert _one_layer_of_each(more) == modules
+
+
+@pytest.mark.parametrize(
+    ("shape", "lines", "tp", "message"),
+    [
+        (
+            {},
+            {"*.o_proj": "awq_int4_g64"},
+            8,
+            r"o_proj \(awq_int4\): a rank's heads have 64 of its 512 columns,",
+        ),
+        ({}, {"*.o_proj": "ct_int4_g32"}, 8, "SGLang's kernels take multiples of 128; heads cannot be filled up"),
+        ({}, {"*.o_proj": "ct_int4_g32"}, 4, None),
+        ({}, {"*.o_proj": "gptq_int4_g64"}, 8, None),  # SGLang's other kernel for GPTQ takes it
+        ({}, {"*.o_proj": "fp8_channel"}, 8, None),
+        ({}, {"*.{q,k,v}_proj": "ct_int4"}, 8, None),
+        # 16 of each of three parts, which run as one.
+        ({"head_dim": 16, "kv_heads": 8}, {"*.{q,k,v}_proj": "ct_int4"}, 8, r"qkv_proj \(ct_int4\): .* 48 of its 384"),
+        ({"head_dim": 16, "kv_heads": 8}, {"*.{q,k,v}_proj": "ct_int4"}, 2, None),
+        ({"head_dim": 16, "kv_heads": 8}, {"*.{q,k,v}_proj": "gptq_int4"}, 8, None),
+        ({"head_dim": 16, "kv_heads": 8}, {"*.{q,k,v}_proj": "awq_int4"}, 8, "take multiples of 64"),
+    ],
+)
+def test_attention_is_cut_as_kernels_take_it(
+    tmp_path: Path, shape: dict[str, int], lines: dict[str, str], tp: int, message: str | None
+) -> None:
+    model = QWEN3.of(**{"heads": 8, "head_dim": 64, "layers": 1, **shape})
+    out = build(tmp_path, model, lines, variants=["bf16", *lines.values()])
+    if message is None:
+        assert splitter(out, Degree(tp)).parameters(tp - 1)
+    else:
+        with pytest.raises(SplitError, match=message):
+            splitter(out, Degree(tp)).parameters(tp - 1)
+
+
+def test_what_a_split_is_asked_for(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    before = tree(out)
+    assert run(monkeypatch, "split", tmp_path / "nothere", "--tp", 2) == 1
+    assert f"{tmp_path / 'nothere'}: no such folder; name one that `mixprec build` wrote" in capsys.readouterr().err
+    assert run(monkeypatch, "split", out / "config.json", "--tp", 2) == 1
+    assert run(monkeypatch, "split", tmp_path, "--tp", 2) == 1
+    assert "mixprec_manifest.json: not there" in capsys.readouterr().err
+    assert run(monkeypatch, "split", out, "--tp", 2, "--layout", "merged") == 2
+    assert "no files are cut with --layout merged" in capsys.readouterr().err
+    tracemalloc.start()
+    assert run(monkeypatch, "split", out, "--tp", 2, "--ranks", "0-9999999") == 2
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+    assert "of 2 ranks the last is 1" in capsys.readouterr().err
+    assert tree(out) == before
+    assert run(monkeypatch, "split", out, "--tp", 1) == 0
+    assert "presplit/tp1-ep1: files of 1 rank, " in capsys.readouterr().out
+
+
+def test_experts_of_a_model_without(tmp_path: Path) -> None:
+    out = build(tmp_path, LLAMA.of(**SIZES, layers=1), {})
+    with pytest.raises(SplitError, match=f"{out}: its model has no experts; leave out --ep"):
+        split(out, Degree(3, 3))

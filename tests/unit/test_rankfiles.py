@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mixprec_build.header import TensorInfo
+from mixprec_build import rankfiles
+from mixprec_build.errors import SourceError
+from mixprec_build.header import TensorInfo, build_header, parse_header
 from mixprec_build.presplit import Parameter, Piece
-from mixprec_build.rankfiles import Reader, contents
+from mixprec_build.rankfiles import FileReader, Reader, _shards, contents, whole
 
 Array = np.ndarray[Any, Any]
 
@@ -72,3 +76,56 @@ def test_contents_are_what_the_pieces_say(seed: int) -> None:
         bytes(chunk) for chunk in contents(parameter, Memory(tensors), most=draw.randrange(1, 4000), allocate=allocate)
     ]
     assert b"".join(chunks) == due.tobytes()
+
+
+def open_below(folder: Path) -> int:
+    """How many files of a folder this process has open."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(link.resolve().parent == folder for link in links)
+
+
+def files(folder: Path, count: int) -> list[TensorInfo]:
+    """Each of one tensor, of its own bytes."""
+    for number in range(count):
+        (folder / str(number)).write_bytes(bytes([number]) * 1000)
+    return [TensorInfo(f"of {number}", "U8", (1000,), str(number), 0, 1000) for number in range(count)]
+
+
+def test_no_more_files_stay_open_than_may(tmp_path: Path) -> None:
+    tensors = files(tmp_path, 200)
+    with FileReader(lambda file: tmp_path / file) as reader:
+        for number in (*range(200), *range(200)):
+            assert b"".join(contents(whole(tensors[number]), reader)) == bytes([number]) * 1000
+        assert open_below(tmp_path) == rankfiles._MOST_OPEN == 64
+        tensors[0] = tensors[0]._replace(file="gone")
+        with pytest.raises(SourceError, match="gone: cannot open it"):
+            b"".join(contents(whole(tensors[0]), reader))
+        assert open_below(tmp_path) < 64
+    assert open_below(tmp_path) == 0
+
+
+def test_no_file_is_closed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than files may be open: each reads what is in its own."""
+    monkeypatch.setattr(rankfiles, "_MOST_OPEN", 2)
+    tensors = files(tmp_path, 20)
+    draw = random.Random(0)
+    order = [draw.randrange(20) for _ in range(4000)]
+    most = 0
+
+    def read(number: int) -> bool:
+        nonlocal most
+        most = max(most, len(reader._open))
+        return b"".join(contents(whole(tensors[number]), reader)) == bytes([number]) * 1000
+
+    with FileReader(lambda file: tmp_path / file) as reader, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, order))
+    assert most <= 8 + 2 and open_below(tmp_path) == 0
+
+
+def test_a_file_has_no_more_tensors_than_are_read(tmp_path: Path) -> None:
+    parameters = [Parameter(f"p.{number}.{'x' * 60}", "U8", (1,), ()) for number in range(250_000)]
+    shards = _shards(parameters, 1 << 40)
+    assert [len(shard) for shard in shards] == [100_000, 100_000, 50_000]
+    header = build_header((p.name, p.dtype, p.shape, p.nbytes) for p in shards[0])
+    read, _ = parse_header(header, path="x", file="x", file_size=len(header) + 100_000)
+    assert list(read) == [parameter.name for parameter in shards[0]]

@@ -124,6 +124,15 @@ def test_shards_are_no_larger_than_asked(tmp_path: Path) -> None:
     assert order == list(tensors), "in checkpoint order"
 
 
+def test_shards_have_no_more_tensors_than_are_read(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("mixprec_build.plan.MOST_TENSORS", 7)
+    tensors = {f"model.layers.{i}.mlp.up_proj.{leaf}": torch.ones(4) for i in range(10) for leaf in ("bias", "weight")}
+    out = build(one_source(tmp_path, tensors), tmp_path / "out")
+    held = [file_tensors(path) for path in sorted(out.glob("*.safetensors"))]
+    assert [len(shard) for shard in held] == [6, 6, 6, 2], "modules are not torn apart"
+    assert not verify(out).differences
+
+
 def awkward() -> dict[str, torch.Tensor]:
     """Tensors around the size of the copy buffer, a thousand tiny ones, empty ones, odd ones."""
     random = torch.Generator().manual_seed(0)
@@ -497,6 +506,17 @@ def test_an_output_that_cannot_be(mix: Path, tmp_path: Path, out: str, message: 
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_that_is_a_mount_point(mix: Path, tmp_path: Path, monkeypatch: Patch, force: bool) -> None:
+    """It could not be renamed, which would be found out after all was copied."""
+    out, real = tmp_path / "out", os.path.ismount
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == out or real(path))
+    hint = "is a mount point, which no folder can replace; name a folder inside it"
+    assert refused(mix, out, force=force) == f"{out}: {hint}"
+    assert (build(mix, out / "inside") / MANIFEST).is_file()
+
+
 def test_a_folder_that_is_a_link_above_the_output(mix: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "models").symlink_to("disk")
@@ -583,7 +603,7 @@ def test_nothing_is_left_and_nothing_is_lost_when_a_call_fails(
             if function == "posix_fallocate":
                 assert re.match(rf"{tmp_path}/{STAGE}/[\w./-]+: ", message)
             assert ("quota" in message) == (number == errno.EDQUOT)
-        assert ("are finished and kept in" in message) == (tmp_path / ".out.mixprec").exists()
+        assert ("finished and kept in" in message) == (tmp_path / ".out.mixprec").exists()
         shutil.rmtree(tmp_path / ".out.mixprec", ignore_errors=True)
         assert listing(tmp_path) == before, (function, nth)
 
