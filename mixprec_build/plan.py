@@ -15,7 +15,7 @@ from .errors import RecipeError, RefusedError, SplitError
 from .folding import Folding
 from .formats.base import Format
 from .formats.registry import ALIASES
-from .header import TensorInfo, build_header
+from .header import MOST_TENSORS, TensorInfo, build_header
 from .model import FAMILIES, Role, role_by_name, role_of
 from .patterns import compress, natural_key
 from .presplit import Degree, Splitter
@@ -471,9 +471,6 @@ class _Planner:
 
 
 # Files
-
-MOST_TENSORS = 100_000
-"""Of a file: its header then takes some 20 MB, of the 32 MiB and 300,000 tensors that are read (:mod:`.header`)."""
 
 
 def _lay_out(modules: Mapping[str, PlannedModule], shard_size: int, link: Sources | None) -> list[PlannedShard]:

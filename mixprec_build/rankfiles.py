@@ -31,6 +31,7 @@ from .errors import SourceError, VerifyError
 from .formats.base import numpy_dtype
 from .header import (
     DTYPE_BITS,
+    MOST_TENSORS,
     TensorInfo,
     build_header,
     inside,
@@ -42,7 +43,6 @@ from .header import (
     read_regular,
 )
 from .manifest import CHECKSUM, checksum_of
-from .plan import MOST_TENSORS
 from .presplit import Band, Degree, Parameter, Piece
 from .stage import sync_folder
 

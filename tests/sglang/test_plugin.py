@@ -69,6 +69,9 @@ except RuntimeError as error:
 )
 
 
+UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
+
 def test_a_fresh_process_knows_the_method(folder: Path) -> None:
     out = last_json(run_python(MAIN_PROCESS, str(mix(folder, "llama"))))
     assert (out["method"], out["same"], out["flag"], out["no flag"]) == ("MixPrecConfig", True, "mixprec", None)
@@ -78,6 +81,7 @@ def test_a_fresh_process_knows_the_method(folder: Path) -> None:
         "sglang.srt.managers.scheduler.Scheduler.__init__",
         "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle",
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        *(f"{UPDATER}.update_weights_from_{way}" for way in ("disk", "distributed", "ipc", "tensor")),
         "sglang.srt.model_loader.loader._initialize_model",
         "sglang.srt.model_loader.utils.get_model_architecture",
     ]
@@ -150,7 +154,7 @@ def test_whatever_is_damaged_is_refused_in_words(folder: Path, tmp_path: Path, s
                 continue  # and so SGLang does not come to the plugin
             try:
                 config = MixPrecConfig.from_config(declared)
-                path, manifest = hooks._manifest(model)
+                path, manifest, _ = hooks._checkpoint(model)
                 hooks._check_declared(config.bind(manifest["modules"]), manifest)
                 loader.require_merged(path, manifest, "this is a test")
             except (RuntimeError, ValueError) as error:
