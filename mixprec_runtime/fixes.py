@@ -16,7 +16,6 @@ from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.gptq import GPTQConfig
 from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
-from sglang.srt.runtime_context import get_server_args
 from sglang.srt.utils import is_cpu
 from torch.nn import Parameter
 
@@ -26,6 +25,8 @@ from mixprec_build.formats.compressed import Packed
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.scaled import Scaled
+
+from . import launch
 
 __all__ = ["check_experts", "mend_experts", "mend_linear"]
 
@@ -322,6 +323,8 @@ def _mend_packed_experts(method: QuantizeMethodBase, fmt: Packed) -> None:
         if not get_moe_runner_backend().is_auto():
             raise ValueError(f"{fmt.kind} experts run on Marlin: leave out --moe-runner-backend")
         create_runner(layer, *args, **kwargs)
+        if _sees_other_ranks(layer):
+            launch.check_experts_elsewhere(fmt.kind)
 
     method.create_weights = create_weights
     method.create_moe_runner = create_moe_runner
@@ -377,11 +380,7 @@ def _mend_tensor_scaled_experts(method: QuantizeMethodBase) -> None:
         create_runner(layer, *args, **kwargs)
         if not _sees_other_ranks(layer):
             return
-        if getattr(get_server_args(), "enable_eplb", False):
-            raise ValueError(
-                "experts in FP8 with one scale a tensor do not go with --enable-eplb, which moves their scales: leave "
-                "it out"
-            )
+        launch.check_experts_elsewhere("fp8_tensor", scales_stay=True)
         run = method.runner.run
         columns: dict[str, torch.Tensor] = {}
 

@@ -9,6 +9,7 @@ __all__ = [
     "argument_problems",
     "check_arguments",
     "check_counted_experts",
+    "check_experts_elsewhere",
     "check_mixed_experts",
     "check_padded",
     "mixed_problems",
@@ -34,6 +35,17 @@ def check_counted_experts() -> None:
             "expert activity is counted by where experts lie: leave out --enable-eplb, --ep-num-redundant-experts and "
             "--init-expert-location while MIXPREC_EXPERT_ACTIVITY is set"
         )
+
+
+def check_experts_elsewhere(kind: str, *, scales_stay: bool = False) -> None:
+    """For experts under expert parallelism in a format that has to be told of ids of -1. Raises ``RuntimeError`` with
+    the flags to change."""
+    args, problems = _server_args(), []
+    if scales_stay and getattr(args, "enable_eplb", False):
+        problems.append(f"--enable-eplb moves the scales of {kind} experts; leave it out")
+    if _asks_for_lora(args):  # lora/layers.py:1027 makes runners of its own
+        problems.append(f"--enable-lora and --lora-paths do not go with {kind} experts under --ep-size; leave them out")
+    _raise(problems)
 
 
 def check_padded(padded: Mapping[str, Any]) -> None:
@@ -76,12 +88,13 @@ def argument_problems(args: Any) -> list[str]:
         problems.append(f"--load-format {args.load_format} does not read compiled checkpoints; leave it out")
     if getattr(args, "torchao_config", ""):
         problems.append("--torchao-config would quantize weights once more; leave it out")
-    if getattr(args, "ep_size", 1) > 1:
-        if getattr(args, "enable_fused_moe_sum_all_reduce", False):
-            problems.append(_SUM_ALL_REDUCE)
-        if _asks_for_lora(args):
-            # lora/layers.py:1027 makes runners of its own, which know no ids of -1.
-            problems.append("--enable-lora and --lora-paths do not go with --ep-size above 1; leave one of them out")
+    if getattr(args, "ep_size", 1) > 1 and getattr(args, "enable_fused_moe_sum_all_reduce", False):
+        problems.append(_SUM_ALL_REDUCE)
+    if getattr(args, "enable_memory_saver", False) and not getattr(args, "enable_weights_cpu_backup", False):
+        problems.append(
+            "--enable-memory-saver lets go of weights that cannot be updated afterwards; add "
+            "--enable-weights-cpu-backup, or leave it out"
+        )
     return problems
 
 

@@ -303,13 +303,16 @@ def test_tensor_scaled_experts_scale_activations_by_token(monkeypatch: pytest.Mo
     assert not runner.given(alone.quant_method.runner, **info).per_channel_quant
 
 
-def test_tensor_scaled_experts_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixprec_runtime import fixes
+@pytest.mark.parametrize(
+    ("kind", "option"), [("fp8_tensor", "enable_eplb"), ("fp8_tensor", "enable_lora"), ("ct_int4", "enable_lora")]
+)
+def test_what_other_ranks_do_not_go_with(monkeypatch: pytest.MonkeyPatch, kind: str, option: str) -> None:
+    from mixprec_runtime import launch
 
-    monkeypatch.setattr(fixes, "get_server_args", lambda: SimpleNamespace(enable_eplb=True))
-    experts_of(ours("fp8_tensor"))
-    with rank_of(1, 2, 2), pytest.raises(ValueError, match="leave it out"):
-        experts_of(ours("fp8_tensor"))
+    monkeypatch.setattr(launch, "_server_args", lambda: SimpleNamespace(**{option: True}))
+    experts_of(ours(kind))
+    with rank_of(1, 2, 2), pytest.raises(RuntimeError, match=f"--{option.replace('_', '-')}.*{kind}.*leave"):
+        experts_of(ours(kind))
 
 
 # Linear layers
