@@ -211,7 +211,8 @@ def _format_limits(parts: Sequence[PlannedModule], reader: ValueReader, expert: 
 
 
 def decided_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """What must come from one source, or had better: fused groups, and DeepSeek's shared experts whole."""
+    """Modules that one source is chosen for: fused groups, and DeepSeek's shared experts, of which SGLang compares gate
+    and up with down."""
     groups = {name: list(members) for name, members in fused_groups(names).items()}
     for name in [name for name in groups if name.endswith(_SHARED_GATE_UP)]:
         groups[name] += groups.pop(_shared_down(name), [])

@@ -68,11 +68,16 @@ def initialize_model(
     # SGLang's loader has its own place for what it fetches with --download-dir.
     elsewhere = fetch is not None and load_config.download_dir is not None
     held = loader.holdings(folder, manifest, fetch, merged=load_config.load_format == "auto" and not elsewhere)
+
+    def leave_to_sglang(reason: str) -> None:
+        if fetch is None or layout_of(manifest) == "presplit":  # from the hub it fetches merged files itself
+            loader.require_merged(folder, manifest, reason)
+
     if held is not None:
         quant_config.padded = held.padded
         launch.check_padded(held.padded)
-    elif fetch is None or layout_of(manifest) == "presplit":
-        loader.require_merged(folder, manifest, f"this run is {loader.this_run()}")
+    else:
+        leave_to_sglang(f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
@@ -87,7 +92,7 @@ def initialize_model(
                 raise RuntimeError(
                     f"{reason}; at {loader.this_run()} zeros are added to them, so nothing else can be read"
                 )
-            loader.require_merged(folder, manifest, reason)
+            leave_to_sglang(reason)
             logger.warning("mixprec: SGLang's loader, which is slower, reads the merged files: %s", reason)
         declared = tensor_entries(manifest)
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
