@@ -75,6 +75,8 @@ def read_activity(paths: Iterable[Path]) -> Activity:
     merged = Activity({}, {})
     for path in paths:
         merged = merged.merged(_read_dump(path) if path.suffix in (".pt", ".pth") else _read_json(path))
+        if any((counts >= _MAX_COUNT).any() for counts in merged.counts.values()):
+            raise StatsError(f"{path}: with the files before it an expert has {_MAX_COUNT} activations and more")
     return merged
 
 

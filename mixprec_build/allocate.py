@@ -259,7 +259,8 @@ class _Choices:
             if limit is not None:
                 reasons.append(f"from `{source}`: {limit.replace(layer_prefix(name), '')}")  # the same in all layers
                 continue
-            options.append(Option(source, parts[0].format.kind, sum(part.nbytes for part in parts)))
+            kind = min((part.format.kind for part in parts), key=_bits)
+            options.append(Option(source, kind, sum(part.nbytes for part in parts)))
         if not options:
             self.kept.setdefault("; ".join(reasons), []).extend(members)
             return
@@ -325,7 +326,7 @@ class _Choices:
             return None
         for tp in self.recipe.tp:
             try:
-                Splitter(stored, self.sources.model.config, Degree(tp)).total_bytes()
+                Splitter(stored, self.sources.model.config, Degree(tp), part=True).total_bytes()
             except SplitError as error:
                 return f"tp {tp}: {error}"
         self._cuttable.add(key)
@@ -356,9 +357,10 @@ class _Choices:
             )
             why = f"{others} for experts beside it, and a rank's file holds those of one format as one tensor"
             if not allowed:
-                pin = f"{group.name.rpartition('.')[0]}.*: SOURCE"
+                experts = f"{group.name.rpartition('.')[0]}.*"
                 raise RecipeError(
-                    f'{group.name}: {why}; give --pin "{pin}" for one of them, or leave out tp',
+                    f"{group.name}: {why}; pin all of {experts} to one of them, those that a pin names by name, too, "
+                    "or leave out tp",
                     path=self.recipe.path,
                     line=self.recipe.tp_line,
                 )

@@ -179,11 +179,12 @@ def verify(
     if against:
         entry = manifest["sources"].get(against, {})
         reference = open_source(moved.get(against) or (entry and location_of(entry)) or against)
-        comparable(open_on_disk(folder), reference)  # before the hour that reading may take
+        ours = open_on_disk(folder)
+        comparable(ours, reference)  # before the hour that reading may take
     total = sum(entry["bytes"] for entry in tensor_entries(manifest).values())
     with _bar("comparing", total, quiet or as_json) as progress:
         result = run(folder, sources=moved, progress=progress)
-    errors = list(weight_errors(open_on_disk(folder), reference)) if against else []
+    errors = list(weight_errors(ours, reference)) if against else []
     if as_json:
         _print_json(
             {

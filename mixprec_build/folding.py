@@ -135,11 +135,13 @@ class Folding:
     ) -> None:
         held_by = dict.fromkeys(module.source for module in (norm, *fed))
         for name in held_by:
-            shard = self._sources.by_name[name].checkpoint.absent.get(norm.name)
+            checkpoint = self._sources.by_name[name].checkpoint
+            shard = checkpoint.absent.get(norm.name)
             if shard is not None and any(self.between(name, other) for other in held_by):
+                repository = checkpoint.location.partition("@")[0]
                 problems.hard(
                     f"`{name}` is read from the cache, which lacks {shard}: scales may be folded into {norm.name} "
-                    "there; run once online"
+                    f"there; bring it with `hf download {repository} {shard} --revision {checkpoint.commit}`"
                 )
 
         def unlike(module: PlannedModule) -> bool:

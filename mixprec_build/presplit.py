@@ -220,8 +220,8 @@ class Splitter:
     degree: Degree
     replicated_head: bool = False
     """Whether each replica of attention has all of ``lm_head`` (``--enable-dp-lm-head``)."""
-    advise: bool = True
-    """Whether errors say which degrees would do."""
+    part: bool = False
+    """Whether ``modules`` are some of a checkpoint's only: experts may be missing, and no degrees are advised."""
     experts: dict[str, list[tuple[str, str, str]]] = field(init=False, default_factory=dict)
     """``...experts`` -> gate, up and down of each, in order."""
     shares: dict[str, Share] = field(init=False, default_factory=dict)
@@ -291,7 +291,7 @@ class Splitter:
                 stored.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = name
         for prefix, by_number in stored.items():
             for number in range(len(by_number)):
-                if number not in by_number:
+                if number not in by_number and not self.part:
                     raise SplitError(
                         f"{prefix}: expert {number} is missing, and there is an expert {max(by_number)}; "
                         "take all experts from one model"
@@ -323,7 +323,7 @@ class Splitter:
 
     def _advice(self) -> str:
         """The degrees at which all of the checkpoint can be cut."""
-        if not self.advise:
+        if self.part:
             return ""
         part = _one_layer_of_each(self.modules)
         fitting = [str(tp) for tp in range(1, _MOST_ADVISED + 1) if self._fits(part, tp)]
@@ -335,7 +335,7 @@ class Splitter:
     def _fits(self, modules: Mapping[str, tuple[Format, StoredModule]], tp: int) -> bool:
         try:
             degree = Degree(tp, self.degree.ep, self.degree.dp)
-            splitter = Splitter(modules, self.config, degree, self.replicated_head, advise=False)
+            splitter = Splitter(modules, self.config, degree, self.replicated_head, part=True)
             for rank in range(0, tp, degree.moe_tp):  # those that share experts are cut alike
                 splitter.parameters(rank)
         except SplitError:
@@ -452,10 +452,9 @@ class Splitter:
             fmt = formats[members[0]]
             if self.degree.moe_tp > 1 and fmt.scattered:
                 raise SplitError(f"{prefix}: experts in act-order cannot be cut; use as many ep as tp ranks")
-            for weight, parts in (("w13", slice(0, 2)), ("w2", slice(2, 3))):
-                names = [name for expert in members for name in stored[expert][parts]]
+            for weight, first, count in (("w13", 0, 2), ("w2", 2, 1)):
+                names = [name for expert in members for name in stored[expert][first : first + count]]
                 for held in self._leaves(prefix, names):
-                    count = parts.stop - parts.start
                     each = [held.tensors[i : i + count] for i in range(0, len(held.tensors), count)]
                     yield _stack_experts(f"{home}.{weight}_{held.name}", each, columns, held)
 

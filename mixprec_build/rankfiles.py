@@ -57,6 +57,7 @@ __all__ = [
     "damage",
     "fill",
     "finished",
+    "is_degree",
     "open_rank",
     "parse_folder",
     "read_index",
@@ -99,6 +100,15 @@ def _remedy(folder: Path) -> str:
     if folder.name == Path(REST).name:
         return bring
     return f"{bring}, or cut it again with `mixprec split`, from the merged files or all ranks of another degree"
+
+
+def is_degree(name: str) -> bool:
+    """Whether a folder's name is that of a degree, as ``"tp4-ep1"``."""
+    try:
+        Degree.parse(name)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_folder(name: str) -> tuple[Degree, int] | None:

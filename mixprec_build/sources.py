@@ -124,10 +124,10 @@ def open_sources(recipe: Recipe) -> Sources:
         _check_claim(source, recipe)
         by_name[name] = source
     if len(by_name) > 1:
-        for checkpoint in opened.values():
+        for source in by_name.values():
             # What their norms hold says whether sources are one model, and whether scales are folded into them.
-            norms = (module for name, module in checkpoint.modules.items() if role_by_name(name) is Role.NORM)
-            checkpoint.read_values(tensor for norm in norms for tensor in norm.tensors.values())
+            norms = (module for name, module in source.checkpoint.modules.items() if role_by_name(name) is Role.NORM)
+            source.checkpoint.read_values(tensor for norm in norms for tensor in norm.tensors.values())
     return Sources(opened[recipe.model.location], by_name)
 
 

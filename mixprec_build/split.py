@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +45,7 @@ from .rankfiles import (
     contents,
     damage,
     finished,
+    is_degree,
     open_rank,
     parse_folder,
     read_index,
@@ -399,7 +399,7 @@ def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     for path in sorted(folder.glob("presplit/*")) + sorted(folder.glob("presplit/*/*")):
         name, parent = (str(p.relative_to(folder)) for p in (path, path.parent))
         # A split that is stopped at its first rank leaves its folder empty.
-        cut = path.is_dir() and re.fullmatch(r"presplit/tp\d+-ep\d+(-dp\d+)?", name)
+        cut = path.is_dir() and parent == "presplit" and is_degree(path.name)
         if name not in known and parent not in known and not cut:
             found.append(name)
             known.add(name)

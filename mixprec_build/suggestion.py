@@ -112,8 +112,11 @@ def _location(recipe: Recipe, location: str, folder: Path) -> str:
     """A source's location, seen from another folder."""
     path = Path(location).expanduser()
     if not path.is_absolute() and (recipe.folder / path).is_dir():
-        # Of the folders themselves: what `..` of a link to one means is not to be seen in its name.
-        relative = os.path.relpath(os.path.realpath(recipe.folder / path), os.path.realpath(folder))
+        # What `..` means after a link is not to be seen in its name; a source that is itself a link stays one.
+        full = recipe.folder / path
+        named = path.name not in ("", "..")
+        place = Path(os.path.realpath(full.parent if named else full), path.name if named else "")
+        relative = os.path.relpath(place, os.path.realpath(folder))
         location = relative if relative.startswith(".") else f"./{relative}"
     return _quoted(location)
 

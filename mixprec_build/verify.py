@@ -74,7 +74,7 @@ def verify(
     Raises:
         VerifyError: there is no manifest, or it cannot be read; files of ranks that nothing can be put together from;
             a source of ``sources`` has not the tensors that were taken from it.
-        SplitError: merged files were dropped, and not all ranks are there.
+        SplitError: merged files were dropped, and not all ranks were ever cut.
         SourceError: the checkpoint itself cannot be opened.
     """
     manifest = read_manifest(folder)

@@ -21,7 +21,7 @@ from .header import read_regular
 from .manifest import MANIFEST, build_manifest, dump_manifest, quantization_config
 from .plan import Plan
 from .presplit import Degree
-from .split import alone, leftovers, split, strangers
+from .split import alone, split, strangers
 from .stage import Stage, sync_folder
 
 __all__ = ["check_output", "companion_files", "fetch", "write"]
@@ -74,10 +74,10 @@ def _foreign(out: Path) -> set[str]:
     there = {entry.name for entry in out.iterdir()}
     try:
         manifest = json.loads(read_regular(out / MANIFEST))
-        names = [MANIFEST, *manifest["files"], *leftovers(out, manifest), *manifest.get("presplit", {})]
+        known = {MANIFEST, f".{MANIFEST}.new", *manifest["files"]}
         if (out / "presplit").is_dir():
-            names.append("presplit")
-        return there - {name.partition("/")[0] for name in names} | {*strangers(out, manifest)}
+            known.add("presplit")
+        return there - known | {*strangers(out, manifest)}
     except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return there
 
@@ -91,7 +91,8 @@ def fetch(plan: Plan) -> dict[tuple[str, str], Path]:
     paths = {}
     for source, shards in needed.items():
         storage = plan.sources.by_name[source].checkpoint.storage
-        # With these in the cache the same recipe plans and builds again without the hub.
+        # With these in the cache the same recipe plans and builds again without the hub, but where scales may be folded
+        # into norms of other shards.
         described_by = {"config.json", "quantize_config.json", INDEX} & storage.files.keys()
         fetched = storage.fetch(sorted(shards | described_by))
         paths.update({(source, file): fetched[file] for file in shards})

@@ -101,42 +101,41 @@ def _find_gpu() -> tuple[Gpu | None, str]:
     return Gpu(torch.cuda.get_device_name(), 10 * major + minor), ""
 
 
-# kind -> (what SGLang runs it with, the least compute capability)
-_KERNELS = {
-    "bf16": ("dense GEMM, Triton for experts", 75),
-    "fp16": ("dense GEMM, Triton for experts", 75),
-    "fp32": ("cast to the model's dtype when loaded", 75),
-    "fp8_block": ("block FP8 (DeepGEMM or Triton), Triton for experts", 80),
-    "fp8_channel": ("FP8 GEMM with token and channel scales, Triton for experts", 89),
-    "fp8_tensor": ("FP8 GEMM, Triton for experts", 80),
-    "int8_channel": ("Int8 GEMM with token and channel scales, Triton for experts", 75),
-    "int8_block": ("block Int8 on Triton", 80),
-    "gptq_int4": ("Marlin", 80),
-    "gptq_int8": ("Marlin", 80),
-    "awq_int4": ("Marlin", 80),
-    "ct_int4": ("Marlin", 80),
-    "ct_int8": ("Marlin", 80),
+# kind -> (what SGLang runs it with, the least compute capability and, where there is one, the most)
+_KERNELS: dict[str, tuple[str, int, int | None]] = {
+    "bf16": ("dense GEMM, Triton for experts", 75, None),
+    "fp16": ("dense GEMM, Triton for experts", 75, None),
+    "fp32": ("cast to the model's dtype when loaded", 75, None),
+    "fp8_block": ("block FP8 (DeepGEMM, CUTLASS or Triton), Triton for experts", 80, None),
+    "fp8_channel": ("FP8 GEMM with token and channel scales, Triton for experts", 89, None),
+    "fp8_tensor": ("FP8 GEMM, Triton for experts", 80, None),
+    "int8_channel": ("Int8 GEMM with token and channel scales, Triton for experts", 75, 90),
+    "int8_block": ("block Int8 on Triton", 80, None),
+    "gptq_int4": ("Marlin", 80, None),
+    "gptq_int8": ("Marlin", 80, None),
+    "awq_int4": ("Marlin", 80, None),
+    "ct_int4": ("Marlin", 80, None),
+    "ct_int8": ("Marlin", 80, None),
 }
 
 
-_MOST = {"int8_channel": 90}
-"""Where it is not every one above."""
-
-
 def _formats(gpu: Gpu | None) -> Iterator[Finding]:
-    for kind, (kernel, _) in _KERNELS.items():
+    for kind, (kernel, _, _) in _KERNELS.items():
         unfit = _unfit(kind, gpu)
         yield Finding("warn", kind, f"{kernel}: {unfit}") if unfit else Finding("ok", kind, f"{kernel}, {_needs(kind)}")
 
 
 def _needs(kind: str) -> str:
-    least, most = _KERNELS[kind][1], _MOST.get(kind)
+    _, least, most = _KERNELS[kind]
     return f"compute capability {least / 10} " + (f"to {most / 10}" if most else "and up")
 
 
 def _unfit(kind: str, gpu: Gpu | None) -> str:
     """Why a GPU has no kernel for a format; empty where it has one."""
-    if gpu is None or kind not in _KERNELS or _KERNELS[kind][1] <= gpu.capability <= _MOST.get(kind, 1000):
+    if gpu is None or kind not in _KERNELS:
+        return ""
+    _, least, most = _KERNELS[kind]
+    if least <= gpu.capability <= (most or gpu.capability):
         return ""
     return f"needs {_needs(kind)}, this GPU has {gpu.capability / 10}"
 

@@ -67,11 +67,13 @@ def initialize_model(
     launch.check_arguments()
     # SGLang's loader has its own place for what it fetches with --download-dir.
     elsewhere = fetch is not None and load_config.download_dir is not None
-    held = loader.holdings(folder, manifest, fetch, merged=load_config.load_format == "auto" and not elsewhere)
+    held = None
+    if not elsewhere:
+        held = loader.holdings(folder, manifest, fetch, merged=load_config.load_format == "auto")
 
     def leave_to_sglang(reason: str) -> None:
         if fetch is None or layout_of(manifest) == "presplit":  # from the hub it fetches merged files itself
-            loader.require_merged(folder, manifest, reason)
+            loader.require_merged(folder, manifest, reason, on_hub=fetch is not None)
 
     if held is not None:
         quant_config.padded = held.padded

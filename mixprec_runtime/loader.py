@@ -35,6 +35,7 @@ from mixprec_build.rankfiles import (
     changed_headers,
     contents,
     open_rank,
+    parse_folder,
     read_rank,
     whole,
 )
@@ -103,7 +104,7 @@ def holdings(
             return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
         if merged and layout_of(manifest) != "presplit":
             if fetch is not None:
-                names = deque(name for name in manifest["files"] if name.endswith((".json", ".safetensors")))
+                names = deque(["config.json", "model.safetensors.index.json", *merged_files(manifest)])
                 names.rotate(-rank)  # each rank begins with another, and finds what others have fetched
                 fetch(names)
             return _share(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
@@ -189,21 +190,26 @@ def _changed(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
     return f"{file}: its header was changed after building"
 
 
-def require_merged(folder: Path, manifest: Mapping[str, Any], because: str) -> None:
+def require_merged(folder: Path, manifest: Mapping[str, Any], because: str, *, on_hub: bool = False) -> None:
     """Raises ``RuntimeError`` where this run needs the merged files, and they are not there."""
     dropped = layout_of(manifest) == "presplit"
     missing = [name for name in merged_files(manifest) if dropped or not (folder / name).exists()]
     if not missing:
         return
-    degrees = sorted({name.split("/")[1] for name in manifest.get("presplit", {})})
-    have = f"it has files cut for {', '.join(degrees)}" if degrees else "it has no files cut for ranks"
-    remedy = "bring the merged files, and `mixprec split` them for this run"
-    if dropped:
-        remedy = f"restore the merged files with `mixprec split {folder} --layout both`"
-    raise RuntimeError(
-        f"{folder}: {missing[0]} is not there, and {because}; {have}. Start SGLang with the --tp and --ep-size of "
-        f"one of these, or {remedy}"
-    )
+    degrees = sorted({degree for degree, _ in filter(None, map(parse_folder, manifest.get("presplit", {})))}, key=str)
+    have, remedies = "it has no files cut for ranks", []
+    if degrees:
+        have = f"it has files cut for {', '.join(map(str, degrees))}"
+        remedies.append(f"start SGLang with {' or '.join(f'`{degree.options}`' for degree in degrees)}")
+    if not dropped:
+        remedies.append("bring the merged files, and `mixprec split` them for this run")
+    elif on_hub:
+        remedies.append(
+            "download the whole repository, and restore its merged files with `mixprec split --layout both`"
+        )
+    else:
+        remedies.append(f"restore the merged files with `mixprec split {folder} --layout both`")
+    raise RuntimeError(f"{folder}: {missing[0]} is not there, and {because}; {have}: {', or '.join(remedies)}")
 
 
 def this_run() -> str:

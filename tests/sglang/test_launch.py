@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from harness import Changed, load, make, rank_of, serve, server_args, sources
 from mixes import MIXES, Expected, mix
+
+from mixprec_build.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -79,6 +82,18 @@ def test_experts_are_not_counted_where_they_move(folder: Path, monkeypatch: pyte
     make(path)
     with pytest.raises(RuntimeError, match="leave out --enable-eplb, --ep-num-redundant-experts and"):
         make(path, init_expert_location="file.json")
+
+
+def test_shared_experts_in_another_format_are_not_fused(folder: Path) -> None:
+    from mixprec_runtime.config import MixPrecConfig
+
+    checkpoint = mix(folder, "deepseek")
+    config = MixPrecConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
+    formats = config.bind(read_manifest(checkpoint)["modules"])
+    routed, shared = (formats[f"model.layers.1.mlp.{name}.gate_proj"] for name in ("experts.0", "shared_experts"))
+    config._check_fused_shared_experts("model.layers.1.mlp", {routed.fuses_as, shared.fuses_as})
+    with pytest.raises(ValueError, match=r"shared experts are in another format .* --disable-shared-experts-fusion"):
+        config._check_fused_shared_experts("model.layers.1.mlp", {routed.fuses_as})
 
 
 def test_a_draft_model_that_mixprec_did_not_build_is_told_apart() -> None:

@@ -336,10 +336,14 @@ def test_a_buffer_is_not_used_again_before_it_was_copied(
 def test_a_run_that_no_files_are_for_is_told_which_there_are(folder: Path, tmp_path: Path) -> None:
     out = shutil.copytree(mix(folder, "qwen3"), tmp_path / "out")
     split(out, Degree(4), ranks=[0])
+    split(out, Degree(2, 1, 2))
     split(out, Degree(2), layout="presplit")
     with rank_of(1, 4), pytest.raises(RuntimeError) as raised:
         make(out)
-    assert "this run is tp4-ep1; it has files cut for tp2-ep1, tp4-ep1" in str(raised.value)
+    assert "this run is tp4-ep1; it has files cut for tp2-ep1, tp2-ep1-dp2, tp4-ep1: start SGLang with" in str(
+        raised.value
+    )
+    assert "`--tp 2` or `--tp 2 --dp 2 --enable-dp-attention` or `--tp 4`" in str(raised.value)
     assert f"restore the merged files with `mixprec split {out} --layout both`" in str(raised.value)
     with rank_of(0, 4):
         make(out)

@@ -76,13 +76,13 @@ def sources_of(plan: Plan, pattern: str) -> set[str]:
     return {module.source for name, module in plan.modules.items() if re.search(pattern, name)}
 
 
-def ends(base: Path) -> tuple[int, int]:
+def ends(base: Path, **asked: Any) -> tuple[int, int]:
     """The bytes of the smallest mix and of the largest."""
     with pytest.raises(BudgetError) as caught:
-        chosen(base, 1)
+        chosen(base, 1, **asked)
     found = re.search(r"allow is ([\d,]+) bytes", str(caught.value))
     assert found is not None
-    return int(found[1].replace(",", "")), chosen(base, 1 << 40).nbytes
+    return int(found[1].replace(",", "")), chosen(base, 1 << 40, **asked).nbytes
 
 
 # The best there is
@@ -225,7 +225,7 @@ def test_what_cannot_be_cut_for_the_bases_ranks_is_not_offered(tmp_path: Path) -
     assert (plan.recipe.tp, plan.recipe.layout, plan.recipe.shard_size) == ((2, 4), "presplit", 2_000_000)
     assert set(plan.presplit) == {"tp2-ep1", "tp4-ep1"}
     assert sources_of(plan, "o_proj") == {"bf16"} and sources_of(plan, "mlp") == {"int4"}
-    assert "because" not in recipe_text(suggestion, tmp_path)
+    assert "# 2 of them: no other source can give it: from `fp8`: tp 4: " in recipe_text(suggestion, tmp_path)
     (reason,) = {group.reason for group in suggestion.groups if group.column == "self_attn.o_proj"}
     assert "from `fp8`: tp 4: self_attn.o_proj (fp8_block): a rank's heads have 64 of its 256 columns" in reason
     base.write_text(base.read_text().replace("tp: [2, 4], layout: presplit", "tp: 2"))
@@ -252,9 +252,7 @@ def test_experts_of_one_format_have_the_same_dtypes_where_they_are_cut(tmp_path:
     assert sources_of(plan, r"layers\.0\..*experts") <= {"half", "fp8"}
     assert sources_of(plan, r"layers\.1\..*experts") == {"bf16"}
     pins.append(("model.layers.0.mlp.experts.1.*", "bf16"))
-    with pytest.raises(
-        RecipeError, match=r"has other dtypes than `.*give --pin \"model.layers.0.mlp.experts.\*: SOURCE"
-    ):
+    with pytest.raises(RecipeError, match=r"has other dtypes than `.*pin all of model.layers.0.mlp.experts"):
         chosen(base, 1 << 40, pins=pins)
     base.write_text(base.read_text().replace("output: {tp: 2}", ""))
     plan = written(chosen(base, 1 << 40, pins=pins), tmp_path)
@@ -554,3 +552,28 @@ def test_qwen3_235b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.99 * 140e9 < suggestion.nbytes <= 140e9
     assert suggestion.solution.gap < 1e-4
     assert file_bytes(written(suggestion, tmp_path)) == suggestion.nbytes
+
+
+def test_experts_of_a_source_in_two_formats_are_offered_under_tp(tmp_path: Path) -> None:
+    """Each is looked at alone, without the others of its layer."""
+    write_tiny(tmp_path / "bf16", QWEN3_MOE, "bf16")
+    write_tiny(tmp_path / "mix", QWEN3_MOE, "gptq_int4", skip=["*.experts.0.*"])
+    base = tmp_path / "base.yaml"
+    least = []
+    for more in ("", "output: {tp: 2}\n"):
+        base.write_text(f"model: bf16\nsources: {{bf16: bf16, mix: mix}}\n{more}")
+        least.append(ends(base)[0])
+        plan = written(chosen(base, least[-1]), tmp_path)
+        assert {plan.modules[n].source for n in plan.modules if ".experts.3." in n} == {"mix"}
+    assert least[0] == least[1]
+
+
+def test_shared_experts_are_as_small_as_their_smallest_part(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "bf16", DEEPSEEK, "bf16")
+    skip = ["*.shared_experts.gate_proj", "*.shared_experts.up_proj", "*.self_attn.*"]
+    write_tiny(tmp_path / "mix", DEEPSEEK, "gptq_int4", skip=skip)
+    base = tmp_path / "base.yaml"
+    base.write_text("model: bf16\nsources: {bf16: bf16, mix: mix}\n")
+    for floors, sources in (([], {"mix"}), ([("*.shared_experts.*", "fp8")], {"bf16"})):
+        plan = written(chosen(base, ends(base, floors=floors)[0], floors=floors), tmp_path)
+        assert {plan.modules[n].source for n in plan.modules if ".shared_experts.down_proj" in n} == sources
