@@ -47,8 +47,8 @@ DTYPE_BITS: Mapping[str, int] = {
 # The library's own cap is 100 MB; a million one-byte tensors fit in 69 MB and cost it seconds and a GiB.
 MAX_HEADER_BYTES = 32 << 20
 _MAX_TENSORS = 300_000
-MOST_TENSORS = 100_000
-"""Written to one file, whose header then has some 20 MB."""
+MOST_TENSORS = 150_000
+"""Written to one file, whose header then has some 26 MB."""
 _MAX_JSON_VALUES = 4_000_000  # a tensor takes 13
 _MAX_FILE_BYTES = 256 << 20
 _PAGE = 4096
