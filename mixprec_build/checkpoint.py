@@ -250,10 +250,10 @@ class ValueReader:
             path = self._checkpoints[checkpoint].storage.cached(tensor.file)
             self._open[key] = None if path is None else open_regular(path)
         fd = self._open[key]
-        ahead = self._checkpoints[checkpoint].values.get(tensor.name)
-        if fd is None and ahead is not None:
-            return np.frombuffer(ahead, dtype=numpy_dtype(tensor.dtype))
-        if fd is None or not tensor.nbytes:
+        if fd is None:
+            ahead = self._checkpoints[checkpoint].values.get(tensor.name)
+            return None if ahead is None else np.frombuffer(ahead, dtype=numpy_dtype(tensor.dtype))
+        if not tensor.nbytes:
             return None
         path_text = self._checkpoints[checkpoint].path_of(tensor.file)
         want = min(tensor.nbytes, self.LIMIT)

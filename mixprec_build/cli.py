@@ -351,8 +351,8 @@ def suggest(
 ) -> None:
     """Choose a source for every module: the least error within a budget. Writes a recipe."""
     from .activity import read_activity
-    from .allocate import Request
     from .allocate import suggest as run
+    from .choices import Request
     from .distortion import DistortionCache, Moments, default_cache
     from .recipe import load_recipe, parse_size
     from .report import show_suggestion
@@ -452,7 +452,7 @@ def _plan(recipe: Path, allow: list[Allowed], link: bool, layout: Layout | None 
 
 
 def _show_plan_notes(plan: Plan, as_json: bool, told: Plan | None = None) -> None:
-    """Those that ``told`` did not have, too."""
+    """Prints them, but for those that ``told`` has, too."""
     if as_json:
         return
     for note in plan.notes:

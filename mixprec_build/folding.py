@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from .model import fused_groups, layer_prefix, norms_before, scaled_before
 from .patterns import compress
-from .servable import Mend, Problems, can_give, origin
+from .servable import Mend, Problems, by_votes, can_give, origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,13 +166,12 @@ class Folding:
 
     def _mend(self, about: list[PlannedModule], block: list[PlannedModule]) -> tuple[Mend, list[str]]:
         """All of ``block`` from one source; norms and routers follow where no line says otherwise."""
-        votes = [module.source for module in block]
-        for source in sorted(self._sources.by_name, key=lambda name: -votes.count(name)):
-            change = [(m.name, m.rule) for m in block if m.source != source]
-            lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source}
-            if (change or lines) and can_give(self._sources.by_name[source], block):
+        for source in by_votes(block, self._sources):
+            change = [(m.name, m.rule) for m in block if m.source != source.name]
+            lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source.name}
+            if (change or lines) and can_give(source, block):
                 self._mended.update(module.name for module in block)
-                mend, others = Mend.of(source, change)
+                mend, others = Mend.of(source.name, change)
                 return Mend(mend.source, mend.rules, tuple(lines)), others
         return Mend(None), []
 

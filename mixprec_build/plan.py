@@ -441,7 +441,7 @@ class _Planner:
             elif not self.won[i]:
                 self.notes.append(f"{rule} never wins: later or exact lines decide all it matches")
             for number, pattern in rule.pattern.greatest() if self.matched[i] else ():
-                if not any(map(pattern.matches, self.roles)):
+                if not any(map(pattern.matches, reversed(self.roles))):  # great numbers are at the end
                     self.notes.append(f"{rule}: nothing there has the number {number}")
 
     def left_out(self, modules: Mapping[str, PlannedModule]) -> Iterable[LeftOut]:

@@ -222,6 +222,8 @@ class Splitter:
     """Whether each replica of attention has all of ``lm_head`` (``--enable-dp-lm-head``)."""
     part: bool = False
     """Whether ``modules`` are some of a checkpoint's only: experts may be missing, and no degrees are advised."""
+    singles: list[str] = field(init=False, default_factory=list)
+    """The modules that are of no expert."""
     experts: dict[str, list[tuple[str, str, str]]] = field(init=False, default_factory=dict)
     """``...experts`` -> gate, up and down of each, in order."""
     shares: dict[str, Share] = field(init=False, default_factory=dict)
@@ -249,9 +251,8 @@ class Splitter:
     def parameters(self, rank: int) -> list[Parameter]:
         """All that ``rank`` holds, in checkpoint order."""
         out: list[Parameter] = []
-        singles = [name for name in self.modules if not _EXPERT.fullmatch(name)]
         tied = self.config.get("tie_word_embeddings") and "model.embed_tokens" in self.modules
-        for joined, members in joined_groups(singles).items():
+        for joined, members in joined_groups(self.singles).items():
             if not (tied and joined == "lm_head"):
                 cuts = [self._cut(name, rank) for name in members]
                 self._check_tile(joined, cuts)
@@ -289,6 +290,8 @@ class Splitter:
             found = _EXPERT.fullmatch(name)
             if found:
                 stored.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = name
+            else:
+                self.singles.append(name)
         for prefix, by_number in stored.items():
             for number in range(len(by_number)):
                 if number not in by_number and not self.part:

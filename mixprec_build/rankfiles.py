@@ -52,6 +52,7 @@ __all__ = [
     "RankIndex",
     "Reader",
     "changed_headers",
+    "check_headers",
     "checksum_on_disk",
     "contents",
     "damage",
@@ -449,15 +450,21 @@ def changed_headers(index: RankIndex) -> list[Path]:
     return changed
 
 
+def check_headers(index: RankIndex) -> None:
+    """Raises :class:`VerifyError` for the first of :func:`changed_headers`."""
+    for path in changed_headers(index):
+        raise VerifyError(f"{path}: its header was changed after it was written; {index.remedy}")
+
+
 def damage(folder: Path, name: str, listed: Mapping[str, Any]) -> str | None:
     """Why the files in ``name`` are not those that the manifest lists, as far as the index, headers and sizes tell."""
     try:
         index = read_index(folder, name, listed)
         open_rank(index)
-        changed = changed_headers(index)
+        check_headers(index)
     except (SourceError, VerifyError) as error:
         return str(error)
-    return f"{changed[0]}: its header was changed after it was written; {index.remedy}" if changed else None
+    return None
 
 
 def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:

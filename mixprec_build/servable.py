@@ -7,6 +7,7 @@ would fail at start-up, or worse, load and answer nonsense.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ __all__ = [
     "Mend",
     "Problem",
     "Problems",
+    "by_votes",
     "can_give",
     "check_same_weights",
     "check_servable",
@@ -262,9 +264,14 @@ def _common_source(
     parts: Sequence[PlannedModule], sources: Sources, expert: bool, other_than: str | None = None
 ) -> str | None:
     """A source that could give all of ``parts`` in one servable format: the commonest among them first."""
-    votes = [part.source for part in parts]
-    order = sorted(sources.by_name, key=lambda name: -votes.count(name))
-    return next((n for n in order if n != other_than and _gives_one_gemm(sources.by_name[n], parts, expert)), None)
+    others = [source for source in by_votes(parts, sources) if source.name != other_than]
+    return next((source.name for source in others if _gives_one_gemm(source, parts, expert)), None)
+
+
+def by_votes(parts: Iterable[PlannedModule], sources: Sources) -> list[Source]:
+    """All sources, the commonest among ``parts`` first."""
+    votes = Counter(part.source for part in parts)
+    return sorted(sources.by_name.values(), key=lambda source: -votes[source.name])
 
 
 def _gives_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: bool) -> bool:
@@ -321,9 +328,7 @@ def _check_shared_experts(
             return False
         return _shared_experts_limit(*(source.format_of(part.name) for part in (parts[0], down))) is None
 
-    votes = [part.source for part in trio]
-    order = sorted(sources.by_name, key=lambda source: -votes.count(source))
-    chosen = next((source for source in order if fits(sources.by_name[source])), None)
+    chosen = next((source.name for source in by_votes(trio, sources) if fits(source)), None)
     text = f"{_described(parts[0].format)} from {origin(parts[0])}: {limit}"
     problems.soft([part.name for part in trio], text, *_mend(chosen, [p for p in trio if p.source != chosen]))
 

@@ -176,8 +176,8 @@ class _Split:
         whole_ranks = self._whole_ranks()
         if layout == "presplit":
             complete(self._folder, [*whole_ranks, *names])
-        experts = any(role_by_name(name) is Role.EXPERT for name in self._source.checkpoint.modules)
-        if degree is not None and degree.ep > 1 and not experts:
+        roles = map(role_by_name, self._source.checkpoint.modules)
+        if degree is not None and degree.ep > 1 and Role.EXPERT not in roles:
             raise SplitError(f"{self._folder}: its model has no experts; leave out --ep")
         splitter = None if degree is None else splitter_of(self._source, degree)
         missing = [rank for rank, name in zip(wanted, names, strict=True) if name not in whole_ranks]

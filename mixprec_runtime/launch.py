@@ -29,8 +29,7 @@ def check_mixed_experts() -> None:
 def check_counted_experts() -> None:
     """For expert activity, of any model. Raises ``RuntimeError`` with the flags to change."""
     args = _server_args()
-    moved = getattr(args, "enable_eplb", False) or getattr(args, "ep_num_redundant_experts", 0)
-    if moved or getattr(args, "init_expert_location", "trivial") != "trivial":
+    if _moves_experts(args) or _places_experts(args):
         raise RuntimeError(
             "expert activity is counted by where experts lie: leave out --enable-eplb, --ep-num-redundant-experts and "
             "--init-expert-location while MIXPREC_EXPERT_ACTIVITY is set"
@@ -62,6 +61,14 @@ def _server_args() -> Any:
 
 def _asks_for_lora(args: Any) -> bool:
     return bool(getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None))
+
+
+def _moves_experts(args: Any) -> bool:
+    return bool(getattr(args, "enable_eplb", False) or getattr(args, "ep_num_redundant_experts", 0))
+
+
+def _places_experts(args: Any) -> bool:
+    return bool(getattr(args, "init_expert_location", "trivial") != "trivial")
 
 
 def _raise(problems: list[str]) -> None:
@@ -108,12 +115,12 @@ def mixed_problems(args: Any) -> list[str]:
     problems = []
     if getattr(args, "moe_runner_backend", "auto") != "auto":
         problems.append(f"--moe-runner-backend {args.moe_runner_backend} is one kernel for all formats; leave it out")
-    if getattr(args, "enable_eplb", False) or getattr(args, "ep_num_redundant_experts", 0):
+    if _moves_experts(args):
         problems.append(
             "--enable-eplb and --ep-num-redundant-experts move experts between places of one format; leave them out "
             "while experts of a layer differ"
         )
-    if getattr(args, "init_expert_location", "trivial") != "trivial":
+    if _places_experts(args):
         problems.append("--init-expert-location places experts elsewhere than the checkpoint; leave it out")
     if _asks_for_lora(args):
         problems.append("--enable-lora and --lora-paths know experts of one format only; leave them out")

@@ -32,7 +32,7 @@ from mixprec_build.rankfiles import (
     INDEX,
     FileReader,
     Reader,
-    changed_headers,
+    check_headers,
     contents,
     open_rank,
     parse_folder,
@@ -91,22 +91,20 @@ def holdings(
         return None
     try:
         own = degree.folder(rank)
-        if fetch is not None and own in manifest.get("presplit", {}):
-            fetch([f"{own}/{INDEX}"])
+        bring: Fetch = fetch or (lambda _: None)
+        if own in manifest.get("presplit", {}):
+            bring([f"{own}/{INDEX}"])
         index = read_rank(folder, manifest, degree, rank)
         if index is not None:
-            if fetch is not None:
-                fetch([f"{own}/{file}" for file in index.files])
+            bring([f"{own}/{file}" for file in index.files])
             files = index.folder
-            for path in changed_headers(index):
-                raise VerifyError(f"{path}: its header was changed after it was written; {index.remedy}")
+            check_headers(index)
             stored = _with_head({name: _stored(tensor) for name, tensor in open_rank(index).items()})
             return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
         if merged and layout_of(manifest) != "presplit":
-            if fetch is not None:
-                names = deque(["config.json", "model.safetensors.index.json", *merged_files(manifest)])
-                names.rotate(-rank)  # each rank begins with another, and finds what others have fetched
-                fetch(names)
+            names = deque(["config.json", "model.safetensors.index.json", *merged_files(manifest)])
+            names.rotate(-rank)  # each rank begins with another, and finds what others have fetched
+            bring(names)
             return _share(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
         return None
     except MixprecError as error:

@@ -14,6 +14,8 @@ from mixprec_build.formats.base import Format
 from mixprec_build.patterns import natural_key
 from mixprec_build.servable import some
 
+from .native import format_of
+
 __all__ = ["check_placement", "get_mixed_precision_memory_stats", "measure", "serve"]
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def measure(model: Module) -> dict[str, Any]:
     dense = 0
     seen: set[tuple[int, int]] = set()
     for path, module in model.named_modules():
-        fmt: Format | None = getattr(getattr(module, "quant_method", None), "mixprec_format", None)
+        fmt = format_of(module)
         layer = _LAYER.search(f"{path}.")
         for name, parameter in module.named_parameters(recurse=False):
             place = (parameter.data_ptr(), parameter.numel())

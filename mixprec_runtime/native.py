@@ -32,7 +32,13 @@ from mixprec_build.formats.int8 import Int8
 
 from . import fixes, reference
 
-__all__ = ["NativeFormat", "sglang_config"]
+__all__ = ["NativeFormat", "format_of", "sglang_config"]
+
+
+def format_of(layer: torch.nn.Module) -> Format | None:
+    """The format that :class:`NativeFormat` gave a layer's method; None for a layer without such a method."""
+    fmt: Format | None = getattr(getattr(layer, "quant_method", None), "mixprec_format", None)
+    return fmt
 
 
 def sglang_config(fmt: Format) -> QuantizationConfig | None:

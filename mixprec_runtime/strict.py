@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from mixprec_build.formats.base import Format
 from mixprec_build.patterns import compress
 from mixprec_build.servable import some
+
+from .native import format_of
 
 __all__ = ["CASTS", "DTYPES", "Ledger", "LoadError", "here", "load_strictly", "may_be_empty"]
 
@@ -239,7 +240,7 @@ def may_be_empty(model: Module) -> Callable[[str], bool]:
     inputs in order, which files may leave out."""
     ordered = set()
     for path, module in model.named_modules():
-        fmt: Format | None = getattr(getattr(module, "quant_method", None), "mixprec_format", None)
+        fmt = format_of(module)
         if fmt is not None and fmt.scattered:
             ordered.add(path)
 

@@ -36,7 +36,8 @@ from evaluate import load  # noqa: E402
 from serving import quantize  # noqa: E402
 
 from mixprec_build.activity import Activity, balance_of  # noqa: E402
-from mixprec_build.allocate import Group, Request, Suggestion, suggest  # noqa: E402
+from mixprec_build.allocate import Suggestion, suggest  # noqa: E402
+from mixprec_build.choices import Group, Request  # noqa: E402
 from mixprec_build.distortion import DistortionCache, Moments  # noqa: E402
 from mixprec_build.objective import Objective  # noqa: E402
 from mixprec_build.recipe import load_recipe  # noqa: E402

@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 
 from mixprec_build import allocate
 from mixprec_build.activity import Activity
-from mixprec_build.allocate import Request, Suggestion, suggest
+from mixprec_build.allocate import Suggestion, suggest
 from mixprec_build.build import plan_recipe
+from mixprec_build.choices import Request
 from mixprec_build.cli import app
 from mixprec_build.distortion import Distortion, DistortionCache
 from mixprec_build.errors import BudgetError, OutputError, RecipeError, RefusedError, SourceError, StatsError
