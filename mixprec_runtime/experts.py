@@ -2,15 +2,15 @@
 
 The experts of each format are a group: a FusedMoE of their own, whose weights SGLang's method for the format
 creates, loads, repacks and runs. To its group an expert has a number from 0 up; routed ids of other groups become
--1, which is how SGLang marks experts of other expert-parallel ranks, so every kernel skips them. Each group runs on
-all tokens, and the outputs are summed.
+-1, which is how SGLang marks experts of other expert-parallel ranks, so every kernel skips them. Where SGLang runs all
+groups on kernels that :mod:`mixprec_runtime.chains` knows, they compute the layer together; elsewhere each group's
+method runs on all tokens, and the outputs are summed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +21,6 @@ from sglang.srt.utils import is_cpu
 from torch.nn import ModuleList, Parameter
 
 from mixprec_build.formats.base import Format
-from mixprec_build.formats.scaled import Scaled
 from mixprec_build.model import expert_groups
 
 from . import routing
@@ -92,6 +91,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         for expert, (g, i) in place.items():
             numbers[g, here[expert]] = i
         layer.register_buffer("group_numbers", numbers.to(next(layer.parameters()).device), persistent=False)
+        layer.chains = None  # known once the layer runs
         self._register_doors(layer, place)
 
     def _refuse(self, layer: FusedMoE, extra: Mapping[str, Any]) -> None:
@@ -178,87 +178,21 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         if not len(hidden_states):  # not all of SGLang's runners take none
             return StandardCombineInput(hidden_states=torch.empty_like(hidden_states))
-        few = routing.are_few(topk.topk_ids)
-        ids = None if few else routing.numbers_in_groups(topk.topk_ids, layer.group_numbers)
-        unsummed = [routing.Unsummed() for _ in layer.groups]
-        together = routing.can_sum(len(layer.groups), topk.topk_ids)
-
-        def run(number: int) -> torch.Tensor:
-            group = layer.groups[number]
-            numbers = torch.empty_like(topk.topk_ids, dtype=torch.int32) if ids is None else ids[number]
-            mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
-            with ExitStack() as stack:
-                stack.enter_context(_tiles_of_the_layer(layer, group, len(hidden_states)))
-                if ids is None:
-                    stack.enter_context(routing.aligning(topk.topk_ids, layer.group_numbers[number], numbers))
-                if together:
-                    stack.enter_context(unsummed[number])
-                out: torch.Tensor = group.quant_method.apply(group, mine).hidden_states
-                return out
-
-        outputs = list(self._outputs(len(layer.groups), run))
-        if not outputs:
+        if not len(layer.groups):
             return StandardCombineInput(hidden_states=torch.zeros_like(hidden_states))
-        # Some runners sum as they multiply.
-        kept = [number for number, group in enumerate(unsummed) if group.rows is not None]
-        parts = [output for number, output in enumerate(outputs) if number not in kept]
-        if kept:
-            numbers = torch.stack([layer.group_numbers[n] for n in kept]) if parts else layer.group_numbers
-            parts.append(routing.sum_rows([unsummed[n] for n in kept], topk.topk_ids, numbers))
-        return StandardCombineInput(hidden_states=routing.add_up(parts))
+        if not is_cpu() and not torch.compiler.is_compiling():
+            from . import chains
 
-    def _outputs(self, groups: int, run: Any) -> Iterator[torch.Tensor]:
-        """The groups' outputs; in a CUDA graph they are computed side by side, since each alone leaves a GPU idle."""
-        if groups < 2 or is_cpu() or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
-            yield from map(run, range(groups))
-            return
-        main = torch.cuda.current_stream()
-        beside = [_side_stream(number) for number in range(1, groups)]
-        results = {}
-        for number, stream in enumerate(beside, start=1):
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                results[number] = run(number)
-        results[0] = run(0)
-        for stream in beside:
-            main.wait_stream(stream)
-        yield from (results[number] for number in range(groups))
-
-
-@lru_cache
-def _side_stream(number: int) -> torch.cuda.Stream:
-    """One for all layers, which run one after the other."""
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _tiles_of_the_layer(layer: FusedMoE, group: ExpertGroup, tokens: int) -> Iterator[None]:
-    """Lets the Triton runner choose its tiles as for the whole layer.
-
-    It chooses by how many experts and tokens it sees. A group sees all tokens, of which it gets a share only: the
-    tokens that each of its experts gets are as many as in a layer of all the experts, and so are the best tiles.
-    Files of tuned tiles, too, exist for whole layers.
-    """
-    weights = group._parameters
-    if is_cpu() or "w13_weight" not in weights:
-        yield
-        return
-    from sglang.srt.layers.moe.moe_runner.triton_utils import override_config
-    from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config import try_get_optimal_moe_config
-
-    fmt = group.quant_config.format
-    scaled = isinstance(fmt, Scaled)
-    tiles = try_get_optimal_moe_config(
-        (layer.num_local_experts, *weights["w13_weight"].shape[1:]),
-        (layer.num_local_experts, *weights["w2_weight"].shape[1:]),
-        layer.top_k,
-        f"{fmt.word}_w8a8" if scaled else None,
-        tokens,
-        block_shape=list(fmt.block) if scaled and fmt.block else None,
-        per_channel_quant=scaled and fmt.granularity == "channel",
-    )
-    with override_config(tiles):
-        yield
+            if layer.chains is None:
+                layer.chains = chains.chains(layer, dispatch_output)
+            if layer.chains:
+                return StandardCombineInput(hidden_states=chains.run(layer, hidden_states, topk))
+        ids = routing.numbers_in_groups(topk.topk_ids, layer.group_numbers)
+        outputs = []
+        for group, numbers in zip(layer.groups, ids, strict=True):
+            mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
+            outputs.append(group.quant_method.apply(group, mine).hidden_states)
+        return StandardCombineInput(hidden_states=routing.add_up(outputs))
 
 
 @contextmanager

@@ -102,89 +102,93 @@ def test_ids_become_those_of_each_group() -> None:
     assert numbers_in_groups(ids, table).tolist() == [[[1, -1], [0, -1]], [[-1, 0], [-1, -1]]]
 
 
-ALIGN = """
+SORT = """
 import torch
-from mixprec_runtime.routing import align
+from mixprec_runtime.routing import sort
 
 generator = torch.Generator().manual_seed(0)
-numbers = torch.full((25,), -1, dtype=torch.int32)
-numbers[5:15] = torch.randperm(10, generator=generator)
-for tokens, block in ((1, 8), (1, 16), (3, 8), (16, 8), (16, 16), (15, 64)):
-    ids = torch.rand(tokens, 24, generator=generator).argsort(1)[:, :8].int()
-    ids[0, :: tokens + 1] = -1
-    out = torch.empty_like(ids)
-    positions, experts, count = align(ids, numbers, out, block)
-    due = numbers[ids.long()]
-    assert torch.equal(out, due)
-    padded, of_blocks = [], []
-    for expert in due.unique().tolist():
-        its = (due.flatten() == expert).nonzero().flatten().tolist()
-        blocks = -(-len(its) // block)
-        padded += its + [ids.numel()] * (blocks * block - len(its))
-        of_blocks += [expert] * blocks
-    assert count.tolist() == [len(padded)]
-    assert positions[: len(padded)].tolist() == padded and experts[: len(of_blocks)].tolist() == of_blocks
+shapes = [(1, 8, 24), (3, 8, 24), (16, 8, 24), (15, 6, 40), (17, 8, 24), (300, 8, 40), (600, 8, 24), (4500, 8, 24)]
+for tokens, top_k, experts in shapes:
+    for blocks in ((8, 64, 16), (16, 16, 128), (64, 48, 16)):
+        group_of = torch.randint(4, (experts,), generator=generator)  # 3: another rank's
+        numbers = torch.full((3, experts + 1), -1, dtype=torch.int32)
+        sizes = []
+        for group in range(3):
+            mine = (group_of == group).nonzero().flatten()
+            numbers[group, mine] = torch.randperm(len(mine), generator=generator).int()
+            sizes.append(len(mine))
+        ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k].int()
+        ids[group_of[ids] == 3] = -1
+        if tokens == 300:
+            ids = ids[:1].expand(300, -1)  # all to the same few
+        for group, route in enumerate(sort(ids, numbers, sizes, blocks)):
+            due = numbers[group, ids.long()].flatten()
+            assert torch.equal(route.numbers, due) and route.block == blocks[group]
+            assert not route.locks.any()
+            count, where = route.count.item(), route.positions
+            assert len(where) % route.block == 0 and count <= len(where)
+            at = 0
+            for expert in sorted(set(due.tolist()) - {-1}):
+                its = (due == expert).nonzero().flatten().tolist()
+                padded = -(-len(its) // route.block) * route.block
+                assert sorted(where[at : at + len(its)].tolist()) == its
+                assert (where[at + len(its) : at + padded] == ids.numel()).all()
+                assert (route.experts[at // route.block : (at + padded) // route.block] == expert).all()
+                at += padded
+            assert count == at
 """
 
 
-def test_few_ids_are_numbered_and_sorted_at_once() -> None:
-    """As SGLang's moe_align_block_size documents its result; the Triton kernel is interpreted here."""
-    done = run_python(ALIGN, TRITON_INTERPRET="1")
+def test_ids_are_numbered_and_sorted_for_all_groups_at_once() -> None:
+    """As SGLang's moe_align_block_size documents its result, without what is not of the group; the Triton kernels are
+    interpreted here."""
+    done = run_python(SORT, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+COMPILE = """
+import inspect
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mixprec_runtime import routing
+
+dtypes = {"rows": "*bf16", "factor": "fp32"}
+for kernel in (routing._sort_few, routing._sort_some, routing._count, routing._lay_out, routing._scatter, routing._sum):
+    names = list(inspect.signature(kernel.fn).parameters)
+    fixed = {name: 8 if name == "TOP_K" else 128 for name in names if name.isupper()}
+    tensors = {"ids", "numbers", "out", "positions", "experts", "counts", "locks", "free", "found"}
+    types = {name: dtypes.get(name, "*i32" if name in tensors else "i32") for name in names}
+    if kernel is routing._sum:
+        types["out"] = "*bf16"
+    signature = types | dict.fromkeys(fixed, "constexpr")
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in fixed.items()})
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+def test_the_kernels_compile_for_hopper() -> None:
+    """What the interpreter lets pass, the compiler may not."""
+    done = run_python(COMPILE)
     assert done.returncode == 0, done.stderr
 
 
 SUM = """
 import torch
-from mixprec_runtime.routing import Unsummed, sum_rows
+from mixprec_runtime.routing import sum_rows
 
 generator = torch.Generator().manual_seed(0)
-for groups, tokens, top_k, hidden in ((1, 1, 8, 300), (2, 5, 3, 64), (3, 2, 8, 700), (4, 130, 6, 520)):
-    numbers = torch.full((groups, 13), -1, dtype=torch.int32)
-    home = torch.randint(groups + 1, (12,), generator=generator)  # some experts are another rank's
-    for expert, group in enumerate(home.tolist()):
-        if group < groups:
-            numbers[group, expert] = expert
-    ids = torch.rand(tokens, 12, generator=generator).argsort(1)[:, :top_k].int()
-    ids[-1, 0] = -1
-    rows = torch.randn(groups, tokens, top_k, hidden, generator=generator)
-    mine = numbers[:, ids.long()] >= 0
-    rows[~mine] = torch.nan  # what memory held before
-    for factors in ([2.5] * groups, [2.5, *[1.0] * (groups - 1)]):
-        given = []
-        for one, factor in zip(rows, factors):
-            given.append(Unsummed())
-            given[-1].rows, given[-1].factor = one, factor
-        due = (rows.double().nan_to_num() * torch.tensor(factors).double()[:, None, None, None]).sum((0, 2))
-        torch.testing.assert_close(sum_rows(given, ids, numbers).double(), due, atol=1e-5, rtol=1e-5)
+for tokens, top_k, hidden in ((1, 8, 300), (5, 3, 64), (2, 8, 700), (130, 6, 520)):
+    ids = torch.randint(-1, 12, (tokens, top_k), generator=generator)
+    rows = torch.randn(tokens, top_k, hidden, generator=generator)
+    rows[ids < 0] = torch.nan  # what memory held before
+    due = rows.double().nan_to_num().sum(1) * 2.5
+    torch.testing.assert_close(sum_rows(rows, ids, 2.5).double(), due, atol=1e-5, rtol=1e-5)
 """
 
 
-def test_rows_are_summed_from_the_group_they_are_of() -> None:
+def test_rows_of_experts_elsewhere_are_not_summed() -> None:
     done = run_python(SUM, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr
-
-
-UNSUMMED = """
-import torch
-from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
-from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-from mixprec_runtime.routing import Unsummed
-
-names = ("moe_sum_reduce", "moe_sum_reduce_triton", "moe_sum_reduce_torch_compile")
-found = [(module, name) for module in (fused_marlin_moe, fused_moe) for name in names if hasattr(module, name)]
-assert {module for module, _ in found} == {fused_moe} or len(found) > 3
-before = [getattr(*place) for place in found]
-rows, out = torch.ones(2, 3, 4), torch.zeros(2, 4)
-for place in found:
-    with Unsummed() as kept:
-        getattr(*place)(rows, out, 2.0)
-    assert kept.rows is rows and kept.factor == 2.0 and not out.any()
-assert [getattr(*place) for place in found] == before
-"""
-
-
-def test_sglangs_runners_keep_what_they_would_sum() -> None:
-    done = run_python(UNSUMMED)
     assert done.returncode == 0, done.stderr
 
 
