@@ -119,7 +119,8 @@ def _experts_moved() -> bool:
     if metadata is None:
         return False
     experts = metadata.physical_to_logical_map_cpu
-    return not bool((experts == torch.arange(experts.shape[-1])).all())
+    # Models are made with their device as the default one.
+    return not bool((experts == torch.arange(experts.shape[-1], device=experts.device)).all())
 
 
 def _degree() -> Degree:

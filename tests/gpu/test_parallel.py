@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,10 @@ class Servers:
 
         self._answers[home, name] = self._pool.submit(run)
 
+    def end(self) -> None:
+        """Nobody waits for what did not start."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def answer(self, name: str, home: Path | None = None) -> dict[str, Any]:
         future = self._answers.get((home or self.merged, name))
         if future is None:
@@ -120,13 +124,19 @@ class Servers:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Servers:
-    return Servers(tmp_path_factory.mktemp("parallel"), SHAPE, {"alone": {}, **DEGREES, **WITHOUT_FILES}, "tp4", 23000)
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    runs = {"alone": {}, **DEGREES, **WITHOUT_FILES}
+    servers = Servers(tmp_path_factory.mktemp("parallel"), SHAPE, runs, "tp4", 23000)
+    yield servers
+    servers.end()
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Servers:
-    return Servers(tmp_path_factory.mktemp("narrow"), NARROW, {"alone": {}, "tp2": DEGREES["tp2"]}, "tp2", 25000)
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    runs = {"alone": {}, "tp2": DEGREES["tp2"]}
+    servers = Servers(tmp_path_factory.mktemp("narrow"), NARROW, runs, "tp2", 25000)
+    yield servers
+    servers.end()
 
 
 def divergence(answer: Mapping[str, Any], other: Mapping[str, Any]) -> float:

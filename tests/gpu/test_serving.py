@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,10 @@ class Server:
             self._running[key] = self._pool.submit(self._run, path, script, options, port)
         return self._running[key]
 
+    def end(self) -> None:
+        """Nobody waits for what did not start."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _run(self, path: Path, script: str, options: Mapping[str, Any], port: int) -> dict[str, Any]:
         engine = {
             "mem_fraction_static": 0.3,
@@ -131,7 +135,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Server:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("gpu"))
     # All at once, so that engines start side by side; the tests then wait for theirs.
     for item in request.session.items:
@@ -141,7 +145,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         elif chosen is not None and item.name.startswith("test_a_mix"):
             _mix(server, *MIXES[chosen.params["name"]])
             _native(server, MIXES[chosen.params["name"]][0])
-    return server
+    yield server
+    server.end()
 
 
 # Stock SGLang takes FP8 by channels with unquantized activations for Int4 (0.5.17), so that cannot be compared.

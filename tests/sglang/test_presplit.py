@@ -261,6 +261,13 @@ def test_experts_that_start_elsewhere_are_loaded_by_sglang(folder: Path, tmp_pat
         assert torch.equal(held[name], tensor.flip(0) if ".experts." in name else tensor), name
 
 
+def test_a_share_is_found_whatever_device_the_model_is_made_on(folder: Path) -> None:
+    """A device that nothing can be computed on."""
+    out, shape = mix(folder, "qwen3_moe"), MIXES["qwen3_moe"][0]
+    with experts_at([list(range(shape.experts))] * shape.layers), torch.device("meta"):
+        assert loader.holdings(out, read_manifest(out)) is not None
+
+
 @contextmanager
 def experts_at(places: list[list[int]]) -> Iterator[None]:
     from sglang.srt.eplb import expert_location
