@@ -2,11 +2,11 @@
 
     python tests/benchmarks/serving.py FOLDER
 
-Makes a Qwen3-30B-A3B cut to 8 layers in FOLDER, in block FP8 and GPTQ-Int4; serves both natively and compiled, a mix of
-them (16 FP8 and 112 Int4 experts in each layer) beside its parts, and, 16 layers deep, one with expert activity
-counted beside one without. `mix` or `counted` after FOLDER asks for one of the last two alone. Prints tokens a second
-with CUDA graphs, their ratio to those of the first line (the median of the ratios of each turn, and the smallest and
-the largest), seconds to load, and the bytes of the weights on the GPU.
+Makes a Qwen3-30B-A3B cut to 8 layers in FOLDER, in block FP8 and GPTQ-Int4, and serves both natively and compiled;
+then, cut to 10, a mix of them (16 FP8 and 112 Int4 experts in each layer) beside its parts, and beside itself with
+expert activity counted. `mix` after FOLDER asks for the second alone. Prints tokens a second with CUDA graphs, their
+ratio to those of the line that is named (the median of the ratios of each turn, and the smallest and the largest),
+seconds to load, and the bytes of the weights on the GPU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -56,7 +57,7 @@ def build(folder: Path, sources: dict[str, Path], name: str) -> Path:
 class Served:
     """One engine in a process of its own, which measures when it is told to."""
 
-    def __init__(self, path: Path, dtype: str, port: int, environment: dict[str, str]):
+    def __init__(self, path: Path, dtype: str, port: int, environment: Mapping[str, str]):
         options = {"dtype": dtype, "answer": False, "speed": True, "engine": {**ENGINE, "nccl_port": port}}
         command = [sys.executable, str(HERE.parent / "gpu" / "ask.py"), str(path), json.dumps(options)]
         own = {**os.environ, **environment}
@@ -89,25 +90,34 @@ class Served:
         return answer
 
 
-def compare(engines: Sequence[tuple[str, Path, dict[str, str]]], dtype: str, turns: int = 6) -> None:
-    """Engines (name, checkpoint, environment) side by side on one GPU, each measured in turn, so that what disturbs
-    one disturbs all."""
-    served = [
-        Served(path, dtype, 22000 + 20 * number, environment) for number, (_, path, environment) in enumerate(engines)
-    ]
-    for one in served:
+class Line(NamedTuple):
+    name: str
+    checkpoint: Path
+    beside: str
+    """The line that it is compared with."""
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+def compare(lines: Sequence[Line], dtype: str, turns: int = 6) -> None:
+    """Engines side by side on one GPU, each measured in turn, so that what disturbs one disturbs all."""
+    served = {
+        line.name: Served(line.checkpoint, dtype, 22000 + 20 * number, line.environment)
+        for number, line in enumerate(lines)
+    }
+    for one in served.values():
         one.wait()
-    measured: list[list[dict[str, float]]] = [[] for _ in served]
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in served}
     for number in range(turns):
-        order = range(len(served))
-        for each in order[:: -1 if number % 2 else 1]:
-            measured[each].append(served[each].turn())
-        for (name, _, _), rates in zip(engines, measured, strict=True):
-            print(f"turn {number}: {name:14s} {_shown(rates[-1:], measured[0][-1:])}", flush=True)
-    for (name, path, _), rates, one in zip(engines, measured, served, strict=True):
-        result = one.end()
+        for name in list(served)[:: -1 if number % 2 else 1]:
+            measured[name].append(served[name].turn())
+        for line in lines:
+            shown = _shown(measured[line.name][-1:], measured[line.beside][-1:])
+            print(f"turn {number}: {line.name:14s} {shown}", flush=True)
+    for name, path, beside, _ in lines:
+        result = served[name].end()
         loaded = f"load {result['startup']['load_weight']:.2f} s"
-        print(f"{name:14s} {dtype:9s} {_shown(rates, measured[0])}  {loaded}", flush=True)
+        shown = _shown(measured[name], measured[beside])
+        print(f"{name:14s} {dtype:9s} {shown} to {beside}, {loaded}", flush=True)
         if result["memory"]:
             modules = json.loads((path / "mixprec_manifest.json").read_text())["modules"].values()
             stored: Counter[str] = Counter()
@@ -123,11 +133,11 @@ def compare(engines: Sequence[tuple[str, Path, dict[str, str]]], dtype: str, tur
             )
 
 
-def _shown(rates: Sequence[dict[str, float]], first: Sequence[dict[str, float]]) -> str:
-    """Medians, and of the ratios to the same turns of the ``first`` engine the median, the least and the greatest."""
+def _shown(rates: Sequence[dict[str, float]], beside: Sequence[dict[str, float]]) -> str:
+    """Medians, and of the ratios to the same turns of the engine ``beside`` the median, the least and the greatest."""
     shown = []
     for what in rates[0]:
-        ratios = sorted(a[what] / b[what] for a, b in zip(rates, first, strict=True))
+        ratios = sorted(a[what] / b[what] for a, b in zip(rates, beside, strict=True))
         spread = f", {ratios[0]:.3f} to {ratios[-1]:.3f}" if len(ratios) > 1 else ""
         middle = statistics.median(rate[what] for rate in rates)
         shown.append(f"{what} {middle:7.0f} ({statistics.median(ratios):.3f}{spread})")
@@ -136,21 +146,19 @@ def _shown(rates: Sequence[dict[str, float]], first: Sequence[dict[str, float]])
 
 def main() -> None:
     folder, only = Path(sys.argv[1]), sys.argv[2:]
-    none: dict[str, str] = {}
-    if only != ["counted"]:
-        sources = write_sources(folder / "sources", SHAPE, ["fp8_block", "gptq_int4"])
-        out = {name: build(folder, sources, name) for name in RECIPES}
-        if only != ["mix"]:
-            compare([("native fp8", sources["fp8_block"], none), ("compiled fp8", out["fp8"], none)], "bfloat16")
-            # Stock GPTQ experts run in FP16 only; the mix and its parts are compared in BF16.
-            compare([("native int4", sources["gptq_int4"], none), ("compiled int4", out["int4"], none)], "half")
-        compare([(name, out[name], none) for name in RECIPES], "bfloat16")
+    formats = ["fp8_block", "gptq_int4"]
     if only != ["mix"]:
-        # Deep enough that the GPU, and not the host, is what decoding waits for.
-        deep = folder / "deep"
-        mix = build(deep, write_sources(deep / "sources", SHAPE.of(layers=16), ["fp8_block", "gptq_int4"]), "mix")
-        counted = {"MIXPREC_EXPERT_ACTIVITY": "1"}
-        compare([("mix", mix, none), ("mix, counted", mix, counted)], "bfloat16", turns=12)
+        sources = write_sources(folder / "sources", SHAPE, formats)
+        # Stock GPTQ experts run in FP16 only.
+        for name, source, dtype in (("fp8", "fp8_block", "bfloat16"), ("int4", "gptq_int4", "half")):
+            native = Line(f"native {name}", sources[source], f"native {name}")
+            compare([native, Line(f"compiled {name}", build(folder, sources, name), native.name)], dtype)
+    # Deep enough that decoding waits for the GPU, and not for the host, but at batch 1.
+    folder = folder / "deep"
+    sources = write_sources(folder / "sources", SHAPE.of(layers=10), formats)
+    lines = [Line(name, build(folder, sources, name), "fp8") for name in RECIPES]
+    counted = Line("mix, counted", lines[-1].checkpoint, "mix", {"MIXPREC_EXPERT_ACTIVITY": "1"})
+    compare([*lines, counted], "bfloat16", turns=8)
 
 
 if __name__ == "__main__":

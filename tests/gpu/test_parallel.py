@@ -124,17 +124,18 @@ class Servers:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    runs = {"alone": {}, **DEGREES, **WITHOUT_FILES}
-    servers = Servers(tmp_path_factory.mktemp("parallel"), SHAPE, runs, "tp4", 23000)
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    runs = {"alone": {}, "tp2": DEGREES["tp2"]}
+    servers = Servers(tmp_path_factory.mktemp("narrow"), NARROW, runs, "tp2", 25000)
     yield servers
     servers.end()
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    runs = {"alone": {}, "tp2": DEGREES["tp2"]}
-    servers = Servers(tmp_path_factory.mktemp("narrow"), NARROW, runs, "tp2", 25000)
+def servers(narrow: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """All start at once."""
+    runs = {"alone": {}, **DEGREES, **WITHOUT_FILES}
+    servers = Servers(tmp_path_factory.mktemp("parallel"), SHAPE, runs, "tp4", 23000)
     yield servers
     servers.end()
 
