@@ -1,0 +1,231 @@
+"""The chains of a mixed layer with SGLang's GEMMs replaced by what they are documented to compute, row for row.
+
+SGLang's own are on GPUs (tests/gpu/test_experts.py); here it is seen, under each version, that they are called as they
+want to be, that rows go where they belong, and which layers chains are for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mixprec_runtime.cpu
+
+HIDDEN, COLUMNS, TOP_K = 64, 32, 3
+SIZES = (5, 3)
+
+
+# Triton asks for this as it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_with_tritons_interpreter runs it")
+pytestmark = pytest.mark.usefixtures("sglang")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it is")
+def test_with_tritons_interpreter() -> None:
+    """What needs the kernels that sort and sum."""
+    environment = {**mixprec_runtime.cpu.environment(), "TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "filterwarnings=default",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "rows_go",
+        __file__,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and "\n8 passed" in done.stdout, done.stdout[-6000:]
+
+
+class Method:
+    """As SGLang's methods: gives its runner what it knows of the weights."""
+
+    def __init__(self, backend: str, info: Any):
+        from sglang.srt.layers.moe import MoeRunnerConfig
+        from sglang.srt.layers.moe.moe_runner import MoeRunner
+        from sglang.srt.layers.moe.utils import MoeRunnerBackend
+
+        self.info, self.runner = info, MoeRunner(MoeRunnerBackend(backend), MoeRunnerConfig())
+
+    def apply(self, layer: Any, dispatch_output: Any) -> Any:
+        return self.runner.run(dispatch_output, self.info)
+
+
+def weights(experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(experts, 2 * COLUMNS, HIDDEN, generator=generator)
+    return up, torch.randn(experts, HIDDEN, COLUMNS, generator=generator)
+
+
+def layer_of(triton: Any, marlin: Any, **config: Any) -> Any:
+    """A layer of two groups, 9 experts on this rank, one of no group and the others in turn of the first and second."""
+    from sglang.srt.layers.moe import MoeRunnerConfig
+
+    numbers = torch.full((2, 10), -1, dtype=torch.int32)
+    numbers[0, torch.tensor([0, 2, 4, 6, 7])] = torch.arange(5, dtype=torch.int32)
+    numbers[1, torch.tensor([1, 3, 5])] = torch.arange(3, dtype=torch.int32)
+    kernel = SimpleNamespace(runner=Method("marlin", marlin).runner)
+    groups = [
+        SimpleNamespace(num_local_experts=5, quant_method=Method("triton", triton)),
+        SimpleNamespace(num_local_experts=3, quant_method=None, scheme=SimpleNamespace(kernel=kernel)),
+    ]
+    groups[1].quant_method = SimpleNamespace(apply=lambda layer, given: kernel.runner.run(given, marlin))
+    made = MoeRunnerConfig(activation="silu", is_gated=True, routed_scaling_factor=2.5, **config)
+    return SimpleNamespace(groups=groups, num_local_experts=9, moe_runner_config=made, group_numbers=numbers)
+
+
+def infos() -> tuple[Any, Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """What the two methods know, and the weights of the groups. Packed ones are only shapes: the stand-in looks them
+    up."""
+    from sglang.srt.layers.moe.moe_runner.marlin import MarlinMoeQuantInfo
+    from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
+
+    dense = [weights(size, seed) for seed, size in enumerate(SIZES)]
+    packed = torch.zeros(3, HIDDEN // 16, 4 * COLUMNS), torch.zeros(3, COLUMNS // 16, 2 * HIDDEN)
+    scales = torch.ones(3, 1, 2 * COLUMNS), torch.ones(3, 1, HIDDEN)
+    marlin = MarlinMoeQuantInfo(
+        w13_qweight=packed[0], w2_qweight=packed[1], w13_scales=scales[0], w2_scales=scales[1],
+        w13_g_idx_sort_indices=None, w2_g_idx_sort_indices=None, weight_bits=4,
+    )  # fmt: skip
+    return TritonMoeQuantInfo(w13_weight=dense[0][0], w2_weight=dense[0][1]), marlin, dense
+
+
+def dispatched(tokens: int) -> Any:
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    ids = torch.rand(tokens, 8, generator=generator).argsort(1)[:, :TOP_K].int()
+    ids[0, 0] = -1
+    return StandardDispatchOutput(
+        x, None, StandardTopKOutput(torch.rand(ids.shape, generator=generator), ids, x[:, :1])
+    )
+
+
+def product(given: Any, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, block: int, top_k: int) -> None:
+    """``given``: positions, experts, count, and the router's weights where rows are multiplied by them."""
+    positions, experts, count, weighted = given
+    rows = out.view(-1, weight.shape[1])
+    for start in range(0, int(count), block):
+        mine = positions[start : start + block].long()
+        mine = mine[mine < len(rows)]
+        value = x[mine // top_k] @ weight[experts[start // block]].t()
+        rows[mine] = value if weighted is None else value * weighted.flatten()[mine, None]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, torch.Tensor]], None]:
+    """Puts the stand-ins in place; ``packed``: the weights that Marlin's stand for, by their address."""
+    from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    from mixprec_runtime import chains
+
+    def like(original: Any, run: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return run(bound.arguments)
+
+        return stand_in
+
+    def gemm(a: dict[str, Any]) -> None:
+        assert not a["filter_expert"] and not any(a[flag] for flag in a if flag.startswith("use_"))
+        weighted = a["topk_weights"] if a["mul_routed_weight"] else None
+        given = a["sorted_token_ids"], a["expert_ids"], a["num_tokens_post_padded"], weighted
+        product(given, a["A"], a["B"], a["C"], a["config"]["BLOCK_SIZE_M"], a["top_k"])
+
+    def place(packed: dict[int, torch.Tensor]) -> None:
+        def marlin(a: dict[str, Any]) -> None:
+            weight = packed[a["b_q_weight"].data_ptr()]
+            assert (a["size_m"], a["size_k"]) == tuple(a["a"].shape) and a["size_n"] == weight.shape[1]
+            assert not a["is_ep"] and not a["workspace"].any()
+            weighted = a["topk_weights"] if a["mul_topk_weights"] else None
+            given = a["sorted_token_ids"], a["expert_ids"], a["num_tokens_post_padded"], weighted
+            product(given, a["a"], weight, a["c_or_none"], a["moe_block_size"], a["top_k"])
+
+        def activate(a: dict[str, Any]) -> None:
+            gate, up = a["input"].chunk(2, -1)
+            there = slice(None) if a["expert_ids"] is None else a["expert_ids"] >= 0
+            a["out"][there] = (F.silu(gate) * up)[there]
+
+        try:
+            from sglang.kernels.ops.activation.activation import silu_and_mul
+            from sglang.kernels.ops.moe.moe_wna16_marlin import moe_wna16_marlin_gemm
+        except ImportError:  # 0.5.15
+            from sglang.jit_kernel.activation import silu_and_mul
+            from sglang.jit_kernel.moe_wna16_marlin import moe_wna16_marlin_gemm
+        tiles = like(fused_moe.try_get_optimal_moe_config, lambda a: {"BLOCK_SIZE_M": 16, "num_stages": 2})
+        monkeypatch.setattr(fused_moe, "try_get_optimal_moe_config", tiles)
+        monkeypatch.setattr(fused_moe, "invoke_fused_moe_kernel", like(fused_moe.invoke_fused_moe_kernel, gemm))
+        monkeypatch.setattr(fused_moe, "silu_and_mul", like(silu_and_mul, activate), raising=False)
+        monkeypatch.setattr(
+            fused_marlin_moe, "moe_wna16_marlin_gemm", like(moe_wna16_marlin_gemm, marlin), raising=False
+        )
+        monkeypatch.setattr(fused_marlin_moe, "get_scalar_type", lambda bits, zeros, scales: (bits, zeros))
+        monkeypatch.setattr(chains, "_adds_atomically", lambda *_: True)
+
+    return place
+
+
+@interpreted
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7, 60, 1500])
+def test_rows_go_through_the_chain_of_their_group(
+    tokens: int, capturing: bool, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixprec_runtime import chains
+
+    triton, marlin, dense = infos()
+    kernels({marlin.w13_qweight.data_ptr(): dense[1][0], marlin.w2_qweight.data_ptr(): dense[1][1]})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(chains, "_side_by_side", lambda runs: [run() for run in reversed(runs)])
+    layer, given = layer_of(triton, marlin), dispatched(tokens)
+    layer.chains = chains.chains(layer, given)
+    assert [type(chain) for chain in layer.chains] == [chains.TritonChain, chains.MarlinChain]
+    out = chains.run(layer, given.hidden_states, given.topk_output)
+    due = torch.zeros_like(given.hidden_states, dtype=torch.float64)
+    x, topk = given.hidden_states.double(), given.topk_output
+    for group, (up, down) in enumerate(dense):
+        for expert, number in enumerate(layer.group_numbers[group].tolist()):
+            token, choice = ((topk.topk_ids == expert) & torch.tensor(number >= 0)).nonzero(as_tuple=True)
+            gate, value = (x[token] @ up[number].double().t()).chunk(2, -1)
+            part = (F.silu(gate) * value) @ down[number].double().t()
+            due.index_add_(0, token, 2.5 * part * topk.topk_weights[token, choice, None].double())
+    torch.testing.assert_close(out.double(), due, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "config"),
+    [
+        ({"b13": torch.zeros(1)}, {}),
+        ({"use_int4_w4a16": True}, {}),
+        ({"use_mxfp8": True}, {}),
+        ({}, {"gemm1_alpha": 1.7, "gemm1_clamp_limit": 7.0}),
+    ],
+)
+def test_layers_that_chains_are_not_for(change: dict[str, Any], config: dict[str, Any]) -> None:
+    from mixprec_runtime import chains
+
+    triton, marlin, _ = infos()
+    given = dispatched(2)
+    assert len(chains.chains(layer_of(triton, marlin), given)) == 2
+    assert chains.chains(layer_of(replace(triton, **change), marlin, **config), given) == []
+    assert chains.chains(layer_of(triton, replace(marlin, w13_bias=torch.zeros(1))), given) == []
