@@ -16,7 +16,7 @@ from .distortion import Moments
 from .errors import RecipeError, RefusedError, SplitError
 from .folding import Folding
 from .formats.registry import ALIASES
-from .model import Role, fused_groups, is_expert, layer_prefix, place_of
+from .model import Role, fused_groups, gemms, is_expert, layer_prefix, place_of
 from .objective import Objective
 from .patterns import Pattern, PatternError, compress
 from .plan import PlannedModule, plan_modules
@@ -259,10 +259,16 @@ class Choices:
         homes: dict[tuple[str, object], tuple[str, object]], name: str, parts: Sequence[PlannedModule]
     ) -> str | None:
         """The source of an expert in the same layer and format with other dtypes; ``homes`` has the first of each."""
-        dtypes = frozenset((p.format.held_as(leaf), t.info.dtype) for p in parts for leaf, t in p.tensors.items())
-        key = (name.rpartition(".")[0], parts[0].format.fuses_as)
-        source, taken = homes.setdefault(key, (parts[0].source, dtypes))
-        return None if taken == dtypes else source
+        by_name, found = {part.name: part for part in parts}, {}
+        for gemm, members in gemms(by_name).items():
+            mine = [by_name[member] for member in members]
+            dtypes = frozenset((p.format.held_as(leaf), t.info.dtype) for p in mine for leaf, t in p.tensors.items())
+            key = (f"{name.rpartition('.')[0]}.{gemm.rpartition('.')[2]}", mine[0].format.fuses_as)
+            found[key] = (mine[0].source, dtypes)
+            if homes.get(key, found[key])[1] != dtypes:
+                return homes[key][0]
+        homes |= {key: home for key, home in found.items() if key not in homes}
+        return None
 
     # Pins and floors
 

@@ -10,15 +10,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 __all__ = [
     "ATTENTION_REPLICAS",
     "FAMILIES",
+    "ExpertGroup",
     "Model",
     "Role",
     "expert_groups",
     "expert_parts",
     "fused_groups",
+    "gemms",
+    "is_down",
     "is_expert",
     "joined_groups",
     "layer_prefix",
@@ -159,12 +163,50 @@ def joined_groups(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
-def expert_groups(formats: Mapping[int, object], here: Iterable[int]) -> list[list[int]]:
-    """The experts of one layer on one rank, by format, in the order that formats come up."""
-    groups: dict[object, list[int]] = {}
+def gemms(names: Iterable[str]) -> dict[str, list[str]]:
+    """As :func:`fused_groups`, with the gate and up of an expert apart from its down, under ``...experts.7.w13`` and
+    ``.w2``: what must be in one format."""
+    groups: dict[str, list[str]] = {}
+    for name, members in fused_groups(names).items():
+        if not is_expert(name):
+            groups[name] = members
+            continue
+        for member in members:
+            groups.setdefault(f"{name}.{'w2' if is_down(member) else 'w13'}", []).append(member)
+    return groups
+
+
+def is_down(name: str) -> bool:
+    """Whether a module is a down projection."""
+    return name.rpartition(".")[2] in ("down_proj", "w2")
+
+
+class ExpertGroup(NamedTuple):
+    """The experts of one layer on one rank whose gate and up, and whose down, are in one format."""
+
+    ups: list[int]
+    downs: list[int]
+
+
+def expert_groups(formats: Mapping[int, tuple[object, object]], here: Iterable[int]) -> list[ExpertGroup]:
+    """The experts of one layer on one rank by format, in the order that formats come up; ``formats`` are those of gate
+    and up, and of down.
+
+    Where these are not the same experts, they are two groups: SGLang's layers hold as many of the one as of the other.
+    """
+    ups: dict[object, list[int]] = {}
+    downs: dict[object, list[int]] = {}
     for expert in here:
-        groups.setdefault(formats[expert], []).append(expert)
-    return list(groups.values())
+        for kind, of_kind, others in zip(formats[expert], (ups, downs), (downs, ups), strict=True):
+            of_kind.setdefault(kind, []).append(expert)
+            others.setdefault(kind, [])
+    groups = []
+    for kind, members in ups.items():
+        if members == downs[kind]:
+            groups.append(ExpertGroup(members, members))
+        else:
+            groups += [group for group in (ExpertGroup(members, []), ExpertGroup([], downs[kind])) if any(group)]
+    return groups
 
 
 def expert_parts(members: Iterable[str]) -> tuple[str, str, str] | None:
@@ -177,8 +219,8 @@ def expert_parts(members: Iterable[str]) -> tuple[str, str, str] | None:
 
 
 def is_expert(group: str) -> bool:
-    """Whether a name from :func:`fused_groups` is an expert's."""
-    return re.search(r"\.experts\.\d+$", group) is not None
+    """Whether a name from :func:`fused_groups` or :func:`gemms` is an expert's."""
+    return re.search(r"\.experts\.\d+(\.w13|\.w2)?$", group) is not None
 
 
 def place_of(name: str) -> tuple[int | None, str]:

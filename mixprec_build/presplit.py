@@ -446,17 +446,18 @@ class Splitter:
                 f"{prefix}: {len(stored)} experts cannot be shared by {self.degree.ep} expert-parallel ranks"
             )
         columns = (*share.of(rank % self.degree.moe_tp), share.held)
-        formats = {expert: self.modules[gate][0] for expert, (gate, _, _) in enumerate(stored)}
-        kinds = {expert: fmt.fuses_as for expert, fmt in formats.items()}
+        kinds: dict[int, tuple[object, object]] = {
+            expert: (self.modules[gate][0].fuses_as, self.modules[down][0].fuses_as)
+            for expert, (gate, _, down) in enumerate(stored)
+        }
         groups = expert_groups(kinds, range(ep * here, (ep + 1) * here))
-        mixed = len(set(kinds.values())) > 1
-        for number, members in enumerate(groups):
+        mixed = len({kind for both in kinds.values() for kind in both}) > 1
+        for number, (ups, downs) in enumerate(groups):
             home = f"{prefix}.groups.{number}" if mixed else prefix
-            fmt = formats[members[0]]
-            if self.degree.moe_tp > 1 and fmt.scattered:
-                raise SplitError(f"{prefix}: experts in act-order cannot be cut; use as many ep as tp ranks")
-            for weight, first, count in (("w13", 0, 2), ("w2", 2, 1)):
+            for weight, members, first, count in (("w13", ups, 0, 2), ("w2", downs, 2, 1)):
                 names = [name for expert in members for name in stored[expert][first : first + count]]
+                if self.degree.moe_tp > 1 and any(self.modules[name][0].scattered for name in names):
+                    raise SplitError(f"{prefix}: experts in act-order cannot be cut; use as many ep as tp ranks")
                 for held in self._leaves(prefix, names):
                     each = [held.tensors[i : i + count] for i in range(0, len(held.tensors), count)]
                     yield _stack_experts(f"{home}.{weight}_{held.name}", each, columns, held)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .formats.base import Format, FormatError
 from .manifest import CHECKSUM, MANIFEST, METHOD, layout_of, name_formats, read_manifest
-from .model import Role, place_of, role_of
+from .model import Role, is_down, place_of, role_of
 from .patterns import compress
 from .servable import half_only
 
@@ -187,17 +187,22 @@ def _facts(modules: Collection[_Module]) -> dict[str, Any]:
     }
 
 
-def _layer_map(modules: Iterable[_Module], names: Mapping[Format, str]) -> list[dict[str, Any]]:
-    """For each decoder layer, projection -> format name -> how many modules (experts count by expert)."""
+def _layer_map(modules: Collection[_Module], names: Mapping[Format, str]) -> list[dict[str, Any]]:
+    """For each decoder layer, projection -> format name -> how many modules; an expert counts once."""
     layers: dict[int, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    experts = [module for module in modules if module.role is Role.EXPERT]
+    ups = {m.name.rpartition(".")[0]: names[m.format] for m in experts if not is_down(m.name)}
     for module in modules:
         layer, projection = place_of(module.name)
         if layer is None or module.role.never_quantized:
             continue
-        column = layers[layer][projection]
-        # An expert is counted once, by its down projection.
-        if module.role is not Role.EXPERT or module.name.endswith(("down_proj", "w2")):
-            column[names[module.format]] += 1
+        fmt = names[module.format]
+        if module.role is Role.EXPERT:
+            if not is_down(module.name):
+                continue
+            up = ups.get(module.name.rpartition(".")[0], fmt)
+            fmt = fmt if up == fmt else f"{up} (down {fmt})"
+        layers[layer][projection][fmt] += 1
     return [
         {"layer": layer, "projections": {name: dict(counts) for name, counts in columns.items()}}
         for layer, columns in sorted(layers.items())

@@ -1,8 +1,8 @@
 """What SGLang could not serve, found before anything is written.
 
-SGLang runs q/k/v, gate/up and the three projections of an expert as one GEMM each, with one quantization
-method; its kernels have shape rules; and some modules have no quantized path. A mix that breaks one of these
-would fail at start-up, or worse, load and answer nonsense.
+SGLang runs q/k/v and gate/up as one GEMM each, with one quantization method; its kernels have shape rules; and some
+modules have no quantized path. A mix that breaks one of these would fail at start-up, or worse, load and answer
+nonsense.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .formats.base import Format
 from .formats.registry import ALIASES
 from .header import TensorInfo
-from .model import Role, expert_parts, fused_groups, is_expert
+from .model import Role, expert_parts, fused_groups, gemms, is_down, is_expert
 from .patterns import compress
 
 if TYPE_CHECKING:
@@ -145,12 +145,18 @@ def check_servable(
     """Adds to ``problems`` all that SGLang's layers would not run as planned."""
     mended = folding.check(modules, problems)
     quantized = any(module.format.quantized for module in modules.values())
-    for name, members in fused_groups(modules if quantized else ()).items():
+    fused = fused_groups(modules if quantized else ())
+    for name, members in gemms(modules if quantized else ()).items():
         parts = [modules[member] for member in members]
         if any(part.format.quantized for part in parts):
-            _check_group(name, parts, sources, reader, problems, mended)
+            around = (
+                [modules[member] for member in fused.get(name.rpartition(".")[0], ())] if is_expert(name) else parts
+            )
+            _check_gemm(name, parts, around, sources, reader, problems, mended)
             _check_never_quantized(parts, sources, problems)
             _check_shared_experts(name, parts, modules, sources, problems)
+    for name, members in fused.items():
+        _check_whole(name, [modules[member] for member in members], sources, problems)
     check_same_weights(modules, sources, folding, problems)
 
 
@@ -174,41 +180,59 @@ def half_only(modules: Mapping[str, tuple[Format, StoredModule]], config: Mappin
         )
 
 
-def _check_group(
+def _check_gemm(
     name: str,
     parts: list[PlannedModule],
+    around: Sequence[PlannedModule],
     sources: Sources,
     reader: ValueReader,
     problems: Problems,
     mended: Set[str],
 ) -> None:
-    """``mended`` are modules that another problem's mend gives one source: to mend them once more would undo it."""
-    expert = is_expert(name)
+    """``around``: all parts of the expert that these are of. ``mended`` are modules that another problem's mend gives
+    one source: to mend them once more would undo it."""
     if len({part.format.fuses_as for part in parts}) > 1:
-        what = "the projections of one expert" if expert else f"parts of {name.rpartition('.')[2]}, one GEMM in SGLang,"
+        what = "gate and up of one expert" if is_expert(name) else f"parts of {name.rpartition('.')[2]}"
         owners = "; ".join(f"{_last(part.name)} is {_described(part.format)} from {origin(part)}" for part in parts)
-        source = _common_source(parts, sources, expert)
+        source = _common_source(parts, sources, around)
         change = [part for part in parts if part.source != source]
-        text = f"{what} must share a format, but {owners}"
+        text = f"{what}, one GEMM in SGLang, must share a format, but {owners}"
         names = [part.name for part in parts]
         problems.soft(names, text, *(_mend(source, change) if mended.isdisjoint(names) else ()))
         return
-    for limit in _format_limits(parts, reader, expert):
-        source = _common_source(parts, sources, expert, other_than=parts[0].source)
-        text = f"{_described(parts[0].format)} from {origin(parts[0])}: {limit}"
-        problems.soft([part.name for part in parts], text, *_mend(source, parts))
+    for limit in _format_limits(name, parts, reader):
+        _refuse_all(parts, limit, sources, problems)
 
 
-def _format_limits(parts: Sequence[PlannedModule], reader: ValueReader, expert: bool) -> list[str]:
-    """Why SGLang could not run a fused group whose parts share a format."""
+def _check_whole(name: str, parts: list[PlannedModule], sources: Sources, problems: Problems) -> None:
+    limit = _missing(name, parts)
+    if limit is not None:
+        _refuse_all(parts, limit, sources, problems)
+
+
+def _refuse_all(parts: list[PlannedModule], limit: str, sources: Sources, problems: Problems) -> None:
+    source = _common_source(parts, sources, other_than=parts[0].source)
+    text = f"{_described(parts[0].format)} from {origin(parts[0])}: {limit}"
+    problems.soft([part.name for part in parts], text, *_mend(source, parts))
+
+
+def _missing(name: str, parts: Sequence[PlannedModule]) -> str | None:
+    """What a quantized expert lacks."""
+    names = [part.name for part in parts]
+    if not is_expert(name) or expert_parts(names) is not None or not any(part.format.quantized for part in parts):
+        return None
+    return f"an expert needs its gate, up and down projections, this one has {', '.join(map(_last, names))}"
+
+
+def _format_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader) -> list[str]:
+    """Why SGLang could not run a GEMM whose parts share a format."""
     fmt = parts[0].format
     holder = {tensor.info.name: tensor.source for part in parts for tensor in part.tensors.values()}
 
     def read(info: TensorInfo) -> np.ndarray | None:
         return reader.read(holder[info.name], info)
 
-    by_name = {part.name: part.stored for part in parts}
-    stored = [by_name[member] for member in (expert and expert_parts(by_name)) or by_name]
+    stored, expert = [part.stored for part in parts], is_expert(name)
     return [*_shape_limits(fmt, stored, expert), *fmt.value_limits(stored, read, experts=expert)]
 
 
@@ -225,12 +249,14 @@ def group_limits(parts: Sequence[PlannedModule], reader: ValueReader) -> list[st
     """Why SGLang could not run a group of :func:`decided_groups` that is made of ``parts``; empty where it can."""
     limits = [limit for part in parts if (limit := _role_limit(part.name, part.role, part.format)) is not None]
     by_name = {part.name: part for part in parts}
-    for name, members in fused_groups(by_name).items():
+    whole = ((name, [by_name[member] for member in members]) for name, members in fused_groups(by_name).items())
+    limits += [limit for name, fused in whole if (limit := _missing(name, fused)) is not None]
+    for name, members in gemms(by_name).items():
         fused = [by_name[member] for member in members]
         if len({part.format.fuses_as for part in fused}) > 1:
             limits.append(f"{', '.join(_described(part.format) for part in fused)} are no one format")
         elif fused[0].format.quantized:
-            limits += _format_limits(fused, reader, is_expert(name))
+            limits += _format_limits(name, fused, reader)
         down = by_name.get(_shared_down(name)) if name.endswith(_SHARED_GATE_UP) else None
         limit = down and _shared_experts_limit(fused[0].format, down.format)
         limits += [limit] if limit else []
@@ -240,7 +266,7 @@ def group_limits(parts: Sequence[PlannedModule], reader: ValueReader) -> list[st
 def fuse(parts: Iterable[PlannedModule]) -> bool:
     """Whether what SGLang fuses among ``parts`` is in one format."""
     by_name = {part.name: part.format.fuses_as for part in parts}
-    return all(len({by_name[member] for member in members}) == 1 for members in fused_groups(by_name).values())
+    return all(len({by_name[member] for member in members}) == 1 for members in gemms(by_name).values())
 
 
 def _mend(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Mend, list[str]]:
@@ -252,20 +278,21 @@ def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool) -> l
         return []
     if not expert:
         return fmt.linear_limits(parts)
-    by_name = {part.name: part for part in parts}
-    trio = expert_parts(by_name)
-    if trio is None:
-        missing = "gate, up and down projections"
-        return [f"an expert needs its {missing}, this one has {', '.join(_last(n) for n in by_name)}"]
-    return fmt.expert_limits(*(by_name[name] for name in trio))
+    size = fmt.shape(parts[0])
+    hidden, intermediate = size if is_down(parts[0].name) else reversed(size)
+    return fmt.expert_limits(parts, hidden, intermediate)
 
 
 def _common_source(
-    parts: Sequence[PlannedModule], sources: Sources, expert: bool, other_than: str | None = None
+    parts: Sequence[PlannedModule],
+    sources: Sources,
+    around: Sequence[PlannedModule] = (),
+    other_than: str | None = None,
 ) -> str | None:
-    """A source that could give all of ``parts`` in one servable format: the commonest among them first."""
-    others = [source for source in by_votes(parts, sources) if source.name != other_than]
-    return next((source.name for source in others if _gives_one_gemm(source, parts, expert)), None)
+    """A source that could give all of ``parts`` as SGLang can serve them: the commonest among them, or those
+    ``around``, first."""
+    others = [source for source in by_votes(around or parts, sources) if source.name != other_than]
+    return next((source.name for source in others if can_give(source, parts)), None)
 
 
 def by_votes(parts: Iterable[PlannedModule], sources: Sources) -> list[Source]:
@@ -287,7 +314,7 @@ def _gives_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: bool
 def can_give(source: Source, modules: Iterable[PlannedModule]) -> bool:
     """Whether all of ``modules`` could come from ``source`` and be served, whatever they are fused of."""
     by_name = {module.name: module for module in modules}
-    groups = fused_groups(by_name).items()
+    groups = gemms(by_name).items()
     return all(_gives_one_gemm(source, [by_name[n] for n in members], is_expert(group)) for group, members in groups)
 
 
@@ -302,7 +329,7 @@ def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, pro
     for module in parts:
         limit = _role_limit(module.name, module.role, module.format)
         if limit is not None:
-            source = _common_source(parts, sources, expert=False)  # for all: they must share a format still
+            source = _common_source(parts, sources)  # for all: they must share a format still
             text = f"{_described(module.format)} from {origin(module)}: {limit}"
             problems.soft([module.name], text, *_mend(source, [part for part in parts if part.source != source]))
 

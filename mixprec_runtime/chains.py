@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -26,7 +26,7 @@ from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from . import routing
 from .routing import Route
 
-__all__ = ["Chain", "chains", "run"]
+__all__ = ["Chain", "Chains", "activates", "of", "run"]
 
 
 # Routed ids: tokens times top-k.
@@ -169,14 +169,32 @@ def _adds_atomically(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.half or torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def chains(layer: Any, dispatch_output: Any) -> list[Chain]:
+class Chains(NamedTuple):
+    """Those of a layer: the ones that multiply by gate and up, and the ones that multiply by down. They are the same
+    where each expert is in one format."""
+
+    ups: list[Chain]
+    downs: list[Chain]
+
+    @property
+    def parted(self) -> bool:
+        return self.ups is not self.downs
+
+
+def of(layer: Any, dispatch_output: Any) -> Chains:
     """The chains of a layer's groups; none where a group runs on other kernels than these, or activates otherwise."""
-    config = layer.moe_runner_config
+    made = [(group.half, chain) for group in layer.groups if (chain := _chain(layer, group, dispatch_output))]
+    ups = downs = [chain for half, chain in made if half != "w2"]
+    if any(half for half, _ in made):
+        downs = [chain for half, chain in made if half != "w13"]
+    known = len(made) == len(layer.groups) and max(len(ups), len(downs)) <= routing.MOST_GROUPS
+    return Chains(ups, downs) if known and activates(layer.moe_runner_config) else Chains([], [])
+
+
+def activates(config: Any) -> bool:
+    """Whether chains activate as a layer with this runner's config does."""
     limits = config.gemm1_alpha, config.gemm1_clamp_limit
-    if config.activation != "silu" or not config.is_gated or limits != (None, None):
-        return []
-    made = [chain for group in layer.groups if (chain := _chain(layer, group, dispatch_output)) is not None]
-    return made if len(made) == len(layer.groups) <= routing.MOST_GROUPS else []
+    return config.activation == "silu" and bool(config.is_gated) and limits == (None, None)
 
 
 def _chain(layer: Any, group: Any, dispatch_output: Any) -> Chain | None:
@@ -216,34 +234,47 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
     """The layer's output for ``x``, both ``[tokens, hidden]``, of ``layer.chains``."""
     from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import silu_and_mul
 
-    each: list[Chain] = layer.chains
+    each: Chains = layer.chains
     ids = topk.topk_ids
     tokens, top_k = ids.shape
-    rows, columns = tokens * top_k, each[0].columns
-    tiles = [chain.tiles(x, top_k) for chain in each]
-    sizes, blocks = [chain.experts for chain in each], [one["BLOCK_SIZE_M"] for one in tiles]
-    routes = routing.sort(ids, layer.group_numbers, sizes, blocks)
-    work = list(zip(each, routes, tiles, strict=True))
+    rows, columns = tokens * top_k, each.ups[0].columns
+    ups = downs = _work(each.ups, x, ids, layer.up_numbers)
+    if each.parted:
+        downs = _work(each.downs, x, ids, layer.down_numbers)
     up, activated = x.new_empty((rows, 2 * columns)), x.new_empty((rows, columns))
     if torch.cuda.is_current_stream_capturing():
         down = x.new_empty((rows, x.shape[1]))
 
-        def of_one(chain: Chain, route: Route, how: dict[str, Any]) -> None:
-            chain.up(x, up, route, topk, how)
+        def whole(chain: Chain, route: Route, tiles: dict[str, Any]) -> None:
+            chain.up(x, up, route, topk, tiles)
             silu_and_mul(up, activated, expert_ids=route.numbers, expert_step=1)
-            chain.down(activated, down, route, topk, how)
+            chain.down(activated, down, route, topk, tiles)
 
-        _side_by_side([partial(of_one, *one) for one in work])
+        if each.parted:
+            _side_by_side([partial(chain.up, x, up, route, topk, tiles) for chain, route, tiles in ups])
+            silu_and_mul(up, activated)
+            _side_by_side([partial(chain.down, activated, down, route, topk, tiles) for chain, route, tiles in downs])
+        else:
+            _side_by_side([partial(whole, *one) for one in ups])
     else:
-        for chain, route, how in work:
-            chain.up(x, up, route, topk, how)
+        for chain, route, tiles in ups:
+            chain.up(x, up, route, topk, tiles)
         silu_and_mul(up, activated)
         del up  # with many tokens, these buffers are large
         down = x.new_empty((rows, x.shape[1]))
-        for chain, route, how in work:
-            chain.down(activated, down, route, topk, how)
+        for chain, route, tiles in downs:
+            chain.down(activated, down, route, topk, tiles)
     factor = layer.moe_runner_config.routed_scaling_factor or 1.0
     return routing.sum_rows(down.view(tokens, top_k, -1), ids, factor)
+
+
+def _work(
+    each: Sequence[Chain], x: torch.Tensor, ids: torch.Tensor, numbers: torch.Tensor
+) -> list[tuple[Chain, Route, dict[str, Any]]]:
+    """With each chain the rows that are its, and how its kernels cut their work."""
+    tiles = [chain.tiles(x, ids.shape[1]) for chain in each]
+    sizes, blocks = [chain.experts for chain in each], [one["BLOCK_SIZE_M"] for one in tiles]
+    return list(zip(each, routing.sort(ids, numbers, sizes, blocks), tiles, strict=True))
 
 
 def _side_by_side(runs: Sequence[Callable[[], None]]) -> None:

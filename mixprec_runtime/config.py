@@ -13,6 +13,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from mixprec_build.errors import SourceError
 from mixprec_build.formats.base import Format
 from mixprec_build.manifest import METHOD, Declaration
+from mixprec_build.model import is_down
 
 from . import launch, loader
 from .experts import MixedExpertsMethod
@@ -132,16 +133,18 @@ class MixPrecConfig(QuantizationConfig):
         return self.native[fmt or self.declaration.formats[self.declaration.default]]
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        formats: dict[int, Format] = {}
+        formats: dict[int, tuple[Format, Format]] = {}
         kinds: dict[object, Format] = {}  # BF16 and FP16 experts run together
         known: dict[Format, Format] = {}
         stored = self._experts.get(prefix) or self._experts.get(f"model.{prefix}", {})
         for expert, parts in sorted(stored.items()):
-            fmt = self._one_format(f"{prefix}.{expert}", {f"{prefix}.{expert}.{p}": f for p, f in parts.items()})
-            assert fmt is not None
-            if fmt not in known:
-                known[fmt] = kinds.setdefault(fmt.fuses_as, fmt)
-            formats[expert] = known[fmt]
+            for fmt in parts.values():
+                if fmt not in known:
+                    known[fmt] = kinds.setdefault(fmt.fuses_as, fmt)
+            self._one_format(f"{prefix}.{expert}", {p: fmt for p, fmt in parts.items() if not is_down(p)})
+            by_half = {is_down(part): known[fmt] for part, fmt in parts.items()}
+            some = next(iter(by_half.values()))
+            formats[expert] = by_half.get(False, some), by_half.get(True, some)
         if getattr(layer, "num_fused_shared_experts", 0):
             self._check_fused_shared_experts(prefix.rpartition(".")[0], kinds)
         if len(kinds) > 1:

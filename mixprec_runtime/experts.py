@@ -5,6 +5,9 @@ creates, loads, repacks and runs. To its group an expert has a number from 0 up;
 -1, which is how SGLang marks experts of other expert-parallel ranks, so every kernel skips them. Where SGLang runs all
 groups on kernels that :mod:`mixprec_runtime.chains` knows, they compute the layer together; elsewhere each group's
 method runs on all tokens, and the outputs are summed.
+
+Experts whose gate and up are in one format and whose down is in another are in two groups, each of which holds one half
+of their weights. Such groups have no output of their own: only chains compute them.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from sglang.srt.utils import is_cpu
 from torch.nn import ModuleList, Parameter
 
 from mixprec_build.formats.base import Format
+from mixprec_build.model import ExpertGroup as GroupMembers
 from mixprec_build.model import expert_groups
 
-from . import routing
+from . import chains, launch, reference, routing
 from .native import NativeFormat
 
 __all__ = ["ExpertGroup", "MixedExpertsMethod"]
@@ -40,6 +44,8 @@ class ExpertGroup(FusedMoE):
     """The experts of one format of one layer on this rank."""
 
     virtual_rank = True
+    half = ""
+    """``w13`` or ``w2`` where it has no more of its experts."""
 
     def weight_loader(
         self, param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int | None
@@ -54,12 +60,15 @@ class MixedExpertsMethod(FusedMoEMethodBase):
     """The method of a FusedMoE layer whose experts differ in format.
 
     Args:
-        formats: the format of each routed expert of the layer, by its number in the checkpoint.
+        formats: the formats of each routed expert of the layer, by its number in the checkpoint: of gate and up, and of
+            down.
         native: SGLang's configs of these formats.
         prefix: the layer's name.
     """
 
-    def __init__(self, formats: Mapping[int, Format], native: Mapping[Format, NativeFormat], prefix: str):
+    def __init__(
+        self, formats: Mapping[int, tuple[Format, Format]], native: Mapping[Format, NativeFormat], prefix: str
+    ):
         self._formats, self._native, self._prefix = formats, native, prefix
 
     def create_weights(
@@ -71,28 +80,50 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        self._refuse(layer, extra)
         here = {e: layer._map_global_expert_id_to_local_expert_id(e) for e in self._formats}
-        members = expert_groups(self._formats, [expert for expert, local in here.items() if local >= 0])
-        layer.groups = ModuleList(
-            self._group(
-                layer,
-                self._formats[experts[0]],
-                len(experts),
-                hidden_size,
-                intermediate_size_per_partition,
-                params_dtype,
+        groups = expert_groups(self._formats, [expert for expert, local in here.items() if local >= 0])
+        if any(ups != downs for ups, downs in groups):
+            self._refuse_parted(layer, groups)
+        self._refuse(layer, extra)
+        # Gate and up of an expert, and its down: the number of their group, and their number within it.
+        place: dict[tuple[str, int], tuple[int, int]] = {}
+        # A row for each group that has the one or the other: local id -> number in the group, or -1. The last column
+        # answers for an id of -1.
+        numbers: dict[str, list[list[int]]] = {"w13": [], "w2": []}
+        layer.groups = ModuleList()
+        for g, (ups, downs) in enumerate(groups):
+            for weight, members in (("w13", ups), ("w2", downs)):
+                row = [-1] * (num_experts + 1)
+                for i, expert in enumerate(members):
+                    place[weight, expert] = g, i
+                    row[here[expert]] = i
+                numbers[weight] += [row] if members else []
+            fmt = self._formats[ups[0]][0] if ups else self._formats[downs[0]][1]
+            made = self._group(
+                layer, fmt, len(ups or downs), hidden_size, intermediate_size_per_partition, params_dtype
             )
-            for experts in members
-        )
-        place = {expert: (g, i) for g, experts in enumerate(members) for i, expert in enumerate(experts)}
-        # A row for each group: local id -> number in the group, or -1. The last column answers for an id of -1.
-        numbers = torch.full((len(members), num_experts + 1), -1, dtype=torch.int32)
-        for expert, (g, i) in place.items():
-            numbers[g, here[expert]] = i
-        layer.register_buffer("group_numbers", numbers.to(next(layer.parameters()).device), persistent=False)
+            if ups != downs:
+                _keep_half(made, "w13" if ups else "w2")
+            layer.groups.append(made)
+        device = next(layer.parameters()).device
+        for name, rows in (("up_numbers", numbers["w13"]), ("down_numbers", numbers["w2"])):
+            layer.register_buffer(name, torch.tensor(rows, dtype=torch.int32, device=device), persistent=False)
         layer.chains = None  # known once the layer runs
         self._register_doors(layer, place)
+
+    def _refuse_parted(self, layer: FusedMoE, groups: list[GroupMembers]) -> None:
+        """What only chains compute, and they cannot."""
+        launch.check_parted_experts()
+        config, unfit = layer.moe_runner_config, ""
+        if not chains.activates(config):
+            unfit = f"do not go with its activation ({config.activation})"
+        if max(sum(map(bool, half)) for half in zip(*groups, strict=True)) > routing.MOST_GROUPS:
+            unfit = f"cannot be in more than {routing.MOST_GROUPS} formats"
+        if unfit:
+            raise ValueError(
+                f"{self._prefix}: experts whose gate and up are in another format than their down {unfit}; build the "
+                "checkpoint with the three in one"
+            )
 
     def _refuse(self, layer: FusedMoE, extra: Mapping[str, Any]) -> None:
         config = layer.moe_runner_config
@@ -136,7 +167,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         group.moe_runner_config.num_experts = experts + 1
         return group
 
-    def _register_doors(self, layer: FusedMoE, place: Mapping[int, tuple[int, int]]) -> None:
+    def _register_doors(self, layer: FusedMoE, place: Mapping[tuple[str, int], tuple[int, int]]) -> None:
         """Models look for parameters of the layer: empty ones pass on what they are given to the expert's group.
 
         There is one for every tensor of every format: Mixtral (models/mixtral.py:448) looks for those of experts of
@@ -148,17 +179,20 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             door.weight_loader = self._door(layer, name, place)  # type: ignore[attr-defined]
             layer.register_parameter(name, door)
 
-    def _door(self, layer: FusedMoE, name: str, place: Mapping[int, tuple[int, int]]) -> Any:
+    def _door(self, layer: FusedMoE, name: str, place: Mapping[tuple[str, int], tuple[int, int]]) -> Any:
+        weight = name.partition("_")[0]
+
         def load(_: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int) -> None:
-            if expert_id not in place:  # another rank's
+            if (weight, expert_id) not in place:  # another rank's
                 return
-            number, index = place[expert_id]
+            number, index = place[weight, expert_id]
             group = layer.groups[number]
             parameter = group._parameters.get(name)
             if parameter is None:
+                declared = self._formats[expert_id][weight == "w2"].kind
                 raise ValueError(
-                    f"{self._prefix}.{expert_id} is declared {self._formats[expert_id].kind}, and the checkpoint has a "
-                    f"tensor for {name} of it, which that format does not have"
+                    f"{self._prefix}.{expert_id} is declared {declared}, and the checkpoint has a tensor for {name} of "
+                    "it, which that format does not have"
                 )
             parameter.weight_loader(parameter, loaded_weight, weight_name, shard_id=shard_id, expert_id=index)
 
@@ -180,19 +214,58 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             return StandardCombineInput(hidden_states=torch.empty_like(hidden_states))
         if not len(layer.groups):
             return StandardCombineInput(hidden_states=torch.zeros_like(hidden_states))
-        if not is_cpu() and not torch.compiler.is_compiling():
-            from . import chains
-
+        if is_cpu():
+            if any(group.half for group in layer.groups):
+                return reference.parted_experts(layer, dispatch_output)
+        elif not torch.compiler.is_compiling():
             if layer.chains is None:
-                layer.chains = chains.chains(layer, dispatch_output)
-            if layer.chains:
+                layer.chains = chains.of(layer, dispatch_output)
+            if layer.chains.ups:
                 return StandardCombineInput(hidden_states=chains.run(layer, hidden_states, topk))
-        ids = routing.numbers_in_groups(topk.topk_ids, layer.group_numbers)
+        if any(group.half for group in layer.groups):
+            raise RuntimeError(
+                f"{self._prefix}: SGLang runs these experts on kernels that cannot multiply by gate and up alone; "
+                "build the checkpoint with gate, up and down of an expert in one format"
+            )
+        ids = routing.numbers_in_groups(topk.topk_ids, layer.up_numbers)
         outputs = []
         for group, numbers in zip(layer.groups, ids, strict=True):
             mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
             outputs.append(group.quant_method.apply(group, mine).hidden_states)
         return StandardCombineInput(hidden_states=routing.add_up(outputs))
+
+
+def _keep_half(group: ExpertGroup, weight: str) -> None:
+    """Lets a group have ``weight`` (``w13`` or ``w2``) of its experts only.
+
+    SGLang's methods make, process and hand out both: the other one is there while the method processes, as zeros, and
+    takes no memory before and after.
+    """
+    group.half = weight
+    method, other = group.quant_method, "w2_" if weight == "w13" else "w13_"
+    process = method.process_weights_after_loading
+
+    def take_out() -> dict[str, Parameter]:
+        """Their shapes stay, where nobody who looks for parameters sees them."""
+        names = [name for name, value in group._parameters.items() if name.startswith(other) and value is not None]
+        taken = {name: group._parameters.pop(name) for name in names}
+        for name, parameter in taken.items():
+            if parameter.numel():
+                parameter.data = parameter.new_zeros(1).expand(parameter.shape)
+            group.__dict__[name] = parameter.data
+        return taken
+
+    taken = take_out()
+
+    def process_weights_after_loading(layer: Any) -> None:
+        for name, parameter in taken.items():
+            del layer.__dict__[name]
+            parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            layer.register_parameter(name, parameter)
+        process(layer)
+        take_out()
+
+    method.process_weights_after_loading = process_weights_after_loading
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.scaled import Scaled
 
-__all__ = ["announce", "pretend_hopper", "stand_in", "unquantized_experts"]
+__all__ = ["announce", "parted_experts", "pretend_hopper", "stand_in", "unquantized_experts"]
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -142,7 +142,28 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _apply_experts(layer: Any, dispatch_output: Any) -> Any:
-    """A FusedMoE in plain torch. Ids outside ``[0, num_local_experts)`` are experts of other ranks.
+    """A FusedMoE in plain torch. Ids outside ``[0, num_local_experts)`` are experts of other ranks."""
+    return _multiply(layer, dispatch_output, lambda expert: (layer.w13_weight[expert], layer.w2_weight[expert]))
+
+
+def parted_experts(layer: Any, dispatch_output: Any) -> Any:
+    """A layer some of whose experts have gate and up in another group than down."""
+
+    def weight(expert: int, name: str, numbers: torch.Tensor) -> torch.Tensor:
+        groups = [group for group in layer.groups if group.half in ("", name)]
+        places = zip(groups, numbers[:, expert].tolist(), strict=True)
+        group, number = next(place for place in places if place[1] >= 0)
+        found: torch.Tensor = getattr(group, f"{name}_weight")[number]
+        return found
+
+    def both(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight(expert, "w13", layer.up_numbers), weight(expert, "w2", layer.down_numbers)
+
+    return _multiply(layer, dispatch_output, both)
+
+
+def _multiply(layer: Any, dispatch_output: Any, weights_of: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """``weights_of`` an expert on this rank are ``[2I, H]`` and ``[H, I]``.
 
     ``routed_scaling_factor`` is not applied: on a CPU, models multiply by it themselves (deepseek_v2.py:1011).
     """
@@ -155,7 +176,8 @@ def _apply_experts(layer: Any, dispatch_output: Any) -> Any:
     for expert in range(layer.num_local_experts):
         token, choice = (ids == expert).nonzero(as_tuple=True)
         if token.numel():
-            gate, up = F.linear(x[token], layer.w13_weight[expert]).chunk(2, dim=-1)
-            out = F.linear(activation(gate) * up, layer.w2_weight[expert])
+            w13, w2 = weights_of(expert)
+            gate, up = F.linear(x[token], w13).chunk(2, dim=-1)
+            out = F.linear(activation(gate) * up, w2)
             total.index_add_(0, token, out.float() * weights[token, choice, None].float())
     return StandardCombineInput(hidden_states=total.to(x.dtype))

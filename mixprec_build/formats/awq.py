@@ -123,8 +123,7 @@ class Awq(Format):
         n = sum(self.shape(part)[0] for part in parts)
         return self._kernel_limits() + linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
 
-    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
-        hidden, intermediate = self.shape(down)
+    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
         return self._kernel_limits() + expert_shape_limits(hidden, intermediate, self.group_size)
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:

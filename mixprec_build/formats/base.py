@@ -144,8 +144,9 @@ class Format(ABC):
         """Why SGLang runs a linear fused of ``parts`` with FP16 activations only; None where it does not matter."""
         return None
 
-    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
-        """Why SGLang cannot run an expert of these three projections, on one GPU."""
+    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
+        """Why SGLang cannot run those ``parts`` of an expert that are in this format, on one GPU: gate and up, down, or
+        all three."""
         return []
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:

@@ -346,12 +346,11 @@ class Packed(Format):
         n = sum(self.shape(part)[0] for part in parts)
         return limits + linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
 
-    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
+    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
         limits = self._kernel_limits()
         if not self.sym:
             # compressed_tensors_wNa16_moe.py reads zero points as AWQ packs them, and untransposed
             limits.append("asymmetric experts of compressed-tensors are misread by SGLang")
-        hidden, intermediate = self.shape(down)
         return limits + expert_shape_limits(hidden, intermediate, self.group_size)
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:

@@ -39,8 +39,8 @@ class Fp8(Scaled):
             limits += linear_shape_limits(n, self.shape(parts[0])[1], -1)
         return limits
 
-    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
-        limits = super(Fp8, self).expert_limits(gate, up, down)
+    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
+        limits = super(Fp8, self).expert_limits(parts, hidden, intermediate)
         if self.activations == "none":
             limits.append("experts in FP8 with unquantized activations have no SGLang method")
         return limits

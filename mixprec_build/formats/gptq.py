@@ -192,8 +192,7 @@ class Gptq(Format):
         whole = all(n % self.pack == 0 for n in outputs)
         return self.layout == "gptq" and whole and inputs % 32 == 0 and size % 32 == 0 and inputs % size == 0
 
-    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
-        hidden, intermediate = self.shape(down)
+    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
         return self._kernel_limits() + expert_shape_limits(hidden, intermediate, self.group_size)
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:

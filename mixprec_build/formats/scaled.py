@@ -189,10 +189,9 @@ class Scaled(Format):
             limits += self._scale_limits(part)
         return limits
 
-    def expert_limits(self, gate: StoredModule, up: StoredModule, down: StoredModule) -> list[str]:
-        limits = [limit for part in (gate, up, down) for limit in self._scale_limits(part)]
+    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
+        limits = [limit for part in parts for limit in self._scale_limits(part)]
         if self.block is not None:
-            hidden, intermediate = self.shape(down)
             # Fp8MoEMethod.create_weights, BlockInt8MoEMethod.create_weights
             if intermediate % self.block[0] or intermediate % self.block[1]:
                 limits.append(f"its intermediate size {intermediate} is no multiple of the block {list(self.block)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,9 @@ MIXES = [
     [("fp8_block", 16), ("gptq_int4", 112)],
     [("fp8_block", 64), ("gptq_int4", 64)],
     [("bf16", 4), ("fp8_block", 28), ("gptq_int4", 96)],
+    # Gate and up in the one format, down in the other.
+    [("fp8_block/gptq_int4", 128)],
+    [("gptq_int4/fp8_block", 112), ("fp8_block", 16)],
 ]
 TOKENS = (1, 8, 32, 128, 512, 4096)
 EXPERTS, TOP_K, REPEAT = 128, 8, 4
@@ -63,6 +66,12 @@ def row(groups: list[tuple[str, int]], hidden: int, intermediate: int) -> list[f
     return times
 
 
+def parts(native: Mapping[str, Sequence[float]], kind: str, at: int) -> float:
+    """What a native layer takes; gate and up are two thirds of an expert."""
+    up, _, down = kind.partition("/")
+    return (2 * native[up][at] + native[down or up][at]) / 3
+
+
 @torch.no_grad()
 def main() -> None:
     layers.start_sglang()
@@ -76,10 +85,10 @@ def main() -> None:
             print(f"{kind:40s}" + "".join(f"{time:9.1f}" for time in native[kind]), flush=True)
         for mix in MIXES:
             times = row(mix, hidden, intermediate)
-            due = [sum(native[kind][i] * count for kind, count in mix) / EXPERTS for i in range(len(TOKENS))]
+            due = [sum(parts(native, kind, i) * count for kind, count in mix) / EXPERTS for i in range(len(TOKENS))]
             name = " + ".join(f"{kind} {count}" for kind, count in mix)
             print(f"{name:40s}" + "".join(f"{time:9.1f}" for time in times))
-            ratios = "".join(f"{time / parts:9.2f}" for time, parts in zip(times, due, strict=True))
+            ratios = "".join(f"{time / each:9.2f}" for time, each in zip(times, due, strict=True))
             print(f"{'  ratio to its parts':40s}" + ratios, flush=True)
 
 

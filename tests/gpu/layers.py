@@ -81,6 +81,7 @@ def make_layer(
 
     from mixprec_runtime.config import MixPrecConfig
 
+    # "fp8_block/gptq_int4" is gate and up in the one format, and down in the other.
     kinds = [kind for kind, count in groups for _ in range(count)]
     if config is None:
         config = mixed_config(MixPrecConfig, kinds)
@@ -102,7 +103,8 @@ def make_layer(
     for expert, kind in enumerate(kinds):
         for shard, n, k in (("w1", intermediate, hidden), ("w3", intermediate, hidden), ("w2", hidden, intermediate)):
             weight = torch.randn(n, k, generator=generator, device=DEVICE) / k**0.5
-            tensors, weights[expert, shard] = quantize(weight, kind)
+            ups, _, downs = kind.partition("/")
+            tensors, weights[expert, shard] = quantize(weight, (downs or ups) if shard == "w2" else ups)
             for leaf, tensor in tensors.items():
                 name = f"{'w2' if shard == 'w2' else 'w13'}_{leaf}"
                 parameter = dict(layer.named_parameters())[name]
@@ -115,10 +117,14 @@ def make_layer(
 
 
 def mixed_config(config: Any, kinds: Sequence[str]) -> Any:
-    rules = tuple((Pattern(f"{PREFIX}.{expert}.*"), kind) for expert, kind in enumerate(kinds))
-    declaration = Declaration({kind: FORMATS[kind] for kind in dict.fromkeys(["bf16", *kinds])}, rules, "bf16")
-    made = config(declaration)
     parts = ("gate_proj", "up_proj", "down_proj")
+    rules = tuple(
+        (Pattern(f"{PREFIX}.{expert}.{part}"), kind.split("/")[-1 if part == "down_proj" else 0])
+        for expert, kind in enumerate(kinds)
+        for part in parts
+    )
+    used = dict.fromkeys(["bf16", *(kind for _, kind in rules)])
+    made = config(Declaration({kind: FORMATS[kind] for kind in used}, rules, "bf16"))
     made.bind([f"{PREFIX}.{expert}.{part}" for expert in range(len(kinds)) for part in parts])
     return made
 

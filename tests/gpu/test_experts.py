@@ -35,7 +35,9 @@ def sglang() -> Iterator[None]:
 
 def combinations() -> list[tuple[str, ...]]:
     packed = [(kind, "awq_int4", "ct_int4") for kind in KINDS[:8]]
-    return [*itertools.combinations(KINDS, 2), *itertools.combinations(KINDS[:8], 3), *packed]
+    # "a/b": gate and up in a, down in b.
+    parted = [(f"{up}/{down}", up) for up, down in itertools.permutations(KINDS, 2)]
+    return [*itertools.combinations(KINDS, 2), *itertools.combinations(KINDS[:8], 3), *packed, *parted]
 
 
 def routings(tokens: int, groups: int) -> dict[str, torch.Tensor]:
@@ -60,7 +62,8 @@ def test_a_mixed_layer_is_right(kinds: tuple[str, ...]) -> None:
     layer, dense = layers.make_layer(
         [(kind, EXPERTS // len(kinds)) for kind in kinds], hidden=HIDDEN, intermediate=INTERMEDIATE
     )
-    limit = max(ERRORS.get("fp8" if "fp8" in kind else kind, ERRORS["other"]) for kind in kinds)
+    each = [part for kind in kinds for part in kind.split("/")]
+    limit = max(ERRORS.get("fp8" if "fp8" in kind else kind, ERRORS["other"]) for kind in each)
     for tokens in TOKENS:
         for name, ids in routings(tokens, len(kinds)).items():
             ids = ids.cuda()
@@ -90,7 +93,7 @@ def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch:
 
     def split(self: config.MixPrecConfig, layer: object, prefix: str) -> object:
         halves = Half(), Half()
-        formats = {expert: halves[expert >= EXPERTS // 2] for expert in range(EXPERTS)}
+        formats = {expert: (halves[expert >= EXPERTS // 2],) * 2 for expert in range(EXPERTS)}
         return MixedExpertsMethod(formats, dict.fromkeys(halves, self.native[layers.FORMATS[kind]]), prefix)
 
     monkeypatch.setattr(config.MixPrecConfig, "_experts_method", split)

@@ -50,6 +50,11 @@ MIXES: Mapping[str, tuple[Shape, list[str]]] = {
         ["model.layers.*.mlp.experts.*: gptq_int4", "model.layers.*.mlp.experts.{0..7}.*: fp8_block",
          "model.layers.*.mlp.experts.{9,30}.*: bf16"],
     ),
+    "gate and up apart from down": (
+        MOE,
+        ["model.layers.*.mlp.experts.*: fp8_block", "model.layers.*.mlp.experts.{4..31}.down_proj: gptq_int4",
+         "model.layers.2.mlp.experts.{0..9}.*: gptq_int4"],
+    ),
     "llama": (LLAMA.of(**SIZES, intermediate=2048), ["*: fp8_block", "model.layers.1.*: gptq_int4"]),
     "awq and compressed-tensors": (
         DENSE,

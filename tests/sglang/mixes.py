@@ -86,6 +86,24 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.6.mlp.experts.5.*": "ct_int4",
         },
     ),
+    "parted": (  # gate and up of an expert in another format than its down
+        QWEN3_MOE.of(**_SIZES, layers=3),
+        {
+            "model.layers.0.mlp.experts.*": "fp8_block",
+            "model.layers.0.mlp.experts.*.down_proj": "gptq_int4",
+            "model.layers.1.mlp.experts.*": "gptq_int4_g64",
+            "model.layers.1.mlp.experts.{0..2}.down_proj": "fp8_block",
+            "model.layers.1.mlp.experts.4.*": "fp8_block",
+            "model.layers.1.mlp.experts.6.down_proj": "bf16",
+            "model.layers.1.mlp.experts.7.*": "fp8_channel",
+            "model.layers.1.mlp.experts.7.down_proj": "fp8_tensor",
+            "model.layers.2.mlp.experts.{1,2,7}.down_proj": "fp8_tensor",
+            "model.layers.2.mlp.experts.{3,4}.*": "ct_int4",
+            "model.layers.2.mlp.experts.3.down_proj": "int8_block",
+            "model.layers.2.mlp.experts.5.*": "int8_channel",
+            "model.layers.2.mlp.experts.5.down_proj": "gptq_int8",
+        },
+    ),
     "mixtral": (
         MIXTRAL.of(**_SIZES, layers=5),
         {
@@ -96,6 +114,7 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.3.block_sparse_moe.experts.*": "awq_int4",
             "model.layers.3.block_sparse_moe.experts.{1,6}.*": "fp8_block",
             "model.layers.4.block_sparse_moe.experts.*": "ct_int4",
+            "model.layers.2.block_sparse_moe.experts.2.w2": "fp8_channel",
         },
     ),
     "deepseek": (
@@ -221,13 +240,19 @@ class Expected:
         first = self._rank // (self._tp // self._ep) * each
         return list(range(first, first + each))
 
-    def groups(self, layer: str, *, everywhere: bool = False) -> dict[str, list[int]]:
-        """This rank's experts of a layer by their format, in the order of their numbers; or those of all ranks."""
-        groups: dict[str, list[int]] = {}
-        down = _EXPERT_PARTS.get(self.shape.family, _EXPERT_PARTS[""])["w2"][0]
+    def groups(self, layer: str, *, everywhere: bool = False) -> list[tuple[str, list[int], list[int]]]:
+        """This rank's experts of a layer, or those of all ranks, by format in the order of their numbers: the ones
+        whose gate and up are in it, and the ones whose down is, apart where they are not the same."""
+        halves: dict[str, tuple[list[int], list[int]]] = {}
+        parts = _EXPERT_PARTS.get(self.shape.family, _EXPERT_PARTS[""])
         for expert in range(self.shape.experts) if everywhere else self.local():
-            variant = self.variant(f"{layer}.{expert}.{down}")
-            groups.setdefault(_SAME.get(variant, variant), []).append(expert)
+            for half, weight in enumerate(("w13", "w2")):
+                variant = self.variant(f"{layer}.{expert}.{parts[weight][0]}")
+                halves.setdefault(_SAME.get(variant, variant), ([], []))[half].append(expert)
+        groups = []
+        for variant, (ups, downs) in halves.items():
+            apart = [(variant, ups, downs)] if ups == downs else [(variant, ups, []), (variant, [], downs)]
+            groups += [group for group in apart if group[1] or group[2]]
         return groups
 
     def parts(self, layer: str) -> list[str]:
@@ -238,11 +263,14 @@ class Expected:
     def linear(self, layer: str) -> dict[str, torch.Tensor]:
         return self._joined(self.parts(layer), layer.rpartition(".")[2], self._tp, self._rank)
 
-    def experts(self, layer: str, numbers: list[int]) -> dict[str, torch.Tensor]:
-        """Stacked tensors of these experts, which share a format."""
+    def experts(self, layer: str, ups: list[int], downs: list[int]) -> dict[str, torch.Tensor]:
+        """Stacked tensors of the gates and ups, and of the downs, of these experts, which share a format."""
         tp = self._tp // self._ep
         out = {}
         for weight, parts in _EXPERT_PARTS.get(self.shape.family, _EXPERT_PARTS[""]).items():
+            numbers = ups if weight == "w13" else downs
+            if not numbers:
+                continue
             each = [
                 self._joined([f"{layer}.{e}.{part}" for part in parts], weight, tp, self._rank % tp) for e in numbers
             ]

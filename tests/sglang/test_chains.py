@@ -12,14 +12,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import publish, server_args
 
 import mixprec_runtime.cpu
+
+sys.path.append(str(Path(__file__).parents[1] / "gpu"))
+from layers import make_layer
 
 HIDDEN, COLUMNS, TOP_K = 64, 32, 3
 SIZES = (5, 3)
@@ -48,7 +53,7 @@ def test_with_tritons_interpreter() -> None:
         __file__,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0 and "\n8 passed" in done.stdout, done.stdout[-6000:]
+    assert done.returncode == 0 and "\n16 passed" in done.stdout, done.stdout[-6000:]
 
 
 class Method:
@@ -80,12 +85,14 @@ def layer_of(triton: Any, marlin: Any, **config: Any) -> Any:
     numbers[1, torch.tensor([1, 3, 5])] = torch.arange(3, dtype=torch.int32)
     kernel = SimpleNamespace(runner=Method("marlin", marlin).runner)
     groups = [
-        SimpleNamespace(num_local_experts=5, quant_method=Method("triton", triton)),
-        SimpleNamespace(num_local_experts=3, quant_method=None, scheme=SimpleNamespace(kernel=kernel)),
+        SimpleNamespace(num_local_experts=5, half="", quant_method=Method("triton", triton)),
+        SimpleNamespace(num_local_experts=3, half="", quant_method=None, scheme=SimpleNamespace(kernel=kernel)),
     ]
     groups[1].quant_method = SimpleNamespace(apply=lambda layer, given: kernel.runner.run(given, marlin))
     made = MoeRunnerConfig(activation="silu", is_gated=True, routed_scaling_factor=2.5, **config)
-    return SimpleNamespace(groups=groups, num_local_experts=9, moe_runner_config=made, group_numbers=numbers)
+    return SimpleNamespace(
+        groups=groups, num_local_experts=9, moe_runner_config=made, up_numbers=numbers, down_numbers=numbers
+    )
 
 
 def infos() -> tuple[Any, Any, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -186,11 +193,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, torch.Tensor
 
 
 @interpreted
+@pytest.mark.parametrize("parted", [False, True])
 @pytest.mark.parametrize("capturing", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 60, 1500])
 def test_rows_go_through_the_chain_of_their_group(
-    tokens: int, capturing: bool, kernels: Any, monkeypatch: pytest.MonkeyPatch
+    tokens: int, capturing: bool, parted: bool, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """``parted``: all gates and ups of the first group, all downs of the second, and three experts of five in each."""
     from mixprec_runtime import chains
 
     triton, marlin, dense = infos()
@@ -198,13 +207,21 @@ def test_rows_go_through_the_chain_of_their_group(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(chains, "_side_by_side", lambda runs: [run() for run in reversed(runs)])
     layer, given = layer_of(triton, marlin), dispatched(tokens)
-    layer.chains = chains.chains(layer, given)
-    assert [type(chain) for chain in layer.chains] == [chains.TritonChain, chains.MarlinChain]
+    if parted:
+        layer.groups[0].half, layer.groups[1].half = "w13", "w2"
+        layer.up_numbers = layer.down_numbers = layer.up_numbers[1:]
+        given.topk_output.topk_ids[(given.topk_output.topk_ids % 2 == 0) | (given.topk_output.topk_ids > 5)] = -1
+    layer.chains = chains.of(layer, given)
+    kinds = [chains.TritonChain, chains.MarlinChain]
+    each = layer.chains
+    assert [type(c) for c in each.ups] + [type(c) for c in each.downs] == (kinds if parted else kinds * 2)
+    assert each.parted is parted
     out = chains.run(layer, given.hidden_states, given.topk_output)
     due = torch.zeros_like(given.hidden_states, dtype=torch.float64)
     x, topk = given.hidden_states.double(), given.topk_output
-    for group, (up, down) in enumerate(dense):
-        for expert, number in enumerate(layer.group_numbers[group].tolist()):
+    pairs = [(dense[0][0], dense[1][1])] if parted else dense
+    for group, (up, down) in enumerate(pairs):
+        for expert, number in enumerate(layer.up_numbers[group].tolist()):
             token, choice = ((topk.topk_ids == expert) & torch.tensor(number >= 0)).nonzero(as_tuple=True)
             gate, value = (x[token] @ up[number].double().t()).chunk(2, -1)
             part = (F.silu(gate) * value) @ down[number].double().t()
@@ -226,6 +243,40 @@ def test_layers_that_chains_are_not_for(change: dict[str, Any], config: dict[str
 
     triton, marlin, _ = infos()
     given = dispatched(2)
-    assert len(chains.chains(layer_of(triton, marlin), given)) == 2
-    assert chains.chains(layer_of(replace(triton, **change), marlin, **config), given) == []
-    assert chains.chains(layer_of(triton, replace(marlin, w13_bias=torch.zeros(1))), given) == []
+    assert len(chains.of(layer_of(triton, marlin), given).ups) == 2
+    assert chains.of(layer_of(replace(triton, **change), marlin, **config), given).ups == []
+    assert chains.of(layer_of(triton, replace(marlin, w13_bias=torch.zeros(1))), given).ups == []
+
+
+# On a CPU the others' methods go other ways, or ask which GPU there is.
+HALVES = ["fp8_block", "fp8_channel", "int8_channel", "int8_block", "gptq_int4", "gptq_int8", "awq_int4"]
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_sglangs_own_methods_give_chains_halves_of_experts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stand-ins for the methods, only for Marlin's repacking, which needs a GPU: they process what they are told to
+    hold, and what they hand out has the shapes of both halves."""
+    from sglang.srt.hardware_backend.gpu.quantization import awq_kernels, gptq_kernels
+    from sglang.srt.layers.quantization import marlin_utils
+
+    from mixprec_runtime import chains, experts, native
+
+    def repack(words: torch.Tensor, *sizes: Any, **named: Any) -> torch.Tensor:
+        *_, k, n, bits = named.values() if named else sizes
+        return torch.zeros((*words.shape[:-2], k // 16, n * bits // 2), dtype=torch.int32)
+
+    publish(server_args("dummy"))
+    for module in (experts, native):
+        monkeypatch.setattr(module, "is_cpu", lambda: False)
+    monkeypatch.setattr(gptq_kernels, "gptq_marlin_repack", repack)
+    monkeypatch.setattr(awq_kernels, "awq_marlin_moe_repack", repack)
+    monkeypatch.setattr(marlin_utils, "get_device_capability", lambda *_: (9, 0))
+    other = "int8_channel" if kind != "int8_channel" else "fp8_channel"
+    layer, _ = make_layer([(f"{kind}/{other}", 3), (kind, 2)], hidden=256, intermediate=128, top_k=TOP_K)
+    assert [group.half for group in layer.groups] == ["w13", "w2", "w2"]
+    held = [{name.partition("_")[0] for name, _ in group.named_parameters()} for group in layer.groups]
+    assert held == [{"w13"}, {"w2"}, {"w2"}]
+    given = dispatched(4)
+    found = chains.of(layer, given._replace(hidden_states=torch.zeros(4, 256, dtype=torch.bfloat16)))
+    assert [chain.experts for chain in found.ups + found.downs] == [5, 2, 3]
+    assert {chain.columns for chain in found.ups + found.downs} == {128}

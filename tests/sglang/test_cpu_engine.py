@@ -65,16 +65,16 @@ def ask(folder: Path, jobs: list[tuple[Path, dict[str, Any]]], ranks: int = 1) -
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
     """What engines of one rank answer."""
-    names = ["llama", "qwen3_moe"]
+    names = ["llama", "qwen3_moe", "parted"]
     return dict(zip(names, ask(folder, [(mix(folder, name), {}) for name in names]), strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "parted"])
 def test_the_engine_answers_as_transformers(alone: Any, folder: Path, tmp_path: Path, name: str) -> None:
     assert alone[name]["tokens"] == transformers_tokens(folder, name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "parted"])
 def test_server_info_tells_what_the_weights_weigh(alone: Any, folder: Path, name: str) -> None:
     memory = alone[name]["memory"]
     # The reference of a CPU keeps dequantized weights, in the model's dtype.
@@ -89,7 +89,7 @@ def test_two_ranks_answer_as_transformers(folder: Path, tmp_path: Path, name: st
     assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "experts"), [("qwen3_moe", 1), ("mixtral", 2)])
+@pytest.mark.parametrize(("name", "experts"), [("parted", 1), ("mixtral", 2)])
 def test_two_ranks_answer_from_their_own_files(folder: Path, tmp_path: Path, name: str, experts: int) -> None:
     """As from the merged ones, which are gone."""
     out = Path(shutil.copytree(mix(folder, name), tmp_path / "out"))

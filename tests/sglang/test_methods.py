@@ -66,9 +66,9 @@ def test_every_layer_is_of_the_class_and_shape_of_its_format(folder: Path, name:
             groups = expected.groups(path)
             mixed = len(expected.groups(path, everywhere=True)) > 1
             assert (method == "MixedExpertsMethod") == mixed, path
-            for layer, (variant, numbers) in zip(groups_of(module), groups.items(), strict=True):
+            for layer, (variant, ups, downs) in zip(groups_of(module), groups, strict=True):
                 assert type(layer.quant_method).__name__ == EXPERTS[variant], path
-                alike(path, layer, expected.experts(path, numbers))
+                alike(path, layer, expected.experts(path, ups, downs))
         elif isinstance(module, VocabParallelEmbedding):
             assert method == "UnquantizedEmbeddingMethod", path
             alike(path, module, {"weight": expected.plain(f"{path}.weight")})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def layer_of(*groups: tuple[str, int], **options: Any) -> tuple[Any, Any]:
 
 
 def numbers(layer: Any) -> list[list[int]]:
-    rows: list[list[int]] = layer.group_numbers.tolist()
+    rows: list[list[int]] = layer.up_numbers.tolist()
+    assert layer.down_numbers.tolist() == rows
     return rows
 
 
@@ -64,6 +65,30 @@ def test_two_formats_compute_what_the_experts_stand_for(first: str, second: str)
     # Were a group's experts in another order, or left out, it would be far off.
     swapped = {(7 - expert, shard): weight for (expert, shard), weight in weights.items()}
     assert not close(out, reference(x, ids, topk, swapped))
+
+
+@pytest.mark.parametrize(("up", "down"), list(permutations(FORMATS, 2)))
+def test_gate_and_up_may_be_in_another_format_than_down(up: str, down: str) -> None:
+    layer, weights = layer_of((f"{up}/{down}", 3), (up, 2), (f"{down}/{up}", 3))
+    assert len(layer.groups) == 4
+    x, ids, topk = routed(64, 8)
+    ids[3] = -1
+    assert close(run(layer, x, ids, topk), reference(x, ids, topk, weights))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_half_a_group_takes_half_the_memory(kind: str) -> None:
+    """Before weights are loaded, and after they are processed."""
+    other = "bf16" if kind != "bf16" else "fp8_block"
+    whole, half = bare_layer(mixed(kind, other), 2), bare_layer(mixed(f"{kind}/{other}", other), 2)
+    up = {n: p.shape for n, p in whole.groups[0].named_parameters() if n.startswith("w13_")}
+    assert {n: p.shape for n, p in half.groups[0].named_parameters()} == up
+    unseen = [value for name, value in vars(half.groups[0]).items() if name.startswith("w2_") and value is not None]
+    assert unseen and sum(value.untyped_storage().nbytes() for value in unseen) < 100
+    loaded, _ = layer_of((f"{kind}/{other}", 2), (other, 2))
+    assert {name for name, _ in loaded.groups[0].named_parameters()} == {"w13_weight"}
+    assert loaded.groups[0].w2_weight.shape == (2, HIDDEN, INTERMEDIATE)
+    assert loaded.groups[0].w2_weight.untyped_storage().nbytes() < 100
 
 
 def test_all_formats_in_any_order() -> None:
@@ -263,7 +288,7 @@ def test_a_rank_holds_its_experts_formats_only() -> None:
 
 
 def test_ranks_add_up_to_the_layer() -> None:
-    kinds = ["fp8_block", "gptq_int4", "gptq_int4", "bf16", "fp8_channel", "gptq_int4", "gptq_int8", "fp8_tensor"]
+    kinds = ["fp8_block", "gptq_int4", "gptq_int4/bf16", "bf16", "fp8_channel", "gptq_int4", "gptq_int8", "fp8_tensor"]
     whole, weights = layer_of(*[(kind, 1) for kind in kinds])
     x, ids, topk = routed(32, 8)
     total = torch.zeros_like(x)
@@ -277,7 +302,7 @@ def test_ranks_add_up_to_the_layer() -> None:
 
 
 def test_tensor_parallel_ranks_add_up_to_the_layer() -> None:
-    groups = [("fp8_block", 2), ("gptq_int4", 2), ("bf16", 1), ("fp8_channel", 2), ("fp8_tensor", 1)]
+    groups = [("fp8_block", 2), ("gptq_int4/fp8_block", 2), ("bf16", 1), ("fp8_channel", 2), ("fp8_tensor", 1)]
     whole, _ = layer_of(*groups, intermediate=256)
     x, ids, topk = routed(32, 8)
     total = torch.zeros_like(x)
@@ -338,6 +363,22 @@ def test_layers_that_groups_cannot_be(options: dict[str, Any], message: str) -> 
     experts = 2 + options.get("num_fused_shared_experts", 0)
     with pytest.raises(ValueError, match=f"{PREFIX}: experts in several formats.*{message}"):
         bare_layer(mixed("fp8_block", "gptq_int4"), experts, **options)
+
+
+def test_what_parted_experts_do_not_go_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixprec_runtime import launch
+
+    with pytest.raises(ValueError, match=rf"{PREFIX}: experts whose gate and up.*with its activation \(gelu\)"):
+        bare_layer(mixed("fp8_block/bf16", "bf16"), 2, activation="gelu")
+    kinds = list(FORMATS)[:9]
+    with pytest.raises(
+        ValueError, match="cannot be in more than 8 formats; build the checkpoint with the three in one"
+    ):
+        bare_layer(mixed(*[f"{kind}/{kinds[0]}" for kind in kinds]), 9)
+    monkeypatch.setattr(launch, "_server_args", lambda: Changed(server_args("dummy"), enable_torch_compile=True))
+    with pytest.raises(RuntimeError, match=r"--enable-torch-compile.*leave it out"):
+        bare_layer(mixed("fp8_block/bf16", "bf16"), 2)
+    bare_layer(mixed("fp8_block", "bf16"), 2)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def check(model: torch.nn.Module, expected: Expected) -> None:
         if isinstance(module, LinearBase):
             same(path, module, expected.linear(path))
         elif path.endswith(".experts"):
-            for layer, numbers in zip(groups_of(module), expected.groups(path).values(), strict=True):
-                same(path, layer, expected.experts(path, numbers))
+            for layer, (_, ups, downs) in zip(groups_of(module), expected.groups(path), strict=True):
+                same(path, layer, expected.experts(path, ups, downs))
         elif ".groups." not in path:
             same(path, module, {leaf: expected.plain(f"{path}.{leaf}") for leaf in parameters_of(module)})
 

@@ -181,7 +181,7 @@ def test_weights_alone_are_no_w8a8() -> None:
     (limit,) = fmt.linear_limits([stated(fp8(96, 256, (96, 1)))])
     assert limit == "its 96 outputs are no multiple of 64, which Marlin needs"
     parts = [stated(fp8(128, 128, (128, 1))) for _ in range(3)]
-    assert fmt.expert_limits(*parts) == ["experts in FP8 with unquantized activations have no SGLang method"]
+    assert fmt.expert_limits(parts, 128, 128) == ["experts in FP8 with unquantized activations have no SGLang method"]
     assert Fp8("block", "none", (128, 128)).linear_limits([stated(fp8_block(128, 128))]) == [
         "fp8_block with unquantized activations has no SGLang method"
     ]
@@ -318,4 +318,4 @@ def test_what_sglangs_kernels_do_not_take(fmt: Packed, n: int, k: int, expected:
     found = fmt.linear_limits([module])
     assert len(found) == len(expected) and all(words in limit for words, limit in zip(expected, found, strict=True))
     asymmetric = "asymmetric experts of compressed-tensors are misread by SGLang"
-    assert (asymmetric in fmt.expert_limits(module, module, module)) is not fmt.sym
+    assert (asymmetric in fmt.expert_limits([module], 128, 128)) is not fmt.sym

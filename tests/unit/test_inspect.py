@@ -38,6 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model.layers.*.mlp.experts.2.*": "fp8",
     }
     run_plan(plan_recipe(write_recipe(folder / "mix.yaml", weights)), folder / "out")
+    weights = {"model.layers.*.mlp.experts.*": "fp8", "model.layers.*.mlp.experts.{1,3}.down_proj": "int4"}
+    run_plan(plan_recipe(write_recipe(folder / "parted.yaml", weights)), folder / "parted")
     return folder
 
 
@@ -77,6 +79,14 @@ LAYER_MAPS = {
 │ 0      │ gptq_int4               │ gptq_int4                │              │
 │ 1      │                         │ gptq_int4                │ gptq_int4 x4 │
 └────────┴─────────────────────────┴──────────────────────────┴──────────────┘
+""",
+    "parted": """
+┏━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┓
+┃ layers ┃ mlp.{down,gate,up}_proj ┃ self_attn.{k,o,q,v}_proj ┃ experts                                     ┃
+┡━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┩
+│ 0      │ bf16                    │ bf16                     │                                             │
+│ 1      │                         │ bf16                     │ fp8_block x2, fp8_block (down gptq_int4) x2 │
+└────────┴─────────────────────────┴──────────────────────────┴─────────────────────────────────────────────┘
 """,
     "out": """
 ┏━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━┓

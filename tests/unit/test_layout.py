@@ -72,6 +72,7 @@ MOE_LINES = {
     "model.layers.1.mlp.experts.4.*": "ct_int8",
     "model.layers.1.mlp.experts.5.*": "ct_fp8_block",
     "model.layers.1.mlp.experts.7.*": "int8_channel",
+    "model.layers.1.mlp.experts.{4,6}.down_proj": "fp8_block",
 }
 # 384 columns for two ranks, and two key-value heads for four: zeros are added, heads repeated.
 MODELS = {

@@ -219,20 +219,20 @@ FUSED = {
         ("q_proj is fp8_tensor (activations dynamic)", "v_proj is fp8_tensor (activations static)"),
         clash=(0, 1),
     ),
-    "the projections of one expert": Case(
+    "gate and up of one expert": Case(
         moe("bf16", "fp8", "int4"),
-        ("*.experts.*: int4", "model.layers.*.mlp.experts.2.down_proj: fp8"),
+        ("*.experts.*: int4", "model.layers.*.mlp.experts.2.{down,gate}_proj: fp8"),
         (
-            "model.layers.{0..1}.mlp.experts.2.{down_proj,gate_proj,up_proj}: the projections of one expert must share "
-            "a format, but down_proj is fp8_block (block [128, 128], activations dynamic) from `fp8`",
-            "Add below line 8: `model.layers.{0..1}.mlp.experts.2.down_proj: int4`",
+            "model.layers.{0..1}.mlp.experts.2.{gate_proj,up_proj}: gate and up of one expert, one GEMM in SGLang, "
+            "must share a format, but gate_proj is fp8_block (block [128, 128], activations dynamic) from `fp8`",
+            "Add below line 8: `model.layers.{0..1}.mlp.experts.2.up_proj: fp8`",
         ),
         clash=(0, 1),
     ),
     "one projection of one expert": Case(
         moe("bf16", "fp8", "int4"),
         ("*.experts.*: int4", "model.layers.1.mlp.experts.3.up_proj: fp8"),
-        ("the projections of one expert", "Change line 8 to `model.layers.1.mlp.experts.3.up_proj: int4`"),
+        ("gate and up of one expert", "Change line 8 to `model.layers.1.mlp.experts.3.up_proj: int4`"),
         clash=(0, 1),
     ),
     "DeepSeek's q_a and kv_a": Case(
@@ -587,7 +587,7 @@ KERNELS = {
         moe_of("gptq_int4", backwards("model.layers.1.mlp.experts.2.up_proj"), desc_act=True, group_size=32),
         ("*.experts.*: quant",),
         (
-            "model.layers.1.mlp.experts.2.{down_proj,gate_proj,up_proj}: ",
+            "model.layers.1.mlp.experts.2.{gate_proj,up_proj}: ",
             "gate_proj and up_proj run with one g_idx, but theirs differ (desc_act)",
         ),
     ),
