@@ -33,6 +33,20 @@ def write_dense(checkpoint: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def round_activations(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Has the linears of ``model`` that ``checkpoint`` holds in FP8 by channels round what they multiply to FP8, with a
+    scale for each token."""
+    source = open_source(str(checkpoint))
+
+    def rounded(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        scale = given[0].abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        return ((given[0] / scale).to(torch.float8_e4m3fn).to(given[0].dtype) * scale, *given[1:])
+
+    for name, module in model.named_modules():
+        if name in source.checkpoint.modules and source.format_of(name).kind == "fp8_channel":
+            module.register_forward_pre_hook(rounded)
+
+
 @torch.no_grad()
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"

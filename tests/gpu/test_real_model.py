@@ -21,7 +21,7 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from reference import write_dense  # noqa: E402
+from reference import round_activations, write_dense  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -33,8 +33,8 @@ NEW_TOKENS = 24
 
 @pytest.mark.skipif(not DEMO.exists(), reason=f"needs {DEMO}, which `make demo` makes")
 def test_real_weights_answer_as_in_transformers() -> None:
-    """Token for token what transformers finds best, given those before, or as good as that: FP8 rounds activations
-    too, and now and then two tokens are that near."""
+    """Token for token what transformers finds best, given those before, with activations rounded as FP8 kernels round
+    them; or as good as that: now and then two tokens are nearer than BF16 can tell."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     ids = [tokenizer(text).input_ids for text in TEXTS]
     options = {"ids": ids, "new_tokens": NEW_TOKENS, "engine": {"mem_fraction_static": 0.3}}
@@ -45,6 +45,7 @@ def test_real_weights_answer_as_in_transformers() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_dense(DEMO, Path(folder))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda()
+    round_activations(model, DEMO)
     for text, prompt, tokens in zip(TEXTS, ids, served, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens], device="cuda")).logits[0, len(prompt) - 1 : -1]
@@ -53,5 +54,5 @@ def test_real_weights_answer_as_in_transformers() -> None:
         print(
             f"{text}|{tokenizer.decode(tokens)}| {(behind == 0).sum()} of {len(tokens)}, {behind.max():.2f} nats behind"
         )
-        assert behind.max() < 0.5, text
+        assert behind.max() < 0.25, text
     assert "Paris" in tokenizer.decode(served[0])

@@ -238,3 +238,25 @@ def test_more_tokenizer_workers_are_refused(folder: Path, tmp_path: Path) -> Non
         server.stop()
     assert server.process.returncode != 0
     assert "--tokenizer-worker-num above 1 starts processes that load no plugins; leave it out" in server.log()
+
+
+def test_two_nodes_need_only_the_files_of_their_ranks(folder: Path, tmp_path: Path) -> None:
+    """Each has a folder of its own, with no merged files."""
+    meeting = f"127.0.0.1:{free_port()}"
+    nodes = []
+    for node in range(2):
+        out = Path(shutil.copytree(mix(folder, "parted"), tmp_path / f"node-{node}"))
+        split(out, Degree(2), ranks=[node])
+        for file in out.glob("*.safetensors"):
+            file.unlink()
+        flags = ["--tp-size", "2", "--nnodes", "2", "--node-rank", str(node), "--dist-init-addr", meeting]
+        nodes.append(Server(out, tmp_path / f"{node}.log", *flags, "--skip-tokenizer-init", "--disable-radix-cache"))
+    try:
+        nodes[0].wait()
+        greedy = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+        asked = [{"input_ids": prompt, "sampling_params": greedy} for prompt in PROMPTS]
+        answers = [nodes[0].ask("/generate", body)["output_ids"] for body in asked]
+    finally:
+        for server in nodes:
+            server.stop()
+    assert answers == transformers_tokens(folder, "parted", tmp_path)
