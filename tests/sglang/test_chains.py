@@ -40,18 +40,8 @@ pytestmark = pytest.mark.usefixtures("sglang")
 def test_with_tritons_interpreter() -> None:
     """What needs the kernels that sort and sum."""
     environment = {**mixprec_runtime.cpu.environment(), "TRITON_INTERPRET": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-o",
-        "filterwarnings=default",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "rows_go",
-        __file__,
-    ]
+    options = ["-o", "filterwarnings=default", "-p", "no:cacheprovider", "-k", "rows_go"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0 and "\n16 passed" in done.stdout, done.stdout[-6000:]
 
