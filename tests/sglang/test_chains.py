@@ -266,7 +266,10 @@ def test_sglangs_own_methods_give_chains_halves_of_experts(kind: str, monkeypatc
     assert [group.half for group in layer.groups] == ["w13", "w2", "w2"]
     held = [{name.partition("_")[0] for name, _ in group.named_parameters()} for group in layer.groups]
     assert held == [{"w13"}, {"w2"}, {"w2"}]
-    given = dispatched(4)
-    found = chains.of(layer, given._replace(hidden_states=torch.zeros(4, 256, dtype=torch.bfloat16)))
+    given = dispatched(4)._replace(hidden_states=torch.zeros(4, 256, dtype=torch.bfloat16))
+    found = chains.of(layer, given)
     assert [chain.experts for chain in found.ups + found.downs] == [5, 2, 3]
     assert {chain.columns for chain in found.ups + found.downs} == {128}
+    layer, _ = make_layer([(kind, 3), (other, 2)], hidden=256, intermediate=128, top_k=TOP_K)
+    found = chains.of(layer, given)
+    assert [chain.experts for chain in found.ups] == [3, 2] and not found.parted
