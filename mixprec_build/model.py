@@ -15,13 +15,14 @@ from typing import NamedTuple
 __all__ = [
     "ATTENTION_REPLICAS",
     "FAMILIES",
-    "ExpertGroup",
+    "GroupMembers",
     "Model",
     "Role",
     "expert_groups",
     "expert_parts",
     "fused_groups",
     "gemms",
+    "gemms_of",
     "is_down",
     "is_expert",
     "joined_groups",
@@ -164,16 +165,23 @@ def joined_groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def gemms(names: Iterable[str]) -> dict[str, list[str]]:
-    """As :func:`fused_groups`, with the gate and up of an expert apart from its down, under ``...experts.7.w13`` and
-    ``.w2``: what must be in one format."""
-    groups: dict[str, list[str]] = {}
-    for name, members in fused_groups(names).items():
-        if not is_expert(name):
-            groups[name] = members
-            continue
-        for member in members:
-            groups.setdefault(f"{name}.{'w2' if is_down(member) else 'w13'}", []).append(member)
-    return groups
+    """What must be in one format: :func:`gemms_of` all groups of :func:`fused_groups`."""
+    return {
+        gemm: members
+        for group, fused in fused_groups(names).items()
+        for gemm, members in gemms_of(group, fused).items()
+    }
+
+
+def gemms_of(group: str, members: list[str]) -> dict[str, list[str]]:
+    """What must be in one format of a group of :func:`fused_groups`: all of it, but of an expert gate and up apart from
+    down, under ``...experts.7.w13`` and ``.w2``."""
+    if not is_expert(group):
+        return {group: members}
+    out: dict[str, list[str]] = {}
+    for member in members:
+        out.setdefault(f"{group}.{'w2' if is_down(member) else 'w13'}", []).append(member)
+    return out
 
 
 def is_down(name: str) -> bool:
@@ -181,14 +189,14 @@ def is_down(name: str) -> bool:
     return name.rpartition(".")[2] in ("down_proj", "w2")
 
 
-class ExpertGroup(NamedTuple):
+class GroupMembers(NamedTuple):
     """The experts of one layer on one rank whose gate and up, and whose down, are in one format."""
 
     ups: list[int]
     downs: list[int]
 
 
-def expert_groups(formats: Mapping[int, tuple[object, object]], here: Iterable[int]) -> list[ExpertGroup]:
+def expert_groups(formats: Mapping[int, tuple[object, object]], here: Iterable[int]) -> list[GroupMembers]:
     """The experts of one layer on one rank by format, in the order that formats come up; ``formats`` are those of gate
     and up, and of down.
 
@@ -203,9 +211,9 @@ def expert_groups(formats: Mapping[int, tuple[object, object]], here: Iterable[i
     groups = []
     for kind, members in ups.items():
         if members == downs[kind]:
-            groups.append(ExpertGroup(members, members))
+            groups.append(GroupMembers(members, members))
         else:
-            groups += [group for group in (ExpertGroup(members, []), ExpertGroup([], downs[kind])) if any(group)]
+            groups += [group for group in (GroupMembers(members, []), GroupMembers([], downs[kind])) if any(group)]
     return groups
 
 

@@ -32,7 +32,7 @@ from .errors import SplitError
 from .formats.base import Axes, Format
 from .formats.gptq import Gptq
 from .header import DTYPE_BITS, TensorInfo
-from .model import ATTENTION_REPLICAS, FAMILIES, expert_groups, joined_groups, layer_prefix
+from .model import ATTENTION_REPLICAS, FAMILIES, expert_groups, is_down, joined_groups, layer_prefix
 from .patterns import compress
 
 __all__ = ["Band", "Degree", "Parameter", "Piece", "Share", "Splitter"]
@@ -305,7 +305,7 @@ class Splitter:
         columns: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
         for name, (fmt, stored) in self.modules.items():
             parent, _, last = name.rpartition(".")
-            down = last in _DOWNS
+            down = is_down(name)
             if not down and last not in _GATES + _UPS:
                 continue
             expert = _EXPERT.fullmatch(name)
@@ -351,7 +351,7 @@ class Splitter:
         owner = self.shares.get(name.rpartition(".")[0])
         if owner is not None and last in _GATES + _UPS:
             return _Cut(name, n=(*owner.of(rank), owner.held))
-        if owner is not None and last in _DOWNS:
+        if owner is not None and is_down(name):
             return _Cut(name, k=(*owner.of(rank), owner.held))
         if last == _HEAD and not self.replicated_head:
             return self._vocabulary(name, shape[0], rank, self.degree.tp)

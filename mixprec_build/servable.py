@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .formats.base import Format
 from .formats.registry import ALIASES
 from .header import TensorInfo
-from .model import Role, expert_parts, fused_groups, gemms, is_down, is_expert
+from .model import Role, expert_parts, fused_groups, gemms, gemms_of, is_down, is_expert
 from .patterns import compress
 
 if TYPE_CHECKING:
@@ -145,18 +145,17 @@ def check_servable(
     """Adds to ``problems`` all that SGLang's layers would not run as planned."""
     mended = folding.check(modules, problems)
     quantized = any(module.format.quantized for module in modules.values())
-    fused = fused_groups(modules if quantized else ())
-    for name, members in gemms(modules if quantized else ()).items():
-        parts = [modules[member] for member in members]
-        if any(part.format.quantized for part in parts):
-            around = (
-                [modules[member] for member in fused.get(name.rpartition(".")[0], ())] if is_expert(name) else parts
-            )
-            _check_gemm(name, parts, around, sources, reader, problems, mended)
-            _check_never_quantized(parts, sources, problems)
-            _check_shared_experts(name, parts, modules, sources, problems)
-    for name, members in fused.items():
-        _check_whole(name, [modules[member] for member in members], sources, problems)
+    for group, fused in fused_groups(modules if quantized else ()).items():
+        around = [modules[member] for member in fused]
+        for name, members in gemms_of(group, fused).items():
+            parts = [modules[member] for member in members]
+            if any(part.format.quantized for part in parts):
+                _check_gemm(name, parts, around, sources, reader, problems, mended)
+                _check_never_quantized(parts, sources, problems)
+                _check_shared_experts(name, parts, modules, sources, problems)
+        limit = _missing(group, around)
+        if limit is not None:
+            _refuse_all(around, limit, sources, problems)
     check_same_weights(modules, sources, folding, problems)
 
 
@@ -189,8 +188,8 @@ def _check_gemm(
     problems: Problems,
     mended: Set[str],
 ) -> None:
-    """``around``: all parts of the expert that these are of. ``mended`` are modules that another problem's mend gives
-    one source: to mend them once more would undo it."""
+    """``around``: all parts of the fused group or expert that these are of. ``mended`` are modules that another
+    problem's mend gives one source: to mend them once more would undo it."""
     if len({part.format.fuses_as for part in parts}) > 1:
         what = "gate and up of one expert" if is_expert(name) else f"parts of {name.rpartition('.')[2]}"
         owners = "; ".join(f"{_last(part.name)} is {_described(part.format)} from {origin(part)}" for part in parts)
@@ -204,22 +203,16 @@ def _check_gemm(
         _refuse_all(parts, limit, sources, problems)
 
 
-def _check_whole(name: str, parts: list[PlannedModule], sources: Sources, problems: Problems) -> None:
-    limit = _missing(name, parts)
-    if limit is not None:
-        _refuse_all(parts, limit, sources, problems)
-
-
 def _refuse_all(parts: list[PlannedModule], limit: str, sources: Sources, problems: Problems) -> None:
     source = _common_source(parts, sources, other_than=parts[0].source)
     text = f"{_described(parts[0].format)} from {origin(parts[0])}: {limit}"
     problems.soft([part.name for part in parts], text, *_mend(source, parts))
 
 
-def _missing(name: str, parts: Sequence[PlannedModule]) -> str | None:
+def _missing(group: str, parts: Sequence[PlannedModule]) -> str | None:
     """What a quantized expert lacks."""
     names = [part.name for part in parts]
-    if not is_expert(name) or expert_parts(names) is not None or not any(part.format.quantized for part in parts):
+    if not is_expert(group) or expert_parts(names) is not None or not any(part.format.quantized for part in parts):
         return None
     return f"an expert needs its gate, up and down projections, this one has {', '.join(map(_last, names))}"
 
@@ -249,8 +242,8 @@ def group_limits(parts: Sequence[PlannedModule], reader: ValueReader) -> list[st
     """Why SGLang could not run a group of :func:`decided_groups` that is made of ``parts``; empty where it can."""
     limits = [limit for part in parts if (limit := _role_limit(part.name, part.role, part.format)) is not None]
     by_name = {part.name: part for part in parts}
-    whole = ((name, [by_name[member] for member in members]) for name, members in fused_groups(by_name).items())
-    limits += [limit for name, fused in whole if (limit := _missing(name, fused)) is not None]
+    whole = ((group, [by_name[member] for member in members]) for group, members in fused_groups(by_name).items())
+    limits += [limit for group, fused in whole if (limit := _missing(group, fused)) is not None]
     for name, members in gemms(by_name).items():
         fused = [by_name[member] for member in members]
         if len({part.format.fuses_as for part in fused}) > 1:

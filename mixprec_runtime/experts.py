@@ -24,8 +24,7 @@ from sglang.srt.utils import is_cpu
 from torch.nn import ModuleList, Parameter
 
 from mixprec_build.formats.base import Format
-from mixprec_build.model import ExpertGroup as GroupMembers
-from mixprec_build.model import expert_groups
+from mixprec_build.model import GroupMembers, expert_groups
 
 from . import chains, launch, reference, routing
 from .native import NativeFormat
