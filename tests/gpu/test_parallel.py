@@ -1,8 +1,9 @@
 """Several ranks on several GPUs, from the merged files and from each rank's own, beside one GPU.
 
-    python -m pytest tests/gpu/test_parallel.py         # two GPUs and more; all of it needs four
+    python -m pytest tests/gpu/test_parallel.py
 
-All servers run at once, each in a process of its own.
+All servers run at once, each in a process of its own. Where there are fewer GPUs than a server has ranks, the ranks
+share them (``repeatable``).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sglang.srt")
-if torch.cuda.device_count() < 2:
-    pytest.skip("needs two GPUs", allow_module_level=True)
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 from serving import QWEN3_MOE, Shape, write_sources  # noqa: E402
 
@@ -44,7 +45,7 @@ LINES = {
 QUIET = {
     "enforce_disable_flashinfer_allreduce_fusion": True,
     "disable_custom_all_reduce": True,
-    "mem_fraction_static": 0.5,
+    "mem_fraction_static": 0.8,
     "max_total_tokens": 16384,
     "disable_cuda_graph": True,
 }
@@ -86,20 +87,19 @@ class Servers:
         self._mixprec("split", self.own, "--layout", "presplit")
         self._answers: dict[tuple[Path, str], Future[dict[str, Any]]] = {}
         for name, options in runs.items():
-            if gpus(options) <= torch.cuda.device_count():
-                beside = name in DEGREES
-                stock = {"load_format": "safetensors"} if beside and name != padded else {}
-                self._ask(self.merged, name, {**options, **stock})
-                if beside:
-                    self._ask(self.own, name, options)
+            beside = name in DEGREES
+            stock = {"load_format": "safetensors"} if beside and name != padded else {}
+            self._ask(self.merged, name, {**options, **stock})
+            if beside:
+                self._ask(self.own, name, options)
 
     @staticmethod
     def _mixprec(*arguments: object) -> None:
         subprocess.run([sys.executable, "-m", "mixprec_build", *map(str, arguments)], check=True)
 
     def _ask(self, home: Path, name: str, options: Mapping[str, Any]) -> None:
-        number = len(self._answers)
-        first = number % (torch.cuda.device_count() - gpus(options) + 1)
+        number, available = len(self._answers), torch.cuda.device_count()
+        first = number % max(available - gpus(options) + 1, 1)
         # What SGLang chooses for replicas and ranks lies within a thousand from here.
         engine = {**QUIET, **options, "port": self._port + 1000 * number, "base_gpu_id": first}
         asked = {"dtype": "bfloat16", "logits": True, "prompts": 8, "new_tokens": 32, "record": name == "recorder"}
@@ -108,6 +108,10 @@ class Servers:
         records.mkdir()
         paths = os.pathsep.join([str(HERE / "repeatable"), os.environ.get("PYTHONPATH", "")])
         settings = {"PYTHONPATH": paths, "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(records)}
+        # What is free on a GPU differs from rank to rank while others start on it.
+        settings["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+        if gpus(options) > available:
+            settings |= {"SHARED_GPUS": str(available), "NCCL_SOCKET_IFNAME": "lo"}
 
         def run() -> dict[str, Any]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=520, env={**os.environ, **settings})
@@ -123,10 +127,7 @@ class Servers:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def answer(self, name: str, home: Path | None = None) -> dict[str, Any]:
-        future = self._answers.get((home or self.merged, name))
-        if future is None:
-            pytest.skip("needs more GPUs")
-        return future.result()
+        return self._answers[home or self.merged, name].result()
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,49 @@
-"""First on PYTHONPATH: SGLang's Marlin kernels without atomic additions, whose order, and so whose sum, is chance.
+"""First on PYTHONPATH: servers whose answers repeat themselves, and ranks that share GPUs.
 
-Both servers of a comparison run under it, so that what differs is not the kernel's.
+SGLang's Marlin kernels run without atomic additions, whose order, and so whose sum, is chance. Both servers of a
+comparison run under this, so that what differs is not the kernel's.
+
+With ``SHARED_GPUS=2`` the ranks of a server take turns on two GPUs, however many there are. NCCL refuses two ranks of
+one host on one GPU, so every process says that it is a host of its own: what ranks exchange goes through sockets.
 """
 
+import contextlib
 import importlib.machinery
+import os
 import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-_KERNELS = {
-    "sglang.kernels.ops.moe.moe_wna16_marlin": "moe_wna16_marlin_gemm",
-    "sglang.kernels.ops.quantization.gptq_marlin": "gptq_marlin_gemm",
+
+def _without_atomics(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def repeatable(*args: Any, use_atomic_add: bool = False, **kwargs: Any) -> Any:
+        return kernel(*args, use_atomic_add=False, **kwargs)
+
+    return repeatable
+
+
+def _shared(_: Callable[..., Any]) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    def maybe_reindex_device_id(gpu_id: int) -> Iterator[int]:
+        yield gpu_id % int(os.environ["SHARED_GPUS"])
+
+    return maybe_reindex_device_id
+
+
+# module -> function -> what takes its place
+_REPLACED = {
+    "sglang.kernels.ops.moe.moe_wna16_marlin": ("moe_wna16_marlin_gemm", _without_atomics),
+    "sglang.kernels.ops.quantization.gptq_marlin": ("gptq_marlin_gemm", _without_atomics),
 }
+if "SHARED_GPUS" in os.environ:
+    _REPLACED["sglang.srt.utils.common"] = ("maybe_reindex_device_id", _shared)
+    os.environ["NCCL_HOSTID"] = str(os.getpid())
 
 
 class _Finder:
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        if name not in _KERNELS:
+        if name not in _REPLACED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         assert spec is not None and spec.loader is not None
@@ -24,12 +51,8 @@ class _Finder:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            kernel = getattr(module, _KERNELS[name])
-
-            def repeatable(*args: Any, use_atomic_add: bool = False, **kwargs: Any) -> Any:
-                return kernel(*args, use_atomic_add=False, **kwargs)
-
-            setattr(module, _KERNELS[name], repeatable)
+            function, replace = _REPLACED[name]
+            setattr(module, function, replace(getattr(module, function)))
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
