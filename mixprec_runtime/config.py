@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
+from sglang.srt.layers.quantization.awq import AWQMarlinConfig
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from mixprec_build.errors import SourceError
@@ -39,6 +40,8 @@ class MixPrecConfig(QuantizationConfig):
 
     # Models look at this attribute of whatever config they are given.
     weight_block_size = None
+    # AWQ linears ask the model's config in a prefill CUDA graph (marlin_utils.py:921), and their own outside.
+    quant_type = AWQMarlinConfig.TYPE_MAP[4]
 
     def __init__(self, declaration: Declaration | None = None):
         super().__init__()

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
+from weakref import WeakValueDictionary
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -26,7 +27,7 @@ from torch.nn import ModuleList, Parameter
 from mixprec_build.formats.base import Format
 from mixprec_build.model import GroupMembers, expert_groups
 
-from . import chains, launch, reference, routing
+from . import chains, reference, routing
 from .native import NativeFormat
 
 __all__ = ["ExpertGroup", "MixedExpertsMethod"]
@@ -37,6 +38,10 @@ _LEAVES = (
     "weight", "weight_scale", "weight_scale_inv", "input_scale", "qweight", "qzeros", "scales", "g_idx",
     "weight_packed", "weight_shape", "weight_g_idx", "weight_zero_point",
 )  # fmt: skip
+
+
+# By name: compiled code knows them so.
+_layers: WeakValueDictionary[str, FusedMoE] = WeakValueDictionary()
 
 
 class ExpertGroup(FusedMoE):
@@ -108,11 +113,11 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         for name, rows in (("up_numbers", numbers["w13"]), ("down_numbers", numbers["w2"])):
             layer.register_buffer(name, torch.tensor(rows, dtype=torch.int32, device=device), persistent=False)
         layer.chains = None  # known once the layer runs
+        _layers[self._prefix] = layer
         self._register_doors(layer, place)
 
     def _refuse_parted(self, layer: FusedMoE, groups: list[GroupMembers]) -> None:
         """What only chains compute, and they cannot."""
-        launch.check_parted_experts()
         config, unfit = layer.moe_runner_config, ""
         if not chains.activates(config):
             unfit = f"do not go with its activation ({config.activation})"
@@ -209,18 +214,27 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
         hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        if torch.compiler.is_compiling():
+            out = _run_by_name(hidden_states, topk.topk_weights, topk.topk_ids, self._prefix)
+        else:
+            out = self.run(layer, dispatch_output)
+        return StandardCombineInput(hidden_states=out)
+
+    def run(self, layer: Any, dispatch_output: Any) -> torch.Tensor:
+        """The layer's output ``[tokens, hidden]``."""
+        hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         if not len(hidden_states):  # not all of SGLang's runners take none
-            return StandardCombineInput(hidden_states=torch.empty_like(hidden_states))
+            return torch.empty_like(hidden_states)
         if not len(layer.groups):
-            return StandardCombineInput(hidden_states=torch.zeros_like(hidden_states))
+            return torch.zeros_like(hidden_states)
         if is_cpu():
             if any(group.half for group in layer.groups):
-                return reference.parted_experts(layer, dispatch_output)
-        elif not torch.compiler.is_compiling():
+                return cast(torch.Tensor, reference.parted_experts(layer, dispatch_output).hidden_states)
+        else:
             if layer.chains is None:
                 layer.chains = chains.of(layer, dispatch_output)
             if layer.chains.ups:
-                return StandardCombineInput(hidden_states=chains.run(layer, hidden_states, topk))
+                return chains.run(layer, hidden_states, topk)
         if any(group.half for group in layer.groups):
             raise RuntimeError(
                 f"{self._prefix}: SGLang runs these experts on kernels that cannot multiply by gate and up alone; "
@@ -231,7 +245,24 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         for group, numbers in zip(layer.groups, ids, strict=True):
             mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
             outputs.append(group.quant_method.apply(group, mine).hidden_states)
-        return StandardCombineInput(hidden_states=routing.add_up(outputs))
+        return routing.add_up(outputs)
+
+
+@torch.library.custom_op("mixprec::mixed_experts", mutates_args=())
+def _run_by_name(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, name: str) -> torch.Tensor:
+    """A layer as one operation for ``torch.compile``, which looks inside neither kernels' choices nor side streams."""
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    layer = _layers[name]
+    topk = StandardTopKOutput(topk_weights=weights, topk_ids=ids, router_logits=weights)
+    method: MixedExpertsMethod = layer.quant_method
+    return method.run(layer, StandardDispatchOutput(x, None, topk))
+
+
+@_run_by_name.register_fake
+def _(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 def _keep_half(group: ExpertGroup, weight: str) -> None:

@@ -26,16 +26,6 @@ def check_mixed_experts() -> None:
     _raise(mixed_problems(_server_args()))
 
 
-def check_parted_experts() -> None:
-    """For a layer whose experts have gate and up in another format than down. Raises ``RuntimeError`` with the flag to
-    change."""
-    if getattr(_server_args(), "enable_torch_compile", False):
-        raise RuntimeError(
-            "--enable-torch-compile has each format run alone, and experts whose gate and up are in another format "
-            "than their down cannot; leave it out"
-        )
-
-
 def check_counted_experts() -> None:
     """For expert activity, of any model. Raises ``RuntimeError`` with the flags to change."""
     args = _server_args()

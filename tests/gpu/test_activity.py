@@ -1,4 +1,4 @@
-"""The counter of expert activity on a GPU: in CUDA graphs that are filled up, and beside the same without graphs."""
+"""The counter of expert activity on a GPU: in CUDA graphs that are filled up, in compiled code, and in neither."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from ask import COMPILED  # noqa: E402
 from serving import QWEN3_MOE, write_sources  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -54,9 +55,12 @@ def ask(checkpoint: Path, **engine: Any) -> dict[str, Any]:
 def test_graphs_count_what_their_tokens_chose(mixed: Path) -> None:
     # Prompts of 24 tokens one by one; graphs of 8 rows of which one is a token; the last token is not run.
     seen = PROMPTS * (24 + NEW - 1)
+    alone = {"cuda_graph_bs_decode": [1], "cuda_graph_max_bs_decode": 1}
     answers = [
         ask(mixed, cuda_graph_bs_decode=[8], cuda_graph_max_bs_decode=8, nccl_port=23100),
         ask(mixed, disable_cuda_graph=True, nccl_port=23140),
+        ask(mixed, **alone, **COMPILED["piecewise"], nccl_port=23180),
+        ask(mixed, **alone, **COMPILED["torch.compile"], nccl_port=23220),
     ]
     for answer in answers:
         assert answer["activity"]["routed_tokens"] == {str(layer): seen for layer in range(MOE.layers)}

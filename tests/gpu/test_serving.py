@@ -24,6 +24,7 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from ask import COMPILED  # noqa: E402
 from serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, Shape, write_sources  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -79,6 +80,13 @@ MIXES: Mapping[str, tuple[Shape, list[str]]] = {
 }  # fmt: skip
 
 
+# CUDA graphs for prefill and decoding, as SGLang has them by default, of the sizes that are asked for.
+GRAPHS = {
+    "cuda_graph_max_bs_decode": 1, "cuda_graph_bs_decode": [1],
+    "cuda_graph_max_bs_prefill": 32, "cuda_graph_bs_prefill": [32],
+}  # fmt: skip
+
+
 class Server:
     """Builds, serves and remembers: what is asked for twice is done once."""
 
@@ -122,7 +130,7 @@ class Server:
         engine = {
             "mem_fraction_static": 0.3,
             "max_total_tokens": 32768,
-            "disable_cuda_graph": True,
+            **GRAPHS,
             "nccl_port": port,
             **options.get("engine", {}),
         }
@@ -150,6 +158,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         elif chosen is not None and item.name.startswith("test_a_mix"):
             _mix(server, *MIXES[chosen.params["name"]])
             _native(server, MIXES[chosen.params["name"]][0])
+        elif chosen is not None and "mode" in chosen.params:
+            _compiled(server, **chosen.params)
     yield server
     server.end()
 
@@ -191,6 +201,12 @@ def test_a_uniform_checkpoint_answers_as_natively(server: Server, shape: Shape, 
     assert ours["memory"]["weight_mb"] * 2**20 == pytest.approx(manifest, rel=0.01)
 
 
+def _compiled(server: Server, name: str, mode: str) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:
+    path, engine = server.build(MIXES[name][0], name, MIXES[name][1]), COMPILED[mode]
+    cache = {key: value for key, value in engine.items() if key == "kv_cache_dtype"}
+    return server.ask(path, dtype="bfloat16", engine=engine), server.ask(path, dtype="bfloat16", engine=cache)
+
+
 def _stored_bytes(folder: Path) -> int:
     """Without what SGLang frees of symmetric GPTQ once it is loaded."""
     manifest = json.loads((folder / "mixprec_manifest.json").read_text())
@@ -214,24 +230,14 @@ def test_a_mix_answers_as_its_dequantized_weights(server: Server, name: str) -> 
     assert mix.median() < 1.5 * native.median() + 1e-3
 
 
-COMPILED = {
-    "enable_torch_compile": True, "torch_compile_max_bs": 1, "disable_cuda_graph": False,
-    "cuda_graph_max_bs_decode": 1, "cuda_graph_bs_decode": [1],
-}  # fmt: skip
-
-
-def test_torch_compile_answers_as_without(server: Server) -> None:
-    """The second token is the first that compiled code decodes; later ones may follow others."""
-    shape, lines = MIXES["experts in three formats"]
-    path = server.build(shape, "experts in three formats", lines)
-    compiled, eager = server.ask(path, dtype="bfloat16", engine=COMPILED), server.ask(path, dtype="bfloat16")
-    plain = server.ask(server.sources(shape)["bf16"], dtype="bfloat16", engine=COMPILED)
-    if plain.exception() is not None and compiled.exception() is not None:
-        pytest.skip(f"SGLang cannot compile the plain BF16 model here, either: {str(plain.exception())[-400:]}")
-    ours, theirs = compiled.result(), eager.result()
-    answers = zip(ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True)
-    apart = [abs(a[1] - b[1]) for s, t, a, b in answers if s[:2] == t[:2]]
-    print(f"\ntorch.compile: {len(apart)} of {len(ours['tokens'])} alike, {max(apart):.3f} nats apart at most")
+@pytest.mark.parametrize("mode", COMPILED)
+@pytest.mark.parametrize("name", ["layer by layer", "experts in three formats", "gate and up apart from down"])
+def test_compiled_code_answers_as_without(server: Server, name: str, mode: str) -> None:
+    """The first two tokens, of prefill and decoding: later ones may follow others."""
+    compiled, eager = (future.result() for future in _compiled(server, name, mode))
+    answers = zip(compiled["tokens"], eager["tokens"], compiled["logprobs"], eager["logprobs"], strict=True)
+    apart = [max(abs(a[n] - b[n]) for n in range(2)) for s, t, a, b in answers if s[:2] == t[:2]]
+    print(f"\n{name}, {mode}: {len(apart)} of {len(eager['tokens'])} alike, {max(apart):.3f} nats apart at most")
     assert len(apart) > 24 and max(apart) < 0.1
 
 

@@ -181,6 +181,20 @@ def test_a_rank_that_would_cut_a_word_of_outputs_is_refused_by_name() -> None:
         method.create_weights(torch.nn.Module(), 256, [128, 116, 12], 256, 512, torch.bfloat16)
 
 
+def test_what_is_read_off_the_models_config_in_prefill_graphs() -> None:
+    """AWQ's linears read there what they read off their own config elsewhere; no other code reads anything."""
+    import sglang.srt
+
+    readers = [
+        (path.name, line.strip())
+        for path in Path(sglang.srt.__path__[0]).rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "context().quant_config" in line or "context.quant_config" in line
+    ]
+    assert readers == [("marlin_utils.py", "quant_config = get_tc_piecewise_forward_context().quant_config")]
+    assert ours("awq_int4").quant_type == stock("awq_int4").quant_type
+
+
 # compressed-tensors
 
 

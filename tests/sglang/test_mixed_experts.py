@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterator
 from itertools import combinations, permutations
@@ -97,6 +98,23 @@ def test_all_formats_in_any_order() -> None:
     assert len(layer.groups) == len(kinds)
     x, ids, topk = routed(64, 12)
     assert close(run(layer, x, ids, topk), reference(x, ids, topk, weights))
+
+
+@pytest.mark.parametrize("groups", [[("fp8_block", 3), ("gptq_int4", 5)], [("fp8_block/gptq_int4", 3), ("bf16", 5)]])
+def test_a_layer_is_one_operation_to_torch_compile(groups: list[tuple[str, int]]) -> None:
+    layer, _ = layer_of(*groups)
+    x, ids, topk = routed(16, 8)
+    operations = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        operations.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(lambda *given: run(layer, *given) + 1, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(x, ids, topk), run(layer, x, ids, topk) + 1)
+    operation = torch.ops.mixprec.mixed_experts.default
+    assert operations == [operation, operator.add]
+    torch.library.opcheck(operation, (x, topk, ids, PREFIX))
 
 
 def test_experts_are_numbered_within_their_group() -> None:
@@ -365,9 +383,7 @@ def test_layers_that_groups_cannot_be(options: dict[str, Any], message: str) -> 
         bare_layer(mixed("fp8_block", "gptq_int4"), experts, **options)
 
 
-def test_what_parted_experts_do_not_go_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixprec_runtime import launch
-
+def test_what_parted_experts_do_not_go_with() -> None:
     with pytest.raises(ValueError, match=rf"{PREFIX}: experts whose gate and up.*with its activation \(gelu\)"):
         bare_layer(mixed("fp8_block/bf16", "bf16"), 2, activation="gelu")
     kinds = list(FORMATS)[:9]
@@ -375,10 +391,6 @@ def test_what_parted_experts_do_not_go_with(monkeypatch: pytest.MonkeyPatch) -> 
         ValueError, match="cannot be in more than 8 formats; build the checkpoint with the three in one"
     ):
         bare_layer(mixed(*[f"{kind}/{kinds[0]}" for kind in kinds]), 9)
-    monkeypatch.setattr(launch, "_server_args", lambda: Changed(server_args("dummy"), enable_torch_compile=True))
-    with pytest.raises(RuntimeError, match=r"--enable-torch-compile.*leave it out"):
-        bare_layer(mixed("fp8_block/bf16", "bf16"), 2)
-    bare_layer(mixed("fp8_block", "bf16"), 2)
 
 
 @pytest.mark.parametrize(

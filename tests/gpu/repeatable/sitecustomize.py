@@ -1,7 +1,8 @@
 """First on PYTHONPATH: servers whose answers repeat themselves, and ranks that share GPUs.
 
-SGLang's Marlin kernels run without atomic additions, whose order, and so whose sum, is chance. Both servers of a
-comparison run under this, so that what differs is not the kernel's.
+Marlin kernels run without atomic additions, whose order, and so whose sum, is chance; and the rows of an expert stay in
+order when they are sorted, by SGLang and by mixprec: it, too, is chance, and decides where Marlin parts the sum of a
+row. Both servers of a comparison run under this, so that what differs is not the kernels'.
 
 With ``SHARED_GPUS=2`` the ranks of a server take turns on two GPUs, however many there are. NCCL refuses two ranks of
 one host on one GPU, so every process says that it is a host of its own: what ranks exchange goes through sockets.
@@ -12,6 +13,7 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,31 @@ from typing import Any
 def _without_atomics(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def repeatable(*args: Any, use_atomic_add: bool = False, **kwargs: Any) -> Any:
         return kernel(*args, use_atomic_add=False, **kwargs)
+
+    return repeatable
+
+
+def _in_order(positions: Any, experts: Any, count: Any, block: int) -> Any:
+    """``positions`` with each expert's, in the blocks that ``experts`` has the experts of, sorted."""
+    import torch
+
+    at = torch.arange(len(positions), device=positions.device)
+    expert = torch.cat([experts[:1] * 0, (experts[1:] != experts[:-1]).cumsum(0)]).repeat_interleave(block)
+    keys = (expert[: len(positions)] << 32) + positions
+    return positions[torch.where(at < count, keys, at + (1 << 62)).argsort()]
+
+
+def _aligned_in_order(align: Callable[..., Any]) -> Callable[..., Any]:
+    def moe_align_block_size(topk_ids: Any, block_size: int, *args: Any, **kwargs: Any) -> Any:
+        positions, experts, count = align(topk_ids, block_size, *args, **kwargs)
+        return _in_order(positions, experts, count, block_size), experts, count
+
+    return moe_align_block_size
+
+
+def _sorted_in_order(sort: Callable[..., Any]) -> Callable[..., Any]:
+    def repeatable(*args: Any) -> Any:
+        return [replace(r, positions=_in_order(r.positions, r.experts, r.count, r.block)) for r in sort(*args)]
 
     return repeatable
 
@@ -35,6 +62,8 @@ def _shared(_: Callable[..., Any]) -> Callable[..., Any]:
 _REPLACED = {
     "sglang.kernels.ops.moe.moe_wna16_marlin": ("moe_wna16_marlin_gemm", _without_atomics),
     "sglang.kernels.ops.quantization.gptq_marlin": ("gptq_marlin_gemm", _without_atomics),
+    "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size": ("moe_align_block_size", _aligned_in_order),
+    "mixprec_runtime.routing": ("sort", _sorted_in_order),
 }
 if "SHARED_GPUS" in os.environ:
     _REPLACED["sglang.srt.utils.common"] = ("maybe_reindex_device_id", _shared)
@@ -51,8 +80,8 @@ class _Finder:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            function, replace = _REPLACED[name]
-            setattr(module, function, replace(getattr(module, function)))
+            function, other = _REPLACED[name]
+            setattr(module, function, other(getattr(module, function)))
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
