@@ -3,7 +3,7 @@
     python -m pytest tests/gpu/test_parallel.py
 
 All servers run at once, each in a process of its own. Where there are fewer GPUs than a server has ranks, the ranks
-share them (``repeatable``).
+share them (``repeatable``), and two servers run at once.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Servers:
     def __init__(self, folder: Path, shape: Shape, runs: Mapping[str, Mapping[str, Any]], padded: str, port: int):
         """``runs`` by name. Merged files are read by SGLang's own loader where there are others beside them, but for
         ``padded``, which it cannot cut."""
-        self._folder, self._pool, self._port = folder, ThreadPoolExecutor(16), port
+        # Ranks that share a GPU wait for their turns on it.
+        at_once = 16 if max(map(gpus, runs.values())) <= torch.cuda.device_count() else 2
+        self._folder, self._pool, self._port = folder, ThreadPoolExecutor(at_once), port
         sources = write_sources(folder / "sources", shape, VARIANTS)
         text = [f"model: {sources['bf16']}", "sources:", *(f"  {v}: {p}" for v, p in sources.items())]
         text += ["default: bf16", "weights:", *(f"  '{pattern}': {variant}" for pattern, variant in LINES.items())]
