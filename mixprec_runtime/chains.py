@@ -225,10 +225,8 @@ def _quant_info(group: Any, dispatch_output: Any) -> Any:
         given.append(quant_info)
         return StandardCombineInput(hidden_states=dispatch_output.hidden_states)
 
-    # torch.compile has SGLang put arithmetic of torch's in the place of a method's kernels, for one token.
-    apply = method.forward_cuda if getattr(method, "is_torch_compile", False) else method.apply
     with patch.object(runner, "fused_func", keep):
-        apply(group, dispatch_output)
+        method.apply(group, dispatch_output)
     return given[0] if given else None
 
 

@@ -40,7 +40,7 @@ _LEAVES = (
 )  # fmt: skip
 
 
-# By name: compiled code knows them so.
+# By name, as compiled code knows them.
 _layers: WeakValueDictionary[str, FusedMoE] = WeakValueDictionary()
 
 
@@ -169,6 +169,10 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             )
         # The Triton runner filters ids of -1 only where there are more experts than it holds.
         group.moe_runner_config.num_experts = experts + 1
+        if hasattr(group.quant_method, "enter_torch_compile"):
+            # For torch.compile, which does not see it, the kernels would make way for arithmetic that takes -1 for the
+            # last expert (moe/fused_moe_native.py).
+            group.quant_method.enter_torch_compile = lambda num_tokens: None
         return group
 
     def _register_doors(self, layer: FusedMoE, place: Mapping[tuple[str, int], tuple[int, int]]) -> None:
@@ -250,7 +254,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 
 @torch.library.custom_op("mixprec::mixed_experts", mutates_args=())
 def _run_by_name(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, name: str) -> torch.Tensor:
-    """A layer as one operation for ``torch.compile``, which looks inside neither kernels' choices nor side streams."""
+    """A layer as one operation: ``torch.compile`` could follow neither the choice of kernels nor side streams."""
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 

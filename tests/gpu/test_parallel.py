@@ -52,8 +52,10 @@ QUIET = {
 DEGREES = {"tp2": {"tp_size": 2}, "tp4": {"tp_size": 4}, "tp2-ep2": {"tp_size": 2, "ep_size": 2}}
 DEGREES |= {"tp4-ep2": {"tp_size": 4, "ep_size": 2}, "dp2-tp2": {"dp_size": 2, "tp_size": 2}}
 DEGREES |= {"attention dp2": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}}
+GRAPHS = {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 4, "cuda_graph_bs_decode": [1, 4]}
 WITHOUT_FILES = {
-    "cuda graph": {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 4, "cuda_graph_bs_decode": [1, 4]},
+    "cuda graph": GRAPHS,
+    "tp2, cuda graph": {"tp_size": 2, **GRAPHS},
     "chunked prefill": {"chunked_prefill_size": 32},
     "recorder": {
         "expert_distribution_recorder_mode": "stat",

@@ -117,6 +117,22 @@ def test_a_layer_is_one_operation_to_torch_compile(groups: list[tuple[str, int]]
     torch.library.opcheck(operation, (x, topk, ids, PREFIX))
 
 
+def test_groups_keep_their_kernels_under_torch_compile() -> None:
+    """Before SGLang compiles a model it asks all parts for arithmetic that compiles, which knows no ids of -1."""
+    from sglang.srt.compilation.torch_compile_decoration import _to_torch
+
+    layer, weights = layer_of(("bf16", 3), ("gptq_int4", 5))
+    model = torch.nn.ModuleList([layer])
+    native = layer.groups[0].quant_method
+    before = native._forward_method
+    _to_torch(model, reverse=False, num_tokens=1)
+    assert native._forward_method == before
+    x, ids, topk = routed(1, 8)
+    assert close(run(layer, x, ids, topk), reference(x, ids, topk, weights))
+    _to_torch(model, reverse=True, num_tokens=1)
+    assert native._forward_method == before
+
+
 def test_experts_are_numbered_within_their_group() -> None:
     layer, _ = layer_of(("gptq_int4", 1), ("fp8_block", 2), ("gptq_int4", 2), ("bf16", 1))
     assert numbers(layer) == [
