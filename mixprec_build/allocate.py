@@ -87,32 +87,33 @@ def suggest(
             "`relative` or `weight`"
         )
     choices = Choices(recipe, sources, request)
-    groups = _weighed(choices, request, objective, cache, jobs, watch)
-    notes = list(choices.notes)
-    costs = [[group.options[i].nbytes for i in group.allowed] for group in groups]
-    losses = [[group.options[i].loss for i in group.allowed] for group in groups]
+    frequencies = _frequencies(choices, request.activity)
+    costs = [[group.options[i].nbytes for i in group.allowed] for group in choices.groups]
 
-    def planned(solution: Solution) -> tuple[Plan, int, tuple[tuple[str, tuple[Rule, ...]], ...]]:
+    def planned(
+        groups: Sequence[Group], solution: Solution
+    ) -> tuple[Plan, int, tuple[tuple[str, tuple[Rule, ...]], ...]]:
         lines = _lines(groups, solution, choices)
         rules = tuple(rule for _, block in lines for rule in block)
         plan = make_plan(replace(recipe, rules=rules), sources, allow_unservable=request.allow_unservable)
         return plan, sum(shard.file_bytes(sources) for shard in plan.shards), lines
 
     least = sum(map(min, costs))
+    if choices.fixed_bytes + least > request.budget:  # known before anything is measured
+        raise _over_budget(planned(choices.groups, solve(costs, costs, least))[1], request.budget)
+    groups = _weighed(choices, frequencies, request, objective, cache, jobs, watch)
+    notes = list(choices.notes)
+    losses = [[group.options[i].loss for i in group.allowed] for group in groups]
     overhead = 0  # of headers, known once there is a plan
     while True:
         room = request.budget - choices.fixed_bytes - overhead
         solution = solve(costs, losses, max(room, least))
-        plan, total, lines = planned(solution)
+        plan, total, lines = planned(groups, solution)
         exact = total - solution.cost - choices.fixed_bytes
         if total <= request.budget:
             break
         if room <= least:
-            raise BudgetError(
-                f"the smallest mix that these sources, pins and floors allow is {total:,} bytes ({human(total)}), the "
-                f"budget {request.budget:,} ({human(request.budget)}); give --budget {total} or more, or a source with "
-                "fewer bits"
-            )
+            raise _over_budget(total, request.budget)
         overhead = max(exact, overhead + 1)
     if all(row[pick] == min(row) for row, pick in zip(losses, solution.picks, strict=True)) and total < request.budget:
         notes.append(
@@ -135,11 +136,19 @@ def suggest(
     )
 
 
+def _over_budget(smallest: int, budget: int) -> BudgetError:
+    return BudgetError(
+        f"the smallest mix that these sources, pins and floors allow is {smallest:,} bytes ({human(smallest)}), the "
+        f"budget {budget:,} ({human(budget)}); give --budget {smallest} or more, or a source with fewer bits"
+    )
+
+
 # What each choice loses
 
 
 def _weighed(
     choices: Choices,
+    frequencies: Mapping[str, float],
     request: Request,
     objective: Objective,
     cache: DistortionCache,
@@ -168,7 +177,6 @@ def _weighed(
         wanted, cache, moments=request.moments, jobs=jobs, progress=None if watch is None else watch(total)
     )
     powers = {name: distortion for (name, _), distortion in measured.items()}
-    frequencies = _frequencies(choices, request.activity)
     # Signal: of one dense module, and of a projection over all experts of its layer.
     signal: Counter[tuple[int | None, str]] = Counter()
     for group in choices.groups:

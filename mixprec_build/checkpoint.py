@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import xxhash
 
-from .errors import SourceError
+from .errors import HubError, SourceError
 from .header import TensorInfo, header_length, inside, load_json, open_regular, parse_header, pread_all
 from .patterns import MAX_NAME
 
@@ -350,8 +350,15 @@ def _locate(location: str, relative_to: Path) -> Files:
     parsed = None if looks_local else parse_repo_id(location)
     if parsed is None:
         where = "" if Path(location).is_absolute() else f" ({folder.absolute()})"
+        if folder.exists():
+            raise SourceError(f"is no folder{where}; name the folder that the checkpoint's files are in", path=location)
         raise SourceError(f"no such folder{where}, and not a hub id like org/name@revision", path=location)
-    return HubRepo.open(*parsed)
+    try:
+        return HubRepo.open(*parsed)
+    except HubError as error:
+        if folder.parent.is_dir():  # perhaps a mistyped path
+            error.args = (f"{error}; and there is no folder {folder.absolute()}",)
+        raise
 
 
 def _read_json(storage: Files, location: str, name: str, limit: int) -> dict[str, object] | None:

@@ -93,7 +93,7 @@ def build(
         _show_plan_notes(other, as_json, told=plan)
         plan = other
 
-    with _bar("writing", plan.tensor_bytes, quiet or as_json) as progress:
+    with _bar("writing", plan.written_bytes, quiet or as_json) as progress:
         unservable = Allowed.UNSERVABLE in allow
         manifest = run_plan(
             plan,
@@ -112,9 +112,12 @@ def build(
     elif not quiet:
         from .report import human
 
-        cut = "files cut for ranks only" if plan.recipe.layout == Layout.PRESPLIT.value else f"{len(plan.shards)} files"
+        only_ranks = plan.recipe.layout == Layout.PRESPLIT.value
+        cut = "files cut for ranks only" if only_ranks else _count(len(plan.shards), "file")
         print(f"{out}: {len(plan.modules):,} modules, {human(plan.tensor_bytes)} in {cut}")
-        print(f"next: mixprec inspect {out}")
+        for degree, nbytes in plan.presplit.items():
+            print(f"{out}/presplit/{degree}: files of all ranks, {human(nbytes)}")
+        print(f"next: mixprec verify {out}")
 
 
 @app.command()
@@ -122,12 +125,7 @@ def plan(recipe: RecipePath, allow: Allow = [], link: Link = False, as_json: AsJ
     """Show what a build would write, without writing it."""
     from .report import plan_facts, show_plan
 
-    try:
-        facts = plan_facts(_plan(recipe, allow, link))
-    except RefusedError as error:
-        if as_json:
-            _print_json({"refused": list(error.problems)})
-        raise
+    facts = plan_facts(_plan(recipe, allow, link))
     if as_json:
         _print_json(facts)
     else:
@@ -136,14 +134,14 @@ def plan(recipe: RecipePath, allow: Allow = [], link: Link = False, as_json: AsJ
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds: a compiled one or any other."""
     from .report import inspect_facts, show_inspect
     from .sources import open_on_disk
 
-    facts = inspect_facts(open_on_disk(folder), folder)
+    facts = inspect_facts(open_on_disk(checkpoint), Path(checkpoint))
     if as_json:
         _print_json(facts)
     else:
@@ -179,7 +177,7 @@ def verify(
     if against:
         entry = manifest["sources"].get(against, {})
         reference = open_source(moved.get(against) or (entry and location_of(entry)) or against)
-        ours = open_on_disk(folder)
+        ours = open_on_disk(str(folder))
         comparable(ours, reference)  # before the hour that reading may take
     total = sum(entry["bytes"] for entry in tensor_entries(manifest).values())
     with _bar("comparing", total, quiet or as_json) as progress:
@@ -268,8 +266,7 @@ def split(
         return
     if written:
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
-        count = "1 rank" if len(written) == 1 else f"{len(written)} ranks"
-        print(f"{folder}/presplit/{degree}: files of {count}, {human(size)}")
+        print(f"{folder}/presplit/{degree}: files of {_count(len(written), 'rank')}, {human(size)}")
     if layout is not None:
         print(f"{folder}: {_HAS[layout_of(read_manifest(folder))]}")
     if degree is not None and written:
@@ -281,6 +278,10 @@ _HAS = {
     "presplit": "files cut for ranks only; `mixprec split --layout both` restores the merged ones",
     "both": "merged files, and those cut for ranks",
 }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _numbers(text: str, tp: int) -> list[int]:
@@ -363,7 +364,7 @@ def suggest(
         nbytes = parse_size(budget)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--budget") from error
-    check_target(out, force=force)
+    check_target(out, base, force=force)
     if plot is not None:
         from .figures import check_picture
 
@@ -534,6 +535,8 @@ def main() -> None:
         code, message = ended.code, "interrupted" if stop.number else ""
     except MixprecError as error:
         code, message = error.exit_code, str(error)
+        if "--json" in sys.argv:
+            _print_json({"refused": error.problems} if isinstance(error, RefusedError) else {"error": message})
     except MemoryError:
         code, message = 1, "out of memory"
     except RuntimeError as error:

@@ -123,6 +123,9 @@ class DistortionCache:
             raise SourceError(
                 f"cannot keep errors there: {error.strerror}; name a file with --errors", path=path
             ) from error
+        if data and not data.startswith(b'{"key": '):
+            self.close()
+            raise SourceError("holds no measured errors; name another file with --errors", path=path)
         for line in data.splitlines():
             with suppress(ValueError, TypeError, KeyError):  # torn by a kill, or by another program
                 entry = json.loads(line)

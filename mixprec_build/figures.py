@@ -41,7 +41,7 @@ def check_picture(path: Path, *, page: bool = False) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise OutputError(f"{path}: PNGs are drawn by matplotlib; pip install 'mixprec[plot]'") from error
+        raise OutputError(f"{path}: PNGs are drawn by matplotlib; pip install matplotlib") from error
 
 
 def _grid(activity: Activity) -> tuple[list[int], _Grid]:

@@ -242,7 +242,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = hide_password(str(folder / MANIFEST))
     if not (folder / MANIFEST).exists():
-        raise VerifyError(f"{path}: not there; `mixprec verify` checks what `mixprec build` wrote")
+        raise VerifyError(f"{path}: not there; this is for what `mixprec build` wrote")
     try:
         data = read_regular(inside(folder, MANIFEST), _MAX_BYTES)
         manifest = load_json(data, _MAX_VALUES)

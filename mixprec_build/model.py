@@ -15,6 +15,7 @@ from typing import NamedTuple
 __all__ = [
     "ATTENTION_REPLICAS",
     "FAMILIES",
+    "FUSED",
     "GroupMembers",
     "Model",
     "Role",
@@ -45,11 +46,13 @@ FAMILIES = frozenset(
 ATTENTION_REPLICAS = frozenset({"qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"})
 """Of these, those whose attention SGLang can keep in replicas (``--enable-dp-attention``)."""
 
-_FUSED = {
+FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
     "q_a_proj": "fused_qkv_a_proj_with_mqa", "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
 }  # fmt: skip
+"""Modules that SGLang joins into one layer -> its name."""
+
 _EXPERT = re.compile(r"(.+\.experts\.\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -148,14 +151,14 @@ def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         expert = _EXPERT.fullmatch(name)
         parent, _, last = name.rpartition(".")
-        key = expert[1] if expert else f"{parent}.{_FUSED[last]}" if last in _FUSED else name
+        key = expert[1] if expert else f"{parent}.{FUSED[last]}" if last in FUSED else name
         groups.setdefault(key, []).append(name)
     return groups
 
 
 def joined_groups(names: Iterable[str]) -> dict[str, list[str]]:
     """As :func:`fused_groups`, under the names of SGLang's layers and in the order that it joins their parts in."""
-    order = list(_FUSED)
+    order = list(FUSED)
     groups = {}
     for joined, members in fused_groups(names).items():
         # DeepSeek-V2-Lite's q_proj has no partners.

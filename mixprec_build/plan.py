@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from .folding import Folding
 from .formats.base import Format
 from .formats.registry import ALIASES
 from .header import MOST_TENSORS, TensorInfo, build_header
-from .model import FAMILIES, Role, role_by_name, role_of
+from .model import FAMILIES, FUSED, Role, role_by_name, role_of
 from .patterns import compress, natural_key
 from .presplit import Degree, Splitter
 from .recipe import Recipe, Rule
@@ -122,6 +123,11 @@ class Plan:
     @property
     def tensor_bytes(self) -> int:
         return sum(shard.data_bytes for shard in self.shards)
+
+    @property
+    def written_bytes(self) -> int:
+        """Of tensors, in the files cut for ranks as well."""
+        return self.tensor_bytes + sum(self.presplit.values())
 
 
 def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = False, link: bool = False) -> Plan:
@@ -282,8 +288,25 @@ class _Planner:
                 )
         return exact
 
+    def _why_nothing(self, glob: str) -> str:
+        if glob.endswith(".bias"):
+            return "a bias comes with its module"
+        dashed = re.search(r"{(\d+)-(\d+)}", glob)
+        if dashed:
+            return f"a range is written {{{dashed[1]}..{dashed[2]}}}"
+        names = chain.from_iterable(source.checkpoint.modules for source in self.sources.by_name.values())
+        words = {word for name in names for word in name.split(".")}
+        for word in re.split(r"\.+", glob):
+            near = difflib.get_close_matches(word, words, n=1)
+            if near and word not in words and not re.search(r"[*?{}]", word):
+                return f"no name has a part `{word}`: did you mean `{near[0]}`?"
+        return ""
+
     def _nearest(self, name: str) -> str:
-        last = name.rpartition(".")[2]
+        parent, _, last = name.rpartition(".")
+        parts = [part for part, joined in FUSED.items() if joined == last]
+        if parts:
+            return f"checkpoints store its parts: write {parent}.{{{','.join(parts)}}}"
         names = sorted({n for s in self.sources.by_name.values() for n in s.checkpoint.modules})
         alike = [n for n in names if n.endswith(last) and n.count(".") == name.count(".")] or names
         near = difflib.get_close_matches(name, alike[:5000], n=1, cutoff=0.3)
@@ -436,8 +459,8 @@ class _Planner:
         for i, rule in enumerate(self.recipe.rules):
             yield RuleUse(rule, self.matched[i], self.won[i])
             if not self.matched[i]:
-                hint = " (a bias comes with its module)" if rule.pattern.text.endswith(".bias") else ""
-                self.notes.append(f"{rule} matches nothing{hint}")
+                hint = self._why_nothing(rule.pattern.text)
+                self.notes.append(f"{rule} matches nothing{hint and f' ({hint})'}")
             elif not self.won[i]:
                 self.notes.append(f"{rule} never wins: later or exact lines decide all it matches")
             for number, pattern in rule.pattern.greatest() if self.matched[i] else ():

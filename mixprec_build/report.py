@@ -235,10 +235,8 @@ def show_plan(facts: Mapping[str, Any], console: Console) -> None:
     _show_formats(facts, console)
     _show_layers(facts, console)
     for degree, nbytes in facts["presplit"].items():
-        _say(
-            f"cut for ranks, {degree}: {human(nbytes)}, {(nbytes / facts['bytes'] - 1):.1%} more than the checkpoint",
-            console,
-        )
+        more = max(nbytes / facts["bytes"] - 1, 0)
+        _say(f"cut for ranks, {degree}: {human(nbytes)}, {more:.1%} more than the checkpoint", console)
     if facts["layout"] == "presplit":
         _say("the merged files are dropped once these are cut: the build needs space for both", console)
     for left_out in facts["left_out"]:

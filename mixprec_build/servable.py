@@ -361,14 +361,17 @@ def _shared_down(gate_up: str) -> str:
 
 
 def _shared_experts_limit(gate: Format, down: Format) -> str | None:
-    kind, quantizes = gate.kind, gate.to_json().get("activations", "none") != "none"
-    if kind.startswith("gptq"):
+    if gate.kind.startswith("gptq"):
         return "SGLang looks for a weight in shared experts' gate and up, and GPTQ has none of that name"
-    if kind == "fp8_channel" and quantizes:
+    if not gate.kind.startswith("fp8_"):
+        return None
+    ours, theirs = gate.to_json(), down.to_json()
+    quantizes, quantized = (fmt.get("activations", "none") != "none" for fmt in (ours, theirs))
+    if gate.kind == "fp8_channel" and quantizes:
         return "SGLang asks shared experts for a config that its method for FP8 by channels has not"
-    blocks = [fmt.to_json().get("block") for fmt in (gate, down)]
-    alike = down.kind in ("fp8_block", "fp8_tensor") and down.to_json().get("activations") != "none"
-    if kind in ("fp8_block", "fp8_tensor") and quantizes and not (alike and blocks[0] == blocks[1]):
+    # Fp8Config's and compressed-tensors' have one, with blocks or None.
+    asked = down.kind.startswith(("fp8_", "ct_")) and not (down.kind == "fp8_channel" and quantized)
+    if not asked or ours.get("block") != theirs.get("block"):
         return f"SGLang compares blocks of shared experts' gate and up with those of down, which is {down.kind}"
     return None
 

@@ -98,13 +98,14 @@ def open_source(location: str, *, relative_to: Path | None = None) -> Source:
     return Source.of(location, open_checkpoint(location, relative_to=relative_to))
 
 
-def open_on_disk(folder: Path) -> Source:
-    """:func:`open_source` of a folder; of a compiled checkpoint also where its merged files were dropped."""
+def open_on_disk(location: str) -> Source:
+    """:func:`open_source`; of a compiled checkpoint in a folder also where its merged files were dropped."""
+    folder = Path(location)
     if not (folder / MANIFEST).exists() or not (folder / REST).exists():
-        return open_source(str(folder))
+        return open_source(location)
     from .merged import open_compiled
 
-    return Source.of(str(folder), open_compiled(folder, read_manifest(folder)))
+    return Source.of(location, open_compiled(folder, read_manifest(folder)))
 
 
 def open_sources(recipe: Recipe) -> Sources:

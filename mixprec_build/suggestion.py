@@ -36,8 +36,10 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~@+{},\-*?]*")
 # The recipe
 
 
-def check_target(out: Path, *, force: bool) -> None:
+def check_target(out: Path, base: Path, *, force: bool) -> None:
     """Raises :class:`OutputError` where :func:`write_recipe` would in the end."""
+    if out.exists() and base.exists() and out.samefile(base):
+        raise OutputError(f"{out}: is the recipe with the sources to choose from; name another file")
     if out.exists() and not force:
         raise OutputError(f"{out}: exists; pass --force to replace it, or name another file")
     if not out.parent.is_dir():
@@ -50,7 +52,7 @@ def write_recipe(suggestion: Suggestion, out: Path, *, force: bool = False) -> N
     Raises:
         OutputError: there is such a file and ``force`` is not set, or it cannot be written.
     """
-    check_target(out, force=force)
+    check_target(out, suggestion.plan.recipe.path, force=force)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         unfinished.write_text(recipe_text(suggestion, out.parent), encoding="utf-8")

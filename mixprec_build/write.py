@@ -114,7 +114,8 @@ def companion_files(plan: Plan) -> list[str]:
 def write(
     plan: Plan, out: Path, *, force: bool = False, jobs: int | None = None, progress: Progress | None = None
 ) -> Path:
-    """Writes the checkpoint and returns the path of its manifest. ``progress`` is called with bytes done.
+    """Writes the checkpoint and returns the path of its manifest. ``progress`` is called with bytes done, of the plan's
+    ``written_bytes``.
 
     Raises:
         OutputError: ``out`` is in use.
@@ -171,7 +172,14 @@ def _fill(
     # The merged files are dropped after the last of them, the one that they could be restored from.
     for degree in sorted(degrees, key=lambda degree: -degree.tp):
         layout = plan.recipe.layout if degree.tp == min(plan.recipe.tp) else "both"
-        split(stage.payload, degree, layout=layout, jobs=jobs, shard_size=plan.recipe.shard_size)
+        split(
+            stage.payload,
+            degree,
+            layout=layout,
+            jobs=jobs,
+            shard_size=plan.recipe.shard_size,
+            watch=lambda splitter, nbytes: progress,
+        )
     sync_folder(stage.payload)
 
 

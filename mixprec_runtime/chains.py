@@ -23,7 +23,7 @@ from sglang.srt.layers.moe.moe_runner.marlin import MarlinMoeQuantInfo
 from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-from . import routing
+from . import launch, routing
 from .routing import Route
 
 __all__ = ["Chain", "Chains", "activates", "of", "run"]
@@ -91,11 +91,15 @@ class TritonChain(Chain):
             block_shape=info.block_shape,
             per_channel_quant=info.per_channel_quant,
         )
-        if len(x) * top_k <= _FEW:
-            # A few blocks for each of few experts: more of them, and more loads under way, than for a whole layer.
-            narrow = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 5}
-            return {**found, **narrow}
-        return found
+        # Some files of 0.5.23 have a word for SGLang's caller of the kernel (triton_utils/fused_moe.py:487 there).
+        tiles = {key: value for key, value in found.items() if key != "USE_TMA"}
+        if len(x) * top_k <= _FEW and not launch.deterministic():
+            # A few blocks for each of few experts: more of them, and more loads under way, than for a whole layer. With
+            # 256 bytes of a row, these fit into the shared memory of all GPUs.
+            inputs = min(tiles["BLOCK_SIZE_K"], 256 // info.w13_weight.element_size())
+            narrow = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": inputs, "GROUP_SIZE_M": 1}
+            return {**tiles, **narrow, "num_warps": 4, "num_stages": 5}
+        return tiles
 
     def up(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
         info = self.info

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .plugin import INSTALL
+
 __all__ = ["ENGINE", "environment", "main"]
 
 ENGINE: dict[str, Any] = {
@@ -43,7 +45,7 @@ def environment(ranks: int = 1) -> dict[str, str]:
 
 def main() -> None:
     if importlib.util.find_spec("sglang") is None:
-        sys.exit("SGLang is not installed here; pip install 'mixprec[sglang]'")
+        sys.exit(f"SGLang is not installed here; {INSTALL}")
     arguments = []
     for name, value in ENGINE.items():
         flag = f"--{name.replace('_', '-')}"

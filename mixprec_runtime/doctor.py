@@ -21,10 +21,11 @@ from mixprec_build.errors import MixprecError
 from mixprec_build.formats.base import Format
 from mixprec_build.manifest import METHOD, Declaration, layout_of, read_manifest, tensor_entries
 from mixprec_build.merged import complete
+from mixprec_build.model import Role, role_by_name
 from mixprec_build.servable import half_only, some
 from mixprec_build.sources import open_on_disk
 
-from .plugin import version_problem
+from .plugin import INSTALL, version_problem
 
 __all__ = ["Finding", "examine"]
 
@@ -66,7 +67,7 @@ def _versions() -> Iterator[Finding]:
         yield Finding("ok" if version else "warn", package, version or "not installed")
     sglang = _version("sglang")
     if sglang is None:
-        yield Finding("fail", "SGLang", "not installed; pip install 'mixprec[sglang]'")
+        yield Finding("fail", "SGLang", f"not installed; {INSTALL}")
     else:
         problem = version_problem(sglang)
         yield Finding("fail", "SGLang", problem) if problem else Finding("ok", "SGLang", sglang)
@@ -130,6 +131,10 @@ def _needs(kind: str) -> str:
     return f"compute capability {least / 10} " + (f"to {most / 10}" if most else "and up")
 
 
+_FP8_EXPERTS = 89
+"""SGLang has no other kernel for them than Triton's, where its linears have Marlin (quantization/fp8.py:2281)."""
+
+
 def _unfit(kind: str, gpu: Gpu | None) -> str:
     """Why a GPU has no kernel for a format; empty where it has one."""
     if gpu is None or kind not in _KERNELS:
@@ -141,8 +146,11 @@ def _unfit(kind: str, gpu: Gpu | None) -> str:
 
 
 def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
+    if not out.is_dir():
+        yield Finding("fail", str(out), "no such folder")
+        return
     try:
-        checkpoint = open_on_disk(out).checkpoint
+        checkpoint = open_on_disk(str(out)).checkpoint
         if checkpoint.quantization.get("quant_method") != METHOD:
             yield Finding("fail", str(out), "was not built by mixprec: SGLang serves it as what it is")
             return
@@ -154,7 +162,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         yield Finding("fail", str(out), str(error))
         return
     counts = Counter(formats.values())
-    problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
+    problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, formats, gpu)]
     if not problems:
         stored = {name: (formats[name], module) for name, module in checkpoint.modules.items() if name in formats}
         problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.config)]
@@ -175,10 +183,15 @@ def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterato
 
 
 def _not_served(
-    checkpoint: Checkpoint, manifest: Mapping[str, Any], counts: Mapping[Format, int], gpu: Gpu | None
+    checkpoint: Checkpoint, manifest: Mapping[str, Any], formats: Mapping[str, Format], gpu: Gpu | None
 ) -> Iterator[Finding]:
     for problem in manifest.get("unservable", []):
         yield Finding("fail", "unservable", problem)
+    counts = Counter(formats.values())
+    experts = {fmt.kind for name, fmt in formats.items() if role_by_name(name) is Role.EXPERT}
+    if gpu is not None and gpu.capability < _FP8_EXPERTS and any(kind.startswith("fp8_") for kind in experts):
+        need = f"experts need compute capability {_FP8_EXPERTS / 10}, this GPU has {gpu.capability / 10}"
+        yield Finding("fail", "FP8", need)
     for fmt, count in counts.items():
         if unfit := _unfit(fmt.kind, gpu):
             yield Finding("fail", fmt.kind, f"{count:,} modules: {unfit}")

@@ -53,8 +53,13 @@ def mend_linear(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
 
 
 def check_experts(layer: Any, fmt: Format, prefix: str) -> None:
-    """Marlin's shapes, before SGLang chooses a method for a FusedMoE layer: where they do not fit, GPTQ goes wrong and
-    AWQ falls back to other kernels (quantization/awq/awq.py:352), which know no ids of -1."""
+    """What a FusedMoE layer's kernels need, before SGLang chooses a method for it. Where shapes do not fit Marlin, GPTQ
+    goes wrong and AWQ falls back to other kernels (quantization/awq/awq.py:352), which know no ids of -1."""
+    if isinstance(fmt, Fp8) and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError(
+            f"{prefix} ({fmt.kind}): Triton multiplies experts in FP8 from compute capability 8.9 on; build the "
+            "checkpoint with another format for them"
+        )
     if isinstance(fmt, Gptq | Awq | Packed) and not check_moe_marlin_supports_layer(layer, fmt.group_size):
         raise ValueError(
             f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {layer.hidden_size} and "

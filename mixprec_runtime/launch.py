@@ -12,6 +12,7 @@ __all__ = [
     "check_experts_elsewhere",
     "check_mixed_experts",
     "check_padded",
+    "deterministic",
     "mixed_problems",
 ]
 
@@ -51,6 +52,11 @@ def check_padded(padded: Mapping[str, Any]) -> None:
     """For ranks that hold zeros beside their weights. Raises ``RuntimeError`` with the flags to change."""
     if padded and _asks_for_lora(_server_args()):
         _raise(["--enable-lora and --lora-paths know no ranks that are filled up with zeros; leave them out"])
+
+
+def deterministic() -> bool:
+    """Whether a token's answer must not depend on the others of its batch."""
+    return bool(getattr(_server_args(), "enable_deterministic_inference", False))
 
 
 def _server_args() -> Any:

@@ -60,11 +60,13 @@ def sglang_config(fmt: Format) -> QuantizationConfig | None:
     if isinstance(fmt, Fp8) and fmt.activations != "none" and fmt.granularity == "channel":
         return W8A8Fp8Config(is_checkpoint_fp8_serialized=True)
     if isinstance(fmt, Fp8) and fmt.activations != "none":
-        return Fp8Config(
+        made = Fp8Config(
             is_checkpoint_fp8_serialized=True,
             activation_scheme=fmt.activations,
             weight_block_size=list(fmt.block) if fmt.block else None,
         )
+        made.scale_fmt = fmt.scale_fmt or None  # read since some version before 0.5.23
+        return made
     if isinstance(fmt, Int8) and fmt.granularity == "channel" and fmt.activations != "none":
         return W8A8Int8Config({"is_dynamic": True})
     if isinstance(fmt, Int8) and fmt.block and fmt.activations != "none":

@@ -14,11 +14,12 @@ from packaging.version import Version
 from mixprec_build import __version__
 from mixprec_build.manifest import METHOD
 
-__all__ = ["NEWEST", "OLDEST", "register", "version_problem"]
+__all__ = ["INSTALL", "NEWEST", "OLDEST", "register", "version_problem"]
 
 logger = logging.getLogger(__name__)
 
 OLDEST, NEWEST = Version("0.5.15.post1"), Version("0.5.23")
+INSTALL = f"pip install 'sglang>={OLDEST},<={NEWEST}'"
 
 
 def version_problem(version: str) -> str | None:
@@ -27,7 +28,7 @@ def version_problem(version: str) -> str | None:
         return None
     return (
         f"mixprec {__version__} serves with SGLang {OLDEST} to {NEWEST}, and this is SGLang {version}. "
-        f"Install one that fits: pip install 'sglang>={OLDEST},<={NEWEST}'"
+        f"Install one that fits: {INSTALL}"
     )
 
 

@@ -51,6 +51,8 @@ class Scaled(Format):
     block: tuple[int, int] | None = None
     scale: str = ""
     """What the scales are called, where it is not what they are usually called."""
+    scale_fmt: str = ""
+    """``ue8m0`` where activations are to be quantized with powers of two as scales, of blocks."""
 
     @property
     def kind(self) -> str:
@@ -80,7 +82,8 @@ class Scaled(Format):
         activations = _activations(module, quantization, scheme)
         scale = module.tensors["weight_scale"].shape if "weight_scale" in leaves else None
         if scale is None:
-            found = cls("block", activations, _block_size(quantization))
+            powers = quantization.get("scale_fmt") == "ue8m0"
+            found = cls("block", activations, _block_size(quantization), scale_fmt="ue8m0" if powers else "")
         elif scale in ((), (1,), (1, 1)) and (scheme is None or scheme.strategy == "tensor"):
             found = cls("tensor", activations)
         elif scheme is not None and scheme.strategy == "block":
@@ -107,7 +110,7 @@ class Scaled(Format):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         granularity, activations = data["kind"].removeprefix(f"{cls.word}_"), data["activations"]
-        scale = data.get("scale", "")
+        scale, scale_fmt = data.get("scale", ""), data.get("scale_fmt", "")
         try:
             block = _block_size({"weight_block_size": data["block"]}) if granularity == "block" else None
         except FormatError as error:
@@ -116,12 +119,15 @@ class Scaled(Format):
             raise ValueError(f"activations {brief(activations)} are neither static nor dynamic nor none")
         if scale not in ("", "weight_scale"):
             raise ValueError(f"scale {brief(scale)} is no name of scales")
-        return cls(granularity, activations, block, scale if block else "")
+        if scale_fmt not in ("", "ue8m0"):
+            raise ValueError(f"scale_fmt {brief(scale_fmt)} is not ue8m0")
+        return cls(granularity, activations, block, scale if block else "", scale_fmt if block else "")
 
     def to_json(self) -> dict[str, object]:
         block = {"block": list(self.block)} if self.block else {}
         scale = {"scale": self.scale} if self.scale else {}
-        return {"kind": self.kind, **block, "activations": self.activations, **scale}
+        powers = {"scale_fmt": self.scale_fmt} if self.scale_fmt else {}
+        return {"kind": self.kind, **block, "activations": self.activations, **scale, **powers}
 
     def check(self, module: StoredModule) -> None:
         only_leaves(module, {"weight", self.scale_leaf, "input_scale", "bias"}, self.kind)

@@ -7,6 +7,7 @@ want to be, that rows go where they belong, and which layers chains are for.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, torch.Tensor
         except ImportError:  # 0.5.15
             from sglang.jit_kernel.activation import silu_and_mul
             from sglang.jit_kernel.moe_wna16_marlin import moe_wna16_marlin_gemm
-        tiles = like(fused_moe.try_get_optimal_moe_config, lambda a: {"BLOCK_SIZE_M": 16, "num_stages": 2})
+        tiles = like(fused_moe.try_get_optimal_moe_config, lambda a: {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_K": 64})
         monkeypatch.setattr(fused_moe, "try_get_optimal_moe_config", tiles)
         monkeypatch.setattr(fused_moe, "invoke_fused_moe_kernel", like(fused_moe.invoke_fused_moe_kernel, gemm))
         monkeypatch.setattr(fused_moe, "silu_and_mul", like(silu_and_mul, activate), raising=False)
@@ -236,6 +237,39 @@ def test_layers_that_chains_are_not_for(change: dict[str, Any], config: dict[str
     assert len(chains.of(layer_of(triton, marlin), given).ups) == 2
     assert chains.of(layer_of(replace(triton, **change), marlin, **config), given).ups == []
     assert chains.of(layer_of(triton, replace(marlin, w13_bias=torch.zeros(1))), given).ups == []
+
+
+def test_tuned_tiles_suit_the_kernel_and_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all files that SGLang has: no word that its kernel does not know, and for few ids no more shared memory than
+    the smallest GPU's 99 KiB (of the stages, one less is held)."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    from mixprec_runtime import chains, launch
+
+    publish(server_args("dummy"))
+    kernel = inspect.unwrap(fused_moe.invoke_fused_moe_kernel).__globals__["fused_moe_kernel"]
+    known = {*kernel.arg_names, "num_warps", "num_stages", "num_ctas"}
+    entries = [
+        entry
+        for file in (Path(fused_moe.__file__).parent / "configs").rglob("E=*NVIDIA*.json")
+        if "_down" not in file.name
+        for entry in json.loads(file.read_text()).values()
+        if isinstance(entry, dict)
+    ]
+    assert len(entries) > 1000
+    triton, _, _ = infos()
+    for weight in (triton.w13_weight.bfloat16(), triton.w13_weight.to(torch.float8_e4m3fn)):
+        chain = chains.TritonChain(replace(triton, w13_weight=weight), 3, 5)
+        for entry in entries:
+            monkeypatch.setattr(fused_moe, "try_get_optimal_moe_config", lambda *_, found=entry, **__: found)
+            for tokens in (4, 400):
+                tiles = chain.tiles(torch.zeros(tokens, 8, dtype=torch.bfloat16), TOP_K)
+                assert tiles.keys() <= known, entry
+            few = chain.tiles(torch.zeros(4, 8, dtype=torch.bfloat16), TOP_K)
+            held = (few["BLOCK_SIZE_M"] + few["BLOCK_SIZE_N"]) * few["BLOCK_SIZE_K"] * weight.element_size()
+            assert held * (few["num_stages"] - 1) < 99 << 10, entry
+    monkeypatch.setattr(launch, "deterministic", lambda: True)
+    assert chain.tiles(torch.zeros(4, 8), TOP_K) == chain.tiles(torch.zeros(400, 8), TOP_K)
 
 
 # On a CPU the others' methods go other ways, or ask which GPU there is.

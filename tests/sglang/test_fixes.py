@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from harness import load, make, publish, rank_of, server_args, sources
 from mixes import MIXES, mix
 from serving import quantize
+
+from mixprec_build.formats.fp8 import Fp8
 
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
 from layers import FORMATS, PREFIX, mixed_config
@@ -113,7 +116,6 @@ def test_scales_are_permuted_by_their_layers_inputs(monkeypatch: pytest.MonkeyPa
 
 
 def test_experts_with_desc_act_are_not_cut() -> None:
-    from dataclasses import replace
 
     config = ours("gptq_int4")
     act = replace(FORMATS["gptq_int4"], desc_act=True)
@@ -131,6 +133,58 @@ def test_experts_with_desc_act_are_not_cut() -> None:
 def test_experts_that_marlin_has_no_kernel_for_are_refused(kind: str) -> None:
     with pytest.raises(ValueError, match=rf"{PREFIX} \({kind}\): Marlin has no kernel.*96"):
         experts_of(ours(kind), intermediate_size=96)
+
+
+# FP8
+
+
+def test_experts_that_triton_has_no_kernel_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Ampere, where linears in FP8 run on Marlin."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+    with pytest.raises(ValueError, match=rf"{PREFIX} \(fp8_block\): Triton multiplies.*compute capability 8.9"):
+        experts_of(ours("fp8_block"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    experts_of(ours("fp8_block"))
+
+
+def test_powers_of_two_as_scales_of_activations_are_asked_for() -> None:
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    from mixprec_runtime.native import sglang_config
+
+    fmt = replace(FORMATS["fp8_block"], scale_fmt="ue8m0")
+    made = sglang_config(fmt)
+    theirs = Fp8Config.from_config(
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    )
+    assert {**vars(theirs), "scale_fmt": "ue8m0"} == {**vars(made)}
+
+
+WEIGHTS_ONLY = {f"fp8_{size}, weights only": Fp8(size, "none") for size in ("channel", "tensor")}
+SHARED = {kind: FORMATS[kind] for kind in ("bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "ct_int4")}
+
+
+@pytest.mark.parametrize("gate", [*SHARED, *WEIGHTS_ONLY])
+def test_shared_experts_are_refused_where_sglang_stops(gate: str) -> None:
+    """What DeepSeek's layers ask of the two methods (models/deepseek_v2.py:799)."""
+    from mixprec_build.servable import _shared_experts_limit
+    from mixprec_runtime.native import NativeFormat
+
+    formats = {**SHARED, **WEIGHTS_ONLY}
+
+    def made(kind: str) -> Any:
+        return linear(NativeFormat(formats[kind]), "shared_experts", 256, 256)
+
+    for down in formats:
+        try:
+            sound = getattr(made(gate), "weight", torch.empty(0)).dtype != torch.float8_e4m3fn or (
+                made(gate).quant_method.quant_config.weight_block_size
+                == made(down).quant_method.quant_config.weight_block_size
+            )
+        except AttributeError:
+            sound = False
+        assert (_shared_experts_limit(formats[gate], formats[down]) is None) == sound, down
 
 
 # AWQ
@@ -230,7 +284,6 @@ def test_packed_experts_are_of_one_scheme_whatever_their_number() -> None:
 
 
 def test_packed_experts_with_orders_are_not_cut() -> None:
-    from dataclasses import replace
 
     from mixprec_runtime.native import NativeFormat
 
@@ -245,7 +298,6 @@ def test_packed_experts_with_orders_are_not_cut() -> None:
 
 
 def test_blocks_of_compressed_tensors_experts_find_their_scales() -> None:
-    from dataclasses import replace
 
     config = ours("fp8_block")
     theirs = replace(FORMATS["fp8_block"], scale="weight_scale")

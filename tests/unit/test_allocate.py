@@ -493,6 +493,21 @@ def test_the_table_has_no_row_twice(moe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
+def test_what_cannot_be_is_refused_before_anything_is_measured(moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="the budget 15 "):
+        chosen(moe, 15)
+    with pytest.raises(StatsError, match="another model's"):
+        chosen(moe, 1 << 40, activity=Activity({5: np.array([1])}, {}))
+    before = moe.read_text()
+    for arguments, message in (
+        (["-o", str(moe), "--force"], "is the recipe with the sources to choose from"),
+        (["-o", str(tmp_path / "x.yaml"), "--errors", str(moe)], "holds no measured errors; name another file"),
+    ):
+        done = CliRunner().invoke(app, ["suggest", str(moe), "--budget", "1TB", *arguments])
+        assert message in str(done.exception) and moe.read_text() == before
+
+
+@pytest.mark.usefixtures("unmeasured")
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,7 +520,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
     assert "pictures are written as .png" in plotted(tmp_path / "f.pdf")
     assert "there is no folder" in plotted(tmp_path / "none" / "f.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'mixprec[plot]'" in plotted(tmp_path / "f.png")
+    assert "pip install matplotlib" in plotted(tmp_path / "f.png")
 
 
 def test_into_a_folder_that_is_a_link(moe: Path, tmp_path: Path) -> None:
@@ -548,7 +563,9 @@ def test_qwen3_235b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocate, "measure", known)
     started = time.monotonic()
     suggestion = chosen(tmp_path / "base.yaml", 140_000_000_000)
-    assert time.monotonic() - started < 120
+    took = time.monotonic() - started
+    print(f"\nchosen and planned in {took:.1f} s, at most {suggestion.solution.gap:.1e} above the best")
+    assert took < 120
     assert sum(group.column == "experts" for group in suggestion.groups) * 3 == 36_096
     assert 0.99 * 140e9 < suggestion.nbytes <= 140e9
     assert suggestion.solution.gap < 1e-4

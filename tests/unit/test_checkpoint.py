@@ -181,7 +181,7 @@ def test_what_is_neither_a_folder_nor_a_hub_id(location: str) -> None:
 
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(save(weights("x.weight")))
-    assert "no such folder" in refusal(tmp_path / "model.safetensors")
+    assert "is no folder; name the folder that the checkpoint's files are in" in refusal(tmp_path / "model.safetensors")
 
 
 def test_relative_locations_and_the_home_folder(tmp_path: Path, monkeypatch: Patch) -> None:

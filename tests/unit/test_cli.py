@@ -104,7 +104,7 @@ def test_build_and_what_it_says(mixprec: Run, mix: Path, tmp_path: Path) -> None
     out = tmp_path / "built"
     ended = mixprec("build", mix, "-o", out)
     assert ended.code == 0
-    assert ended.out == f"{out}: 21 modules, 221.2 kB in 1 files\nnext: mixprec inspect {out}\n"
+    assert ended.out == f"{out}: 21 modules, 221.2 kB in 1 file\nnext: mixprec verify {out}\n"
     assert tree(out) == tree(mix.parent / "out")
 
 
@@ -283,11 +283,12 @@ def test_a_wrong_folder(mixprec: Run, mix: Path, tmp_path: Path) -> None:
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith(f"mixprec: {tmp_path}/config.json: not valid JSON: ")
     ended = mixprec("inspect", tmp_path / "nothing", "--json")
-    assert (ended.code, ended.out) == (1, "") and "no such folder" in ended.err
+    assert ended.code == 1 and "no such folder" in ended.err
+    assert ended.err == f"mixprec: {json.loads(ended.out)['error']}\n"
     for folder in (tmp_path, mix.parent / "bf16", tmp_path / "nothing"):
         ended = mixprec("verify", folder)
         assert (ended.code, ended.out) == (1, "")
-        assert "mixprec_manifest.json: not there; `mixprec verify` checks what `mixprec build` wrote" in ended.err
+        assert "mixprec_manifest.json: not there; this is for what `mixprec build` wrote" in ended.err
 
 
 def test_a_folder_that_is_no_text(mixprec: Run, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import LLAMA, write_tiny
+from checkpoints import LLAMA, QWEN3_MOE, write_tiny
 from tiny import write_recipe, write_sources
 from typer.testing import CliRunner
 
@@ -67,7 +67,7 @@ def test_what_is_missing_is_told_with_the_command_that_brings_it(monkeypatch: py
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
     found = dict(failures())
     assert found.keys() == {"SGLang", "plugin"}
-    assert "pip install 'mixprec[sglang]'" in found["SGLang"]
+    assert "pip install 'sglang>=0.5.15.post1,<=0.5.23'" in found["SGLang"]
 
 
 def test_a_list_of_plugins_without_this_one_is_told(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +82,18 @@ def test_a_gpu_that_is_too_old_for_a_format_of_the_checkpoint_is_told(
     give(monkeypatch, capability=75)
     assert {subject for subject, _ in failures(out)} == {"fp8_block", "gptq_int4"}
     assert failures() == []  # by itself that is no failure
+
+
+def test_a_gpu_without_a_kernel_for_fp8_experts_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, variant in (("bf16", "bf16"), ("fp8", "fp8_block")):
+        write_tiny(tmp_path / name, QWEN3_MOE, variant)
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text(f"model: {tmp_path}/bf16\nsources: {{fp8: {tmp_path}/fp8}}\nweights: {{'*.experts.*': fp8}}\n")
+    run_plan(plan_recipe(recipe), tmp_path / "out")
+    give(monkeypatch, capability=86)
+    assert failures(tmp_path / "out") == [("FP8", "experts need compute capability 8.9, this GPU has 8.6")]
+    give(monkeypatch, capability=89)
+    assert failures(tmp_path / "out") == []
 
 
 def test_a_gpu_that_is_too_new_for_a_format_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ SOUND: list[tuple[Tensors, Config, Format]] = [
     (awq(256, 512), AWQ | {"modules_to_not_convert": ["proj"]}, Awq(128)),
     (fp8_block(200, 300, bias=("BF16", (200,))), BLOCK, Fp8("block", "dynamic", (128, 128))),
     (fp8_block(200, 300, (64, 32)), BLOCK | {"weight_block_size": [64, 32]}, Fp8("block", "dynamic", (64, 32))),
+    (fp8_block(256, 512), BLOCK | {"scale_fmt": "ue8m0"}, Fp8("block", "dynamic", (128, 128), scale_fmt="ue8m0")),
     (fp8(256, 512, (256, 1)), CHANNEL, Fp8("channel")),
     (fp8(256, 512, (256,)), CHANNEL, Fp8("channel")),
     (fp8(256, 512, (), input_scale=("F32", ())), BLOCK | {"activation_scheme": "static"}, Fp8("tensor", "static")),

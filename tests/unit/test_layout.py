@@ -761,3 +761,10 @@ def test_a_finished_rank_whose_header_was_changed_is_not_taken_over(out: Path) -
     change_header(out / Degree(2).folder(0))
     split(out, Degree(2))
     assert tree(out) == due
+
+
+def test_progress_counts_what_is_cut_as_well(tmp_path: Path) -> None:
+    compile_(tmp_path, SMALL, {"*.mlp.*": "fp8_block"}, output="output: {tp: [1, 2], layout: presplit}")
+    plan, done = plan_recipe(tmp_path / "out.yaml"), list[int]()
+    run_plan(plan, tmp_path / "again", progress=done.append)
+    assert len(plan.presplit) == 2 and sum(done) == plan.written_bytes > 2 * plan.tensor_bytes

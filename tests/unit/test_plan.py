@@ -143,6 +143,17 @@ def test_modules_are_in_natural_order(tmp_path: Path) -> None:
             ["line 7 `model.layers.{0..8}.*.experts.{1,0}.*: int4`: nothing there has the number 8"],
         ),
         ("model.layers.{7..8}.*: fp8", ["line 7 `model.layers.{7..8}.*: fp8` matches nothing"]),
+        (
+            "model.layers.{0-1}.*: fp8",
+            ["line 7 `model.layers.{0-1}.*: fp8` matches nothing (a range is written {0..1})"],
+        ),
+        (
+            "*.{0..1}.self_atn.*: fp8",
+            [
+                "line 7 `*.{0..1}.self_atn.*: fp8` matches nothing (no name has a part `self_atn`: did you mean "
+                "`self_attn`?)"
+            ],
+        ),
     ],
 )
 def test_a_note(zoo: Path, tmp_path: Path, weights: str, notes: list[str]) -> None:

@@ -282,7 +282,7 @@ def test_an_interrupted_build_goes_on(mix: Path, undisturbed: dict[str, bytes], 
     assert sorted(kept) == [shard.file for shard in plan.shards[:3]]
     done: list[int] = []
     write(plan, out, progress=done.append)
-    assert sum(done) == plan.tensor_bytes
+    assert sum(done) == plan.written_bytes
     for name, state in kept.items():
         after = (out / name).stat()
         assert (after.st_ino, after.st_mtime_ns) == (state.st_ino, state.st_mtime_ns)

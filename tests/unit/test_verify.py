@@ -394,7 +394,7 @@ def test_the_manifest_ends_with_its_own_checksum(out: Path) -> None:
 
 
 def test_a_missing_manifest(built: Path, tmp_path: Path) -> None:
-    expected = f"{MANIFEST}: not there; `mixprec verify` checks what `mixprec build` wrote"
+    expected = f"{MANIFEST}: not there; this is for what `mixprec build` wrote"
     for folder in (built / "bf16", tmp_path, tmp_path / "nothing"):
         assert found(folder) == f"{folder}/{expected}"
 
