@@ -111,9 +111,10 @@ def build(
         _print_json({"output": str(out), "manifest": str(manifest), **plan_facts(plan)})
     elif not quiet:
         from .report import human
+        from .servable import counted
 
         only_ranks = plan.recipe.layout == Layout.PRESPLIT.value
-        cut = "files cut for ranks only" if only_ranks else _count(len(plan.shards), "file")
+        cut = "files cut for ranks only" if only_ranks else counted(len(plan.shards), "file")
         print(f"{out}: {len(plan.modules):,} modules, {human(plan.tensor_bytes)} in {cut}")
         for degree, nbytes in plan.presplit.items():
             print(f"{out}/presplit/{degree}: files of all ranks, {human(nbytes)}")
@@ -245,6 +246,7 @@ def split(
     from .manifest import layout_of, read_manifest
     from .presplit import Degree, Splitter
     from .report import human
+    from .servable import counted
     from .split import split as run
 
     if tp is None and (layout is None or ep > 1 or dp > 1 or ranks is not None):
@@ -266,7 +268,7 @@ def split(
         return
     if written:
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
-        print(f"{folder}/presplit/{degree}: files of {_count(len(written), 'rank')}, {human(size)}")
+        print(f"{folder}/presplit/{degree}: files of {counted(len(written), 'rank')}, {human(size)}")
     if layout is not None:
         print(f"{folder}: {_HAS[layout_of(read_manifest(folder))]}")
     if degree is not None and written:
@@ -278,10 +280,6 @@ _HAS = {
     "presplit": "files cut for ranks only; `mixprec split --layout both` restores the merged ones",
     "both": "merged files, and those cut for ranks",
 }
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _numbers(text: str, tp: int) -> list[int]:

@@ -21,7 +21,7 @@ from .model import FAMILIES, FUSED, Role, role_by_name, role_of
 from .patterns import compress, natural_key
 from .presplit import Degree, Splitter
 from .recipe import Recipe, Rule
-from .servable import Mend, Problems, check_servable, gives, half_only, some
+from .servable import Mend, Problems, check_servable, counted, gives, half_only, some
 from .sources import Source, Sources
 
 __all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse", "make_plan", "plan_modules"]
@@ -427,7 +427,7 @@ class _Planner:
         holders = [s.name for s in self.sources.by_name.values() if gives(s, names)]
         mend = self.problems.mended(*Mend.of(holders[0] if holders else None, [(name, rule) for name in names]))
         by = f"by {rule}" if rule is not None else "by default"
-        count = "1 module" if len(names) == 1 else f"{len(names)} modules"
+        count = counted(len(names), "module")
         self.problems.hard(f"`{source_name}` has no {some(patterns)} ({count}), which come from there {by}{mend}")
 
     # Biases that only a quantized source has

@@ -14,7 +14,7 @@ from .formats.base import Format, FormatError
 from .manifest import CHECKSUM, MANIFEST, METHOD, layout_of, name_formats, read_manifest
 from .model import Role, is_down, place_of, role_of
 from .patterns import compress
-from .servable import half_only
+from .servable import counted, half_only
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -370,7 +370,7 @@ def _show_formats(facts: Mapping[str, Any], console: Console) -> None:
         f"{facts['modules']:,} modules, {facts['parameters']:,} parameters in {facts['bytes']:,} bytes "
         f"({human(facts['bytes'])}, {facts['bits_per_weight'] or 0:.2f} bits/weight): {facts['compression'] or 0:.2f} "
         f"times smaller than FP16 ({human(facts['fp16_bytes'])}); "
-        f"{facts['shards']} {'file' if facts['shards'] == 1 else 'files'} of {facts['file_bytes']:,} bytes",
+        f"{counted(facts['shards'], 'file')} of {facts['file_bytes']:,} bytes",
         console,
     )
 

@@ -35,6 +35,7 @@ __all__ = [
     "can_give",
     "check_same_weights",
     "check_servable",
+    "counted",
     "decided_groups",
     "fuse",
     "gives",
@@ -435,6 +436,11 @@ def _described(fmt: Format) -> str:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def counted(number: int, what: str) -> str:
+    """``"1 file"``, ``"2 files"``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def some(words: Sequence[str], most: int = 4) -> str:

@@ -131,10 +131,6 @@ def _needs(kind: str) -> str:
     return f"compute capability {least / 10} " + (f"to {most / 10}" if most else "and up")
 
 
-_FP8_EXPERTS = 89
-"""SGLang has no other kernel for them than Triton's, where its linears have Marlin (quantization/fp8.py:2281)."""
-
-
 def _unfit(kind: str, gpu: Gpu | None) -> str:
     """Why a GPU has no kernel for a format; empty where it has one."""
     if gpu is None or kind not in _KERNELS:
@@ -162,7 +158,8 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         yield Finding("fail", str(out), str(error))
         return
     counts = Counter(formats.values())
-    problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, formats, gpu)]
+    problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
+    problems += _unfit_experts(formats, gpu)
     if not problems:
         stored = {name: (formats[name], module) for name, module in checkpoint.modules.items() if name in formats}
         problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.config)]
@@ -182,16 +179,22 @@ def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterato
         yield Finding("fail", "tensors", f"not as they were built: {some(changed)}; build the checkpoint again")
 
 
-def _not_served(
-    checkpoint: Checkpoint, manifest: Mapping[str, Any], formats: Mapping[str, Format], gpu: Gpu | None
-) -> Iterator[Finding]:
-    for problem in manifest.get("unservable", []):
-        yield Finding("fail", "unservable", problem)
-    counts = Counter(formats.values())
+# SGLang has no other kernel for experts than Triton's, where its linears have Marlin (quantization/fp8.py:2281).
+_FP8_EXPERTS = 89
+
+
+def _unfit_experts(formats: Mapping[str, Format], gpu: Gpu | None) -> Iterator[Finding]:
     experts = {fmt.kind for name, fmt in formats.items() if role_by_name(name) is Role.EXPERT}
     if gpu is not None and gpu.capability < _FP8_EXPERTS and any(kind.startswith("fp8_") for kind in experts):
         need = f"experts need compute capability {_FP8_EXPERTS / 10}, this GPU has {gpu.capability / 10}"
         yield Finding("fail", "FP8", need)
+
+
+def _not_served(
+    checkpoint: Checkpoint, manifest: Mapping[str, Any], counts: Mapping[Format, int], gpu: Gpu | None
+) -> Iterator[Finding]:
+    for problem in manifest.get("unservable", []):
+        yield Finding("fail", "unservable", problem)
     for fmt, count in counts.items():
         if unfit := _unfit(fmt.kind, gpu):
             yield Finding("fail", fmt.kind, f"{count:,} modules: {unfit}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 from weakref import WeakValueDictionary
 
@@ -231,15 +231,14 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             return torch.empty_like(hidden_states)
         if not len(layer.groups):
             return torch.zeros_like(hidden_states)
-        if is_cpu():
-            if any(group.half for group in layer.groups):
-                return cast(torch.Tensor, reference.parted_experts(layer, dispatch_output).hidden_states)
-        else:
+        if not is_cpu():
             if layer.chains is None:
                 layer.chains = chains.of(layer, dispatch_output)
             if layer.chains.ups:
                 return chains.run(layer, hidden_states, topk)
         if any(group.half for group in layer.groups):
+            if is_cpu():
+                return reference.parted_experts(layer, dispatch_output)
             raise RuntimeError(
                 f"{self._prefix}: SGLang runs these experts on kernels that cannot multiply by gate and up alone; "
                 "build the checkpoint with gate, up and down of an expert in one format"

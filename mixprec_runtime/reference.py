@@ -143,11 +143,14 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def _apply_experts(layer: Any, dispatch_output: Any) -> Any:
     """A FusedMoE in plain torch. Ids outside ``[0, num_local_experts)`` are experts of other ranks."""
-    return _multiply(layer, dispatch_output, lambda expert: (layer.w13_weight[expert], layer.w2_weight[expert]))
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+    out = _multiply(layer, dispatch_output, lambda expert: (layer.w13_weight[expert], layer.w2_weight[expert]))
+    return StandardCombineInput(hidden_states=out)
 
 
-def parted_experts(layer: Any, dispatch_output: Any) -> Any:
-    """A layer some of whose experts have gate and up in another group than down."""
+def parted_experts(layer: Any, dispatch_output: Any) -> torch.Tensor:
+    """The output of a layer some of whose experts have gate and up in another group than down."""
 
     def weight(expert: int, name: str, numbers: torch.Tensor) -> torch.Tensor:
         groups = [group for group in layer.groups if group.half in ("", name)]
@@ -162,13 +165,13 @@ def parted_experts(layer: Any, dispatch_output: Any) -> Any:
     return _multiply(layer, dispatch_output, both)
 
 
-def _multiply(layer: Any, dispatch_output: Any, weights_of: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> Any:
+def _multiply(
+    layer: Any, dispatch_output: Any, weights_of: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
     """``weights_of`` an expert on this rank are ``[2I, H]`` and ``[H, I]``.
 
     ``routed_scaling_factor`` is not applied: on a CPU, models multiply by it themselves (deepseek_v2.py:1011).
     """
-    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
-
     x = dispatch_output.hidden_states
     weights, ids = dispatch_output.topk_output.topk_weights, dispatch_output.topk_output.topk_ids
     activation = _ACTIVATIONS[layer.moe_runner_config.activation]
@@ -180,4 +183,4 @@ def _multiply(layer: Any, dispatch_output: Any, weights_of: Callable[[int], tupl
             gate, up = F.linear(x[token], w13).chunk(2, dim=-1)
             out = F.linear(activation(gate) * up, w2)
             total.index_add_(0, token, out.float() * weights[token, choice, None].float())
-    return StandardCombineInput(hidden_states=total.to(x.dtype))
+    return total.to(x.dtype)

@@ -116,7 +116,6 @@ def test_scales_are_permuted_by_their_layers_inputs(monkeypatch: pytest.MonkeyPa
 
 
 def test_experts_with_desc_act_are_not_cut() -> None:
-
     config = ours("gptq_int4")
     act = replace(FORMATS["gptq_int4"], desc_act=True)
     from mixprec_runtime.native import NativeFormat
@@ -284,7 +283,6 @@ def test_packed_experts_are_of_one_scheme_whatever_their_number() -> None:
 
 
 def test_packed_experts_with_orders_are_not_cut() -> None:
-
     from mixprec_runtime.native import NativeFormat
 
     config = ours("ct_int4")
@@ -298,7 +296,6 @@ def test_packed_experts_with_orders_are_not_cut() -> None:
 
 
 def test_blocks_of_compressed_tensors_experts_find_their_scales() -> None:
-
     config = ours("fp8_block")
     theirs = replace(FORMATS["fp8_block"], scale="weight_scale")
     parts = ("gate_proj", "up_proj", "down_proj")
