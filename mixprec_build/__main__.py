@@ -5,7 +5,7 @@ __all__ = ["main"]
 
 def main() -> None:
     try:
-        from .cli import main as run
+        from .cli.app import main as run
 
         run()
     except KeyboardInterrupt:

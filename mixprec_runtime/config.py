@@ -11,16 +11,18 @@ import torch
 from sglang.srt.layers.quantization.awq import AWQMarlinConfig
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from mixprec_build.checkpoint.declaration import METHOD, Declaration
 from mixprec_build.errors import SourceError
+from mixprec_build.families.base import is_down
 from mixprec_build.formats.base import Format
-from mixprec_build.manifest import METHOD, Declaration
-from mixprec_build.model import is_down
 
-from . import launch, loader
-from .experts import MixedExpertsMethod
+from . import launch
+from .experts.method import MixedExpertsMethod
+from .loading.pad import pad
 from .native import NativeFormat
 
 __all__ = ["MixPrecConfig"]
+
 
 _EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
@@ -105,7 +107,7 @@ class MixPrecConfig(QuantizationConfig):
             else:
                 fmt = self._one_format(prefix, self._members(prefix))
                 method = self._native(fmt).get_quant_method(layer, prefix)
-            loader.pad(method, prefix, self.padded)
+            pad(method, prefix, self.padded)
             return method
         if isinstance(layer, VocabParallelEmbedding) and prefix in self._formats:
             fmt = self._formats[prefix]

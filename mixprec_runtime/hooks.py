@@ -15,17 +15,22 @@ import torch
 from sglang.srt.utils import is_cpu
 from torch.nn import Module
 
+from mixprec_build.checkpoint.declaration import METHOD
+from mixprec_build.checkpoint.manifest import MANIFEST, layout_of, read_manifest, tensor_entries
 from mixprec_build.errors import MixprecError
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.registry import format_from_json
-from mixprec_build.hub import HubRepo
-from mixprec_build.manifest import MANIFEST, METHOD, layout_of, read_manifest, tensor_entries
+from mixprec_build.storage.hub import HubRepo
 
-from . import activity, launch, loader, memory, reference
+from . import launch, memory
+from .activity import hooks as activity
 from .config import MixPrecConfig
-from .strict import load_strictly
+from .cpu import reference
+from .loading import loader
+from .loading.strict import load_strictly
 
 __all__ = ["register"]
+
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,13 @@ import torch
 from torch.nn import Module
 
 from mixprec_build.formats.base import Format
-from mixprec_build.patterns import natural_key
-from mixprec_build.servable import some
+from mixprec_build.patterns.compress import natural_key
+from mixprec_build.text import some
 
 from .native import format_of
 
 __all__ = ["check_placement", "get_mixed_precision_memory_stats", "measure", "serve"]
+
 
 logger = logging.getLogger(__name__)
 

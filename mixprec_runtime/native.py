@@ -2,7 +2,7 @@
 
 One small config of SGLang's for each distinct format; the methods that it hands out are SGLang's objects, of
 SGLang's classes (its linear layers choose a weight loader by the class's name). Where stock SGLang is wrong, the
-instance is mended: see :mod:`mixprec_runtime.fixes`.
+instance is mended: see :mod:`mixprec_runtime.formats.repairs`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from sglang.srt.utils import is_cpu
 
 from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
-from mixprec_build.formats.compressed import Packed
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.int8 import Int8
+from mixprec_build.formats.packed import Packed
 
-from . import fixes, reference
+from .cpu import reference
+from .formats import repairs as fixes
 
 __all__ = ["NativeFormat", "format_of", "sglang_config"]
 

@@ -9,27 +9,13 @@ from __future__ import annotations
 import logging
 from typing import Any, ClassVar
 
-from packaging.version import Version
+from mixprec_build.checkpoint.declaration import METHOD
+from mixprec_build.sglang_versions import version_problem
 
-from mixprec_build import __version__
-from mixprec_build.manifest import METHOD
+__all__ = ["register"]
 
-__all__ = ["INSTALL", "NEWEST", "OLDEST", "register", "version_problem"]
 
 logger = logging.getLogger(__name__)
-
-OLDEST, NEWEST = Version("0.5.15.post1"), Version("0.5.23")
-INSTALL = f"pip install 'sglang>={OLDEST},<={NEWEST}'"
-
-
-def version_problem(version: str) -> str | None:
-    """Why this SGLang does not fit; None if it does."""
-    if OLDEST <= Version(version) <= NEWEST:
-        return None
-    return (
-        f"mixprec {__version__} serves with SGLang {OLDEST} to {NEWEST}, and this is SGLang {version}. "
-        f"Install one that fits: {INSTALL}"
-    )
 
 
 def register() -> None:

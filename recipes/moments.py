@@ -20,7 +20,7 @@ import typer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixprec_build.sources import open_source
+from mixprec_build.checkpoint.typed import open_source
 
 _LAYER = re.compile(r"(.*\.layers\.\d+)\..+")
 _EXPERT = re.compile(r"(.*\.layers\.\d+)\..*experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixprec_build.manifest import CHECKSUM, MANIFEST, checksum_of
+from mixprec_build.checkpoint.manifest import CHECKSUM, MANIFEST, checksum_of
 
 __all__ = ["CONFIG", "INDEX", "RANK", "VALUES", "Choices", "Drawn", "Hostile", "changed", "dump", "sealed"]
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from mixprec_build.checkpoint import StoredModule
-from mixprec_build.formats.base import numpy_dtype
-from mixprec_build.header import DTYPE_BITS, TensorInfo
+from mixprec_build.storage.dtypes import DTYPE_BITS, numpy_dtype
+from mixprec_build.storage.header import TensorInfo
+from mixprec_build.storage.module import StoredModule
 
 Stated = tuple[str, tuple[int, ...]]
 """A dtype and a shape."""

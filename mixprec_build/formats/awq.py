@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..checkpoint import StoredModule
+    from ..storage.module import StoredModule
 
 __all__ = ["Awq"]
+
 
 _PACK = 8
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)

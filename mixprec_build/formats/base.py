@@ -10,27 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SourceError
-
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..checkpoint import StoredModule
-    from ..header import TensorInfo
+    from ..storage.header import TensorInfo
+    from ..storage.module import StoredModule
 
-__all__ = [
-    "Axes",
-    "Axis",
-    "Format",
-    "FormatError",
-    "Reader",
-    "check_tensor",
-    "last_word",
-    "numpy_dtype",
-    "only_leaves",
-    "shape_text",
-]
+__all__ = ["Axes", "Axis", "Format", "FormatError", "Reader", "check_tensor", "last_word", "only_leaves", "shape_text"]
+
 
 Reader = Callable[["TensorInfo"], "npt.NDArray[Any] | None"]
 """Gives a tensor's first values, flat (all of them up to 64 KiB), or None where only its header is at hand."""
@@ -156,30 +144,6 @@ class Format(ABC):
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         """The weight in float32 from a module's tensors by leaf. Reference code: readable, not fast."""
-
-
-def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """A safetensors dtype as numpy knows it, with ml_dtypes for BF16 and FP8."""
-    import numpy as np
-
-    if dtype in _NATIVE:
-        return np.dtype(_NATIVE[dtype])
-    if dtype not in _ML_DTYPES:
-        raise SourceError(f"values of dtype {dtype} are not read")
-    import ml_dtypes
-
-    scalar: type = getattr(ml_dtypes, _ML_DTYPES[dtype])
-    return np.dtype(scalar)
-
-
-_NATIVE = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
-    "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
-}  # fmt: skip
-_ML_DTYPES = {
-    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
 
 
 def shape_text(leaf: str, module: StoredModule) -> str:

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..checkpoint import StoredModule
+    from ..storage.module import StoredModule
 
 __all__ = ["Dense"]
+
 
 _KINDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _LEAVES = {"", "weight", "bias"}

@@ -16,7 +16,7 @@ from .marlin import linear_shape_limits
 from .scaled import Scaled
 
 if TYPE_CHECKING:
-    from ..checkpoint import StoredModule
+    from ..storage.module import StoredModule
 
 __all__ = ["Fp8"]
 

@@ -25,18 +25,20 @@ from dataclasses import dataclass, replace
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..patterns import Patience, PatternError
+from ..patterns.budget import Patience
+from ..patterns.pattern import PatternError
+from ..patterns.regexes import plain_regex
 from .base import Axes, Axis, Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
 from .marlin import FLOATS, expert_shape_limits, half_range, linear_shape_limits, tile, unpack
-from .regexes import plain_regex
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..checkpoint import StoredModule
+    from ..storage.module import StoredModule
 
 __all__ = ["Gptq"]
+
 
 _MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 _MAX_OVERRIDES = 4096

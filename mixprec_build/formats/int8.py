@@ -15,7 +15,7 @@ from .base import shape_text
 from .scaled import Scaled
 
 if TYPE_CHECKING:
-    from ..checkpoint import StoredModule
+    from ..storage.module import StoredModule
 
 __all__ = ["Int8"]
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FLOATS", "expert_shape_limits", "half_range", "linear_shape_limits", "tile", "unpack"]
 
+
 FLOATS = ("F16", "BF16", "F32")
 """The dtypes that scales and biases of packed weights come in."""
 

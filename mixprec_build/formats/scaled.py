@@ -21,16 +21,17 @@ from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, Format, FormatError, check_tensor, last_word, only_leaves, shape_text
-from .compressed import Scheme, scheme_of
+from .config_groups import Scheme, scheme_of
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Self
 
-    from ..checkpoint import StoredModule
+    from ..storage.module import StoredModule
 
 __all__ = ["Scaled"]
+
 
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mixprec_build.sources import Source, open_source
+from mixprec_build.checkpoint.typed import Source, open_source
 
 QUESTION = "The capital of France is"
 TEXT = Path(__file__).with_name("text") / "evaluation.txt"

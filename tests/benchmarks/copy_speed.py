@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hollow import hollow_config, hollow_tensors
 
-from mixprec_build.header import build_header
+from mixprec_build.storage.header import build_header
 
 MODEL = "Llama-3.2-1B"
 LOAD_AND_SAVE = """
@@ -62,7 +62,7 @@ def contenders(source: Path, out: Path, mergekit: str | None) -> dict[str, list[
     file = source / "model.safetensors"
     commands = {
         "cp": ["cp", "-r", str(source), str(out)],
-        "mixprec build": [sys.executable, "-m", "mixprec_build.cli", "build", str(recipe), "-q", "-o", str(out)],
+        "mixprec build": [sys.executable, "-m", "mixprec_build", "build", str(recipe), "-q", "-o", str(out)],
         "safetensors": [sys.executable, "-c", LOAD_AND_SAVE, str(file), str(out)],
     }
     if mergekit:

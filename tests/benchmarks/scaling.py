@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from copy_speed import timed
 
-from mixprec_build.header import build_header
+from mixprec_build.storage.header import build_header
 
 MIB = 1 << 20
 BY_BYTES = [(100, 1 * MIB), (400, 1 * MIB), (1600, 1 * MIB)]
@@ -52,7 +52,7 @@ def measure(folder: Path, count: int, nbytes: int, rounds: int) -> float:
     maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder / "in", count, nbytes))
     maker.start()
     maker.join()
-    command = [sys.executable, "-m", "mixprec_build.cli", "build", str(folder / "in" / "recipe.yaml"), "-q", "-o"]
+    command = [sys.executable, "-m", "mixprec_build", "build", str(folder / "in" / "recipe.yaml"), "-q", "-o"]
     seconds, peaks = [], []
     for _ in range(rounds):
         shutil.rmtree(folder / "out", ignore_errors=True)

@@ -35,13 +35,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "recipes" / "demo")]
 from evaluate import load  # noqa: E402
 from serving import quantize  # noqa: E402
 
-from mixprec_build.activity import Activity, balance_of  # noqa: E402
-from mixprec_build.allocate import Suggestion, suggest  # noqa: E402
-from mixprec_build.choices import Group, Request  # noqa: E402
-from mixprec_build.distortion import DistortionCache, Moments  # noqa: E402
-from mixprec_build.objective import Objective  # noqa: E402
-from mixprec_build.recipe import load_recipe  # noqa: E402
-from mixprec_build.sources import open_sources  # noqa: E402
+from mixprec_build.recipe.recipe import load_recipe  # noqa: E402
+from mixprec_build.recipe.sources import open_sources  # noqa: E402
+from mixprec_build.suggest.activity import Activity, balance_of  # noqa: E402
+from mixprec_build.suggest.allocate import Suggestion, suggest  # noqa: E402
+from mixprec_build.suggest.choices import Group, Request  # noqa: E402
+from mixprec_build.suggest.distortion import DistortionCache, Moments  # noqa: E402
+from mixprec_build.suggest.objective import Objective  # noqa: E402
 
 TEXTS = HERE.parents[1] / "recipes" / "demo" / "text"
 WINDOW, CALIBRATION, EVALUATION = 512, 4096, 2048

@@ -32,12 +32,18 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 with atheris.instrument_imports(include=["mixprec_build"]):
-    from mixprec_build import activity, checkpoint, header, patterns, recipe, report, sources, verify
-    from mixprec_build.build import plan_recipe, run_plan
+    from mixprec_build.checkpoint import opening as checkpoint
+    from mixprec_build.checkpoint.degree import Degree
     from mixprec_build.errors import MixprecError, RecipeError, SourceError, StatsError
     from mixprec_build.formats import base, gptq, registry
-    from mixprec_build.presplit import Degree
-    from mixprec_build.split import split
+    from mixprec_build.output import verify
+    from mixprec_build.output.build import plan_recipe, run_plan
+    from mixprec_build.output.split import split
+    from mixprec_build.patterns import pattern as patterns
+    from mixprec_build.recipe import recipe, sources
+    from mixprec_build.report import facts as report
+    from mixprec_build.storage import header
+    from mixprec_build.suggest import activity
 
 import safetensors
 from checkpoints import LLAMA, write_tiny

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from serving import quantize
 
+from mixprec_build.checkpoint.declaration import Declaration
 from mixprec_build.formats.awq import Awq
-from mixprec_build.formats.compressed import Packed
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.int8 import Int8
-from mixprec_build.manifest import Declaration
-from mixprec_build.patterns import Pattern
+from mixprec_build.formats.packed import Packed
+from mixprec_build.patterns.pattern import Pattern
 
 __all__ = ["DEVICE", "FORMATS", "make_layer", "reference", "run", "start_sglang"]
 

@@ -14,7 +14,7 @@ from ask import prompts
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from mixprec_build.sources import open_source
+from mixprec_build.checkpoint.typed import open_source
 
 
 def write_dense(checkpoint: Path, folder: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch:
     """Two groups of one format: their sum differs from the native layer by one rounding of the sum. With one scale a
     tensor, groups quantize activations token by token, where the native layer has one scale for all tokens."""
     import mixprec_runtime.config as config
-    from mixprec_runtime.experts import MixedExpertsMethod
+    from mixprec_runtime.experts.method import MixedExpertsMethod
 
     whole, _ = layers.make_layer([(kind, EXPERTS)], hidden=HIDDEN, intermediate=INTERMEDIATE)
 

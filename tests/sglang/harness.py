@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from serving import Shape, write_sources
 
-import mixprec_runtime.cpu
+import mixprec_runtime.cpu.engine
 
 __all__ = [
     "Changed", "build", "free_port", "last_json", "load", "make", "parameters_of", "rank_of", "run_python", "serve",
@@ -50,7 +50,7 @@ def sources(folder: Path, shape: Shape, variants: Sequence[str] = VARIANTS) -> d
 
 def build(paths: Mapping[str, Path], lines: Mapping[str, str], out: Path) -> Path:
     """Compiles a mix of sources; ``lines`` are those below ``weights:``."""
-    from mixprec_build.build import plan_recipe, run_plan
+    from mixprec_build.output.build import plan_recipe, run_plan
 
     # Sources must not be named as a format that they do not hold.
     text = [f"model: {paths['bf16']}", "sources:", *(f"  from_{name}: {path}" for name, path in paths.items())]
@@ -73,7 +73,7 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def run_python(code: str, *arguments: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter with what SGLang needs of the environment to run without a GPU."""
-    environment = {**mixprec_runtime.cpu.environment(), **variables}
+    environment = {**mixprec_runtime.cpu.engine.environment(), **variables}
     command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
@@ -89,7 +89,7 @@ def last_json(done: subprocess.CompletedProcess[str]) -> Any:
 
 def stand_ins() -> None:
     """For modules that SGLang imports names of, and never calls here."""
-    runpy.run_path(str(Path(mixprec_runtime.cpu.__file__).with_name("cpu_site") / "sitecustomize.py"))
+    runpy.run_path(str(Path(mixprec_runtime.cpu.engine.__file__).with_name("site") / "sitecustomize.py"))
     vllm, ops = types.ModuleType("vllm"), types.ModuleType("vllm._custom_ops")
     vllm.__path__ = []
     ops.rotary_embedding = None  # type: ignore[attr-defined]

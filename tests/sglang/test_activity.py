@@ -15,8 +15,8 @@ import torch
 from harness import last_json, run_python
 from mixes import MIXES, mix
 
-import mixprec_runtime.cpu
-from mixprec_build.activity import read_activity
+import mixprec_runtime.cpu.engine
+from mixprec_build.suggest.activity import read_activity
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [400, 30, 2, 77, 5]]
 TOKENS = 6
@@ -31,7 +31,7 @@ import torch
 torch.cpu.is_current_stream_capturing = lambda: False
 torch.cpu.empty_cache = lambda: None
 
-from mixprec_runtime.cpu import ENGINE
+from mixprec_runtime.cpu.engine import ENGINE
 
 if __name__ == "__main__":
     path, prompts, tokens, options = json.loads(sys.argv[1])
@@ -63,7 +63,7 @@ if __name__ == "__main__":
 def ask(folder: Path, name: str, ranks: int = 1, count: bool = True, **options: Any) -> dict[str, Any]:
     script = folder / "activity.py"
     script.write_text(ASK)
-    environment = mixprec_runtime.cpu.environment(ranks)
+    environment = mixprec_runtime.cpu.engine.environment(ranks)
     if count:
         environment |= {"MIXPREC_EXPERT_ACTIVITY": "1", "MIXPREC_EXPERT_ACTIVITY_FILE": str(folder / f"{name}.json")}
         environment["SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"] = str(folder / "dumps")
@@ -144,7 +144,7 @@ def test_off_it_counts_nothing_and_answers_alike(served: dict[str, Any], folder:
 
 @pytest.mark.usefixtures("sglang")
 def test_rows_that_fill_up_and_ids_of_others_do_not_count() -> None:
-    from mixprec_runtime.activity import ExpertCounter
+    from mixprec_runtime.activity.counter import ExpertCounter
 
     random = torch.Generator().manual_seed(0)
     counter = ExpertCounter({3: 8, 5: 4}, torch.device("cpu"))
@@ -171,7 +171,7 @@ def test_rows_that_fill_up_and_ids_of_others_do_not_count() -> None:
 
 @pytest.mark.usefixtures("sglang")
 def test_replicas_write_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixprec_runtime import activity
+    from mixprec_runtime.activity import hooks as activity
 
     monkeypatch.setenv(activity.FILE, str(tmp_path / "activity.json"))
     monkeypatch.setattr(activity, "_tracker", activity.ExpertActivationTracker())
@@ -185,7 +185,7 @@ def test_replicas_write_files_of_their_own(tmp_path: Path, monkeypatch: pytest.M
 def test_a_file_that_cannot_be_written_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mixprec_runtime import activity
+    from mixprec_runtime.activity import hooks as activity
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(activity.FILE, str(tmp_path / "file" / "activity.json"))
@@ -198,7 +198,7 @@ def test_a_file_that_cannot_be_written_loses_nothing(
 
 INTERPRETED = """
 import json, torch
-from mixprec_runtime.activity import ExpertCounter
+from mixprec_runtime.activity.counter import ExpertCounter
 
 class Kernel(ExpertCounter):
     _add = ExpertCounter._launch
@@ -230,7 +230,8 @@ def test_the_kernel_counts_as_torch() -> None:
 
 @pytest.mark.usefixtures("sglang")
 def test_kernels_that_choose_for_themselves_are_refused() -> None:
-    from mixprec_runtime.activity import ExpertCounter, _counted
+    from mixprec_runtime.activity.counter import ExpertCounter
+    from mixprec_runtime.activity.hooks import _counted
 
     counter = ExpertCounter({0: 4}, torch.device("cpu"))
     forward = _counted(SimpleNamespace(layer_id=0), lambda *_: None, counter)
@@ -240,7 +241,7 @@ def test_kernels_that_choose_for_themselves_are_refused() -> None:
 
 @pytest.mark.usefixtures("sglang")
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixprec_runtime.activity import SWITCH, enabled
+    from mixprec_runtime.activity.hooks import SWITCH, enabled
 
     for value, expected in (("1", True), ("true", True), ("0", False), ("", False), ("off", False)):
         monkeypatch.setenv(SWITCH, value)
@@ -255,7 +256,8 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("sglang")
 def test_the_tracker(tmp_path: Path) -> None:
-    from mixprec_runtime.activity import ExpertActivationTracker, ExpertCounter
+    from mixprec_runtime.activity.counter import ExpertCounter
+    from mixprec_runtime.activity.tracker import ExpertActivationTracker
 
     tracker = ExpertActivationTracker(max_history=2)
     tracker.record_expert_activation(0, 1, tokens_processed=5, request_id="a")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from harness import publish, server_args
 
-import mixprec_runtime.cpu
+import mixprec_runtime.cpu.engine
 
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
 from layers import make_layer
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("sglang")
 @pytest.mark.skipif(INTERPRETED, reason="it is")
 def test_with_tritons_interpreter() -> None:
     """What needs the kernels that sort and sum."""
-    environment = {**mixprec_runtime.cpu.environment(), "TRITON_INTERPRET": "1"}
+    environment = {**mixprec_runtime.cpu.engine.environment(), "TRITON_INTERPRET": "1"}
     options = ["-o", "filterwarnings=default", "-p", "no:cacheprovider", "-k", "rows_go"]
     command = [sys.executable, "-m", "pytest", *options, __file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -132,7 +132,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, torch.Tensor
     from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
-    from mixprec_runtime import chains
+    from mixprec_runtime.experts import chains
 
     def like(original: Any, run: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -191,7 +191,7 @@ def test_rows_go_through_the_chain_of_their_group(
     tokens: int, capturing: bool, parted: bool, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``parted``: all gates and ups of the first group, all downs of the second, and three experts of five in each."""
-    from mixprec_runtime import chains
+    from mixprec_runtime.experts import chains
 
     triton, marlin, dense = infos()
     kernels({marlin.w13_qweight.data_ptr(): dense[1][0], marlin.w2_qweight.data_ptr(): dense[1][1]})
@@ -230,7 +230,7 @@ def test_rows_go_through_the_chain_of_their_group(
     ],
 )
 def test_layers_that_chains_are_not_for(change: dict[str, Any], config: dict[str, Any]) -> None:
-    from mixprec_runtime import chains
+    from mixprec_runtime.experts import chains
 
     triton, marlin, _ = infos()
     given = dispatched(2)
@@ -244,7 +244,8 @@ def test_tuned_tiles_suit_the_kernel_and_every_gpu(monkeypatch: pytest.MonkeyPat
     the smallest GPU's 99 KiB (of the stages, one less is held)."""
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
-    from mixprec_runtime import chains, launch
+    from mixprec_runtime import launch
+    from mixprec_runtime.experts import chains
 
     publish(server_args("dummy"))
     kernel = inspect.unwrap(fused_moe.invoke_fused_moe_kernel).__globals__["fused_moe_kernel"]
@@ -283,7 +284,9 @@ def test_sglangs_own_methods_give_chains_halves_of_experts(kind: str, monkeypatc
     from sglang.srt.hardware_backend.gpu.quantization import awq_kernels, gptq_kernels
     from sglang.srt.layers.quantization import marlin_utils
 
-    from mixprec_runtime import chains, experts, native
+    from mixprec_runtime import native
+    from mixprec_runtime.experts import chains
+    from mixprec_runtime.experts import method as experts
 
     def repack(words: torch.Tensor, *sizes: Any, **named: Any) -> torch.Tensor:
         *_, k, n, bits = named.values() if named else sizes

@@ -22,9 +22,9 @@ from harness import build, free_port, last_json, sources
 from mixes import MIXES, Expected, mix
 from serving import QWEN3_MOE, dequantize
 
-import mixprec_runtime.cpu
-from mixprec_build.presplit import Degree
-from mixprec_build.split import split
+import mixprec_runtime.cpu.engine
+from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.output.split import split
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [400, 30, 2, 77, 5]]
 TOKENS = 12
@@ -33,7 +33,7 @@ TOKENS = 12
 ASK = """
 import json, sys
 import sglang
-from mixprec_runtime.cpu import ENGINE
+from mixprec_runtime.cpu.engine import ENGINE
 
 if __name__ == "__main__":
     prompts, tokens, jobs = json.loads(sys.argv[1])
@@ -56,7 +56,7 @@ def ask(folder: Path, jobs: list[tuple[Path, dict[str, Any]]], ranks: int = 1) -
     script = folder / "ask.py"
     script.write_text(ASK)
     command = [sys.executable, "-W", "ignore", str(script), json.dumps([PROMPTS, TOKENS, jobs], default=str)]
-    environment = mixprec_runtime.cpu.environment(ranks)
+    environment = mixprec_runtime.cpu.engine.environment(ranks)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     answers: list[dict[str, Any]] = last_json(done)
     return answers

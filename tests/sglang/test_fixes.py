@@ -167,7 +167,7 @@ SHARED = {kind: FORMATS[kind] for kind in ("bf16", "fp8_block", "fp8_channel", "
 @pytest.mark.parametrize("gate", [*SHARED, *WEIGHTS_ONLY])
 def test_shared_experts_are_refused_where_sglang_stops(gate: str) -> None:
     """What DeepSeek's layers ask of the two methods (models/deepseek_v2.py:799)."""
-    from mixprec_build.servable import _shared_experts_limit
+    from mixprec_build.plan.rules import shared_experts_limit
     from mixprec_runtime.native import NativeFormat
 
     formats = {**SHARED, **WEIGHTS_ONLY}
@@ -183,7 +183,7 @@ def test_shared_experts_are_refused_where_sglang_stops(gate: str) -> None:
             )
         except AttributeError:
             sound = False
-        assert (_shared_experts_limit(formats[gate], formats[down]) is None) == sound, down
+        assert (shared_experts_limit(formats[gate], formats[down]) is None) == sound, down
 
 
 # AWQ
@@ -382,7 +382,7 @@ def test_what_other_ranks_do_not_go_with(monkeypatch: pytest.MonkeyPatch, kind: 
 
 
 def test_what_was_packed_is_not_kept_under_another_name() -> None:
-    from mixprec_runtime.fixes import _let_go_of_what_was_packed
+    from mixprec_runtime.formats.repairs import _let_go_of_what_was_packed
 
     def repack(layer: torch.nn.Module) -> None:
         layer.weight_packed = torch.nn.Parameter(torch.zeros(2))
@@ -400,8 +400,8 @@ def test_what_was_packed_is_not_kept_under_another_name() -> None:
 
 
 def config_of(kind: str, prefix: str) -> Any:
-    from mixprec_build.manifest import Declaration
-    from mixprec_build.patterns import Pattern
+    from mixprec_build.checkpoint.declaration import Declaration
+    from mixprec_build.patterns.pattern import Pattern
     from mixprec_runtime.config import MixPrecConfig
 
     config = MixPrecConfig(Declaration({kind: FORMATS[kind], "bf16": FORMATS["bf16"]}, ((Pattern("*"), kind),), "bf16"))

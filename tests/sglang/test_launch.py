@@ -14,7 +14,7 @@ import torch
 from harness import Changed, load, make, rank_of, serve, server_args, sources
 from mixes import MIXES, Expected, mix
 
-from mixprec_build.manifest import read_manifest
+from mixprec_build.checkpoint.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("sglang")
 

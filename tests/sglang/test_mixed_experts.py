@@ -23,8 +23,9 @@ HIDDEN, INTERMEDIATE, TOP_K = 256, 128, 3
 @pytest.fixture(autouse=True)
 def cpu(sglang: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The stand-ins for SGLang's kernels are in use."""
-    from mixprec_runtime import experts, native
-    from mixprec_runtime import reference as stand_ins
+    from mixprec_runtime import native
+    from mixprec_runtime.cpu import reference as stand_ins
+    from mixprec_runtime.experts import method as experts
 
     for module in (experts, native, stand_ins):
         monkeypatch.setattr(module, "is_cpu", lambda: True)
@@ -154,7 +155,7 @@ def test_bf16_and_fp16_experts_are_one_group() -> None:
 
 
 def test_ids_become_those_of_each_group() -> None:
-    from mixprec_runtime.routing import numbers_in_groups
+    from mixprec_runtime.experts.routing import numbers_in_groups
 
     table = torch.tensor([[0, -1, 1, -1], [-1, 0, -1, -1]], dtype=torch.int32)
     ids = torch.tensor([[2, 1], [0, -1]])
@@ -163,7 +164,7 @@ def test_ids_become_those_of_each_group() -> None:
 
 SORT = """
 import torch
-from mixprec_runtime.routing import sort
+from mixprec_runtime.experts.routing import sort
 
 generator = torch.Generator().manual_seed(0)
 shapes = [(1, 8, 24), (3, 8, 24), (16, 8, 24), (15, 6, 40), (17, 8, 24), (300, 8, 40), (600, 8, 24), (4500, 8, 24)]
@@ -210,7 +211,7 @@ import inspect
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mixprec_runtime import routing
+from mixprec_runtime.experts import routing
 
 dtypes = {"rows": "*bf16", "factor": "fp32"}
 for kernel in (routing._sort_few, routing._sort_some, routing._count, routing._lay_out, routing._scatter, routing._sum):
@@ -234,7 +235,7 @@ def test_the_kernels_compile_for_hopper() -> None:
 
 SUM = """
 import torch
-from mixprec_runtime.routing import sum_rows
+from mixprec_runtime.experts.routing import sum_rows
 
 generator = torch.Generator().manual_seed(0)
 for tokens, top_k, hidden in ((1, 8, 300), (5, 3, 64), (2, 8, 700), (130, 6, 520)):
@@ -252,7 +253,7 @@ def test_rows_of_experts_elsewhere_are_not_summed() -> None:
 
 
 def test_the_sum_of_many_groups_is_rounded_once() -> None:
-    from mixprec_runtime.routing import add_up
+    from mixprec_runtime.experts.routing import add_up
 
     # In BF16, 256 + 1 is 256 again: twice.
     parts = [torch.full((4,), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]

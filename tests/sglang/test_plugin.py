@@ -13,7 +13,7 @@ from harness import last_json, make, run_python, sources
 from hostile import CONFIG, Drawn, Hostile
 from mixes import MIXES, mix
 
-from mixprec_build.manifest import MANIFEST
+from mixprec_build.checkpoint.manifest import MANIFEST
 
 START = """
 import json, sys
@@ -107,7 +107,7 @@ def test_a_sglang_that_does_not_fit_is_told_so_when_it_loads_a_checkpoint(folder
     ],
 )
 def test_versions_that_fit(version: str, fits: bool) -> None:
-    from mixprec_runtime.plugin import version_problem
+    from mixprec_build.sglang_versions import version_problem
 
     assert (version_problem(version) is None) == fits
 
@@ -139,8 +139,9 @@ def test_models_of_other_methods_are_left_alone(folder: Path) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_is_damaged_is_refused_in_words(folder: Path, tmp_path: Path, seed: int) -> None:
     """What SGLang is told of a checkpoint: values of any kind at any place of config.json and the manifest."""
-    from mixprec_runtime import hooks, loader
+    from mixprec_runtime import hooks
     from mixprec_runtime.config import MixPrecConfig
+    from mixprec_runtime.loading import loader
 
     checkpoint = Path(shutil.copytree(mix(folder, "qwen3"), tmp_path / "damaged"))
     refused = 0

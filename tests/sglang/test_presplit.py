@@ -31,13 +31,15 @@ from mixes import EIGHT, MIXES, mix
 from safetensors.torch import load_file
 from serving import DEEPSEEK, QWEN3_MOE
 
-from mixprec_build.header import TensorInfo
-from mixprec_build.manifest import read_manifest
-from mixprec_build.presplit import Degree, Piece
-from mixprec_build.rankfiles import FileReader, Reader, contents
-from mixprec_build.split import split
-from mixprec_runtime import launch, loader
-from mixprec_runtime.strict import DTYPES
+from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.checkpoint.manifest import read_manifest
+from mixprec_build.output.split import split
+from mixprec_build.ranks.assemble import FileReader, Reader, contents
+from mixprec_build.ranks.pieces import Piece
+from mixprec_build.storage.header import TensorInfo
+from mixprec_runtime import launch
+from mixprec_runtime.loading import loader
+from mixprec_runtime.loading.ledger import DTYPES
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -132,7 +134,7 @@ FROM_HUB = """
 import hashlib, json, sys
 from unittest.mock import patch
 import harness, torch
-from mixprec_runtime import loader
+from mixprec_runtime.loading import loader
 
 harness.start()
 with harness.rank_of(1, int(sys.argv[2])), patch.object(loader, "load", wraps=loader.load) as used:

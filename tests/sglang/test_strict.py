@@ -17,8 +17,8 @@ from mixes import MIXES, mix
 from safetensors.torch import save_file
 from serving import LLAMA
 
-from mixprec_build.presplit import Degree
-from mixprec_build.split import split
+from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.output.split import split
 from mixprec_runtime import hooks
 
 pytestmark = pytest.mark.usefixtures("sglang")

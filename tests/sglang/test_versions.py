@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import mixprec_runtime.cpu
-from mixprec_runtime.plugin import version_problem
+import mixprec_runtime.cpu.engine
+from mixprec_build.sglang_versions import version_problem
 
 HERE = Path(__file__).parent
 SITES = [Path(site) for site in os.environ.get("MIXPREC_SGLANG_VERSIONS", "").split(os.pathsep) if site]
@@ -27,7 +27,7 @@ LEFT_OUT = {"test_versions.py", "test_cpu_engine.py", "test_activity.py"}
 @pytest.mark.skipif(not SITES, reason="MIXPREC_SGLANG_VERSIONS is not set")
 @pytest.mark.parametrize("site", SITES, ids=[str(number) for number in range(len(SITES))] or None)
 def test_another_sglang_passes_the_tests(site: Path) -> None:
-    environment = mixprec_runtime.cpu.environment()
+    environment = mixprec_runtime.cpu.engine.environment()
     del environment["SGLANG_USE_CPU_ENGINE"]
     environment["PYTHONPATH"] = os.pathsep.join([str(site), environment["PYTHONPATH"]])
     asked = subprocess.run(

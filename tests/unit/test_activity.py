@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mixprec_build.activity import Activity, activity_facts, balance_of, gini, read_activity
-from mixprec_build.cli import app
+from mixprec_build.cli.app import app
 from mixprec_build.errors import OutputError, StatsError
-from mixprec_build.figures import draw_heatmap, show_heatmap
+from mixprec_build.report.figures import draw_heatmap, show_heatmap
+from mixprec_build.suggest.activity import Activity, activity_facts, balance_of, gini, read_activity
 
 COUNTS = {1: [5, 0, 20, 15], 3: [1, 1, 1, 37]}
 
@@ -178,7 +178,7 @@ def test_torch_is_needed_for_dumps_only(tmp_path: Path) -> None:
     (tmp_path / "b.pt").write_bytes(b"")
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pathlib import Path; from mixprec_build.activity import read_activity\n"
+        "from pathlib import Path; from mixprec_build.suggest.activity import read_activity\n"
         "folder = Path(sys.argv[1]); read_activity([folder / 'a.json'])\n"
         "try: read_activity([folder / 'b.pt'])\n"
         "except Exception as error: print(type(error).__name__, error)\n"

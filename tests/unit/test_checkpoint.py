@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import save, save_file
 from tiny import at_most, cpu_seconds, folder_tensors, run_python, write_recipe, write_sources, write_tiny
 
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.checkpoint import Checkpoint, ValueReader, open_checkpoint, split_name
+from mixprec_build.checkpoint.checkpoint import Checkpoint, ValueReader
+from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.errors import SourceError
-from mixprec_build.header import build_header
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.storage.header import build_header
+from mixprec_build.storage.module import split_name
 
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -457,7 +459,7 @@ def test_no_system_call_maps_a_weight(tmp_path: Path) -> None:
     write_recipe(tmp_path / "mix.yaml")
     log = tmp_path / "calls"
     script = (
-        "import sys; from mixprec_build.cli import main; from contextlib import suppress\n"
+        "import sys; from mixprec_build.cli.app import main; from contextlib import suppress\n"
         "for line in ('plan mix.yaml', 'build mix.yaml -o out', 'inspect out', 'verify out --against bf16'):\n"
         "    sys.argv = ['mixprec', *line.split()]\n"
         "    with suppress(SystemExit): main()\n"
@@ -477,7 +479,7 @@ def test_inspect_starts_light(tmp_path: Path) -> None:
     write_sources(tmp_path)
     run_plan(plan_recipe(write_recipe(tmp_path / "mix.yaml")), tmp_path / "out")
     script = (
-        "import sys; from contextlib import suppress; from mixprec_build.cli import main\n"
+        "import sys; from contextlib import suppress; from mixprec_build.cli.app import main\n"
         "for name in ('bf16', 'fp8', 'int4', 'out'):\n"
         "    for options in ([], ['--json']):\n"
         "        sys.argv = ['mixprec', 'inspect', name, *options]\n"
@@ -491,7 +493,7 @@ def test_inspect_starts_light(tmp_path: Path) -> None:
 def test_inspect_takes_little_time(tmp_path: Path) -> None:
     """CPU time beside that of the command line alone, each round in turn: a busy machine slows both of one round."""
     folder = str(write_tiny(tmp_path / "a", "int4"))
-    command = ("-m", "mixprec_build.cli")
+    command = ("-m", "mixprec_build")
     rounds = (cpu_seconds(*command, "inspect", folder) / cpu_seconds(*command, "--version") for _ in range(12))
     assert any(ratio < 1.7 for ratio in rounds)
 

@@ -17,11 +17,12 @@ import pytest
 from tiny import run_python, tree, write_recipe, write_sources, write_tiny
 
 from mixprec_build import __version__
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.cli import main
-from mixprec_build.report import human, inspect_facts, plan_facts
-from mixprec_build.sources import open_source
-from mixprec_build.verify import verify
+from mixprec_build.checkpoint.typed import open_source
+from mixprec_build.cli.app import main
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.verify import verify
+from mixprec_build.report.facts import inspect_facts, plan_facts
+from mixprec_build.text import human
 
 Patch = pytest.MonkeyPatch
 
@@ -363,13 +364,16 @@ def test_verify_against_nothing(mixprec: Run, mix: Path) -> None:
 
 # As another process sees it
 
-START = "import os, signal, sys; from mixprec_build import cli, copier; sys.argv[0] = 'mixprec'\n"
+START = (
+    "import os, signal, sys; from mixprec_build.cli import app as cli; from mixprec_build.output import copier\n"
+    "sys.argv[0] = 'mixprec'\n"
+)
 
 
 def test_module_and_console_script_are_one(mix: Path) -> None:
-    ended = run_python("-m", "mixprec_build.cli", "verify", str(mix.parent / "out"), "-q")
+    ended = run_python("-m", "mixprec_build", "verify", str(mix.parent / "out"), "-q")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-    ended = run_python("-m", "mixprec_build.cli", "verify", str(mix.parent))
+    ended = run_python("-m", "mixprec_build", "verify", str(mix.parent))
     assert ended.returncode == 1 and ended.stderr.startswith("mixprec: ")
 
 
@@ -394,11 +398,11 @@ ON = "the same command goes on from there\n"
 KEPT = "mixprec: {out}: interrupted; its one file is finished and kept in {stage}: " + ON
 RANKS_KEPT = "mixprec: {out}: interrupted; what is finished is kept: " + ON
 MOMENTS = {
-    "planning": ("mixprec_build.plan", "_lay_out", "build", "mixprec: interrupted\n"),
-    "copying": ("mixprec_build.copier", "pwrite_all", "build", KEPT),  # one batch of tensors is all there is
-    "ending": ("mixprec_build.write", "_write_companions", "build", KEPT),
-    "verifying": ("mixprec_build.verify", "_structure_differences", "verify", "mixprec: interrupted\n"),
-    "cutting": ("mixprec_build.rankfiles", "pwrite_all", "split", RANKS_KEPT),
+    "planning": ("mixprec_build.plan.planner", "lay_out", "build", "mixprec: interrupted\n"),
+    "copying": ("mixprec_build.output.copier", "pwrite_all", "build", KEPT),  # one batch of tensors is all there is
+    "ending": ("mixprec_build.output.publish", "write_companions", "build", KEPT),
+    "verifying": ("mixprec_build.output.verify", "_structure_differences", "verify", "mixprec: interrupted\n"),
+    "cutting": ("mixprec_build.ranks.assemble", "pwrite_all", "split", RANKS_KEPT),
 }
 
 
@@ -434,7 +438,7 @@ def test_a_signal(mix: Path, tmp_path: Path, moment: str, number: signal.Signals
         assert not out.exists()
     elif command == "split":
         assert tree(out) == tree(mix.parent / "out")
-    ended = run_python("-m", "mixprec_build.cli", *arguments, "-q")
+    ended = run_python("-m", "mixprec_build", *arguments, "-q")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert not verify(out).differences
 
@@ -458,20 +462,20 @@ def test_a_second_signal(mix: Path, tmp_path: Path, moment: str, number: signal.
     arguments = command_on(out, command, mix)
     ended = run_python("-c", script, *arguments, "-q")
     assert (ended.returncode, ended.stdout, ended.stderr) == (SIGNALS[number], "", "")
-    assert run_python("-m", "mixprec_build.cli", *arguments, "-q").returncode == 0
+    assert run_python("-m", "mixprec_build", *arguments, "-q").returncode == 0
     assert not verify(out).differences
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_of_few_letters(mix: Path, monkeypatch: Patch, encoding: str) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
-    ended = run_python("-m", "mixprec_build.cli", "verify", str(mix.parent / "out"), "--against", "bf16")
+    ended = run_python("-m", "mixprec_build", "verify", str(mix.parent / "out"), "--against", "bf16")
     assert ended.returncode == 0 and "Traceback" not in ended.stderr and "no difference" in ended.stdout
 
 
 def test_a_reader_that_goes_away(mix: Path) -> None:
     """As in ``mixprec inspect out | head -1``."""
-    command = [sys.executable, "-m", "mixprec_build.cli", "inspect", str(mix.parent / "out"), "--json"]
+    command = [sys.executable, "-m", "mixprec_build", "inspect", str(mix.parent / "out"), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
@@ -480,7 +484,7 @@ def test_a_reader_that_goes_away(mix: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_standard_output(mix: Path) -> None:
-    command = [sys.executable, "-m", "mixprec_build.cli", "inspect", str(mix.parent / "out")]
+    command = [sys.executable, "-m", "mixprec_build", "inspect", str(mix.parent / "out")]
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode != 0 and "Traceback" not in ended.stderr

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_sources, write_tiny
 
-from mixprec_build import distortion
-from mixprec_build.distortion import Distortion, DistortionCache, Moments, measure
+from mixprec_build.checkpoint.typed import Source, open_source
 from mixprec_build.errors import SourceError
-from mixprec_build.sources import Source, open_source
+from mixprec_build.suggest import distortion
+from mixprec_build.suggest.distortion import Distortion, DistortionCache, Moments, measure
 
 MODULE = "model.layers.0.mlp.down_proj"
 
@@ -133,9 +133,9 @@ def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from mixprec_build import distortion
-from mixprec_build.distortion import DistortionCache, measure
-from mixprec_build.sources import Source, open_source
+from mixprec_build.suggest import distortion
+from mixprec_build.suggest.distortion import DistortionCache, measure
+from mixprec_build.checkpoint.typed import Source, open_source
 
 folder = Path(sys.argv[1])
 a, b = (Source.of(n, open_source(str(folder / n)).checkpoint) for n in ("bf16", "int4"))
@@ -187,8 +187,8 @@ def test_memory_is_bounded_by_what_is_read(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from mixprec_build.distortion import DistortionCache, measure\n"
-        "from mixprec_build.sources import open_source\n"
+        "from mixprec_build.suggest.distortion import DistortionCache, measure\n"
+        "from mixprec_build.checkpoint.typed import open_source\n"
         "a, b = (open_source(str(Path(sys.argv[1]) / n)) for n in ('bf16', 'fp8'))\n"
         "import numpy, ml_dtypes\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

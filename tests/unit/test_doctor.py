@@ -13,10 +13,10 @@ from checkpoints import LLAMA, QWEN3_MOE, write_tiny
 from tiny import write_recipe, write_sources
 from typer.testing import CliRunner
 
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.cli import app
-from mixprec_runtime import doctor
-from mixprec_runtime.plugin import version_problem
+from mixprec_build.cli.app import app
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.report import doctor
+from mixprec_build.sglang_versions import version_problem
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from checkpoints import LLAMA, QWEN3_MOE, Config, Tensors, Tiny, folded_factors,
 from safetensors.torch import load_file, save_file
 from serving import dequantize
 
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.plan import Plan
-from mixprec_build.sources import open_source
+from mixprec_build.checkpoint.typed import open_source
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.plan.types import Plan
 
 MHA = Tiny("llama", kv_heads=4, hidden=256, gain=1 / 16)  # v_proj and o_proj have one shape: scales go through them
 MOE = replace(QWEN3_MOE, gain=1 / 16)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from oracles import Stated, compressed, config_group, fp8, fp8_block, packed, stated, stated_of
 
 from mixprec_build.formats.base import Format, FormatError
-from mixprec_build.formats.compressed import Packed
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.int8 import Int8
+from mixprec_build.formats.packed import Packed
 from mixprec_build.formats.registry import format_from_json, recognise
 
 with warnings.catch_warnings():

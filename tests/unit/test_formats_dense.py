@@ -7,9 +7,9 @@ import pytest
 import torch
 from oracles import stated_of
 
-from mixprec_build.formats.base import numpy_dtype
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.registry import recognise
+from mixprec_build.storage.dtypes import numpy_dtype
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from oracles import auto_gptq_packers, gptq, stated, stated_of
 from safetensors.torch import save_file
 
-from mixprec_build.checkpoint import open_checkpoint
+from mixprec_build.checkpoint.detection import detect
+from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.formats.gptq import Gptq
-from mixprec_build.formats.registry import detect, recognise
+from mixprec_build.formats.registry import recognise
 
 Array = npt.NDArray[Any]
 

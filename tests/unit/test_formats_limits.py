@@ -21,7 +21,7 @@ from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
-from mixprec_build.header import TensorInfo
+from mixprec_build.storage.header import TensorInfo
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Stated]

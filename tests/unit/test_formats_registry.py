@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from oracles import Stated, awq, fp8, fp8_block, gptq, stated
 from safetensors.torch import save_file
 
-from mixprec_build.checkpoint import open_checkpoint
+from mixprec_build.checkpoint.declaration import quantization_config
+from mixprec_build.checkpoint.detection import detect
+from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.errors import SourceError
 from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format, FormatError
@@ -22,8 +24,7 @@ from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.int8 import Int8
-from mixprec_build.formats.registry import detect, format_from_json, recognise
-from mixprec_build.manifest import quantization_config
+from mixprec_build.formats.registry import format_from_json, recognise
 
 Tensors = dict[str, Stated]
 Config = dict[str, Any]

@@ -19,17 +19,9 @@ from safetensors.torch import save
 from tiny import at_most, file_tensors
 
 from mixprec_build.errors import SourceError
-from mixprec_build.header import (
-    DTYPE_BITS,
-    MAX_HEADER_BYTES,
-    TensorInfo,
-    build_header,
-    header_length,
-    open_regular,
-    parse_header,
-    pread_all,
-    read_regular,
-)
+from mixprec_build.storage.disk import open_regular, pread_all, read_regular
+from mixprec_build.storage.dtypes import DTYPE_BITS
+from mixprec_build.storage.header import MAX_HEADER_BYTES, TensorInfo, build_header, header_length, parse_header
 
 PATH = "model.safetensors"
 DAMAGED = f"{PATH}: damaged safetensors file: "

@@ -21,22 +21,22 @@ from checkpoints import LLAMA, write_tiny
 from hostile import RANK, Drawn, Hostile, sealed
 from tiny import at_most, run_python, tree
 
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.checkpoint import open_checkpoint
-from mixprec_build.cli import main
+from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.checkpoint.manifest import CHECKSUM, MANIFEST
+from mixprec_build.checkpoint.opening import open_checkpoint
+from mixprec_build.checkpoint.typed import open_source
+from mixprec_build.cli.app import main
 from mixprec_build.errors import MixprecError, RecipeError, SourceError
 from mixprec_build.formats.base import FormatError
 from mixprec_build.formats.gptq import _resolve_dynamic
-from mixprec_build.header import build_header
-from mixprec_build.manifest import CHECKSUM, MANIFEST
-from mixprec_build.patterns import Pattern, PatternError, PatternReader
-from mixprec_build.presplit import Degree
-from mixprec_build.recipe import load_recipe
-from mixprec_build.report import printable
-from mixprec_build.sources import open_source
-from mixprec_build.split import split
-from mixprec_build.verify import weight_errors
-from mixprec_runtime.doctor import _checkpoint
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.split import split
+from mixprec_build.output.weight_errors import weight_errors
+from mixprec_build.patterns.pattern import Pattern, PatternError, PatternReader
+from mixprec_build.recipe.recipe import load_recipe
+from mixprec_build.report.doctor import _checkpoint
+from mixprec_build.storage.header import build_header
+from mixprec_build.text import printable
 
 Patch = pytest.MonkeyPatch
 Change = Callable[[dict[str, Any]], object]
@@ -364,7 +364,7 @@ def test_a_declaration_that_lies(mix: Path, mixprec: Any, fmt: str) -> None:
 
 
 def test_patterns_may_take_seconds_in_all(mix: Path, mixprec: Any, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("mixprec_build.patterns.Patience.SECONDS", 0.1)
+    monkeypatch.setattr("mixprec_build.patterns.budget.Patience.SECONDS", 0.1)
     slow = [[f"*{{m,mo}}*{{l,la}}*{{e,er}}*{i}", "bf16"] for i in range(1000)]
     change(mix / "out" / "config.json", lambda c: c["quantization_config"].update(modules=slow))
     assert "takes more than 0 seconds to match" in refused(mixprec("inspect", mix / "out"))
@@ -490,7 +490,7 @@ def test_the_slowest_regexes_that_are_tried(regex: str) -> None:
 
 
 def test_regexes_may_take_seconds_in_all(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("mixprec_build.patterns.Patience.SECONDS", 0.1)
+    monkeypatch.setattr("mixprec_build.patterns.budget.Patience.SECONDS", 0.1)
     quantization = {"dynamic": {".*.*.*b": {"bits": 8}}}
     with pytest.raises(FormatError, match="`dynamic` takes more than 0 seconds to match"):
         for _ in range(1000):
@@ -624,7 +624,7 @@ memory, seconds = int(sys.argv[1]) << 20, int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 sys.argv[1:3] = []
-from mixprec_build.cli import main
+from mixprec_build.cli.app import main
 main()
 """
 
@@ -704,7 +704,7 @@ def test_a_bomb(mix: Path, monkeypatch: Patch, case: str) -> None:
     [("_MAX_TENSORS", "more than 1000 tensors"), ("_MAX_HEADERS_BYTES", "headers of more than 1000 bytes in all")],
 )
 def test_shards_are_bounded_together(tmp_path: Path, monkeypatch: Patch, limit: str, message: str) -> None:
-    monkeypatch.setattr(f"mixprec_build.checkpoint.{limit}", 1000)
+    monkeypatch.setattr(f"mixprec_build.checkpoint.opening.{limit}", 1000)
     (tmp_path / "config.json").write_text("{}")
     files = [f"{i}.safetensors" for i in range(20)]
     for file in files:
@@ -797,7 +797,7 @@ def hook(event, arguments):
         seen.append("modeling_x.py was run")
 sys.dont_write_bytecode = True
 sys.addaudithook(hook)
-from mixprec_build.cli import main
+from mixprec_build.cli.app import main
 try:
     main()
 finally:
@@ -864,7 +864,7 @@ def test_a_token_stays_where_it_is(mix: Path, monkeypatch: Patch) -> None:
         "verify new",
         "verify new --source fp8=org/gone",
     ):
-        ended = run_python("-m", "mixprec_build.cli", *line.split(), cwd=mix)
+        ended = run_python("-m", "mixprec_build", *line.split(), cwd=mix)
         printed.append(ended.stdout + ended.stderr)
     assert len(tree(mix / "new")) > 5 and "no such" not in printed[0]
     assert not any(SECRET in text for text in printed)

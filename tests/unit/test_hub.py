@@ -20,13 +20,13 @@ from checkpoints import LLAMA, write_tiny
 from hub_server import Answer, HubServer
 from tiny import tree, write_sources
 
-from mixprec_build import hub as hub_module
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.cli import main
+from mixprec_build.checkpoint.manifest import read_manifest
+from mixprec_build.cli.app import main
 from mixprec_build.errors import HubError, RefusedError
-from mixprec_build.hub import HubRepo, parse_repo_id
-from mixprec_build.manifest import read_manifest
-from mixprec_build.verify import verify
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.verify import verify
+from mixprec_build.storage import hub as hub_module
+from mixprec_build.storage.hub import HubRepo, parse_repo_id
 
 REPO = "org/model"
 SHARD = "model-00001-of-00002.safetensors"
@@ -486,7 +486,7 @@ def test_unknown_errors_are_not_dressed_up(hub: HubServer, model: Path, monkeypa
 def test_huggingface_hub_is_not_imported_for_nothing() -> None:
     script = """
 import sys
-from mixprec_build.hub import parse_repo_id
+from mixprec_build.storage.hub import parse_repo_id
 assert parse_repo_id("org/model@v1") == ("org/model", "v1")
 assert "huggingface_hub" not in sys.modules
 """

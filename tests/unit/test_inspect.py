@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from tiny import folder_tensors, write_recipe, write_sources, write_tiny
 from typer.testing import CliRunner
 
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.cli import app
+from mixprec_build.checkpoint.typed import open_source
+from mixprec_build.cli.app import app
 from mixprec_build.errors import VerifyError
-from mixprec_build.report import human, inspect_facts, show_inspect
-from mixprec_build.sources import open_source
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.report.facts import inspect_facts
+from mixprec_build.report.tables import show_inspect
+from mixprec_build.text import human
 
 MANIFEST = "mixprec_manifest.json"
 

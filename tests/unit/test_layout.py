@@ -16,7 +16,15 @@ from serving import DEEPSEEK, LLAMA, MIXTRAL, Shape, write_sources
 from test_presplit import LINES, MOE, SIZES, run
 from tiny import run_python, tree
 
-from mixprec_build.build import plan_recipe, run_plan
+from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.checkpoint.manifest import (
+    CHECKSUM,
+    checksum_of,
+    dump_manifest,
+    layout_of,
+    read_manifest,
+    tensor_entries,
+)
 from mixprec_build.errors import (
     InterruptedBuildError,
     MixprecError,
@@ -27,12 +35,11 @@ from mixprec_build.errors import (
     VerifyError,
     WriteError,
 )
-from mixprec_build.manifest import CHECKSUM, checksum_of, dump_manifest, layout_of, read_manifest, tensor_entries
-from mixprec_build.presplit import Degree
-from mixprec_build.rankfiles import open_rank, read_rank
-from mixprec_build.split import split
-from mixprec_build.verify import verify
-from mixprec_runtime.doctor import examine
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.split import split
+from mixprec_build.output.verify import verify
+from mixprec_build.ranks.files import open_rank, read_rank
+from mixprec_build.report.doctor import examine
 
 SMALL = LLAMA.of(layers=3, hidden=128, intermediate=256, heads=2, kv_heads=2, head_dim=64, vocab=4096)
 
@@ -386,7 +393,7 @@ def test_a_build_whose_cut_fails_goes_on_from_its_files(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((small.parent / "recipe.yaml").read_text().replace("1MiB", "1MiB, tp: 2, layout: presplit"))
     plan, out = plan_recipe(recipe), tmp_path / "out"
-    monkeypatch.setattr("mixprec_build.rankfiles.pwrite_all", full)
+    monkeypatch.setattr("mixprec_build.ranks.assemble.pwrite_all", full)
     with pytest.raises(WriteError, match="3 of 3 files are finished and kept"):
         run_plan(plan, out)
     monkeypatch.undo()
@@ -417,7 +424,7 @@ def test_what_was_left_behind_is_named(out: Path, stop: Any, monkeypatch: pytest
 def test_a_disk_that_is_full_loses_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split(out, Degree(2), layout="presplit")
     before = tree(out)
-    monkeypatch.setattr("mixprec_build.rankfiles.pwrite_all", full)
+    monkeypatch.setattr("mixprec_build.ranks.assemble.pwrite_all", full)
     with pytest.raises(WriteError, match="free some space"):
         split(out, layout="both")
     monkeypatch.undo()
@@ -428,7 +435,7 @@ def test_a_disk_that_is_full_loses_nothing(out: Path, monkeypatch: pytest.Monkey
 
 def test_space_is_asked_for_first(small: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("mixprec_build.split.check_space", lambda _, need: asked.append(need))
+    monkeypatch.setattr("mixprec_build.output.split.check_space", lambda _, need: asked.append(need))
     split(out, Degree(2), layout="presplit")
     split(out, Degree(1))
     merged = sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -439,7 +446,7 @@ def test_space_is_asked_for_first(small: Path, out: Path, monkeypatch: pytest.Mo
     # A build has both for a while.
     recipe = small.parent / "space.yaml"
     recipe.write_text((small.parent / "recipe.yaml").read_text().replace("1MiB", "1MiB, tp: 1, layout: presplit"))
-    monkeypatch.setattr("mixprec_build.copier.check_space", lambda _, need: asked.append(need))
+    monkeypatch.setattr("mixprec_build.output.copier.check_space", lambda _, need: asked.append(need))
     asked.clear()
     plan = plan_recipe(recipe)
     run_plan(plan, out.with_name("built"))
@@ -577,7 +584,7 @@ def test_a_manifest_of_other_layouts_is_refused(out: Path) -> None:
 
 
 def rebuild(recipe: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "mixprec_build.cli", "build", str(recipe), "-o", str(out), "--force", "--quiet")
+    return run_python("-m", "mixprec_build", "build", str(recipe), "-o", str(out), "--force", "--quiet")
 
 
 @pytest.mark.parametrize("layout", ["both", "presplit"])

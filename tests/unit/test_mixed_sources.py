@@ -10,16 +10,16 @@ import pytest
 from checkpoints import LLAMA, QWEN3_MOE, Config, Tensors, Tiny, tiny_tensors, write_tiny
 from tiny import folder_tensors
 
-from mixprec_build.build import plan_recipe, run_plan
+from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
-from mixprec_build.formats.compressed import Packed
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
-from mixprec_build.report import inspect_facts
-from mixprec_build.sources import open_source
-from mixprec_build.verify import verify
+from mixprec_build.formats.packed import Packed
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.verify import verify
+from mixprec_build.report.facts import inspect_facts
 
 INT4 = Gptq(4, 128, True, False, "gptq")
 

@@ -11,7 +11,7 @@ import torch
 from serving import LLAMA, MIXTRAL, QWEN3_MOE, Shape, write_sources
 from transformers import AutoModelForCausalLM
 
-from mixprec_build.sources import open_source
+from mixprec_build.checkpoint.typed import open_source
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "moments.py"
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 128}

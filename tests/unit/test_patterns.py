@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixprec_build.patterns import Pattern, PatternError, compress, natural_key
+from mixprec_build.patterns.compress import compress, natural_key
+from mixprec_build.patterns.pattern import Pattern, PatternError
 
 # Few characters, so that random names and patterns meet; `[` and newline are what fnmatch and regexes trip over.
 NAME_CHARS = "ab01._-\n[]"

@@ -13,13 +13,14 @@ from checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.errors import RecipeError, RefusedError, SourceError
-from mixprec_build.model import FAMILIES
-from mixprec_build.patterns import Pattern
-from mixprec_build.plan import LeftOut, Plan, make_plan
-from mixprec_build.recipe import Rule, load_recipe
-from mixprec_build.sources import Sources, open_sources
+from mixprec_build.families.base import FAMILIES
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.patterns.pattern import Pattern
+from mixprec_build.plan.planner import make_plan
+from mixprec_build.plan.types import LeftOut, Plan
+from mixprec_build.recipe.recipe import Rule, load_recipe
+from mixprec_build.recipe.sources import Sources, open_sources
 
 
 def write_recipe(folder: Path, text: str) -> Path:

@@ -20,16 +20,18 @@ from safetensors.torch import load_file, save_file
 from serving import DEEPSEEK, LLAMA, QWEN3, QWEN3_MOE, Shape, write_sources
 from tiny import tree
 
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.cli import main
+from mixprec_build.checkpoint.degree import Degree, parse_folder
+from mixprec_build.checkpoint.manifest import CHECKSUM, checksum_of, read_manifest
+from mixprec_build.checkpoint.typed import open_source
+from mixprec_build.cli.app import main
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
-from mixprec_build.manifest import CHECKSUM, checksum_of, read_manifest
-from mixprec_build.merged import splitter_of
-from mixprec_build.presplit import Degree, Splitter, _one_layer_of_each
-from mixprec_build.rankfiles import open_rank, parse_folder, read_rank
-from mixprec_build.sources import open_source
-from mixprec_build.split import alone, split
-from mixprec_build.verify import verify
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.locked import alone
+from mixprec_build.output.split import split
+from mixprec_build.output.verify import verify
+from mixprec_build.ranks.files import open_rank, read_rank
+from mixprec_build.ranks.merged import splitter_of
+from mixprec_build.ranks.splitter import Splitter, _one_layer_of_each
 
 # 384 columns are 192 for each of two ranks: one and a half blocks.
 SIZES = {"hidden": 256, "intermediate": 768, "expert_intermediate": 384, "heads": 4, "kv_heads": 2, "head_dim": 128}
@@ -380,7 +382,7 @@ def test_a_cut_of_other_weights_is_found(out: Path) -> None:
 
 
 def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mixprec_build.rankfiles as module
+    from mixprec_build.ranks import assemble as module
 
     before = (out / "mixprec_manifest.json").read_bytes()
 
@@ -458,8 +460,8 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from mixprec_build.presplit import Degree
-from mixprec_build.split import split
+from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.output.split import split
 out = Path(sys.argv[1])
 (before,) = (path.stat().st_size for path in out.glob("*.safetensors"))
 split(out, Degree(2), layout="presplit")

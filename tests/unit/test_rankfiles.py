@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixprec_build import rankfiles
 from mixprec_build.errors import SourceError
-from mixprec_build.header import TensorInfo, build_header, parse_header
-from mixprec_build.presplit import Parameter, Piece
-from mixprec_build.rankfiles import FileReader, Reader, _shards, contents, whole
+from mixprec_build.ranks import assemble as rankfiles
+from mixprec_build.ranks.assemble import FileReader, Reader, contents, whole
+from mixprec_build.ranks.files import _shards
+from mixprec_build.ranks.pieces import Parameter, Piece
+from mixprec_build.storage.header import TensorInfo, build_header, parse_header
 
 Array = np.ndarray[Any, Any]
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pytest
 from hollow import write_hollow
 
-from mixprec_build.recipe import load_recipe
+from mixprec_build.recipe.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -38,9 +38,9 @@ HUB: Mapping[str, tuple[str, str]] = {
 PLANNER = """
 import json, re, sys, time
 from pathlib import Path
-from mixprec_build import sources
-from mixprec_build.build import plan_recipe
-from mixprec_build.report import plan_facts
+from mixprec_build.recipe import sources
+from mixprec_build.output.build import plan_recipe
+from mixprec_build.report.facts import plan_facts
 
 folders = json.loads(sys.argv[2])
 open_checkpoint = sources.open_checkpoint

@@ -13,13 +13,22 @@ from checkpoints import QWEN3_MOE, write_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixprec_build.checkpoint import open_checkpoint
+from mixprec_build.checkpoint.opening import open_checkpoint
+from mixprec_build.checkpoint.typed import Source
 from mixprec_build.errors import RecipeError
 from mixprec_build.formats.registry import ALIASES
-from mixprec_build.patterns import Pattern
-from mixprec_build.plan import make_plan
-from mixprec_build.recipe import _FORMAT_WORDS, DEFAULT_SHARD_SIZE, Recipe, Rule, SourceRef, load_recipe, parse_size
-from mixprec_build.sources import Source, Sources
+from mixprec_build.patterns.pattern import Pattern
+from mixprec_build.plan.planner import make_plan
+from mixprec_build.recipe.recipe import (
+    _FORMAT_WORDS,
+    DEFAULT_SHARD_SIZE,
+    Recipe,
+    Rule,
+    SourceRef,
+    load_recipe,
+    parse_size,
+)
+from mixprec_build.recipe.sources import Sources
 
 
 def read(folder: Path, text: str | bytes) -> Recipe:

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import pytest
 from checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, Tiny, write_tiny
 
-from mixprec_build import cli
-from mixprec_build.manifest import MANIFEST, Declaration
+from mixprec_build.checkpoint.declaration import Declaration
+from mixprec_build.checkpoint.manifest import MANIFEST
+from mixprec_build.cli import app as cli
 
 Edit = Callable[[Tensors, Config], None]
 

@@ -20,16 +20,17 @@ from typing import Any
 import pytest
 from tiny import tree, write_recipe, write_sources
 
-from mixprec_build import copier
+from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import InterruptedBuildError, OutputError, SourceError, WriteError
-from mixprec_build.plan import Plan, make_plan
-from mixprec_build.presplit import Degree
-from mixprec_build.recipe import load_recipe
-from mixprec_build.sources import open_sources
-from mixprec_build.split import split
-from mixprec_build.stage import Stage
-from mixprec_build.verify import verify
-from mixprec_build.write import write
+from mixprec_build.output import copier
+from mixprec_build.output.publish import write
+from mixprec_build.output.split import split
+from mixprec_build.output.stage import Stage
+from mixprec_build.output.verify import verify
+from mixprec_build.plan.planner import make_plan
+from mixprec_build.plan.types import Plan
+from mixprec_build.recipe.recipe import load_recipe
+from mixprec_build.recipe.sources import open_sources
 
 # Runs builds (or splits of a build that is there) in which the nth system call that changes the disk is the last: the
 # process is killed before it, and with "power" what was never synced is lost, too: data, and new names in folders.
@@ -38,9 +39,9 @@ import io, json, os, random, shutil, signal, sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_resume import cut, planned
-from mixprec_build import split
-from mixprec_build.stage import Stage
-from mixprec_build.write import write
+from mixprec_build.output import split
+from mixprec_build.output.stage import Stage
+from mixprec_build.output.publish import write
 
 what, how = sys.argv[3:5]
 calls, names, synced = 0, [], {}  # names in folders that were not synced; file -> bytes that were

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import LINEARS, at_most, file_tensors, folder_tensors, write_recipe, write_sources, write_tiny
 
-from mixprec_build.build import plan_recipe, run_plan
-from mixprec_build.checkpoint import open_checkpoint
+from mixprec_build.checkpoint.manifest import dump_manifest, read_manifest
+from mixprec_build.checkpoint.opening import open_checkpoint
+from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import MixprecError, SourceError, VerifyError
-from mixprec_build.manifest import dump_manifest, read_manifest
-from mixprec_build.sources import open_source
-from mixprec_build.verify import Verification, verify, weight_errors
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.verify import Verification, verify
+from mixprec_build.output.weight_errors import weight_errors
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "mixprec_manifest.json"
@@ -38,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sources(folder)
     with Patch.context() as monkeypatch:
         # The least shard size of a recipe is more than all of this model.
-        monkeypatch.setattr("mixprec_build.recipe.DEFAULT_SHARD_SIZE", 150_000)
+        monkeypatch.setattr("mixprec_build.recipe.recipe.DEFAULT_SHARD_SIZE", 150_000)
         plan = plan_recipe(write_recipe(folder / "mix.yaml", shard_size=None))
     run_plan(plan, folder / "out")
     assert sorted(path.name for path in (folder / "out").glob("*.safetensors")) == [ONE, TWO]

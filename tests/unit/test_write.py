@@ -36,12 +36,14 @@ from tiny import (
     write_tiny,
 )
 
-from mixprec_build import copier
-from mixprec_build.build import plan_recipe, run_plan
 from mixprec_build.errors import InterruptedBuildError, MixprecError, OutputError, SourceError, WriteError
-from mixprec_build.header import DTYPE_BITS, TensorInfo, parse_header
-from mixprec_build.plan import PlannedShard, PlannedTensor, _aligned
-from mixprec_build.verify import verify
+from mixprec_build.output import copier
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.verify import verify
+from mixprec_build.plan.shards import _aligned
+from mixprec_build.plan.types import PlannedShard, PlannedTensor
+from mixprec_build.storage.dtypes import DTYPE_BITS
+from mixprec_build.storage.header import TensorInfo, parse_header
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "mixprec_manifest.json"
@@ -125,7 +127,7 @@ def test_shards_are_no_larger_than_asked(tmp_path: Path) -> None:
 
 
 def test_shards_have_no_more_tensors_than_are_read(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("mixprec_build.plan.MOST_TENSORS", 7)
+    monkeypatch.setattr("mixprec_build.plan.shards.MOST_TENSORS", 7)
     tensors = {f"model.layers.{i}.mlp.up_proj.{leaf}": torch.ones(4) for i in range(10) for leaf in ("bias", "weight")}
     out = build(one_source(tmp_path, tensors), tmp_path / "out")
     held = [file_tensors(path) for path in sorted(out.glob("*.safetensors"))]
@@ -712,8 +714,8 @@ def test_a_kill_leaves_no_output_but_the_one_before(mix: Path, tmp_path: Path, f
         build(mix, out)
     before = listing(tmp_path)
     script = (
-        "import os, signal, sys; from pathlib import Path; from mixprec_build import copier\n"
-        "from mixprec_build.build import plan_recipe, run_plan\n"
+        "import os, signal, sys; from pathlib import Path; from mixprec_build.output import copier\n"
+        "from mixprec_build.output.build import plan_recipe, run_plan\n"
         "copier._BUFFER, calls = 10_000, []\n"
         "def kill(done):\n"
         "    calls.append(done)\n"

@@ -63,7 +63,7 @@ _REPLACED = {
     "sglang.kernels.ops.moe.moe_wna16_marlin": ("moe_wna16_marlin_gemm", _without_atomics),
     "sglang.kernels.ops.quantization.gptq_marlin": ("gptq_marlin_gemm", _without_atomics),
     "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size": ("moe_align_block_size", _aligned_in_order),
-    "mixprec_runtime.routing": ("sort", _sorted_in_order),
+    "mixprec_runtime.experts.routing": ("sort", _sorted_in_order),
 }
 if "SHARED_GPUS" in os.environ:
     _REPLACED["sglang.srt.utils.common"] = ("maybe_reindex_device_id", _shared)

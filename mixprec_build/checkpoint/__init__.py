@@ -1,0 +1,1 @@
+"""An opened checkpoint, each module with its format; what a compiled one declares."""

@@ -1,0 +1,154 @@
+"""An opened checkpoint: names, dtypes, shapes and byte ranges, known from its headers alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..errors import SourceError
+from ..storage.disk import open_regular, pread_all
+from ..storage.folder import Files, LocalFolder
+from ..storage.header import TensorInfo
+from ..storage.module import StoredModule
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Checkpoint", "ValueReader"]
+
+
+INDEX = "model.safetensors.index.json"
+REST = "presplit/rest"
+"""What a compiled checkpoint keeps of merged files that were dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its size, the length and checksum of its header, its ``__metadata__``."""
+
+    size: int
+    header_bytes: int
+    """With the eight bytes of its length: where the data section starts."""
+    header_checksum: str
+    metadata: object
+    modified: int | None
+    """When its file was last changed (ns), where that is on this machine: the plan rests on its values too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """An opened checkpoint.
+
+    ``quantization`` is ``quantization_config`` of ``config.json``, or else ``quantize_config.json``, with
+    ``quantization_file`` naming which; empty for a plain model.
+    """
+
+    location: str
+    storage: Files
+    config: Mapping[str, object]
+    quantization: Mapping[str, object]
+    quantization_file: str
+    tensors: Mapping[str, TensorInfo]
+    shards: Mapping[str, Shard] = field(repr=False)
+    modules: Mapping[str, StoredModule] = field(repr=False)
+    absent: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Modules known from the index only -> their shard, which the cache of an unreachable hub lacks."""
+    values: dict[str, bytes] = field(default_factory=dict, repr=False)
+    """Tensor -> its first bytes, of those that were read although their files are not on this machine."""
+
+    @property
+    def commit(self) -> str | None:
+        """The hub commit, for provenance."""
+        return getattr(self.storage, "commit", None)
+
+    @property
+    def offline(self) -> str | None:
+        """Why the cache answered for the hub; None when it did not have to."""
+        return getattr(self.storage, "offline", None)
+
+    @property
+    def folder(self) -> str | None:
+        """The absolute path of a local checkpoint."""
+        return str(self.storage.folder.resolve()) if isinstance(self.storage, LocalFolder) else None
+
+    def path_of(self, file: str) -> str:
+        """How messages name a file of this checkpoint."""
+        return f"{self.location}/{file}"
+
+    def read(self, tensor: TensorInfo) -> np.ndarray:
+        """A tensor's values, ``shape`` as stored; BF16 and FP8 as ml_dtypes types."""
+        import numpy as np
+
+        from ..storage.dtypes import numpy_dtype
+
+        data = self.storage.read(tensor.file, tensor.start, tensor.nbytes)
+        return np.frombuffer(data, dtype=numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+
+    def read_values(self, tensors: Iterable[TensorInfo]) -> None:
+        """Reads the first values of tensors whose files are on an online hub only, for :class:`ValueReader`."""
+        if isinstance(self.storage, LocalFolder) or self.offline is not None:
+            return
+        wanted = [tensor for tensor in tensors if tensor.name not in self.values]
+        away = {file for file in {tensor.file for tensor in wanted} if self.storage.cached(file) is None}
+        wanted = [tensor for tensor in wanted if tensor.file in away]
+
+        def read(tensor: TensorInfo) -> bytes:
+            return self.storage.read(tensor.file, tensor.start, min(tensor.nbytes, ValueReader.LIMIT))
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            self.values.update(zip((tensor.name for tensor in wanted), pool.map(read, wanted), strict=True))
+
+
+class ValueReader:
+    """Reads the first values of small tensors of several checkpoints, where they are here or were read ahead.
+
+    A sparse file with nothing but a header is enough to plan with: what lies in a hole is not read.
+    """
+
+    LIMIT = 64 << 10
+
+    def __init__(self, checkpoints: Mapping[str, Checkpoint]):
+        self._checkpoints = checkpoints
+        self._open: dict[tuple[str, str], int | None] = {}
+
+    def __enter__(self) -> ValueReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._open.values():
+            if fd is not None:
+                os.close(fd)
+
+    def read(self, checkpoint: str, tensor: TensorInfo) -> np.ndarray | None:
+        """The first values of a tensor, flat, up to 64 KiB; None where they are not here."""
+        import numpy as np
+
+        from ..storage.dtypes import numpy_dtype
+
+        key = (checkpoint, tensor.file)
+        if key not in self._open:
+            path = self._checkpoints[checkpoint].storage.cached(tensor.file)
+            self._open[key] = None if path is None else open_regular(path)
+        fd = self._open[key]
+        if fd is None:
+            ahead = self._checkpoints[checkpoint].values.get(tensor.name)
+            return None if ahead is None else np.frombuffer(ahead, dtype=numpy_dtype(tensor.dtype))
+        if not tensor.nbytes:
+            return None
+        path_text = self._checkpoints[checkpoint].path_of(tensor.file)
+        want = min(tensor.nbytes, self.LIMIT)
+        try:
+            if os.lseek(fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.nbytes:
+                return None
+            data = pread_all(fd, want, tensor.start)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole from here to the end
+                return None
+            raise SourceError(f"cannot read {tensor.name!r}: {error.strerror}", path=path_text) from error
+        if len(data) != want:
+            raise SourceError(f"ends inside {tensor.name}; fetch the file again", path=path_text)
+        return np.frombuffer(data, dtype=numpy_dtype(tensor.dtype))

@@ -1,0 +1,237 @@
+"""A Hugging Face checkpoint, opened by its headers alone: names, dtypes, shapes, byte ranges.
+
+Weights are never mapped into memory and never read here beyond what is asked for by :meth:`Checkpoint.read`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Lock
+
+import xxhash
+
+from ..errors import HubError, SourceError
+from ..patterns.pattern import MAX_NAME
+from ..storage.folder import Files, LocalFolder
+from ..storage.header import TensorInfo, header_length, parse_header
+from ..storage.limits import load_json
+from ..storage.module import StoredModule, split_name
+from ..text import URL, hide_password
+from .checkpoint import INDEX, REST, Checkpoint, Shard
+
+__all__ = ["open_checkpoint", "open_storage"]
+
+_MAX_CONFIG_BYTES = 16 << 20
+_MAX_INDEX_BYTES = 64 << 20  # 58 layers x 256 experts in GPTQ are 178,176 entries, 16 MB
+_MAX_JSON_VALUES = 2_000_000
+_MAX_JSON_DEPTH = 64
+_MAX_HEADERS_BYTES = 256 << 20  # of all shards; those of 178,176 tensors take 25 MB
+_MAX_TENSORS = 500_000
+_FIRST_READ = 256 << 10  # most headers come with their length in one read
+
+_NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # beside what cannot be seen; a pattern means something else by these
+
+
+def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkpoint:
+    """Opens a local folder (relative ones start at ``relative_to``) or a hub id with optional ``@revision``.
+
+    Raises:
+        SourceError: nothing is there, only pickle files are there, or a file contradicts itself or another.
+    """
+    return open_storage(_locate(location, relative_to or Path()), location)
+
+
+def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, bytes]] | None = None) -> Checkpoint:
+    """:func:`open_checkpoint` of files that are found; of shards that are given by their headers alone with these."""
+    config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
+    if config is None:
+        raise SourceError("no config.json: this is no Hugging Face checkpoint", path=location)
+    quantization, quantization_file = config.get("quantization_config"), "config.json"
+    if quantization is None:
+        quantization_file = "quantize_config.json"
+        quantization = _read_json(storage, location, quantization_file, _MAX_CONFIG_BYTES)
+    if quantization is None:
+        quantization, quantization_file = {}, "config.json"
+    if not isinstance(quantization, dict):
+        raise SourceError("`quantization_config` is not an object", path=f"{location}/{quantization_file}")
+
+    index: dict[str, str] | None = None
+    tensors: dict[str, TensorInfo] = {}
+    shards: dict[str, Shard] = {}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        if headers is None:
+            names, index = _shard_names(storage, location)
+            headers = zip(names, pool.map(_HeaderReader(storage, location).read, names), strict=True)
+        for shard, data in headers:
+            size = _size(storage, shard)
+            found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
+            for name in found.keys() & tensors.keys():
+                raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
+            tensors |= found
+            if len(tensors) > _MAX_TENSORS:
+                raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
+            file = storage.cached(shard)
+            modified = None if file is None else file.stat().st_mtime_ns
+            shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata, modified)
+    absent = {}
+    if index is not None:
+        if _offline(storage):
+            absent = {split_name(name)[0]: shard for name, shard in index.items() if shard not in storage.files}
+            index = {name: shard for name, shard in index.items() if shard in storage.files}
+        _check_index(index, tensors, f"{location}/{INDEX}")
+
+    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable() or _NOT_IN_NAMES.search(name):
+            raise _bad_name(tensor, location)
+        module, leaf = split_name(name)
+        parts[module][leaf] = tensor
+    modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
+    return Checkpoint(location, storage, config, quantization, quantization_file, tensors, shards, modules, absent)
+
+
+def _offline(storage: Files) -> bool:
+    """Whether a hub's cache answers for the hub: it may hold some shards and not others."""
+    return getattr(storage, "offline", None) is not None
+
+
+def _locate(location: str, relative_to: Path) -> Files:
+    try:
+        folder = relative_to / Path(location).expanduser()
+        if folder.is_dir():
+            return LocalFolder.open(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError for the home folder of a user that does not exist
+        raise SourceError(f"cannot be looked at: {getattr(error, 'strerror', error)}", path=location) from error
+    if URL.match(location):
+        raise SourceError(
+            "a URL; write a local folder or a hub id like org/name@revision", path=hide_password(location)
+        )
+    from ..storage.hub import HubRepo, parse_repo_id
+
+    looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") != 1
+    parsed = None if looks_local else parse_repo_id(location)
+    if parsed is None:
+        where = "" if Path(location).is_absolute() else f" ({folder.absolute()})"
+        if folder.exists():
+            raise SourceError(f"is no folder{where}; name the folder that the checkpoint's files are in", path=location)
+        raise SourceError(f"no such folder{where}, and not a hub id like org/name@revision", path=location)
+    try:
+        return HubRepo.open(*parsed)
+    except HubError as error:
+        if folder.parent.is_dir():  # perhaps a mistyped path
+            error.args = (f"{error}; and there is no folder {folder.absolute()}",)
+        raise
+
+
+def _read_json(storage: Files, location: str, name: str, limit: int) -> dict[str, object] | None:
+    if name not in storage.files:
+        return None
+    path = f"{location}/{name}"
+    size = _size(storage, name)
+    if size > limit:
+        raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
+    try:
+        data = load_json(storage.read(name, 0, size), _MAX_JSON_VALUES)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"not valid JSON: {error}", path=path) from error
+    if not isinstance(data, dict):
+        raise SourceError("not a JSON object", path=path)
+    if _deeper_than(_MAX_JSON_DEPTH, data):
+        # Who prints or writes it would run out of stack.
+        raise SourceError(f"nested deeper than {_MAX_JSON_DEPTH} levels", path=path)
+    return data
+
+
+def _deeper_than(depth: int, value: object) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        level = [child for children in inner for child in children]
+    return bool(level)
+
+
+def _size(storage: Files, name: str) -> int:
+    size = storage.files[name]
+    # An offline cache knows a size only by the file itself.
+    return storage.fetch([name])[name].stat().st_size if size is None else size
+
+
+def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, str] | None]:
+    """The shards of a checkpoint, and the index's tensor -> shard map if there is an index."""
+    index = _read_json(storage, location, INDEX, _MAX_INDEX_BYTES)
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise SourceError("`weight_map` must map tensor names to file names", path=f"{location}/{INDEX}")
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            pure = PureWindowsPath(shard)  # also takes backslashes and drives for what they are
+            if pure.anchor or pure.drive or len(pure.parts) != 1 or PurePosixPath(shard).suffix != ".safetensors":
+                raise SourceError(
+                    f"names the file {shard!r}, which is no shard in this folder", path=f"{location}/{INDEX}"
+                )
+            if shard not in storage.files and not _offline(storage):
+                remedy = "fetch it again"
+                if isinstance(storage, LocalFolder) and (storage.folder / REST).is_dir():
+                    remedy = (
+                        "this checkpoint has files cut for ranks only: restore the merged ones with "
+                        f"`mixprec split {storage.folder.absolute()} --layout both`"
+                    )
+                raise SourceError(f"the shard {shard} is missing; {remedy}", path=location)
+        return [shard for shard in shards if shard in storage.files], weight_map
+    found = [name for name in storage.files if name.endswith(".safetensors")]
+    if "model.safetensors" in found or len(found) == 1:
+        return ["model.safetensors" if "model.safetensors" in found else found[0]], None
+    if found:
+        raise SourceError(
+            f"{len(found)} .safetensors files but no {INDEX} that says which belong together", path=location
+        )
+    if any(name.endswith((".bin", ".pt", ".pth", ".gguf")) for name in storage.files):
+        raise SourceError(
+            "only safetensors files are read, and there are none here; convert it first, "
+            "e.g. with transformers: save_pretrained(..., safe_serialization=True)",
+            path=location,
+        )
+    raise SourceError("no safetensors files", path=location)
+
+
+class _HeaderReader:
+    """Reads what comes before the data section of shards, for several threads at a time."""
+
+    def __init__(self, storage: Files, location: str):
+        self._storage, self._location = storage, location
+        self._lock, self._total = Lock(), 0
+
+    def read(self, name: str) -> bytes:
+        size = _size(self._storage, name)
+        first = self._storage.read(name, 0, min(size, _FIRST_READ))
+        end = 8 + header_length(first[:8], path=f"{self._location}/{name}", file_size=size)
+        with self._lock:
+            self._total += end
+            if self._total > _MAX_HEADERS_BYTES:
+                raise SourceError(f"headers of more than {_MAX_HEADERS_BYTES} bytes in all", path=self._location)
+        if end > len(first):
+            first += self._storage.read(name, len(first), end - len(first))
+        return first[:end]
+
+
+def _bad_name(tensor: TensorInfo, location: str) -> SourceError:
+    name, path = tensor.name, f"{location}/{tensor.file}"
+    if len(name) > MAX_NAME:
+        return SourceError(f"tensor name {name[:MAX_NAME]!r}... is longer than any model's", path=path)
+    return SourceError(f"tensor name {name!r} has characters no model uses", path=path)
+
+
+def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: str) -> None:
+    for name, shard in index.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise SourceError(f"lists {name!r} in {shard}, which does not hold it", path=path)
+        if tensor.file != shard:
+            raise SourceError(f"lists {name!r} in {shard}, but it is in {tensor.file}", path=path)
+    for name in tensors.keys() - index.keys() if len(tensors) > len(index) else ():
+        raise SourceError(f"does not list {name!r}, which {tensors[name].file} holds", path=path)

@@ -1,0 +1,105 @@
+"""The command line: parses arguments, calls the API, turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import MixprecError, RefusedError
+from .build import build
+from .doctor import doctor
+from .experts import experts
+from .inspect import inspect
+from .plan import plan
+from .printing import print_json
+from .split import split
+from .suggest import suggest
+from .verify import verify
+
+__all__ = ["app", "main"]
+
+
+app = typer.Typer(
+    name="mixprec",
+    help="Compile several checkpoints of one model into one whose weights keep the formats they came in.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+for _command in (build, plan, inspect, verify, split, doctor, suggest, experts):
+    app.command()(_command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"mixprec {__version__}")
+        raise typer.Exit
+
+
+class _Stop:
+    """Handles Ctrl-C and SIGTERM: the first ends the command in order, as KeyboardInterrupt.
+
+    What comes after it ends the process at once, as a kill would: whatever is being written survives that, and to end
+    in order may mean to wait for a disk.
+    """
+
+    number = 0
+    ended = False
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if self.number or self.ended:
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
+            os._exit(128 + number)
+        self.number = number
+        raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The console script ``mixprec``: errors become one message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A path need not be text, and a terminal need not know every letter.
+            stream.reconfigure(errors="backslashreplace")
+    stop = _Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background jobs inherit it
+            signal.signal(number, stop)
+    code: object = 0
+    message = ""
+    try:
+        app(prog_name="mixprec")
+    except SystemExit as ended:  # of every command that did not fail, and of one that Ctrl-C ended
+        code, message = ended.code, "interrupted" if stop.number else ""
+    except MixprecError as error:
+        code, message = error.exit_code, str(error)
+        if "--json" in sys.argv:
+            print_json({"refused": error.problems} if isinstance(error, RefusedError) else {"error": message})
+    except MemoryError:
+        code, message = 1, "out of memory"
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        code, message = 1, f"out of memory, or of processes: {error}"
+    except OSError as error:  # standard output is full, say
+        code, message = 1, str(error)
+    stop.ended = True
+    if message:
+        print(f"mixprec: {_printable(message)}", file=sys.stderr)
+    sys.exit(128 + stop.number if stop.number else code)  # type: ignore[arg-type]
+
+
+def _printable(text: str) -> str:
+    """Without characters that would command the terminal: a message may quote a stranger's file."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

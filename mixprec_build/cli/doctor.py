@@ -1,0 +1,33 @@
+"""``mixprec doctor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import AsJson
+from .printing import console, print_json
+
+__all__ = ["doctor"]
+
+
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A compiled checkpoint to be served.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that this machine can serve compiled checkpoints, or this one, with SGLang."""
+    from ..report.doctor import examine
+
+    findings = examine(folder)
+    if as_json:
+        print_json([{"status": f.status, "subject": f.subject, "text": f.text} for f in findings])
+    else:
+        from ..report.tables import show_findings
+
+        show_findings([(f.status, f.subject, f.text) for f in findings], console())
+    if any(f.status == "fail" for f in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Allowed(str, Enum):
+    """What ``--allow`` lets pass."""
+
+    UNSERVABLE = "unservable"
+
+
+class Layout(str, Enum):
+    """Which files a compiled checkpoint has."""
+
+    MERGED = "merged"
+    PRESPLIT = "presplit"
+    BOTH = "both"
+
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="A checkpoint's folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON, for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes and errors.")]
+Allow = Annotated[
+    list[Allowed], typer.Option("--allow", help="`unservable`: build also what SGLang could not serve, and record it.")
+]
+Link = Annotated[bool, typer.Option("--link", help="Reflink or hard-link source files that are taken over whole.")]

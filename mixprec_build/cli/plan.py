@@ -1,0 +1,50 @@
+"""``mixprec plan``."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import Allow, Allowed, AsJson, Layout, Link, RecipePath
+from .printing import console, print_json
+
+if TYPE_CHECKING:
+    from ..plan.types import Plan
+
+__all__ = ["plan_from", "show_plan_notes"]
+
+
+def plan(recipe: RecipePath, allow: Allow = [], link: Link = False, as_json: AsJson = False) -> None:  # noqa: B006
+    """Show what a build would write, without writing it."""
+    from ..report.facts import plan_facts
+    from ..report.tables import show_plan
+
+    facts = plan_facts(plan_from(recipe, allow, link))
+    if as_json:
+        print_json(facts)
+    else:
+        show_plan(facts, console())
+
+
+def plan_from(recipe: Path, allow: list[Allowed], link: bool, layout: Layout | None = None) -> Plan:
+    from ..output.build import no_garbage_collection, plan_recipe
+
+    wanted = None if layout is None else layout.value
+    with no_garbage_collection():
+        plan = plan_recipe(recipe, allow_unservable=Allowed.UNSERVABLE in allow, link=link, layout=wanted)
+        gc.freeze()  # its million objects stay until the end, and need not be searched for garbage, at exit neither
+    return plan
+
+
+def show_plan_notes(plan: Plan, as_json: bool, told: Plan | None = None) -> None:
+    """Prints them, but for those that ``told`` has, too."""
+    if as_json:
+        return
+    for note in plan.notes:
+        if told is None or note not in told.notes:
+            print(f"note: {note}", file=sys.stderr)
+    for problem in plan.unservable:
+        if told is None or problem not in told.unservable:
+            print(f"SGLang cannot serve this: {problem}", file=sys.stderr)

@@ -1,0 +1,105 @@
+"""``mixprec suggest``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..suggest.objective import Objective
+from .options import Allow, Allowed, AsJson, Quiet
+from .printing import console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from ..storage.threads import Progress
+
+__all__ = ["suggest"]
+
+
+def suggest(
+    base: Annotated[Path, typer.Argument(help="A recipe with the sources to choose from (YAML).", show_default=False)],
+    budget: Annotated[str, typer.Option(help="Bytes of the files to be written: 140GB, 130GiB.", show_default=False)],
+    out: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.", show_default=False)],
+    stats: Annotated[
+        list[Path], typer.Option("--stats", help="Expert activity (JSON, or a dump of SGLang's recorder); repeatable.")
+    ] = [],  # noqa: B006
+    moments: Annotated[
+        Path | None, typer.Option(help="Second moments of the modules' inputs (safetensors).", show_default=False)
+    ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(help="What is kept small; without it `relative-output` with moments, else `relative`."),
+    ] = None,
+    min_format: Annotated[
+        list[str], typer.Option(help="No format of fewer bits there.", metavar="PATTERN: FORMAT")
+    ] = [],  # noqa: B006
+    pin: Annotated[list[str], typer.Option(help="This source there.", metavar="PATTERN: SOURCE")] = [],  # noqa: B006
+    plot: Annotated[Path | None, typer.Option(help="Draw loss against bytes (PNG).", show_default=False)] = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option(help="Where measured errors are kept; ~/.cache/mixprec without it.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the recipe that is there.")] = False,
+    allow: Allow = [],  # noqa: B006
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Measuring threads.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a source for every module: the least error within a budget. Writes a recipe."""
+    from ..recipe.recipe import load_recipe, parse_size
+    from ..recipe.sources import open_sources
+    from ..report.tables import show_suggestion
+    from ..suggest.activity import read_activity
+    from ..suggest.allocate import suggest as run
+    from ..suggest.choices import Request
+    from ..suggest.distortion import DistortionCache, Moments, default_cache
+    from ..suggest.facts import suggestion_facts
+    from ..suggest.recipe_file import check_target, write_recipe
+
+    try:
+        nbytes = parse_size(budget)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from error
+    check_target(out, base, force=force)
+    if plot is not None:
+        from ..report.figures import check_picture
+
+        check_picture(plot)
+    request = Request(
+        budget=nbytes,
+        objective=objective,
+        activity=read_activity(stats) if stats else None,
+        moments=Moments(moments) if moments else None,
+        pins=[_wish(text, "--pin") for text in pin],
+        floors=[_wish(text, "--min-format") for text in min_format],
+        allow_unservable=Allowed.UNSERVABLE in allow,
+    )
+    recipe = load_recipe(base)
+    with ExitStack() as stack:
+        cache = stack.enter_context(DistortionCache(errors or default_cache()))
+
+        def watch(total: int) -> Progress:
+            return stack.enter_context(progress_bar("measuring", total, quiet or as_json))
+
+        suggestion = run(recipe, open_sources(recipe), request, cache, jobs=jobs, watch=watch)
+    write_recipe(suggestion, out, force=force)
+    if plot is not None:
+        from ..report.figures import draw_frontier
+
+        draw_frontier(suggestion, plot)
+    if as_json:
+        print_json({"recipe": str(out), **suggestion_facts(suggestion)})
+    elif not quiet:
+        show_suggestion(suggestion_facts(suggestion), console())
+        print(f"next: mixprec plan {out}")
+
+
+def _wish(text: str, flag: str) -> tuple[str, str]:
+    pattern, colon, word = text.rpartition(":")
+    if not (colon and pattern.strip() and word.strip()):
+        raise typer.BadParameter(f"{text!r} is not `PATTERN: WORD`", param_hint=flag)
+    return pattern.strip(), word.strip()

@@ -1,0 +1,1 @@
+"""What a model is: roles, fused groups, experts, by family."""

@@ -1,0 +1,1 @@
+"""A plan becomes files; files are cut and compared."""

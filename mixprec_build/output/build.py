@@ -1,0 +1,84 @@
+"""The steps of ``mixprec build``, for the command line and for other programs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..plan.planner import make_plan
+from ..plan.types import Plan
+from ..recipe.recipe import load_recipe
+from ..recipe.sources import open_sources
+
+if TYPE_CHECKING:
+    from ..storage.threads import Progress
+
+__all__ = ["no_garbage_collection", "plan_recipe", "run_plan"]
+
+
+def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = False, layout: str | None = None) -> Plan:
+    """Reads a recipe, opens its sources by their headers and decides everything. Writes nothing.
+
+    ``layout`` takes the place of the recipe's.
+
+    Raises:
+        RecipeError, SourceError, RefusedError: see their docstrings.
+    """
+    recipe = load_recipe(path)
+    if layout is not None:
+        recipe = recipe.laid_out(layout)
+    with no_garbage_collection():
+        return make_plan(recipe, open_sources(recipe), allow_unservable=allow_unservable, link=link)
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    force: bool = False,
+    allow_unservable: bool = False,
+    link: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    replanned: Callable[[Plan], object] | None = None,
+) -> Path:
+    """Fetches what is missing, checks the values that only headers were known of, and writes ``out``.
+
+    ``replanned`` is given the plan that is followed, where these values made another one. Returns the path of the
+    manifest.
+
+    Raises:
+        OutputError, SourceError, RefusedError, WriteError: see their docstrings.
+    """
+    from .publish import fetch, write
+    from .target import check_output
+
+    check_output(plan, out, force=force)
+    away = [
+        source
+        for source in plan.sources.by_name.values()
+        if any(source.checkpoint.storage.cached(file) is None for file in source.checkpoint.shards)
+    ]
+    if away:
+        # Scales and zero points of a hub's files can be looked at only now.
+        fetch(plan)
+        allow_unservable = allow_unservable or bool(plan.unservable)
+        plan = make_plan(plan.recipe, plan.sources, allow_unservable=allow_unservable, link=link)
+        if replanned is not None:
+            replanned(plan)
+    return write(plan, out, force=force, jobs=jobs, progress=progress)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Planning makes a million small objects that all stay: looking for garbage among them takes a third longer."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,169 @@
+"""Plan -> files. Obeys; decides nothing.
+
+Everything is written into a hidden folder beside the output (:mod:`.stage`), synced, and renamed: the output appears
+whole or not at all, and a build that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from ..checkpoint.checkpoint import INDEX
+from ..checkpoint.degree import Degree
+from ..checkpoint.manifest import MANIFEST, dump_manifest
+from ..errors import InterruptedBuildError, MixprecError, OutputError, WriteError
+from ..plan.types import Plan
+from ..storage.disk import sync_folder, write_errors
+from ..storage.threads import Progress
+from .companions import build_manifest, companion_files, write_companions, write_file
+from .copier import Copier
+from .locked import alone
+from .split import split
+from .stage import Stage
+from .target import check_output
+
+__all__ = ["fetch", "write"]
+
+
+def fetch(plan: Plan) -> dict[tuple[str, str], Path]:
+    """Brings the source files a plan needs to this machine: ``(source, file)`` -> path."""
+    needed: dict[str, set[str]] = {name: set() for name in plan.sources.by_name}
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            needed[tensor.source].add(tensor.info.file)
+    paths = {}
+    for source, shards in needed.items():
+        storage = plan.sources.by_name[source].checkpoint.storage
+        # With these in the cache the same recipe plans and builds again without the hub, but where scales may be folded
+        # into norms of other shards.
+        described_by = {"config.json", "quantize_config.json", INDEX} & storage.files.keys()
+        fetched = storage.fetch(sorted(shards | described_by))
+        paths.update({(source, file): fetched[file] for file in shards})
+    return paths
+
+
+def write(
+    plan: Plan, out: Path, *, force: bool = False, jobs: int | None = None, progress: Progress | None = None
+) -> Path:
+    """Writes the checkpoint and returns the path of its manifest. ``progress`` is called with bytes done, of the plan's
+    ``written_bytes``.
+
+    Raises:
+        OutputError: ``out`` is in use.
+        SourceError: a source cannot be read or has changed since it was planned.
+        WriteError: the disk is full, fails, or forbids it.
+    """
+    check_output(plan, out, force=force)
+    paths = fetch(plan)
+    companions = plan.sources.model.storage.fetch(companion_files(plan))
+    # `.` has no name of its own to put another folder beside.
+    target = out.resolve()
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        with _stage(target, out) as stage:
+            # A build that was killed while it replaced an output may have left that output in the stage.
+            check_output(plan, out, force=force)
+            try:
+                with write_errors(out):  # all that no step names itself
+                    _fill(stage, plan, paths, companions, jobs, progress or (lambda _: None))
+                    check_output(plan, out, force=force)
+                    _publish(stage, force=force)
+            except (KeyboardInterrupt, InterruptedBuildError):
+                raise InterruptedBuildError(f"{out}: interrupted; {stage.kept(len(plan.shards))}") from None
+            except MemoryError:
+                raise WriteError(f"{out}: out of memory; {stage.kept(len(plan.shards))}") from None
+            except MixprecError as error:
+                if stage.finished or isinstance(error, WriteError):
+                    error.args = (f"{error}; {stage.kept(len(plan.shards))}",)
+                raise
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    return out / MANIFEST
+
+
+def _fill(
+    stage: Stage,
+    plan: Plan,
+    paths: Mapping[tuple[str, str], Path],
+    companions: Mapping[str, Path],
+    jobs: int | None,
+    progress: Progress,
+) -> None:
+    """Makes the payload of a stage the whole checkpoint, and syncs it."""
+    checksums = Copier(plan, paths, stage, progress).run(jobs or min(8, os.cpu_count() or 1))
+    files = write_companions(plan, stage.payload, companions)
+    write_file(stage.payload / MANIFEST, dump_manifest(build_manifest(plan, stage.payload, checksums, files)))
+    degrees = [Degree(tp) for tp in plan.recipe.tp]
+    for folder in stage.payload.glob("presplit/*" if degrees else "presplit"):
+        if folder.name not in map(str, degrees):
+            shutil.rmtree(folder)  # of another recipe's build, which was stopped
+    # The merged files are dropped after the last of them, the one that they could be restored from.
+    for degree in sorted(degrees, key=lambda degree: -degree.tp):
+        layout = plan.recipe.layout if degree.tp == min(plan.recipe.tp) else "both"
+        split(
+            stage.payload,
+            degree,
+            layout=layout,
+            jobs=jobs,
+            shard_size=plan.recipe.shard_size,
+            watch=lambda splitter, nbytes: progress,
+        )
+    sync_folder(stage.payload)
+
+
+@contextmanager
+def _stage(target: Path, out: Path) -> Iterator[Stage]:
+    """The opened stage; :class:`OutputError` where the output's folder cannot even be begun."""
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stage = stack.enter_context(Stage.open(target))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                with write_errors(out):
+                    raise
+            raise OutputError(f"{out}: cannot be created ({error.filename}: {error.strerror})") from error
+        yield stage
+
+
+def _publish(stage: Stage, *, force: bool) -> None:
+    """The finished folder takes its name by one rename; a folder it replaces goes first, and last of all away."""
+    out, replaced = stage.out, None
+    with write_errors(out), ExitStack() as stack:
+        if force and out.is_dir() and any(out.iterdir()):
+            replaced = stage.replaced
+            stack.enter_context(alone(out))  # a split would go on in it, under the name of the new one
+        try:
+            if replaced is not None:
+                out.rename(replaced)
+            try:
+                stage.payload.rename(out)  # also onto an empty folder
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise OutputError(f"{out}: something else was put there meanwhile; it was left as it is") from error
+                raise
+            try:
+                sync_folder(out.parent)
+            except OSError:
+                out.rename(stage.payload)
+                raise
+        except BaseException:
+            if replaced is not None and replaced.exists() and not out.exists():
+                replaced.rename(out)
+            raise
+    if replaced is not None:
+        try:
+            shutil.rmtree(replaced)
+        except OSError as error:
+            raise WriteError(
+                f"{replaced}: {error.strerror}: the new checkpoint is in place, but this one, which it replaces, "
+                "could not be removed; remove it yourself"
+            ) from error

@@ -1,0 +1,92 @@
+"""Compares the files of ranks with the manifest and with the merged tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..checkpoint.checkpoint import REST, Checkpoint
+from ..checkpoint.degree import Degree, parse_folder
+from ..checkpoint.manifest import CHECKSUM, layout_of
+from ..checkpoint.typed import Source
+from ..errors import SourceError, VerifyError
+from ..ranks.assemble import Reader, contents, whole
+from ..ranks.files import INDEX, RankIndex, changed_headers, checksum_on_disk, open_rank, read_index
+from ..ranks.merged import reader_of, splitter_of
+from ..ranks.pieces import Parameter
+from ..ranks.splitter import Splitter
+from .leftovers import strangers
+
+__all__ = ["differences_of", "rank_differences"]
+
+
+# Verification
+
+
+def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    """Every difference between the per-rank files, what the manifest lists, and the merged tensors.
+
+    Of merged files that were dropped, also in what was kept of them.
+    """
+    listed = manifest.get("presplit", {})
+    for name in strangers(folder, manifest):
+        yield f"{name}: not in the manifest"
+    if layout_of(manifest) == "presplit":
+        yield from differences_of(read_index(folder, REST, manifest["rest"]))
+    if not listed:
+        return
+    source = Source.of("", checkpoint)
+    splitters: dict[Degree, Splitter] = {}
+    with reader_of(checkpoint) as reader:
+        for name in listed:
+            parsed = parse_folder(name)
+            if parsed is None:
+                yield f"{name}: no name of a rank's folder"
+                continue
+            degree, rank = parsed
+            try:
+                index = read_index(folder, name, listed[name])
+            except VerifyError as error:
+                yield str(error)
+                continue
+            if degree not in splitters:
+                splitters[degree] = splitter_of(source, degree)
+            yield from differences_of(index, splitters[degree].parameters(rank), reader)
+
+
+def differences_of(
+    index: RankIndex, parameters: Sequence[Parameter] | None = None, reader: Reader | None = None
+) -> Iterator[str]:
+    """Between a folder's files and its index, and, where given, the parameters that it is to hold."""
+    try:
+        stored = open_rank(index)
+    except SourceError as error:
+        yield str(error)
+        return
+    if extra := {p.name for p in index.folder.iterdir()} - {INDEX, *(t.file for t in stored.values())}:
+        yield f"{index.folder / min(extra)}: not in the index"
+    for path in changed_headers(index):
+        yield f"{path}: its header was changed"
+    due = {parameter.name: parameter for parameter in parameters or map(whole, stored.values())}
+    for name in sorted(due.keys() ^ stored.keys()):
+        yield f"{index.folder}: {name} is {'missing' if name in due else 'no parameter of this rank'}"
+    for name, parameter in due.items():
+        tensor = stored.get(name)
+        if tensor is None:
+            continue
+        where = f"{name} in {index.folder / tensor.file}"
+        if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
+            yield f"{where}: {tensor.dtype} {list(tensor.shape)}, cut as {parameter.dtype} {list(parameter.shape)}"
+            continue
+        checksum = checksum_on_disk(index.folder / tensor.file, tensor)
+        if checksum != index.parameters[name][CHECKSUM]:
+            yield f"{where}: its bytes were changed"
+        elif reader is not None:
+            digest = xxhash.xxh3_128()
+            for chunk in contents(parameter, reader):
+                digest.update(chunk)
+            if digest.hexdigest() != checksum:
+                yield f"{where}: not what the merged tensors would be cut into"

@@ -1,0 +1,332 @@
+"""``mixprec split``: which files a compiled checkpoint has, merged ones, those of its ranks, or both.
+
+Files are written, synced and listed in the manifest before others are dropped, and dropped files are no longer listed
+before the first is removed: what the manifest lists is whole at any moment. What a split that was stopped leaves beside
+that is read by nothing, and the same command removes or finishes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .. import __version__
+from ..checkpoint.checkpoint import REST
+from ..checkpoint.degree import Degree, parse_folder
+from ..checkpoint.manifest import CHECKSUM, MANIFEST, dump_manifest, merged_files, read_manifest, tensor_entries
+from ..checkpoint.typed import Source
+from ..errors import InterruptedBuildError, OutputError, SplitError, VerifyError
+from ..families.base import Role, role_by_name
+from ..ranks.assemble import Reader, whole, write_parameters
+from ..ranks.files import RankIndex, checksum_on_disk, damage, finished, read_index, write_rank
+from ..ranks.merged import (
+    Rebuilt,
+    Rectangle,
+    complete,
+    header_tensor,
+    in_no_rank,
+    open_compiled,
+    reader_of,
+    splitter_of,
+)
+from ..ranks.pieces import Parameter
+from ..ranks.splitter import Splitter
+from ..recipe.recipe import DEFAULT_SHARD_SIZE
+from ..storage.disk import check_space, inside, sync_folder, write_errors
+from ..storage.header import TensorInfo
+from ..storage.threads import Progress, run_all
+from .leftovers import clear_leftovers
+from .locked import alone
+from .rank_differences import differences_of
+
+__all__ = ["split"]
+
+
+_RESTORED = "presplit/.merged.part"
+
+
+def split(
+    folder: Path,
+    degree: Degree | None = None,
+    *,
+    layout: str = "both",
+    ranks: Iterable[int] | None = None,
+    jobs: int | None = None,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    watch: Callable[[Splitter | None, int], Progress] | None = None,
+) -> list[Path]:
+    """Writes the files of ``ranks`` (all of them) of a compiled checkpoint and lists them in its manifest.
+
+    Ranks that are there already are left as they are; where headers or sizes tell that they are damaged, they are
+    written again. With the layout ``presplit`` the merged files are dropped then, with ``both`` they are restored where
+    they were, with ``merged`` the files of all ranks are dropped and none written. ``watch`` is given the cut and the
+    bytes to be written, and gives what is called as they are. Returns the folders of all ranks asked for.
+
+    Raises:
+        VerifyError: ``folder`` is no compiled checkpoint, or merged files that were restored are not what was built.
+        SplitError: it cannot be cut like that, or has not the files to do it with.
+        OutputError: another split or a build is writing there.
+        WriteError: the disk is full, fails, or forbids it.
+        InterruptedBuildError: Ctrl-C.
+    """
+    with alone(folder) as check:
+        manifest = read_manifest(folder)
+        check()
+        clear_leftovers(folder, manifest, keep=merged_files(manifest))
+        source = Source.of("", open_compiled(folder, manifest))
+        with reader_of(source.checkpoint) as reader:
+            try:
+                return _Split(folder, manifest, source, reader, shard_size, jobs, check).run(
+                    degree, layout, ranks, watch
+                )
+            except KeyboardInterrupt:
+                kept = "what is finished is kept: the same command goes on from there"
+                raise InterruptedBuildError(f"{folder}: interrupted; {kept}") from None
+
+
+class _StoppedError(Exception):
+    """Ends a thread when another has failed."""
+
+
+class _Split:
+    """The steps of one :func:`split`. ``manifest`` is always that on the disk."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        source: Source,
+        reader: Reader,
+        shard_size: int,
+        jobs: int | None,
+        check: Callable[[], None],
+    ):
+        self._check = check
+        """Raises where the folder is another one; before each change of it."""
+        self._folder, self._manifest, self._source, self._reader = folder, manifest, source, reader
+        self._shard_size, self._jobs = shard_size, jobs or min(8, os.cpu_count() or 1)
+        self._watch: Progress = lambda _: None
+        self._stopped = threading.Event()
+
+    def run(
+        self,
+        degree: Degree | None,
+        layout: str,
+        ranks: Iterable[int] | None,
+        watch: Callable[[Splitter | None, int], Progress] | None,
+    ) -> list[Path]:
+        if layout == "merged":
+            degree = None
+        wanted = [] if degree is None else sorted(range(degree.tp) if ranks is None else set(ranks))
+        if degree is not None and (not wanted or not all(0 <= rank < degree.tp for rank in wanted)):
+            raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
+        names = [] if degree is None else [degree.folder(rank) for rank in wanted]
+        for path in () if degree is None else (self._folder / "presplit", self._folder / f"presplit/{degree}"):
+            if path.is_symlink():
+                raise OutputError(f"{path}: is a link; remove it, ranks' files are written there")
+        whole_ranks = self._whole_ranks()
+        if layout == "presplit":
+            complete(self._folder, [*whole_ranks, *names])
+        roles = map(role_by_name, self._source.checkpoint.modules)
+        if degree is not None and degree.ep > 1 and Role.EXPERT not in roles:
+            raise SplitError(f"{self._folder}: its model has no experts; leave out --ep")
+        splitter = None if degree is None else splitter_of(self._source, degree)
+        missing = [rank for rank, name in zip(wanted, names, strict=True) if name not in whole_ranks]
+        heads = self._heads(splitter, missing) if splitter is not None and missing else {}
+        # Ranks that a stopped split had finished are taken over; those that were listed are damaged.
+        listed = self._manifest.get("presplit", {})
+        entries = {
+            name: line
+            for name, head in heads.items()
+            if name not in listed and (line := finished(self._folder / name, head))
+        }
+        plans = {
+            name: splitter.parameters(head["rank"])
+            for name, head in heads.items()
+            if splitter is not None and name not in entries
+        }
+        rebuilt = self._reader if isinstance(self._reader, Rebuilt) else None
+        if rebuilt is not None:
+            rebuilt.prepare()
+        restore = {} if rebuilt is None or layout == "presplit" else self._absent()
+        need = sum(p.nbytes for plan in plans.values() for p in plan)
+        need += sum(tensor.nbytes for built in restore.values() for tensor, _ in built)
+        check_space(self._folder, need)
+        if watch is not None:
+            self._watch = watch(splitter, need)
+
+        if rebuilt is not None and layout != "presplit":
+            self._restore(rebuilt, restore)
+        if heads:
+            self._cut(heads, plans, entries)
+        if layout == "presplit":
+            if rebuilt is None:
+                self._keep_rest(plans)
+            self._check()
+            clear_leftovers(self._folder, self._manifest)
+        if layout == "merged":
+            self._drop_ranks()
+        return [self._folder / name for name in names]
+
+    def _whole_ranks(self) -> list[str]:
+        """The ranks that are listed and there, as far as headers and sizes tell."""
+        listed = self._manifest.get("presplit", {})
+        return [name for name, line in listed.items() if damage(self._folder, name, line) is None]
+
+    def _list(self, changes: Mapping[str, Any]) -> None:
+        """The new manifest takes the old one's place by one rename. None takes an entry away."""
+        changed = {**self._manifest, **changes}
+        last = {key: changed.pop(key, None) for key in ("presplit", "layout", "rest")}
+        changed.pop(f"manifest_{CHECKSUM}", None)
+        manifest = {**changed, **{key: value for key, value in last.items() if value}}
+        path = self._folder / f".{MANIFEST}.new"
+        self._check()
+        with write_errors(path):
+            path.unlink(missing_ok=True)  # it may be a link
+            with path.open("xb") as file:
+                for chunk in dump_manifest({**manifest, "modules": manifest["modules"].items()}):
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            self._check()
+            path.rename(self._folder / MANIFEST)
+            sync_folder(self._folder)
+        self._manifest = manifest
+
+    def _heads(self, splitter: Splitter, ranks: Iterable[int]) -> dict[str, dict[str, Any]]:
+        """What the index of each rank begins with: all that its files depend on."""
+        config = self._manifest["files"].get("config.json", {}).get(CHECKSUM)
+        digest = xxhash.xxh3_128(f"{__version__} {self._shard_size} {config}".encode(errors="backslashreplace"))
+        for name, entry in tensor_entries(self._manifest).items():
+            digest.update(f"\n{name} {entry[CHECKSUM]}".encode(errors="backslashreplace"))
+        degree = splitter.degree
+        padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
+        head = {"tp": degree.tp, "ep": degree.ep, "cut_of": digest.hexdigest(), "padded": padded}
+        return {degree.folder(rank): {**head, "rank": rank} for rank in ranks}
+
+    def _cut(
+        self,
+        heads: Mapping[str, Mapping[str, Any]],
+        plans: Mapping[str, Sequence[Parameter]],
+        entries: dict[str, dict[str, Any]],
+    ) -> None:
+        """Writes ranks, and lists them with those of ``entries``."""
+
+        def write(name: str) -> None:
+            self._check()
+            entries[name] = write_rank(
+                self._folder, name, heads[name], self._reader, plans[name], self._shard_size, self._progress
+            )
+
+        self._run(write, plans)
+        self._list({"presplit": dict(sorted({**self._manifest.get("presplit", {}), **entries}.items()))})
+
+    def _run(self, write: Callable[[str], None], names: Iterable[str]) -> None:
+        run_all([partial(write, name) for name in names], self._jobs, self._stopped, self._folder)
+
+    def _progress(self, done: int) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
+        self._watch(done)
+
+    def _keep_rest(self, fresh: Collection[str]) -> None:
+        """Writes and lists what only the merged files hold: from here on they are not needed.
+
+        ``fresh`` are ranks that were cut just now; others are compared with the merged files for the last time.
+        """
+        self._check()
+        checkpoint = self._source.checkpoint
+        for file in merged_files(self._manifest):
+            shard = checkpoint.shards.get(file)
+            if shard is None or shard.header_checksum != self._manifest["files"][file]["header"]:
+                raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
+        degree = complete(self._folder, self._whole_ranks())
+        splitter = splitter_of(self._source, degree)
+        held: dict[str, set[Rectangle]] = {}
+        for rank in range(degree.tp):
+            parameters, name = splitter.parameters(rank), degree.folder(rank)
+            for difference in [] if name in fresh else differences_of(self._index(name), parameters, self._reader):
+                raise VerifyError(
+                    f"{difference}: the merged files are kept; remove {self._folder / name} and split again for "
+                    f"{degree}"
+                )
+            for piece in (piece for parameter in parameters for piece in parameter.pieces):
+                held.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
+        headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
+        rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), held), *headers)]
+        check_space(self._folder, sum(p.nbytes for p in rest))
+        self._check()
+        entry = write_rank(self._folder, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
+        self._list({"layout": "presplit", "rest": entry})
+
+    def _index(self, name: str) -> RankIndex:
+        return read_index(self._folder, name, self._manifest["presplit"][name])
+
+    def _absent(self) -> dict[str, list[tuple[TensorInfo, str]]]:
+        """The merged files that are not there whole, and what they hold."""
+        return {file: built for file, built in self._built().items() if not self._is_whole(file, built)}
+
+    def _is_whole(self, file: str, built: Sequence[tuple[TensorInfo, str]]) -> bool:
+        path = inside(self._folder, file)
+        if not path.is_file() or path.stat().st_size != self._manifest["files"][file]["bytes"]:
+            return False
+        return all(checksum_on_disk(path, tensor) == due for tensor, due in built)
+
+    def _built(self) -> dict[str, list[tuple[TensorInfo, str]]]:
+        """What each merged file holds from its first byte to its last, and the checksums that it was built with."""
+        checkpoint, entries = self._source.checkpoint, tensor_entries(self._manifest)
+        built = {
+            file: [(header_tensor(file, shard.header_bytes), self._manifest["files"][file]["header"])]
+            for file, shard in checkpoint.shards.items()
+        }
+        for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.start):
+            if tensor.name not in entries:
+                raise VerifyError(f"{tensor.name}: in {tensor.file}, but not in the manifest")
+            built[tensor.file].append((tensor, entries[tensor.name][CHECKSUM]))
+        return built
+
+    def _restore(self, rebuilt: Rebuilt, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
+        part = self._folder / _RESTORED
+
+        def write(file: str) -> None:
+            built = files[file]
+            parameters = [rebuilt.parameter(tensor) for tensor, _ in built]
+            written = write_parameters(part / file, b"", parameters, rebuilt.files, self._progress)
+            for (parameter, checksum), (_, due) in zip(written, built, strict=True):
+                if checksum != due:
+                    raise VerifyError(
+                        f"{parameter.name}: put together from the files of ranks it is not what was built; "
+                        f"`mixprec verify {self._folder}` says which file was changed: bring that again, or remove its "
+                        "folder where all ranks of another degree are there"
+                    )
+            self._check()
+            (part / file).rename(self._folder / file)
+
+        with write_errors(part):
+            self._check()
+            part.mkdir()
+            self._run(write, files)
+            sync_folder(self._folder)
+            self._list({"layout": None, "rest": None})
+            self._check()
+            clear_leftovers(self._folder, self._manifest)
+
+    def _drop_ranks(self) -> None:
+        if "presplit" in self._manifest:
+            self._list({"presplit": None})
+        self._check()
+        with write_errors(self._folder):
+            for path in sorted(self._folder.glob("presplit/*/*")):
+                if parse_folder(str(path.relative_to(self._folder))) is not None:
+                    shutil.rmtree(path)
+            for path in (*self._folder.glob("presplit/*"), self._folder / "presplit"):
+                with suppress(OSError):  # not empty: of others
+                    path.rmdir()

@@ -1,0 +1,66 @@
+"""Refuses an output folder that holds something else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ..checkpoint.manifest import MANIFEST
+from ..errors import OutputError, SourceError
+from ..plan.types import Plan
+from ..storage.disk import read_regular
+from ..storage.folder import LocalFolder
+from .leftovers import strangers
+
+__all__ = ["check_output"]
+
+
+def check_output(plan: Plan, out: Path, *, force: bool) -> None:
+    """Refuses an output folder that holds something else or overlaps a source. Raises :class:`OutputError`."""
+    try:
+        if out.is_symlink():
+            raise OutputError(f"{out}: is a link; name the folder itself")
+        _check_overlap(plan, out)
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: is a file; name a folder")
+        if os.path.ismount(out):
+            raise OutputError(f"{out}: is a mount point, which no folder can replace; name a folder inside it")
+        if not out.is_dir() or not any(out.iterdir()):
+            return
+        if not force:
+            raise OutputError(f"{out}: exists and is not empty; pass --force to replace it, or name another folder")
+        foreign = sorted(_foreign(out))
+    except (OSError, RuntimeError) as error:  # the latter for a loop of links, before Python 3.13
+        raise OutputError(f"{out}: cannot be used: {getattr(error, 'strerror', error)}") from error
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"{out}: holds files that mixprec did not write ({', '.join(foreign[:3])}{more}); "
+            "remove it yourself or name another folder"
+        )
+
+
+def _check_overlap(plan: Plan, out: Path) -> None:
+    target = out.resolve()
+    sources = [(source.name, source.checkpoint) for source in plan.sources.by_name.values()]
+    for name, checkpoint in [*sources, ("model", plan.sources.model)]:
+        if not isinstance(checkpoint.storage, LocalFolder):
+            continue
+        folder = checkpoint.storage.folder.resolve()
+        if target == folder or target in folder.parents or folder in target.parents:
+            raise OutputError(f"{out}: overlaps the source `{name}` ({folder}); name another folder")
+
+
+def _foreign(out: Path) -> set[str]:
+    """The names in a folder that its manifest does not list and no stopped split left there; all of them where it has
+    no manifest."""
+    there = {entry.name for entry in out.iterdir()}
+    try:
+        manifest = json.loads(read_regular(out / MANIFEST))
+        known = {MANIFEST, f".{MANIFEST}.new", *manifest["files"]}
+        if (out / "presplit").is_dir():
+            known.add("presplit")
+        return there - known | {*strangers(out, manifest)}
+    except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return there

@@ -1,0 +1,1 @@
+"""Names with wildcards: parsed, matched, folded."""

@@ -1,0 +1,94 @@
+"""Folds many names into few patterns, and sorts names as people do."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+from .pattern import MAX_ALTERNATIVES
+
+__all__ = ["compress", "natural_key"]
+
+
+_T = TypeVar("_T")
+_NUMBER = re.compile(r"(\d{1,15})")  # int() refuses digits without end
+_MAX_FOLDED_NUMBERS = 8
+
+
+# Folding
+
+
+def natural_key(name: str) -> str:
+    """Sort key that puts ``layers.2`` before ``layers.10``: numbers go by their length, then by their digits."""
+    return ".".join(map(_word_key, name.split(".")))
+
+
+@lru_cache(maxsize=4096)
+def _word_key(word: str) -> str:
+    parts = _NUMBER.split(word)
+    parts[1::2] = map(_number_key, parts[1::2])
+    return "".join(parts)
+
+
+def _number_key(number: str) -> str:
+    digits = number.lstrip("0") or "0"
+    # The length as one character, below all that names are made of; leading zeros make 07 differ from 7.
+    return chr(min(len(digits), 31)) + digits + "\x00" * (len(number) - len(digits))
+
+
+def compress(names: Iterable[str]) -> list[str]:
+    """Patterns that together match exactly ``names``: last words, then numbers innermost first, are folded.
+
+    So 4,512 names become ``model.layers.{0..93}.mlp.experts.{0..15}.{down_proj,gate_proj,up_proj}``.
+    """
+    by_width: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+    for name in names:
+        head, dot, word = name.rpartition(".")
+        row = (*_NUMBER.split(head + dot), word)
+        by_width[len(row)].add(row)
+    patterns: list[str] = []
+    for width, rows in by_width.items():
+        # Columns: text, number, text, ..., text, last word.
+        for column in [width - 1, *range(width - 3, 0, -2)[:_MAX_FOLDED_NUMBERS]]:
+            rows = _fold(rows, column)
+        patterns += ["".join(row) for row in rows]
+    return sorted(patterns, key=natural_key)
+
+
+def _fold(rows: set[tuple[str, ...]], column: int) -> set[tuple[str, ...]]:
+    """Merges rows that differ in ``column`` alone."""
+    merged: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for row in rows:
+        merged[(*row[:column], *row[column + 1 :])].append(row[column])
+    return {(*rest[:column], text, *rest[column:]) for rest, values in merged.items() for text in _braces(values)}
+
+
+def _braces(values: Sequence[str]) -> list[str]:
+    """``values`` as one brace expression, or unchanged where braces cannot say them."""
+    if len(values) == 1:
+        return list(values)
+    # '007' and '7' are different names: only plain numbers, as long as RANGE reads them, become ranges.
+    if all(re.fullmatch(r"0|[1-9][0-9]{0,5}", v) for v in values):
+        numbers = sorted(map(int, values))
+        return ["{" + ",".join(_spans(some)) + "}" for some in _chunks(numbers)]
+    if all(re.fullmatch(r"\w+", v) for v in values):
+        return ["{" + ",".join(some) + "}" for some in _chunks(sorted(values))]
+    return list(values)
+
+
+def _chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """As many at a time as one pattern may hold."""
+    return (values[at : at + MAX_ALTERNATIVES] for at in range(0, len(values), MAX_ALTERNATIVES))
+
+
+def _spans(numbers: Sequence[int]) -> list[str]:
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return [str(a) if a == b else f"{a}..{b}" for a, b in spans]

@@ -1,0 +1,1 @@
+"""Recipe and sources become a plan."""

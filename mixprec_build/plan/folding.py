@@ -1,0 +1,200 @@
+"""Scales that a quantizer folded into the modules before the ones it quantized.
+
+AWQ, and SmoothQuant for Int8, multiply the inputs of a weight by scales before rounding it, and divide by them
+whatever makes these inputs: the norm before q/k/v or before gate and up, ``v_proj`` before ``o_proj``, ``up_proj``
+before ``down_proj``. The function of the model stays; its modules no longer fit those of another checkpoint. So
+
+- a norm must have the values that everything it feeds was quantized with. It comes along with these modules where
+  they agree on its values, the router with it; where they do not, the mix is refused.
+- of a pair like ``up_proj`` and ``down_proj`` none may be taken from elsewhere.
+
+Scales show in the norms alone: sources whose norms agree have folded nothing, and mix as they like. Source of where
+scales go: AutoAWQ 0.2.9, ``awq/models``, ``get_layers_for_scaling``, and ``awq/quantize/scale.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from ..families.base import fused_groups, layer_prefix, norms_before, scaled_before
+from ..patterns.compress import compress
+from .problems import Mend, Problems
+from .rules import by_votes, can_give, origin
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..checkpoint.checkpoint import ValueReader
+    from ..checkpoint.typed import Source
+    from ..recipe.sources import Sources
+    from ..storage.module import StoredModule
+    from .types import PlannedModule
+
+__all__ = ["Folding"]
+
+
+class Folding:
+    """What the norms of a recipe's sources say about one another.
+
+    Args:
+        modules: the names of the model's modules.
+    """
+
+    def __init__(self, modules: Iterable[str], sources: Sources, reader: ValueReader):
+        self._sources, self._reader = sources, reader
+        names = list(modules)
+        norms = {name for name in names if name.endswith("norm")}
+        self.fed: dict[str, list[str]] = {}
+        """Norm -> the modules that it feeds."""
+        for name in names:
+            for norm in norms_before(name):
+                if norm in norms:
+                    self.fed.setdefault(norm, []).append(name)
+                    break
+        self._differ: dict[tuple[str, str, str], bool] = {}
+        self._apart: dict[tuple[str, str], bool] = {}
+        self._mended: set[str] = set()
+
+    @cached_property
+    def _folding(self) -> frozenset[str]:
+        """Sources in formats whose quantizers fold."""
+        return frozenset(
+            source.name for source in self._sources.by_name.values() if any(fmt.folds for fmt in source.held)
+        )
+
+    def between(self, a: str, b: str) -> bool:
+        """Whether norms may differ between two sources although these are one model."""
+        return a != b and bool({a, b} & self._folding)
+
+    def differ(self, norm: str, a: str, b: str) -> bool:
+        """Whether two sources hold different values of a norm; False where one has it not, or not at hand."""
+        if a == b:
+            return False
+        key = (norm, min(a, b), max(a, b))
+        if key not in self._differ:
+            import numpy as np
+
+            values = [self._values(norm, self._sources.by_name[name]) for name in (a, b)]
+            # One rounding to FP16 or BF16 lies between releases of one model, no more.
+            self._differ[key] = (
+                values[0] is not None
+                and values[1] is not None
+                and not np.allclose(values[0], values[1], rtol=2**-7, atol=1e-6)
+            )
+        return self._differ[key]
+
+    def _values(self, norm: str, source: Source) -> np.ndarray | None:
+        module: StoredModule | None = source.module(norm)
+        if module is None or "weight" not in module.tensors:
+            return None
+        values = self._reader.read(source.name, module.tensors["weight"])
+        return None if values is None else values.astype("float32")
+
+    def _are_apart(self, a: str, b: str) -> bool:
+        """Whether one of two sources has folded scales that the other has not, anywhere."""
+        key = (min(a, b), max(a, b))
+        if key not in self._apart:
+            self._apart[key] = self.between(a, b) and any(self.differ(norm, a, b) for norm in self.fed)
+        return self._apart[key]
+
+    def follow(self, norm: str, held: str, voters: Iterable[str]) -> str | None:
+        """The source a norm must come from instead of ``held``, for ``voters``: the sources of what it feeds.
+
+        None where it may stay, or where no source satisfies all.
+        """
+        voters = dict.fromkeys(voters)
+        if not any(self.between(held, source) and self.differ(norm, held, source) for source in voters):
+            return None
+        return next((s for s in voters if not any(self.differ(norm, s, other) for other in voters)), None)
+
+    def check(self, modules: Mapping[str, PlannedModule], problems: Problems) -> set[str]:
+        """Adds to ``problems`` what would lose scales, or apply them twice.
+
+        Returns the modules that are told there to come from one source.
+        """
+        self._mended = set()
+        if not self._folding:
+            return self._mended
+        for norm, names in self.fed.items():
+            if norm in modules:
+                self._check_norm(modules[norm], [modules[name] for name in names if name in modules], modules, problems)
+        group_of = {name: members for members in fused_groups(modules).values() for name in members}
+        for name, module in modules.items():
+            before = modules.get(scaled_before(name) or "")
+            if before is not None and before.source != module.source:
+                fused = dict.fromkeys((*group_of[before.name], name))
+                self._check_pair(before, module, [modules[part] for part in fused], problems)
+        return self._mended
+
+    def _check_norm(
+        self,
+        norm: PlannedModule,
+        fed: list[PlannedModule],
+        modules: Mapping[str, PlannedModule],
+        problems: Problems,
+    ) -> None:
+        held_by = dict.fromkeys(module.source for module in (norm, *fed))
+        for name in held_by:
+            checkpoint = self._sources.by_name[name].checkpoint
+            shard = checkpoint.absent.get(norm.name)
+            if shard is not None and any(self.between(name, other) for other in held_by):
+                repository = checkpoint.location.partition("@")[0]
+                problems.hard(
+                    f"`{name}` is read from the cache, which lacks {shard}: scales may be folded into {norm.name} "
+                    f"there; bring it with `hf download {repository} {shard} --revision {checkpoint.commit}`"
+                )
+
+        def unlike(module: PlannedModule) -> bool:
+            return self.between(norm.source, module.source) and self.differ(norm.name, norm.source, module.source)
+
+        if not any(unlike(module) for module in fed):
+            return
+        prefix = layer_prefix(norm.name)
+        owners: dict[str, list[str]] = {}
+        for module in (norm, *fed):
+            owners.setdefault(origin(module), []).append(module.name.removeprefix(prefix))
+        folded = sorted({m.source for m in (norm, *fed)} & self._folding)
+        parts = "; ".join(f"{', '.join(compress(words))} from {owner}" for owner, words in owners.items())
+        text = (
+            f"a norm and what it feeds must come from one source where scales are folded into it, as they are in "
+            f"{' and '.join(f'`{name}`' for name in folded)} ({parts})"
+        )
+        partners = [m for m in modules.values() if scaled_before(m.name) in {part.name for part in fed}]
+        partners = [m for m in partners if self._pairs(modules[str(scaled_before(m.name))], m)]
+        block = [m for m in chain(fed, partners) if not m.role.never_quantized]
+        problems.soft([norm.name], text, *self._mend([norm, *fed], block))
+
+    def _mend(self, about: list[PlannedModule], block: list[PlannedModule]) -> tuple[Mend, list[str]]:
+        """All of ``block`` from one source; norms and routers follow where no line says otherwise."""
+        for source in by_votes(block, self._sources):
+            change = [(m.name, m.rule) for m in block if m.source != source.name]
+            lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source.name}
+            if (change or lines) and can_give(source, block):
+                self._mended.update(module.name for module in block)
+                mend, others = Mend.of(source.name, change)
+                return Mend(mend.source, mend.rules, tuple(lines)), others
+        return Mend(None), []
+
+    def _pairs(self, before: PlannedModule, after: PlannedModule) -> bool:
+        """Whether scales of ``after``'s inputs can be folded into ``before``: not through grouped-query attention."""
+        return before.shape[:1] == after.shape[1:2]
+
+    def _check_pair(
+        self, before: PlannedModule, after: PlannedModule, block: list[PlannedModule], problems: Problems
+    ) -> None:
+        if not self._pairs(before, after) or not self._are_apart(before.source, after.source):
+            return
+        prefix = layer_prefix(after.name)
+        here = any(self.differ(norm, before.source, after.source) for norm in self.fed if layer_prefix(norm) == prefix)
+        if not (here or before.format.folds or after.format.folds):
+            return  # a layer that another mix took from elsewhere
+        folded = sorted({before.source, after.source} & self._folding)
+        last, first = (module.name.rpartition(".")[2] for module in (after, before))
+        text = (
+            f"scales of {last}'s inputs are folded into {first} in {' and '.join(f'`{name}`' for name in folded)}, so "
+            f"both must come from one source, but {first} is from {origin(before)} and {last} from {origin(after)}"
+        )
+        problems.soft([before.name, after.name], text, *self._mend([], block))

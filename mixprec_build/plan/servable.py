@@ -1,0 +1,148 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import TYPE_CHECKING
+
+from ..families.base import Role, fused_groups, gemms_of, is_expert
+from .problems import Problems
+from .rules import (
+    SHARED_GATE_UP,
+    by_votes,
+    can_give,
+    common_source,
+    described,
+    format_limits,
+    last_word_of,
+    mend,
+    missing_projections,
+    origin,
+    role_limit,
+    shared_down,
+    shared_experts_limit,
+)
+
+if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import ValueReader
+    from ..checkpoint.typed import Source
+    from ..recipe.sources import Sources
+    from .folding import Folding
+    from .types import PlannedModule
+
+__all__ = ["check_same_weights", "check_servable"]
+
+
+def check_servable(
+    modules: Mapping[str, PlannedModule],
+    sources: Sources,
+    reader: ValueReader,
+    folding: Folding,
+    problems: Problems,
+) -> None:
+    """Adds to ``problems`` all that SGLang's layers would not run as planned."""
+    mended = folding.check(modules, problems)
+    quantized = any(module.format.quantized for module in modules.values())
+    for group, fused in fused_groups(modules if quantized else ()).items():
+        around = [modules[member] for member in fused]
+        for name, members in gemms_of(group, fused).items():
+            parts = [modules[member] for member in members]
+            if any(part.format.quantized for part in parts):
+                _check_gemm(name, parts, around, sources, reader, problems, mended)
+                _check_never_quantized(parts, sources, problems)
+                _check_shared_experts(name, parts, modules, sources, problems)
+        limit = missing_projections(group, around)
+        if limit is not None:
+            _refuse_all(around, limit, sources, problems)
+    check_same_weights(modules, sources, folding, problems)
+
+
+def _check_gemm(
+    name: str,
+    parts: list[PlannedModule],
+    around: Sequence[PlannedModule],
+    sources: Sources,
+    reader: ValueReader,
+    problems: Problems,
+    mended: Set[str],
+) -> None:
+    """``around``: all parts of the fused group or expert that these are of. ``mended`` are modules that another
+    problem's mend gives one source: to mend them once more would undo it."""
+    if len({part.format.fuses_as for part in parts}) > 1:
+        what = "gate and up of one expert" if is_expert(name) else f"parts of {name.rpartition('.')[2]}"
+        owners = "; ".join(
+            f"{last_word_of(part.name)} is {described(part.format)} from {origin(part)}" for part in parts
+        )
+        source = common_source(parts, sources, around)
+        change = [part for part in parts if part.source != source]
+        text = f"{what}, one GEMM in SGLang, must share a format, but {owners}"
+        names = [part.name for part in parts]
+        problems.soft(names, text, *(mend(source, change) if mended.isdisjoint(names) else ()))
+        return
+    for limit in format_limits(name, parts, reader):
+        _refuse_all(parts, limit, sources, problems)
+
+
+def _refuse_all(parts: list[PlannedModule], limit: str, sources: Sources, problems: Problems) -> None:
+    source = common_source(parts, sources, other_than=parts[0].source)
+    text = f"{described(parts[0].format)} from {origin(parts[0])}: {limit}"
+    problems.soft([part.name for part in parts], text, *mend(source, parts))
+
+
+def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, problems: Problems) -> None:
+    for module in parts:
+        limit = role_limit(module.name, module.role, module.format)
+        if limit is not None:
+            source = common_source(parts, sources)  # for all: they must share a format still
+            text = f"{described(module.format)} from {origin(module)}: {limit}"
+            problems.soft([module.name], text, *mend(source, [part for part in parts if part.source != source]))
+
+
+def _check_shared_experts(
+    name: str,
+    parts: Sequence[PlannedModule],
+    modules: Mapping[str, PlannedModule],
+    sources: Sources,
+    problems: Problems,
+) -> None:
+    """DeepSeek looks into the methods of its shared experts (models/deepseek_v2.py:774 in 0.5.17)."""
+    down = modules.get(shared_down(name))
+    if not name.endswith(SHARED_GATE_UP) or down is None or len({part.format for part in parts}) > 1:
+        return
+    limit = shared_experts_limit(parts[0].format, down.format)
+    if limit is None:
+        return
+    trio = [*parts, down]
+
+    def fits(source: Source) -> bool:
+        if not can_give(source, trio):
+            return False
+        return shared_experts_limit(*(source.format_of(part.name) for part in (parts[0], down))) is None
+
+    chosen = next((source.name for source in by_votes(trio, sources) if fits(source)), None)
+    text = f"{described(parts[0].format)} from {origin(parts[0])}: {limit}"
+    problems.soft([part.name for part in trio], text, *mend(chosen, [p for p in trio if p.source != chosen]))
+
+
+def check_same_weights(
+    modules: Mapping[str, PlannedModule], sources: Sources, folding: Folding, problems: Problems
+) -> None:
+    """Norms must agree between all sources that weights come from: where they do not, one is another model's.
+
+    Those that scales may be folded into are left to :mod:`.folding`.
+    """
+    users = {module.source for module in modules.values() if module.role not in (Role.NORM, Role.PARAMETER)}
+    norms = [module for module in modules.values() if module.role is Role.NORM]
+    for name in sources.by_name:
+        differing: dict[str, list[str]] = {}
+        for norm in norms if name in users else ():
+            explained = norm.name in folding.fed and folding.between(norm.source, name)
+            if not explained and folding.differ(norm.name, norm.source, name):
+                differing.setdefault(norm.source, []).append(norm.name)
+        for against, names in differing.items():
+            problems.soft(
+                names,
+                f"`{name}` (line {sources.by_name[name].line}) and `{against}` (line {sources.by_name[against].line}) "
+                "hold different values, so they do not hold the same weights (another revision or fine-tune, or "
+                "scales folded into the norms); point one of them to a checkpoint of the other's weights",
+            )

@@ -1,0 +1,75 @@
+"""Lays the tensors of a plan out in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ..recipe.sources import Sources
+from ..storage.header import MOST_TENSORS
+from .types import PlannedModule, PlannedShard, PlannedTensor
+
+__all__ = ["lay_out"]
+
+
+# Files
+
+
+def lay_out(modules: Mapping[str, PlannedModule], shard_size: int, link: Sources | None) -> list[PlannedShard]:
+    """Shards of at most ``shard_size`` bytes and so many tensors, in checkpoint order; a module is not torn apart.
+
+    With ``link``, source files that are taken over whole become shards of their own.
+    """
+    linked: list[tuple[tuple[str, str], list[PlannedTensor]]] = []
+    taken: set[tuple[str, str]] = set()
+    if link is not None:
+        linked = list(_whole_files(modules, link))
+        taken = {(t.source, t.info.name) for _, tensors in linked for t in tensors}
+    bins: list[list[PlannedTensor]] = []
+    room = 0
+    for module in modules.values():
+        tensors = list(module.tensors.values())
+        if taken:
+            tensors = [t for t in tensors if (t.source, t.info.name) not in taken]
+        if not tensors:
+            continue
+        need = sum([tensor.info.nbytes for tensor in tensors])
+        if not bins or need > room or len(bins[-1]) + len(tensors) > MOST_TENSORS:
+            bins.append([])
+            room = shard_size
+        bins[-1] += tensors
+        room -= need
+    count = len(bins) + len(linked)
+    parts: list[tuple[list[PlannedTensor], tuple[str, str] | None]] = [(_aligned(tensors), None) for tensors in bins]
+    parts += [(tensors, origin) for origin, tensors in linked]
+    return [
+        PlannedShard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(tensors), origin)
+        for i, (tensors, origin) in enumerate(parts, start=1)
+    ]
+
+
+def _aligned(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+    """Moves tensors of odd sizes to the end, wide dtypes first, so that each starts at a multiple of its dtype."""
+
+    def odd(tensor: PlannedTensor) -> int:
+        if tensor.info.nbytes % 8 == 0:
+            return 0
+        dtype = tensor.info.dtype
+        return 16 - {"F32": 4, "I32": 4, "U32": 4}.get(dtype, 2 if "16" in dtype else 1)
+
+    return sorted(tensors, key=odd)
+
+
+def _whole_files(
+    modules: Mapping[str, PlannedModule], sources: Sources
+) -> Iterable[tuple[tuple[str, str], list[PlannedTensor]]]:
+    """Source files every tensor of which is in the output, and which readers that want ``pt`` metadata accept."""
+    wanted: dict[tuple[str, str], list[PlannedTensor]] = {}
+    for module in modules.values():
+        for tensor in module.tensors.values():
+            wanted.setdefault((tensor.source, tensor.info.file), []).append(tensor)
+    for (source, file), tensors in wanted.items():
+        checkpoint = sources.by_name[source].checkpoint
+        held = sum(info.file == file for info in checkpoint.tensors.values())
+        metadata = checkpoint.shards[file].metadata
+        if held == len(tensors) and isinstance(metadata, dict) and metadata.get("format") == "pt":
+            yield (source, file), sorted(tensors, key=lambda tensor: tensor.info.start)

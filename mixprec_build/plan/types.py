@@ -1,0 +1,120 @@
+"""A plan: which tensor comes from which source, and which file of the output it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from ..families.base import Role
+from ..formats.base import Format
+from ..recipe.recipe import Recipe, Rule
+from ..recipe.sources import Sources
+from ..storage.header import TensorInfo, build_header
+from ..storage.module import StoredModule
+
+__all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse"]
+
+
+class PlannedTensor(NamedTuple):
+    """A tensor of the output: ``info`` is where its bytes lie in ``source``."""
+
+    source: str
+    info: TensorInfo
+
+
+class PlannedModule(NamedTuple):
+    """A module of the output. ``rule`` is the recipe line that chose its source, None for the default.
+
+    ``follows`` marks norms and routers that come along with the modules that a norm feeds.
+    """
+
+    name: str
+    role: Role
+    format: Format
+    source: str
+    rule: Rule | None
+    shape: tuple[int, ...]
+    tensors: Mapping[str, PlannedTensor]
+    follows: bool = False
+
+    @property
+    def stored(self) -> StoredModule:
+        return StoredModule(self.name, {leaf: tensor.info for leaf, tensor in self.tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum([tensor.info.nbytes for tensor in self.tensors.values()])
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One file of the output. ``link`` names the source's file where it is taken over whole."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    link: tuple[str, str] | None = None
+    """(source, file)"""
+
+    @cached_property
+    def header(self) -> bytes:
+        """All before the data section, for a shard that is not linked."""
+        return build_header((*tensor.info[:3], tensor.info.nbytes) for tensor in self.tensors)
+
+    @property
+    def data_bytes(self) -> int:
+        return sum([tensor.info.nbytes for tensor in self.tensors])
+
+    def file_bytes(self, sources: Sources) -> int:
+        """The size of the file, header included."""
+        if self.link is not None:
+            return sources.by_name[self.link[0]].checkpoint.shards[self.link[1]].size
+        return len(self.header) + self.data_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RuleUse:
+    """How many modules a line of the recipe matches, and how many it decides."""
+
+    rule: Rule
+    matched: int
+    won: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Tensors of a source that the output does not hold, and why."""
+
+    source: str
+    reason: str
+    tensors: int
+    nbytes: int
+    modules: tuple[str, ...]
+    """Patterns."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """All that a build will do."""
+
+    recipe: Recipe
+    sources: Sources
+    modules: Mapping[str, PlannedModule]
+    shards: tuple[PlannedShard, ...]
+    rules: tuple[RuleUse, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    unservable: tuple[str, ...] = field(default=())
+    """What SGLang could not serve, allowed by the user."""
+    presplit: Mapping[str, int] = field(default_factory=dict)
+    """Degree that files are cut for, as ``tp4-ep1`` -> their bytes."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(shard.data_bytes for shard in self.shards)
+
+    @property
+    def written_bytes(self) -> int:
+        """Of tensors, in the files cut for ranks as well."""
+        return self.tensor_bytes + sum(self.presplit.values())

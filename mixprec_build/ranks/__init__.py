@@ -1,0 +1,1 @@
+"""A checkpoint cut for ranks, and put together again."""

@@ -1,0 +1,1 @@
+"""Recipes: read, written, their sources opened."""

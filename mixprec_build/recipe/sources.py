@@ -1,0 +1,95 @@
+"""The checkpoints of a recipe, opened, with the format of every module detected and claims checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.typed import Source
+from ..errors import RecipeError, SourceError
+from ..families.base import Role, role_by_name
+from ..formats.base import FormatError
+from ..formats.registry import ALIASES
+
+if TYPE_CHECKING:
+    from .recipe import Recipe, SourceRef
+
+__all__ = ["Sources", "open_sources"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sources:
+    """All that a recipe names: ``model`` gives config and tokenizer, ``by_name`` the weights."""
+
+    model: Checkpoint
+    by_name: Mapping[str, Source]
+
+    def resolve(self, word: str, recipe: Recipe, line: int) -> Source:
+        """The source a rule means: by name, else the one that holds the format the word stands for.
+
+        Raises:
+            RecipeError: no source holds it, or several do.
+        """
+        if word in self.by_name:
+            return self.by_name[word]
+        holders = [s for s in self.by_name.values() if s.holds & ALIASES[word]]
+        if len(holders) == 1:
+            return holders[0]
+        held = ", ".join(f"`{s.name}` holds {_describe(s)}" for s in self.by_name.values())
+        what = "no source holds" if not holders else "several sources hold"
+        raise RecipeError(f"{what} `{word}`: {held}; name a source", path=recipe.path, line=line)
+
+
+def open_sources(recipe: Recipe) -> Sources:
+    """Opens every checkpoint of a recipe once and checks what each is called against what it holds.
+
+    Raises:
+        RecipeError: a source called ``int4`` holds no 4-bit format, and the like.
+        SourceError, HubError: from opening them.
+    """
+    locations = {ref.location: ref for ref in (recipe.model, *recipe.sources.values())}
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        opened = dict(zip(locations, pool.map(lambda ref: _open(ref, recipe), locations.values()), strict=True))
+    by_name = {}
+    for name, ref in recipe.sources.items():
+        checkpoint = opened[ref.location]
+        source = Source.of(name, checkpoint, ref.line)
+        _check_claim(source, recipe)
+        by_name[name] = source
+    if len(by_name) > 1:
+        for source in by_name.values():
+            # What their norms hold says whether sources are one model, and whether scales are folded into them.
+            norms = (module for name, module in source.checkpoint.modules.items() if role_by_name(name) is Role.NORM)
+            source.checkpoint.read_values(tensor for norm in norms for tensor in norm.tensors.values())
+    return Sources(opened[recipe.model.location], by_name)
+
+
+def _open(ref: SourceRef, recipe: Recipe) -> Checkpoint:
+    try:
+        return open_checkpoint(ref.location, relative_to=recipe.folder)
+    except SourceError as error:
+        error.args = (f"{error} (source `{ref.name}`, {recipe.path}:{ref.line})",)
+        raise
+
+
+def _check_claim(source: Source, recipe: Recipe) -> None:
+    """A source whose name is a format must hold it; any other name claims nothing."""
+    claimed = ALIASES.get(source.name)
+    if claimed is None or source.holds & claimed:
+        return
+    unread = next((f for f in source.formats.values() if isinstance(f, FormatError)), None)
+    raise RecipeError(
+        f"the source `{source.name}` ({source.location}) holds {_describe(source)}"
+        + (f" (a module is {unread})" if unread is not None else "")
+        + "; rename it after what it holds, or point it to another checkpoint",
+        path=recipe.path,
+        line=source.line,
+    )
+
+
+def _describe(source: Source) -> str:
+    return ", ".join(sorted(source.holds)) or "nothing that is read"

@@ -1,0 +1,1 @@
+"""Facts, tables, pictures; what this machine can serve."""

@@ -1,0 +1,204 @@
+"""`mixprec doctor`: can this machine serve, and can it serve this checkpoint? Answered before a long launch fails.
+
+Works without SGLang and without a GPU, whose absence is then what it reports.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.declaration import METHOD, Declaration
+from ..checkpoint.manifest import layout_of, read_manifest, tensor_entries
+from ..errors import MixprecError
+from ..families.base import Role, role_by_name
+from ..formats.base import Format
+from ..plan.rules import half_only
+from ..ranks.merged import complete
+from ..ranks.on_disk import open_on_disk
+from ..sglang_versions import INSTALL, version_problem
+from ..text import some
+
+__all__ = ["Finding", "examine"]
+
+
+GROUP = "sglang.srt.plugins"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. ``status`` is ``ok``, ``warn`` (something to know) or ``fail`` (will not serve)."""
+
+    status: str
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """``capability`` is 90 for a Hopper GPU."""
+
+    name: str
+    capability: int
+
+
+def examine(out: Path | None = None) -> list[Finding]:
+    """Everything that serving needs, and with ``out`` what serving that compiled checkpoint needs."""
+    gpu, missing = _find_gpu()
+    findings = [*_versions(), *_plugin()]
+    if gpu is None:
+        findings.append(Finding("warn", "GPU", f"{missing}; `python -m mixprec_runtime.cpu` serves slowly, for a try"))
+    else:
+        findings.append(Finding("ok", "GPU", f"{gpu.name}, compute capability {gpu.capability / 10}"))
+    return [*findings, *(_formats(gpu) if out is None else _checkpoint(out, gpu))]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("ok", "mixprec", f"{__version__}, Python {platform.python_version()}")
+    for package in ("torch", "transformers"):
+        version = _version(package)
+        yield Finding("ok" if version else "warn", package, version or "not installed")
+    sglang = _version("sglang")
+    if sglang is None:
+        yield Finding("fail", "SGLang", f"not installed; {INSTALL}")
+    else:
+        problem = version_problem(sglang)
+        yield Finding("fail", "SGLang", problem) if problem else Finding("ok", "SGLang", sglang)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plugin() -> Iterator[Finding]:
+    points = [point for point in importlib.metadata.entry_points(group=GROUP) if point.name == METHOD]
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    if not points:
+        yield Finding("fail", "plugin", f"no entry point {METHOD} in {GROUP}: install mixprec beside SGLang with pip")
+    elif allowed is not None and METHOD not in [name.strip() for name in allowed.split(",")]:
+        yield Finding("fail", "plugin", f"SGLANG_PLUGINS={allowed} leaves it out: add {METHOD}, or unset it")
+    else:
+        yield Finding("ok", "plugin", f"SGLang sees {points[0].value}")
+
+
+def _find_gpu() -> tuple[Gpu | None, str]:
+    if importlib.util.find_spec("torch") is None:
+        return None, "no torch to look for one with"
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, "none that torch can use"
+    major, minor = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), 10 * major + minor), ""
+
+
+# kind -> (what SGLang runs it with, the least compute capability and, where there is one, the most)
+_KERNELS: dict[str, tuple[str, int, int | None]] = {
+    "bf16": ("dense GEMM, Triton for experts", 75, None),
+    "fp16": ("dense GEMM, Triton for experts", 75, None),
+    "fp32": ("cast to the model's dtype when loaded", 75, None),
+    "fp8_block": ("block FP8 (DeepGEMM, CUTLASS or Triton), Triton for experts", 80, None),
+    "fp8_channel": ("FP8 GEMM with token and channel scales, Triton for experts", 89, None),
+    "fp8_tensor": ("FP8 GEMM, Triton for experts", 80, None),
+    "int8_channel": ("Int8 GEMM with token and channel scales, Triton for experts", 75, 90),
+    "int8_block": ("block Int8 on Triton", 80, None),
+    "gptq_int4": ("Marlin", 80, None),
+    "gptq_int8": ("Marlin", 80, None),
+    "awq_int4": ("Marlin", 80, None),
+    "ct_int4": ("Marlin", 80, None),
+    "ct_int8": ("Marlin", 80, None),
+}
+
+
+def _formats(gpu: Gpu | None) -> Iterator[Finding]:
+    for kind, (kernel, _, _) in _KERNELS.items():
+        unfit = _unfit(kind, gpu)
+        yield Finding("warn", kind, f"{kernel}: {unfit}") if unfit else Finding("ok", kind, f"{kernel}, {_needs(kind)}")
+
+
+def _needs(kind: str) -> str:
+    _, least, most = _KERNELS[kind]
+    return f"compute capability {least / 10} " + (f"to {most / 10}" if most else "and up")
+
+
+def _unfit(kind: str, gpu: Gpu | None) -> str:
+    """Why a GPU has no kernel for a format; empty where it has one."""
+    if gpu is None or kind not in _KERNELS:
+        return ""
+    _, least, most = _KERNELS[kind]
+    if least <= gpu.capability <= (most or gpu.capability):
+        return ""
+    return f"needs {_needs(kind)}, this GPU has {gpu.capability / 10}"
+
+
+def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
+    if not out.is_dir():
+        yield Finding("fail", str(out), "no such folder")
+        return
+    try:
+        checkpoint = open_on_disk(str(out)).checkpoint
+        if checkpoint.quantization.get("quant_method") != METHOD:
+            yield Finding("fail", str(out), "was not built by mixprec: SGLang serves it as what it is")
+            return
+        manifest = read_manifest(out)
+        declaration = Declaration.from_json(checkpoint.quantization)
+        formats = {name: declaration.format_of(name) for name in manifest["modules"]}
+        options = f" {complete(out, manifest['presplit']).options}" if layout_of(manifest) == "presplit" else ""
+    except MixprecError as error:
+        yield Finding("fail", str(out), str(error))
+        return
+    counts = Counter(formats.values())
+    problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
+    problems += _unfit_experts(formats, gpu)
+    if not problems:
+        stored = {name: (formats[name], module) for name, module in checkpoint.modules.items() if name in formats}
+        problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.config)]
+    yield from problems
+    if not problems:
+        modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())
+        yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}{options}")
+
+
+def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Tensors whose headers are not as the manifest says; `mixprec verify` compares their bytes."""
+    declared = tensor_entries(manifest)
+    stored = {name: (info.dtype, list(info.shape)) for name, info in checkpoint.tensors.items()}
+    changed = [name for name, t in declared.items() if stored.get(name) != (t["dtype"], t["shape"])]
+    changed += stored.keys() - declared.keys()
+    if changed:
+        yield Finding("fail", "tensors", f"not as they were built: {some(changed)}; build the checkpoint again")
+
+
+# SGLang has no other kernel for experts than Triton's, where its linears have Marlin (quantization/fp8.py:2281).
+_FP8_EXPERTS = 89
+
+
+def _unfit_experts(formats: Mapping[str, Format], gpu: Gpu | None) -> Iterator[Finding]:
+    experts = {fmt.kind for name, fmt in formats.items() if role_by_name(name) is Role.EXPERT}
+    if gpu is not None and gpu.capability < _FP8_EXPERTS and any(kind.startswith("fp8_") for kind in experts):
+        need = f"experts need compute capability {_FP8_EXPERTS / 10}, this GPU has {gpu.capability / 10}"
+        yield Finding("fail", "FP8", need)
+
+
+def _not_served(
+    checkpoint: Checkpoint, manifest: Mapping[str, Any], counts: Mapping[Format, int], gpu: Gpu | None
+) -> Iterator[Finding]:
+    for problem in manifest.get("unservable", []):
+        yield Finding("fail", "unservable", problem)
+    for fmt, count in counts.items():
+        if unfit := _unfit(fmt.kind, gpu):
+            yield Finding("fail", fmt.kind, f"{count:,} modules: {unfit}")
+    dtype = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    if dtype == "float32" and any(fmt.quantized for fmt in counts):
+        yield Finding("warn", "dtype", "config.json says float32: start SGLang with --dtype bfloat16 or half")

@@ -1,0 +1,189 @@
+"""What a checkpoint or a plan holds, as plain data for ``--json``."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ..checkpoint.declaration import METHOD, name_formats
+from ..checkpoint.manifest import CHECKSUM, MANIFEST, layout_of, read_manifest
+from ..families.base import Role, is_down, place_of, role_of
+from ..formats.base import Format, FormatError
+from ..patterns.compress import compress
+from ..plan.rules import half_only
+
+if TYPE_CHECKING:
+    from ..checkpoint.typed import Source
+    from ..plan.types import Plan
+
+__all__ = ["inspect_facts", "plan_facts"]
+
+
+class _Module(Protocol):
+    """A module as a report sees it, planned or stored. ``shape`` is that of the weight it stands for."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def format(self) -> Format: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class _Stored(NamedTuple):
+    name: str
+    role: Role
+    format: Format
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+# Facts
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """What ``mixprec plan --json`` prints."""
+    counts = Counter(module.source for module in plan.modules.values())
+    nbytes: Counter[str] = Counter()
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            nbytes[tensor.source] += tensor.info.nbytes
+    sources = [
+        {
+            "name": name,
+            "location": source.location,
+            "commit": source.checkpoint.commit,
+            "holds": sorted(source.holds),
+            "modules": counts[name],
+            "bytes": nbytes[name],
+        }
+        for name, source in plan.sources.by_name.items()
+    ]
+    return {
+        **_facts(plan.modules.values()),
+        "file_bytes": sum(shard.file_bytes(plan.sources) for shard in plan.shards),
+        "shards": len(plan.shards),
+        "layout": plan.recipe.layout,
+        "presplit": dict(plan.presplit),
+        "rules": [
+            {"line": use.rule.line, "pattern": use.rule.pattern.text, "source": use.rule.source}
+            | {"matched": use.matched, "won": use.won}
+            for use in plan.rules
+        ],
+        "sources": sources,
+        "left_out": [asdict(left_out) for left_out in plan.left_out],
+        "notes": list(plan.notes),
+        "unservable": list(plan.unservable),
+    }
+
+
+def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
+    """What ``mixprec inspect --json`` prints, for a compiled checkpoint or any other."""
+    stored = []
+    unread: dict[str, list[str]] = {}
+    for name, module in source.checkpoint.modules.items():
+        fmt = source.formats[name]
+        if isinstance(fmt, FormatError):
+            unread.setdefault(str(fmt), []).append(name)
+        else:
+            shape = fmt.shape(module)
+            stored.append(_Stored(name, role_of(name, shape, module.tensors), fmt, shape, module.nbytes))
+    compiled = source.checkpoint.quantization.get("quant_method") == METHOD
+    facts = {
+        "location": source.checkpoint.location,
+        "model_type": source.model.model_type,
+        **_facts(stored),
+        "file_bytes": sum(shard.size for shard in source.checkpoint.shards.values()),
+        "shards": len(source.checkpoint.shards),
+        "unread": [{"reason": reason, "modules": compress(names)} for reason, names in unread.items()],
+        "serve": f"python -m sglang.launch_server --model-path {shlex.quote(source.checkpoint.location)}"
+        + (f" --quantization {METHOD}" if compiled else ""),
+    }
+    if compiled:
+        modules = source.checkpoint.modules
+        served = {name: (fmt, modules[name]) for name, fmt in source.formats.items() if isinstance(fmt, Format)}
+        facts["notes"] = list(half_only(served, source.checkpoint.config))
+        facts["serve"] += " --dtype half" if facts["notes"] else ""
+    if compiled and (folder / MANIFEST).exists():
+        recorded = read_manifest(folder)
+        if layout_of(recorded) == "presplit":
+            from ..ranks.merged import complete
+
+            facts["serve"] += f" {complete(folder, recorded['presplit']).options}"
+        facts |= {
+            "sources": [
+                {"name": name} | {key: entry[key] for key in ("location", "path", "commit")}
+                for name, entry in recorded["sources"].items()
+            ],
+            "checksum": recorded["checksum"],
+            "layout": layout_of(recorded),
+            "presplit": {name: entry["bytes"] for name, entry in recorded.get("presplit", {}).items()},
+            # Over all of the manifest, and so over the checksum of every tensor: equal ones are equal checkpoints.
+            "manifest_checksum": recorded[f"manifest_{CHECKSUM}"],
+            "unservable": recorded.get("unservable", []),
+        }
+    return facts
+
+
+def _facts(modules: Collection[_Module]) -> dict[str, Any]:
+    by_format: dict[Format, list[_Module]] = defaultdict(list)
+    for module in modules:
+        by_format[module.format].append(module)
+    names = name_formats(by_format)
+    formats: list[dict[str, Any]] = []
+    for fmt, members in by_format.items():
+        parameters = sum(prod(module.shape) for module in members)
+        nbytes = sum(module.nbytes for module in members)
+        formats.append(
+            {
+                "name": names[fmt],
+                **fmt.to_json(),
+                "modules": len(members),
+                "parameters": parameters,
+                "bytes": nbytes,
+                "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
+            }
+        )
+    parameters = sum(entry["parameters"] for entry in formats)
+    nbytes = sum(entry["bytes"] for entry in formats)
+    return {
+        "modules": len(modules),
+        "parameters": parameters,
+        "bytes": nbytes,
+        "fp16_bytes": 2 * parameters,
+        "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
+        "compression": round(2 * parameters / nbytes, 3) if nbytes else None,
+        "formats": formats,
+        "layers": _layer_map(modules, names),
+    }
+
+
+def _layer_map(modules: Collection[_Module], names: Mapping[Format, str]) -> list[dict[str, Any]]:
+    """For each decoder layer, projection -> format name -> how many modules; an expert counts once."""
+    layers: dict[int, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    experts = [module for module in modules if module.role is Role.EXPERT]
+    ups = {m.name.rpartition(".")[0]: names[m.format] for m in experts if not is_down(m.name)}
+    for module in modules:
+        layer, projection = place_of(module.name)
+        if layer is None or module.role.never_quantized:
+            continue
+        fmt = names[module.format]
+        if module.role is Role.EXPERT:
+            if not is_down(module.name):
+                continue
+            up = ups.get(module.name.rpartition(".")[0], fmt)
+            fmt = fmt if up == fmt else f"{up} (down {fmt})"
+        layers[layer][projection][fmt] += 1
+    return [
+        {"layer": layer, "projections": {name: dict(counts) for name, counts in columns.items()}}
+        for layer, columns in sorted(layers.items())
+    ]

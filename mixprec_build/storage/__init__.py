@@ -1,0 +1,1 @@
+"""Bytes: safetensors headers, files, folders, the hub."""

@@ -1,0 +1,147 @@
+"""Files on this machine: opened without surprises, read and written whole, with errors that name them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import SourceError, WriteError
+
+__all__ = [
+    "check_space",
+    "inside",
+    "open_regular",
+    "pread_all",
+    "pread_into",
+    "pwrite_all",
+    "read_regular",
+    "source_errors",
+    "sync_folder",
+    "write_errors",
+]
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux; a hint, so its absence costs time only
+
+
+def pwrite_all(fd: int, data: memoryview, at: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, at)
+        data, at = data[done:], at + done
+
+
+def start_writeback(fd: int) -> None:
+    """Has the kernel start writing a file's dirty pages: the disk works while the copy goes on, not after it."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # SYNC_FILE_RANGE_WRITE, fcntl.h
+
+
+def check_space(folder: Path, need: int) -> None:
+    """A disk too small is told before hours of copying. Raises :class:`WriteError`."""
+    with write_errors(folder):
+        disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if need > free:
+        raise WriteError(f"{folder}: {need} bytes are needed, {free} are free")
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = {
+            errno.ENOSPC: "; free some space",
+            errno.EDQUOT: "; your quota is used up, free some space",
+            errno.EACCES: "; write permission is missing",
+        }.get(error.errno or 0, "")
+        raise WriteError(f"{error.filename or path}: {error.strerror}{hint}") from error
+
+
+_MAX_FILE_BYTES = 256 << 20
+
+
+@contextmanager
+def source_errors(path: Path) -> Iterator[None]:
+    """What the system says of a file that is read, as :class:`SourceError` with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"cannot read it: {error.strerror}", path=path) from error
+
+
+def open_regular(path: Path) -> int:
+    """Opens a regular file for reading; a FIFO, device or folder is refused instead of waited for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"cannot open it: {error.strerror}", path=path) from error
+    try:
+        with source_errors(path):
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+        raise SourceError("not a regular file", path=path)
+    except SourceError:
+        os.close(fd)
+        raise
+
+
+def pread_all(fd: int, length: int, offset: int) -> bytes:
+    """These bytes of a file, fewer only where it ends: one ``pread`` gives no more than 2 GiB."""
+    parts = []
+    while length > 0 and (data := os.pread(fd, length, offset)):
+        parts.append(data)
+        length, offset = length - len(data), offset + len(data)
+    return b"".join(parts)
+
+
+def pread_into(fd: int, window: memoryview, offset: int) -> int:
+    """Fills ``window`` with these bytes of a file; how many there were is less than its length only where it ends."""
+    done = 0
+    while done < len(window) and (got := os.preadv(fd, [window[done:]], offset + done)):
+        done += got
+    return done
+
+
+def read_regular(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:
+    """A whole small file. Raises :class:`SourceError`, also for what would never end or is larger than ``limit``."""
+    fd = open_regular(path)
+    with source_errors(path):
+        try:
+            size = os.fstat(fd).st_size
+            if size > limit:
+                raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
+            return pread_all(fd, size, 0)
+        finally:
+            os.close(fd)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a checkpoint's file. Links are followed within the folder, and as the hub's cache makes them.
+
+    Raises:
+        SourceError: it is a link to anywhere else, to a file of the user's perhaps.
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    # models--org--name/snapshots/<commit>/<file> -> models--org--name/blobs/<etag>
+    repository = next((parent.parent for parent in home.parents if parent.name == "snapshots"), home)
+    cached = repository.name.startswith("models--") and target.parent == Path(os.path.realpath(repository / "blobs"))
+    if not cached and home not in target.parents:
+        raise SourceError(f"a link to {target}, outside of the checkpoint; put the file itself there", path=path)
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's entries on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

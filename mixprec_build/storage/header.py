@@ -1,0 +1,177 @@
+"""The safetensors header: read with every rule of the format checked, and written page-aligned.
+
+A file is ``N`` (8 bytes, little-endian), ``N`` bytes of JSON, and the data section. The JSON maps each tensor
+to ``dtype``, ``shape`` and ``data_offsets`` relative to the data section, which they must cover without
+holes or overlaps. See https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from operator import attrgetter
+from pathlib import Path
+from sys import intern
+from typing import NamedTuple, NoReturn
+
+from ..errors import SourceError
+from .disk import open_regular, pread_all, source_errors
+from .dtypes import DTYPE_BITS
+from .limits import load_json
+
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "MOST_TENSORS",
+    "TensorInfo",
+    "build_header",
+    "header_length",
+    "parse_header",
+    "read_header",
+]
+
+
+# The library's own cap is 100 MB; a million one-byte tensors fit in 69 MB and cost it seconds and a GiB.
+MAX_HEADER_BYTES = 32 << 20
+_MAX_TENSORS = 300_000
+MOST_TENSORS = 150_000
+"""Written to one file, whose header then has some 26 MB."""
+_MAX_JSON_VALUES = 4_000_000  # a tensor takes 13
+_PAGE = 4096
+_json_text = json.JSONEncoder(ensure_ascii=False).encode
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a safetensors file. ``start`` and ``nbytes`` are bytes from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+
+def read_header(path: Path) -> tuple[bytes, int]:
+    """What :func:`parse_header` takes of a file on this machine: its first ``8 + N`` bytes, and its size.
+
+    Raises:
+        SourceError: it is no regular file, or none of safetensors.
+    """
+    fd = open_regular(path)
+    with source_errors(path):
+        try:
+            size = os.fstat(fd).st_size
+            return pread_all(fd, 8 + header_length(pread_all(fd, 8, 0), path=path, file_size=size), 0), size
+        finally:
+            os.close(fd)
+
+
+def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) -> tuple[dict[str, TensorInfo], object]:
+    """Tensors in the order of their data, and ``__metadata__``, from the first ``8 + N`` bytes of a file.
+
+    Raises:
+        SourceError: naming ``path`` and, where one is at fault, the tensor.
+    """
+
+    def bad(message: str) -> NoReturn:
+        # A name or shape may be as long as the header.
+        short = message if len(message) <= 1000 else f"{message[:1000]}..."
+        raise SourceError(f"damaged safetensors file: {short}", path=path)
+
+    start = len(data)
+    try:
+        header = load_json(data[8:], _MAX_JSON_VALUES, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except RecursionError:
+        bad("its header is nested too deeply")
+    except ValueError as error:
+        bad(f"its header is not valid JSON: {error}")
+    if not isinstance(header, dict):
+        bad("its header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        bad("`__metadata__` must map text to text")
+    if len(header) > _MAX_TENSORS:
+        bad(f"it declares {len(header)} tensors; at most {_MAX_TENSORS} are read")
+
+    tensors = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            bad(f"tensor {name!r} needs `dtype`, `shape` and two `data_offsets`")
+        if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+            bad(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        # A loop: an iterator for each of 100,000 tensors would cost twice as much.
+        for n in (*shape, begin, end) if isinstance(shape, list) else (None,):
+            if type(n) is not int or not 0 <= n < 1 << 63:
+                bad(f"tensor {name!r}: `shape` and `data_offsets` must be whole numbers, zero or more")
+        bits = DTYPE_BITS[dtype]
+        for n in shape:
+            bits *= n
+            if bits >= 1 << 67:  # checked here: the product of a million dimensions takes hours
+                bad(f"tensor {name!r}: {dtype} {shape} overflows")
+        if bits % 8 or bits // 8 != end - begin:
+            bad(f"tensor {name!r}: {dtype} {shape} does not take the {end - begin} bytes it is given")
+        # One string for each dtype and one tuple for each shape, not one for each of 100,000 tensors.
+        sizes = shapes.setdefault(key := tuple(shape), key)
+        tensors.append(TensorInfo(name, intern(dtype), sizes, file, start + begin, end - begin))
+
+    tensors.sort(key=attrgetter("start", "nbytes"))
+    at = start
+    for tensor in tensors:
+        if tensor.start != at:
+            bad(f"tensor {tensor.name!r} starts at {tensor.start - start} where {at - start} was due (hole or overlap)")
+        at += tensor.nbytes
+    if at != file_size:
+        bad(f"{file_size} bytes long, but its tensors end at {at}; fetch the file again")
+    return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def header_length(first8: bytes, *, path: Path | str, file_size: int) -> int:
+    """``N`` of a file from its first eight bytes, checked against the file's size."""
+    length = int.from_bytes(first8, "little")
+    if first8 == b"version ":
+        raise SourceError("a Git LFS pointer, not the file that it stands for; fetch it with `git lfs pull`", path=path)
+    if len(first8) < 8 or length < 2 or 8 + length > file_size:
+        raise SourceError("damaged safetensors file: too short for its header; fetch the file again", path=path)
+    if length > MAX_HEADER_BYTES:
+        raise SourceError(
+            f"damaged safetensors file: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read",
+            path=path,
+        )
+    return length
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """The bytes before the data section for ``(name, dtype, shape, nbytes)`` in the order of their data.
+
+    Padded with spaces so that the data section starts on a page boundary, as the format allows.
+    """
+    # Pieced together: a dictionary of all entries would take many times the memory of their text.
+    out = bytearray(8) + b'{"__metadata__":{"format":"pt"}'
+    at = 0
+    for name, dtype, shape, nbytes in tensors:
+        key, sizes = _json_text(name), ",".join(map(str, shape))
+        out += f',{key}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{at},{at + nbytes}]}}'.encode()
+        at += nbytes
+    out += b"}"
+    out += b" " * (-len(out) % _PAGE)
+    out[:8] = (len(out) - 8).to_bytes(8, "little")
+    return bytes(out)
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} is given twice")
+    return out
+
+
+def _no_constants(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")

@@ -1,0 +1,59 @@
+"""Runs tasks in threads that stop together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import WriteError
+
+__all__ = ["Progress", "run_all"]
+
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were just done, from any thread."""
+
+
+def run_all(tasks: Sequence[Callable[[], None]], jobs: int, stop: threading.Event, out: Path) -> None:
+    """Runs tasks in ``jobs`` threads. Where one fails, and on Ctrl-C, sets ``stop`` and waits for all that have begun.
+
+    It waits through any number of Ctrl-C: the files that they write to are closed next.
+
+    Raises:
+        WriteError: no thread can be started.
+    """
+    idle = threading.Condition()
+    working = 0
+
+    def run(task: Callable[[], None]) -> None:
+        nonlocal working
+        with idle:
+            working += 1
+        try:
+            if not stop.is_set():
+                task()
+        finally:
+            with idle:
+                working -= 1
+                idle.notify_all()
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        try:
+            try:
+                running = [pool.submit(run, task) for task in tasks]
+            except RuntimeError as error:  # no memory for its stack, or no more processes allowed
+                raise WriteError(f"{out}: {error}; try --jobs 1") from error
+            for done in as_completed(running):
+                done.result()
+        except BaseException:
+            stop.set()
+            waiting = True
+            while waiting:
+                # Not for their futures: Ctrl-C while a thread is started leaves none.
+                with suppress(KeyboardInterrupt), idle:
+                    idle.wait_for(lambda: not working)
+                    waiting = False
+            raise

@@ -1,0 +1,1 @@
+"""Chooses a source for every module within a budget."""

@@ -1,0 +1,292 @@
+"""Expert activity: how many tokens each routed expert of each layer got, as the runtime exports it and as
+SGLang's own recorder dumps it; and how evenly they are spread."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import StatsError
+from ..storage.disk import read_regular
+from ..storage.limits import load_json
+
+__all__ = ["Activity", "Balance", "activity_facts", "balance_of", "gini", "read_activity"]
+
+
+_MAX_BYTES = 1 << 30
+_MAX_VALUES = 8_000_000
+_MAX_LAYERS, _MAX_EXPERTS = 4096, 65536  # of any model; an id beyond is damage, and would take memory
+_MAX_CELLS = 1 << 20  # layers times experts; DeepSeek-V3 has 58 x 256
+_MAX_COUNT = 1 << 42  # so that no sum of a file's counts overflows
+
+_Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activity:
+    """``counts[layer]`` ``[E]``: tokens that were routed to each expert. A token counts once for each of its experts.
+
+    ``tokens[layer]`` is how many tokens the layer's router saw; layers of which no file says it are missing.
+    """
+
+    counts: Mapping[int, _Counts]
+    tokens: Mapping[int, int]
+
+    def merged(self, other: Activity) -> Activity:
+        """The sum of both. A layer's tokens are known where both know them."""
+        counts = dict(self.counts)
+        for layer, more in other.counts.items():
+            mine = counts.get(layer, np.zeros(0, np.int64))
+            total = np.zeros(max(len(mine), len(more)), np.int64)
+            total[: len(mine)] += mine
+            total[: len(more)] += more
+            counts[layer] = total
+        layers = self.counts.keys() | other.counts.keys()
+        known = {
+            layer: self.tokens.get(layer, 0) + other.tokens.get(layer, 0)
+            for layer in layers
+            if all(layer in one.tokens or layer not in one.counts for one in (self, other))
+        }
+        return Activity(dict(sorted(counts.items())), dict(sorted(known.items())))
+
+    def frequency(self, layer: int, expert: int, top_k: int) -> float:
+        """The share of a layer's tokens that an expert gets, at least half a token: what was not seen may yet come.
+
+        Shares do not change where every rank's counts were added up, as SGLang's recorder does.
+        """
+        counts = self.counts[layer]
+        total = float(counts.sum())
+        count = float(counts[expert]) if expert < len(counts) else 0.0
+        return (count + 0.5) / (total / top_k + 1.0)
+
+
+def read_activity(paths: Iterable[Path]) -> Activity:
+    """Reads files of either kind and adds them up.
+
+    Raises:
+        StatsError: naming the file, for one that is damaged, of another kind, or without any counts.
+    """
+    merged = Activity({}, {})
+    for path in paths:
+        merged = merged.merged(_read_dump(path) if path.suffix in (".pt", ".pth") else _read_json(path))
+        if any((counts >= _MAX_COUNT).any() for counts in merged.counts.values()):
+            raise StatsError(f"{path}: with the files before it an expert has {_MAX_COUNT} activations and more")
+    return merged
+
+
+# Our own files
+
+
+_ENTRIES = "objects with layer_id, expert_id, and total_tokens_processed or activation_count"
+
+
+def _read_json(path: Path) -> Activity:
+    data = read_regular(path, _MAX_BYTES)
+    try:
+        try:
+            found = load_json(data, _MAX_VALUES)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        except ValueError as error:
+            raise ValueError(f"JSON that cannot be read: {error}") from error
+        return _of_json(found, path)
+    except ValueError as error:
+        raise StatsError(f"{path}: no expert activity of mixprec or SGLang: {error!s:.300}") from error
+
+
+def _of_json(data: object, path: Path) -> Activity:
+    """Raises :class:`ValueError` in words."""
+    if not isinstance(data, dict) or "expert_stats" not in data:
+        raise ValueError(f"`expert_stats` is missing, which maps names to {_ENTRIES}")
+    found: dict[int, dict[int, int]] = {}
+    for name, entry in _objects(data, "expert_stats", f"names to {_ENTRIES}"):
+        try:
+            layer, expert = _number(entry, "layer_id", _MAX_LAYERS), _number(entry, "expert_id", _MAX_EXPERTS)
+            given = [key for key in ("total_tokens_processed", "activation_count") if key in entry]
+            if not given:
+                raise ValueError("`total_tokens_processed` is missing, and `activation_count` as well")
+            # What a batch of tokens was recorded as once has its tokens in the former.
+            count = next(filter(None, (_number(entry, key, _MAX_COUNT) for key in given)), 0)
+        except ValueError as error:
+            raise ValueError(f"{brief(name)} in `expert_stats`: {error}") from error
+        found.setdefault(layer, {})[expert] = count
+    _check_size(sum(max(numbers) + 1 for numbers in found.values()))
+    tokens = {}
+    for name, entry in _objects(data, "layer_stats", "layers to objects"):
+        if not re.fullmatch("[0-9]{1,9}", name):
+            raise ValueError(f"`layer_stats` has {brief(name)}, the number of a layer was expected")
+        if "routed_tokens" in entry:
+            tokens[int(name)] = _number(entry, "routed_tokens", _MAX_COUNT)
+    counts = {}
+    for layer, numbers in sorted(found.items()):
+        counts[layer] = np.zeros(max(numbers) + 1, np.int64)
+        counts[layer][list(numbers)] = list(numbers.values())
+    return _checked(Activity(counts, {layer: n for layer, n in tokens.items() if layer in counts}), path)
+
+
+def _objects(data: Mapping[str, Any], key: str, what: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """The objects that ``data[key]`` holds by name; none where there is no such key."""
+    section = data.get(key, {})
+    if not isinstance(section, dict) or not all(isinstance(entry, dict) for entry in section.values()):
+        raise ValueError(f"`{key}` must map {what}")
+    return section.items()
+
+
+def _number(entry: Mapping[str, Any], key: str, below: int) -> int:
+    if key not in entry:
+        raise ValueError(f"`{key}` is missing")
+    value = entry[key]
+    if type(value) is not int or not 0 <= value < below:
+        raise ValueError(f"`{key}` is {brief(value)}, a number from 0 up to {below - 1} was expected")
+    return value
+
+
+def _check_size(cells: int) -> None:
+    if cells > _MAX_CELLS:
+        raise ValueError(
+            f"{cells:,} experts in all layers, counted up to the highest id; at most {_MAX_CELLS:,} are read"
+        )
+
+
+# SGLang's recorder: modes stat, per_pass and per_token
+
+
+def _read_dump(path: Path) -> Activity:
+    try:
+        import torch
+    except ImportError as error:
+        raise StatsError(f"{path}: a dump of SGLang's recorder is read with torch; pip install torch") from error
+    if not path.is_file():
+        raise StatsError(f"{path}: no such file")
+    try:
+        # Tensors and plain values only: no code of a pickle is run.
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        if "logical_count" in data:
+            _check_size(prod(data["logical_count"].shape[1:]))
+            counts = data["logical_count"].sum(0).numpy()  # [steps, L, E]
+        else:
+            counts = _of_records(data, lambda tensor: np.asarray(tensor.cpu().numpy()))
+        if counts.ndim != 2 or len(counts) > _MAX_LAYERS or counts.shape[1] > _MAX_EXPERTS:
+            raise ValueError(f"counts of shape {list(counts.shape)}")
+        if (counts < 0).any() or (counts >= _MAX_COUNT).any():
+            raise ValueError(f"counts that are negative, or {_MAX_COUNT} and more")
+    except Exception as error:  # torch raises all kinds for a damaged file
+        raise StatsError(f"{path}: no dump of SGLang's expert distribution recorder: {error!s:.300}") from error
+    # Dense layers have a row as well, of zeros.
+    return _checked(Activity({layer: row.astype(np.int64) for layer, row in enumerate(counts) if row.any()}, {}), path)
+
+
+def _of_records(data: Mapping[str, Any], numpy: Callable[[Any], npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """``[L, E]`` from the records of single passes, whose experts are physical ones."""
+    logical_of = numpy(data["last_physical_to_logical_map"]).astype(np.int64)  # [L, P]
+    layers, physical = logical_of.shape
+    _check_size(layers * max(physical, int(logical_of.max()) + 1))
+    total = np.zeros((layers, physical), np.int64)
+    for record in data["records"]:
+        if "topk_ids_of_layer" in record:
+            ids = numpy(record["topk_ids_of_layer"]).reshape(layers, -1)
+            for layer in range(layers):
+                there = ids[layer][ids[layer] >= 0]  # -1 fills up
+                total[layer] += np.bincount(there, minlength=physical)
+        else:
+            total += numpy(record["global_physical_count"])
+    out = np.zeros((layers, int(logical_of.max()) + 1), np.int64)
+    for layer in range(layers):
+        np.add.at(out[layer], logical_of[layer], total[layer])
+    return out
+
+
+def _checked(activity: Activity, path: Path) -> Activity:
+    if not any(counts.any() for counts in activity.counts.values()):
+        raise StatsError(f"{path}: counts no expert at all; record while the server answers requests")
+    return activity
+
+
+# Balance
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """How evenly tokens are spread over experts."""
+
+    variation: float
+    """Coefficient of variation: standard deviation over mean; 0 is even."""
+    gini: float
+    """Gini coefficient: 0 is even, near 1 is all on one."""
+    top_coverage: float
+    """Share of the busiest tenth of the experts (rounded up)."""
+    unused: int
+    """Experts without a token."""
+
+
+def balance_of(counts: _Counts) -> Balance:
+    """Of counts ``[E]``."""
+    total = int(counts.sum())
+    if not total:
+        return Balance(0.0, 0.0, 0.0, len(counts))
+    busiest = np.sort(counts)[::-1][: -(-len(counts) // 10)]
+    return Balance(
+        float(counts.std() / counts.mean()), gini(counts), float(busiest.sum() / total), int((counts == 0).sum())
+    )
+
+
+def gini(counts: _Counts) -> float:
+    """Half the mean absolute difference of two experts' counts, relative to the mean."""
+    ordered = np.sort(counts).astype(np.float64)
+    n, total = len(ordered), float(ordered.sum())
+    return float(2 * (np.arange(1, n + 1) @ ordered) / (n * total) - (n + 1) / n) if total else 0.0
+
+
+def activity_facts(activity: Activity, top: int) -> dict[str, Any]:
+    """What ``mixprec experts --json`` prints. ``top`` experts are listed."""
+    flat = np.concatenate(list(activity.counts.values()))
+    total = int(flat.sum())
+    of = np.repeat(list(activity.counts), list(map(len, activity.counts.values())))
+    numbers = np.concatenate([np.arange(len(row)) for row in activity.counts.values()])
+    busiest = np.argsort(-flat, kind="stable")[:top]  # of equal ones the first
+    layers = []
+    for layer, counts in activity.counts.items():
+        balance = balance_of(counts)
+        layers.append(
+            {
+                "layer": layer,
+                "experts": len(counts),
+                "activations": int(counts.sum()),
+                "tokens": activity.tokens.get(layer),
+                "busiest": int(counts.argmax()),
+                **_facts_of(balance),
+            }
+        )
+    return {
+        "activations": total,
+        "tokens": max(activity.tokens.values(), default=None),
+        "layers": layers,
+        "experts": len(flat),
+        **_facts_of(balance_of(flat)),
+        "top_experts": [
+            {
+                "layer": int(of[i]),
+                "expert": int(numbers[i]),
+                "activations": int(flat[i]),
+                "share": int(flat[i]) / total,
+            }
+            for i in busiest
+        ],
+    }
+
+
+def _facts_of(balance: Balance) -> dict[str, Any]:
+    return {
+        "coefficient_of_variation": round(balance.variation, 4),
+        "gini": round(balance.gini, 4),
+        "top_10_percent_coverage": round(balance.top_coverage, 4),
+        "unused": balance.unused,
+    }

@@ -1,0 +1,344 @@
+"""How far a module's stored weights are from a reference's, measured: the distortion that a format costs.
+
+Modules are read one at a time and dequantized a few rows at a time, in threads, so memory stays at what is being read.
+What was measured is kept in a file, a line for each module and source, written as soon as it is known: a stopped run
+goes on where it was, and another budget measures nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ..checkpoint.typed import Source
+from ..errors import SourceError
+from ..formats.base import Format
+from ..storage.disk import open_regular, pread_all
+from ..storage.dtypes import numpy_dtype
+from ..storage.header import TensorInfo, parse_header, read_header
+
+__all__ = ["Distortion", "DistortionCache", "Moments", "default_cache", "measure"]
+
+
+_VERSION = 1
+"""Of what is measured; another number and all is measured anew."""
+_CHUNK = 2 << 20
+"""Values dequantized at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distortion:
+    """What a module loses in one source, against the reference. ``W`` is ``[N, K]``, ``Δ`` is ``Ŵ − W``.
+
+    With inputs ``x`` of second moments ``m_k = E[x_k²]`` and no correlation between them, ``E‖Δx‖² = Σ_k m_k ‖Δ_k‖²``
+    over the columns ``Δ_k``: the diagonal of the layer-wise error that GPTQ minimises (Frantar et al., 2022).
+    """
+
+    error: float
+    """‖Δ‖² (Frobenius)."""
+    power: float
+    """‖W‖²."""
+    output_error: float | None = None
+    """Σ_k m_k ‖Δ_k‖²; None without moments."""
+    output_power: float | None = None
+    """Σ_k m_k ‖W_k‖²."""
+
+
+class Moments:
+    """Second moments of the inputs of linears: a safetensors file of ``module name -> float [K]``, ``E[x_k²]``.
+
+    For an expert the mean is over the tokens that were routed to it. A ``.weight`` at the end of a name is read over.
+    """
+
+    def __init__(self, path: Path):
+        """Raises :class:`SourceError` for a file that is no safetensors file."""
+        self._path = path
+        data, size = read_header(path)
+        tensors, _ = parse_header(data, path=path, file=path.name, file_size=size)
+        self._tensors: Mapping[str, TensorInfo] = {name.removesuffix(".weight"): t for name, t in tensors.items()}
+
+    def of(self, module: str, inputs: int) -> npt.NDArray[np.float64]:
+        """``[K]``.
+
+        Raises:
+            SourceError: the file has none for the module, of another length, or that are no sums of squares.
+        """
+        info = self._tensors.get(module)
+        if info is None:
+            raise SourceError(
+                f"has no moments of {module}; it needs a tensor of that name for every module with a choice, or leave "
+                "out --moments",
+                path=self._path,
+            )
+        if info.shape != (inputs,):
+            raise SourceError(f"{module} is {list(info.shape)}, the module has {inputs} inputs", path=self._path)
+        fd = open_regular(self._path)
+        try:
+            data = pread_all(fd, info.nbytes, info.start)
+        finally:
+            os.close(fd)
+        moments = np.frombuffer(data, numpy_dtype(info.dtype)).astype(np.float64)
+        if not (np.isfinite(moments).all() and (moments >= 0).all()):
+            raise SourceError(f"{module} has values that are negative or no numbers", path=self._path)
+        return moments
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/mixprec/distortion.jsonl``, or below ``~/.cache``."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "mixprec" / "distortion.jsonl"
+
+
+class DistortionCache:
+    """What was measured before: JSON lines, each appended by one write, so that a kill tears the last one at most.
+
+    A line is found again by what it was measured on: path, size, header and time of change of the files (on the hub:
+    repository and commit), the tensors' places in them, and the moments' values.
+    """
+
+    def __init__(self, path: Path | None):
+        """``path`` of None keeps nothing. Raises :class:`SourceError` where the file cannot be used."""
+        self._path, self._lock = path, Lock()
+        self._known: dict[str, Distortion] = {}
+        self._fd: int | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            with path.open("rb") as file:
+                data = file.read()
+        except OSError as error:
+            self.close()
+            raise SourceError(
+                f"cannot keep errors there: {error.strerror}; name a file with --errors", path=path
+            ) from error
+        if data and not data.startswith(b'{"key": '):
+            self.close()
+            raise SourceError("holds no measured errors; name another file with --errors", path=path)
+        for line in data.splitlines():
+            with suppress(ValueError, TypeError, KeyError):  # torn by a kill, or by another program
+                entry = json.loads(line)
+                key = entry.pop("key")
+                self._known[key] = Distortion(**entry)
+        if data and not data.endswith(b"\n"):
+            os.write(self._fd, b"\n")
+
+    def __enter__(self) -> DistortionCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def get(self, key: str) -> Distortion | None:
+        return self._known.get(key)
+
+    def put(self, key: str, value: Distortion) -> None:
+        with self._lock:
+            self._known[key] = value
+            if self._fd is not None:
+                os.write(self._fd, (json.dumps({"key": key, **asdict(value)}) + "\n").encode())
+
+
+def measure(
+    modules: Mapping[str, tuple[Source, Sequence[Source]]],
+    cache: DistortionCache,
+    *,
+    moments: Moments | None = None,
+    jobs: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[tuple[str, str], Distortion]:
+    """``(module, source's name)`` -> its distortion.
+
+    Args:
+        modules: name -> its reference and the other sources that hold it.
+        jobs: threads; each holds one module as its sources store it, and some megabytes.
+        progress: called with the bytes of the sources' modules that are done, references not counted.
+
+    Raises:
+        SourceError: naming module and file, where a weight cannot be read, differs in shape or is no number.
+    """
+    found: dict[tuple[str, str], Distortion] = {}
+    keys = _Keys()
+    todo = []
+    for name, (reference, others) in modules.items():
+        if not others:
+            continue
+        m = None if moments is None else moments.of(name, _inputs(reference, name))
+        missing = []
+        for other in others:
+            key = keys.of(name, reference, other, m)
+            known = cache.get(key)
+            if known is None:
+                missing.append((other, key))
+            else:
+                found[name, other.name] = known
+                if progress is not None:
+                    progress(other.checkpoint.modules[name].nbytes)
+        if missing:
+            todo.append((name, reference, missing))
+
+    def work(name: str, reference: Source, missing: Sequence[tuple[Source, str]]) -> None:
+        m = None if moments is None else moments.of(name, _inputs(reference, name))
+        for (other, key), distortion in zip(
+            missing, _distortions(name, reference, [other for other, _ in missing], m), strict=True
+        ):
+            cache.put(key, distortion)
+            found[name, other.name] = distortion
+            if progress is not None:
+                progress(other.checkpoint.modules[name].nbytes)
+
+    _run(work, todo, jobs or os.cpu_count() or 1)
+    return found
+
+
+def _run(work: Callable[..., None], items: Iterable[tuple[Any, ...]], jobs: int) -> None:
+    """In threads, a few items ahead; the first failure stops what has not begun."""
+    pending: set[Future[None]] = set()
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        try:
+            for item in items:
+                if len(pending) >= 2 * jobs:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                pending.add(pool.submit(work, *item))
+            for future in pending:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _inputs(source: Source, name: str) -> int:
+    return source.format_of(name).shape(source.checkpoint.modules[name])[1]
+
+
+def _distortions(
+    name: str, reference: Source, others: Sequence[Source], moments: npt.NDArray[np.float64] | None
+) -> list[Distortion]:
+    exact = _Rows(reference, name)
+    rounded = [_Rows(other, name) for other in others]
+    for other in rounded:
+        if other.shape != exact.shape:
+            raise SourceError(
+                f"{name}: {list(other.shape)}, but {list(exact.shape)} in {exact.where}", path=other.where
+            )
+    align = math.lcm(exact.align, *(rows.align for rows in rounded))
+    outputs, inputs = exact.shape
+    step = max(1, _CHUNK // (align * inputs)) * align
+    # Columns' squares in float64: a sum over many rows keeps its digits.
+    power = np.zeros(inputs)
+    errors = [np.zeros(inputs) for _ in rounded]
+    for start in range(0, outputs, step):
+        stop = min(outputs, start + step)
+        weight = exact.read(start, stop)
+        power += np.einsum("nk,nk->k", weight, weight, dtype=np.float64)
+        for rows, error in zip(rounded, errors, strict=True):
+            delta = rows.read(start, stop)
+            with np.errstate(all="ignore"):
+                delta -= weight
+            error += np.einsum("nk,nk->k", delta, delta, dtype=np.float64)
+    out = []
+    for rows, error in zip(rounded, errors, strict=True):
+        if not np.isfinite(error).all():
+            raise SourceError(
+                f"{name} has weights that are infinite or no numbers, here or in {exact.where}", path=rows.where
+            )
+        known = None if moments is None else (float(error @ moments), float(power @ moments))
+        out.append(Distortion(float(error.sum()), float(power.sum()), *(known or (None, None))))
+    return out
+
+
+class _Rows:
+    """A module of one source, read as it is stored, of which some outputs at a time are dequantized."""
+
+    def __init__(self, source: Source, name: str):
+        self._name, self._format = name, source.format_of(name)
+        module = source.checkpoint.modules[name]
+        self.shape = self._format.shape(module)
+        self.where = source.checkpoint.path_of(next(iter(module.tensors.values())).file)
+        self._tensors = {leaf: source.checkpoint.read(info) for leaf, info in module.tensors.items() if leaf != "bias"}
+        axes = {leaf: self._format.axes(leaf).n for leaf in self._tensors}
+        self._cuts = {leaf: (axis.dim, axis.per) for leaf, axis in axes.items() if axis is not None}
+        self.align = math.lcm(*(per for _, per in self._cuts.values()))
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Outputs ``start`` to ``stop``, float32 ``[stop - start, K]``; ``start`` is a multiple of ``align``."""
+        parts = {}
+        for leaf, tensor in self._tensors.items():
+            if leaf in self._cuts:
+                dim, per = self._cuts[leaf]
+                tensor = tensor[(slice(None),) * dim + (slice(start // per, -(-stop // per)),)]
+            parts[leaf] = _widened(tensor)
+        try:
+            with np.errstate(all="ignore"):
+                return self._format.dequantize(parts)
+        except (IndexError, ValueError) as error:  # a g_idx that points nowhere, say
+            raise SourceError(f"{self._name} cannot be dequantized: {error}", path=self.where) from error
+
+
+def _widened(tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """BF16 and FP8 in float32, by steps that numpy takes without Python's lock; ml_dtypes' own casts hold it."""
+    if tensor.dtype.name == "bfloat16":
+        return (tensor.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if tensor.dtype.itemsize == 1 and tensor.dtype.kind not in "?iu":
+        return _byte_values(tensor.dtype)[tensor.view(np.uint8)]
+    return tensor
+
+
+@lru_cache
+def _byte_values(dtype: np.dtype[Any]) -> npt.NDArray[np.float32]:
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+
+
+class _Keys:
+    """Names what is measured by where its bytes lie and what they are known to be."""
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[int, str], str] = {}
+
+    def of(self, name: str, reference: Source, other: Source, moments: npt.NDArray[np.float64] | None) -> str:
+        digest = xxhash.xxh3_128(f"{_VERSION}\0{name}".encode())
+        for source in (reference, other):
+            fmt = source.format_of(name)
+            assert isinstance(fmt, Format)
+            digest.update(json.dumps(fmt.to_json(), sort_keys=True).encode())
+            for leaf, info in sorted(source.checkpoint.modules[name].tensors.items()):
+                place = f"\0{leaf}\0{info.dtype}\0{info.shape}\0{info.start}\0{info.nbytes}\0"
+                digest.update(place.encode() + self._file(source, info.file).encode())
+        if moments is not None:
+            digest.update(moments.tobytes())
+        return digest.hexdigest()
+
+    def _file(self, source: Source, file: str) -> str:
+        """A hub's file is what its commit says. A local one is told by its path, size, header and time of change."""
+        key = (id(source.checkpoint), file)
+        if key not in self._files:
+            checkpoint = source.checkpoint
+            shard = checkpoint.shards[file]
+            where = (
+                f"{checkpoint.location.partition('@')[0]}@{checkpoint.commit}"
+                if checkpoint.commit is not None
+                else f"{checkpoint.folder}\0{shard.modified}"
+            )
+            self._files[key] = f"{where}\0{file}\0{shard.size}\0{shard.header_checksum}"
+        return self._files[key]

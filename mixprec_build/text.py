@@ -1,0 +1,45 @@
+"""Words and numbers for messages: counts, sizes, text that is safe to print."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+__all__ = ["URL", "counted", "hide_password", "human", "printable", "some"]
+
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+
+
+def hide_password(text: str) -> str:
+    """A URL without the user name and password in front of its host; other text as it is."""
+    return re.sub(r"(:/+).*@", r"\1***@", text, flags=re.DOTALL) if URL.match(text) else text
+
+
+# Text. Strangers' names and words are in all of it: rich must see neither markup nor emoji in it, and the terminal no
+# commands.
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes for what is not visible: control characters, line ends, changes of direction."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def human(nbytes: float) -> str:
+    """``138_400_000_000`` -> ``"138.4 GB"``, in powers of ten like disks and hubs."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def counted(number: int, what: str) -> str:
+    """``"1 file"``, ``"2 files"``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def some(words: Sequence[str], most: int = 4) -> str:
+    """The first few, and how many more, for messages."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

@@ -1,0 +1,123 @@
+"""Counts on the GPU how many tokens each expert got."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["ExpertCounter"]
+
+
+_ALL_ROWS = 2**31 - 1
+_Key = tuple[int, int]
+
+
+# On the device
+
+
+class ExpertCounter:
+    """Counts ``[layers, experts + 1]``, int64: tokens routed to each expert, and in the last column tokens routed.
+
+    ``rows`` is one int32: how many rows of a batch are tokens. Kernels read it when they run, so it may change between
+    two replays of a graph; 0 pauses.
+    """
+
+    def __init__(self, layers: dict[int, int], device: torch.device, *, gathered: bool = False):
+        """``layers``: number of each MoE layer -> its routed experts.
+
+        ``gathered``: batches are those of several ranks (data-parallel attention), and what fills them up lies between
+        their tokens. Such rows count as well.
+        """
+        self.layers = dict(sorted(layers.items()))
+        self._row_of = {layer: row for row, layer in enumerate(self.layers)}
+        self._columns = max(layers.values()) + 1
+        self.counts = torch.zeros(len(layers), self._columns, dtype=torch.int64, device=device)
+        self.experts = torch.tensor(list(self.layers.values()), dtype=torch.int32, device=device)
+        self.rows = torch.full((1,), _ALL_ROWS, dtype=torch.int32, device=device)
+        self._rows = _ALL_ROWS
+        self._held: list[tuple[int, torch.Tensor]] | None = None
+        self.recording, self._gathered = True, gathered
+
+    def add(self, layer: int, ids: torch.Tensor) -> None:
+        """Counts the experts ``ids`` ``[rows, k]`` of a layer; ids outside its routed experts are none."""
+        if self._held is not None:
+            self._held.append((self._row_of[layer], ids))
+        else:
+            self._add(self._row_of[layer], ids[None])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Holds what is added until the end, and counts it in one launch where all layers came, each once."""
+        self._held = []
+        try:
+            yield
+            alike = len({ids.shape for _, ids in self._held}) == 1
+            if alike and [row for row, _ in self._held] == list(range(len(self.layers))):
+                self._add(0, torch.stack([ids for _, ids in self._held]))
+            else:
+                for row, ids in self._held:
+                    self._add(row, ids[None])
+        finally:
+            self._held = None
+
+    def _add(self, first: int, ids: torch.Tensor) -> None:
+        """``ids`` ``[layers, rows, k]`` of the layers from the ``first`` row of the counts on."""
+        if ids.is_cuda:
+            self._launch(first, ids)
+            return
+        there = torch.arange(ids.shape[1], device=ids.device)[:, None] < self.rows
+        for row, chosen in enumerate(ids.long(), start=first):
+            valid = there & (chosen >= 0) & (chosen < self.experts[row])
+            self.counts[row].index_add_(0, chosen.clamp(0, self._columns - 1).flatten(), valid.flatten().long())
+            # A token once, by its first choice.
+            self.counts[row, -1] += valid[:, 0].sum()
+
+    def _launch(self, first: int, ids: torch.Tensor) -> None:
+        layers, rows, k = ids.shape
+        if rows:
+            _count[(triton.cdiv(rows * k, 256), layers)](
+                ids, self.counts, self.experts, self.rows, first, self._columns, rows * k, k, *ids.stride(), BLOCK=256
+            )
+
+    def begin(self, rows: int) -> None:
+        """Before a batch of so many tokens is run: an order to the device, which the host does not wait for."""
+        wanted = (_ALL_ROWS if self._gathered else rows) if self.recording else 0
+        if wanted != self._rows:
+            self.rows.fill_(wanted)
+            self._rows = wanted
+
+    def read(self) -> dict[int, tuple[list[int], int]]:
+        """Layer -> counts of its experts, and tokens."""
+        self._wait()
+        found = self.counts.cpu().tolist()
+        return {layer: (found[row][: self.layers[layer]], found[row][-1]) for layer, row in self._row_of.items()}
+
+    def reset(self) -> None:
+        self._wait()
+        self.counts.zero_()
+
+    def _wait(self) -> None:
+        if self.counts.is_cuda:
+            torch.cuda.synchronize()  # a batch may be under way on another stream
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _count(  # type: ignore[no-untyped-def]
+    ids, counts, experts, rows, first, columns, size, k, layer_stride, row_stride, column_stride, BLOCK: tl.constexpr
+):
+    """Programs ``(block of a layer's ids, layer)``; the last of the ``columns`` of a layer's counts is its tokens."""
+    layer = tl.program_id(1)
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = number // k, number % k
+    there = (number < size) & (row < tl.load(rows))
+    at = ids + layer.to(tl.int64) * layer_stride + row.to(tl.int64) * row_stride + column * column_stride
+    expert = tl.load(at, there, -1).to(tl.int32)
+    chosen = there & (expert >= 0) & (expert < tl.load(experts + first + layer))
+    mine = counts + (first + layer) * columns
+    tl.atomic_add(mine + expert, tl.full((BLOCK,), 1, tl.int64), chosen, sem="relaxed")
+    tokens = tl.sum((chosen & (column == 0)).to(tl.int64), 0)
+    tl.atomic_add(mine + columns - 1, tokens, sem="relaxed")

@@ -1,0 +1,187 @@
+"""A stand-in for SGLang's kernels on machines without a GPU: dequantize once, multiply in the model's dtype.
+
+For trying mixprec and for its tests. Weights are created and loaded by SGLang's own methods, as on a GPU; after
+loading they are dequantized by the formats' reference arithmetic, and activations are not quantized.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.quantization import marlin_utils
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizeMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.utils import is_cpu
+from torch.nn import Parameter
+
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.fp8 import Fp8
+from mixprec_build.formats.gptq import Gptq
+from mixprec_build.formats.packed import Packed
+from mixprec_build.formats.scaled import Scaled
+
+__all__ = ["announce", "parted_experts", "pretend_hopper", "stand_in", "unquantized_experts"]
+
+
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+
+
+def announce(logger: logging.Logger) -> None:
+    """Says in the log that this is no way to serve."""
+    logger.warning(
+        "mixprec: NO GPU. Weights are dequantized and multiplied by a reference implementation on the CPU: slow, "
+        "uncompressed in memory, and not bit-equal to SGLang's GPU kernels. For trying and testing only."
+    )
+
+
+@contextmanager
+def pretend_hopper() -> Iterator[None]:
+    """On a CPU, lets SGLang's configs for Marlin be made, which ask which GPU there is."""
+    if is_cpu():
+        with patch.object(marlin_utils, "get_device_capability", lambda *_: (9, 0)):
+            yield
+    else:
+        yield
+
+
+def stand_in(method: QuantizeMethodBase, fmt: Format, *, experts: bool) -> None:
+    """Replaces what ``method`` does after loading, and its arithmetic."""
+    create = method.create_weights
+
+    def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:
+        if experts:
+            layer.params_dtype = kwargs["params_dtype"]  # linear layers keep it themselves, 0.5.15's FusedMoE does not
+        with pretend_hopper():
+            create(layer, *args, **kwargs)
+
+    method.create_weights = create_weights
+    if experts:
+        # 0.5.23 asks which runner was made: none, for a method that computes by itself.
+        method.get_moe_runner_backend = lambda layer: None
+        method.process_weights_after_loading = lambda layer: _dequantize_experts(layer, fmt)
+        method.create_moe_runner = lambda layer, config: setattr(method, "moe_runner_config", config)
+        method.apply = _apply_experts
+    else:
+        method.process_weights_after_loading = lambda layer: _dequantize_linear(layer, fmt)
+        method.apply = lambda layer, x, bias=None: F.linear(x, layer.weight, bias)
+
+
+def unquantized_experts() -> FusedMoEMethodBase:
+    """SGLang's method for dense experts, with the arithmetic here, which takes ids of -1."""
+    method = UnquantizedFusedMoEMethod()
+    method.apply = _apply_experts
+    return method
+
+
+def _dequantize_linear(layer: Any, fmt: Format) -> None:
+    """Turns all of a layer's parameters but the bias into one dense ``weight [N, K]``."""
+    stored = {
+        leaf: parameter.data
+        for leaf, parameter in layer._parameters.items()
+        if leaf != "bias" and parameter is not None and parameter.numel()
+    }
+    weight = _dequantize(fmt, stored, getattr(layer, "logical_widths", None))
+    for leaf in [leaf for leaf in layer._parameters if leaf != "bias"]:
+        del layer._parameters[leaf]
+    layer.register_parameter("weight", Parameter(weight.to(layer.params_dtype), requires_grad=False))
+
+
+def _dequantize_experts(layer: Any, fmt: Format) -> None:
+    """Turns ``w13_*`` and ``w2_*`` ``[E, ...]`` into dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
+    for weight, parts in (("w13", 2), ("w2", 1)):
+        stored = {
+            name.removeprefix(f"{weight}_"): parameter.data
+            for name, parameter in layer._parameters.items()
+            if name.startswith(f"{weight}_") and parameter is not None and parameter.numel()
+        }
+        if isinstance(fmt, Packed):  # SGLang keeps these of experts with inputs first
+            stored |= {leaf: stored[leaf].transpose(1, 2) for leaf in ("weight_packed", "weight_scale")}
+        widths = None
+        if "weight" in stored:
+            widths = [stored["weight"].shape[1] // parts] * parts
+        dense = torch.stack(
+            [
+                _dequantize(fmt, {leaf: tensor[expert] for leaf, tensor in stored.items()}, widths)
+                for expert in range(layer.num_local_experts)
+            ]
+        )
+        for name in [name for name in layer._parameters if name.startswith(f"{weight}_")]:
+            del layer._parameters[name]
+        layer.register_parameter(f"{weight}_weight", Parameter(dense.to(layer.params_dtype), requires_grad=False))
+
+
+def _dequantize(fmt: Format, stored: Mapping[str, torch.Tensor], widths: list[int] | None) -> torch.Tensor:
+    """One weight ``[N, K]`` in float32, from the tensors of several modules joined along their outputs."""
+    tensors = dict(stored)
+    if isinstance(fmt, Fp8) and fmt.granularity == "tensor":
+        # One scale for each of the joined modules: as many rows as each has outputs.
+        scale = tensors["weight_scale"].reshape(-1)
+        rows = torch.tensor(widths if widths and len(widths) == len(scale) else [len(tensors["weight"])])
+        tensors["weight_scale"] = scale.repeat_interleave(rows).reshape(-1, 1)
+        fmt = Fp8("channel")
+    if isinstance(fmt, Scaled):
+        fmt = replace(fmt, scale="")  # SGLang's parameters have the usual name
+    if isinstance(fmt, Gptq) and not fmt.desc_act:
+        # Counts groups of the whole weight, where scales may be those of this rank.
+        tensors.pop("g_idx", None)
+    return torch.from_numpy(fmt.dequantize({leaf: _numpy(tensor) for leaf, tensor in tensors.items()}).copy())
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+
+
+def _apply_experts(layer: Any, dispatch_output: Any) -> Any:
+    """A FusedMoE in plain torch. Ids outside ``[0, num_local_experts)`` are experts of other ranks."""
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+    out = _multiply(layer, dispatch_output, lambda expert: (layer.w13_weight[expert], layer.w2_weight[expert]))
+    return StandardCombineInput(hidden_states=out)
+
+
+def parted_experts(layer: Any, dispatch_output: Any) -> torch.Tensor:
+    """The output of a layer some of whose experts have gate and up in another group than down."""
+
+    def weight(expert: int, name: str, numbers: torch.Tensor) -> torch.Tensor:
+        groups = [group for group in layer.groups if group.half in ("", name)]
+        places = zip(groups, numbers[:, expert].tolist(), strict=True)
+        group, number = next(place for place in places if place[1] >= 0)
+        found: torch.Tensor = getattr(group, f"{name}_weight")[number]
+        return found
+
+    def both(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight(expert, "w13", layer.up_numbers), weight(expert, "w2", layer.down_numbers)
+
+    return _multiply(layer, dispatch_output, both)
+
+
+def _multiply(
+    layer: Any, dispatch_output: Any, weights_of: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """``weights_of`` an expert on this rank are ``[2I, H]`` and ``[H, I]``.
+
+    ``routed_scaling_factor`` is not applied: on a CPU, models multiply by it themselves (deepseek_v2.py:1011).
+    """
+    x = dispatch_output.hidden_states
+    weights, ids = dispatch_output.topk_output.topk_weights, dispatch_output.topk_output.topk_ids
+    activation = _ACTIVATIONS[layer.moe_runner_config.activation]
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for expert in range(layer.num_local_experts):
+        token, choice = (ids == expert).nonzero(as_tuple=True)
+        if token.numel():
+            w13, w2 = weights_of(expert)
+            gate, up = F.linear(x[token], w13).chunk(2, dim=-1)
+            out = F.linear(activation(gate) * up, w2)
+            total.index_add_(0, token, out.float() * weights[token, choice, None].float())
+    return total.to(x.dtype)

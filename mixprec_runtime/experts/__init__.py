@@ -1,0 +1,1 @@
+"""MoE layers whose experts are stored in several formats."""

@@ -1,0 +1,301 @@
+"""The experts of several formats as one fused MoE, of the kernels that SGLang has for each format.
+
+SGLang's fused MoE of one format works on a row for each token and each of its experts: sorts them by expert, multiplies
+by gate and up, activates, multiplies by down, sums each token's. Asked for a group of experts, with ids of -1 for all
+others, it still does everything but the products for all rows, once a group. Here each group's products and
+activations write the rows of its own experts into buffers of all groups, and one sum ends the layer. The kernels, and
+what they are told, are those of SGLang's two runners for one GPU (moe_runner/triton_utils/fused_moe.py,
+fused_moe_triton/fused_marlin_moe.py in 0.5.17).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton.language as tl
+from sglang.srt.layers.moe.moe_runner.marlin import MarlinMoeQuantInfo
+from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+from .. import launch
+from . import routing
+from .routing import Route
+
+__all__ = ["Chain", "Chains", "activates", "of", "run"]
+
+
+# Routed ids: tokens times top-k.
+_FEW = 64
+
+
+@dataclass(frozen=True)
+class Chain(ABC):
+    """The products of one group.
+
+    Attributes:
+        info: the group's weights and scales, as SGLang's method for the format gives them to its runner.
+        experts: how many experts the group has.
+        of: how many experts the layer has on this rank; kernels are chosen as for all of them, since a group sees all
+            tokens, of which it gets a share only.
+    """
+
+    info: Any
+    experts: int
+    of: int
+
+    @property
+    @abstractmethod
+    def columns(self) -> int:
+        """Columns of the intermediate activations."""
+
+    @abstractmethod
+    def tiles(self, x: torch.Tensor, top_k: int) -> dict[str, Any]:
+        """How the kernels cut their work for these activations; ``BLOCK_SIZE_M`` are the rows of a block."""
+
+    @abstractmethod
+    def up(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
+        """Gate and up: from ``x [tokens, hidden]`` to the group's rows of ``out [tokens * top_k, 2 * columns]``."""
+
+    @abstractmethod
+    def down(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
+        """Down, times the router's weight: the group's rows, from ``x [tokens * top_k, columns]`` to
+        ``out [tokens * top_k, hidden]``."""
+
+
+class TritonChain(Chain):
+    """BF16, FP8 and Int8 with quantized activations."""
+
+    @property
+    def columns(self) -> int:
+        return int(self.info.w13_weight.shape[1]) // 2
+
+    def tiles(self, x: torch.Tensor, top_k: int) -> dict[str, Any]:
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+        info = self.info
+        kind = fused_moe.get_config_dtype_str(
+            dtype=x.dtype, use_fp8_w8a8=info.use_fp8_w8a8, use_int8_w8a8=info.use_int8_w8a8
+        )
+        # Files of tuned tiles, too, exist for whole layers.
+        found: dict[str, Any] = fused_moe.try_get_optimal_moe_config(
+            (self.of, *info.w13_weight.shape[1:]),
+            (self.of, *info.w2_weight.shape[1:]),
+            top_k,
+            kind,
+            len(x),
+            block_shape=info.block_shape,
+            per_channel_quant=info.per_channel_quant,
+        )
+        # Some files of 0.5.23 have a word for SGLang's caller of the kernel (triton_utils/fused_moe.py:487 there).
+        tiles = {key: value for key, value in found.items() if key != "USE_TMA"}
+        if len(x) * top_k <= _FEW and not launch.deterministic():
+            # A few blocks for each of few experts: more of them, and more loads under way, than for a whole layer. With
+            # 256 bytes of a row, these fit into the shared memory of all GPUs.
+            inputs = min(tiles["BLOCK_SIZE_K"], 256 // info.w13_weight.element_size())
+            narrow = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": inputs, "GROUP_SIZE_M": 1}
+            return {**tiles, **narrow, "num_warps": 4, "num_stages": 5}
+        return tiles
+
+    def up(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
+        info = self.info
+        scales = info.a13_scale, info.w13_scale
+        self._product(x, info.w13_weight, scales, out, route, topk, topk.topk_ids.shape[1], False, tiles)
+
+    def down(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
+        info = self.info
+        self._product(x, info.w2_weight, (info.a2_scale, info.w2_scale), out, route, topk, 1, True, tiles)
+
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, scales: tuple[Any, Any], out: torch.Tensor, route: Route,
+        topk: Any, top_k: int, weighted: bool, tiles: dict[str, Any],
+    ) -> None:  # fmt: skip
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+        info = self.info
+        fused_moe.invoke_fused_moe_kernel(
+            x, weight, None, out, *scales, None, topk.topk_weights, topk.topk_ids,
+            route.positions, route.experts, route.count, weighted, top_k, tiles,
+            compute_type=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
+            use_fp8_w8a8=info.use_fp8_w8a8, use_int8_w8a8=info.use_int8_w8a8, use_int8_w8a16=False,
+            use_int4_w4a16=False, per_channel_quant=info.per_channel_quant, block_shape=info.block_shape,
+            filter_expert=False,
+        )  # fmt: skip
+
+
+class MarlinChain(Chain):
+    """GPTQ, AWQ and packed compressed-tensors."""
+
+    @property
+    def columns(self) -> int:
+        return int(self.info.w2_qweight.shape[1]) * 16
+
+    def tiles(self, x: torch.Tensor, top_k: int) -> dict[str, Any]:
+        """fused_marlin_moe.py:231, for all of the layer's experts."""
+        for rows in (8, 16, 32, 48, 64):
+            if len(x) * top_k / self.of / rows < 0.9:
+                break
+        return {"BLOCK_SIZE_M": rows}
+
+    def up(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
+        info = self.info
+        weights = info.w13_qweight, info.w13_scales, info.w13_qzeros, info.w13_g_idx, info.w13_g_idx_sort_indices
+        self._product(x, weights, out, route, topk, topk.topk_ids.shape[1], False)
+
+    def down(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
+        info = self.info
+        weights = info.w2_qweight, info.w2_scales, info.w2_qzeros, info.w2_g_idx, info.w2_g_idx_sort_indices
+        self._product(x, weights, out, route, topk, 1, True)
+
+    def _product(
+        self, x: torch.Tensor, weights: tuple[Any, ...], out: torch.Tensor, route: Route, topk: Any, top_k: int,
+        weighted: bool,
+    ) -> None:  # fmt: skip
+        from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
+
+        weight, scales, zeros, order, sorting = weights
+        fused_marlin_moe.moe_wna16_marlin_gemm(
+            x, out, weight, None, scales, None, zeros, order, sorting,
+            route.locks, route.positions, route.experts, route.count, topk.topk_weights,
+            moe_block_size=route.block, top_k=top_k, mul_topk_weights=weighted, is_ep=False,
+            b_q_type=fused_marlin_moe.get_scalar_type(self.info.weight_bits, zeros is not None, scales),
+            size_m=len(x), size_n=out.shape[-1], size_k=x.shape[1], is_k_full=self.info.is_k_full,
+            use_atomic_add=_adds_atomically(x.dtype, x.device), use_fp32_reduce=True, is_zp_float=False,
+        )  # fmt: skip
+
+
+@lru_cache
+def _adds_atomically(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.half or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+class Chains(NamedTuple):
+    """Those of a layer: the ones that multiply by gate and up, and the ones that multiply by down. They are the same
+    where each expert is in one format."""
+
+    ups: list[Chain]
+    downs: list[Chain]
+
+    @property
+    def parted(self) -> bool:
+        return self.ups is not self.downs
+
+
+def of(layer: Any, dispatch_output: Any) -> Chains:
+    """The chains of a layer's groups; none where a group runs on other kernels than these, or activates otherwise."""
+    made = [(group.half, chain) for group in layer.groups if (chain := _chain(layer, group, dispatch_output))]
+    ups = downs = [chain for half, chain in made if half != "w2"]
+    if any(half for half, _ in made):
+        downs = [chain for half, chain in made if half != "w13"]
+    known = len(made) == len(layer.groups) and max(len(ups), len(downs)) <= routing.MOST_GROUPS
+    return Chains(ups, downs) if known and activates(layer.moe_runner_config) else Chains([], [])
+
+
+def activates(config: Any) -> bool:
+    """Whether chains activate as a layer with this runner's config does."""
+    limits = config.gemm1_alpha, config.gemm1_clamp_limit
+    return config.activation == "silu" and bool(config.is_gated) and limits == (None, None)
+
+
+def _chain(layer: Any, group: Any, dispatch_output: Any) -> Chain | None:
+    experts, of = group.num_local_experts, layer.num_local_experts
+    info = _quant_info(group, dispatch_output)
+    if isinstance(info, MarlinMoeQuantInfo):
+        unfit = info.w13_bias, info.w13_global_scale, info.w2_bias, info.w2_global_scale
+        return MarlinChain(info, experts, of) if all(one is None for one in unfit) else None
+    if isinstance(info, TritonMoeQuantInfo):
+        unfit = info.b13, info.b2, info.w13_zp, info.w2_zp
+        others = info.use_mxfp8, info.use_int8_w8a16, info.use_int4_w4a16
+        # Later versions may interleave gate and up, for a kernel that activates as well.
+        whole = not any(others) and not getattr(info, "fuse_swiglu_interleaved", False)
+        return TritonChain(info, experts, of) if whole and all(one is None for one in unfit) else None
+    return None
+
+
+def _quant_info(group: Any, dispatch_output: Any) -> Any:
+    """What the group's own method would give its runner; None where it has no such runner."""
+    method, scheme = group.quant_method, getattr(group, "scheme", None)
+    holders = (method, scheme, getattr(scheme, "kernel", None))
+    runner = next((found for holder in holders if (found := getattr(holder, "runner", None)) is not None), None)
+    if runner is None:
+        return None
+    given: list[Any] = []
+
+    def keep(dispatch_output: Any, quant_info: Any, config: Any) -> StandardCombineInput:
+        given.append(quant_info)
+        return StandardCombineInput(hidden_states=dispatch_output.hidden_states)
+
+    with patch.object(runner, "fused_func", keep):
+        method.apply(group, dispatch_output)
+    return given[0] if given else None
+
+
+def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
+    """The layer's output for ``x``, both ``[tokens, hidden]``, of ``layer.chains``."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import silu_and_mul
+
+    each: Chains = layer.chains
+    ids = topk.topk_ids
+    tokens, top_k = ids.shape
+    rows, columns = tokens * top_k, each.ups[0].columns
+    ups = downs = _work(each.ups, x, ids, layer.up_numbers)
+    if each.parted:
+        downs = _work(each.downs, x, ids, layer.down_numbers)
+    up, activated = x.new_empty((rows, 2 * columns)), x.new_empty((rows, columns))
+    if torch.cuda.is_current_stream_capturing():
+        down = x.new_empty((rows, x.shape[1]))
+
+        def whole(chain: Chain, route: Route, tiles: dict[str, Any]) -> None:
+            chain.up(x, up, route, topk, tiles)
+            silu_and_mul(up, activated, expert_ids=route.numbers, expert_step=1)
+            chain.down(activated, down, route, topk, tiles)
+
+        if each.parted:
+            _side_by_side([partial(chain.up, x, up, route, topk, tiles) for chain, route, tiles in ups])
+            silu_and_mul(up, activated)
+            _side_by_side([partial(chain.down, activated, down, route, topk, tiles) for chain, route, tiles in downs])
+        else:
+            _side_by_side([partial(whole, *one) for one in ups])
+    else:
+        for chain, route, tiles in ups:
+            chain.up(x, up, route, topk, tiles)
+        silu_and_mul(up, activated)
+        del up  # with many tokens, these buffers are large
+        down = x.new_empty((rows, x.shape[1]))
+        for chain, route, tiles in downs:
+            chain.down(activated, down, route, topk, tiles)
+    factor = layer.moe_runner_config.routed_scaling_factor or 1.0
+    return routing.sum_rows(down.view(tokens, top_k, -1), ids, factor)
+
+
+def _work(
+    each: Sequence[Chain], x: torch.Tensor, ids: torch.Tensor, numbers: torch.Tensor
+) -> list[tuple[Chain, Route, dict[str, Any]]]:
+    """With each chain the rows that are its, and how its kernels cut their work."""
+    tiles = [chain.tiles(x, ids.shape[1]) for chain in each]
+    sizes, blocks = [chain.experts for chain in each], [one["BLOCK_SIZE_M"] for one in tiles]
+    return list(zip(each, routing.sort(ids, numbers, sizes, blocks), tiles, strict=True))
+
+
+def _side_by_side(runs: Sequence[Callable[[], None]]) -> None:
+    """At the same time, in a CUDA graph: each alone leaves a GPU idle."""
+    main = torch.cuda.current_stream()
+    beside = [_side_stream(number) for number in range(1, len(runs))]
+    for run, stream in zip(runs[1:], beside, strict=True):
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            run()
+    runs[0]()
+    for stream in beside:
+        main.wait_stream(stream)
+
+
+@lru_cache
+def _side_stream(number: int) -> torch.cuda.Stream:
+    """One for all layers, which run one after the other."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -1,0 +1,75 @@
+"""The experts of one format of one layer, as a FusedMoE of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from torch.nn import Parameter
+
+__all__ = ["ExpertGroup", "keep_half", "only_rank"]
+
+
+class ExpertGroup(FusedMoE):
+    """The experts of one format of one layer on this rank."""
+
+    virtual_rank = True
+    half = ""
+    """``w13`` or ``w2`` where it has no more of its experts."""
+
+    def weight_loader(
+        self, param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int | None
+    ) -> None:
+        """Loads by the number within the group; the layer around it knows which expert that is."""
+        self._weight_loader_impl(
+            param=param, loaded_weight=loaded_weight, weight_name=weight_name, shard_id=shard_id, expert_id=expert_id
+        )
+
+
+def keep_half(group: ExpertGroup, weight: str) -> None:
+    """Lets a group have ``weight`` (``w13`` or ``w2``) of its experts only.
+
+    SGLang's methods make, process and hand out both: the other one is there while the method processes, as zeros, and
+    takes no memory before and after.
+    """
+    group.half = weight
+    method, other = group.quant_method, "w2_" if weight == "w13" else "w13_"
+    process = method.process_weights_after_loading
+
+    def take_out() -> dict[str, Parameter]:
+        """Their shapes stay, where nobody who looks for parameters sees them."""
+        names = [name for name, value in group._parameters.items() if name.startswith(other) and value is not None]
+        taken = {name: group._parameters.pop(name) for name in names}
+        for name, parameter in taken.items():
+            if parameter.numel():
+                parameter.data = parameter.new_zeros(1).expand(parameter.shape)
+            group.__dict__[name] = parameter.data
+        return taken
+
+    taken = take_out()
+
+    def process_weights_after_loading(layer: Any) -> None:
+        for name, parameter in taken.items():
+            del layer.__dict__[name]
+            parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            layer.register_parameter(name, parameter)
+        process(layer)
+        take_out()
+
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+@contextmanager
+def only_rank() -> Iterator[None]:
+    """While a group is made: it is a rank with no others, whatever the layer's expert parallelism.
+
+    0.5.23 checks ``ParallelContext.override`` against the process groups, which are not meant here.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    with patch.dict(get_parallel()._overrides, {"moe_ep_size": 1, "moe_ep_rank": 0}):
+        yield

@@ -1,0 +1,252 @@
+"""One MoE layer whose experts are stored in several formats.
+
+The experts of each format are a group: a FusedMoE of their own, whose weights SGLang's method for the format
+creates, loads, repacks and runs. To its group an expert has a number from 0 up; routed ids of other groups become
+-1, which is how SGLang marks experts of other expert-parallel ranks, so every kernel skips them. Where SGLang runs all
+groups on kernels that :mod:`.chains` knows, they compute the layer together; elsewhere each group's method runs on all
+tokens, and the outputs are summed.
+
+Experts whose gate and up are in one format and whose down is in another are in two groups, each of which holds one half
+of their weights. Such groups have no output of their own: only chains compute them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+from sglang.srt.utils import is_cpu
+from torch.nn import ModuleList, Parameter
+
+from mixprec_build.families.base import GroupMembers, expert_groups
+from mixprec_build.formats.base import Format
+
+from ..cpu import reference
+from ..native import NativeFormat
+from . import chains, routing
+from .group import ExpertGroup, keep_half, only_rank
+
+__all__ = ["MixedExpertsMethod"]
+
+
+# The tensors that a module may be stored as, in any format.
+_LEAVES = (
+    "weight", "weight_scale", "weight_scale_inv", "input_scale", "qweight", "qzeros", "scales", "g_idx",
+    "weight_packed", "weight_shape", "weight_g_idx", "weight_zero_point",
+)  # fmt: skip
+
+
+# By name, as compiled code knows them.
+_layers: WeakValueDictionary[str, FusedMoE] = WeakValueDictionary()
+
+
+class MixedExpertsMethod(FusedMoEMethodBase):
+    """The method of a FusedMoE layer whose experts differ in format.
+
+    Args:
+        formats: the formats of each routed expert of the layer, by its number in the checkpoint: of gate and up, and of
+            down.
+        native: SGLang's configs of these formats.
+        prefix: the layer's name.
+    """
+
+    def __init__(
+        self, formats: Mapping[int, tuple[Format, Format]], native: Mapping[Format, NativeFormat], prefix: str
+    ):
+        self._formats, self._native, self._prefix = formats, native, prefix
+
+    def create_weights(
+        self,
+        layer: FusedMoE,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        here = {e: layer._map_global_expert_id_to_local_expert_id(e) for e in self._formats}
+        groups = expert_groups(self._formats, [expert for expert, local in here.items() if local >= 0])
+        if any(ups != downs for ups, downs in groups):
+            self._refuse_parted(layer, groups)
+        self._refuse(layer, extra)
+        # Gate and up of an expert, and its down: the number of their group, and their number within it.
+        place: dict[tuple[str, int], tuple[int, int]] = {}
+        # A row for each group that has the one or the other: local id -> number in the group, or -1. The last column
+        # answers for an id of -1.
+        numbers: dict[str, list[list[int]]] = {"w13": [], "w2": []}
+        layer.groups = ModuleList()
+        for g, (ups, downs) in enumerate(groups):
+            for weight, members in (("w13", ups), ("w2", downs)):
+                row = [-1] * (num_experts + 1)
+                for i, expert in enumerate(members):
+                    place[weight, expert] = g, i
+                    row[here[expert]] = i
+                numbers[weight] += [row] if members else []
+            fmt = self._formats[ups[0]][0] if ups else self._formats[downs[0]][1]
+            made = self._group(
+                layer, fmt, len(ups or downs), hidden_size, intermediate_size_per_partition, params_dtype
+            )
+            if ups != downs:
+                keep_half(made, "w13" if ups else "w2")
+            layer.groups.append(made)
+        device = next(layer.parameters()).device
+        for name, rows in (("up_numbers", numbers["w13"]), ("down_numbers", numbers["w2"])):
+            layer.register_buffer(name, torch.tensor(rows, dtype=torch.int32, device=device), persistent=False)
+        layer.chains = None  # known once the layer runs
+        _layers[self._prefix] = layer
+        self._register_doors(layer, place)
+
+    def _refuse_parted(self, layer: FusedMoE, groups: list[GroupMembers]) -> None:
+        """What only chains compute, and they cannot."""
+        config, unfit = layer.moe_runner_config, ""
+        if not chains.activates(config):
+            unfit = f"do not go with its activation ({config.activation})"
+        if max(sum(map(bool, half)) for half in zip(*groups, strict=True)) > routing.MOST_GROUPS:
+            unfit = f"cannot be in more than {routing.MOST_GROUPS} formats"
+        if unfit:
+            raise ValueError(
+                f"{self._prefix}: experts whose gate and up are in another format than their down {unfit}; build the "
+                "checkpoint with the three in one"
+            )
+
+    def _refuse(self, layer: FusedMoE, extra: Mapping[str, Any]) -> None:
+        config = layer.moe_runner_config
+        if layer.num_fused_shared_experts:
+            raise ValueError(
+                f"{self._prefix}: experts in several formats cannot take in the shared ones; start SGLang with "
+                "--disable-shared-experts-fusion"
+            )
+        for name, unfit in (
+            ("apply_router_weight_on_input", config.apply_router_weight_on_input),
+            ("no_combine", config.no_combine),
+            ("swiglu_limit", getattr(config, "swiglu_limit", None)),
+            ("biases", extra.get("with_bias")),
+        ):
+            if unfit:
+                raise ValueError(f"{self._prefix}: experts in several formats do not go with {name} in this version")
+
+    def _group(
+        self, layer: FusedMoE, fmt: Format, experts: int, hidden: int, intermediate: int, dtype: torch.dtype
+    ) -> ExpertGroup:
+        config = layer.moe_runner_config
+        with only_rank():
+            group = ExpertGroup(
+                num_experts=experts,
+                hidden_size=hidden,
+                intermediate_size=intermediate * layer.moe_tp_size,
+                layer_id=layer.layer_id,
+                top_k=layer.top_k,
+                params_dtype=dtype,
+                quant_config=self._native[fmt],
+                prefix=f"{self._prefix}.{fmt.kind}",
+                activation=config.activation,
+                # A runner that works in place would overwrite what the next group reads.
+                inplace=False,
+                routed_scaling_factor=config.routed_scaling_factor,
+                gemm1_alpha=config.gemm1_alpha,
+                gemm1_clamp_limit=config.gemm1_clamp_limit,
+                is_gated=config.is_gated,
+            )
+        # The Triton runner filters ids of -1 only where there are more experts than it holds.
+        group.moe_runner_config.num_experts = experts + 1
+        if hasattr(group.quant_method, "enter_torch_compile"):
+            # For torch.compile, which does not see it, the kernels would make way for arithmetic that takes -1 for the
+            # last expert (moe/fused_moe_native.py).
+            group.quant_method.enter_torch_compile = lambda num_tokens: None
+        return group
+
+    def _register_doors(self, layer: FusedMoE, place: Mapping[tuple[str, int], tuple[int, int]]) -> None:
+        """Models look for parameters of the layer: empty ones pass on what they are given to the expert's group.
+
+        There is one for every tensor of every format: Mixtral (models/mixtral.py:448) looks for those of experts of
+        other ranks too, whose formats this rank may have no group of.
+        """
+        names = {f"{weight}_{leaf}" for weight in ("w13", "w2") for leaf in _LEAVES}
+        for name in sorted(names.union(*(dict(group.named_parameters(recurse=False)) for group in layer.groups))):
+            door = Parameter(torch.empty(0), requires_grad=False)
+            door.weight_loader = self._door(layer, name, place)  # type: ignore[attr-defined]
+            layer.register_parameter(name, door)
+
+    def _door(self, layer: FusedMoE, name: str, place: Mapping[tuple[str, int], tuple[int, int]]) -> Any:
+        weight = name.partition("_")[0]
+
+        def load(_: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int) -> None:
+            if (weight, expert_id) not in place:  # another rank's
+                return
+            number, index = place[weight, expert_id]
+            group = layer.groups[number]
+            parameter = group._parameters.get(name)
+            if parameter is None:
+                declared = self._formats[expert_id][weight == "w2"].kind
+                raise ValueError(
+                    f"{self._prefix}.{expert_id} is declared {declared}, and the checkpoint has a tensor for {name} of "
+                    "it, which that format does not have"
+                )
+            parameter.weight_loader(parameter, loaded_weight, weight_name, shard_id=shard_id, expert_id=index)
+
+        return load
+
+    def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
+        self.moe_runner_config = moe_runner_config
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Closes the doors. SGLang goes on to the groups by itself: they are modules with methods of their own."""
+        for name in list(layer._parameters):
+            del layer._parameters[name]
+
+    def apply(self, layer: Any, dispatch_output: Any) -> Any:
+        from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+
+        hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        if torch.compiler.is_compiling():
+            out = _run_by_name(hidden_states, topk.topk_weights, topk.topk_ids, self._prefix)
+        else:
+            out = self.run(layer, dispatch_output)
+        return StandardCombineInput(hidden_states=out)
+
+    def run(self, layer: Any, dispatch_output: Any) -> torch.Tensor:
+        """The layer's output ``[tokens, hidden]``."""
+        hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        if not len(hidden_states):  # not all of SGLang's runners take none
+            return torch.empty_like(hidden_states)
+        if not len(layer.groups):
+            return torch.zeros_like(hidden_states)
+        if not is_cpu():
+            if layer.chains is None:
+                layer.chains = chains.of(layer, dispatch_output)
+            if layer.chains.ups:
+                return chains.run(layer, hidden_states, topk)
+        if any(group.half for group in layer.groups):
+            if is_cpu():
+                return reference.parted_experts(layer, dispatch_output)
+            raise RuntimeError(
+                f"{self._prefix}: SGLang runs these experts on kernels that cannot multiply by gate and up alone; "
+                "build the checkpoint with gate, up and down of an expert in one format"
+            )
+        ids = routing.numbers_in_groups(topk.topk_ids, layer.up_numbers)
+        outputs = []
+        for group, numbers in zip(layer.groups, ids, strict=True):
+            mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
+            outputs.append(group.quant_method.apply(group, mine).hidden_states)
+        return routing.add_up(outputs)
+
+
+@torch.library.custom_op("mixprec::mixed_experts", mutates_args=())
+def _run_by_name(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, name: str) -> torch.Tensor:
+    """A layer as one operation: ``torch.compile`` could follow neither the choice of kernels nor side streams."""
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    layer = _layers[name]
+    topk = StandardTopKOutput(topk_weights=weights, topk_ids=ids, router_logits=weights)
+    method: MixedExpertsMethod = layer.quant_method
+    return method.run(layer, StandardDispatchOutput(x, None, topk))
+
+
+@_run_by_name.register_fake
+def _(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.empty_like(x)

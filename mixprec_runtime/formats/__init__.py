@@ -1,0 +1,1 @@
+"""Each storage format as SGLang's own quantization methods run it."""

@@ -1,0 +1,1 @@
+"""A checkpoint reaches the model's parameters, whole."""

@@ -1,0 +1,175 @@
+"""Follows tensors while a model loads them: which parameter each was copied into."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from threading import Lock
+from typing import Any
+
+import torch
+
+__all__ = ["CASTS", "DTYPES", "Ledger", "LoadError"]
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+CASTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+class LoadError(RuntimeError):
+    """A checkpoint that did not reach the model whole."""
+
+
+class Ledger:
+    """What arrived, and where it went.
+
+    Args:
+        declared: tensor name -> its ``dtype`` (as safetensors writes it) and ``shape``, from the manifest.
+        parameters: the model's parameters by name.
+    """
+
+    def __init__(self, declared: Mapping[str, Mapping[str, Any]], parameters: Iterable[tuple[str, torch.Tensor]]):
+        self._declared = declared
+        self._parameters = dict(parameters)
+        self._by_storage: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self._parameters.items():
+            if parameter.numel():
+                self._by_storage[parameter.untyped_storage().data_ptr()].append(name)
+        self._written: dict[int, dict[object, int]] = defaultdict(dict)
+        self._lock = Lock()
+        self.arrived: set[str] = set()
+        self.used: Counter[str] = Counter()
+        """How many elements were copied from each tensor."""
+
+    def follow(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a checkpoint, watched.
+
+        Raises:
+            LoadError: one is not what the manifest declares.
+        """
+        for name, tensor in weights:
+            self._check(name, tensor)
+            self.arrived.add(name)
+            yield name, _Arriving.of(tensor, (self, (name,)))
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        declared = self._declared.get(name)
+        if declared is None:
+            raise LoadError(f"{name} is not in the checkpoint's manifest: a file was added or changed after building")
+        dtype, shape = DTYPES[declared["dtype"]], tuple(declared["shape"])
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise LoadError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, and was built as {dtype} {list(shape)}: the "
+                "checkpoint was changed after building; `mixprec verify` says where"
+            )
+
+    def copied(self, names: Iterable[str], into: torch.Tensor) -> None:
+        """Notes that ``names`` were written to ``into``, a view of a parameter perhaps.
+
+        Raises:
+            LoadError: the copy changes quantized values.
+        """
+        storage, size = into.untyped_storage().data_ptr(), into.numel()
+        owners = self._by_storage.get(storage)
+        with self._lock:  # DeepSeek's loaders run in threads
+            for name in names:
+                self.used[name] += size
+            if owners is not None:
+                self._written[storage][into.storage_offset(), into.shape, into.stride()] = size
+        if owners is None:
+            return
+        for name in names:
+            dtype = DTYPES[self._declared[name]["dtype"]]
+            if dtype != into.dtype and not {dtype, into.dtype} <= CASTS:
+                raise LoadError(
+                    f"{name} is {dtype}, and {owners[0]}, which SGLang loads it into, is "
+                    f"{into.dtype}: the layer is not in the format that the checkpoint declares"
+                )
+
+    def unused(self, ranks: int) -> list[str]:
+        """Tensors of the manifest of which less was copied than one of ``ranks`` takes."""
+        return [name for name, t in self._declared.items() if self.used[name] * ranks < prod(t["shape"])]
+
+    def unfilled(self) -> list[str]:
+        """Parameters that were not written in full."""
+        return [
+            name
+            for storage, names in self._by_storage.items()
+            for name in names
+            if sum(self._written[storage].values()) < self._parameters[name].numel()
+        ]
+
+
+class _Arriving(torch.Tensor):
+    """A tensor that came from a checkpoint, or was made from such ones.
+
+    Hundreds of thousands of them come by while a model loads, and torch's way to a subclass takes microseconds each
+    time: what weight loaders ask every tensor for is answered by the plain tensor.
+    """
+
+    _origin: tuple[Ledger, tuple[str, ...]]
+    """Who keeps the books, and the tensors of the checkpoint that it was made from."""
+    _plain: torch.Tensor
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, origin: tuple[Ledger, tuple[str, ...]]) -> _Arriving:
+        arriving = tensor.as_subclass(cls)
+        arriving._origin, arriving._plain = origin, tensor
+        return arriving
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self._plain.shape
+
+    def dim(self) -> int:
+        return self._plain.dim()
+
+    def narrow(self, dim: int, start: int, length: int) -> _Arriving:  # type: ignore[override]
+        if start == 0 and length == self._plain.shape[dim]:  # one rank takes all of it
+            return self
+        return _Arriving.of(self._plain.narrow(dim, start, length), self._origin)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        copy = func is torch.Tensor.copy_
+        if copy and type(args[1]) is cls and type(args[0]) is not cls:
+            into, value = args[:2]
+            result = into.copy_(value._plain, *args[2:], **(kwargs or {}))
+            value._origin[0].copied(value._origin[1], into)
+            return result
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.__setitem__:
+                into, key, value = args
+                if type(value) is cls and type(into) is not cls:
+                    value._origin[0].copied(value._origin[1], into[key])
+                return result
+            if copy or not isinstance(result, (torch.Tensor, tuple, list)) or isinstance(result, torch.Size):
+                return result
+            origins = [arg._origin for arg in _flat((*args, *(kwargs or {}).values())) if type(arg) is cls]
+            if not origins:  # deeper in an argument than anyone looks
+                return result
+            names = tuple(dict.fromkeys(name for _, names in origins for name in names))
+            return _wrapped(result, (origins[0][0], names))
+
+
+def _flat(args: Iterable[Any]) -> Iterator[Any]:
+    for arg in args:
+        if isinstance(arg, tuple | list):
+            yield from _flat(arg)
+        else:
+            yield arg
+
+
+def _wrapped(result: Any, origin: tuple[Ledger, tuple[str, ...]]) -> Any:
+    if isinstance(result, torch.Tensor):
+        return _Arriving.of(result, origin)
+    return type(result)(_wrapped(item, origin) for item in result) if type(result) in (tuple, list) else result

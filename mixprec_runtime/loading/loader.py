@@ -1,0 +1,323 @@
+"""Each rank reads what it holds, and nothing else, straight into its parameters.
+
+SGLang's parameters are rectangles of a checkpoint's tensors, laid side by side; which ones is known before a byte is
+read. A rank's own files (``mixprec split``) hold them as they are in memory, in a few large tensors; from merged files
+they are read one by one. Either way threads read, through pinned memory to the GPU. Runs that tensors are not cut for
+here are left to SGLang's loader, which takes tensor after tensor (:mod:`mixprec_runtime.loading.strict`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from threading import local
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import Module
+
+from mixprec_build.checkpoint.checkpoint import Checkpoint
+from mixprec_build.checkpoint.degree import Degree, parse_folder
+from mixprec_build.checkpoint.manifest import layout_of, merged_files, tensor_differences
+from mixprec_build.checkpoint.typed import Source
+from mixprec_build.errors import MixprecError, SplitError, VerifyError
+from mixprec_build.ranks.assemble import FileReader, Reader, contents, whole
+from mixprec_build.ranks.files import INDEX, check_headers, open_rank, read_rank
+from mixprec_build.ranks.merged import open_compiled, splitter_of
+from mixprec_build.ranks.pieces import Parameter
+from mixprec_build.storage.disk import inside
+from mixprec_build.storage.header import TensorInfo
+
+from .ledger import CASTS, DTYPES, LoadError
+from .strict import here, may_be_empty
+
+__all__ = ["Fetch", "Holdings", "holdings", "load", "mismatch", "require_merged", "this_run"]
+
+
+logger = logging.getLogger(__name__)
+
+Fetch = Callable[[Iterable[str]], object]
+
+_THREADS = 4
+_BUFFER = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What this rank's parameters are to hold, and where that lies."""
+
+    where: str
+    """For messages."""
+    parameters: Mapping[str, Parameter]
+    padded: Mapping[str, tuple[int, int]]
+    """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that it holds, zeros among them."""
+    path_of: Callable[[str], Path]
+
+
+def holdings(
+    folder: Path, manifest: Mapping[str, Any], fetch: Fetch | None = None, *, merged: bool = True
+) -> Holdings | None:
+    """What this process is to read itself: its own files, else, with ``merged``, its share of the merged ones.
+
+    ``fetch`` brings files of a checkpoint on the hub to ``folder``: those that are to be read, and no others.
+
+    None where SGLang's loader is to read the merged files: in runs that tensors are not cut for here, and for families
+    of models that are not known.
+
+    Raises:
+        RuntimeError: files are damaged, not those that were built, or cannot be fetched.
+    """
+    from sglang.srt.runtime_context import get_parallel, get_server_args
+
+    parallel, args = get_parallel(), get_server_args()
+    degree, rank = _degree(), parallel.tp_rank
+    usual = (
+        (parallel.attn_tp_size, parallel.attn_tp_rank) == (degree.attention_tp, rank % degree.attention_tp)
+        and (parallel.moe_tp_size, parallel.moe_ep_rank) == (degree.moe_tp, rank // degree.moe_tp)
+        and args.moe_dense_tp_size in (None, degree.tp)
+    )
+    if not usual or _experts_moved():
+        return None
+    try:
+        own = degree.folder(rank)
+        bring: Fetch = fetch or (lambda _: None)
+        if own in manifest.get("presplit", {}):
+            bring([f"{own}/{INDEX}"])
+        index = read_rank(folder, manifest, degree, rank)
+        if index is not None:
+            bring([f"{own}/{file}" for file in index.files])
+            files = index.folder
+            check_headers(index)
+            stored = _with_head({name: _stored(tensor) for name, tensor in open_rank(index).items()})
+            return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
+        if merged and layout_of(manifest) != "presplit":
+            names = deque(["config.json", "model.safetensors.index.json", *merged_files(manifest)])
+            names.rotate(-rank)  # each rank begins with another, and finds what others have fetched
+            bring(names)
+            return _share(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
+        return None
+    except MixprecError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _experts_moved() -> bool:
+    """Whether experts start elsewhere than in the checkpoint's order (``--init-expert-location``)."""
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    metadata = get_global_expert_location_metadata()
+    if metadata is None:
+        return False
+    experts = metadata.physical_to_logical_map_cpu
+    # Models are made with their device as the default one.
+    return not bool((experts == torch.arange(experts.shape[-1], device=experts.device)).all())
+
+
+def _degree() -> Degree:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return Degree(parallel.tp_size, parallel.moe_ep_size, parallel.attn_dp_size)
+
+
+def _with_head(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    """With the ``lm_head`` that the last of several pipeline stages has also where it is tied to the embedding."""
+    from sglang.srt.runtime_context import get_parallel
+
+    embedding = parameters.get("model.embed_tokens.weight")
+    if get_parallel().pp_size > 1 and embedding is not None:
+        parameters.setdefault("lm_head.weight", replace(embedding, name="lm_head.weight"))
+    return parameters
+
+
+def _stored(tensor: TensorInfo) -> Parameter:
+    """A parameter as its tensor is stored, to be read row by row, also where it is of experts."""
+    if len(tensor.shape) < 3:
+        return whole(tensor)
+    experts, rows, *columns = tensor.shape
+    flat = tensor._replace(shape=(experts * rows, prod(columns)))
+    return Parameter(tensor.name, tensor.dtype, tensor.shape, whole(flat).pieces, experts=True)
+
+
+def _share(
+    folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int, *, replicated_head: bool
+) -> Holdings | None:
+    """A rank's share of the merged files, where they are there."""
+    if not all((folder / name).exists() for name in merged_files(manifest)):
+        return None
+    checkpoint = open_compiled(folder, manifest)
+    changed = _changed(checkpoint, manifest)
+    if changed is not None:
+        raise VerifyError(f"{folder}: {changed}; `mixprec verify` finds all differences, and a new build mends them")
+    try:
+        splitter = splitter_of(Source.of("", checkpoint), degree, replicated_head=replicated_head)
+        parameters = _with_head({parameter.name: parameter for parameter in splitter.parameters(rank)})
+    except SplitError as error:
+        logger.warning("mixprec: SGLang's loader, which is slower, reads the files: %s", error)
+        return None
+    padded = {name: (share.native, share.held) for name, share in splitter.padded.items()}
+    where = f"the weights in {folder} of rank {rank} of {degree}"
+    return Holdings(where, parameters, padded, lambda file: inside(folder, file))
+
+
+def _changed(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
+    """How the headers of merged files differ from those that were built."""
+    built = {file: manifest["files"][file]["header"] for file in merged_files(manifest)}
+    headers = {file: shard.header_checksum for file, shard in checkpoint.shards.items()}
+    if headers == built:
+        return None
+    for name, entry, info in tensor_differences(manifest, checkpoint.tensors):
+        if info is None:
+            return f"{name}, which the manifest lists, is not in its files"
+        if entry is None:
+            return f"{name} is not in the checkpoint's manifest: a file was added or changed after building"
+        return (
+            f"{name} is {info.dtype} {list(info.shape)} in {info.file}, and was built as {entry['dtype']} "
+            f"{entry['shape']} in {entry['file']}: the checkpoint was changed after building"
+        )
+    file = min(file for file in headers.keys() | built.keys() if headers.get(file) != built.get(file))
+    return f"{file}: its header was changed after building"
+
+
+def require_merged(folder: Path, manifest: Mapping[str, Any], because: str, *, on_hub: bool = False) -> None:
+    """Raises ``RuntimeError`` where this run needs the merged files, and they are not there."""
+    dropped = layout_of(manifest) == "presplit"
+    missing = [name for name in merged_files(manifest) if dropped or not (folder / name).exists()]
+    if not missing:
+        return
+    degrees = sorted({degree for degree, _ in filter(None, map(parse_folder, manifest.get("presplit", {})))}, key=str)
+    have, remedies = "it has no files cut for ranks", []
+    if degrees:
+        have = f"it has files cut for {', '.join(map(str, degrees))}"
+        remedies.append(f"start SGLang with {' or '.join(f'`{degree.options}`' for degree in degrees)}")
+    if not dropped:
+        remedies.append("bring the merged files, and `mixprec split` them for this run")
+    elif on_hub:
+        remedies.append(
+            "download the whole repository, and restore its merged files with `mixprec split --layout both`"
+        )
+    else:
+        remedies.append(f"restore the merged files with `mixprec split {folder} --layout both`")
+    raise RuntimeError(f"{folder}: {missing[0]} is not there, and {because}; {have}: {', or '.join(remedies)}")
+
+
+def this_run() -> str:
+    """``"tp4-ep1"``."""
+    return str(_degree())
+
+
+def mismatch(model: Module, held: Holdings) -> str | None:
+    """Why they are not for the parameters of ``model``: SGLang was started in a way they were not cut for."""
+    if any(getattr(module, "num_fused_shared_experts", 0) for module in model.modules()):
+        return "shared experts are apart from routed ones in them: give --disable-shared-experts-fusion"
+    parameters, empty = _parameters(model), may_be_empty(model)
+    for name, parameter in parameters.items():
+        stored = held.parameters.get(name)
+        if stored is None:
+            if empty(name):
+                continue
+            return f"they have no {name}"
+        if stored.shape != tuple(parameter.shape):
+            return f"{name} is {list(stored.shape)} in them and {list(parameter.shape)} in SGLang"
+        dtype = DTYPES.get(stored.dtype)
+        if dtype != parameter.dtype and not {dtype, parameter.dtype} <= CASTS:
+            return f"{name} is {stored.dtype} in them and {parameter.dtype} in SGLang"
+    belongs = here(model)
+    extra = sorted(filter(belongs, held.parameters.keys() - parameters.keys()))
+    return f"SGLang has no {extra[0]}" if extra else None
+
+
+def _parameters(model: Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.numel()}
+
+
+def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
+    """Fills the parameters of ``model``, and calls ``finish``: what it does itself once weights are loaded.
+
+    Raises:
+        LoadError: a file is damaged, or cannot be read.
+    """
+    parameters = _parameters(model)
+    device = next((parameter.device for parameter in parameters.values() if parameter.is_cuda), None)
+    taken = [held.parameters[name] for name in parameters if name in held.parameters]
+    if device is not None:
+        torch.cuda.synchronize()  # what parameters were made with must not come after what is read
+
+    def begin() -> None:
+        # A new thread is at GPU 0, and would leave a context there.
+        if device is not None:
+            torch.cuda.set_device(device)
+
+    try:
+        with FileReader(held.path_of) as reader, ThreadPoolExecutor(_THREADS, initializer=begin) as pool:
+            copies = _Copies(reader)
+            largest_first = sorted(taken, key=lambda parameter: -parameter.nbytes)
+            list(pool.map(lambda parameter: copies.fill(parameters[parameter.name], parameter), largest_first))
+    except (MixprecError, OSError) as error:
+        raise LoadError(str(error)) from error
+    if device is not None:
+        torch.cuda.synchronize()
+    logger.info("mixprec: read %s (%.2f GB)", held.where, sum(parameter.nbytes for parameter in taken) / 1e9)
+    result = finish()
+    # Models that derive tensors from the names that they were given have had none (SGLang's model_loader/loader.py:333
+    # asks this of loaders that pass load_weights by).
+    derive = getattr(model, "post_load_weights", None)
+    if derive is not None:
+        derive()
+    return result
+
+
+class _Copies(local):
+    """Copies to a device, through two buffers of pinned memory for each thread."""
+
+    def __init__(self, reader: Reader):
+        self._reader = reader
+        self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._stream: torch.cuda.Stream | None = None
+
+    def fill(self, into: torch.Tensor, parameter: Parameter) -> None:
+        dtype = DTYPES[parameter.dtype]
+        if into.dtype == dtype and into.is_contiguous() and into.device.type in ("cpu", "cuda"):
+            self._fill_bytes(into.reshape(-1).view(torch.uint8), parameter)
+        else:
+            stored = torch.empty(parameter.shape, dtype=dtype)
+            self._fill_bytes(stored.reshape(-1).view(torch.uint8), parameter)
+            into.copy_(stored.reshape(into.shape))
+
+    def _fill_bytes(self, into: torch.Tensor, parameter: Parameter) -> None:
+        if into.is_cuda:
+            self._stream = self._stream or torch.cuda.Stream(into.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._stream):
+                self._through_buffers(into, parameter)
+            return
+        at = 0
+        in_place: Callable[[int], Any] = lambda nbytes: into[at : at + nbytes].numpy()  # noqa: E731
+        for chunk in contents(parameter, self._reader, most=_BUFFER, allocate=in_place):
+            at += len(chunk)
+
+    def _through_buffers(self, into: torch.Tensor, parameter: Parameter) -> None:
+        at = 0
+        for chunk in contents(parameter, self._reader, most=_BUFFER, allocate=self._next_buffer):
+            buffer, copied = self._buffers[-1]
+            into[at : at + len(chunk)].copy_(buffer[: len(chunk)], non_blocking=True)
+            copied.record()
+            at += len(chunk)
+
+    def _next_buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
+        """The buffer that was used before the last one, once what it held has left it."""
+        if len(self._buffers) < 2:
+            self._buffers.append((torch.empty(0, dtype=torch.uint8), torch.cuda.Event()))  # type: ignore[no-untyped-call]
+        else:
+            self._buffers.reverse()
+        buffer, copied = self._buffers[-1]
+        copied.synchronize()
+        if len(buffer) < nbytes:
+            buffer = torch.empty(max(nbytes, _BUFFER), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._buffers[-1] = buffer, copied
+        window: np.ndarray[Any, Any] = buffer[:nbytes].numpy()
+        return window

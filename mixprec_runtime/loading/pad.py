@@ -1,0 +1,67 @@
+"""Makes layers as wide as ranks hold them, where zeros are added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["pad"]
+
+
+def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]]) -> None:
+    """Has SGLang's method make a layer as wide as this rank holds it, where zeros are added.
+
+    ``padded``: MLP or ``...experts`` -> columns of a rank as SGLang counts them, and as they are held.
+    """
+    for name in (prefix, f"model.{prefix}"):
+        if name in padded:
+            _pad_experts(method, name, *padded[name])
+        elif name.rpartition(".")[0] in padded:
+            _pad_linear(method, name, *padded[name.rpartition(".")[0]], inputs=name.endswith("down_proj"))
+
+
+def _check_native(name: str, columns: set[int], native: int) -> None:
+    if columns != {native}:
+        raise RuntimeError(
+            f"{name}: SGLang gives this rank {', '.join(map(str, sorted(columns)))} of its columns, and it is cut for "
+            f"{native} and zeros beside them: leave out the options that have it cut otherwise than other layers"
+        )
+
+
+def _pad_linear(method: Any, name: str, native: int, held: int, *, inputs: bool) -> None:
+    create = method.create_weights
+
+    def create_weights(
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        _check_native(name, {input_size_per_partition} if inputs else set(output_partition_sizes), native)
+        if inputs:
+            input_size = input_size // native * held
+            layer.input_size_per_partition = input_size_per_partition = held
+        else:
+            output_size = output_size // native * held
+            output_partition_sizes = [held] * len(output_partition_sizes)
+            layer.output_partition_sizes = output_partition_sizes
+            layer.output_size_per_partition = sum(output_partition_sizes)
+        create(layer, input_size_per_partition, output_partition_sizes, input_size, output_size, *args, **kwargs)
+
+    method.create_weights = create_weights
+
+
+def _pad_experts(method: Any, name: str, native: int, held: int) -> None:
+    create = method.create_weights
+
+    def create_weights(layer: Any, *, intermediate_size_per_partition: int, **kwargs: Any) -> None:
+        _check_native(name, {intermediate_size_per_partition}, native)
+        layer.intermediate_size_per_partition = held
+        if getattr(layer.moe_runner_config, "intermediate_size_per_partition", None) is not None:
+            layer.moe_runner_config.intermediate_size_per_partition = held
+        create(layer=layer, intermediate_size_per_partition=held, **kwargs)
+
+    method.create_weights = create_weights

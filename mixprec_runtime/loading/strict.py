@@ -1,0 +1,119 @@
+"""Nothing is lost on the way from the checkpoint to the GPU.
+
+SGLang's models drop a tensor that finds no parameter, some with a warning and some without a word, and serve
+whatever lay in a parameter that none was loaded into. Here tensors are followed while a model loads them: they
+arrive as a subclass of ``torch.Tensor`` that remembers its names in the checkpoint through every view, cast and
+concatenation, and notes each parameter that it is copied into. Afterwards every tensor must have been copied
+somewhere, and every element of every parameter must have been written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from mixprec_build.patterns.compress import compress
+from mixprec_build.text import some
+
+from ..native import format_of
+from .ledger import Ledger, LoadError
+
+__all__ = ["here", "load_strictly", "may_be_empty"]
+
+_DERIVED = re.compile(r".*_g_idx_sort_indices")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(.+)\.(\d+)\.[^.]+\.[^.]+")
+
+
+def load_strictly(
+    model: Module,
+    load_weights: Callable[..., Any],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    declared: Mapping[str, Mapping[str, Any]],
+) -> Any:
+    """``model.load_weights(weights)``, and the check that all of it arrived.
+
+    Raises:
+        LoadError: names the tensors that were lost and the parameters that were not filled.
+    """
+    ledger = Ledger(declared, model.named_parameters())
+    try:
+        result = load_weights(ledger.follow(weights))
+    except KeyError as error:
+        raise LoadError(
+            f"SGLang's {type(model).__name__} has no parameter {error}: the layer was not made in the format that the "
+            "checkpoint declares"
+        ) from error
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from sglang.srt.runtime_context import get_parallel
+
+    belongs, ranks = here(model), get_parallel().tp_size
+    # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
+    padded = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
+    lost = [name for name in ledger.unused(ranks) if belongs(name) and not (name in padded and ranks > 1)]
+    empty = may_be_empty(model)
+    unfilled = [name for name in ledger.unfilled() if name not in padded and not empty(name)]
+    problems = []
+    if lost:
+        missing = [name for name in lost if name not in ledger.arrived]
+        what = "not in its files" if missing else "dropped by SGLang's model, or not loaded in full"
+        problems.append(f"{_listed(missing or lost)}: {what}")
+    if unfilled:
+        problems.append(f"{_listed(unfilled)}: parameters that were not filled")
+    if problems:
+        raise LoadError(f"the checkpoint did not reach the model whole: {'; '.join(problems)}")
+    return result
+
+
+def _listed(names: list[str]) -> str:
+    return f"{len(names)} tensors ({some(compress(names))})" if len(names) > 1 else names[0]
+
+
+def may_be_empty(model: Module) -> Callable[[str], bool]:
+    """Tells which parameters need no tensor: made after loading, or an input order (``g_idx``) of a layer that has its
+    inputs in order, which files may leave out."""
+    ordered = set()
+    for path, module in model.named_modules():
+        fmt = format_of(module)
+        if fmt is not None and fmt.scattered:
+            ordered.add(path)
+
+    def empty(parameter: str) -> bool:
+        path, _, leaf = parameter.rpartition(".")
+        return _DERIVED.fullmatch(parameter) is not None or (leaf.endswith("g_idx") and path not in ordered)
+
+    return empty
+
+
+def here(model: Module) -> Callable[[str], bool]:
+    """Tells which tensors of a checkpoint a model on this rank is meant to take."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.runtime_context import get_parallel
+
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    layers = getattr(config, "num_hidden_layers", None)
+    inner: Any = getattr(model, "model", model)
+    first, end = getattr(inner, "start_layer", 0), getattr(inner, "end_layer", layers)
+    moe = {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
+    tied = getattr(config, "tie_word_embeddings", False)
+
+    def belongs(name: str) -> bool:
+        if name.endswith((".inv_freq", ".cos_cached", ".sin_cached")) or (tied and name == "lm_head.weight"):
+            return False
+        layer = _LAYER.search(name)
+        if layer is None:
+            return bool(get_parallel().pp_size == 1)  # the first and the last stage have what is in no layer
+        # Layers past the last are for speculative decoding, those of other stages are loaded there.
+        if end is not None and not (first <= int(layer[1]) < end):
+            return False
+        expert = _EXPERT.fullmatch(name)
+        if expert and expert[1] in moe:
+            return bool(moe[expert[1]]._map_global_expert_id_to_local_expert_id(int(expert[2])) >= 0)
+        return True
+
+    return belongs

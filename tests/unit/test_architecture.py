@@ -1,0 +1,192 @@
+"""The rooms of both packages: which there are, and which may import which.
+
+Every import is read, those inside of functions and those for type checkers included.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+COMPILER = {
+    "errors": "every error that a user can cause",
+    "text": "words and numbers for messages",
+    "sglang_versions": "the releases that checkpoints are served with",
+    "patterns": "names with wildcards: parsed, matched, folded; regular expressions of untrusted files",
+    "storage": "bytes: safetensors headers, files and folders, the hub, bounds against untrusted input",
+    "families": "what a model is: roles, fused groups, experts, what is never quantized",
+    "formats": "how a module is stored: one file a format",
+    "checkpoint": "an opened checkpoint, each module with its format; what a compiled one declares and lists",
+    "ranks": "a checkpoint cut for ranks, and put together again",
+    "recipe": "YAML in, its sources opened",
+    "plan": "recipe and sources become a plan, or a refusal with its fixes",
+    "output": "a plan becomes files; files are cut for ranks and compared with their sources",
+    "suggest": "a source for every module, within a budget of bytes",
+    "report": "facts, tables, pictures; what this machine can serve",
+    "cli": "the command line: one file a command",
+}
+"""The rooms of the compiler, from the top. A room imports only those above it."""
+
+RUNTIME = {
+    "launch": "flags of SGLang's that a compiled checkpoint cannot be served with",
+    "cpu": "stand-ins for machines without a GPU",
+    "formats": "what stock SGLang does wrong for a format, repaired",
+    "native": "each format as SGLang's own quantization method",
+    "experts": "MoE layers whose experts are stored in several formats",
+    "loading": "a checkpoint reaches the model's parameters, whole",
+    "activity": "how often each expert runs",
+    "memory": "what the weights take on a GPU",
+    "config": "`--quantization mixprec`: the method of each layer",
+    "hooks": "where SGLang's loading of a model is followed",
+    "plugin": "what SGLang finds when it looks for plugins",
+}
+"""The rooms of the runtime, from the top."""
+
+FOR_THE_RUNTIME = (
+    "errors",
+    "text",
+    "sglang_versions",
+    "patterns",
+    "storage",
+    "families",
+    "formats",
+    "checkpoint",
+    "ranks",
+)
+"""The rooms of the compiler that the runtime imports."""
+
+FOREIGN_TO_THE_COMPILER = ("torch", "sglang", "mixprec_runtime")
+
+EXCEPTIONS = {
+    "mixprec_build.report.doctor imports torch": "asks it for the GPU",
+    "mixprec_build.suggest.activity imports torch": "reads dumps of SGLang's recorder with it",
+}
+"""What is still imported where it should not be, and why."""
+
+MOST_LINES = 450
+
+ENTRANCES = {"", "__main__"}
+"""The package itself and its command line, which are below all rooms."""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in ("mixprec_build", "mixprec_runtime"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(module: str) -> Iterator[str]:
+    """The full names of what a module imports: modules, where it imports from these two packages."""
+    path = modules()[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{origin}.{alias.name}"
+                yield inner if inner in modules() else origin
+
+
+def room(module: str) -> str:
+    """``"plan"`` of ``mixprec_build.plan.rules``; empty for a package itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+@pytest.mark.parametrize(("package", "rooms"), [("mixprec_build", COMPILER), ("mixprec_runtime", RUNTIME)])
+def test_every_module_is_in_a_room_and_every_room_is_there(package: str, rooms: dict[str, str]) -> None:
+    there = {room(module) for module in modules() if module.partition(".")[0] == package}
+    assert there - ENTRANCES - {"site"} == rooms.keys()
+
+
+@pytest.mark.parametrize(("package", "rooms"), [("mixprec_build", COMPILER), ("mixprec_runtime", RUNTIME)])
+def test_a_room_imports_only_the_rooms_above_it(package: str, rooms: dict[str, str]) -> None:
+    order = list(rooms)
+    upward = [
+        f"{module} imports {target}"
+        for module in modules()
+        if module.startswith(f"{package}.") and room(module) not in ENTRANCES
+        for target in imports(module)
+        if target.startswith(f"{package}.")
+        and room(target) != room(module)
+        and order.index(room(target)) > order.index(room(module))
+    ]
+    assert not upward
+
+
+def test_no_module_imports_itself_in_the_end() -> None:
+    """No cycle, not even one that only functions or type checkers go round."""
+    above = {module: {name for name in imports(module) if name in modules()} - {module} for module in modules()}
+    left = dict(above)
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, "these import one another"
+
+
+def test_what_the_compiler_never_imports() -> None:
+    found = [
+        f"{module} imports {target}"
+        for module in modules()
+        if module.partition(".")[0] == "mixprec_build"
+        for target in imports(module)
+        if target.partition(".")[0] in FOREIGN_TO_THE_COMPILER
+    ]
+    assert set(found) == EXCEPTIONS.keys()
+
+
+def test_what_the_runtime_imports_of_the_compiler() -> None:
+    found = [
+        f"{module} imports {target}"
+        for module in modules()
+        if module.partition(".")[0] == "mixprec_runtime"
+        for target in imports(module)
+        if target.startswith("mixprec_build.") and room(target) not in FOR_THE_RUNTIME
+    ]
+    assert not found
+
+
+def test_no_module_is_long() -> None:
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in modules().items()}
+    assert not {module: length for module, length in lengths.items() if length > MOST_LINES}
+
+
+def test_packages_of_rooms_hold_no_code() -> None:
+    """What a room offers is imported from the file that defines it; a program's way in may be re-exported."""
+    for module, path in modules().items():
+        if path.name == "__init__.py" and room(module):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                assert isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign), module
+
+
+def test_the_page_shows_these_rooms() -> None:
+    page = (ROOT / "mixprec_build" / "README.md").read_text(encoding="utf-8")
+    for rooms in (COMPILER, RUNTIME):
+        for name, purpose in rooms.items():
+            assert f"| `{name}` | {purpose} |" in page
+    shown = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and line.count("|") == 3]
+    assert shown == [*COMPILER, *RUNTIME]
+
+
+def test_importing_the_compiler_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; import mixprec_build; import mixprec_build.cli.app\n"
+        "heavy = {'torch', 'sglang', 'numpy', 'huggingface_hub', 'transformers'} & sys.modules.keys()\n"
+        "print(*sorted(heavy))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout == "\n"
