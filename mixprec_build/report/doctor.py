@@ -5,9 +5,12 @@ Works without SGLang and without a GPU, whose absence is then what it reports.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
+import json
 import os
 import platform
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -93,14 +96,15 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _find_gpu() -> tuple[Gpu | None, str]:
-    if importlib.util.find_spec("torch") is None:
-        return None, "no torch to look for one with"
-    import torch
-
-    if not torch.cuda.is_available():
-        return None, "none that torch can use"
-    major, minor = torch.cuda.get_device_capability()
-    return Gpu(torch.cuda.get_device_name(), 10 * major + minor), ""
+    """The GPU, or why there is none; asked of torch in a process of its own, which may as well fail to import it."""
+    command = [sys.executable, "-m", "mixprec_runtime.gpu"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        found = json.loads(ended.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        return None, f"torch does not start: {last}"
+    return (None, str(found["missing"])) if "missing" in found else (Gpu(found["name"], found["capability"]), "")
 
 
 # kind -> (what SGLang runs it with, the least compute capability and, where there is one, the most)

@@ -4,9 +4,10 @@ SGLang's own recorder dumps it; and how evenly they are spread."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -26,6 +27,7 @@ _MAX_VALUES = 8_000_000
 _MAX_LAYERS, _MAX_EXPERTS = 4096, 65536  # of any model; an id beyond is damage, and would take memory
 _MAX_CELLS = 1 << 20  # layers times experts; DeepSeek-V3 has 58 x 256
 _MAX_COUNT = 1 << 42  # so that no sum of a file's counts overflows
+_NO_TORCH = 4
 
 _Counts = npt.NDArray[np.int64]
 
@@ -156,52 +158,29 @@ def _check_size(cells: int) -> None:
         )
 
 
-# SGLang's recorder: modes stat, per_pass and per_token
+# SGLang's recorder
 
 
 def _read_dump(path: Path) -> Activity:
-    try:
-        import torch
-    except ImportError as error:
-        raise StatsError(f"{path}: a dump of SGLang's recorder is read with torch; pip install torch") from error
+    """torch reads it, in a process of its own; see ``mixprec_runtime/recorder.py``, whose exit codes these are."""
     if not path.is_file():
         raise StatsError(f"{path}: no such file")
+    command = [sys.executable, "-m", "mixprec_runtime.recorder", str(path.absolute()), str(_MAX_CELLS)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode == _NO_TORCH:
+        raise StatsError(f"{path}: a dump of SGLang's recorder is read with torch; pip install torch")
     try:
-        # Tensors and plain values only: no code of a pickle is run.
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        if "logical_count" in data:
-            _check_size(prod(data["logical_count"].shape[1:]))
-            counts = data["logical_count"].sum(0).numpy()  # [steps, L, E]
-        else:
-            counts = _of_records(data, lambda tensor: np.asarray(tensor.cpu().numpy()))
+        if ended.returncode:
+            raise ValueError(ended.stderr.strip() or f"torch ended with code {ended.returncode}")
+        counts = np.asarray(load_json(ended.stdout.encode(), _MAX_VALUES))
         if counts.ndim != 2 or len(counts) > _MAX_LAYERS or counts.shape[1] > _MAX_EXPERTS:
             raise ValueError(f"counts of shape {list(counts.shape)}")
         if (counts < 0).any() or (counts >= _MAX_COUNT).any():
             raise ValueError(f"counts that are negative, or {_MAX_COUNT} and more")
-    except Exception as error:  # torch raises all kinds for a damaged file
+    except ValueError as error:
         raise StatsError(f"{path}: no dump of SGLang's expert distribution recorder: {error!s:.300}") from error
     # Dense layers have a row as well, of zeros.
     return _checked(Activity({layer: row.astype(np.int64) for layer, row in enumerate(counts) if row.any()}, {}), path)
-
-
-def _of_records(data: Mapping[str, Any], numpy: Callable[[Any], npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
-    """``[L, E]`` from the records of single passes, whose experts are physical ones."""
-    logical_of = numpy(data["last_physical_to_logical_map"]).astype(np.int64)  # [L, P]
-    layers, physical = logical_of.shape
-    _check_size(layers * max(physical, int(logical_of.max()) + 1))
-    total = np.zeros((layers, physical), np.int64)
-    for record in data["records"]:
-        if "topk_ids_of_layer" in record:
-            ids = numpy(record["topk_ids_of_layer"]).reshape(layers, -1)
-            for layer in range(layers):
-                there = ids[layer][ids[layer] >= 0]  # -1 fills up
-                total[layer] += np.bincount(there, minlength=physical)
-        else:
-            total += numpy(record["global_physical_count"])
-    out = np.zeros((layers, int(logical_of.max()) + 1), np.int64)
-    for layer in range(layers):
-        np.add.at(out[layer], logical_of[layer], total[layer])
-    return out
 
 
 def _checked(activity: Activity, path: Path) -> Activity:

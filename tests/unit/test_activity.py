@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -173,18 +172,14 @@ def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:
         read_activity([tmp_path / "x.json"])
 
 
-def test_torch_is_needed_for_dumps_only(tmp_path: Path) -> None:
+def test_torch_is_needed_for_dumps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_stats(tmp_path / "a.json", COUNTS)
     (tmp_path / "b.pt").write_bytes(b"")
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from pathlib import Path; from mixprec_build.suggest.activity import read_activity\n"
-        "folder = Path(sys.argv[1]); read_activity([folder / 'a.json'])\n"
-        "try: read_activity([folder / 'b.pt'])\n"
-        "except Exception as error: print(type(error).__name__, error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("StatsError") and "is read with torch; pip install torch" in done.stdout
+    (tmp_path / "torch.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    read_activity([tmp_path / "a.json"])
+    with pytest.raises(StatsError, match="is read with torch; pip install torch"):
+        read_activity([tmp_path / "b.pt"])
 
 
 # The command and its pictures

@@ -1,0 +1,29 @@
+"""The GPU that torch sees, as JSON: ``python -m mixprec_runtime.gpu``.
+
+A process of its own: ``mixprec doctor`` starts without torch, and survives a torch that does not import.
+"""
+
+from __future__ import annotations
+
+import json
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Prints ``{"name", "capability"}`` of the first GPU (capability 90 is a Hopper's), or ``{"missing"}`` with why."""
+    try:
+        import torch
+    except ImportError:
+        found: dict[str, object] = {"missing": "no torch to look for one with"}
+    else:
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            found = {"name": torch.cuda.get_device_name(), "capability": 10 * major + minor}
+        else:
+            found = {"missing": "none that torch can use"}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
