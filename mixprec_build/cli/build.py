@@ -12,7 +12,7 @@ from .plan import plan_from, show_plan_notes
 from .printing import print_json, progress_bar
 
 if TYPE_CHECKING:
-    from ..plan.types import Plan
+    from ..planning.types import Plan
 
 __all__ = ["build"]
 

@@ -23,7 +23,7 @@ def experts(
 ) -> None:
     """Show how tokens were spread over experts."""
     from ..report.tables import show_activity
-    from ..suggest.activity import activity_facts, read_activity
+    from ..suggesting.activity import activity_facts, read_activity
 
     if heatmap is not None:
         from ..report.figures import check_picture, draw_heatmap

@@ -11,7 +11,7 @@ from .options import Allow, Allowed, AsJson, Layout, Link, RecipePath
 from .printing import console, print_json
 
 if TYPE_CHECKING:
-    from ..plan.types import Plan
+    from ..planning.types import Plan
 
 __all__ = ["plan_from", "show_plan_notes"]
 

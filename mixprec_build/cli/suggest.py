@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..suggest.objective import Objective
+from ..suggesting.objective import Objective
 from .options import Allow, Allowed, AsJson, Quiet
 from .printing import console, print_json, progress_bar
 
@@ -53,12 +53,12 @@ def suggest(
     from ..recipe.recipe import load_recipe, parse_size
     from ..recipe.sources import open_sources
     from ..report.tables import show_suggestion
-    from ..suggest.activity import read_activity
-    from ..suggest.allocate import suggest as run
-    from ..suggest.choices import Request
-    from ..suggest.distortion import DistortionCache, Moments, default_cache
-    from ..suggest.facts import suggestion_facts
-    from ..suggest.recipe_file import check_target, write_recipe
+    from ..suggesting.activity import read_activity
+    from ..suggesting.allocate import suggest as run
+    from ..suggesting.choices import Request
+    from ..suggesting.distortion import DistortionCache, Moments, default_cache
+    from ..suggesting.facts import suggestion_facts
+    from ..suggesting.recipe_file import check_target, write_recipe
 
     try:
         nbytes = parse_size(budget)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..plan.planner import make_plan
-from ..plan.types import Plan
+from ..planning.planner import make_plan
+from ..planning.types import Plan
 from ..recipe.recipe import load_recipe
 from ..recipe.sources import open_sources
 

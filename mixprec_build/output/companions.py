@@ -13,7 +13,7 @@ from .. import __version__
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import VERSION, name_formats, quantization_config
 from ..checkpoint.manifest import CHECKSUM, MANIFEST, checksum_of
-from ..plan.types import Plan
+from ..planning.types import Plan
 from ..storage.disk import read_regular, write_errors
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import SourceError
-from ..plan.types import Plan, PlannedShard, PlannedTensor
+from ..planning.types import Plan, PlannedShard, PlannedTensor
 from ..storage.disk import (
     check_space,
     open_regular,

@@ -17,7 +17,7 @@ from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.degree import Degree
 from ..checkpoint.manifest import MANIFEST, dump_manifest
 from ..errors import InterruptedBuildError, MixprecError, OutputError, WriteError
-from ..plan.types import Plan
+from ..planning.types import Plan
 from ..storage.disk import sync_folder, write_errors
 from ..storage.threads import Progress
 from .companions import build_manifest, companion_files, write_companions, write_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.manifest import MANIFEST
 from ..errors import OutputError, SourceError
-from ..plan.types import Plan
+from ..planning.types import Plan
 from ..storage.disk import read_regular
 from ..storage.folder import LocalFolder
 from .leftovers import strangers

@@ -24,7 +24,7 @@ from ..checkpoint.manifest import layout_of, read_manifest, tensor_entries
 from ..errors import MixprecError
 from ..families.base import Role, role_by_name
 from ..formats.base import Format
-from ..plan.rules import half_only
+from ..planning.rules import half_only
 from ..ranks.merged import complete
 from ..ranks.on_disk import open_on_disk
 from ..sglang_versions import INSTALL, version_problem

@@ -15,11 +15,11 @@ from ..checkpoint.manifest import CHECKSUM, MANIFEST, layout_of, read_manifest
 from ..families.base import Role, is_down, place_of, role_of
 from ..formats.base import Format, FormatError
 from ..patterns.compress import compress
-from ..plan.rules import half_only
+from ..planning.rules import half_only
 
 if TYPE_CHECKING:
     from ..checkpoint.typed import Source
-    from ..plan.types import Plan
+    from ..planning.types import Plan
 
 __all__ = ["inspect_facts", "plan_facts"]
 

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import OutputError
-from ..suggest.activity import Activity
+from ..suggesting.activity import Activity
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..suggest.allocate import Suggestion
+    from ..suggesting.allocate import Suggestion
 
 __all__ = ["check_picture", "draw_frontier", "draw_heatmap", "show_heatmap"]
 

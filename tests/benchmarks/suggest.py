@@ -37,11 +37,11 @@ from serving import quantize  # noqa: E402
 
 from mixprec_build.recipe.recipe import load_recipe  # noqa: E402
 from mixprec_build.recipe.sources import open_sources  # noqa: E402
-from mixprec_build.suggest.activity import Activity, balance_of  # noqa: E402
-from mixprec_build.suggest.allocate import Suggestion, suggest  # noqa: E402
-from mixprec_build.suggest.choices import Group, Request  # noqa: E402
-from mixprec_build.suggest.distortion import DistortionCache, Moments  # noqa: E402
-from mixprec_build.suggest.objective import Objective  # noqa: E402
+from mixprec_build.suggesting.activity import Activity, balance_of  # noqa: E402
+from mixprec_build.suggesting.allocate import Suggestion, suggest  # noqa: E402
+from mixprec_build.suggesting.choices import Group, Request  # noqa: E402
+from mixprec_build.suggesting.distortion import DistortionCache, Moments  # noqa: E402
+from mixprec_build.suggesting.objective import Objective  # noqa: E402
 
 TEXTS = HERE.parents[1] / "recipes" / "demo" / "text"
 WINDOW, CALIBRATION, EVALUATION = 512, 4096, 2048

@@ -43,7 +43,7 @@ with atheris.instrument_imports(include=["mixprec_build"]):
     from mixprec_build.recipe import recipe, sources
     from mixprec_build.report import facts as report
     from mixprec_build.storage import header
-    from mixprec_build.suggest import activity
+    from mixprec_build.suggesting import activity
 
 import safetensors
 from checkpoints import LLAMA, write_tiny

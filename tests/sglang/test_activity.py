@@ -16,7 +16,7 @@ from harness import last_json, run_python
 from mixes import MIXES, mix
 
 import mixprec_runtime.cpu.engine
-from mixprec_build.suggest.activity import read_activity
+from mixprec_build.suggesting.activity import read_activity
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [400, 30, 2, 77, 5]]
 TOKENS = 6

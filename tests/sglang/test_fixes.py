@@ -167,7 +167,7 @@ SHARED = {kind: FORMATS[kind] for kind in ("bf16", "fp8_block", "fp8_channel", "
 @pytest.mark.parametrize("gate", [*SHARED, *WEIGHTS_ONLY])
 def test_shared_experts_are_refused_where_sglang_stops(gate: str) -> None:
     """What DeepSeek's layers ask of the two methods (models/deepseek_v2.py:799)."""
-    from mixprec_build.plan.rules import shared_experts_limit
+    from mixprec_build.planning.rules import shared_experts_limit
     from mixprec_runtime.native import NativeFormat
 
     formats = {**SHARED, **WEIGHTS_ONLY}

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from mixprec_build.cli.app import app
 from mixprec_build.errors import OutputError, StatsError
 from mixprec_build.report.figures import draw_heatmap, show_heatmap
-from mixprec_build.suggest.activity import Activity, activity_facts, balance_of, gini, read_activity
+from mixprec_build.suggesting.activity import Activity, activity_facts, balance_of, gini, read_activity
 
 COUNTS = {1: [5, 0, 20, 15], 3: [1, 1, 1, 37]}
 

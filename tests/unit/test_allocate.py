@@ -24,16 +24,16 @@ from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.cli.app import app
 from mixprec_build.errors import BudgetError, OutputError, RecipeError, RefusedError, SourceError, StatsError
 from mixprec_build.output.build import plan_recipe
-from mixprec_build.plan.types import Plan
+from mixprec_build.planning.types import Plan
 from mixprec_build.recipe.recipe import load_recipe
 from mixprec_build.recipe.sources import open_sources
-from mixprec_build.suggest import allocate
-from mixprec_build.suggest.activity import Activity
-from mixprec_build.suggest.allocate import Suggestion, suggest
-from mixprec_build.suggest.choices import Request
-from mixprec_build.suggest.distortion import Distortion, DistortionCache
-from mixprec_build.suggest.objective import Objective
-from mixprec_build.suggest.recipe_file import recipe_text
+from mixprec_build.suggesting import allocate
+from mixprec_build.suggesting.activity import Activity
+from mixprec_build.suggesting.allocate import Suggestion, suggest
+from mixprec_build.suggesting.choices import Request
+from mixprec_build.suggesting.distortion import Distortion, DistortionCache
+from mixprec_build.suggesting.objective import Objective
+from mixprec_build.suggesting.recipe_file import recipe_text
 
 VARIANTS = {"bf16": "bf16", "fp8": "fp8_block", "int4": "gptq_int4"}
 
@@ -318,7 +318,7 @@ def test_objectives_add_up_what_they_say(moe: Path, tmp_path: Path) -> None:
         peers = [n for n in names if re.sub(r"experts\.\d+", "", n) == re.sub(r"experts\.\d+", "", name)]
         return lost / sum(f[n] * power(reference.dequantize(n), n) for n in peers)
 
-    from mixprec_build.suggest.distortion import Moments
+    from mixprec_build.suggesting.distortion import Moments
 
     for objective, weighted, relative in (
         (Objective.WEIGHT, False, False),

@@ -27,9 +27,9 @@ COMPILER = {
     "checkpoint": "an opened checkpoint, each module with its format; what a compiled one declares and lists",
     "ranks": "a checkpoint cut for ranks, and put together again",
     "recipe": "YAML in, its sources opened",
-    "plan": "recipe and sources become a plan, or a refusal with its fixes",
+    "planning": "recipe and sources become a plan, or a refusal with its fixes",
     "output": "a plan becomes files; files are cut for ranks and compared with their sources",
-    "suggest": "a source for every module, within a budget of bytes",
+    "suggesting": "a source for every module, within a budget of bytes",
     "report": "facts, tables, pictures; what this machine can serve",
     "cli": "the command line: one file a command",
 }
@@ -99,7 +99,7 @@ def imports(module: str) -> Iterator[str]:
 
 
 def room(module: str) -> str:
-    """``"plan"`` of ``mixprec_build.plan.rules``; empty for a package itself."""
+    """``"planning"`` of ``mixprec_build.planning.rules``; empty for a package itself."""
     return module.partition(".")[2].partition(".")[0]
 
 

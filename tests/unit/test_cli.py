@@ -398,7 +398,7 @@ ON = "the same command goes on from there\n"
 KEPT = "mixprec: {out}: interrupted; its one file is finished and kept in {stage}: " + ON
 RANKS_KEPT = "mixprec: {out}: interrupted; what is finished is kept: " + ON
 MOMENTS = {
-    "planning": ("mixprec_build.plan.planner", "lay_out", "build", "mixprec: interrupted\n"),
+    "planning": ("mixprec_build.planning.planner", "lay_out", "build", "mixprec: interrupted\n"),
     "copying": ("mixprec_build.output.copier", "pwrite_all", "build", KEPT),  # one batch of tensors is all there is
     "ending": ("mixprec_build.output.publish", "write_companions", "build", KEPT),
     "verifying": ("mixprec_build.output.verify", "_structure_differences", "verify", "mixprec: interrupted\n"),

@@ -20,8 +20,8 @@ from tiny import write_sources, write_tiny
 
 from mixprec_build.checkpoint.typed import Source, open_source
 from mixprec_build.errors import SourceError
-from mixprec_build.suggest import distortion
-from mixprec_build.suggest.distortion import Distortion, DistortionCache, Moments, measure
+from mixprec_build.suggesting import distortion
+from mixprec_build.suggesting.distortion import Distortion, DistortionCache, Moments, measure
 
 MODULE = "model.layers.0.mlp.down_proj"
 
@@ -133,8 +133,8 @@ def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from mixprec_build.suggest import distortion
-from mixprec_build.suggest.distortion import DistortionCache, measure
+from mixprec_build.suggesting import distortion
+from mixprec_build.suggesting.distortion import DistortionCache, measure
 from mixprec_build.checkpoint.typed import Source, open_source
 
 folder = Path(sys.argv[1])
@@ -187,7 +187,7 @@ def test_memory_is_bounded_by_what_is_read(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from mixprec_build.suggest.distortion import DistortionCache, measure\n"
+        "from mixprec_build.suggesting.distortion import DistortionCache, measure\n"
         "from mixprec_build.checkpoint.typed import open_source\n"
         "a, b = (open_source(str(Path(sys.argv[1]) / n)) for n in ('bf16', 'fp8'))\n"
         "import numpy, ml_dtypes\n"

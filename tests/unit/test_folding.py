@@ -18,7 +18,7 @@ from serving import dequantize
 
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.output.build import plan_recipe, run_plan
-from mixprec_build.plan.types import Plan
+from mixprec_build.planning.types import Plan
 
 MHA = Tiny("llama", kv_heads=4, hidden=256, gain=1 / 16)  # v_proj and o_proj have one shape: scales go through them
 MOE = replace(QWEN3_MOE, gain=1 / 16)

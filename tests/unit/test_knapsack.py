@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixprec_build.suggest import knapsack
-from mixprec_build.suggest.knapsack import frontier, solve
+from mixprec_build.suggesting import knapsack
+from mixprec_build.suggesting.knapsack import frontier, solve
 
 CHOICE = st.tuples(st.integers(0, 50), st.floats(0, 100))
 GROUPS = st.lists(st.lists(CHOICE, min_size=1, max_size=4), min_size=1, max_size=6)

@@ -17,8 +17,8 @@ from mixprec_build.errors import RecipeError, RefusedError, SourceError
 from mixprec_build.families.base import FAMILIES
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.patterns.pattern import Pattern
-from mixprec_build.plan.planner import make_plan
-from mixprec_build.plan.types import LeftOut, Plan
+from mixprec_build.planning.planner import make_plan
+from mixprec_build.planning.types import LeftOut, Plan
 from mixprec_build.recipe.recipe import Rule, load_recipe
 from mixprec_build.recipe.sources import Sources, open_sources
 

@@ -18,7 +18,7 @@ from mixprec_build.checkpoint.typed import Source
 from mixprec_build.errors import RecipeError
 from mixprec_build.formats.registry import ALIASES
 from mixprec_build.patterns.pattern import Pattern
-from mixprec_build.plan.planner import make_plan
+from mixprec_build.planning.planner import make_plan
 from mixprec_build.recipe.recipe import (
     _FORMAT_WORDS,
     DEFAULT_SHARD_SIZE,

@@ -27,8 +27,8 @@ from mixprec_build.output.publish import write
 from mixprec_build.output.split import split
 from mixprec_build.output.stage import Stage
 from mixprec_build.output.verify import verify
-from mixprec_build.plan.planner import make_plan
-from mixprec_build.plan.types import Plan
+from mixprec_build.planning.planner import make_plan
+from mixprec_build.planning.types import Plan
 from mixprec_build.recipe.recipe import load_recipe
 from mixprec_build.recipe.sources import open_sources
 

@@ -40,8 +40,8 @@ from mixprec_build.errors import InterruptedBuildError, MixprecError, OutputErro
 from mixprec_build.output import copier
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.verify import verify
-from mixprec_build.plan.shards import _aligned
-from mixprec_build.plan.types import PlannedShard, PlannedTensor
+from mixprec_build.planning.shards import _aligned
+from mixprec_build.planning.types import PlannedShard, PlannedTensor
 from mixprec_build.storage.dtypes import DTYPE_BITS
 from mixprec_build.storage.header import TensorInfo, parse_header
 
@@ -127,7 +127,7 @@ def test_shards_are_no_larger_than_asked(tmp_path: Path) -> None:
 
 
 def test_shards_have_no_more_tensors_than_are_read(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("mixprec_build.plan.shards.MOST_TENSORS", 7)
+    monkeypatch.setattr("mixprec_build.planning.shards.MOST_TENSORS", 7)
     tensors = {f"model.layers.{i}.mlp.up_proj.{leaf}": torch.ones(4) for i in range(10) for leaf in ("bias", "weight")}
     out = build(one_source(tmp_path, tensors), tmp_path / "out")
     held = [file_tensors(path) for path in sorted(out.glob("*.safetensors"))]

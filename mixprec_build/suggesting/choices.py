@@ -18,12 +18,12 @@ from ..families.base import Role, fused_groups, gemms, is_expert, layer_prefix, 
 from ..formats.registry import ALIASES
 from ..patterns.compress import compress
 from ..patterns.pattern import Pattern, PatternError
-from ..plan.folding import Folding
-from ..plan.planner import plan_modules
-from ..plan.problems import Problems
-from ..plan.rules import decided_groups, fuse, gives, group_limits
-from ..plan.servable import check_same_weights, check_servable
-from ..plan.types import PlannedModule
+from ..planning.folding import Folding
+from ..planning.planner import plan_modules
+from ..planning.problems import Problems
+from ..planning.rules import decided_groups, fuse, gives, group_limits
+from ..planning.servable import check_same_weights, check_servable
+from ..planning.types import PlannedModule
 from ..ranks.splitter import Splitter
 from ..recipe.recipe import Recipe, Rule
 from ..recipe.sources import Sources

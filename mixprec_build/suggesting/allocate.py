@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.typed import Source
 from ..errors import BudgetError, SourceError, StatsError
-from ..plan.planner import make_plan
-from ..plan.types import Plan
+from ..planning.planner import make_plan
+from ..planning.types import Plan
 from ..recipe.recipe import Recipe, Rule
 from ..recipe.sources import Sources
 from ..text import human, some
