@@ -1,3 +1,66 @@
-"""mixprec: compile several checkpoints of one model into one whose weights keep the formats they came in."""
+"""mixprec: compiles several checkpoints of one model into one whose weights keep the formats they came in.
 
-__version__ = "0.1.0"
+    import mixprec_build as mp
+
+    plan = mp.plan("mix.yaml")
+    mp.build(plan, "out")
+
+:mod:`mixprec_build.api` documents each function. They are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .versions import __version__
+
+if TYPE_CHECKING:
+    from .api import build, inspect, plan, split, suggest, verify
+    from .errors import (
+        BudgetError,
+        HubError,
+        InterruptedBuildError,
+        MixprecError,
+        OutputError,
+        RecipeError,
+        RefusedError,
+        SourceError,
+        SplitError,
+        StatsError,
+        VerifyError,
+        WriteError,
+    )
+
+__all__ = [
+    "BudgetError",
+    "HubError",
+    "InterruptedBuildError",
+    "MixprecError",
+    "OutputError",
+    "RecipeError",
+    "RefusedError",
+    "SourceError",
+    "SplitError",
+    "StatsError",
+    "VerifyError",
+    "WriteError",
+    "__version__",
+    "build",
+    "inspect",
+    "plan",
+    "split",
+    "suggest",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(".errors" if name.endswith("Error") else ".api", __name__)
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

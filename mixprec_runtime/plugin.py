@@ -10,7 +10,7 @@ import logging
 from typing import Any, ClassVar
 
 from mixprec_build.checkpoint.declaration import METHOD
-from mixprec_build.sglang_versions import version_problem
+from mixprec_build.versions import version_problem
 
 __all__ = ["register"]
 

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
 from ..errors import MixprecError, RefusedError
+from ..versions import __version__
 from .build import build
 from .doctor import doctor
 from .experts import experts

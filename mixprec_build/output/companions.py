@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import VERSION, name_formats, quantization_config
 from ..checkpoint.manifest import CHECKSUM, MANIFEST, checksum_of
 from ..planning.types import Plan
 from ..storage.disk import read_regular, write_errors
+from ..versions import __version__
 
 if TYPE_CHECKING:
     from ..formats.base import Format

@@ -18,7 +18,6 @@ from typing import Any
 
 import xxhash
 
-from .. import __version__
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import Degree, parse_folder
 from ..checkpoint.manifest import CHECKSUM, MANIFEST, dump_manifest, merged_files, read_manifest, tensor_entries
@@ -43,6 +42,7 @@ from ..recipe.recipe import DEFAULT_SHARD_SIZE
 from ..storage.disk import check_space, inside, sync_folder, write_errors
 from ..storage.header import TensorInfo
 from ..storage.threads import Progress, run_all
+from ..versions import __version__
 from .leftovers import clear_leftovers
 from .locked import alone
 from .rank_differences import differences_of

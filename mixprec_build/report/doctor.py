@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.declaration import METHOD, Declaration
 from ..checkpoint.manifest import layout_of, read_manifest, tensor_entries
@@ -27,8 +26,8 @@ from ..formats.base import Format
 from ..planning.rules import half_only
 from ..ranks.merged import complete
 from ..ranks.on_disk import open_on_disk
-from ..sglang_versions import INSTALL, version_problem
 from ..text import some
+from ..versions import INSTALL, __version__, version_problem
 
 __all__ = ["Finding", "examine"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from .. import __version__
 from ..errors import OutputError
 from ..recipe.recipe import Recipe
 from ..text import human
+from ..versions import __version__
 from .allocate import Suggestion
 from .objective import Objective
 

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 
-from mixprec_build.sglang_versions import INSTALL
+from mixprec_build.versions import INSTALL
 
 from .engine import ENGINE, environment
 

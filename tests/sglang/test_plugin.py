@@ -107,7 +107,7 @@ def test_a_sglang_that_does_not_fit_is_told_so_when_it_loads_a_checkpoint(folder
     ],
 )
 def test_versions_that_fit(version: str, fits: bool) -> None:
-    from mixprec_build.sglang_versions import version_problem
+    from mixprec_build.versions import version_problem
 
     assert (version_problem(version) is None) == fits
 

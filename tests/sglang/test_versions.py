@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import mixprec_runtime.cpu.engine
-from mixprec_build.sglang_versions import version_problem
+from mixprec_build.versions import version_problem
 
 HERE = Path(__file__).parent
 SITES = [Path(site) for site in os.environ.get("MIXPREC_SGLANG_VERSIONS", "").split(os.pathsep) if site]

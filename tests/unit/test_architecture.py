@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 COMPILER = {
     "errors": "every error that a user can cause",
     "text": "words and numbers for messages",
-    "sglang_versions": "the releases that checkpoints are served with",
+    "versions": "mixprec's own version, and the SGLang releases that checkpoints are served with",
     "patterns": "names with wildcards: parsed, matched, folded; regular expressions of untrusted files",
     "storage": "bytes: safetensors headers, files and folders, the hub, bounds against untrusted input",
     "families": "what a model is: roles, fused groups, experts, what is never quantized",
@@ -31,6 +31,7 @@ COMPILER = {
     "output": "a plan becomes files; files are cut for ranks and compared with their sources",
     "suggesting": "a source for every module, within a budget of bytes",
     "report": "facts, tables, pictures; what this machine can serve",
+    "api": "the functions of `import mixprec_build as mp`",
     "cli": "the command line: one file a command",
 }
 """The rooms of the compiler, from the top. A room imports only those above it."""
@@ -55,7 +56,7 @@ RUNTIME = {
 FOR_THE_RUNTIME = (
     "errors",
     "text",
-    "sglang_versions",
+    "versions",
     "patterns",
     "storage",
     "families",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mixprec_build.cli.app import app
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.report import doctor
-from mixprec_build.sglang_versions import version_problem
+from mixprec_build.versions import version_problem
 
 
 @pytest.fixture

@@ -1,21 +1,21 @@
-"""The SGLang releases that compiled checkpoints are served with."""
+"""The version of mixprec, and the releases of SGLang that its checkpoints are served with."""
 
 from __future__ import annotations
 
-from packaging.version import Version
-
-from . import __version__
-
-__all__ = ["INSTALL", "NEWEST", "OLDEST", "version_problem"]
+__all__ = ["INSTALL", "NEWEST", "OLDEST", "__version__", "version_problem"]
 
 
-OLDEST, NEWEST = Version("0.5.15.post1"), Version("0.5.23")
+__version__ = "0.1.0"
+
+OLDEST, NEWEST = "0.5.15.post1", "0.5.23"
 INSTALL = f"pip install 'sglang>={OLDEST},<={NEWEST}'"
 
 
 def version_problem(version: str) -> str | None:
     """Why this SGLang does not fit; None if it does."""
-    if OLDEST <= Version(version) <= NEWEST:
+    from packaging.version import Version
+
+    if Version(OLDEST) <= Version(version) <= Version(NEWEST):
         return None
     return (
         f"mixprec {__version__} serves with SGLang {OLDEST} to {NEWEST}, and this is SGLang {version}. "

@@ -1,0 +1,247 @@
+"""The functions of ``import mixprec_build as mp``: what the commands do, for other programs.
+
+Every function raises subclasses of :class:`~mixprec_build.errors.MixprecError`, whose text is meant for a user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .output.verify import Verification
+    from .planning.types import Plan
+    from .storage.threads import Progress
+    from .suggesting.allocate import Suggestion
+
+__all__ = ["build", "inspect", "plan", "split", "suggest", "verify"]
+
+Layout = Literal["merged", "presplit", "both"]
+"""Which files a checkpoint has: those of the whole model, those cut for ranks, or both."""
+
+
+def plan(
+    recipe: str | PathLike[str],
+    *,
+    allow_unservable: bool = False,
+    link: bool = False,
+    layout: Layout | None = None,
+) -> Plan:
+    """Decides what a recipe (a YAML file) builds: for every tensor its source and its file. Writes nothing.
+
+    >>> plan = mp.plan("mix.yaml")
+    >>> plan.modules["model.layers.0.mlp.down_proj"].format.kind
+    'gptq_int4'
+
+    Args:
+        allow_unservable: plan also what SGLang could not serve; the reasons are then in ``plan.unservable``.
+        link: take source files over whole, by reflink or hard link, where all of a file is wanted.
+        layout: takes the place of the recipe's.
+
+    Raises:
+        RecipeError: the YAML, with its line.
+        SourceError: a checkpoint that cannot be read.
+        RefusedError: the mix cannot be served; it carries every problem.
+    """
+    from .output.build import plan_recipe
+
+    return plan_recipe(Path(recipe), allow_unservable=allow_unservable, link=link, layout=layout)
+
+
+def build(
+    recipe: str | PathLike[str] | Plan,
+    out: str | PathLike[str],
+    *,
+    force: bool = False,
+    allow_unservable: bool = False,
+    link: bool = False,
+    layout: Layout | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Compiles a recipe, or a plan of :func:`plan`, into the folder ``out``, which appears whole or not at all.
+
+    >>> mp.build("mix.yaml", "out").name
+    'mixprec_manifest.json'
+
+    Args:
+        force: replace an ``out`` that mixprec wrote before.
+        allow_unservable, link, layout: as for :func:`plan`; ``layout`` is for recipes only.
+        jobs: copying threads; up to 8 by default.
+        progress: called with the bytes just done, from any thread; in all they are ``plan.written_bytes``.
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        RecipeError, SourceError, RefusedError: as :func:`plan`.
+        OutputError: ``out`` holds something else, overlaps a source, or is in use.
+        WriteError: the disk is full or fails. The same call goes on with what was finished.
+    """
+    from .output.build import run_plan
+    from .planning.types import Plan
+
+    if not isinstance(recipe, Plan):
+        recipe = plan(recipe, allow_unservable=allow_unservable, link=link, layout=layout)
+    return run_plan(
+        recipe,
+        Path(out),
+        force=force,
+        allow_unservable=allow_unservable,
+        link=link,
+        jobs=jobs,
+        progress=progress,
+    )
+
+
+def inspect(checkpoint: str | PathLike[str]) -> dict[str, Any]:
+    """Says what a checkpoint holds, by its headers: a compiled one or any other, a folder or a hub id.
+
+    >>> sorted(entry["name"] for entry in mp.inspect("out")["formats"])
+    ['bf16', 'fp8_block', 'gptq_int4']
+
+    Returns:
+        What ``mixprec inspect --json`` prints: ``formats`` with modules, parameters and bytes of each, ``layers`` with
+        a map of them, and of a compiled checkpoint its ``sources`` and ``manifest_checksum``.
+
+    Raises:
+        SourceError: it cannot be read.
+        VerifyError: its manifest was changed.
+    """
+    from .ranks.on_disk import open_on_disk
+    from .report.facts import inspect_facts
+
+    return inspect_facts(open_on_disk(str(checkpoint)), Path(checkpoint))
+
+
+def verify(
+    folder: str | PathLike[str],
+    *,
+    sources: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Verification:
+    """Compares a compiled checkpoint with its manifest and its sources, bit for bit.
+
+    >>> mp.verify("out").differences
+    ()
+
+    Args:
+        sources: source -> where it has moved to. Tensors of sources that are gone are compared by checksum.
+        progress: called with the bytes just compared.
+
+    Raises:
+        VerifyError: there is no manifest, or it was changed.
+        SourceError: the checkpoint cannot be opened.
+    """
+    from .output.verify import verify as run
+
+    return run(Path(folder), sources=sources, progress=progress)
+
+
+def split(
+    folder: str | PathLike[str],
+    tp: int | None = None,
+    *,
+    ep: int = 1,
+    dp: int = 1,
+    ranks: Iterable[int] | None = None,
+    layout: Layout = "both",
+    jobs: int | None = None,
+) -> list[Path]:
+    """Cuts a compiled checkpoint for the ranks that will serve it.
+
+    >>> [str(path) for path in mp.split("out", tp=1)]
+    ['out/presplit/tp1-ep1/rank-0-of-1']
+
+    Args:
+        tp: tensor-parallel ranks; None with ``layout="merged"``.
+        ep: expert-parallel ranks among them.
+        dp: replicas of attention among them (``--enable-dp-attention``).
+        ranks: cut these only; all by default.
+        layout: ``presplit`` drops the merged files afterwards, ``both`` keeps or restores them, ``merged`` restores
+            them and drops the files of ranks.
+        jobs: copying threads; up to 8 by default.
+
+    Returns:
+        The folders of the ranks.
+
+    Raises:
+        SplitError: it cannot be cut like that.
+        VerifyError: ``folder`` is no compiled checkpoint.
+        OutputError, WriteError: as :func:`build`.
+    """
+    from .checkpoint.degree import Degree
+    from .output.split import split as run
+
+    degree = None if tp is None else Degree(tp, ep, dp)
+    return run(Path(folder), degree, layout=layout, ranks=ranks, jobs=jobs)
+
+
+def suggest(
+    recipe: str | PathLike[str],
+    budget: int | str,
+    out: str | PathLike[str] | None = None,
+    *,
+    force: bool = False,
+    stats: Sequence[str | PathLike[str]] = (),
+    moments: str | PathLike[str] | None = None,
+    objective: str | None = None,
+    pins: Sequence[tuple[str, str]] = (),
+    floors: Sequence[tuple[str, str]] = (),
+    errors: str | PathLike[str] | None = None,
+    allow_unservable: bool = False,
+    jobs: int | None = None,
+) -> Suggestion:
+    """Chooses a source for every module: the least expected loss within a budget of bytes.
+
+    >>> suggestion = mp.suggest("mix.yaml", "700kB", "suggested.yaml", errors="errors")
+    >>> suggestion.nbytes <= 700_000
+    True
+
+    Args:
+        recipe: names the sources to choose from; its lines decide what cannot be chosen.
+        budget: bytes of the files to be written, as a number or as in ``"140GB"``.
+        out: where the recipe is written; nowhere by default.
+        force: replace an ``out`` that is there.
+        stats: files of expert activity, added up.
+        moments: second moments of the modules' inputs (safetensors).
+        objective: ``weight``, ``relative``, ``output`` or ``relative-output``; the last by default where there are
+            moments, else ``relative``.
+        pins: ``(pattern, source)``: this source there.
+        floors: ``(pattern, format)``: no format of fewer bits there.
+        errors: where measured errors are kept; ``~/.cache/mixprec`` by default.
+        jobs: measuring threads.
+
+    Raises:
+        BudgetError: no mix is as small; the message has the smallest.
+        OutputError: ``out`` is there, or cannot be written.
+        RecipeError, SourceError, StatsError, RefusedError: see their docstrings.
+    """
+    from .recipe.recipe import load_recipe, parse_size
+    from .recipe.sources import open_sources
+    from .suggesting.activity import read_activity
+    from .suggesting.allocate import suggest as run
+    from .suggesting.choices import Request
+    from .suggesting.distortion import DistortionCache, Moments, default_cache
+    from .suggesting.objective import Objective
+    from .suggesting.recipe_file import check_target, write_recipe
+
+    if out is not None:
+        check_target(Path(out), Path(recipe), force=force)
+    base = load_recipe(Path(recipe))
+    request = Request(
+        budget=parse_size(budget) if isinstance(budget, str) else budget,
+        objective=None if objective is None else Objective(objective),
+        activity=read_activity([Path(path) for path in stats]) if stats else None,
+        moments=None if moments is None else Moments(Path(moments)),
+        pins=pins,
+        floors=floors,
+        allow_unservable=allow_unservable,
+    )
+    with DistortionCache(default_cache() if errors is None else Path(errors)) as cache:
+        suggestion = run(base, open_sources(base), request, cache, jobs=jobs)
+    if out is not None:
+        write_recipe(suggestion, Path(out), force=force)
+    return suggestion
