@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Allow, Allowed, AsJson, Layout, Link, Quiet, RecipePath
+from .options import Allow, Allowed, AsJson, Check, Checked, Layout, Link, Quiet, RecipePath
 from .plan import plan_from, show_plan_notes
 from .printing import print_json, progress_bar
 
@@ -27,6 +27,7 @@ def build(
         Layout | None,
         typer.Option(help="Files for all (merged), cut for ranks (presplit), or both; else what the recipe says."),
     ] = None,
+    check: Check = Checked.SAMPLE,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Copying threads.", show_default=False)
     ] = None,
@@ -37,7 +38,7 @@ def build(
     from ..output.build import run_plan
     from ..output.target import check_output
 
-    plan = plan_from(recipe, allow, link, layout)
+    plan = plan_from(recipe, allow, link, layout, check)
     check_output(plan, out, force=force)
     show_plan_notes(plan, as_json)
 

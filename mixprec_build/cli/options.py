@@ -31,3 +31,16 @@ Allow = Annotated[
     list[Allowed], typer.Option("--allow", help="`unservable`: build also what SGLang could not serve, and record it.")
 ]
 Link = Annotated[bool, typer.Option("--link", help="Reflink or hard-link source files that are taken over whole.")]
+
+
+class Checked(str, Enum):
+    """How many quantized modules have their weights compared with unquantized ones."""
+
+    SAMPLE = "sample"
+    FULL = "full"
+
+
+Check = Annotated[
+    Checked,
+    typer.Option("--check", help="Whether quantized weights were made from the unquantized ones: a sample, or all."),
+]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Allow, Allowed, AsJson, Layout, Link, RecipePath
+from .options import Allow, Allowed, AsJson, Check, Checked, Layout, Link, RecipePath
 from .printing import console, print_json
 
 if TYPE_CHECKING:
@@ -16,24 +16,42 @@ if TYPE_CHECKING:
 __all__ = ["plan_from", "show_plan_notes"]
 
 
-def plan(recipe: RecipePath, allow: Allow = [], link: Link = False, as_json: AsJson = False) -> None:  # noqa: B006
+def plan(
+    recipe: RecipePath,
+    allow: Allow = [],  # noqa: B006 (typer copies it)
+    link: Link = False,
+    check: Check = Checked.SAMPLE,
+    as_json: AsJson = False,
+) -> None:
     """Show what a build would write, without writing it."""
     from ..report.facts import plan_facts
     from ..report.tables import show_plan
 
-    facts = plan_facts(plan_from(recipe, allow, link))
+    facts = plan_facts(plan_from(recipe, allow, link, check=check))
     if as_json:
         print_json(facts)
     else:
         show_plan(facts, console())
 
 
-def plan_from(recipe: Path, allow: list[Allowed], link: bool, layout: Layout | None = None) -> Plan:
+def plan_from(
+    recipe: Path,
+    allow: list[Allowed],
+    link: bool,
+    layout: Layout | None = None,
+    check: Checked = Checked.SAMPLE,
+) -> Plan:
     from ..output.build import no_garbage_collection, plan_recipe
 
     wanted = None if layout is None else layout.value
     with no_garbage_collection():
-        plan = plan_recipe(recipe, allow_unservable=Allowed.UNSERVABLE in allow, link=link, layout=wanted)
+        plan = plan_recipe(
+            recipe,
+            allow_unservable=Allowed.UNSERVABLE in allow,
+            link=link,
+            layout=wanted,
+            check_all=check is Checked.FULL,
+        )
         gc.freeze()  # its million objects stay until the end, and need not be searched for garbage, at exit neither
     return plan
 

@@ -59,30 +59,51 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 # The norm whose output is a module's input: in its layer, or beside it. Where there are two names, the first that
 # a model has.
-_ATTENTION_NORM = ("input_layernorm",)
-_MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm")
+_ATTENTION_NORM = (
+    "input_layernorm", "attention_norm", "ln_1", "norm1", "self_attn_layer_norm", "pre_attention_layernorm",
+    "operator_norm", "norm",
+)  # fmt: skip
+_MLP_NORM = (
+    "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "post_attention_layernorm",
+    "ffn_norm",
+    "ln_2",
+    "norm2",
+    "final_layer_norm",
+    "pre_ff_layernorm",
+    "post_mixer_norm",
+    *_ATTENTION_NORM,  # of blocks side by side, which one norm feeds both
+)
 _IN_LAYER = {
     "q_proj": _ATTENTION_NORM, "k_proj": _ATTENTION_NORM, "v_proj": _ATTENTION_NORM,
     "q_a_proj": _ATTENTION_NORM, "kv_a_proj_with_mqa": _ATTENTION_NORM,
     "gate_proj": _MLP_NORM, "up_proj": _MLP_NORM, "w1": _MLP_NORM, "w3": _MLP_NORM,
     "gate": _MLP_NORM, "router": _MLP_NORM, "shared_expert_gate": _MLP_NORM,
 }  # fmt: skip
+# By the block that a linear is in, for those of other names.
+_ATTENTION_BLOCK = re.compile(
+    r"(.*\.)?(self_attn|attn|attention|linear_attn|self_attention|mixer|mamba|conv|temporal_block)(\.indexer)?"
+)
+_MLP_BLOCK = re.compile(
+    r"(.*\.)?(mlp|feed_forward|ffn|moe|block_sparse_moe|experts|shared_experts?|router|gate)(\..*)?"
+)
+_OUTPUTS = re.compile(
+    r"o_proj|down_proj|w2|wo|out_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|output_linear|.*norm\d?|.*_(a|b)_proj|wq_b|"
+    r".*(bias|scale|A_log|conv1d)|D"
+)
+"""Linears at the end of a block, or in the middle of it: what feeds them is in the block, too."""
 _BESIDE = {"q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm"}
 # The linear whose outputs, one for one, become a module's inputs.
-_LINEAR_BEFORE = {"o_proj": "v_proj", "down_proj": "up_proj", "w2": "w3"}
+_LINEAR_BEFORE = {
+    "o_proj": "v_proj", "down_proj": "up_proj", "w2": "w3", "wo": "wv", "fc2": "fc1", "out_proj": "v_proj",
+    "dense_4h_to_h": "dense_h_to_4h", "c_proj": "c_fc",
+}  # fmt: skip
 
+_NORM = re.compile(r".*norm\d?|ln_\w+|norm_f")
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in"}
 _HEADS = {"lm_head", "embed_out"}
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
-
-# Fields of config.json that must agree for two checkpoints to be one model, whatever their format.
-_IDENTITY = (
-    "model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "head_dim",
-    "num_attention_heads", "num_key_value_heads", "num_experts", "n_routed_experts", "num_local_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts",
-    "first_k_dense_replace", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-    "hidden_act", "rms_norm_eps", "rope_theta",
-)  # fmt: skip
 
 
 class Role(Enum):
@@ -107,24 +128,13 @@ class Model:
 
     model_type: str
     tied_embeddings: bool
-    identity: Mapping[str, object]
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> Model:
         # Multimodal checkpoints keep the decoder's configuration one level down.
         text = config.get("text_config")
         flat = {**config, **text} if isinstance(text, dict) else config
-        identity = {key: flat[key] for key in _IDENTITY if flat.get(key) is not None}
-        return cls(str(flat.get("model_type", "")), bool(flat.get("tie_word_embeddings", False)), identity)
-
-    def differences(self, other: Model) -> list[str]:
-        """Fields both configs give, with different values, as ``"hidden_size 4096 and 2048"``."""
-        both = self.identity.keys() & other.identity.keys()
-        return [
-            f"{key} {self.identity[key]} and {other.identity[key]}"
-            for key in _IDENTITY
-            if key in both and self.identity[key] != other.identity[key]
-        ]
+        return cls(str(flat.get("model_type", "")), bool(flat.get("tie_word_embeddings", False)))
 
 
 def role_of(name: str, shape: tuple[int, ...], leaves: Iterable[str]) -> Role:
@@ -143,7 +153,7 @@ def role_by_name(name: str) -> Role | None:
         return Role.HEAD
     if last in _ROUTERS:
         return Role.ROUTER
-    return Role.NORM if last.endswith("norm") else None
+    return Role.NORM if _NORM.fullmatch(last) else None
 
 
 def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
@@ -255,8 +265,13 @@ def norms_before(name: str) -> tuple[str, ...]:
     parent, _, last = name.rpartition(".")
     if last in _BESIDE:
         return (f"{parent}.{_BESIDE[last]}",)
+    prefix = layer_prefix(name)
     norms = _IN_LAYER.get(last, ())
-    prefix = layer_prefix(name) if norms else ""
+    if prefix and not norms and not _OUTPUTS.fullmatch(last):
+        block = parent.removeprefix(prefix) if parent != prefix[:-1] else ""
+        norms = (
+            _MLP_NORM if _MLP_BLOCK.fullmatch(block) else _ATTENTION_NORM if _ATTENTION_BLOCK.fullmatch(block) else ()
+        )
     return tuple([prefix + norm for norm in norms]) if prefix else ()
 
 

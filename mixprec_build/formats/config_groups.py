@@ -11,6 +11,7 @@ from ..patterns.budget import Patience
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from .base import FormatError
+from .keys import check_group_keys
 
 if TYPE_CHECKING:
     import re
@@ -55,6 +56,7 @@ class Scheme:
         at = f"config group {name!r:.100}"
         if not isinstance(data, Mapping):
             raise FormatError(f"{at} is not an object")
+        check_group_keys(at, data)
         own = data.get("format")
         format_ = format_ if own is None else own
         if not isinstance(format_, str):

@@ -29,6 +29,7 @@ from ..patterns.budget import Patience
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from .base import Axes, Axis, Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
+from .keys import check_override_keys
 from .marlin import FLOATS, expert_shape_limits, half_range, linear_shape_limits, tile, unpack
 
 if TYPE_CHECKING:
@@ -277,7 +278,10 @@ def _resolve_dynamic(quantization: Mapping[str, object], module: str) -> Mapping
         override = _Dynamic.of(dynamic).find(module)
     except PatternError as error:
         raise FormatError(f"`dynamic` {error}") from error
-    return quantization if override is None else {**quantization, **override}
+    if override is None:
+        return quantization
+    check_override_keys(override)
+    return {**quantization, **override}
 
 
 class _Dynamic:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
 
 from .awq import Awq
@@ -11,6 +13,7 @@ from .dense import Dense
 from .fp8 import Fp8
 from .gptq import Gptq
 from .int8 import Int8
+from .keys import check_keys, rotates
 from .packed import Packed
 
 if TYPE_CHECKING:
@@ -61,9 +64,18 @@ def recognise(module: StoredModule, quantization: Mapping[str, object]) -> Forma
     packed = module.tensors.keys() == {""} and module.name.endswith(("_blocks", "_scales"))
     if packed and quantization.get("quant_method") == "mxfp4":
         raise FormatError(_unread("MXFP4", shape_text("", module)))
+    if (key := rotates(quantization)) is not None:
+        raise FormatError(
+            f"quantization_config has `{key}`: these weights are stored rotated, and neither mixprec nor SGLang "
+            "rotates what they multiply; take these modules from another source"
+        )
+    if (foreign := _foreign(module, quantization)) is not None:
+        raise FormatError(foreign)
     for candidate in FORMATS:
         found = candidate.recognise(module, quantization)
         if found is not None:
+            if found.quantized:
+                check_keys(quantization)
             return found
     stored = ", ".join(shape_text(leaf, module) for leaf in sorted(module.tensors))
     held = {leaf: tensor.dtype for leaf, tensor in module.tensors.items()}
@@ -71,6 +83,31 @@ def recognise(module: StoredModule, quantization: Mapping[str, object]) -> Forma
         if leaves.items() <= held.items():
             raise FormatError(_unread(name, stored))
     raise FormatError(f"stored in no format mixprec knows ({stored})")
+
+
+_READ_METHODS = frozenset(
+    {"gptq", "awq", "fp8", "compressed-tensors", "modelopt", "fbgemm_fp8", "w8a8_fp8", "w8a8_int8", "blockwise_int8"}
+)
+_INDEX = re.compile(r"(.+\.)?(\w*position_ids|\w*_ids|num_batches_tracked|\w*token_map|tid2eid|d2t|t2d)")
+"""Integers that are buffers of models."""
+
+
+def _foreign(module: StoredModule, quantization: Mapping[str, object]) -> str | None:
+    """Why a bare parameter is part of a weight in another format, and no buffer; None where it may be one."""
+    tensor = module.tensors.get("")
+    if tensor is None or tensor.dtype[:1] not in ("I", "U") or _INDEX.fullmatch(module.name):
+        return None
+    method = quantization.get("quant_method")
+    sparsity = quantization.get("sparsity_config")
+    stored = shape_text("", module)
+    if method is not None and method not in _READ_METHODS:
+        return f"{stored} beside quant_method {brief(method)}, whose format mixprec does not read"
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        return f"{stored} beside sparsity_config of the format {brief(sparsity['format'])}, which mixprec does not read"
+    parent = module.name.rpartition(".")[0]
+    if len(tensor.shape) > 1 and parent.endswith(("proj", "fc1", "fc2", ".w1", ".w2", ".w3")):
+        return f"{stored} is part of a linear in a format that mixprec does not know"
+    return None
 
 
 def _unread(name: str, stored: str) -> str:

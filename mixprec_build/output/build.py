@@ -19,10 +19,18 @@ if TYPE_CHECKING:
 __all__ = ["no_garbage_collection", "plan_recipe", "run_plan"]
 
 
-def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = False, layout: str | None = None) -> Plan:
+def plan_recipe(
+    path: Path,
+    *,
+    allow_unservable: bool = False,
+    link: bool = False,
+    layout: str | None = None,
+    check_all: bool = False,
+) -> Plan:
     """Reads a recipe, opens its sources by their headers and decides everything. Writes nothing.
 
-    ``layout`` takes the place of the recipe's.
+    ``layout`` takes the place of the recipe's. ``check_all`` compares the weights of all quantized modules with their
+    unquantized forms, instead of a sample.
 
     Raises:
         RecipeError, SourceError, RefusedError: see their docstrings.
@@ -31,7 +39,8 @@ def plan_recipe(path: Path, *, allow_unservable: bool = False, link: bool = Fals
     if layout is not None:
         recipe = recipe.laid_out(layout)
     with no_garbage_collection():
-        return make_plan(recipe, open_sources(recipe), allow_unservable=allow_unservable, link=link)
+        sources = open_sources(recipe)
+        return make_plan(recipe, sources, allow_unservable=allow_unservable, link=link, check_all=check_all)
 
 
 def run_plan(

@@ -8,8 +8,9 @@ before ``down_proj``. The function of the model stays; its modules no longer fit
   they agree on its values, the router with it; where they do not, the mix is refused.
 - of a pair like ``up_proj`` and ``down_proj`` none may be taken from elsewhere.
 
-Scales show in the norms alone: sources whose norms agree have folded nothing, and mix as they like. Source of where
-scales go: AutoAWQ 0.2.9, ``awq/models``, ``get_layers_for_scaling``, and ``awq/quantize/scale.py``.
+Norms show most scales, but not all: llm-compressor folds between linears alone where a family has no norm before
+them. So a pair that is to be parted is compared itself where norms agree. Source of where scales
+go: AutoAWQ 0.2.9, ``awq/models``, ``get_layers_for_scaling``, and ``awq/quantize/scale.py``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from ..families.base import fused_groups, layer_prefix, norms_before, scaled_before
+from ..families.base import Role, fused_groups, layer_prefix, norms_before, role_by_name, scaled_before
 from ..patterns.compress import compress
+from .probe import WeightProbe
 from .problems import Mend, Problems
 from .rules import by_votes, can_give, origin
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 __all__ = ["Folding"]
 
 
+_PAIRS_LOOKED_AT = 16
+
+
 class Folding:
     """What the norms of a recipe's sources say about one another.
 
@@ -46,7 +51,7 @@ class Folding:
     def __init__(self, modules: Iterable[str], sources: Sources, reader: ValueReader):
         self._sources, self._reader = sources, reader
         names = list(modules)
-        norms = {name for name in names if name.endswith("norm")}
+        norms = {name for name in names if role_by_name(name) is Role.NORM}
         self.fed: dict[str, list[str]] = {}
         """Norm -> the modules that it feeds."""
         for name in names:
@@ -57,13 +62,36 @@ class Folding:
         self._differ: dict[tuple[str, str, str], bool] = {}
         self._apart: dict[tuple[str, str], bool] = {}
         self._mended: set[str] = set()
+        self._probe = WeightProbe(sources)
+        self._scaled: dict[tuple[str, str, str], list[bool]] = {}
 
     @cached_property
     def _folding(self) -> frozenset[str]:
-        """Sources in formats whose quantizers fold."""
-        return frozenset(
-            source.name for source in self._sources.by_name.values() if any(fmt.folds for fmt in source.held)
-        )
+        """Sources in formats whose quantizers fold, and those whose weights show that it was done."""
+        sources = self._sources.by_name.values()
+        by_format = {source.name for source in sources if any(fmt.folds for fmt in source.held)}
+        quantized = [s for s in sources if s.name not in by_format and any(fmt.quantized for fmt in s.held)]
+        return frozenset(by_format | {source.name for source in quantized if self._has_folded(source)})
+
+    def _has_folded(self, source: Source) -> bool:
+        """Whether weights of a source are another's times what its norms were divided by."""
+        looked_at = 0
+        for norm, fed in self.fed.items():
+            for other in self._sources.by_name.values():
+                if not self.differ(norm, source.name, other.name):
+                    continue
+                for name in fed:
+                    fmt = source.known_format(name)
+                    if fmt is None or not fmt.quantized or looked_at >= _PAIRS_LOOKED_AT:
+                        continue
+                    looked_at += 1
+                    ours, theirs = self._values(norm, source), self._values(norm, other)
+                    if ours is not None and theirs is not None:
+                        # Gemma's norms multiply by one more than they hold.
+                        ratios = [theirs / ours, (1 + theirs) / (1 + ours)]
+                        if any(self._probe.columns_follow(name, source.name, other.name, ratio) for ratio in ratios):
+                            return True
+        return False
 
     def between(self, a: str, b: str) -> bool:
         """Whether norms may differ between two sources although these are one model."""
@@ -185,12 +213,32 @@ class Folding:
     def _check_pair(
         self, before: PlannedModule, after: PlannedModule, block: list[PlannedModule], problems: Problems
     ) -> None:
-        if not self._pairs(before, after) or not self._are_apart(before.source, after.source):
+        if not self._pairs(before, after):
+            return
+        if not self._are_apart(before.source, after.source):
+            if self._is_scaled(before, after.source):
+                self._refuse_pair(before, after, block, problems)
             return
         prefix = layer_prefix(after.name)
         here = any(self.differ(norm, before.source, after.source) for norm in self.fed if layer_prefix(norm) == prefix)
         if not (here or before.format.folds or after.format.folds):
             return  # a layer that another mix took from elsewhere
+        self._refuse_pair(before, after, block, problems)
+
+    def _is_scaled(self, before: PlannedModule, other: str) -> bool:
+        """Whether scales were folded into a linear in one of two sources whose norms agree; a few of its kind are
+        looked at."""
+        if not {before.source, other} & self._folding:
+            return False
+        key = (before.name.rpartition(".")[2], min(before.source, other), max(before.source, other))
+        seen = self._scaled.setdefault(key, [])
+        if len(seen) < _PAIRS_LOOKED_AT and not any(seen):
+            seen.append(self._probe.is_scaled(before.name, before.source, other) is True)
+        return any(seen)
+
+    def _refuse_pair(
+        self, before: PlannedModule, after: PlannedModule, block: list[PlannedModule], problems: Problems
+    ) -> None:
         folded = sorted({before.source, after.source} & self._folding)
         last, first = (module.name.rpartition(".")[2] for module in (after, before))
         text = (

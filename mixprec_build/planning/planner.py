@@ -13,6 +13,8 @@ from ..checkpoint.degree import Degree
 from ..checkpoint.typed import Source
 from ..errors import RecipeError, RefusedError, SplitError
 from ..families.base import FAMILIES, FUSED, Role, role_by_name, role_of
+from ..families.expected import left_out_of_builds
+from ..families.identity import config_differences
 from ..formats.registry import ALIASES
 from ..patterns.compress import compress, natural_key
 from ..ranks.splitter import Splitter
@@ -21,7 +23,10 @@ from ..recipe.sources import Sources
 from ..storage.header import TensorInfo
 from ..storage.module import split_name
 from ..text import counted, some
+from .complete import check_complete, check_tied_head
 from .folding import Folding
+from .moved import check_moved
+from .probe import WeightProbe, check_weights
 from .problems import Mend, Problems
 from .rules import gives, half_only
 from .servable import check_servable
@@ -31,8 +36,15 @@ from .types import LeftOut, Plan, PlannedModule, PlannedTensor, RuleUse
 __all__ = ["make_plan", "plan_modules"]
 
 
-def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = False, link: bool = False) -> Plan:
-    """Decides everything and checks it.
+def make_plan(
+    recipe: Recipe,
+    sources: Sources,
+    *,
+    allow_unservable: bool = False,
+    link: bool = False,
+    check_all: bool = False,
+) -> Plan:
+    """Decides everything and checks it; with ``check_all`` also the weights of every quantized module.
 
     Raises:
         RecipeError: a name that no source has, a word that no source answers to.
@@ -47,12 +59,16 @@ def make_plan(recipe: Recipe, sources: Sources, *, allow_unservable: bool = Fals
         planner.follow(folding)
         modules = planner.collect()
         problems = planner.problems
+        planner.check_complete(modules)
         if not problems.found():
             planner.check_biases(modules, reader)
+            check_tied_head(modules, sources, reader, problems)
             check_servable(modules, sources, reader, folding, problems)
+            check_moved(modules, sources, problems)
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
         raise RefusedError([p.text for p in found])
+    planner.notes += check_weights(modules, sources, WeightProbe(sources), full=check_all)
     quantized = {name: (m.format, m.stored) for name, m in modules.items() if m.format.quantized}
     planner.notes += half_only(quantized, sources.model.config)
     presplit = {}
@@ -136,7 +152,8 @@ class _Planner:
 
     def choose(self) -> None:
         exact = self._exact_rules()
-        names = sorted({*self.default.checkpoint.modules, *exact}, key=natural_key)
+        taken = (name for name in self.default.checkpoint.modules if left_out_of_builds(name) is None)
+        names = sorted({*taken, *exact}, key=natural_key)
         globs = [(i, rule.pattern) for i, rule in enumerate(self.recipe.rules) if not rule.pattern.exact]
         hits = {name: [i for i, pattern in globs if pattern.matches(name)] for name in names}
         self.roles = {name: role_by_name(name) or self._role(name) for name in names}
@@ -227,13 +244,22 @@ class _Planner:
     # Whether the sources are one model
 
     def check_same_model(self) -> None:
+        """The config.json that the output is served with, and those of all sources that are used, are of one model."""
         used = {id(source): source for source, _ in self.chosen.values()}
+        names = {id(s.checkpoint): f"`{name}`" for name, s in self.sources.by_name.items()}
+        ours = names.get(id(self.sources.model), f"`model:` ({self.sources.model.location})")
         for source in used.values():
-            for difference in self.default.model.differences(source.model):
-                self.problems.hard(
-                    f"`{self.default.name}` and `{source.name}` are different models: {difference} in their "
-                    f"config.json; point `{source.name}` (line {source.line}) to a checkpoint of the same model"
-                )
+            for difference in config_differences(self.sources.model.config, source.checkpoint.config):
+                if difference.counts:
+                    self.problems.hard(
+                        f"{ours} and `{source.name}` are different models: {difference} in their config.json; point "
+                        f"`{source.name}` (line {source.line}) to a checkpoint of the same model"
+                    )
+                else:
+                    self.notes.append(
+                        f"{ours} and `{source.name}` differ in their config.json: {difference}; the output is served "
+                        "with the first"
+                    )
 
     # Norms that scales were folded into
 
@@ -308,6 +334,16 @@ class _Planner:
                 f"({some(compress(names))})"
             )
         return modules
+
+    def check_complete(self, modules: Mapping[str, PlannedModule]) -> None:
+        """Whether ``modules`` are all that the model needs; see :mod:`.complete`."""
+        if self.problems.found():
+            return  # what is missing has been said
+        offered = {}
+        for name, source in self.sources.by_name.items():
+            has = source.checkpoint.modules.keys() | source.checkpoint.absent.keys()
+            offered[name] = {module for module in has if gives(source, [module])} if name in ALIASES else has
+        check_complete(modules, self.sources.model.config, offered, self.problems, self.notes)
 
     def _shape_clash(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape a module has in the default source, where it is another one."""
@@ -385,6 +421,9 @@ class _Planner:
 
     def _why_left_out(self, source: Source, tensor: TensorInfo, modules: Mapping[str, PlannedModule]) -> str:
         module = modules.get(split_name(tensor.name)[0])
+        reason = left_out_of_builds(tensor.name)
+        if module is None and reason is not None:
+            return reason
         if (source.name, tensor.name) in self.dropped_biases:
             return f"zero biases that `{self.default.name}` does not have"
         if module is not None:

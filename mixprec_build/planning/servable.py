@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from ..families.base import Role, fused_groups, gemms_of, is_expert
+from ..families.shared_experts import compares_shared_experts
 from .problems import Problems
 from .rules import (
     SHARED_GATE_UP,
@@ -105,8 +106,8 @@ def _check_shared_experts(
     sources: Sources,
     problems: Problems,
 ) -> None:
-    """DeepSeek looks into the methods of its shared experts (models/deepseek_v2.py:774 in 0.5.17)."""
-    down = modules.get(shared_down(name))
+    """DeepSeek looks into the methods of its shared experts (models/deepseek_v2.py:774 in 0.5.17), GLM-4 likewise."""
+    down = modules.get(shared_down(name)) if compares_shared_experts(sources.model.config) else None
     if not name.endswith(SHARED_GATE_UP) or down is None or len({part.format for part in parts}) > 1:
         return
     limit = shared_experts_limit(parts[0].format, down.format)

@@ -46,6 +46,8 @@ class Ledger:
         self.arrived: set[str] = set()
         self.used: Counter[str] = Counter()
         """How many elements were copied from each tensor."""
+        self._values: dict[str, object] = {}
+        """The value of each tensor of one value that was asked for it."""
 
     def follow(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a checkpoint, watched.
@@ -92,17 +94,34 @@ class Ledger:
                     f"{into.dtype}: the layer is not in the format that the checkpoint declares"
                 )
 
+    def asked(self, names: Iterable[str], value: object) -> None:
+        """Notes that the one value of a tensor was read, as SGLang does to fill a parameter with it."""
+        with self._lock:
+            for name in names:
+                self.used[name] += 1
+                self._values[name] = value
+
+    def _filled(self, name: str) -> bool:
+        """Whether a parameter of one value holds what a tensor of its name was asked for."""
+        parameter = self._parameters[name]
+        if parameter.numel() != 1:
+            return False
+        ending = name.split(".")[-3:]
+        asked = [value for tensor, value in self._values.items() if tensor.split(".")[-3:] == ending]
+        return any(parameter.item() == torch.tensor(value, dtype=parameter.dtype).item() for value in asked)
+
     def unused(self, ranks: int) -> list[str]:
         """Tensors of the manifest of which less was copied than one of ``ranks`` takes."""
         return [name for name, t in self._declared.items() if self.used[name] * ranks < prod(t["shape"])]
 
-    def unfilled(self) -> list[str]:
-        """Parameters that were not written in full."""
+    def unfilled(self, due: Mapping[str, int]) -> list[str]:
+        """Parameters of which fewer elements were written than they have, or than ``due`` says for some of them."""
         return [
             name
             for storage, names in self._by_storage.items()
             for name in names
-            if sum(self._written[storage].values()) < self._parameters[name].numel()
+            if sum(self._written[storage].values()) < due.get(name, self._parameters[name].numel())
+            and not self._filled(name)
         ]
 
 
@@ -151,6 +170,9 @@ class _Arriving(torch.Tensor):
                 into, key, value = args
                 if type(value) is cls and type(into) is not cls:
                     value._origin[0].copied(value._origin[1], into[key])
+                return result
+            if func is torch.Tensor.item:
+                args[0]._origin[0].asked(args[0]._origin[1], result)
                 return result
             if copy or not isinstance(result, (torch.Tensor, tuple, list)) or isinstance(result, torch.Size):
                 return result

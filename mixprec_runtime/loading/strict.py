@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch.nn import Module
 
+from mixprec_build.families.expected import is_buffer, is_for_drafts, left_out_of_builds
 from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
 
@@ -53,10 +55,14 @@ def load_strictly(
 
     belongs, ranks = here(model), get_parallel().tp_size
     # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
-    padded = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
+    padded = {
+        f"{path}.weight": module.shard_indices.num_org_elements * prod(module.weight.shape[1:])
+        for path, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "weight")
+    }
     lost = [name for name in ledger.unused(ranks) if belongs(name) and not (name in padded and ranks > 1)]
     empty = may_be_empty(model)
-    unfilled = [name for name in ledger.unfilled() if name not in padded and not empty(name)]
+    unfilled = [name for name in ledger.unfilled(padded) if not empty(name)]
     problems = []
     if lost:
         missing = [name for name in lost if name not in ledger.arrived]
@@ -103,7 +109,7 @@ def here(model: Module) -> Callable[[str], bool]:
     tied = getattr(config, "tie_word_embeddings", False)
 
     def belongs(name: str) -> bool:
-        if name.endswith((".inv_freq", ".cos_cached", ".sin_cached")) or (tied and name == "lm_head.weight"):
+        if is_buffer(name) or is_for_drafts(name) or left_out_of_builds(name) or (tied and name == "lm_head.weight"):
             return False
         layer = _LAYER.search(name)
         if layer is None:

@@ -300,15 +300,6 @@ OTHER_MODELS = {
         hard=True,
         mends=0,
     ),
-    "model_type": Case(
-        llama("bf16") | {"int4": spec(sized(LLAMA), "gptq_int4", configure(model_type="qwen3"))},
-        ("*.mlp.*: int4",),
-        ("`bf16` and `int4` are different models: model_type llama and qwen3",),
-        clash=(),
-        about=("int4",),
-        hard=True,
-        mends=0,
-    ),
     "shapes": Case(
         llama("bf16") | {"int4": spec(sized(LLAMA, intermediate=512), "gptq_int4", configure(intermediate_size=256))},
         ("*.mlp.*: int4",),

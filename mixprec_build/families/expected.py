@@ -1,0 +1,36 @@
+"""Which tensors of a checkpoint SGLang's models do not take: the one rule of the planner and of strict loading.
+
+What the planner takes along beyond that must reach a parameter, or the server stops.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["is_buffer", "is_for_drafts", "left_out_of_builds"]
+
+
+_BUFFERS = (".inv_freq", ".cos_cached", ".sin_cached")
+_CACHE_SCALE = re.compile(r".+\.([kvq]_scale|kv_scale|[kv]_zero_point|[kvq]_proj\.(output_scale|[kv]_scale))")
+_UPPER_BOUND = re.compile(r".+\.input_scale_ub")
+_DRAFTS = re.compile(r"(.+\.)?(mtp|mtp_block|nextn|eagle)(\.|_).+")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that SGLang computes itself, wherever it is stored."""
+    return name.endswith(_BUFFERS)
+
+
+def is_for_drafts(name: str) -> bool:
+    """Whether a tensor is of layers for speculative decoding that stand beside the model's (``mtp.*``): draft models
+    load them, the model itself passes over them."""
+    return _DRAFTS.fullmatch(name) is not None
+
+
+def left_out_of_builds(name: str) -> str | None:
+    """Why a build does not take a tensor along; None for those that it does."""
+    if _CACHE_SCALE.fullmatch(name):
+        return "scales of an FP8 KV cache: mixprec's servers use scales of 1"
+    if _UPPER_BOUND.fullmatch(name):
+        return "an upper bound of FBGEMM's that SGLang does not use"
+    return None

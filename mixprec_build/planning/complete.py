@@ -1,0 +1,283 @@
+"""Whether the output has every weight that the model of its config.json needs.
+
+SGLang starts with what the allocator left in a parameter that nothing is loaded into. What a config asks for is an
+embedding, a head unless it is tied, every decoder layer with all that layers of its kind have, every expert, and the
+last norm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from ..families.base import FAMILIES, Role
+from ..patterns.compress import compress
+from ..text import counted, some
+from .problems import Problems
+
+if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import ValueReader
+    from ..recipe.sources import Sources
+    from .types import PlannedModule
+
+__all__ = ["check_complete", "check_tied_head", "expects_head", "text_config"]
+
+
+_LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*(?:layers|h|blocks|block))\.(?P<number>\d+)\.(?P<inner>.+)")
+_BESIDE_THE_DECODER = re.compile(r"(^|\.|_)(mtp|visual|vision|audio|speech|image|encoder|tower|draft|eagle)", re.I)
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>[^.]+)")
+_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_LAST_NORM = re.compile(r"(.+\.)?(norm|final_layernorm|final_layer_norm|ln_f|norm_f|final_norm)")
+_BUFFER = re.compile(r"(.+\.)?(inv_freq|cos_cached|sin_cached|masked_bias|[kvq]_scale|kv_scale|[kvq]_zero_point)")
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 65_536
+
+# Classes of transformers' that tie the head where config.json says nothing.
+_TIED_BY_DEFAULT = re.compile(r"gemma|cohere|gpt2|bloom|opt$|falcon$|mpt$|starcoder2")
+
+
+def text_config(config: Mapping[str, object]) -> dict[str, object]:
+    """A model's ``config.json`` with what multimodal ones keep one level down (``text_config``) merged in."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else dict(config)
+
+
+def expects_head(config: Mapping[str, object]) -> bool | None:
+    """Whether the model takes an ``lm_head`` of its own; None where its config.json leaves it open."""
+    flat = text_config(config)
+    architectures = flat.get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if names and not any(name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) for name in names):
+        return None
+    tied = flat.get("tie_word_embeddings")
+    if isinstance(tied, bool):
+        return not tied
+    family = str(flat.get("model_type", ""))
+    return True if family in FAMILIES else False if _TIED_BY_DEFAULT.match(family) else None
+
+
+def check_complete(
+    modules: Mapping[str, PlannedModule],
+    config: Mapping[str, object],
+    offered: Mapping[str, Collection[str]],
+    problems: Problems,
+    notes: list[str],
+) -> None:
+    """Adds to ``problems`` what is missing for certain, and to ``notes`` what looks as if it were.
+
+    Args:
+        modules: the planned output.
+        config: the ``config.json`` it is served with.
+        offered: source -> the modules that a line may take from it.
+    """
+    flat = text_config(config)
+    checked = flat.get("model_type") in FAMILIES
+    _check_ends(modules, config, flat, offered, problems)
+    # A bare parameter may well be in some layers only: hash tables of experts, biases of routers.
+    stacks = _stacks(name for name, module in modules.items() if "" not in module.tensors)
+    if stacks:
+        stack = max(stacks, key=lambda name: sum(map(len, stacks[name].values())))
+        layers, count = stacks[stack], flat.get("num_hidden_layers")
+        if isinstance(count, int) and 0 < count <= _MOST_LAYERS:
+            _check_layers(stack, layers, count, problems)
+            layers = {number: inner for number, inner in layers.items() if number < count}  # then: layers for drafts
+        _check_peers(stack, layers, offered, checked, problems, notes)
+        if checked and not any(_LAST_NORM.fullmatch(name) for name in modules if not _LAYER.fullmatch(name)):
+            problems.hard(f"no source of the mix has the norm after the last layer ({_parent(stack)}norm)")
+    _check_experts(modules, flat, problems)
+
+
+def check_tied_head(
+    modules: Mapping[str, PlannedModule], sources: Sources, reader: ValueReader, problems: Problems
+) -> None:
+    """Adds to ``problems`` a head of its own that the config.json of ``model:`` ties to the embedding: SGLang would
+    leave it out. One that holds what the embedding holds is left out rightly."""
+    if expects_head(sources.model.config) is not False:
+        return
+
+    def first(role: Role) -> PlannedModule | None:
+        return next((m for m in modules.values() if m.role is role and not _is_aside(m.name)), None)
+
+    head, embedding = first(Role.HEAD), first(Role.EMBEDDING)
+    if head is None or embedding is None:
+        return
+    values = [
+        None if "weight" not in module.tensors else reader.read(module.source, module.tensors["weight"].info)
+        for module in (head, embedding)
+    ]
+    if values[0] is None or values[1] is None:
+        own = expects_head(sources.by_name[head.source].checkpoint.config) is True
+    else:
+        ours, theirs = (value.astype("float32") for value in values if value is not None)
+        size = min(len(ours), len(theirs))
+        own = head.shape[1:] != embedding.shape[1:] or bool(
+            abs(ours[:size] - theirs[:size]).max(initial=0) > 2**-7 * abs(theirs[:size]).max(initial=0)
+        )
+    if own:
+        problems.hard(
+            f"config.json of `model:` ties the head to the embedding (tie_word_embeddings), but {head.name} from "
+            f"`{head.source}` holds other values than {embedding.name}: SGLang would leave it out; point `model:` to "
+            "the config.json that these weights came with, which says tie_word_embeddings false"
+        )
+
+
+def _check_ends(
+    modules: Mapping[str, PlannedModule],
+    config: Mapping[str, object],
+    flat: Mapping[str, object],
+    offered: Mapping[str, Collection[str]],
+    problems: Problems,
+) -> None:
+    vocabulary, hidden = flat.get("vocab_size"), flat.get("hidden_size")
+    if not isinstance(vocabulary, int) or not isinstance(hidden, int):
+        return
+
+    def of_role(role: Role) -> list[PlannedModule]:
+        return [m for m in modules.values() if m.role is role and not _is_aside(m.name)]
+
+    embeddings, heads = of_role(Role.EMBEDDING), of_role(Role.HEAD)
+    # Under names that nobody here knows: tables of the vocabulary outside of layers.
+    tables = [
+        m.name
+        for m in modules.values()
+        if m.role not in (Role.EMBEDDING, Role.HEAD) and m.shape == (vocabulary, hidden) and not _is_aside(m.name)
+    ]
+    lacking = (not embeddings) + (not heads and expects_head(config) is True)
+    if lacking > len(tables):
+        if not embeddings:
+            problems.hard(_lacks("an embedding (model.embed_tokens)", "embed_tokens", offered))
+        if not heads and expects_head(config):
+            why = "an lm_head, which config.json does not tie to the embedding (tie_word_embeddings)"
+            problems.hard(_lacks(why, "lm_head", offered))
+    for module in (*embeddings, *heads):
+        if len(module.shape) == 2 and module.shape[0] != vocabulary:
+            problems.hard(
+                f"{module.name} from `{module.source}` has {module.shape[0]} rows, and config.json of `model:` says "
+                f"vocab_size {vocabulary}; take it from a source whose vocabulary has that size, or `model:` from one "
+                "whose config.json says so"
+            )
+
+
+def _lacks(what: str, word: str, offered: Mapping[str, Collection[str]]) -> str:
+    having = {source: next((n for n in names if n.endswith(word)), None) for source, names in offered.items()}
+    found = [f"`{name}: {source}`" for source, name in having.items() if name is not None]
+    remedy = f"add the line {found[0]}" if found else "add a source that has it, and name it in a line of its own"
+    return f"the model needs {what}, and the mix has none; {remedy}"
+
+
+def _is_aside(name: str) -> bool:
+    return _LAYER.fullmatch(name) is not None or _BESIDE_THE_DECODER.search(name) is not None
+
+
+def _parent(stack: str) -> str:
+    return stack.rpartition(".")[0] and stack.rpartition(".")[0] + "."
+
+
+def _stacks(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+    """Stacks of layers, towers of images and the like left out: name -> layer -> what it has, experts as one."""
+    stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        found = _LAYER.fullmatch(name)
+        if found is None or _BESIDE_THE_DECODER.search(found["stack"]) or _BUFFER.fullmatch(name):
+            continue
+        inner = re.sub(r"(^|\.)experts\.\d+\..+", r"\1experts", found["inner"])
+        stacks[found["stack"]][int(found["number"])].add(inner)
+    return stacks
+
+
+def _check_layers(stack: str, layers: Mapping[int, set[str]], count: int, problems: Problems) -> None:
+    missing = [f"{stack}.{number}" for number in range(count) if number not in layers]
+    if missing:
+        problems.hard(
+            f"config.json says num_hidden_layers {count}, and the mix has nothing of {some(compress(missing))}; point "
+            "`default:` to a checkpoint that has all layers, or `model:` to the config.json of this one"
+        )
+
+
+def _check_peers(
+    stack: str,
+    layers: Mapping[int, set[str]],
+    offered: Mapping[str, Collection[str]],
+    checked: bool,
+    problems: Problems,
+    notes: list[str],
+) -> None:
+    """A layer that has less than another one, and nothing in its place, lacks something."""
+    trees = {number: _children(inner) for number, inner in layers.items()}
+    kinds: dict[str, dict[frozenset[str], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, tree in trees.items():
+        for node, children in tree.items():
+            kinds[node][frozenset(children)].append(number)
+    lacking: dict[str, None] = {}
+    for node, by_children in kinds.items():
+        for have, numbers in by_children.items():
+            fuller = [other for other in by_children if have < other and len(by_children[other]) >= len(numbers)]
+            if fuller:
+                for child in sorted(max(fuller, key=lambda other: len(by_children[other])) - have):
+                    path = f"{node}.{child}" if node else child
+                    lacking.update(dict.fromkeys(f"{stack}.{number}.{path}" for number in numbers))
+    if not lacking:
+        return
+
+    def having(place: str) -> str | None:
+        return next(
+            (s for s, names in offered.items() if place in names or any(n.startswith(place + ".") for n in names)), None
+        )
+
+    elsewhere = {place: source for place in lacking if (source := having(place)) is not None}
+    for source in dict.fromkeys(elsewhere.values()):
+        places = [place for place in elsewhere if elsewhere[place] == source]
+        problems.hard(
+            f"{some(compress(places))}: the mix lacks {_it(places)}, other layers have {_it(places)}; name "
+            f"{_it(places)} in lines of their own for `{source}`, which has {_it(places)}, or make it the default"
+        )
+    rest = [place for place in lacking if place not in elsewhere]
+    if rest and checked:
+        problems.hard(
+            f"{some(compress(rest))}: no source of the mix has {_it(rest)}, which other layers have; fetch the default "
+            "source again, or take a complete one"
+        )
+    elif rest:
+        notes.append(f"{some(compress(rest))}: other layers have {_it(rest)}, these have not")
+
+
+def _it(places: Collection[str]) -> str:
+    return "it" if len(places) == 1 else "them"
+
+
+def _children(inner: Iterable[str]) -> dict[str, set[str]]:
+    """Path of a block within a layer -> the names right below it."""
+    tree: dict[str, set[str]] = defaultdict(set)
+    for name in inner:
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            tree[".".join(parts[:depth])].add(parts[depth])
+    return tree
+
+
+def _check_experts(modules: Iterable[str], flat: Mapping[str, object], problems: Problems) -> None:
+    experts: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in modules:
+        found = _EXPERT.fullmatch(name)
+        if found is not None and not _BESIDE_THE_DECODER.search(name):
+            experts[found["experts"]][int(found["number"])].add(found["part"])
+    count = next((flat[key] for key in _EXPERTS_KEYS if isinstance(flat.get(key), int)), None)
+    missing, beyond, most = [], [], 0
+    for layer, numbers in experts.items():
+        due = range(count) if isinstance(count, int) and 0 < count <= _MOST_EXPERTS else range(max(numbers) + 1)
+        parts = set().union(*numbers.values())
+        missing += [f"{layer}.{number}" for number in due if number not in numbers]
+        missing += [f"{layer}.{n}.{part}" for n, have in numbers.items() for part in sorted(parts - have)]
+        beyond += [f"{layer}.{number}" for number in numbers if number not in due]
+        most = max(most, len(due))
+    if missing:
+        problems.hard(
+            f"the model has {counted(most, 'expert')} a layer, and the mix has nothing of {some(compress(missing))}; "
+            "take them from a checkpoint that has all experts"
+        )
+    if beyond:
+        problems.hard(
+            f"config.json says {counted(most, 'expert')} a layer, and the mix has {some(compress(beyond))} beside "
+            "them; point `model:` to the config.json that these weights came with"
+        )

@@ -1,0 +1,25 @@
+"""What strict loading counts as filled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("sglang")
+
+
+@pytest.mark.parametrize("fill", [True, False])
+def test_a_parameter_of_one_value_may_be_filled_with_it(fill: bool) -> None:
+    """As default_weight_loader does it (Gemma-4's layer_scalar, Apertus' activations)."""
+    from mixprec_runtime.loading.ledger import Ledger
+
+    parameter = torch.nn.Parameter(torch.full((1,), 7.0, dtype=torch.bfloat16))
+    tensor = torch.full((1,), 0.3, dtype=torch.bfloat16)
+    name = "model.layers.1.layer_scalar"
+    ledger = Ledger({f"language.{name}": {"dtype": "BF16", "shape": [1]}}, [(name, parameter)])
+    for _, arrived in ledger.follow([(f"language.{name}", tensor)]):
+        value = arrived.item()
+        if fill:
+            parameter.data.fill_(value)
+    assert ledger.unused(1) == []
+    assert ledger.unfilled({}) == ([] if fill else [name])

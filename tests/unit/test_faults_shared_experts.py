@@ -1,0 +1,44 @@
+"""A rule of one model class of SGLang's is not applied to others that share a name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import DEEPSEEK, Config, Tensors, write_tiny
+
+from mixprec_build.errors import RefusedError
+from mixprec_build.families.shared_experts import compares_shared_experts
+from mixprec_build.output.build import plan_recipe
+
+
+def test_shared_experts_of_another_class_may_be_fp8_by_channels(tmp_path: Path) -> None:
+    def edit(tensors: Tensors, config: Config) -> None:
+        config.update(family)
+
+    for family in ({"model_type": "ernie4_5_moe"}, {}):
+        for variant, folder in (("bf16", "bf16"), ("fp8_channel", "fp8")):
+            write_tiny(tmp_path / str(len(family)) / folder, replace(DEEPSEEK, layers=2), variant, edit=edit)
+        recipe = tmp_path / str(len(family)) / "recipe.yaml"
+        recipe.write_text("model: bf16\nsources: {bf16: bf16, q: fp8}\nweights: {'*.shared_experts.*': q}\n")
+        if family:
+            assert plan_recipe(recipe).modules["model.layers.1.mlp.shared_experts.down_proj"].source == "q"
+        else:
+            with pytest.raises(RefusedError, match="SGLang asks shared experts for a config"):
+                plan_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("config", "compares"),
+    [
+        ({"model_type": "deepseek_v32"}, True),
+        ({"model_type": "glm4_moe"}, True),
+        ({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2"}}, True),
+        ({"model_type": "x", "architectures": ["DeepseekV3ForCausalLM"]}, True),
+        ({"model_type": "ernie4_5_moe"}, False),
+        ({"model_type": "hunyuan_v1_moe", "architectures": ["HunYuanMoEV1ForCausalLM"]}, False),
+    ],
+)
+def test_which_classes_compare(config: Config, compares: bool) -> None:
+    assert compares_shared_experts(config) is compares

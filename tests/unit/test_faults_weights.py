@@ -1,0 +1,131 @@
+"""Weights that were not made from the ones they are mixed with, and scales that no norm shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import LLAMA, VARIANTS, Config, Tensors, tiny_tensors, write_tiny
+
+from mixprec_build.cli.app import main
+from mixprec_build.errors import RefusedError
+from mixprec_build.output.build import plan_recipe
+from mixprec_build.planning.types import Plan
+
+MODEL = replace(LLAMA, hidden=256, gain=1 / 16, kv_heads=4)
+VARIANT_NAMES = ["fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "awq_int4", "ct_int4"]
+
+
+def trained_further(size: float) -> Callable[[Tensors, Config], None]:
+    """Adds to each linear a product of rank 8, of ``size`` times its norm: what a LoRA leaves when it is merged."""
+
+    def edit(tensors: Tensors, config: Config) -> None:
+        rng = np.random.default_rng(0)
+        for name, weight in tensors.items():
+            if name.endswith("_proj.weight"):
+                w = weight.astype(np.float32)
+                delta = rng.standard_normal((len(w), 8)) @ rng.standard_normal((8, w.shape[1]))
+                delta *= size * np.linalg.norm(w) / np.linalg.norm(delta)
+                tensors[name] = (w + delta).astype(ml_dtypes.bfloat16)
+
+    return edit
+
+
+def plan_of(folder: Path, lines: dict[str, str], *, allow: bool = False) -> Plan:
+    recipe = folder / "recipe.yaml"
+    written = "".join(f"  '{pattern}': {source}\n" for pattern, source in lines.items())
+    recipe.write_text(f"model: base\nsources: {{base: base, q: q}}\nweights:\n{written}")
+    return plan_recipe(recipe, allow_unservable=allow)
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_a_fine_tune_beside_its_bases_quantized_weights_is_noted(tmp_path: Path, variant: str) -> None:
+    write_tiny(tmp_path / "base", MODEL, "bf16", edit=trained_further(0.6))
+    write_tiny(tmp_path / "q", MODEL, variant)
+    notes = plan_of(tmp_path, {"model.layers.*.self_attn.*": "q"}).notes
+    (note,) = [note for note in notes if "by more than rounding" in note]
+    assert note.startswith("model.layers.{0..1}.self_attn.{k_proj,o_proj,q_proj,v_proj}: `q` differs from `base`")
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_what_rounding_made_is_not_noted(tmp_path: Path, variant: str) -> None:
+    write_tiny(tmp_path / "base", MODEL, "bf16")
+    write_tiny(tmp_path / "q", MODEL, variant)
+    assert plan_of(tmp_path, {"model.layers.*.self_attn.*": "q", "model.layers.*.mlp.*": "q"}).notes == ()
+
+
+@pytest.mark.parametrize("variant", ["awq_int4", "ct_int4"])
+def test_folded_scales_are_no_other_weights(tmp_path: Path, variant: str) -> None:
+    write_tiny(tmp_path / "base", MODEL, "bf16")
+    write_tiny(tmp_path / "q", MODEL, variant, fold=0.7)
+    notes = plan_of(tmp_path, {"model.layers.*.self_attn.*": "q", "model.layers.*.mlp.*": "q"}).notes
+    assert not [note for note in notes if "rounding" in note]
+
+
+def test_full_measures_every_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Later rows of one module in a layer that no sample looks at were changed."""
+    model = replace(MODEL, layers=5)
+
+    def edit(tensors: Tensors, config: Config) -> None:
+        weight = tensors["model.layers.3.mlp.up_proj.weight"].copy()
+        weight[128:] = -weight[128:]
+        tensors["model.layers.3.mlp.up_proj.weight"] = weight
+
+    write_tiny(tmp_path / "base", model, "bf16", edit=edit)
+    write_tiny(tmp_path / "q", model, "gptq_int4")
+    assert plan_of(tmp_path, {"*.mlp.*": "q"}).notes == ()
+    (note,) = plan_recipe(tmp_path / "recipe.yaml", check_all=True).notes
+    assert note.startswith("model.layers.3.mlp.up_proj: `q` differs from `base`") and "--check" not in note
+    monkeypatch.setattr("sys.argv", ["mixprec", "plan", str(tmp_path / "recipe.yaml"), "--check", "full"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    assert "layers.3.mlp.up_proj" in "".join(capsys.readouterr())
+
+
+# Scales between linears, with norms left as they are
+
+
+def scaled_pair(folder: Path, before: str, after: str) -> None:
+    """A ct_int4 source in which ``before`` was divided and ``after`` multiplied by scales; norms are the base's."""
+    write_tiny(folder / "base", MODEL, "bf16")
+    full = tiny_tensors(MODEL, "bf16")
+
+    def edit(tensors: Tensors, config: Config) -> None:
+        rng = np.random.default_rng(1)
+        for layer in range(MODEL.layers):
+            names = [f"model.layers.{layer}.{word}" for word in (before, after)]
+            first, last = (full[f"{name}.weight"].astype(np.float32) for name in names)
+            scales = np.exp(0.5 * rng.standard_normal(len(first))).astype(np.float32)
+            for name, weight in zip(names, (first / scales[:, None], last * scales), strict=True):
+                for leaf, tensor in VARIANTS["ct_int4"].store(weight).items():
+                    tensors[f"{name}.{leaf}"] = tensor
+
+    write_tiny(folder / "q", MODEL, "ct_int4", edit=edit)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("mlp.up_proj", "mlp.down_proj"), ("self_attn.v_proj", "self_attn.o_proj")]
+)
+@pytest.mark.parametrize("other", ["before", "after"])
+def test_a_pair_whose_scales_no_norm_shows_stays_together(tmp_path: Path, before: str, after: str, other: str) -> None:
+    scaled_pair(tmp_path, before, after)
+    lines = {"model.layers.*.mlp.*": "q", "model.layers.*.self_attn.*": "q"}
+    parts = ["mlp.{gate_proj,up_proj}" if "up" in before else "self_attn.{q_proj,k_proj,v_proj}", after]
+    assert plan_of(tmp_path, lines).notes == ()
+    lines[f"model.layers.*.{parts[other == 'after']}"] = "base"
+    first, last = (word.rpartition(".")[2] for word in (before, after))
+    with pytest.raises(RefusedError, match=rf"scales of {last}'s inputs are folded into {first} in `q`"):
+        plan_of(tmp_path, lines)
+
+
+def test_a_pair_without_scales_may_part(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "base", MODEL, "bf16")
+    write_tiny(tmp_path / "q", MODEL, "ct_int4")
+    assert plan_of(tmp_path, {"*.mlp.*": "q", "*.down_proj": "base"}).notes == ()
