@@ -14,6 +14,7 @@ from ..storage.disk import open_regular, pread_all
 from ..storage.folder import Files, LocalFolder
 from ..storage.header import TensorInfo
 from ..storage.module import StoredModule
+from .declared import Declared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,22 +44,32 @@ class Shard:
 class Checkpoint:
     """An opened checkpoint.
 
-    ``quantization`` is ``quantization_config`` of ``config.json``, or else ``quantize_config.json``, with
-    ``quantization_file`` naming which; empty for a plain model.
+    ``declared`` is what it says of its quantization, in all places; empty for a plain model.
     """
 
     location: str
     storage: Files
     config: Mapping[str, object]
-    quantization: Mapping[str, object]
-    quantization_file: str
+    declared: tuple[Declared, ...]
     tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, Shard] = field(repr=False)
     modules: Mapping[str, StoredModule] = field(repr=False)
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Modules known from the index only -> their shard, which the cache of an unreachable hub lacks."""
+    left_aside: tuple[str, ...] = ()
+    """Safetensors files that the index does not list and that are not read."""
     values: dict[str, bytes] = field(default_factory=dict, repr=False)
     """Tensor -> its first bytes, of those that were read although their files are not on this machine."""
+
+    @property
+    def quantization(self) -> Mapping[str, object]:
+        """The declaration that counts where several disagree and the tensors do not tell; empty without any."""
+        return self.declared[0].quantization if self.declared else {}
+
+    @property
+    def quantization_file(self) -> str:
+        """The file that :attr:`quantization` is from."""
+        return self.declared[0].file if self.declared else "config.json"
 
     @property
     def commit(self) -> str | None:

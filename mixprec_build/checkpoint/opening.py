@@ -21,16 +21,19 @@ from ..storage.header import TensorInfo, header_length, parse_header
 from ..storage.limits import load_json
 from ..storage.module import StoredModule, split_name
 from ..text import URL, hide_password
+from .beside import BesideFiles
 from .checkpoint import INDEX, REST, Checkpoint, Shard
+from .declared import read_declarations
 
 __all__ = ["open_checkpoint", "open_storage"]
 
 _MAX_CONFIG_BYTES = 16 << 20
-_MAX_INDEX_BYTES = 64 << 20  # 58 layers x 256 experts in GPTQ are 178,176 entries, 16 MB
+_MAX_INDEX_BYTES = 256 << 20  # Kimi-K3 in MXFP4 has 494,000 entries, a model of 2.4T in GPTQ 565,000
 _MAX_JSON_VALUES = 2_000_000
+_MAX_INDEX_VALUES = 4_000_000  # an entry takes two
 _MAX_JSON_DEPTH = 64
-_MAX_HEADERS_BYTES = 256 << 20  # of all shards; those of 178,176 tensors take 25 MB
-_MAX_TENSORS = 500_000
+_MAX_HEADERS_BYTES = 512 << 20  # of all shards; those of 1,500,000 tensors take 220 MB
+_MAX_TENSORS = 1_500_000
 _FIRST_READ = 256 << 10  # most headers come with their length in one read
 
 _NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # beside what cannot be seen; a pattern means something else by these
@@ -50,39 +53,29 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
     config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
     if config is None:
         raise SourceError("no config.json: this is no Hugging Face checkpoint", path=location)
-    quantization, quantization_file = config.get("quantization_config"), "config.json"
-    if quantization is None:
-        quantization_file = "quantize_config.json"
-        quantization = _read_json(storage, location, quantization_file, _MAX_CONFIG_BYTES)
-    if quantization is None:
-        quantization, quantization_file = {}, "config.json"
-    if not isinstance(quantization, dict):
-        raise SourceError("`quantization_config` is not an object", path=f"{location}/{quantization_file}")
+    declared = read_declarations(config, lambda name: _read_json(storage, location, name, _MAX_CONFIG_BYTES), location)
 
     index: dict[str, str] | None = None
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, Shard] = {}
+    beside: frozenset[str] = frozenset()
+    left: tuple[str, ...] = ()
     with ThreadPoolExecutor(max_workers=8) as pool:
         if headers is None:
             names, index = _shard_names(storage, location)
-            headers = zip(names, pool.map(_HeaderReader(storage, location).read, names), strict=True)
-        for shard, data in headers:
-            size = _size(storage, shard)
-            found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
-            for name in found.keys() & tensors.keys():
-                raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
-            tensors |= found
-            if len(tensors) > _MAX_TENSORS:
-                raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
-            file = storage.cached(shard)
-            modified = None if file is None else file.stat().st_mtime_ns
-            shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata, modified)
+            reader = _HeaderReader(storage, location)
+            for shard, data in zip(names, pool.map(reader.read, names), strict=True):
+                _add_shard(storage, location, shard, data, tensors, shards)
+            beside, left = _add_beside(BesideFiles(config, storage.files, names), reader, tensors, shards)
+        else:
+            for shard, data in headers:
+                _add_shard(storage, location, shard, data, tensors, shards)
     absent = {}
     if index is not None:
         if _offline(storage):
             absent = {split_name(name)[0]: shard for name, shard in index.items() if shard not in storage.files}
             index = {name: shard for name, shard in index.items() if shard in storage.files}
-        _check_index(index, tensors, f"{location}/{INDEX}")
+        _check_index(index, tensors, beside, f"{location}/{INDEX}")
 
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -91,7 +84,46 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
         module, leaf = split_name(name)
         parts[module][leaf] = tensor
     modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
-    return Checkpoint(location, storage, config, quantization, quantization_file, tensors, shards, modules, absent)
+    return Checkpoint(location, storage, config, declared, tensors, shards, modules, absent, left)
+
+
+def _add_shard(
+    storage: Files,
+    location: str,
+    shard: str,
+    data: bytes,
+    tensors: dict[str, TensorInfo],
+    shards: dict[str, Shard],
+) -> None:
+    """Adds what the header of a file declares."""
+    size = _size(storage, shard)
+    found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
+    for name in found.keys() & tensors.keys():
+        raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
+    tensors |= found
+    if len(tensors) > _MAX_TENSORS:
+        raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
+    file = storage.cached(shard)
+    modified = None if file is None else file.stat().st_mtime_ns
+    shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata, modified)
+
+
+def _add_beside(
+    files: BesideFiles, reader: _HeaderReader, tensors: dict[str, TensorInfo], shards: dict[str, Shard]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Adds those files beside the listed ones that belong to the checkpoint; returns them, and those that do not."""
+    added: list[str] = []
+    left: list[str] = []
+    lacks_draft = bool(files.candidates) and files.lacks_draft(tensors)
+    for file in files.candidates:
+        belongs = files.certain(file)
+        if belongs or lacks_draft:
+            data = reader.read(file)
+            belongs = belongs or files.holds_draft(reader.names(file, data))
+        if belongs:
+            _add_shard(reader.storage, reader.location, file, data, tensors, shards)
+        (added if belongs else left).append(file)
+    return frozenset(added), tuple(left)
 
 
 def _offline(storage: Files) -> bool:
@@ -127,7 +159,9 @@ def _locate(location: str, relative_to: Path) -> Files:
         raise
 
 
-def _read_json(storage: Files, location: str, name: str, limit: int) -> dict[str, object] | None:
+def _read_json(
+    storage: Files, location: str, name: str, limit: int, values: int = _MAX_JSON_VALUES
+) -> dict[str, object] | None:
     if name not in storage.files:
         return None
     path = f"{location}/{name}"
@@ -135,7 +169,7 @@ def _read_json(storage: Files, location: str, name: str, limit: int) -> dict[str
     if size > limit:
         raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
     try:
-        data = load_json(storage.read(name, 0, size), _MAX_JSON_VALUES)
+        data = load_json(storage.read(name, 0, size), values)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"not valid JSON: {error}", path=path) from error
     if not isinstance(data, dict):
@@ -162,7 +196,7 @@ def _size(storage: Files, name: str) -> int:
 
 def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, str] | None]:
     """The shards of a checkpoint, and the index's tensor -> shard map if there is an index."""
-    index = _read_json(storage, location, INDEX, _MAX_INDEX_BYTES)
+    index = _read_json(storage, location, INDEX, _MAX_INDEX_BYTES, _MAX_INDEX_VALUES)
     if index is not None:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -203,20 +237,25 @@ class _HeaderReader:
     """Reads what comes before the data section of shards, for several threads at a time."""
 
     def __init__(self, storage: Files, location: str):
-        self._storage, self._location = storage, location
+        self.storage, self.location = storage, location
         self._lock, self._total = Lock(), 0
 
     def read(self, name: str) -> bytes:
-        size = _size(self._storage, name)
-        first = self._storage.read(name, 0, min(size, _FIRST_READ))
-        end = 8 + header_length(first[:8], path=f"{self._location}/{name}", file_size=size)
+        size = _size(self.storage, name)
+        first = self.storage.read(name, 0, min(size, _FIRST_READ))
+        end = 8 + header_length(first[:8], path=f"{self.location}/{name}", file_size=size)
         with self._lock:
             self._total += end
             if self._total > _MAX_HEADERS_BYTES:
-                raise SourceError(f"headers of more than {_MAX_HEADERS_BYTES} bytes in all", path=self._location)
+                raise SourceError(f"headers of more than {_MAX_HEADERS_BYTES} bytes in all", path=self.location)
         if end > len(first):
-            first += self._storage.read(name, len(first), end - len(first))
+            first += self.storage.read(name, len(first), end - len(first))
         return first[:end]
+
+    def names(self, file: str, header: bytes) -> list[str]:
+        """The tensors that a file's header declares."""
+        path, size = f"{self.location}/{file}", _size(self.storage, file)
+        return list(parse_header(header, path=path, file=file, file_size=size)[0])
 
 
 def _bad_name(tensor: TensorInfo, location: str) -> SourceError:
@@ -226,7 +265,10 @@ def _bad_name(tensor: TensorInfo, location: str) -> SourceError:
     return SourceError(f"tensor name {name!r} has characters no model uses", path=path)
 
 
-def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], path: str) -> None:
+def _check_index(
+    index: Mapping[str, str], tensors: Mapping[str, TensorInfo], beside: frozenset[str], path: str
+) -> None:
+    """Raises where the index and its files disagree; those ``beside`` are not its."""
     for name, shard in index.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -234,4 +276,6 @@ def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], pa
         if tensor.file != shard:
             raise SourceError(f"lists {name!r} in {shard}, but it is in {tensor.file}", path=path)
     for name in tensors.keys() - index.keys() if len(tensors) > len(index) else ():
+        if tensors[name].file in beside:
+            continue
         raise SourceError(f"does not list {name!r}, which {tensors[name].file} holds", path=path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import VERSION, name_formats, quantization_config
+from ..checkpoint.declared import DECLARATION_FILES, without_declarations
 from ..checkpoint.manifest import CHECKSUM, MANIFEST, checksum_of
 from ..planning.types import Plan
 from ..storage.disk import read_regular, write_errors
@@ -81,7 +82,7 @@ def _shard_entry(path: Path) -> dict[str, object]:
 
 
 # Left behind by other tools: they describe the source's quantization, not the output's.
-_STALE = {"config.json", INDEX, "quantize_config.json", "quant_config.json", "hf_quant_config.json", MANIFEST}
+_STALE = {"config.json", INDEX, MANIFEST, *DECLARATION_FILES}
 _KEPT_SUFFIXES = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt", ".vocab"}
 _KEPT_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY.md"}
 
@@ -103,11 +104,7 @@ def companion_files(plan: Plan) -> list[str]:
 
 def write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -> dict[str, bytes]:
     """Writes config, index and what comes with the model; returns what they hold."""
-    config = {
-        key: value
-        for key, value in plan.sources.model.config.items()
-        if key not in ("quantization_config", "compression_config")
-    }
+    config = without_declarations(plan.sources.model.config)
     config["quantization_config"] = quantization_config({name: m.format for name, m in plan.modules.items()})
     weight_map = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}

@@ -663,8 +663,8 @@ BOMBS: dict[str, tuple[str, str, Callable[[], str | bytes], str]] = {
     "config of keys": ("inspect", "config.json", lambda: distinct('"%06x":1', 16 * MIB), "more than 2000000"),
     "config of one text": ("inspect", "config.json", lambda: repeated('{"model_type":"', "x", '"}', 16 * MIB), ""),
     "config of depth": ("inspect", "config.json", lambda: '{"a":' + "[" * 900 + "]" * 900 + "}", "nested deeper"),
-    "index of keys": ("inspect", INDEX, lambda: distinct('"%06x":1', 60 * MIB), "more than 2000000"),
-    "index of lists": ("inspect", INDEX, lambda: repeated('{"a":[', "[],", "0]}", 60 * MIB), "more than 2000000"),
+    "index of keys": ("inspect", INDEX, lambda: distinct('"%06x":1', 60 * MIB), "more than 4000000"),
+    "index of lists": ("inspect", INDEX, lambda: repeated('{"a":[', "[],", "0]}", 60 * MIB), "more than 4000000"),
     "header of lists": (
         "inspect", "model.safetensors", lambda: shard_of(repeated('{"a":[', "[],", "0]}", 32 * MIB)), "more than 4000",
     ),

@@ -1,0 +1,1 @@
+"""What tests share: models in small, as their producers write them."""
