@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 __all__ = [
     "BudgetError",
@@ -74,9 +74,13 @@ class BudgetError(MixprecError):
 
 
 class RefusedError(MixprecError):
-    """A mix that is refused before anything is written. ``problems`` holds one message for each reason."""
+    """A mix that is refused before anything is written.
 
-    def __init__(self, problems: Sequence[str]):
+    ``problems`` holds a :class:`~mixprec_build.planning.problems.Problem` for each reason; ``str()`` of one is its
+    message, and its ``fix`` is what a program may do about it.
+    """
+
+    def __init__(self, problems: Sequence[Any]):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = f"refused, {count} problem{'s' if count != 1 else ''}:"

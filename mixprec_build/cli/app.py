@@ -85,7 +85,10 @@ def main() -> None:
     except MixprecError as error:
         code, message = error.exit_code, str(error)
         if "--json" in sys.argv:
-            print_json({"refused": error.problems} if isinstance(error, RefusedError) else {"error": message})
+            if isinstance(error, RefusedError):
+                print_json({"refused": [problem.to_json() for problem in error.problems]})
+            else:
+                print_json({"error": message})
     except MemoryError:
         code, message = 1, "out of memory"
     except RuntimeError as error:

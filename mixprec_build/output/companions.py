@@ -44,6 +44,7 @@ def build_manifest(
             for name, source in plan.sources.by_name.items()
         },
         "unservable": list(plan.unservable),
+        "problems": [problem.to_json() for problem in plan.problems],
         "left_out": [asdict(left_out) for left_out in plan.left_out],
         "formats": {name: fmt.to_json() for fmt, name in names.items()},
         "files": {

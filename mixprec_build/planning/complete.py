@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..families.base import FAMILIES, Role
 from ..patterns.compress import compress
 from ..text import counted, some
-from .problems import Problems
+from .problems import Problems, Replacement
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import ValueReader
@@ -84,7 +84,10 @@ def check_complete(
             layers = {number: inner for number, inner in layers.items() if number < count}  # then: layers for drafts
         _check_peers(stack, layers, offered, checked, problems, notes)
         if checked and not any(_LAST_NORM.fullmatch(name) for name in modules if not _LAYER.fullmatch(name)):
-            problems.hard(f"no source of the mix has the norm after the last layer ({_parent(stack)}norm)")
+            problems.hard(
+                f"no source of the mix has the norm after the last layer ({_parent(stack)}norm)",
+                code="incomplete_model",
+            )
     _check_experts(modules, flat, problems)
 
 
@@ -118,7 +121,9 @@ def check_tied_head(
         problems.hard(
             f"config.json of `model:` ties the head to the embedding (tie_word_embeddings), but {head.name} from "
             f"`{head.source}` holds other values than {embedding.name}: SGLang would leave it out; point `model:` to "
-            "the config.json that these weights came with, which says tie_word_embeddings false"
+            "the config.json that these weights came with, which says tie_word_embeddings false",
+            code="different_models",
+            modules=[head.name, embedding.name],
         )
 
 
@@ -146,24 +151,30 @@ def _check_ends(
     lacking = (not embeddings) + (not heads and expects_head(config) is True)
     if lacking > len(tables):
         if not embeddings:
-            problems.hard(_lacks("an embedding (model.embed_tokens)", "embed_tokens", offered))
+            _report_lack("an embedding (model.embed_tokens)", "embed_tokens", offered, problems)
         if not heads and expects_head(config):
             why = "an lm_head, which config.json does not tie to the embedding (tie_word_embeddings)"
-            problems.hard(_lacks(why, "lm_head", offered))
+            _report_lack(why, "lm_head", offered, problems)
     for module in (*embeddings, *heads):
         if len(module.shape) == 2 and module.shape[0] != vocabulary:
             problems.hard(
                 f"{module.name} from `{module.source}` has {module.shape[0]} rows, and config.json of `model:` says "
                 f"vocab_size {vocabulary}; take it from a source whose vocabulary has that size, or `model:` from one "
-                "whose config.json says so"
+                "whose config.json says so",
+                code="different_models",
+                modules=[module.name],
             )
 
 
-def _lacks(what: str, word: str, offered: Mapping[str, Collection[str]]) -> str:
-    having = {source: next((n for n in names if n.endswith(word)), None) for source, names in offered.items()}
-    found = [f"`{name}: {source}`" for source, name in having.items() if name is not None]
-    remedy = f"add the line {found[0]}" if found else "add a source that has it, and name it in a line of its own"
-    return f"the model needs {what}, and the mix has none; {remedy}"
+def _report_lack(what: str, word: str, offered: Mapping[str, Collection[str]], problems: Problems) -> None:
+    """``offered``: source -> the modules that it has. ``word`` ends the name of what is lacking."""
+    having = ((source, name) for source, names in offered.items() for name in names if name.endswith(word))
+    source, name = next(having, (None, ""))
+    text = f"the model needs {what}, and the mix has none"
+    if source is None:
+        problems.hard(f"{text}; add a source that has it, and name it in a line of its own", code="incomplete_model")
+    else:
+        problems.hard(text, Replacement(source), [name], code="incomplete_model", modules=[name])
 
 
 def _is_aside(name: str) -> bool:
@@ -191,7 +202,9 @@ def _check_layers(stack: str, layers: Mapping[int, set[str]], count: int, proble
     if missing:
         problems.hard(
             f"config.json says num_hidden_layers {count}, and the mix has nothing of {some(compress(missing))}; point "
-            "`default:` to a checkpoint that has all layers, or `model:` to the config.json of this one"
+            "`default:` to a checkpoint that has all layers, or `model:` to the config.json of this one",
+            code="incomplete_model",
+            modules=missing,
         )
 
 
@@ -229,14 +242,20 @@ def _check_peers(
     for source in dict.fromkeys(elsewhere.values()):
         places = [place for place in elsewhere if elsewhere[place] == source]
         problems.hard(
-            f"{some(compress(places))}: the mix lacks {_it(places)}, other layers have {_it(places)}; name "
-            f"{_it(places)} in lines of their own for `{source}`, which has {_it(places)}, or make it the default"
+            f"{some(compress(places))}: the mix lacks {_it(places)}, other layers have {_it(places)}, and so has "
+            f"`{source}`; make it the default, or name {_it(places)} in lines of their own",
+            Replacement(source),
+            [name for name in offered[source] if any(name == p or name.startswith(f"{p}.") for p in places)],
+            code="incomplete_model",
+            modules=places,
         )
     rest = [place for place in lacking if place not in elsewhere]
     if rest and checked:
         problems.hard(
             f"{some(compress(rest))}: no source of the mix has {_it(rest)}, which other layers have; fetch the default "
-            "source again, or take a complete one"
+            "source again, or take a complete one",
+            code="incomplete_model",
+            modules=rest,
         )
     elif rest:
         notes.append(f"{some(compress(rest))}: other layers have {_it(rest)}, these have not")
@@ -274,10 +293,14 @@ def _check_experts(modules: Iterable[str], flat: Mapping[str, object], problems:
     if missing:
         problems.hard(
             f"the model has {counted(most, 'expert')} a layer, and the mix has nothing of {some(compress(missing))}; "
-            "take them from a checkpoint that has all experts"
+            "take them from a checkpoint that has all experts",
+            code="incomplete_model",
+            modules=missing,
         )
     if beyond:
         problems.hard(
             f"config.json says {counted(most, 'expert')} a layer, and the mix has {some(compress(beyond))} beside "
-            "them; point `model:` to the config.json that these weights came with"
+            "them; point `model:` to the config.json that these weights came with",
+            code="different_models",
+            modules=beyond,
         )

@@ -16,6 +16,7 @@ go: AutoAWQ 0.2.9, ``awq/models``, ``get_layers_for_scaling``, and ``awq/quantiz
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 from ..families.base import Role, fused_groups, layer_prefix, norms_before, role_by_name, scaled_before
 from ..patterns.compress import compress
 from .probe import WeightProbe
-from .problems import Mend, Problems
+from .problems import Problems, Replacement
 from .rules import by_votes, can_give, origin
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Folding:
                     break
         self._differ: dict[tuple[str, str, str], bool] = {}
         self._apart: dict[tuple[str, str], bool] = {}
-        self._mended: set[str] = set()
+        self._fixed: set[str] = set()
         self._probe = WeightProbe(sources)
         self._scaled: dict[tuple[str, str, str], list[bool]] = {}
 
@@ -141,11 +142,11 @@ class Folding:
     def check(self, modules: Mapping[str, PlannedModule], problems: Problems) -> set[str]:
         """Adds to ``problems`` what would lose scales, or apply them twice.
 
-        Returns the modules that are told there to come from one source.
+        Returns the modules that a fix takes from one source.
         """
-        self._mended = set()
+        self._fixed = set()
         if not self._folding:
-            return self._mended
+            return self._fixed
         for norm, names in self.fed.items():
             if norm in modules:
                 self._check_norm(modules[norm], [modules[name] for name in names if name in modules], modules, problems)
@@ -155,7 +156,7 @@ class Folding:
             if before is not None and before.source != module.source:
                 fused = dict.fromkeys((*group_of[before.name], name))
                 self._check_pair(before, module, [modules[part] for part in fused], problems)
-        return self._mended
+        return self._fixed
 
     def _check_norm(
         self,
@@ -172,7 +173,9 @@ class Folding:
                 repository = checkpoint.location.partition("@")[0]
                 problems.hard(
                     f"`{name}` is read from the cache, which lacks {shard}: scales may be folded into {norm.name} "
-                    f"there; bring it with `hf download {repository} {shard} --revision {checkpoint.commit}`"
+                    f"there; bring it with `hf download {repository} {shard} --revision {checkpoint.commit}`",
+                    code="not_cached",
+                    modules=[norm.name],
                 )
 
         def unlike(module: PlannedModule) -> bool:
@@ -193,18 +196,18 @@ class Folding:
         partners = [m for m in modules.values() if scaled_before(m.name) in {part.name for part in fed}]
         partners = [m for m in partners if self._pairs(modules[str(scaled_before(m.name))], m)]
         block = [m for m in chain(fed, partners) if not m.role.never_quantized]
-        problems.soft([norm.name], text, *self._mend([norm, *fed], block))
+        problems.soft([norm.name], text, *self._from_one_source([norm, *fed], block), code="folded_scales")
 
-    def _mend(self, about: list[PlannedModule], block: list[PlannedModule]) -> tuple[Mend, list[str]]:
+    def _from_one_source(self, about: list[PlannedModule], block: list[PlannedModule]) -> tuple[Replacement, list[str]]:
         """All of ``block`` from one source; norms and routers follow where no line says otherwise."""
         for source in by_votes(block, self._sources):
             change = [(m.name, m.rule) for m in block if m.source != source.name]
             lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source.name}
             if (change or lines) and can_give(source, block):
-                self._mended.update(module.name for module in block)
-                mend, others = Mend.of(source.name, change)
-                return Mend(mend.source, mend.rules, tuple(lines)), others
-        return Mend(None), []
+                self._fixed.update(module.name for module in block)
+                found, others = Replacement.of(source.name, change)
+                return replace(found, remove=tuple(lines)), others
+        return Replacement(None), []
 
     def _pairs(self, before: PlannedModule, after: PlannedModule) -> bool:
         """Whether scales of ``after``'s inputs can be folded into ``before``: not through grouped-query attention."""
@@ -245,4 +248,4 @@ class Folding:
             f"scales of {last}'s inputs are folded into {first} in {' and '.join(f'`{name}`' for name in folded)}, so "
             f"both must come from one source, but {first} is from {origin(before)} and {last} from {origin(after)}"
         )
-        problems.soft([before.name, after.name], text, *self._mend([], block))
+        problems.soft([before.name, after.name], text, *self._from_one_source([], block), code="folded_scales")

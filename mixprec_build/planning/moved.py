@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..families.base import fused_groups
 from ..formats.base import Format
-from .problems import Mend, Problems
+from .problems import Problems, Replacement
 from .rules import by_votes, can_give, origin
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ def check_moved(modules: Mapping[str, PlannedModule], sources: Sources, problems
                 continue
             for source in by_votes(parts, sources):
                 if can_give(source, parts) and not any(limit(p.name, source.format_of(p.name)) for p in parts):
-                    mend, change = Mend.of(source.name, [(p.name, p.rule) for p in parts if p.source != source.name])
+                    others = [(p.name, p.rule) for p in parts if p.source != source.name]
+                    edit, change = Replacement.of(source.name, others)
                     break
             else:
-                mend, change = Mend(None), []
+                edit, change = Replacement(None), []
             text = f"{part.format.kind} from {origin(part)}: {why}"
-            problems.soft([p.name for p in parts if limit(p.name, p.format)], text, mend, change)
+            problems.soft([p.name for p in parts if limit(p.name, p.format)], text, edit, change, code="moved_rows")
             break

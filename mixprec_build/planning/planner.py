@@ -27,7 +27,7 @@ from .complete import check_complete, check_tied_head
 from .folding import Folding
 from .moved import check_moved
 from .probe import WeightProbe, check_weights
-from .problems import Mend, Problems
+from .problems import Problems, Replacement
 from .rules import gives, half_only
 from .servable import check_servable
 from .shards import lay_out
@@ -60,14 +60,14 @@ def make_plan(
         modules = planner.collect()
         problems = planner.problems
         planner.check_complete(modules)
-        if not problems.found():
+        if not problems:
             planner.check_biases(modules, reader)
             check_tied_head(modules, sources, reader, problems)
             check_servable(modules, sources, reader, folding, problems)
             check_moved(modules, sources, problems)
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
-        raise RefusedError([p.text for p in found])
+        raise RefusedError(found)
     planner.notes += check_weights(modules, sources, WeightProbe(sources), full=check_all)
     quantized = {name: (m.format, m.stored) for name, m in modules.items() if m.format.quantized}
     planner.notes += half_only(quantized, sources.model.config)
@@ -83,7 +83,7 @@ def make_plan(
         rules=tuple(planner.rule_uses()),
         left_out=tuple(planner.left_out(modules)),
         notes=tuple(planner.notes),
-        unservable=tuple(p.text for p in found),
+        problems=tuple(found),
         presplit=presplit,
     )
 
@@ -112,12 +112,12 @@ def plan_modules(recipe: Recipe, sources: Sources) -> dict[str, PlannedModule]:
     planner.choose()
     planner.check_same_model()
     modules = planner.collect()
-    if not planner.problems.found():
+    if not planner.problems:
         with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
             planner.check_biases(modules, reader)
     found = planner.problems.found()
     if found:
-        raise RefusedError([problem.text for problem in found])
+        raise RefusedError(found)
     return modules
 
 
@@ -253,7 +253,8 @@ class _Planner:
                 if difference.counts:
                     self.problems.hard(
                         f"{ours} and `{source.name}` are different models: {difference} in their config.json; point "
-                        f"`{source.name}` (line {source.line}) to a checkpoint of the same model"
+                        f"`{source.name}` (line {source.line}) to a checkpoint of the same model",
+                        code="different_models",
                     )
                 else:
                     self.notes.append(
@@ -326,7 +327,9 @@ class _Planner:
             self.problems.hard(
                 f"{some(compress(names))}: {list(due)} in `{self.default.name}` and {list(shape)} in `{source_name}`, "
                 f"these are different models; point `{source_name}` (line {self.sources.by_name[source_name].line}) "
-                "to a checkpoint of the same model"
+                "to a checkpoint of the same model",
+                code="different_models",
+                modules=names,
             )
         for (kind, winner), names in downgraded.items():
             self.notes.append(
@@ -337,7 +340,7 @@ class _Planner:
 
     def check_complete(self, modules: Mapping[str, PlannedModule]) -> None:
         """Whether ``modules`` are all that the model needs; see :mod:`.complete`."""
-        if self.problems.found():
+        if self.problems:
             return  # what is missing has been said
         offered = {}
         for name, source in self.sources.by_name.items():
@@ -358,14 +361,17 @@ class _Planner:
         if absent:
             self.problems.hard(
                 f"`{source_name}` is read from the cache, which lacks {some(absent)} with {some(patterns)}; "
-                "run once with the hub in reach"
+                "run once with the hub in reach",
+                code="not_cached",
+                modules=names,
             )
             return
         holders = [s.name for s in self.sources.by_name.values() if gives(s, names)]
-        mend = self.problems.mended(*Mend.of(holders[0] if holders else None, [(name, rule) for name in names]))
+        replacement, new = Replacement.of(holders[0] if holders else None, [(name, rule) for name in names])
         by = f"by {rule}" if rule is not None else "by default"
         count = counted(len(names), "module")
-        self.problems.hard(f"`{source_name}` has no {some(patterns)} ({count}), which come from there {by}{mend}")
+        text = f"`{source_name}` has no {some(patterns)} ({count}), which come from there {by}"
+        self.problems.hard(text, replacement, new, code="missing_module", modules=names)
 
     # Biases that only a quantized source has
 
@@ -383,7 +389,9 @@ class _Planner:
                 self.problems.hard(
                     f"{name} has a bias in `{bias.source}` that is not zero, and none in `{self.default.name}`: "
                     f"these are different models; point `{bias.source}` "
-                    f"(line {self.sources.by_name[bias.source].line}) to a checkpoint of the same model"
+                    f"(line {self.sources.by_name[bias.source].line}) to a checkpoint of the same model",
+                    code="different_models",
+                    modules=[name],
                 )
                 continue
             tensors = {leaf: tensor for leaf, tensor in module.tensors.items() if leaf != "bias"}

@@ -3,68 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..patterns.compress import compress
+from ..recipe.fix import Line, RecipeFix
 from ..text import some
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe, Rule
 
-__all__ = ["Mend", "Problem", "Problems"]
+__all__ = ["CODES", "Problem", "Problems", "Replacement"]
+
+CODES = {
+    "different_models": "sources, or their config.json, are of different models",
+    "different_weights": "sources hold different weights of one model",
+    "folded_scales": "scales of activations are folded into modules that come from elsewhere",
+    "fused_formats": "modules that SGLang runs as one GEMM are in different formats",
+    "incomplete_model": "the mix lacks modules that its model needs",
+    "kernel_limit": "SGLang has no kernel for the shape, the format or the values",
+    "missing_module": "a source lacks modules that the recipe takes from it",
+    "moved_rows": "a model class of SGLang's moves rows of the weight and leaves its scales behind",
+    "not_cached": "the hub is out of reach, and its cache lacks files",
+    "role_limit": "SGLang has no quantized module of this role",
+    "shared_experts": "SGLang compares shared experts' formats in a way that this mix does not pass",
+}
+"""What kinds of problems there are, for programs."""
+
+_NO_SOURCE = "No source of this recipe can take their place: add one that can"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One reason to refuse. ``hard`` ones hold whoever serves the checkpoint."""
+    """One reason to refuse. ``str()`` of it is a sentence for the user, the fix included."""
 
+    code: str
+    """One of :data:`CODES`."""
     text: str
-    hard: bool
+    """What is wrong, in words."""
+    modules: tuple[str, ...] = ()
+    """Patterns of the modules that it is about, where it is about modules."""
+    fix: RecipeFix | None = None
+    hard: bool = False
+    """Whether it holds whoever serves the checkpoint; the others may be allowed."""
+    advice: str = ""
+    """How to go on where no edit of the recipe's rules helps."""
 
+    def __str__(self) -> str:
+        about = f"{some(self.modules)}: " if self.modules and not self.hard else ""
+        advice = self.fix.sentence() if self.fix is not None else self.advice
+        return f"{about}{self.text}{advice and f'. {advice}'}"
 
-class Problems:
-    """Collects problems; the same one in many modules is told once, with their names as patterns."""
-
-    def __init__(self, recipe: Recipe):
-        self._recipe = recipe
-        self._hard: list[str] = []
-        self._soft: dict[tuple[str, Mend | None], tuple[list[str], list[str]]] = {}
-
-    def hard(self, text: str) -> None:
-        self._hard.append(text)
-
-    def soft(self, modules: Iterable[str], text: str, mend: Mend | None = None, change: Iterable[str] = ()) -> None:
-        """``text`` is about all of ``modules``; ``mend`` also says which source ``change`` should come from."""
-        about, changed = self._soft.setdefault((text, mend), ([], []))
-        about += modules
-        changed += change
-
-    def found(self) -> list[Problem]:
-        soft = [
-            Problem(f"{some(compress(about))}: {text}{self.mended(mend, change)}", hard=False)
-            for (text, mend), (about, change) in self._soft.items()
-        ]
-        return [Problem(text, hard=True) for text in dict.fromkeys(self._hard)] + soft
-
-    def mended(self, mend: Mend | None, change: Sequence[str]) -> str:
-        """The sentence that ends a problem."""
-        return "" if mend is None else mend.sentence(change, self._recipe)
+    def to_json(self) -> dict[str, object]:
+        """Plain data, for ``--json`` and the manifest."""
+        return {
+            "code": self.code,
+            "message": str(self),
+            "modules": list(self.modules),
+            "hard": self.hard,
+            "fix": None if self.fix is None else self.fix.to_json(),
+        }
 
 
 @dataclass(frozen=True, slots=True)
-class Mend:
-    """The smallest change: ``source`` for some modules, by changing the exact lines that name them or by new lines.
-
-    ``needless`` are lines to take out.
-    """
+class Replacement:
+    """``source`` for some modules, by changing the exact lines that name them or by new lines; None if none can."""
 
     source: str | None
     rules: tuple[Rule, ...] = ()
-    needless: tuple[Rule, ...] = ()
+    """Exact lines that name such modules."""
+    remove: tuple[Rule, ...] = ()
 
     @classmethod
-    def of(cls, source: str | None, modules: Iterable[tuple[str, Rule | None]]) -> tuple[Mend, list[str]]:
+    def of(cls, source: str | None, modules: Iterable[tuple[str, Rule | None]]) -> tuple[Replacement, list[str]]:
         """For modules with the lines that chose their sources; also which of them need a new line."""
         exact: dict[Rule, None] = {}
         others = []
@@ -75,27 +86,28 @@ class Mend:
                 others.append(name)
         return cls(source, tuple(sorted(exact, key=lambda rule: rule.line))), others
 
-    def sentence(self, modules: Sequence[str], recipe: Recipe) -> str:
+    def fix(self, modules: Sequence[str], recipe: Recipe) -> RecipeFix | None:
+        """The edit of ``recipe`` that takes ``modules``, beside those of ``rules``, from the source."""
         if self.source is None:
-            return ". No source of this recipe can take their place: add one that can"
-        steps = [f"change line {rule.line} to `{rule.pattern.text}: {self.source}`" for rule in self.rules]
-        steps += [f"take out {rule}" for rule in self.needless]
-        lines = []
+            return None
+        change = [Line(rule.line, rule.pattern.text, self.source) for rule in self.rules]
+        remove = [_line(rule) for rule in self.remove]
+        add = []
         by_text = {rule.pattern.text: rule for rule in recipe.rules}
         for pattern in compress(modules):
             rule = by_text.get(pattern)  # a line that is there cannot be added
             if rule is not None and not _is_overruled(rule, modules, recipe):
-                steps.append(f"change line {rule.line} to `{pattern}: {self.source}`")
+                change.append(Line(rule.line, pattern, self.source))
                 continue
             if rule is not None:
-                steps.append(f"take out {rule}")
-            lines.append(f"`{pattern}: {self.source}`")
-        if lines:
-            last = max((rule.line for rule in recipe.rules), default=None)
-            where = f"under `{recipe.section}:`" if last is None else f"below line {last}"
-            steps.append(f"add {where}: {some(lines, 8)}")
-        sentence = ", ".join(steps)
-        return f". {sentence[0].upper()}{sentence[1:]}"
+                remove.append(_line(rule))
+            add.append(Line(0, pattern, self.source))
+        below = max((rule.line for rule in recipe.rules), default=0)
+        return RecipeFix(tuple(change), tuple(remove), tuple(add), below, recipe.section)
+
+
+def _line(rule: Rule) -> Line:
+    return Line(rule.line, rule.pattern.text, rule.source)
 
 
 def _is_overruled(rule: Rule, modules: Iterable[str], recipe: Recipe) -> bool:
@@ -103,3 +115,72 @@ def _is_overruled(rule: Rule, modules: Iterable[str], recipe: Recipe) -> bool:
     matched = [name for name in modules if rule.pattern.matches(name)]
     later = [other.pattern for other in recipe.rules if other.line > rule.line]
     return any(pattern.matches(name) for pattern in later for name in matched)
+
+
+@dataclass(slots=True)
+class _About:
+    """The modules that one problem is about, and those that its fix takes from elsewhere."""
+
+    modules: list[str] = field(default_factory=list)
+    change: list[str] = field(default_factory=list)
+
+
+class Problems:
+    """Collects problems; the same one in many modules is told once, with their names as patterns."""
+
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+        self._hard: dict[Problem, None] = {}
+        self._soft: dict[tuple[str, str, Replacement | None], _About] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._hard or self._soft)
+
+    def hard(
+        self,
+        text: str,
+        replacement: Replacement | None = None,
+        change: Sequence[str] = (),
+        *,
+        code: str,
+        modules: Iterable[str] = (),
+    ) -> None:
+        """Adds what no server could overcome. ``replacement`` says which source ``change`` should come from."""
+        self._hard[self._problem(code, text, tuple(compress(modules)), replacement, change, hard=True)] = None
+
+    def soft(
+        self,
+        modules: Iterable[str],
+        text: str,
+        replacement: Replacement | None = None,
+        change: Iterable[str] = (),
+        *,
+        code: str,
+    ) -> None:
+        """Adds what SGLang could not serve in all of ``modules``; ``replacement`` as in :meth:`hard`."""
+        about = self._soft.setdefault((code, text, replacement), _About())
+        about.modules += modules
+        about.change += change
+
+    def found(self) -> list[Problem]:
+        """All of them, hard ones first."""
+        soft = [
+            self._problem(code, text, tuple(compress(about.modules)), replacement, about.change, hard=False)
+            for (code, text, replacement), about in self._soft.items()
+        ]
+        return [*self._hard, *soft]
+
+    def _problem(
+        self,
+        code: str,
+        text: str,
+        modules: tuple[str, ...],
+        replacement: Replacement | None,
+        change: Sequence[str],
+        *,
+        hard: bool,
+    ) -> Problem:
+        assert code in CODES, code
+        fix = None if replacement is None else replacement.fix(change, self._recipe)
+        advice = _NO_SOURCE if replacement is not None and replacement.source is None else ""
+        return Problem(code, text, modules, fix, hard, advice)

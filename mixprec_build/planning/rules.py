@@ -12,7 +12,7 @@ from ..formats.registry import ALIASES
 from ..patterns.compress import compress
 from ..storage.header import TensorInfo
 from ..text import some
-from .problems import Mend
+from .problems import Replacement
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,9 +36,9 @@ __all__ = [
     "group_limits",
     "half_only",
     "last_word_of",
-    "mend",
     "missing_projections",
     "origin",
+    "replacement",
     "role_limit",
     "shared_down",
     "shared_experts_limit",
@@ -118,8 +118,9 @@ def fuse(parts: Iterable[PlannedModule]) -> bool:
     return all(len({by_name[member] for member in members}) == 1 for members in gemms(by_name).values())
 
 
-def mend(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Mend, list[str]]:
-    return Mend.of(source, [(part.name, part.rule) for part in parts])
+def replacement(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Replacement, list[str]]:
+    """``parts`` from ``source``, as :meth:`Problems.soft` takes it."""
+    return Replacement.of(source, [(part.name, part.rule) for part in parts])
 
 
 def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool) -> list[str]:

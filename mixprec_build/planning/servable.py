@@ -1,4 +1,9 @@
-"""TODO."""
+"""What SGLang could not serve, found before anything is written.
+
+SGLang runs q/k/v and gate/up as one GEMM each, with one quantization method; its kernels have shape rules; and some
+modules have no quantized path. A mix that breaks one of these would fail at start-up, or worse, load and answer
+nonsense.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,9 @@ from .rules import (
     described,
     format_limits,
     last_word_of,
-    mend,
     missing_projections,
     origin,
+    replacement,
     role_limit,
     shared_down,
     shared_experts_limit,
@@ -42,19 +47,19 @@ def check_servable(
     problems: Problems,
 ) -> None:
     """Adds to ``problems`` all that SGLang's layers would not run as planned."""
-    mended = folding.check(modules, problems)
+    fixed = folding.check(modules, problems)
     quantized = any(module.format.quantized for module in modules.values())
     for group, fused in fused_groups(modules if quantized else ()).items():
         around = [modules[member] for member in fused]
         for name, members in gemms_of(group, fused).items():
             parts = [modules[member] for member in members]
             if any(part.format.quantized for part in parts):
-                _check_gemm(name, parts, around, sources, reader, problems, mended)
+                _check_gemm(name, parts, around, sources, reader, problems, fixed)
                 _check_never_quantized(parts, sources, problems)
                 _check_shared_experts(name, parts, modules, sources, problems)
         limit = missing_projections(group, around)
         if limit is not None:
-            _refuse_all(around, limit, sources, problems)
+            _refuse_all(around, limit, sources, problems, "incomplete_model")
     check_same_weights(modules, sources, folding, problems)
 
 
@@ -65,10 +70,10 @@ def _check_gemm(
     sources: Sources,
     reader: ValueReader,
     problems: Problems,
-    mended: Set[str],
+    fixed: Set[str],
 ) -> None:
-    """``around``: all parts of the fused group or expert that these are of. ``mended`` are modules that another
-    problem's mend gives one source: to mend them once more would undo it."""
+    """``around``: all parts of the fused group or expert that these are of. ``fixed`` are modules that another
+    problem's fix takes from one source: a second fix would undo it."""
     if len({part.format.fuses_as for part in parts}) > 1:
         what = "gate and up of one expert" if is_expert(name) else f"parts of {name.rpartition('.')[2]}"
         owners = "; ".join(
@@ -78,16 +83,17 @@ def _check_gemm(
         change = [part for part in parts if part.source != source]
         text = f"{what}, one GEMM in SGLang, must share a format, but {owners}"
         names = [part.name for part in parts]
-        problems.soft(names, text, *(mend(source, change) if mended.isdisjoint(names) else ()))
+        edit = replacement(source, change) if fixed.isdisjoint(names) else ()
+        problems.soft(names, text, *edit, code="fused_formats")
         return
     for limit in format_limits(name, parts, reader):
-        _refuse_all(parts, limit, sources, problems)
+        _refuse_all(parts, limit, sources, problems, "kernel_limit")
 
 
-def _refuse_all(parts: list[PlannedModule], limit: str, sources: Sources, problems: Problems) -> None:
+def _refuse_all(parts: list[PlannedModule], limit: str, sources: Sources, problems: Problems, code: str) -> None:
     source = common_source(parts, sources, other_than=parts[0].source)
     text = f"{described(parts[0].format)} from {origin(parts[0])}: {limit}"
-    problems.soft([part.name for part in parts], text, *mend(source, parts))
+    problems.soft([part.name for part in parts], text, *replacement(source, parts), code=code)
 
 
 def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, problems: Problems) -> None:
@@ -96,7 +102,8 @@ def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, pro
         if limit is not None:
             source = common_source(parts, sources)  # for all: they must share a format still
             text = f"{described(module.format)} from {origin(module)}: {limit}"
-            problems.soft([module.name], text, *mend(source, [part for part in parts if part.source != source]))
+            change = [part for part in parts if part.source != source]
+            problems.soft([module.name], text, *replacement(source, change), code="role_limit")
 
 
 def _check_shared_experts(
@@ -122,7 +129,8 @@ def _check_shared_experts(
 
     chosen = next((source.name for source in by_votes(trio, sources) if fits(source)), None)
     text = f"{described(parts[0].format)} from {origin(parts[0])}: {limit}"
-    problems.soft([part.name for part in trio], text, *mend(chosen, [p for p in trio if p.source != chosen]))
+    change = [part for part in trio if part.source != chosen]
+    problems.soft([part.name for part in trio], text, *replacement(chosen, change), code="shared_experts")
 
 
 def check_same_weights(
@@ -146,4 +154,5 @@ def check_same_weights(
                 f"`{name}` (line {sources.by_name[name].line}) and `{against}` (line {sources.by_name[against].line}) "
                 "hold different values, so they do not hold the same weights (another revision or fine-tune, or "
                 "scales folded into the norms); point one of them to a checkpoint of the other's weights",
+                code="different_weights",
             )

@@ -13,6 +13,7 @@ from ..recipe.recipe import Recipe, Rule
 from ..recipe.sources import Sources
 from ..storage.header import TensorInfo, build_header
 from ..storage.module import StoredModule
+from .problems import Problem
 
 __all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse"]
 
@@ -105,10 +106,15 @@ class Plan:
     rules: tuple[RuleUse, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
-    unservable: tuple[str, ...] = field(default=())
+    problems: tuple[Problem, ...] = ()
     """What SGLang could not serve, allowed by the user."""
     presplit: Mapping[str, int] = field(default_factory=dict)
     """Degree that files are cut for, as ``tp4-ep1`` -> their bytes."""
+
+    @property
+    def unservable(self) -> tuple[str, ...]:
+        """The problems in words."""
+        return tuple(map(str, self.problems))
 
     @property
     def tensor_bytes(self) -> int:

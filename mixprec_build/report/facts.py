@@ -83,6 +83,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "left_out": [asdict(left_out) for left_out in plan.left_out],
         "notes": list(plan.notes),
         "unservable": list(plan.unservable),
+        "problems": [problem.to_json() for problem in plan.problems],
     }
 
 
@@ -130,6 +131,7 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
             # Over all of the manifest, and so over the checksum of every tensor: equal ones are equal checkpoints.
             "manifest_checksum": recorded[f"manifest_{CHECKSUM}"],
             "unservable": recorded.get("unservable", []),
+            "problems": recorded.get("problems", []),
         }
     return facts
 

@@ -135,7 +135,7 @@ class Choices:
             check_same_weights({**norms, **mine}, self.sources, folding, problems)
         found = problems.found()
         if found:
-            raise RefusedError([problem.text for problem in found])
+            raise RefusedError(found)
 
     def _add_group(self, name: str, members: tuple[str, ...], request: Request, reader: ValueReader) -> None:
         options, reasons = [], []
@@ -176,7 +176,7 @@ class Choices:
             check_servable(self.fixed, self.sources, reader, Folding((), self.sources, reader), problems)
         found = problems.found()
         if found:
-            raise RefusedError([problem.text for problem in found])
+            raise RefusedError(found)
         limit = self._cut_limit(self.fixed.values())
         if limit is not None:
             raise RecipeError(limit, path=self.recipe.path, line=self.recipe.tp_line)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import yaml
 
 from ..errors import OutputError
 from ..recipe.recipe import Recipe
+from ..recipe.writer import quoted
 from ..text import human
 from ..versions import __version__
 from .allocate import Suggestion
@@ -26,7 +25,6 @@ _MEASURES = {
     Objective.OUTPUT: "f Σ m ‖Δ‖²",
     Objective.RELATIVE_OUTPUT: "f Σ m ‖Δ‖² / Σ m ‖W‖²",
 }
-_PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~@+{},\-*?]*")
 
 
 # The recipe
@@ -70,7 +68,7 @@ def recipe_text(suggestion: Suggestion, folder: Path) -> str:
         nbytes[id(module.rule)] += module.nbytes
     for comment, rules in suggestion.lines:
         lines += [f"  # {line}" for line in comment.splitlines()]
-        lines += [f"  {_quoted(rule.pattern.text)}: {rule.source}  # {human(nbytes[id(rule)])}" for rule in rules]
+        lines += [f"  {quoted(rule.pattern.text)}: {rule.source}  # {human(nbytes[id(rule)])}" for rule in rules]
     lines.append(f"output: {{{', '.join(_output(recipe))}}}")
     if recipe.serving:
         lines.append(yaml.safe_dump(dict(recipe.serving), sort_keys=False, allow_unicode=True).rstrip())
@@ -116,12 +114,7 @@ def _location(recipe: Recipe, location: str, folder: Path) -> str:
         place = Path(os.path.realpath(full.parent if named else full), path.name if named else "")
         relative = os.path.relpath(place, os.path.realpath(folder))
         location = relative if relative.startswith(".") else f"./{relative}"
-    return _quoted(location)
-
-
-def _quoted(text: str) -> str:
-    """As YAML: bare where that is the same text to every reader."""
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    return quoted(location)
 
 
 def _size(nbytes: int) -> str:
