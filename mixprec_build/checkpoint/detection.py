@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import SourceError
 from ..formats.base import Format, FormatError
-from ..formats.registry import recognise
+from ..formats.quantization import Quantization
+from ..formats.registry import names_matter, recognise
 from .declaration import METHOD, Declaration
 
 if TYPE_CHECKING:
@@ -15,26 +16,24 @@ if TYPE_CHECKING:
 __all__ = ["detect"]
 
 
-_BY_NAME = {"dynamic", "config_groups"}
-"""What tells modules apart by their names in a quantization_config."""
-
-
 def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
     """The format of each module of a checkpoint, or why it has none that is read: only used ones matter."""
-    quantization = checkpoint.quantization
+    quantization = Quantization(checkpoint.quantization)
     method = quantization.get("quant_method")
     declaration = None
     if method == METHOD:
         try:
-            declaration = Declaration.from_json(quantization)
+            declaration = Declaration.from_json(checkpoint.quantization)
         except SourceError as error:
             raise SourceError(str(error), path=checkpoint.path_of(checkpoint.quantization_file)) from error
-    names_matter = method in (METHOD, "mxfp4") or not quantization.keys().isdisjoint(_BY_NAME)
+    by_name = method == METHOD or names_matter(quantization)
     known: dict[object, Format | FormatError] = {}
     found = {}
     for name, module in checkpoint.modules.items():
-        # Where names do not matter, modules whose tensors are alike are looked at once: experts are, by thousands.
-        what = name if names_matter else tuple([(leaf, t.dtype, t.shape) for leaf, t in module.tensors.items()])
+        # Where names do not matter, modules whose tensors are alike are looked at once: experts are, by thousands. Of
+        # bare parameters, names tell buffers.
+        alike = not by_name and "" not in module.tensors
+        what = tuple([(leaf, t.dtype, t.shape) for leaf, t in module.tensors.items()]) if alike else name
         if what not in known:
             try:
                 if declaration is None:

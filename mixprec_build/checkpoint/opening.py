@@ -15,6 +15,7 @@ from threading import Lock
 import xxhash
 
 from ..errors import HubError, SourceError
+from ..formats.registry import leaves as known_leaves
 from ..patterns.pattern import MAX_NAME
 from ..storage.folder import Files, LocalFolder
 from ..storage.header import TensorInfo, header_length, parse_header
@@ -71,9 +72,10 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
             for shard, data in headers:
                 _add_shard(storage, location, shard, data, tensors, shards)
     absent = {}
+    leaves = known_leaves()
     if index is not None:
         if _offline(storage):
-            absent = {split_name(name)[0]: shard for name, shard in index.items() if shard not in storage.files}
+            absent = {split_name(name, leaves)[0]: shard for name, shard in index.items() if shard not in storage.files}
             index = {name: shard for name, shard in index.items() if shard in storage.files}
         _check_index(index, tensors, beside, f"{location}/{INDEX}")
 
@@ -81,9 +83,9 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
     for name, tensor in tensors.items():
         if not 0 < len(name) <= MAX_NAME or not name.isprintable() or _NOT_IN_NAMES.search(name):
             raise _bad_name(tensor, location)
-        module, leaf = split_name(name)
+        module, leaf = split_name(name, leaves)
         parts[module][leaf] = tensor
-    modules = {name: StoredModule(name, leaves) for name, leaves in parts.items()}
+    modules = {name: StoredModule(name, stored) for name, stored in parts.items()}
     return Checkpoint(location, storage, config, declared, tensors, shards, modules, absent, left)
 
 

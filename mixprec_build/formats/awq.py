@@ -21,19 +21,21 @@ differ in what these match (``gate`` is a part of ``gate_proj``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import Axes, Axis, Format, FormatError, check_tensor, only_leaves, shape_text
-from .marlin import FLOATS, expert_shape_limits, linear_shape_limits, tile, unpack
+from .base import Axes, Axis, FormatError, Kind, check_tensor, only_leaves, shape_text
+from .grouped import Grouped, marlin_kind
+from .marlin import FLOATS, unpack
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from ..storage.module import StoredModule
+    from .quantization import Quantization
 
 __all__ = ["Awq"]
 
@@ -41,29 +43,40 @@ __all__ = ["Awq"]
 _PACK = 8
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Output -> which four bits of its word, counted from the lowest."""
-_GROUP_SIZES = (32, 64, 128)
+_SIZE = "AWQ group_size {}"
+_KEYS = {
+    "bits", "w_bit", "group_size", "q_group_size", "zero_point", "format", "do_fuse", "modules_to_fuse",
+    "fuse_max_seq_len", "exllama_config", "backend", "meta", "duo_scaling", "dataset", "sym", "desc_act",
+    "pack_dtype", "dynamic", "checkpoint_format", "n_parallel_calib_samples", "max_calib_samples", "max_calib_seq_len",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Awq(Format):
-    """AWQ. ``group_size`` is -1 where one group spans all inputs."""
+class Awq(Grouped):
+    """The kind ``awq_int4``."""
+
+    name: ClassVar[str] = "AWQ"
+    kinds: ClassVar[Mapping[str, Kind]] = {"awq_int4": marlin_kind(4)}
+    leaves: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "bias"})
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {"awq": _KEYS}
+    values_leaf: ClassVar[str] = "qweight"
+    # marlin_utils.py takes -1, too, but AWQ's layers divide by it (awq_moe.py, awq_marlin.py).
+    group_sizes: ClassVar[tuple[int, ...]] = (32, 64, 128)
+    kernels_for: ClassVar[str] = " for AWQ"
 
     group_size: int
+    bits: int = field(default=4, init=False, repr=False, compare=False)
 
     @property
     def kind(self) -> str:
         return "awq_int4"
 
     @property
-    def bits(self) -> int:
-        return 4
-
-    @property
     def folds(self) -> bool:
         return True
 
     @classmethod
-    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Awq | None:
+    def recognise(cls, module: StoredModule, quantization: Quantization) -> Awq | None:
         if "qweight" not in module.tensors or quantization.get("quant_method") != "awq":
             return None
         found = _settings(quantization)
@@ -72,18 +85,14 @@ class Awq(Format):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Awq:
-        return cls(_group_size(data["group_size"], ValueError))
+        return cls(cls._group_size(data["group_size"], _SIZE, ValueError))
 
     def to_json(self) -> dict[str, object]:
         return {"kind": self.kind, "group_size": self.group_size}
 
     def check(self, module: StoredModule) -> None:
-        only_leaves(module, {"qweight", "qzeros", "scales", "bias"}, self.kind)
-        for leaf in ("qweight", "qzeros", "scales"):
-            if leaf not in module.tensors:
-                raise FormatError(f"{self.kind} needs {leaf}")
-            if len(module.tensors[leaf].shape) != 2:
-                raise FormatError(f"{shape_text(leaf, module)}: two dimensions were expected")
+        only_leaves(module, self.leaves, self.kind)
+        self._check_matrices(module, ("qweight", "qzeros", "scales"))
         k = module.tensors["qweight"].shape[0]
         groups, n = module.tensors["scales"].shape
         if n % _PACK:
@@ -91,19 +100,17 @@ class Awq(Format):
         check_tensor(
             module, "qweight", ["I32"], (k, n // _PACK), f"beside {shape_text('scales', module)} (version gemm)"
         )
-        due = 1 if self.group_size == -1 else -(-k // self.group_size)
-        each = f"groups of {self.group_size}" if self.group_size != -1 else "one group"
+        due, each = self._groups_of(k)
         check_tensor(module, "scales", FLOATS, (due, n), f"for {k} inputs in {each}")
         check_tensor(module, "qzeros", ["I32"], (groups, n // _PACK), f"beside {shape_text('scales', module)}")
-        if "bias" in module.tensors:
-            check_tensor(module, "bias", FLOATS, (n,), f"for {n} outputs")
+        self._check_bias(module, n)
 
     def shape(self, module: StoredModule) -> tuple[int, ...]:
         k, words = module.tensors["qweight"].shape
         return words * _PACK, k
 
     def axes(self, leaf: str) -> Axes:
-        group = None if self.group_size == -1 else Axis(0, self.group_size)
+        group = self._group_axis(0)
         return {
             "qweight": Axes(n=Axis(1, _PACK), k=Axis(0)),
             "qzeros": Axes(n=Axis(1, _PACK), k=group),
@@ -111,21 +118,9 @@ class Awq(Format):
             "bias": Axes(n=Axis(0)),
         }[leaf]
 
-    def tile(self, *, experts: bool) -> tuple[int, int]:
-        return tile(self.group_size, experts=experts)
-
-    def _kernel_limits(self) -> list[str]:
-        # marlin_utils.py takes -1, too, but AWQ's layers divide by it (awq_moe.py, awq_marlin.py).
-        if self.group_size in _GROUP_SIZES:
-            return []
-        return [f"group size {self.group_size} has no CUDA kernel for AWQ in SGLang, only 32, 64 and 128 have"]
-
-    def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        n = sum(self.shape(part)[0] for part in parts)
-        return self._kernel_limits() + linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
-
-    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
-        return self._kernel_limits() + expert_shape_limits(hidden, intermediate, self.group_size)
+    @property
+    def row_join_limit(self) -> str | None:
+        return "by rows, and packed formats hold outputs in columns"
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         q, zeros = _unpack(tensors["qweight"]), _unpack(tensors["qzeros"])
@@ -154,10 +149,4 @@ def _settings(declared: Mapping[str, object]) -> Awq:
     version = declared.get("version") or declared.get("checkpoint_format") or declared.get("format") or "gemm"
     if not isinstance(version, str) or version.lower() != "gemm":
         raise FormatError(f"AWQ version {brief(version)} is not read, only gemm; quantize it again with version gemm")
-    return Awq(_group_size(declared.get("group_size", declared.get("q_group_size")), FormatError))
-
-
-def _group_size(value: object, error: type[Exception]) -> int:
-    if type(value) is not int or (value != -1 and value < 1):
-        raise error(f"AWQ group_size {brief(value)} is neither -1 nor a positive number")
-    return value
+    return Awq(Awq._group_size(declared.get("group_size", declared.get("q_group_size")), _SIZE))

@@ -1,4 +1,4 @@
-"""What every storage format answers.
+"""The interface of a storage format: all that is said of one is said by its class.
 
 numpy is imported where values are looked at: `mixprec inspect` reads headers and starts without it.
 """
@@ -6,9 +6,9 @@ numpy is imported where values are looked at: `mixprec inspect` reads headers an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,8 +16,20 @@ if TYPE_CHECKING:
 
     from ..storage.header import TensorInfo
     from ..storage.module import StoredModule
+    from .quantization import Quantization
 
-__all__ = ["Axes", "Axis", "Format", "FormatError", "Reader", "check_tensor", "last_word", "only_leaves", "shape_text"]
+__all__ = [
+    "Axes",
+    "Axis",
+    "Format",
+    "FormatError",
+    "Kind",
+    "Reader",
+    "check_tensor",
+    "last_word",
+    "only_leaves",
+    "shape_text",
+]
 
 
 Reader = Callable[["TensorInfo"], "npt.NDArray[Any] | None"]
@@ -47,11 +59,45 @@ class Axes:
     k: Axis | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is known of one kind of a format. Compute capabilities are 90 for a Hopper GPU."""
+
+    bits: int
+    """Of a weight."""
+    words: tuple[str, ...] | None = ()
+    """What a recipe may call it beside its name, as ``int4``; None where a recipe cannot ask for it at all."""
+    kernels: str = ""
+    """What SGLang runs it with; empty where it has nothing that would."""
+    least: int = 0
+    """The lowest compute capability of a GPU with these kernels."""
+    most: int | None = None
+    """The highest one, where there is one."""
+    experts_least: int = 0
+    """The lowest one that runs experts."""
+
+
 class Format(ABC):
     """How a module is stored. Instances are frozen dataclasses; equal instances are the same format.
 
     ``N`` is a linear's number of outputs, ``K`` its number of inputs; a weight is ``[N, K]``.
     """
+
+    name: ClassVar[str]
+    """For messages: ``FP8``, ``GPTQ``, ..."""
+    kinds: ClassVar[Mapping[str, Kind]]
+    """Each of its kinds by its word, which no other format has."""
+    leaves: ClassVar[frozenset[str]]
+    """The last words of its tensors' names; ``""`` for a module that is one bare parameter."""
+    values_leaf: ClassVar[str] = "weight"
+    """The tensor of a weight's values."""
+    rounded: ClassVar[bool] = False
+    """Whether its writers round weights to the nearest value, where others move errors from weight to weight."""
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {}
+    """``quant_method`` of configurations that may declare it -> the keys that are understood there; None where those of
+    any method are."""
+    keys_by_name: ClassVar[frozenset[str]] = frozenset()
+    """Keys of a ``quantization_config`` that tell modules apart by their names."""
 
     @property
     @abstractmethod
@@ -69,12 +115,12 @@ class Format(ABC):
 
     @property
     def folds(self) -> bool:
-        """Whether quantizers that write it fold scales of activations into the modules before (:mod:`..folding`)."""
+        """Whether quantizers that write it fold scales of activations into the modules before."""
         return False
 
     @classmethod
     @abstractmethod
-    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Format | None:
+    def recognise(cls, module: StoredModule, quantization: Quantization) -> Format | None:
         """The format of a module in a source whose ``quantization_config`` is given; None if another's.
 
         Raises:
@@ -129,8 +175,14 @@ class Format(ABC):
         return []
 
     def half_only(self, parts: Sequence[StoredModule]) -> str | None:
-        """Why SGLang runs a linear fused of ``parts`` with FP16 activations only; None where it does not matter."""
+        """Why SGLang runs a linear fused of ``parts`` with FP16 activations only, and by which kernel; None where any
+        do."""
         return None
+
+    def fits_untiled(self, outputs: Sequence[int], inputs: int) -> bool:
+        """Whether SGLang has a kernel that needs no multiples of :meth:`tile`, for a linear of ``inputs`` and of parts
+        with so many ``outputs``."""
+        return False
 
     def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
         """Why SGLang cannot run those ``parts`` of an expert that are in this format, on one GPU: gate and up, down, or
@@ -140,6 +192,26 @@ class Format(ABC):
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
         """As the two above, for what only the values of small tensors tell."""
         return []
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether SGLang's linears of it have a parameter ``weight``, which its models of DeepSeek look for."""
+        return True
+
+    @property
+    def row_join_limit(self) -> str | None:
+        """What goes wrong where SGLang joins the tensors of two modules along their first axis, as it does with
+        DeepSeek's q_a_proj and kv_a_proj; None where nothing does."""
+        return None
+
+    @property
+    def states_block(self) -> bool:
+        """Whether the config of SGLang's method for it states the size of a block (``weight_block_size``), or None."""
+        return False
+
+    def shared_experts_limit(self, down: Format) -> str | None:
+        """Why SGLang could not run DeepSeek's shared experts with gate and up in this format and down in another."""
+        return None
 
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
@@ -166,7 +238,7 @@ def check_tensor(module: StoredModule, leaf: str, dtypes: Sequence[str], shape: 
         raise FormatError(f"{shape_text(leaf, module)}: {list(shape)} was expected {why}")
 
 
-def only_leaves(module: StoredModule, known: set[str], kind: str) -> None:
+def only_leaves(module: StoredModule, known: Set[str], kind: str) -> None:
     """Raises where a module has a tensor that its format does not know: it would be lost."""
     for leaf in module.tensors.keys() - known:
         raise FormatError(f"{shape_text(leaf, module)} does not belong to {kind}")

@@ -1,33 +1,46 @@
-"""TODO."""
+"""compressed-tensors' configuration: which of its config groups declares a module, and how that is stored.
+
+As compressed-tensors 0.20.0 reads it, ``quantization/quant_config.py`` and ``utils/match.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ..patterns.budget import Patience
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from .base import FormatError
-from .keys import check_group_keys
+from .keys import check
 
 if TYPE_CHECKING:
     import re
 
     from ..storage.module import StoredModule
+    from .quantization import Quantization
 
-__all__ = ["METHOD", "Scheme", "scheme_of"]
+__all__ = ["KEYS_BY_NAME", "METHODS", "Scheme", "scheme_of"]
 
 
-METHOD = "compressed-tensors"
+_METHOD = "compressed-tensors"
+METHODS: Mapping[str, frozenset[str]] = {
+    _METHOD: frozenset({"config_groups", "format", "global_compression_ratio", "sparsity_config"})
+}
+"""``quant_method``, and the keys of its configuration that are understood."""
+KEYS_BY_NAME = frozenset({"config_groups"})
+"""What tells modules apart by their names."""
+_GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
+_ARGUMENTS = {
+    "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder", "observer",
+    "observer_kwargs", "scale_dtype", "zp_dtype",
+}  # fmt: skip
+"""Keys of what a group says of weights or activations."""
 _MAX_GROUPS = 256
 _MAX_TARGETS = 100_000
 _MAX_REGEXES = 4096
-
-
-# Config groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,11 @@ class Scheme:
         at = f"config group {name!r:.100}"
         if not isinstance(data, Mapping):
             raise FormatError(f"{at} is not an object")
-        check_group_keys(at, data)
+        check(at, data, _GROUP_KEYS)
+        for part in ("weights", "input_activations"):
+            arguments = data.get(part)
+            if isinstance(arguments, Mapping):
+                check(f"{part} of {at}", arguments, _ARGUMENTS)
         own = data.get("format")
         format_ = format_ if own is None else own
         if not isinstance(format_, str):
@@ -117,8 +134,6 @@ def _activations(at: str, data: object) -> str:
 class _Groups:
     """The config groups of one configuration, by what their targets match."""
 
-    _latest: ClassVar[_Groups | None] = None
-
     def __init__(self, quantization: Mapping[str, object]):
         self._quantization, self._patience = quantization, Patience()
         groups, ignore = quantization.get("config_groups"), quantization.get("ignore") or []
@@ -130,13 +145,6 @@ class _Groups:
             targets = data.get("targets") if isinstance(data, Mapping) else None
             self._groups.append((str(name), data, *self._targets(targets, f"config group {name!r:.100}")))
         self._schemes: dict[str, Scheme] = {}
-
-    @classmethod
-    def of(cls, quantization: Mapping[str, object]) -> _Groups:
-        """One for all modules of a checkpoint, which are looked up one after another."""
-        if cls._latest is None or cls._latest._quantization is not quantization:
-            cls._latest = cls(quantization)
-        return cls._latest
 
     @staticmethod
     def _targets(words: object, at: str) -> tuple[frozenset[str], list[str]]:
@@ -179,13 +187,13 @@ class _Groups:
         return any(pattern.match(module) for pattern in patterns)
 
 
-def scheme_of(module: StoredModule, quantization: Mapping[str, object]) -> Scheme | None:
+def scheme_of(module: StoredModule, quantization: Quantization) -> Scheme | None:
     """What compressed-tensors' configuration says of a quantized linear; None for another method's configuration, and
     for one without groups.
 
     Raises:
         FormatError: it says that the linear is not quantized, or nonsense.
     """
-    if quantization.get("quant_method") != METHOD or quantization.get("config_groups") is None:
+    if quantization.get("quant_method") != _METHOD or quantization.get("config_groups") is None:
         return None
-    return _Groups.of(quantization).find(module.name)
+    return quantization.derive(_Groups).find(module.name)

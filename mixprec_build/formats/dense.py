@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import Axes, Axis, Format, FormatError, only_leaves, shape_text
+from .base import Axes, Axis, Format, FormatError, Kind, only_leaves, shape_text
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from ..storage.module import StoredModule
+    from .quantization import Quantization
 
 __all__ = ["Dense"]
 
 
 _KINDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-_LEAVES = {"", "weight", "bias"}
-_OTHER = {"F64", "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
+_OTHER = {"F64": 64, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
+"""The dtypes of buffers, with their bits."""
+_GEMM = "dense GEMM, Triton for experts"
 
 
 @dataclass(frozen=True, slots=True)
 class Dense(Format):
     """Not quantized. ``dtype`` is the weight's safetensors dtype."""
+
+    name: ClassVar[str] = "unquantized"
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "bf16": Kind(16, words=("fp16",), kernels=_GEMM, least=75),
+        "fp16": Kind(16, kernels=_GEMM, least=75),
+        "fp32": Kind(32, kernels="cast to the model's dtype when loaded", least=75),
+        **{dtype.lower(): Kind(bits, words=None) for dtype, bits in _OTHER.items()},
+    }
+    leaves: ClassVar[frozenset[str]] = frozenset({"", "weight", "bias"})
 
     dtype: str
 
@@ -41,9 +52,9 @@ class Dense(Format):
         return "dense"  # SGLang casts each part to the model's dtype as it loads it
 
     @classmethod
-    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Dense | None:
+    def recognise(cls, module: StoredModule, quantization: Quantization) -> Dense | None:
         leaves = module.tensors.keys()
-        if not leaves <= _LEAVES or {"", "weight"} <= leaves:
+        if not leaves <= cls.leaves or {"", "weight"} <= leaves:
             return None
         leaf = _leaf(leaves)
         dtype = module.tensors[leaf].dtype
@@ -63,7 +74,7 @@ class Dense(Format):
         return {"kind": self.kind}
 
     def check(self, module: StoredModule) -> None:
-        only_leaves(module, _LEAVES, self.kind)
+        only_leaves(module, self.leaves, self.kind)
         weight, bias = module.tensors.get("weight"), module.tensors.get("bias")
         if weight is not None and weight.dtype != self.dtype:
             raise FormatError(f"{shape_text('weight', module)}: {self.dtype} was expected")

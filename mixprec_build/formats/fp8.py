@@ -6,12 +6,13 @@ compressed-tensors (``float-quantized``; its groups without ``input_activations`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import lcm
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Reader, last_word
+from .base import Format, Kind, Reader, last_word
+from .config_groups import METHODS
 from .marlin import linear_shape_limits
 from .scaled import Scaled
 
@@ -21,10 +22,32 @@ if TYPE_CHECKING:
 __all__ = ["Fp8"]
 
 
+_KEYS = {
+    "activation_scheme", "weight_block_size", "fmt", "scale_fmt", "modules_to_convert", "is_checkpoint_fp8_serialized",
+    "use_per_token_if_dynamic", "activation_scale_ub", "moe_quant_algo", "moe_quant_format", "format",
+}  # fmt: skip
+_MODELOPT_KEYS = {"quant_algo", "config_groups", "group_size", "quantized_layers", "quantization", "quant_mode"}
+
+
+def _kind(kernels: str, least: int) -> Kind:
+    # SGLang has no other kernel for experts than Triton's, where its linears have Marlin (quantization/fp8.py:2281).
+    return Kind(8, words=("fp8",), kernels=f"{kernels}, Triton for experts", least=least, experts_least=89)
+
+
 @dataclass(frozen=True, slots=True)
 class Fp8(Scaled):
     """The kinds ``fp8_block``, ``fp8_channel`` and ``fp8_tensor``."""
 
+    name: ClassVar[str] = "FP8"
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "fp8_block": _kind("block FP8 (DeepGEMM, CUTLASS or Triton)", 80),
+        "fp8_channel": _kind("FP8 GEMM with token and channel scales", 89),
+        "fp8_tensor": _kind("FP8 GEMM", 80),
+    }
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {
+        "fp8": _KEYS, "modelopt": _MODELOPT_KEYS, "fbgemm_fp8": None, "w8a8_fp8": None, **METHODS,
+    }  # fmt: skip
+    rounded: ClassVar[bool] = True
     dtype: ClassVar[str] = "F8_E4M3"
     word: ClassVar[str] = "fp8"
 
@@ -65,3 +88,20 @@ class Fp8(Scaled):
         if differ("input_scale"):
             limits.append("gate and up have different input scales, and SGLang would take one of them for both")
         return limits
+
+    @property
+    def row_join_limit(self) -> str | None:
+        return "and would keep one of their two per-tensor scales" if self.granularity == "tensor" else None
+
+    @property
+    def states_block(self) -> bool:
+        # Fp8Config's and compressed-tensors' do, W8A8Fp8Config does not.
+        return self.granularity != "channel" or self.activations == "none"
+
+    def shared_experts_limit(self, down: Format) -> str | None:
+        if not self.states_block:
+            return "SGLang asks shared experts for a config that its method for FP8 by channels has not"
+        block = down.block if isinstance(down, Scaled) else None
+        if not down.states_block or self.block != block:
+            return f"SGLang compares blocks of shared experts' gate and up with those of down, which is {down.kind}"
+        return None

@@ -20,7 +20,7 @@ tensor       dtype   shape            holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,9 +28,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..patterns.budget import Patience
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
-from .base import Axes, Axis, Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
-from .keys import check_override_keys
-from .marlin import FLOATS, expert_shape_limits, half_range, linear_shape_limits, tile, unpack
+from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, only_leaves, shape_text
+from .grouped import Grouped, marlin_kind
+from .keys import check
+from .marlin import FLOATS, unpack
+from .quantization import Quantization
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,16 +40,38 @@ if TYPE_CHECKING:
 
     from ..storage.module import StoredModule
 
-__all__ = ["Gptq"]
+__all__ = ["Dynamic", "Gptq"]
 
 
-_MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 _MAX_OVERRIDES = 4096
+_KEYS = {
+    "bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "dynamic", "pack_dtype", "static_groups",
+    "true_sequential", "damp_percent", "damp_auto_increment", "meta", "dataset", "tokenizer", "quantizer", "method",
+    "model_file_base_name", "block_name_to_quantize", "modules_in_block_to_quantize",
+    "module_name_preceding_first_block",
+    "use_cuda_fp16", "model_seqlen", "max_input_length", "cache_block_outputs", "batch_size", "pad_token_id",
+    "use_exllama", "disable_exllama", "exllama_config", "cache_examples_on_gpu", "hyb_act", "act_group_aware", "mse",
+    "backend", "is_marlin_format", "groupsize", "quantization_bits", "actorder", "offload_to_disk", "parallel_packing",
+    "iters", "nsamples", "seqlen", "lr", "minmax_lr", "autoround_version", "damping", "gptaq", "fail_safe", "failsafe",
+    "compute_device_filter", "mock_quantization", "device", "vram_strategy", "wait_for_submodule_finalizers",
+    "auto_forward_data_parallel", "moe", "fallback",
+}  # fmt: skip
+_OVERRIDABLE = {"bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "static_groups", "mse",
+             "damp_percent", "damp_auto_increment", "true_sequential", "lm_head", "pack_dtype", "act_group_aware",
+             "hyb_act"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Gptq(Format):
-    """GPTQ. ``group_size`` is -1 where one group spans all inputs."""
+class Gptq(Grouped):
+    """The kinds ``gptq_int4`` and ``gptq_int8``."""
+
+    name: ClassVar[str] = "GPTQ"
+    kinds: ClassVar[Mapping[str, Kind]] = {f"gptq_int{bits}": marlin_kind(bits) for bits in (4, 8)}
+    leaves: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {"gptq": _KEYS}
+    keys_by_name: ClassVar[frozenset[str]] = frozenset({"dynamic"})
+    values_leaf: ClassVar[str] = "qweight"
+    order: ClassVar[str] = "g_idx"
 
     bits: int
     group_size: int
@@ -65,13 +89,8 @@ class Gptq(Format):
         # Symmetric kernels never look at the zero points, so their layout does not matter.
         return replace(self, layout="gptq") if self.sym and self.layout != "gptq" else self
 
-    @property
-    def pack(self) -> int:
-        """Values in one 32-bit word."""
-        return 32 // self.bits
-
     @classmethod
-    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Gptq | None:
+    def recognise(cls, module: StoredModule, quantization: Quantization) -> Gptq | None:
         if "qweight" not in module.tensors:
             return None
         method = quantization.get("quant_method", "gptq")
@@ -85,7 +104,7 @@ class Gptq(Format):
             raise FormatError(
                 "GPTQ tensors, but neither config.json nor quantize_config.json says how (bits, sym, ...)"
             )
-        found = _settings(_resolve_dynamic(quantization, module.name))
+        found = _settings(quantization.derive(Dynamic).resolve(module.name))
         found.check(module)
         return found
 
@@ -109,12 +128,8 @@ class Gptq(Format):
         }
 
     def check(self, module: StoredModule) -> None:
-        only_leaves(module, {"qweight", "qzeros", "scales", "g_idx", "bias"}, self.kind)
-        for leaf in ("qweight", "qzeros", "scales"):
-            if leaf not in module.tensors:
-                raise FormatError(f"{self.kind} needs {leaf}")
-            if len(module.tensors[leaf].shape) != 2:
-                raise FormatError(f"{shape_text(leaf, module)}: two dimensions were expected")
+        only_leaves(module, self.leaves, self.kind)
+        self._check_matrices(module, ("qweight", "qzeros", "scales"))
         groups, n = module.tensors["scales"].shape
         stored_bits = module.tensors["qzeros"].shape[1] * 32 / n if n else 0
         if stored_bits in (2, 3, 4, 8) and stored_bits != self.bits:
@@ -124,9 +139,8 @@ class Gptq(Format):
             )
         rows = module.tensors["qweight"].shape[0]
         k = rows * self.pack
-        due = 1 if self.group_size == -1 else -(-k // self.group_size)
+        due, each = self._groups_of(k)
         check_tensor(module, "qweight", ["I32"], (rows, n), f"beside {shape_text('scales', module)}")
-        each = f"groups of {self.group_size}" if self.group_size != -1 else "one group"
         check_tensor(module, "scales", FLOATS, (due, n), f"for {k} inputs in {each}")
         check_tensor(module, "qzeros", ["I32"], (groups, n // self.pack), f"beside {shape_text('scales', module)}")
         if n % self.pack:
@@ -135,25 +149,14 @@ class Gptq(Format):
             check_tensor(module, "g_idx", ["I32"], (k,), f"for {k} inputs")
         elif self.desc_act:
             raise FormatError("desc_act, but no g_idx")
-        if "bias" in module.tensors:
-            check_tensor(module, "bias", FLOATS, (n,), f"for {n} outputs")
+        self._check_bias(module, n)
 
     def shape(self, module: StoredModule) -> tuple[int, ...]:
         rows, n = module.tensors["qweight"].shape
         return n, rows * self.pack
 
-    def _kernel_limits(self) -> list[str]:
-        """What no CUDA kernel of SGLang's runs, whatever the shape (marlin_utils.py)."""
-        limits = []
-        if not self.sym:
-            limits.append("asymmetric GPTQ (sym: false) has no CUDA kernel in SGLang")
-        if self.group_size not in _MARLIN_GROUP_SIZES:
-            limits.append(f"group size {self.group_size} has no CUDA kernel in SGLang, only -1, 32, 64 and 128 have")
-        return limits
-
     def axes(self, leaf: str) -> Axes:
-        # In act-order an input's group is anywhere: whoever holds some inputs needs the scales of all groups.
-        group = None if self.desc_act or self.group_size == -1 else Axis(0, self.group_size)
+        group = self._group_axis(0)
         return {
             "qweight": Axes(n=Axis(1), k=Axis(0, self.pack)),
             "qzeros": Axes(n=Axis(1, self.pack), k=group),
@@ -162,15 +165,16 @@ class Gptq(Format):
             "bias": Axes(n=Axis(0)),
         }[leaf]
 
-    def tile(self, *, experts: bool) -> tuple[int, int]:
-        return tile(self.group_size, experts=experts)
-
     def filler(self, leaf: str) -> int:
-        return half_range(self.bits) if leaf == "qweight" else 0
+        return self._half_where_packed(leaf)
 
     @property
     def scattered(self) -> bool:
         return self.desc_act
+
+    def _kernel_limits(self) -> list[str]:
+        asymmetric = [] if self.sym else ["asymmetric GPTQ (sym: false) has no CUDA kernel in SGLang"]
+        return asymmetric + super(Gptq, self)._kernel_limits()
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         limits = self._kernel_limits()
@@ -179,24 +183,23 @@ class Gptq(Format):
     def half_only(self, parts: Sequence[StoredModule]) -> str | None:
         shapes = [self.shape(part) for part in parts]
         limits = self._marlin_limits(parts)
-        return ", ".join(limits) if limits and self.fits_exllama([n for n, _ in shapes], shapes[0][1]) else None
+        if not limits or not self.fits_untiled([n for n, _ in shapes], shapes[0][1]):
+            return None
+        return f"{', '.join(limits)}; SGLang's slower GPTQ kernel, which 0.5.23 has no more, runs them"
 
-    def _marlin_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        # SGLang computes this and does not look at the result.
-        n = sum(self.shape(part)[0] for part in parts)
-        return linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
-
-    def fits_exllama(self, outputs: Sequence[int], inputs: int) -> bool:
-        """Whether SGLang's other kernel (``GPTQConfig``) multiplies by the joined parts of so many outputs, in FP16.
-
-        It takes inputs 32 at a time, and adds the one to zero points that only the older layout leaves out.
-        """
+    def fits_untiled(self, outputs: Sequence[int], inputs: int) -> bool:
+        """Whether SGLang's other kernel (``GPTQConfig``) takes them, in FP16: inputs 32 at a time, and it adds the one
+        to zero points that only the older layout leaves out."""
         size = inputs if self.group_size == -1 else self.group_size
         whole = all(n % self.pack == 0 for n in outputs)
         return self.layout == "gptq" and whole and inputs % 32 == 0 and size % 32 == 0 and inputs % size == 0
 
-    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
-        return self._kernel_limits() + expert_shape_limits(hidden, intermediate, self.group_size)
+    @property
+    def row_join_limit(self) -> str | None:
+        return "by rows, and packed formats hold outputs in columns"
+
+    def shared_experts_limit(self, down: Format) -> str | None:
+        return "SGLang looks for a weight in shared experts' gate and up, and GPTQ has none of that name"
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
         import numpy as np
@@ -225,15 +228,8 @@ class Gptq(Format):
                         f"{size}: its configuration is wrong, and SGLang would not look at it"
                     )
                     break
-        fused = parts[:2] if experts else parts
-        if self.desc_act and len(fused) > 1:
-            orders = [read(part.tensors["g_idx"]) for part in fused]
-            first = orders[0]
-            for part, order in zip(fused[1:], orders[1:], strict=True):
-                if first is not None and order is not None and not np.array_equal(first, order):
-                    limits.append(
-                        f"{last_word(fused[0])} and {last_word(part)} run with one g_idx, but theirs differ (desc_act)"
-                    )
+        if self.desc_act:
+            limits += [f"{limit} (desc_act)" for limit in self._order_limits(parts, read, experts=experts)]
         return limits
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
@@ -255,8 +251,7 @@ def _settings(declared: Mapping[str, object]) -> Gptq:
     bits, group_size = declared.get("bits"), declared.get("group_size", -1)
     if bits not in (4, 8):
         raise FormatError(f"GPTQ with {brief(bits)} bits is not read, only with 4 and 8")
-    if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise FormatError(f"GPTQ group_size {brief(group_size)} is neither -1 nor a positive number")
+    group_size = Gptq._group_size(group_size, "GPTQ group_size {}")
     sym, desc_act = declared.get("sym", True), declared.get("desc_act", False)
     if type(sym) is not bool or type(desc_act) is not bool:
         raise FormatError(f"GPTQ sym {brief(sym)} and desc_act {brief(desc_act)} must be true or false")
@@ -266,49 +261,34 @@ def _settings(declared: Mapping[str, object]) -> Gptq:
     return Gptq(int(bits), group_size, sym, desc_act, str(layout))
 
 
-# Overrides for single modules
+class Dynamic:
+    """Overrides for single modules: ``dynamic`` maps ``+:regex`` (or a bare regex) to settings."""
 
+    def __init__(self, quantization: Quantization):
+        self._quantization = quantization
+        self._patience = Patience()
 
-def _resolve_dynamic(quantization: Mapping[str, object], module: str) -> Mapping[str, object]:
-    """The settings of one module: ``dynamic`` maps ``+:regex`` (or a bare regex) to overrides."""
-    dynamic = quantization.get("dynamic")
-    if not isinstance(dynamic, dict):
-        return quantization
-    try:
-        override = _Dynamic.of(dynamic).find(module)
-    except PatternError as error:
-        raise FormatError(f"`dynamic` {error}") from error
-    if override is None:
-        return quantization
-    check_override_keys(override)
-    return {**quantization, **override}
+    def resolve(self, module: str) -> Mapping[str, object]:
+        """The settings of one module. Raises :class:`FormatError` for expressions that are not read, or take too
+        long."""
+        dynamic = self._quantization.get("dynamic")
+        if not isinstance(dynamic, dict):
+            return self._quantization
+        try:
+            override = self._find(dynamic, module)
+        except PatternError as error:
+            raise FormatError(f"`dynamic` {error}") from error
+        if override is None:
+            return self._quantization
+        check("`dynamic`", override, _OVERRIDABLE)
+        return {**self._quantization, **override}
 
-
-class _Dynamic:
-    """``dynamic`` of one configuration; :class:`Patience` bounds all its matches together."""
-
-    _latest: ClassVar[_Dynamic | None] = None
-
-    def __init__(self, dynamic: Mapping[str, object]):
-        self._dynamic, self._patience = dynamic, Patience()
-
-    @classmethod
-    def of(cls, dynamic: Mapping[str, object]) -> _Dynamic:
-        """One for all modules of a checkpoint, which are looked up one after another."""
-        if cls._latest is None or cls._latest._dynamic is not dynamic:
-            cls._latest = cls(dynamic)
-        return cls._latest
-
-    def find(self, module: str) -> Mapping[str, object] | None:
-        """What the first regex that matches overrides.
-
-        Raises:
-            PatternError: one is no regex, or may take too long; or all of them have.
-        """
-        if len(self._dynamic) > _MAX_OVERRIDES:
+    def _find(self, dynamic: Mapping[str, object], module: str) -> Mapping[str, object] | None:
+        """What the first regex that matches overrides."""
+        if len(dynamic) > _MAX_OVERRIDES:
             raise PatternError(f"holds more than {_MAX_OVERRIDES} regular expressions")
         with self._patience:
-            for pattern, override in self._dynamic.items():
+            for pattern, override in dynamic.items():
                 # `-:` stands for modules left unquantized, which are recognised by their tensors.
                 if not isinstance(override, dict) or pattern.startswith("-:"):
                     continue

@@ -7,11 +7,12 @@ blockwise_int8 (``weight_block_size``). Run by SGLang's ``W8A8Int8Config`` and `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import shape_text
+from .base import Kind, shape_text
+from .config_groups import METHODS
 from .scaled import Scaled
 
 if TYPE_CHECKING:
@@ -22,8 +23,21 @@ __all__ = ["Int8"]
 
 @dataclass(frozen=True, slots=True)
 class Int8(Scaled):
-    """The kinds ``int8_block`` and ``int8_channel``."""
+    """The kinds ``int8_channel``, ``int8_block`` and ``int8_tensor``, which SGLang has no method for."""
 
+    name: ClassVar[str] = "Int8"
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "int8_channel": Kind(
+            8,
+            words=("int8",),
+            kernels="Int8 GEMM with token and channel scales, Triton for experts",
+            least=75,
+            most=90,
+        ),
+        "int8_block": Kind(8, words=("int8",), kernels="block Int8 on Triton", least=80),
+        "int8_tensor": Kind(8, words=("int8",)),
+    }
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {"w8a8_int8": None, "blockwise_int8": None, **METHODS}
     dtype: ClassVar[str] = "I8"
     word: ClassVar[str] = "int8"
 

@@ -1,6 +1,7 @@
-"""What compressed-tensors stores: how its config groups declare modules, and its packed Int4 and Int8.
+"""compressed-tensors' packed Int4 and Int8 (``pack-quantized``).
 
-Its FP8 and Int8 that are not packed are the formats of :mod:`.fp8` and :mod:`.int8`.
+Its FP8 and Int8 that are not packed are the formats of :mod:`.fp8` and :mod:`.int8`; its configuration is read by
+:mod:`.config_groups`.
 
 With ``pack = 32 / bits`` and ``G = K / group_size``, a packed weight (``pack-quantized``) is:
 
@@ -17,38 +18,47 @@ tensor                 dtype    shape              holds
 =====================  =======  =================  =====================================================
 
 ``W[n, k] = (q[n, k] - zero[n, g]) * scale[n, g]`` with ``g = weight_g_idx[k]`` or ``k // group_size``. Source of the
-layout: compressed-tensors 0.20.0, ``compressors/pack_quantized/base.py``; of config groups and what their targets
-match: ``quantization/quant_config.py`` and ``utils/match.py``.
+layout: compressed-tensors 0.20.0, ``compressors/pack_quantized/base.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import Axes, Axis, Format, FormatError, Reader, check_tensor, last_word, only_leaves, shape_text
-from .config_groups import Scheme, scheme_of
-from .marlin import FLOATS, expert_shape_limits, half_range, linear_shape_limits, tile, unpack
+from .base import Axes, Axis, FormatError, Kind, Reader, check_tensor, last_word, only_leaves, shape_text
+from .config_groups import KEYS_BY_NAME, METHODS, Scheme, scheme_of
+from .grouped import Grouped, marlin_kind
+from .marlin import FLOATS, expert_shape_limits, unpack
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from ..storage.module import StoredModule
+    from .quantization import Quantization
 
 __all__ = ["Packed"]
 
-_GROUP_SIZES = (-1, 32, 64, 128)
 
-
-# Packed weights
+_SIZE = "group_size {} of packed weights"
 
 
 @dataclass(frozen=True, slots=True)
-class Packed(Format):
-    """``pack-quantized``. ``group_size`` is -1 where one group spans all inputs (strategy ``channel``)."""
+class Packed(Grouped):
+    """``pack-quantized``: the kinds ``ct_int4`` and ``ct_int8``. ``group_size`` is -1 for the strategy ``channel``."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    kinds: ClassVar[Mapping[str, Kind]] = {f"ct_int{bits}": marlin_kind(bits) for bits in (4, 8)}
+    leaves: ClassVar[frozenset[str]] = frozenset(
+        {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "bias"}
+    )
+    methods: ClassVar[Mapping[str, Set[str] | None]] = METHODS
+    keys_by_name: ClassVar[frozenset[str]] = KEYS_BY_NAME
+    values_leaf: ClassVar[str] = "weight_packed"
+    order: ClassVar[str] = "weight_g_idx"
 
     bits: int
     group_size: int
@@ -64,13 +74,8 @@ class Packed(Format):
     def folds(self) -> bool:
         return True  # llm-compressor's AWQ
 
-    @property
-    def pack(self) -> int:
-        """Values in one 32-bit word."""
-        return 32 // self.bits
-
     @classmethod
-    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Packed | None:
+    def recognise(cls, module: StoredModule, quantization: Quantization) -> Packed | None:
         if module.tensors.get("weight_packed") is None or module.tensors["weight_packed"].dtype != "I32":
             return None
         scheme = scheme_of(module, quantization)
@@ -92,17 +97,17 @@ class Packed(Format):
         if type(sym) is not bool or type(actorder) is not bool:
             raise ValueError(f"sym {brief(sym)} and actorder {brief(actorder)} must be true or false")
         bits = {"ct_int4": 4, "ct_int8": 8}[data["kind"]]
-        return cls(bits, _group_size(group_size, ValueError), sym, actorder)
+        return cls(bits, cls._group_size(group_size, _SIZE, ValueError), sym, actorder)
 
     def to_json(self) -> dict[str, object]:
         return {"kind": self.kind, "group_size": self.group_size, "sym": self.sym, "actorder": self.actorder}
 
     def check(self, module: StoredModule) -> None:
-        known = {"weight_packed", "weight_scale", "weight_shape", "bias"}
-        if not self.sym:
-            known.add("weight_zero_point")
-        if self.actorder:
-            known.add("weight_g_idx")
+        known = set(self.leaves)
+        if self.sym:
+            known.remove("weight_zero_point")
+        if not self.actorder:
+            known.remove("weight_g_idx")
         only_leaves(module, known, f"{self.kind}{'' if self.sym else ' (asymmetric)'}")
         for leaf in sorted(known - {"bias", "weight_shape"}):
             if leaf not in module.tensors:
@@ -112,8 +117,7 @@ class Packed(Format):
                 raise FormatError(f"{shape_text(leaf, module)}: two dimensions were expected")
         n, words = module.tensors["weight_packed"].shape
         k = words * self.pack
-        groups = 1 if self.group_size == -1 else -(-k // self.group_size)
-        each = f"groups of {self.group_size}" if self.group_size != -1 else "one group"
+        groups, each = self._groups_of(k)
         check_tensor(module, "weight_packed", ["I32"], (n, words), "")
         check_tensor(module, "weight_scale", FLOATS, (n, groups), f"for {n} outputs and {k} inputs in {each}")
         if "weight_shape" in module.tensors:
@@ -125,16 +129,14 @@ class Packed(Format):
             check_tensor(module, "weight_zero_point", ["I32"], due, f"beside {shape_text('weight_scale', module)}")
         if self.actorder:
             check_tensor(module, "weight_g_idx", ["I32"], (k,), f"for {k} inputs")
-        if "bias" in module.tensors:
-            check_tensor(module, "bias", FLOATS, (n,), f"for {n} outputs")
+        self._check_bias(module, n)
 
     def shape(self, module: StoredModule) -> tuple[int, ...]:
         n, words = module.tensors["weight_packed"].shape
         return n, words * self.pack
 
     def axes(self, leaf: str) -> Axes:
-        # Where inputs lie in groups anywhere, whoever holds some of them needs the scales of all groups.
-        group = None if self.actorder or self.group_size == -1 else Axis(1, self.group_size)
+        group = self._group_axis(1)
         return {
             "weight_packed": Axes(n=Axis(0), k=Axis(1, self.pack)),
             "weight_scale": Axes(n=Axis(0), k=group),
@@ -144,11 +146,8 @@ class Packed(Format):
             "bias": Axes(n=Axis(0)),
         }[leaf]
 
-    def tile(self, *, experts: bool) -> tuple[int, int]:
-        return tile(self.group_size, experts=experts)
-
     def filler(self, leaf: str) -> int:
-        return half_range(self.bits) if leaf == "weight_packed" else 0
+        return self._half_where_packed(leaf)
 
     @property
     def scattered(self) -> bool:
@@ -158,23 +157,20 @@ class Packed(Format):
         return leaf in ("weight_packed", "weight_scale")  # compressed_tensors_wNa16_moe.py, create_weights
 
     def _kernel_limits(self) -> list[str]:
-        """What no CUDA kernel of SGLang's runs, whatever the shape (marlin_utils.py)."""
         limits = []
         if not self.sym and self.bits != 4:
             limits.append(f"asymmetric {self.kind} has no CUDA kernel in SGLang, only 4 bit has")
         if not self.sym and self.actorder:
             limits.append("weight_g_idx with zero points has no CUDA kernel in SGLang")
-        if self.group_size not in _GROUP_SIZES:
-            limits.append(f"group size {self.group_size} has no CUDA kernel in SGLang, only -1, 32, 64 and 128 have")
-        return limits
+        return limits + super(Packed, self)._kernel_limits()
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        limits = self._kernel_limits()
-        for part in parts:
-            if "weight_shape" not in part.tensors:
-                limits.append(f"{last_word(part)} has no weight_shape, and SGLang waits for one")
-        n = sum(self.shape(part)[0] for part in parts)
-        return limits + linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
+        shapeless = [
+            f"{last_word(part)} has no weight_shape, and SGLang waits for one"
+            for part in parts
+            if "weight_shape" not in part.tensors
+        ]
+        return self._kernel_limits() + shapeless + self._marlin_limits(parts)
 
     def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
         limits = self._kernel_limits()
@@ -183,9 +179,15 @@ class Packed(Format):
             limits.append("asymmetric experts of compressed-tensors are misread by SGLang")
         return limits + expert_shape_limits(hidden, intermediate, self.group_size)
 
-    def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
-        import numpy as np
+    @property
+    def row_join_limit(self) -> str | None:
+        return "and would join their weight_shape as well"
 
+    @property
+    def states_block(self) -> bool:
+        return True
+
+    def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
         limits = []
         for part in parts:
             stored = read(part.tensors["weight_shape"]) if "weight_shape" in part.tensors else None
@@ -194,14 +196,7 @@ class Packed(Format):
                     f"weight_shape of {last_word(part)} says {stored.tolist()}, its other tensors hold "
                     f"{list(self.shape(part))}"
                 )
-        fused = parts[:2] if experts else parts
-        orders = [read(part.tensors["weight_g_idx"]) for part in fused] if self.actorder else []
-        for part, order in zip(fused[1:], orders[1:], strict=False):
-            if orders[0] is not None and order is not None and not np.array_equal(orders[0], order):
-                limits.append(
-                    f"{last_word(fused[0])} and {last_word(part)} run with one weight_g_idx, but theirs differ"
-                )
-        return limits
+        return limits + (self._order_limits(parts, read, experts=experts) if self.actorder else [])
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         """What ``weight_shape`` says is checked when planning, and not looked at here."""
@@ -224,11 +219,5 @@ def _packed(bits: int, scheme: Scheme, error: type[Exception]) -> Packed:
         raise error(f"{scheme.described} is not read, only 4 and 8 bit are")
     if scheme.strategy not in ("group", "channel"):
         raise error(f"{scheme.described} is not read: packed weights have scales by group or by channel")
-    group_size = -1 if scheme.strategy == "channel" else _group_size(scheme.group_size, error)
+    group_size = -1 if scheme.strategy == "channel" else Packed._group_size(scheme.group_size, _SIZE, error)
     return Packed(bits, group_size, scheme.symmetric, scheme.actorder == "group")
-
-
-def _group_size(value: object, error: type[Exception]) -> int:
-    if type(value) is not int or (value != -1 and value < 1):
-        raise error(f"group_size {brief(value)} of packed weights is neither -1 nor a positive number")
-    return value

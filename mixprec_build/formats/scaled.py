@@ -21,7 +21,7 @@ from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, Format, FormatError, check_tensor, last_word, only_leaves, shape_text
-from .config_groups import Scheme, scheme_of
+from .config_groups import KEYS_BY_NAME, Scheme, scheme_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..storage.module import StoredModule
+    from .quantization import Quantization
 
 __all__ = ["Scaled"]
 
@@ -40,6 +41,8 @@ _SCALE_DTYPES = ("F32", "BF16", "F16")
 class Scaled(Format):
     """``weight [N, K]`` of 8 bits a value. ``block`` is ``(block_n, block_k)`` for blocks and None otherwise."""
 
+    leaves: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale", "weight_scale_inv", "input_scale", "bias"})
+    keys_by_name: ClassVar[frozenset[str]] = KEYS_BY_NAME
     dtype: ClassVar[str]
     """The weight's safetensors dtype."""
     word: ClassVar[str]
@@ -68,7 +71,7 @@ class Scaled(Format):
         return replace(self, scale="") if self.scale else self  # one kernel, whatever the name
 
     @classmethod
-    def recognise(cls, module: StoredModule, quantization: Mapping[str, object]) -> Self | None:
+    def recognise(cls, module: StoredModule, quantization: Quantization) -> Self | None:
         weight = module.tensors.get("weight")
         if weight is None or weight.dtype != cls.dtype:
             return None
@@ -247,7 +250,7 @@ def _block_size(quantization: Mapping[str, object]) -> tuple[int, int]:
 _WORDS = {"none": "unquantized", "dynamic": "dynamic", "static": "static"}
 
 
-def _activations(module: StoredModule, quantization: Mapping[str, object], scheme: Scheme | None) -> str:
+def _activations(module: StoredModule, quantization: Quantization, scheme: Scheme | None) -> str:
     """What the tensors say, once the configuration agrees."""
     have = "an" if "input_scale" in module.tensors else "no"
     stored = "static" if "input_scale" in module.tensors else "dynamic"

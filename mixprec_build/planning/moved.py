@@ -39,13 +39,12 @@ class Move:
         """Why a module in ``fmt`` would be loaded wrongly; None where it would not."""
         if not fmt.quantized:
             return None
-        stored = fmt.to_json()
-        if stored["kind"] in ("fp8_tensor", "int8_tensor") and self.within_heads:
-            return None  # one scale for all rows
-        block = stored.get("block")
-        rows = block[0] if isinstance(block, list) else 0
-        if self.within_heads and rows and isinstance(head_dim, int) and head_dim > 0 and rows % head_dim == 0:
-            return None
+        if self.within_heads and fmt.has_weight:
+            beside = (fmt.axes(leaf).n for leaf in fmt.leaves - {fmt.values_leaf, "bias"})
+            rows = [axis.per for axis in beside if axis is not None]
+            # One scale for all rows, or scales of whole heads.
+            if not rows or (isinstance(head_dim, int) and head_dim > 0 and all(n % head_dim == 0 for n in rows)):
+                return None
         return (
             f"SGLang's {self.architecture} moves the rows of this module's weight as it loads it, and not what "
             f"{fmt.kind} keeps beside it, or in its place"

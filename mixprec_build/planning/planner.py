@@ -15,7 +15,7 @@ from ..errors import RecipeError, RefusedError, SplitError
 from ..families.base import FAMILIES, FUSED, Role, role_by_name, role_of
 from ..families.expected import left_out_of_builds
 from ..families.identity import config_differences
-from ..formats.registry import ALIASES
+from ..formats.registry import kinds_of_word, leaves
 from ..patterns.compress import compress, natural_key
 from ..ranks.splitter import Splitter
 from ..recipe.recipe import Recipe, Rule
@@ -183,7 +183,7 @@ class _Planner:
                 continue
             name = rule.pattern.text
             holders = [s for s in self.sources.by_name.values() if name in s.checkpoint.modules]
-            module, leaf = split_name(name)
+            module, leaf = split_name(name, leaves())
             if not holders and leaf:
                 if leaf == "bias" and any(module in s.checkpoint.modules for s in self.sources.by_name.values()):
                     raise self._error(rule, f"a bias is never quantized and comes with its module; name {module}")
@@ -196,7 +196,7 @@ class _Planner:
             if name not in source.checkpoint.modules:
                 continue  # collect() reports it with the others that are missing
             fmt = source.format_of(name)
-            asked = ALIASES.get(rule.source, frozenset())
+            asked = kinds_of_word(rule.source)
             if asked and fmt.kind not in asked and not fmt.quantized:
                 held = ", ".join(f"`{s.name}`" for s in holders if gives(s, [name])) or "no source"
                 raise self._error(
@@ -308,7 +308,7 @@ class _Planner:
             shape = fmt.shape(stored)
             rule = None if winner is None else self.recipe.rules[winner]
             if rule is not None and winner is not None and not self.roles[name].never_quantized:
-                asked = ALIASES.get(rule.source, frozenset())
+                asked = kinds_of_word(rule.source)
                 if asked and fmt.kind not in asked:
                     downgraded.setdefault((fmt.kind, winner), []).append(name)
             tensors = {leaf: PlannedTensor(source.name, stored.tensors[leaf]) for leaf in sorted(stored.tensors)}
@@ -345,7 +345,7 @@ class _Planner:
         offered = {}
         for name, source in self.sources.by_name.items():
             has = source.checkpoint.modules.keys() | source.checkpoint.absent.keys()
-            offered[name] = {module for module in has if gives(source, [module])} if name in ALIASES else has
+            offered[name] = {module for module in has if gives(source, [module])} if kinds_of_word(name) else has
         check_complete(modules, self.sources.model.config, offered, self.problems, self.notes)
 
     def _shape_clash(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -423,12 +423,12 @@ class _Planner:
                 if name not in kept[source.name]:
                     groups.setdefault(self._why_left_out(source, tensor, modules), []).append(tensor)
             for reason, tensors in groups.items():
-                names = {split_name(tensor.name)[0] for tensor in tensors}
+                names = {split_name(tensor.name, leaves())[0] for tensor in tensors}
                 nbytes = sum(tensor.nbytes for tensor in tensors)
                 yield LeftOut(source.name, reason, len(tensors), nbytes, tuple(compress(names)))
 
     def _why_left_out(self, source: Source, tensor: TensorInfo, modules: Mapping[str, PlannedModule]) -> str:
-        module = modules.get(split_name(tensor.name)[0])
+        module = modules.get(split_name(tensor.name, leaves())[0])
         reason = left_out_of_builds(tensor.name)
         if module is None and reason is not None:
             return reason

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
+from ..formats.registry import bits_of
 from ..patterns.compress import compress
 from ..storage.disk import open_regular, pread_all
 from ..storage.header import TensorInfo
@@ -36,7 +37,6 @@ _SAMPLES = 3
 """Layers in which modules of one kind are looked at."""
 _FITS = 12
 """Most rounds in which scales of rows and columns are fitted in turn."""
-_LOW_BIT = {4: 0x11, 8: 0x01}
 _ROUNDING = 2.0**-7
 """What may lie between two unquantized releases of one weight: a rounding to BF16."""
 
@@ -60,9 +60,10 @@ class WeightProbe:
         if read is None:
             return None
         fmt = self._sources.by_name[source].format_of(name)
-        leaf = next(word for word in ("qweight", "weight_packed", "weight") if word in read)
-        bits = fmt.to_json()["kind"]
-        low = np.uint8(_LOW_BIT[4 if str(bits).endswith("int4") else 8])
+        leaf, bits = fmt.values_leaf, bits_of(fmt.kind)
+        if 8 % bits:  # values that lie across bytes
+            return None
+        low = np.uint8(sum(1 << at for at in range(0, 8, bits)))
         words = np.ascontiguousarray(read[leaf])
         beside = (words.view(np.uint8) ^ low).view(words.dtype).reshape(words.shape)
         with np.errstate(invalid="ignore"):
@@ -216,7 +217,7 @@ def _differs(module: PlannedModule, reference: str, probe: WeightProbe, full: bo
         return False
     count = min(len(ours), len(theirs))
     ours, theirs, steps = ours[:count], theirs[:count], steps[:count]
-    allowed = steps / 2 if module.format.kind.startswith("fp8") else steps  # FP8 is rounded to the nearest
+    allowed = steps / 2 if module.format.rounded else steps
     # Scales that were folded into a weight's rows and columns are no other weights.
     for _ in range(_FITS):
         if _alike(ours, theirs, allowed / 2):

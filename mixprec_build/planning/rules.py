@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..families.base import Role, expert_parts, fused_groups, gemms, is_down, is_expert
 from ..formats.base import Format
-from ..formats.registry import ALIASES
+from ..formats.registry import kinds_of_word
 from ..patterns.compress import compress
 from ..storage.header import TensorInfo
 from ..text import some
@@ -59,10 +59,7 @@ def half_only(modules: Mapping[str, tuple[Format, StoredModule]], config: Mappin
     half = config.get("dtype", config.get("torch_dtype")) == "float16"
     flag = "" if half else ": start SGLang with --dtype half, or take another source for them"
     for (kind, why), names in found.items():
-        yield (
-            f"{some(compress(names))} ({kind}): {why}; SGLang's slower GPTQ kernel, which 0.5.23 has no more, runs "
-            f"them, with FP16 activations only{flag}"
-        )
+        yield f"{some(compress(names))} ({kind}): {why}, with FP16 activations only{flag}"
 
 
 def missing_projections(group: str, parts: Sequence[PlannedModule]) -> str | None:
@@ -170,9 +167,9 @@ def can_give(source: Source, modules: Iterable[PlannedModule]) -> bool:
 
 def gives(source: Source, modules: Iterable[str]) -> bool:
     """Whether a recipe may take all of ``modules`` from ``source``, as what the source's name says they are."""
-    claimed = ALIASES.get(source.name)
+    claimed = kinds_of_word(source.name)
     formats = [source.known_format(name) for name in modules]
-    return all(fmt is not None and (claimed is None or fmt.kind in claimed) for fmt in formats)
+    return all(fmt is not None and (not claimed or fmt.kind in claimed) for fmt in formats)
 
 
 SHARED_GATE_UP = ".shared_experts.gate_up_proj"
@@ -183,19 +180,7 @@ def shared_down(gate_up: str) -> str:
 
 
 def shared_experts_limit(gate: Format, down: Format) -> str | None:
-    if gate.kind.startswith("gptq"):
-        return "SGLang looks for a weight in shared experts' gate and up, and GPTQ has none of that name"
-    if not gate.kind.startswith("fp8_"):
-        return None
-    ours, theirs = gate.to_json(), down.to_json()
-    quantizes, quantized = (fmt.get("activations", "none") != "none" for fmt in (ours, theirs))
-    if gate.kind == "fp8_channel" and quantizes:
-        return "SGLang asks shared experts for a config that its method for FP8 by channels has not"
-    # Fp8Config's and compressed-tensors' have one, with blocks or None.
-    asked = down.kind.startswith(("fp8_", "ct_")) and not (down.kind == "fp8_channel" and quantized)
-    if not asked or ours.get("block") != theirs.get("block"):
-        return f"SGLang compares blocks of shared experts' gate and up with those of down, which is {down.kind}"
-    return None
+    return gate.shared_experts_limit(down)
 
 
 def role_limit(name: str, role: Role, fmt: Format) -> str | None:
@@ -207,16 +192,11 @@ def role_limit(name: str, role: Role, fmt: Format) -> str | None:
         return f"SGLang has no quantized {role.value}"
     if last == "kv_b_proj":
         return "SGLang reads kv_b_proj outside its quantization methods and needs it unquantized"
-    if last == "q_b_proj" and fmt.kind.startswith(("gptq", "awq", "ct_")):
+    if last == "q_b_proj" and not fmt.has_weight:
         return "SGLang 0.5.17 looks for a weight in q_b_proj, and packed formats have none of that name"
-    if last in ("q_a_proj", "kv_a_proj_with_mqa"):
+    if last in ("q_a_proj", "kv_a_proj_with_mqa") and fmt.row_join_limit is not None:
         # deepseek_weight_loader.py: torch.cat along the first axis, or the first of two scalars
-        if fmt.kind.startswith(("gptq", "awq")):
-            return "SGLang joins q_a_proj and kv_a_proj by rows, and packed formats hold outputs in columns"
-        if fmt.kind.startswith("ct_"):
-            return "SGLang joins q_a_proj and kv_a_proj and would join their weight_shape as well"
-        if fmt.kind == "fp8_tensor":
-            return "SGLang joins q_a_proj and kv_a_proj and would keep one of their two per-tensor scales"
+        return f"SGLang joins q_a_proj and kv_a_proj {fmt.row_join_limit}"
     return None
 
 

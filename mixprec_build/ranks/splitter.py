@@ -30,7 +30,6 @@ from ..checkpoint.degree import Degree
 from ..errors import SplitError
 from ..families.base import ATTENTION_REPLICAS, FAMILIES, expert_groups, is_down, joined_groups, layer_prefix
 from ..formats.base import Axes, Format
-from ..formats.gptq import Gptq
 from ..patterns.compress import compress
 from ..storage.module import StoredModule
 from .pieces import Parameter, Piece
@@ -281,8 +280,8 @@ class Splitter:
         shapes = [other.shape(stored) for other, stored in (self.modules[cut.name] for cut in cuts)]
         outputs = [shape[0] if cut.n is None else cut.n[2] for shape, cut in zip(shapes, cuts, strict=True)]
         whole, inputs = shapes[0][1], shapes[0][1] if cuts[0].k is None else cuts[0].k[2]
-        if isinstance(fmt, Gptq) and fmt.fits_exllama(outputs, inputs):
-            return  # SGLang's other kernel for GPTQ takes what Marlin does not
+        if fmt.fits_untiled(outputs, inputs):
+            return
         # Parts that run as one have their outputs side by side.
         for share, size, step in ((sum(outputs), sum(n for n, _ in shapes), tile[0]), (inputs, whole, tile[1])):
             if share < size and share % step:

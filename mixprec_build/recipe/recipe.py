@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import RecipeError
+from ..formats.registry import kinds_of_word
 from ..patterns.pattern import Pattern, PatternError, PatternReader
 from .nodes import List, Map, Node, NodeReader, unknown
 
@@ -189,19 +190,12 @@ def _mixed_precision(reader: NodeReader, root: Map) -> Recipe:
     return Recipe(reader.path, model, sources, default, rules, *output, serving, "weight_mapping")
 
 
-# Formats a rule may ask for without naming a source; plan.py finds the source that holds them.
-_FORMAT_WORDS = {
-    "fp16", "bf16", "fp32", "fp8", "fp8_block", "fp8_channel", "fp8_tensor",
-    "int4", "gptq_int4", "awq_int4", "ct_int4",
-    "int8", "gptq_int8", "ct_int8", "int8_channel", "int8_block", "int8_tensor",
-}  # fmt: skip
-
-
 def _rules(reader: NodeReader, section: Map, sources: Mapping[str, SourceRef]) -> tuple[Rule, ...]:
     rules, patterns = [], PatternReader()
     for key, value in section.items:
         source = reader.text(value)
-        if source.text not in sources and source.text not in _FORMAT_WORDS:
+        # A rule may name a format instead of a source; open_sources finds the source that holds it.
+        if source.text not in sources and not kinds_of_word(source.text):
             raise reader.error(unknown("source", source.text, sources), source)
         # `X.weight` names the module X also where a source stores X as qweight, qzeros, scales, g_idx.
         name = key.text.removesuffix(".weight")

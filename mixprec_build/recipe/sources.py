@@ -13,7 +13,7 @@ from ..checkpoint.typed import Source
 from ..errors import RecipeError, SourceError
 from ..families.base import Role, role_by_name
 from ..formats.base import FormatError
-from ..formats.registry import ALIASES
+from ..formats.registry import kinds_of_word
 
 if TYPE_CHECKING:
     from .recipe import Recipe, SourceRef
@@ -36,7 +36,7 @@ class Sources:
         """
         if word in self.by_name:
             return self.by_name[word]
-        holders = [s for s in self.by_name.values() if s.holds & ALIASES[word]]
+        holders = [s for s in self.by_name.values() if s.holds & kinds_of_word(word)]
         if len(holders) == 1:
             return holders[0]
         held = ", ".join(f"`{s.name}` holds {_describe(s)}" for s in self.by_name.values())
@@ -78,8 +78,8 @@ def _open(ref: SourceRef, recipe: Recipe) -> Checkpoint:
 
 def _check_claim(source: Source, recipe: Recipe) -> None:
     """A source whose name is a format must hold it; any other name claims nothing."""
-    claimed = ALIASES.get(source.name)
-    if claimed is None or source.holds & claimed:
+    claimed = kinds_of_word(source.name)
+    if not claimed or source.holds & claimed:
         return
     unread = next((f for f in source.formats.values() if isinstance(f, FormatError)), None)
     raise RecipeError(

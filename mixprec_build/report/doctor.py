@@ -22,7 +22,8 @@ from ..checkpoint.declaration import METHOD, Declaration
 from ..checkpoint.manifest import layout_of, read_manifest, tensor_entries
 from ..errors import MixprecError
 from ..families.base import Role, role_by_name
-from ..formats.base import Format
+from ..formats.base import Format, Kind
+from ..formats.registry import kinds
 from ..planning.rules import half_only
 from ..ranks.merged import complete
 from ..ranks.on_disk import open_on_disk
@@ -106,41 +107,21 @@ def _find_gpu() -> tuple[Gpu | None, str]:
     return (None, str(found["missing"])) if "missing" in found else (Gpu(found["name"], found["capability"]), "")
 
 
-# kind -> (what SGLang runs it with, the least compute capability and, where there is one, the most)
-_KERNELS: dict[str, tuple[str, int, int | None]] = {
-    "bf16": ("dense GEMM, Triton for experts", 75, None),
-    "fp16": ("dense GEMM, Triton for experts", 75, None),
-    "fp32": ("cast to the model's dtype when loaded", 75, None),
-    "fp8_block": ("block FP8 (DeepGEMM, CUTLASS or Triton), Triton for experts", 80, None),
-    "fp8_channel": ("FP8 GEMM with token and channel scales, Triton for experts", 89, None),
-    "fp8_tensor": ("FP8 GEMM, Triton for experts", 80, None),
-    "int8_channel": ("Int8 GEMM with token and channel scales, Triton for experts", 75, 90),
-    "int8_block": ("block Int8 on Triton", 80, None),
-    "gptq_int4": ("Marlin", 80, None),
-    "gptq_int8": ("Marlin", 80, None),
-    "awq_int4": ("Marlin", 80, None),
-    "ct_int4": ("Marlin", 80, None),
-    "ct_int8": ("Marlin", 80, None),
-}
-
-
 def _formats(gpu: Gpu | None) -> Iterator[Finding]:
-    for kind, (kernel, _, _) in _KERNELS.items():
-        unfit = _unfit(kind, gpu)
-        yield Finding("warn", kind, f"{kernel}: {unfit}") if unfit else Finding("ok", kind, f"{kernel}, {_needs(kind)}")
+    for name, kind in kinds():
+        if kind.kernels:
+            unfit = _unfit(kind, gpu)
+            text = f"{kind.kernels}: {unfit}" if unfit else f"{kind.kernels}, {_needs(kind)}"
+            yield Finding("warn" if unfit else "ok", name, text)
 
 
-def _needs(kind: str) -> str:
-    _, least, most = _KERNELS[kind]
-    return f"compute capability {least / 10} " + (f"to {most / 10}" if most else "and up")
+def _needs(kind: Kind) -> str:
+    return f"compute capability {kind.least / 10} " + (f"to {kind.most / 10}" if kind.most else "and up")
 
 
-def _unfit(kind: str, gpu: Gpu | None) -> str:
+def _unfit(kind: Kind, gpu: Gpu | None) -> str:
     """Why a GPU has no kernel for a format; empty where it has one."""
-    if gpu is None or kind not in _KERNELS:
-        return ""
-    _, least, most = _KERNELS[kind]
-    if least <= gpu.capability <= (most or gpu.capability):
+    if gpu is None or not kind.kernels or kind.least <= gpu.capability <= (kind.most or gpu.capability):
         return ""
     return f"needs {_needs(kind)}, this GPU has {gpu.capability / 10}"
 
@@ -183,15 +164,13 @@ def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterato
         yield Finding("fail", "tensors", f"not as they were built: {some(changed)}; build the checkpoint again")
 
 
-# SGLang has no other kernel for experts than Triton's, where its linears have Marlin (quantization/fp8.py:2281).
-_FP8_EXPERTS = 89
-
-
 def _unfit_experts(formats: Mapping[str, Format], gpu: Gpu | None) -> Iterator[Finding]:
-    experts = {fmt.kind for name, fmt in formats.items() if role_by_name(name) is Role.EXPERT}
-    if gpu is not None and gpu.capability < _FP8_EXPERTS and any(kind.startswith("fp8_") for kind in experts):
-        need = f"experts need compute capability {_FP8_EXPERTS / 10}, this GPU has {gpu.capability / 10}"
-        yield Finding("fail", "FP8", need)
+    stored = {fmt for name, fmt in formats.items() if role_by_name(name) is Role.EXPERT}
+    least = {(fmt.name, fmt.kinds[fmt.kind].experts_least) for fmt in stored}
+    for name, need in sorted(least):
+        if gpu is not None and gpu.capability < need:
+            text = f"experts need compute capability {need / 10}, this GPU has {gpu.capability / 10}"
+            yield Finding("fail", name, text)
 
 
 def _not_served(
@@ -200,7 +179,7 @@ def _not_served(
     for problem in manifest.get("unservable", []):
         yield Finding("fail", "unservable", problem)
     for fmt, count in counts.items():
-        if unfit := _unfit(fmt.kind, gpu):
+        if unfit := _unfit(fmt.kinds[fmt.kind], gpu):
             yield Finding("fail", fmt.kind, f"{count:,} modules: {unfit}")
     dtype = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     if dtype == "float32" and any(fmt.quantized for fmt in counts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from sys import intern
 from typing import NamedTuple
 
@@ -11,21 +11,13 @@ from .header import TensorInfo
 __all__ = ["StoredModule", "split_name"]
 
 
-# The last word of a tensor's name, when it is a part of a module and not a parameter of its own.
-_LEAVES = frozenset(
-    {
-        "weight", "bias", "weight_scale", "weight_scale_inv", "input_scale",
-        "qweight", "qzeros", "scales", "g_idx",
-        "weight_packed", "weight_shape", "weight_g_idx", "weight_zero_point", "input_zero_point",
-        "weight_scale_2", "weight_global_scale", "input_global_scale", "SCB",
-    }
-)  # fmt: skip
+def split_name(tensor: str, leaves: Set[str]) -> tuple[str, str]:
+    """``"a.b.qweight"`` -> ``("a.b", "qweight")``; a parameter like ``"a.A_log"`` is a module of its own.
 
-
-def split_name(tensor: str) -> tuple[str, str]:
-    """``"a.b.qweight"`` -> ``("a.b", "qweight")``; a parameter like ``"a.A_log"`` is a module of its own."""
+    ``leaves`` are the last words of the names of tensors that are parts of modules.
+    """
     module, _, leaf = tensor.rpartition(".")
-    return (module, intern(leaf)) if leaf in _LEAVES and module else (tensor, "")
+    return (module, intern(leaf)) if leaf in leaves and module else (tensor, "")
 
 
 class StoredModule(NamedTuple):

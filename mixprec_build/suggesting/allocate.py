@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.typed import Source
 from ..errors import BudgetError, SourceError, StatsError
+from ..formats.registry import bits_of
 from ..planning.planner import make_plan
 from ..planning.types import Plan
 from ..recipe.recipe import Recipe, Rule
 from ..recipe.sources import Sources
 from ..text import human, some
 from .activity import Activity
-from .choices import Choices, Group, Option, Request, bits_of
+from .choices import Choices, Group, Option, Request
 from .distortion import Distortion, DistortionCache, measure
 from .knapsack import Frontier, Solution, frontier, solve
 from .lines import recipe_lines

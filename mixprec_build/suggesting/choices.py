@@ -6,7 +6,6 @@ base asks for, and where a pin or a floor says otherwise. What has no options st
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from ..checkpoint.degree import Degree
 from ..checkpoint.typed import Source
 from ..errors import RecipeError, RefusedError, SplitError
 from ..families.base import Role, fused_groups, gemms, is_expert, layer_prefix, place_of
-from ..formats.registry import ALIASES
+from ..formats.registry import bits_of, kinds_of_word
 from ..patterns.compress import compress
 from ..patterns.pattern import Pattern, PatternError
 from ..planning.folding import Folding
@@ -32,7 +31,7 @@ from .activity import Activity
 from .distortion import Moments
 from .objective import Objective
 
-__all__ = ["Choices", "Group", "Option", "Request", "bits_of"]
+__all__ = ["Choices", "Group", "Option", "Request"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +302,7 @@ class Choices:
         allowed, reason = list(group.allowed), group.reason
         below: dict[int, _Wish] = {}
         for floor in filter(lambda floor: floor.matches(group), floors):
-            bits = min(map(bits_of, ALIASES[floor.word]))
+            bits = min(map(bits_of, kinds_of_word(floor.word)))
             below |= {i: floor for i in allowed if bits_of(group.options[i].kind) < bits}
             allowed = [i for i in allowed if i not in below]
             if not allowed:
@@ -351,11 +350,11 @@ class _Wish:
         except PatternError as error:
             raise RecipeError(f"{flag}: {error}") from error
         if flag == "--pin":
-            if word not in choices.sources.by_name and word not in ALIASES:
+            if word not in choices.sources.by_name and not kinds_of_word(word):
                 known = ", ".join(f"`{name}`" for name in choices.sources.by_name)
                 raise RecipeError(f"{self}: no source is called `{word}`; there are {known}")
             self.word = choices.sources.resolve(word, choices.recipe, 0).name
-        elif word not in ALIASES:
+        elif not kinds_of_word(word):
             raise RecipeError(f"{self}: `{word}` is no format; write int4, int8, fp8, fp16 or one of their kinds")
 
     def __str__(self) -> str:
@@ -380,9 +379,3 @@ def _promising(pattern: str, source: Source) -> Pattern:
 
 def _offers(group: Group) -> str:
     return "it can be " + ", ".join(f"{option.kind} from `{option.source}`" for option in group.options)
-
-
-def bits_of(kind: str) -> int:
-    """``fp8_block`` -> 8."""
-    found = re.search(r"\d+", kind)
-    return int(found[0]) if found else 32

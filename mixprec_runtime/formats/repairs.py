@@ -150,7 +150,7 @@ def _fall_back_to_exllama(method: QuantizeMethodBase, fmt: Gptq) -> None:
         fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], fmt.group_size)
         if fits:
             return
-        if not fmt.fits_exllama(outputs, inputs):
+        if not fmt.fits_untiled(outputs, inputs):
             raise ValueError(str(why))
         if layer.params_dtype != torch.half and not is_cpu():
             raise ValueError(f"{why} SGLang's other GPTQ kernel does, in FP16 only: give --dtype half.")

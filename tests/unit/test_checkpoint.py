@@ -17,6 +17,7 @@ from tiny import at_most, cpu_seconds, folder_tensors, run_python, write_recipe,
 from mixprec_build.checkpoint.checkpoint import Checkpoint, ValueReader
 from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.errors import SourceError
+from mixprec_build.formats.registry import leaves
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.storage.header import build_header
 from mixprec_build.storage.module import split_name
@@ -338,7 +339,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_modules_of_tensors(tensor: str, module: str, leaf: str) -> None:
-    assert split_name(tensor) == (module, leaf)
+    assert split_name(tensor, leaves()) == (module, leaf)
 
 
 # Values

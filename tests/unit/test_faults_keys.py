@@ -93,4 +93,4 @@ def test_an_override_with_a_key_that_is_not_known_is_unread(tmp_path: Path) -> N
 
 def test_a_key_with_a_strange_name_is_shown_safely() -> None:
     with pytest.raises(FormatError, match=r"\\x1b"):
-        check_keys({"quant_method": "fp8", "\x1b[31m": 1})
+        check_keys({"quant_method": "fp8", "\x1b[31m": 1}, {"fmt"})

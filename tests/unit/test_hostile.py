@@ -28,7 +28,8 @@ from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.cli.app import main
 from mixprec_build.errors import MixprecError, RecipeError, SourceError
 from mixprec_build.formats.base import FormatError
-from mixprec_build.formats.gptq import _resolve_dynamic
+from mixprec_build.formats.gptq import Dynamic
+from mixprec_build.formats.quantization import Quantization
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.split import split
 from mixprec_build.output.weight_errors import weight_errors
@@ -463,9 +464,13 @@ REGEXES = [
 ]
 
 
+def dynamic(declared: dict[str, Any]) -> Dynamic:
+    return Quantization(declared).derive(Dynamic)
+
+
 @pytest.mark.parametrize(("regex", "name", "hit"), REGEXES)
 def test_regexes_that_are_in_use(regex: str, name: str, hit: bool) -> None:
-    found = _resolve_dynamic({"bits": 4, "dynamic": {regex: {"bits": 8}}}, name)
+    found = dynamic({"bits": 4, "dynamic": {regex: {"bits": 8}}}).resolve(name)
     assert found["bits"] == (8 if hit else 4)
 
 
@@ -480,21 +485,21 @@ BAD_REGEXES = [
 @pytest.mark.parametrize("regex", BAD_REGEXES)
 def test_regexes_that_are_refused(regex: str) -> None:
     with pytest.raises(FormatError, match=r"^`dynamic` holds '") as caught:
-        _resolve_dynamic({"dynamic": {f"+:{regex}": {"bits": 8}}}, "a" * 256)
+        dynamic({"dynamic": {f"+:{regex}": {"bits": 8}}}).resolve("a" * 256)
     assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("regex", [".*.*.*.*b", ".*a.*a.*a.*b", "(a|a)" * 20 + "b", "a?" * 20 + "a" * 230 + "b"])
 def test_the_slowest_regexes_that_are_tried(regex: str) -> None:
-    assert "bits" not in _resolve_dynamic({"dynamic": {regex: {"bits": 8}}}, "a" * 256)
+    assert "bits" not in dynamic({"dynamic": {regex: {"bits": 8}}}).resolve("a" * 256)
 
 
 def test_regexes_may_take_seconds_in_all(monkeypatch: Patch) -> None:
     monkeypatch.setattr("mixprec_build.patterns.budget.Patience.SECONDS", 0.1)
-    quantization = {"dynamic": {".*.*.*b": {"bits": 8}}}
+    one = dynamic({"dynamic": {".*.*.*b": {"bits": 8}}})
     with pytest.raises(FormatError, match="`dynamic` takes more than 0 seconds to match"):
         for _ in range(1000):
-            _resolve_dynamic(quantization, "a" * 256)
+            one.resolve("a" * 256)
 
 
 # Patterns

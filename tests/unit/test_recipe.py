@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.checkpoint.typed import Source
 from mixprec_build.errors import RecipeError
-from mixprec_build.formats.registry import ALIASES
+from mixprec_build.formats.registry import kinds_of_word
 from mixprec_build.patterns.pattern import Pattern
 from mixprec_build.planning.planner import make_plan
 from mixprec_build.recipe.recipe import (
-    _FORMAT_WORDS,
     DEFAULT_SHARD_SIZE,
     Recipe,
     Rule,
@@ -208,8 +207,20 @@ def test_the_weight_names_its_module(tmp_path: Path, name: str, module: str) -> 
     assert read(tmp_path, f"model: a\nweights: {{{name}: model}}\n").rules[0].pattern == Pattern(module)
 
 
-def test_every_word_for_a_format_has_a_meaning() -> None:
-    assert ALIASES.keys() == _FORMAT_WORDS
+WORDS = {
+    "fp16": {"fp16", "bf16"}, "bf16": {"bf16"}, "fp32": {"fp32"},
+    "fp8": {"fp8_block", "fp8_channel", "fp8_tensor"},
+    "int4": {"gptq_int4", "awq_int4", "ct_int4"},
+    "int8": {"gptq_int8", "ct_int8", "int8_channel", "int8_block", "int8_tensor"},
+    **{kind: {kind} for kind in ("fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "awq_int4", "ct_int4")},
+    **{kind: {kind} for kind in ("gptq_int8", "ct_int8", "int8_channel", "int8_block", "int8_tensor")},
+    "i32": set(), "int2": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_for_formats(word: str) -> None:
+    assert kinds_of_word(word) == WORDS[word]
 
 
 # Errors: each names file and line, and the nearest word that is known

@@ -1,0 +1,104 @@
+"""Formats that are recognised by their tensors and not read: refused by name, with what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from reprlib import repr as brief
+from typing import TYPE_CHECKING, NoReturn
+
+from .base import FormatError, shape_text
+from .keys import rotates
+
+if TYPE_CHECKING:
+    from ..storage.module import StoredModule
+    from .quantization import Quantization
+
+__all__ = ["LEAVES", "METHODS_BY_NAME", "UNREAD", "refuse_first", "refuse_unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A format, by tensors that its modules have, among others: leaf -> dtype."""
+
+    name: str
+    tensors: Mapping[str, str]
+    advice: str = ""
+
+
+_FLOATS = (
+    ": it has no code for packed 4-bit floats and their two levels of scales, nor for SGLang's methods that run them; "
+    "take this module from a BF16, FP8, Int8 or Int4 checkpoint"
+)
+_SOME_FLOATS = "a 4-bit float format (NVFP4, MXFP4)"
+
+UNREAD = (
+    Unread("NVFP4", {"weight_packed": "U8", "weight_scale": "F8_E4M3"}, _FLOATS),
+    Unread("NVFP4", {"weight": "U8", "weight_scale": "F8_E4M3"}, _FLOATS),
+    Unread("MXFP4", {"weight_packed": "U8", "weight_scale": "U8"}, _FLOATS),
+    Unread("MXFP4", {"weight": "U8", "weight_scale": "U8"}, _FLOATS),
+    Unread("MXFP4", {"weight": "U8", "weight_scale": "F8_E8M0"}, _FLOATS),
+    Unread(_SOME_FLOATS, {"weight": "U8"}, _FLOATS),
+    Unread(_SOME_FLOATS, {"weight_packed": "U8"}, _FLOATS),
+    Unread("FP8 E5M2", {"weight": "F8_E5M2"}),
+)
+"""The first that fits is the one."""
+
+LEAVES = frozenset({"weight_scale_2", "weight_global_scale", "input_global_scale", "input_zero_point", "SCB"})
+"""The last words of names of tensors that only such formats have."""
+
+METHODS_BY_NAME = frozenset({"mxfp4"})
+"""``quant_method`` of those whose modules are told apart by their names."""
+
+
+_INDEX = re.compile(r"(.+\.)?(\w*position_ids|\w*_ids|num_batches_tracked|\w*token_map|tid2eid|d2t|t2d)")
+"""Integers that are buffers of models."""
+
+
+def refuse_first(module: StoredModule, quantization: Quantization, methods: Set[str]) -> None:
+    """Raises :class:`FormatError` for modules of such formats that would pass for others. ``methods`` are those whose
+    configurations are read."""
+    # gpt-oss: all experts of a layer in one parameter of bytes, and one of scales, which would pass for buffers
+    packed = module.tensors.keys() == {""} and module.name.endswith(("_blocks", "_scales"))
+    if packed and quantization.get("quant_method") == "mxfp4":
+        raise FormatError(_refusal(Unread("MXFP4", {}, _FLOATS), shape_text("", module)))
+    if (key := rotates(quantization)) is not None:
+        raise FormatError(
+            f"quantization_config has `{key}`: these weights are stored rotated, and neither mixprec nor SGLang "
+            "rotates what they multiply; take these modules from another source"
+        )
+    if (foreign := _foreign(module, quantization, methods)) is not None:
+        raise FormatError(foreign)
+
+
+def _foreign(module: StoredModule, quantization: Quantization, methods: Set[str]) -> str | None:
+    """Why a bare parameter is part of a weight in another format, and no buffer; None where it may be one."""
+    tensor = module.tensors.get("")
+    if tensor is None or tensor.dtype[:1] not in ("I", "U") or _INDEX.fullmatch(module.name):
+        return None
+    method = quantization.get("quant_method")
+    sparsity = quantization.get("sparsity_config")
+    stored = shape_text("", module)
+    if method is not None and not (isinstance(method, str) and method in methods):
+        return f"{stored} beside quant_method {brief(method)}, whose format mixprec does not read"
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        return f"{stored} beside sparsity_config of the format {brief(sparsity['format'])}, which mixprec does not read"
+    parent = module.name.rpartition(".")[0]
+    if len(tensor.shape) > 1 and parent.endswith(("proj", "fc1", "fc2", ".w1", ".w2", ".w3")):
+        return f"{stored} is part of a linear in a format that mixprec does not know"
+    return None
+
+
+def refuse_unknown(module: StoredModule) -> NoReturn:
+    """Raises :class:`FormatError` that names the format of a module that is in none that is read."""
+    stored = ", ".join(shape_text(leaf, module) for leaf in sorted(module.tensors))
+    dtypes = {leaf: tensor.dtype for leaf, tensor in module.tensors.items()}
+    for unread in UNREAD:
+        if unread.tensors.items() <= dtypes.items():
+            raise FormatError(_refusal(unread, stored))
+    raise FormatError(f"stored in no format mixprec knows ({stored})")
+
+
+def _refusal(unread: Unread, stored: str) -> str:
+    return f"stored as {unread.name} ({stored}), which this version of mixprec does not read{unread.advice}"
