@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import SplitError
 
-__all__ = ["Degree", "is_degree", "parse_folder"]
+__all__ = ["Degree", "parse_folder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +59,6 @@ class Degree:
     def folder(self, rank: int) -> str:
         """Where a rank's files lie in a checkpoint."""
         return f"presplit/{self}/rank-{rank}-of-{self.tp}"
-
-
-def is_degree(name: str) -> bool:
-    """Whether a folder's name is that of a degree, as ``"tp4-ep1"``."""
-    try:
-        Degree.parse(name)
-    except ValueError:
-        return False
-    return True
 
 
 def parse_folder(name: str) -> tuple[Degree, int] | None:

@@ -21,6 +21,10 @@ def build(
     recipe: RecipePath,
     out: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Replace an output that mixprec wrote before.")] = False,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Go on from what a build left that was stopped, perhaps on another machine."),
+    ] = False,
     allow: Allow = [],  # noqa: B006 (typer copies it)
     link: Link = False,
     layout: Annotated[
@@ -53,6 +57,7 @@ def build(
             plan,
             out,
             force=force,
+            take_over=take_over,
             allow_unservable=unservable,
             link=link,
             jobs=jobs,

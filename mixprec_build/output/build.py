@@ -48,6 +48,7 @@ def run_plan(
     out: Path,
     *,
     force: bool = False,
+    take_over: bool = False,
     allow_unservable: bool = False,
     link: bool = False,
     jobs: int | None = None,
@@ -56,8 +57,8 @@ def run_plan(
 ) -> Path:
     """Fetches what is missing, checks the values that only headers were known of, and writes ``out``.
 
-    ``replanned`` is given the plan that is followed, where these values made another one. Returns the path of the
-    manifest.
+    ``take_over`` goes on from what a build on another machine left. ``replanned`` is given the plan that is followed,
+    where these values made another one. Returns the path of the manifest.
 
     Raises:
         OutputError, SourceError, RefusedError, WriteError: see their docstrings.
@@ -78,7 +79,7 @@ def run_plan(
         plan = make_plan(plan.recipe, plan.sources, allow_unservable=allow_unservable, link=link)
         if replanned is not None:
             replanned(plan)
-    return write(plan, out, force=force, jobs=jobs, progress=progress)
+    return write(plan, out, force=force, take_over=take_over, jobs=jobs, progress=progress)
 
 
 @contextmanager

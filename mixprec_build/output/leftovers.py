@@ -2,58 +2,71 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import REST
-from ..checkpoint.degree import is_degree, parse_folder
+from ..checkpoint.degree import parse_folder
 from ..checkpoint.manifest import MANIFEST, layout_of, merged_files
-from ..storage.disk import sync_folder, write_errors
+from ..errors import VerifyError
+from ..ranks.files import INDEX, read_index
+from ..ranks.layout import PRESPLIT, is_ours
+from ..storage.disk import write_errors
+from ..storage.owned import Entry, OwnedFolder
 
 __all__ = ["clear_leftovers", "leftovers", "strangers"]
 
 
-# What was left behind
-
-
 def leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """What a stopped split left behind, of all that is there: nothing reads it."""
+    with write_errors(folder), OwnedFolder.open(folder) as owned:
+        return _leftovers(owned, manifest)
+
+
+def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What lies in ``presplit`` at any depth that neither a build nor a split puts there."""
+    with write_errors(folder), OwnedFolder.open(folder) as owned:
+        found = [entry.name for entry in _presplit(owned) if not is_ours(entry)]
+        listed = dict(manifest.get("presplit", {}))
+        if layout_of(manifest) == "presplit":
+            listed[REST] = manifest["rest"]
+        for name, line in listed.items():
+            with suppress(VerifyError):  # without its index a rank's files are known by their names alone
+                index = read_index(folder, name, line)
+                known = {f"{name}/{file}" for file in (INDEX, *index.files)}
+                found += [entry.name for entry in owned.entries(name) if is_ours(entry) and entry.name not in known]
+    return found
+
+
+def clear_leftovers(owned: OwnedFolder, manifest: Mapping[str, Any], keep: Collection[str] = ()) -> None:
+    """Removes what a stopped split left, but for ``keep``, and for ranks, which another machine may have cut."""
+    with write_errors(owned.path):
+        for name in _leftovers(owned, manifest):
+            if parse_folder(name) is None and name not in keep:
+                owned.remove(name, lambda entry: is_ours(entry) or "/" not in entry.name)
+        owned.sync()
+
+
+def _leftovers(owned: OwnedFolder, manifest: Mapping[str, Any]) -> list[str]:
     listed = set(manifest.get("presplit", {}))
     if layout_of(manifest) == "presplit":
         listed.add(REST)
     names = [f".{MANIFEST}.new", *(merged_files(manifest) if REST in listed else ())]
-    found = [name for name in names if (folder / name).exists()]
-    for path in sorted((*folder.glob("presplit/*"), *folder.glob("presplit/*/*"))):
-        name = str(path.relative_to(folder))
-        ours = path.name.startswith(".") or name == REST or parse_folder(name) is not None
-        if ours and name not in listed:
-            found.append(name)
+    there = {entry.name for entry in owned.entries() if not entry.is_folder}
+    found = [name for name in names if name in there]
+    for entry in _presplit(owned):
+        last = entry.name.rpartition("/")[2]
+        left = last.startswith(".") or entry.name == REST or parse_folder(entry.name) is not None
+        if entry.is_folder and is_ours(entry) and left and entry.name not in listed:
+            found.append(entry.name)
     return found
 
 
-def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What lies in ``presplit``, is not listed, and was not left behind by a split, either."""
-    listed = manifest.get("presplit", {})
-    known = {*listed, *leftovers(folder, manifest), REST}
-    found = []
-    for path in sorted(folder.glob("presplit/*")) + sorted(folder.glob("presplit/*/*")):
-        name, parent = (str(p.relative_to(folder)) for p in (path, path.parent))
-        # A split that is stopped at its first rank leaves its folder empty.
-        cut = path.is_dir() and parent == "presplit" and is_degree(path.name)
-        if name not in known and parent not in known and not cut:
-            found.append(name)
-            known.add(name)
-    return found
-
-
-def clear_leftovers(folder: Path, manifest: Mapping[str, Any], keep: Collection[str] = ()) -> None:
-    """Removes it, but for ``keep``, and for ranks, which another machine may have cut."""
-    with write_errors(folder):
-        for name in leftovers(folder, manifest):
-            path = folder / name
-            if parse_folder(name) is not None or name in keep:
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        sync_folder(folder)
+def _presplit(owned: OwnedFolder) -> Iterator[Entry]:
+    """``presplit``, if it is there, and what lies in those of its folders that are mixprec's."""
+    root = owned.entry(PRESPLIT)
+    if root is not None:
+        yield root
+        yield from owned.below(PRESPLIT, is_ours) if is_ours(root) else ()

@@ -10,16 +10,17 @@ from pathlib import Path
 
 from ..errors import OutputError, VerifyError
 from ..storage.disk import write_errors
+from ..storage.owned import OwnedFolder
 
 __all__ = ["alone"]
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[Callable[[], None]]:
+def alone(folder: Path) -> Iterator[tuple[OwnedFolder, Callable[[], None]]]:
     """One split of a checkpoint at a time, for each lists its ranks in the same manifest, and none while a build
     replaces it.
 
-    Gives what raises :class:`OutputError` once the folder is no longer the one that was locked.
+    Yields the folder, open, and a function that raises :class:`OutputError` once it is no longer there by its name.
     """
     with write_errors(folder):
         try:
@@ -41,6 +42,6 @@ def alone(folder: Path) -> Iterator[Callable[[], None]]:
         except OSError:
             pass  # network file systems lock no folders: what is left is the check
         check()
-        yield check
+        yield OwnedFolder(folder, fd), check
     finally:
         os.close(fd)

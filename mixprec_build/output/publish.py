@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,7 +18,9 @@ from ..checkpoint.degree import Degree
 from ..checkpoint.manifest import MANIFEST, dump_manifest
 from ..errors import InterruptedBuildError, MixprecError, OutputError, WriteError
 from ..planning.types import Plan
+from ..ranks.layout import is_ours
 from ..storage.disk import sync_folder, write_errors
+from ..storage.owned import Entry, OwnedFolder
 from ..storage.threads import Progress
 from .companions import build_manifest, companion_files, write_companions, write_file
 from .copier import Copier
@@ -48,10 +50,16 @@ def fetch(plan: Plan) -> dict[tuple[str, str], Path]:
 
 
 def write(
-    plan: Plan, out: Path, *, force: bool = False, jobs: int | None = None, progress: Progress | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    force: bool = False,
+    take_over: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Writes the checkpoint and returns the path of its manifest. ``progress`` is called with bytes done, of the plan's
-    ``written_bytes``.
+    ``written_bytes``. ``take_over`` goes on from what a build on another machine left, see :meth:`.Stage.open`.
 
     Raises:
         OutputError: ``out`` is in use.
@@ -65,7 +73,7 @@ def write(
     target = out.resolve()
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with _stage(target, out) as stage:
+        with _stage(target, out, take_over) as stage:
             # A build that was killed while it replaced an output may have left that output in the stage.
             check_output(plan, out, force=force)
             try:
@@ -78,7 +86,7 @@ def write(
             except MemoryError:
                 raise WriteError(f"{out}: out of memory; {stage.kept(len(plan.shards))}") from None
             except MixprecError as error:
-                if stage.finished or isinstance(error, WriteError):
+                if (stage.finished or isinstance(error, WriteError)) and not stage.published:
                     error.args = (f"{error}; {stage.kept(len(plan.shards))}",)
                 raise
     except BaseException:
@@ -98,13 +106,15 @@ def _fill(
     progress: Progress,
 ) -> None:
     """Makes the payload of a stage the whole checkpoint, and syncs it."""
+    stage.expect([*companions, "config.json", INDEX, MANIFEST, f".{MANIFEST}.new"])
     checksums = Copier(plan, paths, stage, progress).run(jobs or min(8, os.cpu_count() or 1))
     files = write_companions(plan, stage.payload, companions)
     write_file(stage.payload / MANIFEST, dump_manifest(build_manifest(plan, stage.payload, checksums, files)))
     degrees = [Degree(tp) for tp in plan.recipe.tp]
-    for folder in stage.payload.glob("presplit/*" if degrees else "presplit"):
-        if folder.name not in map(str, degrees):
-            shutil.rmtree(folder)  # of another recipe's build, which was stopped
+    with OwnedFolder.open(stage.payload, follow=False) as payload:
+        for entry in payload.entries("presplit") if degrees else [Entry("presplit", stat.S_IFDIR)]:
+            if entry.name.rpartition("/")[2] not in map(str, degrees):
+                payload.remove(entry.name, is_ours)  # of another recipe's build, which was stopped
     # The merged files are dropped after the last of them, the one that they could be restored from.
     for degree in sorted(degrees, key=lambda degree: -degree.tp):
         layout = plan.recipe.layout if degree.tp == min(plan.recipe.tp) else "both"
@@ -120,12 +130,12 @@ def _fill(
 
 
 @contextmanager
-def _stage(target: Path, out: Path) -> Iterator[Stage]:
+def _stage(target: Path, out: Path, take_over: bool) -> Iterator[Stage]:
     """The opened stage; :class:`OutputError` where the output's folder cannot even be begun."""
     with ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            stage = stack.enter_context(Stage.open(target))
+            stage = stack.enter_context(Stage.open(target, take_over=take_over))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 with write_errors(out):
@@ -136,34 +146,36 @@ def _stage(target: Path, out: Path) -> Iterator[Stage]:
 
 def _publish(stage: Stage, *, force: bool) -> None:
     """The finished folder takes its name by one rename; a folder it replaces goes first, and last of all away."""
-    out, replaced = stage.out, None
+    out, root, replaced = stage.out, stage.root, False
+    payload, waiting = stage.inner("out"), stage.inner("replaced")
     with write_errors(out), ExitStack() as stack:
-        if force and out.is_dir() and any(out.iterdir()):
-            replaced = stage.replaced
+        stage.check()
+        stage.refuse_others()
+        if force and root.entries(out.name):
+            replaced = True
             stack.enter_context(alone(out))  # a split would go on in it, under the name of the new one
         try:
-            if replaced is not None:
-                out.rename(replaced)
+            if replaced:
+                root.rename(out.name, waiting)
             try:
-                stage.payload.rename(out)  # also onto an empty folder
+                root.rename(payload, out.name)  # also onto an empty folder
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise OutputError(f"{out}: something else was put there meanwhile; it was left as it is") from error
                 raise
             try:
-                sync_folder(out.parent)
+                root.sync()
             except OSError:
-                out.rename(stage.payload)
+                root.rename(out.name, payload)
                 raise
         except BaseException:
-            if replaced is not None and replaced.exists() and not out.exists():
-                replaced.rename(out)
+            if replaced and root.entry(waiting) is not None and root.entry(out.name) is None:
+                root.rename(waiting, out.name)
             raise
-    if replaced is not None:
+    if replaced:
+        left = "the new checkpoint is in place, but the one that it replaces could not be removed; remove it yourself"
         try:
-            shutil.rmtree(replaced)
+            if not stage.discard_replaced():
+                raise WriteError(f"{stage.replaced}: holds files that mixprec did not write: {left}")
         except OSError as error:
-            raise WriteError(
-                f"{replaced}: {error.strerror}: the new checkpoint is in place, but this one, which it replaces, "
-                "could not be removed; remove it yourself"
-            ) from error
+            raise WriteError(f"{stage.replaced}: {error.strerror}: {left}") from error

@@ -14,7 +14,7 @@ from ..checkpoint.manifest import CHECKSUM, layout_of
 from ..checkpoint.typed import Source
 from ..errors import SourceError, VerifyError
 from ..ranks.assemble import Reader, contents, whole
-from ..ranks.files import INDEX, RankIndex, changed_headers, checksum_on_disk, open_rank, read_index
+from ..ranks.files import RankIndex, changed_headers, checksum_on_disk, open_rank, read_index
 from ..ranks.merged import reader_of, splitter_of
 from ..ranks.pieces import Parameter
 from ..ranks.splitter import Splitter
@@ -66,8 +66,6 @@ def differences_of(
     except SourceError as error:
         yield str(error)
         return
-    if extra := {p.name for p in index.folder.iterdir()} - {INDEX, *(t.file for t in stored.values())}:
-        yield f"{index.folder / min(extra)}: not in the index"
     for path in changed_headers(index):
         yield f"{path}: its header was changed"
     due = {parameter.name: parameter for parameter in parameters or map(whole, stored.values())}

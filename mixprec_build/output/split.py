@@ -8,7 +8,6 @@ that is read by nothing, and the same command removes or finishes it.
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,13 +18,21 @@ from typing import Any
 import xxhash
 
 from ..checkpoint.checkpoint import REST
-from ..checkpoint.degree import Degree, parse_folder
-from ..checkpoint.manifest import CHECKSUM, MANIFEST, dump_manifest, merged_files, read_manifest, tensor_entries
+from ..checkpoint.degree import Degree
+from ..checkpoint.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    dump_manifest,
+    merged_files,
+    read_manifest,
+    tensor_entries,
+)
 from ..checkpoint.typed import Source
 from ..errors import InterruptedBuildError, OutputError, SplitError, VerifyError
 from ..families.base import Role, role_by_name
 from ..ranks.assemble import Reader, whole, write_parameters
 from ..ranks.files import RankIndex, checksum_on_disk, damage, finished, read_index, write_rank
+from ..ranks.layout import PRESPLIT, RESTORED, is_ours
 from ..ranks.merged import (
     Rebuilt,
     Rectangle,
@@ -39,8 +46,9 @@ from ..ranks.merged import (
 from ..ranks.pieces import Parameter
 from ..ranks.splitter import Splitter
 from ..recipe.recipe import DEFAULT_SHARD_SIZE
-from ..storage.disk import check_space, inside, sync_folder, write_errors
+from ..storage.disk import check_space, inside, write_errors
 from ..storage.header import TensorInfo
+from ..storage.owned import OwnedFolder
 from ..storage.threads import Progress, run_all
 from ..versions import __version__
 from .leftovers import clear_leftovers
@@ -48,9 +56,6 @@ from .locked import alone
 from .rank_differences import differences_of
 
 __all__ = ["split"]
-
-
-_RESTORED = "presplit/.merged.part"
 
 
 def split(
@@ -77,14 +82,16 @@ def split(
         WriteError: the disk is full, fails, or forbids it.
         InterruptedBuildError: Ctrl-C.
     """
-    with alone(folder) as check:
+    with alone(folder) as (owned, check):
         manifest = read_manifest(folder)
         check()
-        clear_leftovers(folder, manifest, keep=merged_files(manifest))
+        if (found := owned.entry(PRESPLIT)) is not None and not is_ours(found):
+            raise OutputError(f"{folder / PRESPLIT}: is {found.kind}; remove it, ranks' files are written there")
+        clear_leftovers(owned, manifest, keep=merged_files(manifest))
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:
             try:
-                return _Split(folder, manifest, source, reader, shard_size, jobs, check).run(
+                return _Split(folder, owned, manifest, source, reader, shard_size, jobs, check).run(
                     degree, layout, ranks, watch
                 )
             except KeyboardInterrupt:
@@ -102,6 +109,7 @@ class _Split:
     def __init__(
         self,
         folder: Path,
+        owned: OwnedFolder,
         manifest: dict[str, Any],
         source: Source,
         reader: Reader,
@@ -111,10 +119,12 @@ class _Split:
     ):
         self._check = check
         """Raises where the folder is another one; before each change of it."""
-        self._folder, self._manifest, self._source, self._reader = folder, manifest, source, reader
+        self._folder, self._owned, self._manifest = folder, owned, manifest
+        self._source, self._reader = source, reader
         self._shard_size, self._jobs = shard_size, jobs or min(8, os.cpu_count() or 1)
         self._watch: Progress = lambda _: None
         self._stopped = threading.Event()
+        self._unlisting = threading.Lock()
 
     def run(
         self,
@@ -129,9 +139,8 @@ class _Split:
         if degree is not None and (not wanted or not all(0 <= rank < degree.tp for rank in wanted)):
             raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
         names = [] if degree is None else [degree.folder(rank) for rank in wanted]
-        for path in () if degree is None else (self._folder / "presplit", self._folder / f"presplit/{degree}"):
-            if path.is_symlink():
-                raise OutputError(f"{path}: is a link; remove it, ranks' files are written there")
+        if degree is not None:
+            self._owned.entries(f"{PRESPLIT}/{degree}")  # refuses a link
         whole_ranks = self._whole_ranks()
         if layout == "presplit":
             complete(self._folder, [*whole_ranks, *names])
@@ -171,7 +180,7 @@ class _Split:
             if rebuilt is None:
                 self._keep_rest(plans)
             self._check()
-            clear_leftovers(self._folder, self._manifest)
+            clear_leftovers(self._owned, self._manifest)
         if layout == "merged":
             self._drop_ranks()
         return [self._folder / name for name in names]
@@ -187,18 +196,19 @@ class _Split:
         last = {key: changed.pop(key, None) for key in ("presplit", "layout", "rest")}
         changed.pop(f"manifest_{CHECKSUM}", None)
         manifest = {**changed, **{key: value for key, value in last.items() if value}}
-        path = self._folder / f".{MANIFEST}.new"
+        fresh = f".{MANIFEST}.new"
         self._check()
-        with write_errors(path):
-            path.unlink(missing_ok=True)  # it may be a link
-            with path.open("xb") as file:
+        with write_errors(self._folder / fresh):
+            with suppress(FileNotFoundError):
+                self._owned.unlink(fresh)  # it may be a link
+            with os.fdopen(self._owned.create(fresh), "wb") as file:
                 for chunk in dump_manifest({**manifest, "modules": manifest["modules"].items()}):
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             self._check()
-            path.rename(self._folder / MANIFEST)
-            sync_folder(self._folder)
+            self._owned.rename(fresh, MANIFEST)
+            self._owned.sync()
         self._manifest = manifest
 
     def _heads(self, splitter: Splitter, ranks: Iterable[int]) -> dict[str, dict[str, Any]]:
@@ -223,7 +233,7 @@ class _Split:
         def write(name: str) -> None:
             self._check()
             entries[name] = write_rank(
-                self._folder, name, heads[name], self._reader, plans[name], self._shard_size, self._progress
+                self._owned, name, heads[name], self._reader, plans[name], self._shard_size, self._progress
             )
 
         self._run(write, plans)
@@ -240,7 +250,8 @@ class _Split:
     def _keep_rest(self, fresh: Collection[str]) -> None:
         """Writes and lists what only the merged files hold: from here on they are not needed.
 
-        ``fresh`` are ranks that were cut just now; others are compared with the merged files for the last time.
+        Before that, all that is to replace them is read back from the disk and compared with them, and they with what
+        was built. ``fresh`` are ranks that were cut just now; one that differs is removed.
         """
         self._check()
         checkpoint = self._source.checkpoint
@@ -250,22 +261,52 @@ class _Split:
                 raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
         degree = complete(self._folder, self._whole_ranks())
         splitter = splitter_of(self._source, degree)
+        parameters = {degree.folder(rank): splitter.parameters(rank) for rank in range(degree.tp)}
+        self._compare_merged("build the checkpoint again")
+        self._run(lambda name: self._compare_rank(name, parameters[name], name in fresh), parameters)
         held: dict[str, set[Rectangle]] = {}
-        for rank in range(degree.tp):
-            parameters, name = splitter.parameters(rank), degree.folder(rank)
-            for difference in [] if name in fresh else differences_of(self._index(name), parameters, self._reader):
-                raise VerifyError(
-                    f"{difference}: the merged files are kept; remove {self._folder / name} and split again for "
-                    f"{degree}"
-                )
-            for piece in (piece for parameter in parameters for piece in parameter.pieces):
-                held.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
+        for piece in (piece for rank in parameters.values() for parameter in rank for piece in parameter.pieces):
+            held.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
         headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
         rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), held), *headers)]
         check_space(self._folder, sum(p.nbytes for p in rest))
         self._check()
-        entry = write_rank(self._folder, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
+        entry = write_rank(self._owned, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
+        for difference in differences_of(read_index(self._folder, REST, entry), rest, self._reader):
+            raise VerifyError(f"{difference}: the merged files are kept: the same command writes it again")
         self._list({"layout": "presplit", "rest": entry})
+
+    def _compare_rank(self, name: str, parameters: Sequence[Parameter], fresh: bool) -> None:
+        """Raises :class:`VerifyError` where a rank's files on disk are not what the merged files are cut into."""
+        difference = next(differences_of(self._index(name), parameters, self._reader), None)
+        if difference is None:
+            return
+        path = self._folder / name
+        if not fresh:
+            degree = path.parent.name
+            raise VerifyError(f"{difference}: the merged files are kept; remove {path} and split again for {degree}")
+        with self._unlisting:
+            ranks = {other: line for other, line in self._manifest["presplit"].items() if other != name}
+            self._list({"presplit": ranks})
+            with write_errors(path):
+                self._owned.remove(name, is_ours)
+        raise VerifyError(
+            f"{difference}: something was misread or miswritten; {path} was removed and the merged files are kept: "
+            "the same command cuts it again"
+        )
+
+    def _compare_merged(self, remedy: str) -> None:
+        """Raises :class:`VerifyError` where a merged file on disk is not what was built."""
+        built = self._built()
+
+        def compare(file: str) -> None:
+            if not self._is_whole(file, built[file]):
+                raise VerifyError(
+                    f"{self._folder / file}: is not as it was built, `mixprec verify {self._folder}` says where; "
+                    f"nothing was dropped: {remedy}"
+                )
+
+        self._run(compare, built)
 
     def _index(self, name: str) -> RankIndex:
         return read_index(self._folder, name, self._manifest["presplit"][name])
@@ -294,12 +335,10 @@ class _Split:
         return built
 
     def _restore(self, rebuilt: Rebuilt, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
-        part = self._folder / _RESTORED
-
         def write(file: str) -> None:
-            built = files[file]
+            built, part = files[file], f"{RESTORED}/{file}"
             parameters = [rebuilt.parameter(tensor) for tensor, _ in built]
-            written = write_parameters(part / file, b"", parameters, rebuilt.files, self._progress)
+            written = write_parameters(self._owned.create(part), b"", parameters, rebuilt.files, self._progress)
             for (parameter, checksum), (_, due) in zip(written, built, strict=True):
                 if checksum != due:
                     raise VerifyError(
@@ -307,26 +346,28 @@ class _Split:
                         f"`mixprec verify {self._folder}` says which file was changed: bring that again, or remove its "
                         "folder where all ranks of another degree are there"
                     )
+            for tensor, due in built:
+                if checksum_on_disk(self._folder / part, tensor) != due:
+                    raise VerifyError(f"{self._folder / part}: {tensor.name} was miswritten; repeat the command")
             self._check()
-            (part / file).rename(self._folder / file)
+            self._owned.rename(part, file)
 
-        with write_errors(part):
+        with write_errors(self._folder / RESTORED):
             self._check()
-            part.mkdir()
+            self._owned.make_folder(RESTORED)
             self._run(write, files)
-            sync_folder(self._folder)
+            self._owned.sync()
             self._list({"layout": None, "rest": None})
             self._check()
-            clear_leftovers(self._folder, self._manifest)
+            clear_leftovers(self._owned, self._manifest)
 
     def _drop_ranks(self) -> None:
+        if self._owned.stat(PRESPLIT) is None and "presplit" not in self._manifest:
+            return
+        self._compare_merged("bring it again; the files of ranks are kept")
         if "presplit" in self._manifest:
             self._list({"presplit": None})
         self._check()
         with write_errors(self._folder):
-            for path in sorted(self._folder.glob("presplit/*/*")):
-                if parse_folder(str(path.relative_to(self._folder))) is not None:
-                    shutil.rmtree(path)
-            for path in (*self._folder.glob("presplit/*"), self._folder / "presplit"):
-                with suppress(OSError):  # not empty: of others
-                    path.rmdir()
+            self._owned.remove(PRESPLIT, is_ours)
+            self._owned.sync()

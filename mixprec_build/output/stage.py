@@ -1,9 +1,12 @@
 """The hidden folder a build is written in, beside its output, and what survives there when a build is stopped.
 
     .out.mixprec/
-        lock        locked (flock) by the build that is writing, and naming it: host and pid
+        lock        locked (flock) by the build that is writing, and naming it: host, pid, boot, a word of its own
+        made        says that this folder was made here by mixprec: a folder that came with a download is not used
+        names       the files that builds write into out/: others there are somebody else's, and stay
         journal     a line for each finished shard: its key and its tensors' checksums, with a checksum of the line
         out/        the checkpoint, renamed to its final name when it is whole
+        replaced/   the output that is being replaced: put back as long as out/ is still here, else removed
 
 A shard enters the journal only when its bytes and its name are on the disk. Its key stands for everything that
 its bytes depend on, so the next build takes over a shard only where it would write the same one.
@@ -11,12 +14,10 @@ its bytes depend on, so the next build takes over a shard only where it would wr
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
-import socket
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,15 @@ from pathlib import Path
 import xxhash
 
 from ..errors import OutputError
-from ..storage.disk import read_regular, sync_folder
+from ..ranks.layout import is_ours
+from ..storage.owned import Entry, OwnedFolder
+from .stage_lock import Lock, beating, mark, stage_name, take_lock, write_and_close
 
-__all__ = ["FinishedShard", "Stage"]
+__all__ = ["FinishedShard", "Stage", "remove_output"]
+
+
+_MANIFEST = "mixprec_manifest.json"
+_MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +51,17 @@ class Stage:
     """An opened and locked stage; see :func:`Stage.open`."""
 
     out: Path
-    folder: Path
+    root: OwnedFolder
+    """The folder of ``out``, by which everything is reached."""
+    lock: Lock
     finished: dict[str, FinishedShard] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    """The files that builds write into the payload."""
+    _recovered: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_name(stage_name(self.out))
 
     @property
     def payload(self) -> Path:
@@ -58,82 +74,152 @@ class Stage:
         return self.folder / "replaced"
 
     @property
-    def _journal(self) -> Path:
-        return self.folder / "journal"
+    def published(self) -> bool:
+        """Whether the payload has become the output."""
+        return self._recovered and self.root.stat(self.inner("out")) is None
+
+    def inner(self, name: str) -> str:
+        """An entry of the stage, as ``root`` names it."""
+        return f"{stage_name(self.out)}/{name}"
 
     @classmethod
     @contextmanager
-    def open(cls, out: Path) -> Iterator[Stage]:
+    def open(cls, out: Path, *, take_over: bool = False) -> Iterator[Stage]:
         """The stage of ``out``, new or left by an earlier build, for one build at a time.
 
-        Leaving it removes it, unless shards are finished in it that the next build can take over.
+        Leaving it removes it, unless shards are finished in it that the next build can take over. ``take_over`` takes
+        it from a build on another machine, which may still be writing, and one that was not made here.
 
         Raises:
-            OutputError: another build is writing to ``out``.
+            OutputError: another build is writing to ``out``, or the stage is somebody else's.
             OSError: the folder cannot be written.
         """
-        folder = out.with_name(f".{out.name}.mixprec")
-        lock = _lock(folder, out)
-        stage = cls(out, folder)
-        try:
-            stage._recover()
-            yield stage
-        finally:
-            with suppress(OSError):  # the next build tidies up, too
-                if not stage.payload.exists() or not stage.finished:
-                    shutil.rmtree(folder, ignore_errors=True)
-                else:
-                    stage._drop_unfinished()
-                    os.ftruncate(lock, 0)
-            with suppress(OSError):  # nothing was written through it that matters
-                os.close(lock)
+        with OwnedFolder.open(out.parent) as root:
+            stage = cls(out, root, take_lock(root, out, take_over))
+            try:
+                with beating(stage.lock):
+                    stage.lock.sign()
+                    mark(root, stage_name(out))
+                    stage._recover()
+                    yield stage
+            finally:
+                with suppress(OSError, OutputError):  # the next build tidies up, too
+                    stage._leave()
+                with suppress(OSError):  # nothing was written through it that matters
+                    os.close(stage.lock.fd)
+
+    @classmethod
+    def tidy(cls, out: Path) -> None:
+        """Removes what a build left that was stopped when its output was already in place."""
+        with suppress(OSError, OutputError), OwnedFolder.open(out.parent) as root:
+            if root.entry(stage_name(out)) is not None:
+                with cls.open(out):
+                    pass
 
     def record(self, shard: str, key: str, checksums: Mapping[str, str]) -> None:
         """Notes a shard as finished. Its data must have been synced."""
-        sync_folder(self.payload)
+        self.check()
+        self.root.sync(self.inner("out"))
         entry = FinishedShard(key, (self.payload / shard).stat().st_size, checksums)
-        fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        _write_and_close(fd, _line(shard, entry))
+        fd = self.root.open_file(self.inner("journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        write_and_close(fd, _line(shard, entry))
         if not self.finished:
-            sync_folder(self.folder)
+            self.root.sync(stage_name(self.out))
         self.finished[shard] = entry
+
+    def check(self) -> None:
+        """Raises :class:`OutputError` where another build has taken the stage over."""
+        if not self.lock.is_signed():
+            raise OutputError(f"{self.out}: another build has taken over {self.folder}; nothing more was written there")
 
     def kept(self, shards: int) -> str:
         """What a stopped build leaves and how to go on, for its message."""
+        if self.published:
+            left = self.root.entry(self.inner("replaced"))
+            rest = f"; the next build into {self.out} removes {self.replaced}, what it replaced"
+            return f"the new checkpoint is complete and in place{'' if left is None else rest}"
         if not self.finished:
             return "nothing was left behind"
         which = "its one file is" if shards == 1 else f"{len(self.finished)} of {shards} files are"
         return f"{which} finished and kept in {self.folder}: the same command goes on from there"
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Notes the names of files before they are written into the payload.
+
+        Raises:
+            OutputError: something else is there.
+        """
+        if not self.names.issuperset(names):
+            self.names.update(names)
+            self._replace("names", json.dumps(sorted(self.names)).encode())
+        self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """Raises :class:`OutputError` where the payload holds what no build has written."""
+        for entry in self.root.below(self.inner("out"), self._is_mine):
+            if not self._is_mine(entry):
+                raise OutputError(
+                    f"{self.root.path / entry.name}: {entry.kind} that mixprec did not write; move it away, a "
+                    "checkpoint is being written there"
+                )
+
     def keep(self, keys: Mapping[str, str]) -> None:
         """Forgets finished shards that this build, whose shards have ``keys``, would not write the same."""
-        kept = {
-            shard: entry
-            for shard, entry in self.finished.items()
-            if keys.get(shard) == entry.key
-            and (path := self.payload / shard).is_file()
-            and path.stat().st_size == entry.nbytes
-        }
+        self.expect(keys)
+        kept = {shard: entry for shard, entry in self.finished.items() if self._is_kept(shard, entry, keys)}
         if kept != self.finished:
             # Before anything else is written under the names it forgets: the build whose they were may come back.
             self.finished = kept
-            fresh = self.folder / "journal.new"
-            fd = os.open(fresh, os.O_WRONLY | os.O_TRUNC | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            _write_and_close(fd, b"".join(_line(shard, entry) for shard, entry in kept.items()))
-            fresh.rename(self._journal)
-            sync_folder(self.folder)
+            self._replace("journal", b"".join(_line(shard, entry) for shard, entry in kept.items()))
         self._drop_unfinished()
 
+    def _is_kept(self, shard: str, entry: FinishedShard, keys: Mapping[str, str]) -> bool:
+        if keys.get(shard) != entry.key:
+            return False
+        state = self.root.stat(self.inner(f"out/{shard}"))
+        return state is not None and stat.S_ISREG(state.st_mode) and state.st_size == entry.nbytes
+
+    def _replace(self, name: str, data: bytes) -> None:
+        """Writes a file of the stage, which is the old one or the new one at any moment."""
+        fresh = self.inner(f"{name}.new")
+        with suppress(FileNotFoundError):
+            self.root.unlink(fresh)
+        write_and_close(self.root.create(fresh), data)
+        self.root.rename(fresh, self.inner(name))
+        self.root.sync(stage_name(self.out))
+
+    def _read(self, name: str) -> bytes:
+        """A file of the stage, empty where there is none."""
+        try:
+            fd = self.root.open_file(self.inner(name), os.O_RDONLY)
+        except FileNotFoundError:
+            return b""
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.fstat(fd).st_size > _MOST_BYTES:
+                raise OutputError(f"{self.folder / name}: is no file that mixprec wrote; remove it")
+            return file.read()
+
     def _recover(self) -> None:
-        """Reads the journal. A line that was cut short or garbled ends it: what follows was never promised."""
-        self.payload.mkdir(exist_ok=True)
-        sync_folder(self.folder.parent)
-        if self.replaced.exists():
-            if self.out.exists():
-                shutil.rmtree(self.replaced)
-            else:
-                self.replaced.rename(self.out)  # killed between the two renames that replace an output
-        data = read_regular(self._journal) if self._journal.exists() else b""
+        """Puts back or removes what was being replaced, and reads the journal."""
+        waiting = self.root.entry(self.inner("replaced"))
+        if waiting is not None:
+            if not waiting.is_folder:
+                raise OutputError(f"{self.replaced}: is {waiting.kind}; remove it")
+            if self.root.entry(self.inner("out")) is None or self.root.entry(self.out.name) is not None:
+                self.discard_replaced()  # the new output was in place, and part of the old one may be gone
+            else:  # killed between the two renames that replace an output
+                self.root.rename(self.inner("replaced"), self.out.name)
+        self.root.make_folder(self.inner("out"))
+        self._recovered = True
+        self.root.sync()
+        with suppress(ValueError):  # garbled: what it named stays
+            self.names = {name for name in json.loads(self._read("names") or b"[]") if isinstance(name, str)}
+        self._read_journal()
+        self.names.update(self.finished)
+
+    def _read_journal(self) -> None:
+        """A line that was cut short or garbled ends the journal: what follows was never promised."""
+        data = self._read("journal")
         whole = 0
         for line in data.splitlines(keepends=True):
             digest, _, text = line.rstrip(b"\n").partition(b" ")
@@ -144,71 +230,87 @@ class Stage:
             self.finished[shard] = FinishedShard(**entry)
             whole += len(line)
         if whole < len(data):
-            os.truncate(self._journal, whole)
+            fd = self.root.open_file(self.inner("journal"), os.O_WRONLY)
+            try:
+                os.ftruncate(fd, whole)
+            finally:
+                os.close(fd)
+
+    def discard_replaced(self) -> bool:
+        """Removes the output that was replaced; whether nothing is left of it."""
+        return remove_output(self.root, self.inner("replaced"))
+
+    def _is_mine(self, entry: Entry) -> bool:
+        """Whether it is the payload, a file that a build writes into it, or one of its files cut for ranks."""
+        name = entry.name.removeprefix(self.inner("out")).removeprefix("/")
+        if not name:
+            return entry.is_folder
+        return (name in self.names and entry.is_file) or is_ours(Entry(name, entry.mode))
 
     def _drop_unfinished(self) -> None:
         """All but finished shards and the folder of files cut for ranks, which say themselves what they are."""
-        for path in self.payload.iterdir():
-            if path.name not in self.finished and not path.is_dir():
-                path.unlink()
+        for entry in self.root.entries(self.inner("out")):
+            if entry.is_file and self._is_mine(entry) and entry.name.rpartition("/")[2] not in self.finished:
+                self.root.unlink(entry.name)
+
+    def _leave(self) -> None:
+        """Keeps what the next build can take over, or removes the stage."""
+        if not self.lock.is_signed():
+            return  # it is another build's now
+        name = stage_name(self.out)
+        worth = any(self.root.stat(self.inner(f"out/{shard}")) is not None for shard in self.finished)
+        if self._recovered and not worth:
+            for part in ("journal", "journal.new", "names.new"):
+                self.root.remove(self.inner(part), lambda entry: entry.is_file)
+            if self.root.remove(self.inner("out"), self._is_mine):
+                self.root.remove(self.inner("names"), lambda entry: entry.is_file)
+        elif self._recovered:
+            self._drop_unfinished()
+        left = {entry.name for entry in self.root.entries(name)} - {self.inner("lock"), self.inner("made")}
+        if left:
+            self.lock.release()
+            return
+        # The lock goes last: who opens it until then finds it locked.
+        for part in ("made", "lock"):
+            with suppress(FileNotFoundError):
+                self.root.unlink(self.inner(part))
+        self.root.remove(name, lambda entry: entry.is_folder)
+
+
+def remove_output(root: OwnedFolder, name: str) -> bool:
+    """Removes a checkpoint's folder, file by file as its manifest lists them; whether nothing is left of it.
+
+    Its manifest goes last, so that a removal that was stopped can go on.
+    """
+    entry = root.entry(name)
+    if entry is None:
+        return True
+    if not entry.is_folder:
+        return False
+    listed = _listed(root, name)
+
+    def is_mine(entry: Entry) -> bool:
+        inner = entry.name.removeprefix(name).removeprefix("/")
+        return (inner in listed and entry.is_file) or is_ours(Entry(inner, entry.mode))
+
+    for inner in root.entries(name):
+        root.remove(inner.name, is_mine)
+    for last in root.entries(name) if listed else ():
+        if last.name == f"{name}/{_MANIFEST}" and len(root.entries(name)) == 1:
+            root.unlink(last.name)
+    return root.remove(name, lambda entry: entry.name == name)
+
+
+def _listed(root: OwnedFolder, name: str) -> set[str]:
+    """The files that a checkpoint's manifest lists; none where it has none."""
+    try:
+        with os.fdopen(root.open_file(f"{name}/{_MANIFEST}", os.O_RDONLY), "rb") as file:
+            return {f".{_MANIFEST}.new", *json.loads(file.read(_MOST_BYTES))["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
 
 
 def _line(shard: str, entry: FinishedShard) -> bytes:
     fields = {"shard": shard, "key": entry.key, "nbytes": entry.nbytes, "checksums": entry.checksums}
     line = json.dumps(fields).encode()
     return b"%s %s\n" % (xxhash.xxh3_128_hexdigest(line).encode(), line)
-
-
-def _write_and_close(fd: int, data: bytes) -> None:
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-
-
-def _lock(folder: Path, out: Path) -> int:
-    """The locked lock file's descriptor."""
-    path = folder / "lock"
-    while True:
-        folder.mkdir(exist_ok=True)
-        if folder.is_symlink():
-            raise OutputError(f"{folder}: is a link; remove it, a build of {out} is written there")
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # a build that finished removed the folder just now
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(fd) or "unknown"
-            os.close(fd)
-            raise OutputError(
-                f"{out}: another mixprec build is writing there ({holder}); wait for it or name another folder"
-            ) from None
-        # Locks of other hosts are not always seen on network file systems; a name left by a killed build is.
-        holder = _holder(fd)
-        host = holder.partition(" ")[0]
-        if host and host != socket.gethostname():
-            os.close(fd)
-            raise OutputError(
-                f"{out}: a mixprec build on another host ({holder}) may still be writing there; "
-                f"if it is not, remove {folder}"
-            )
-        try:
-            if os.fstat(fd).st_ino == path.stat().st_ino:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{socket.gethostname()} pid {os.getpid()}".encode(), 0)
-                return fd
-        except FileNotFoundError:
-            pass  # locked a file that its build had removed: try the new one
-        except OSError:
-            os.close(fd)
-            if not (folder / "journal").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        os.close(fd)
-
-
-def _holder(fd: int) -> str:
-    """What a lock file says, ``""`` if nothing; after a power loss it may hold zero bytes instead of a name."""
-    return os.pread(fd, 200, 0).strip(b"\0").decode(errors="replace")

@@ -11,7 +11,9 @@ from ..errors import OutputError, SourceError
 from ..planning.types import Plan
 from ..storage.disk import read_regular
 from ..storage.folder import LocalFolder
+from ..storage.owned import OwnedFolder
 from .leftovers import strangers
+from .stage import Stage
 
 __all__ = ["check_output"]
 
@@ -28,6 +30,7 @@ def check_output(plan: Plan, out: Path, *, force: bool) -> None:
             raise OutputError(f"{out}: is a mount point, which no folder can replace; name a folder inside it")
         if not out.is_dir() or not any(out.iterdir()):
             return
+        Stage.tidy(out.resolve())
         if not force:
             raise OutputError(f"{out}: exists and is not empty; pass --force to replace it, or name another folder")
         foreign = sorted(_foreign(out))
@@ -55,12 +58,14 @@ def _check_overlap(plan: Plan, out: Path) -> None:
 def _foreign(out: Path) -> set[str]:
     """The names in a folder that its manifest does not list and no stopped split left there; all of them where it has
     no manifest."""
-    there = {entry.name for entry in out.iterdir()}
+    with OwnedFolder.open(out, follow=False) as owned:
+        entries = owned.entries()
+    there = {entry.name for entry in entries}
     try:
         manifest = json.loads(read_regular(out / MANIFEST))
         known = {MANIFEST, f".{MANIFEST}.new", *manifest["files"]}
-        if (out / "presplit").is_dir():
-            known.add("presplit")
-        return there - known | {*strangers(out, manifest)}
+        # A folder in the place of a file is somebody else's, and so is a link: a file is written under each name.
+        ours = {entry.name for entry in entries if entry.is_file and entry.name in known}
+        return there - ours - {"presplit"} | {*strangers(out, manifest)}
     except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return there

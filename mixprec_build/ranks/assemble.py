@@ -32,10 +32,9 @@ Array = np.ndarray[Any, Any]
 
 
 def write_parameters(
-    path: Path, header: bytes, parameters: Sequence[Parameter], reader: Reader, progress: Progress | None
+    fd: int, header: bytes, parameters: Sequence[Parameter], reader: Reader, progress: Progress | None
 ) -> Iterator[tuple[Parameter, str]]:
-    """Writes a new file, giving each parameter with its checksum as it is written; synced when it is exhausted."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    """Writes a new file and closes it; yields each parameter with its checksum as it is written. Synced at the end."""
     try:
         os.posix_fallocate(fd, 0, len(header) + sum(p.nbytes for p in parameters))
         pwrite_all(fd, memoryview(header), 0)

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,15 @@ import xxhash
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import Degree
 from ..checkpoint.manifest import CHECKSUM, checksum_of
-from ..errors import SourceError, VerifyError
-from ..storage.disk import inside, open_regular, read_regular, sync_folder, write_errors
+from ..errors import OutputError, SourceError, VerifyError
+from ..storage.disk import inside, open_regular, read_regular, source_errors, write_errors
 from ..storage.dtypes import DTYPE_BITS
 from ..storage.header import MOST_TENSORS, TensorInfo, build_header, parse_header, read_header
 from ..storage.limits import load_json
+from ..storage.owned import OwnedFolder
 from ..storage.threads import Progress
 from .assemble import BUFFER, Reader, write_parameters
+from .layout import is_ours
 from .pieces import Parameter
 
 __all__ = [
@@ -82,7 +83,7 @@ def _remedy(folder: Path) -> str:
 
 
 def write_rank(
-    root: Path,
+    root: OwnedFolder,
     name: str,
     head: Mapping[str, Any],
     reader: Reader,
@@ -90,15 +91,23 @@ def write_rank(
     shard_size: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Writes one rank's folder; returns its line in the manifest. Raises :class:`WriteError`."""
-    final = root / name
-    part = final.with_name(f".{final.name}.part")
-    with write_errors(final), ExitStack() as stack:
-        for leftover in (part, final):
-            if leftover.exists():  # of a split that was stopped before the manifest listed it
-                shutil.rmtree(leftover)
-        part.mkdir(parents=True)
-        stack.callback(shutil.rmtree, part, ignore_errors=True)  # what was not renamed
+    """Writes one rank's folder; returns its line in the manifest.
+
+    Raises:
+        WriteError: the disk is full, fails, or forbids it.
+        OutputError: a link or files of somebody else are in the way.
+    """
+    parent, _, last = name.rpartition("/")
+    part = f"{parent}/.{last}.part"
+    with write_errors(root.path / name), ExitStack() as stack:
+        for leftover in (part, name):  # of a split that was stopped before the manifest listed it
+            if root.remove(leftover, is_ours):
+                continue
+            there = root.entry(leftover)
+            what = "holds files that mixprec did not write" if there is None or there.is_folder else f"is {there.kind}"
+            raise OutputError(f"{root.path / leftover}: {what}; move it away, a rank's files are written there")
+        root.make_folder(part)
+        stack.callback(_discard, root, part)  # what was not renamed
         shards = _shards(parameters, shard_size)
         entries: dict[str, Any] = {}
         files: dict[str, Any] = {}
@@ -106,22 +115,28 @@ def write_rank(
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             header = build_header((p.name, p.dtype, p.shape, p.nbytes) for p in shard)
             files[file] = {"bytes": len(header) + sum(p.nbytes for p in shard), "header": checksum_of(header)}
-            for parameter, checksum in write_parameters(part / file, header, shard, reader, progress):
+            fd = root.create(f"{part}/{file}")
+            for parameter, checksum in write_parameters(fd, header, shard, reader, progress):
                 entries[parameter.name] = {
                     "dtype": parameter.dtype, "shape": parameter.shape, "file": file, CHECKSUM: checksum,
                 }  # fmt: skip
         index = (
             json.dumps({"version": VERSION, **head, "files": files, "parameters": entries}, indent=1) + "\n"
         ).encode()
-        with (part / INDEX).open("wb") as out:
+        with os.fdopen(root.create(f"{part}/{INDEX}"), "wb") as out:
             out.write(index)
             out.flush()
             os.fsync(out.fileno())
-        sync_folder(part)
-        part.rename(final)
-        for folder in (final.parent, final.parent.parent, root):
-            sync_folder(folder)
+        root.sync(part)
+        root.rename(part, name)
+        for folder in (parent, "presplit", "."):
+            root.sync(folder)
     return _line(files, index)
+
+
+def _discard(root: OwnedFolder, part: str) -> None:
+    with suppress(OSError):  # the next split removes it, too
+        root.remove(part, is_ours)
 
 
 def finished(folder: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -250,9 +265,10 @@ def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:
     fd = open_regular(path)
     try:
         at, end = tensor.start, tensor.start + tensor.nbytes
-        while at < end and (data := os.pread(fd, min(BUFFER, end - at), at)):
-            digest.update(data)
-            at += len(data)
+        with source_errors(path):
+            while at < end and (data := os.pread(fd, min(BUFFER, end - at), at)):
+                digest.update(data)
+                at += len(data)
     finally:
         os.close(fd)
     return str(digest.hexdigest())

@@ -121,18 +121,21 @@ def read_regular(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a checkpoint's file. Links are followed within the folder, and as the hub's cache makes them.
+    """The path of a checkpoint's file. A file may be a link within the folder, or as the hub's cache makes them.
 
     Raises:
-        SourceError: it is a link to anywhere else, to a file of the user's perhaps.
+        SourceError: it is a link to anywhere else, to a file of the user's perhaps, or a folder of its name is a link.
     """
     path = folder / name
-    if not path.is_symlink():
-        return path
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    # models--org--name/snapshots/<commit>/<file> -> models--org--name/blobs/<etag>
+    if target == home / name:
+        return path
+    parent = Path(name).parent
+    if os.path.realpath(folder / parent) != str(home / parent):
+        raise SourceError("a folder of its name is a link; put the folder itself there", path=path)
+    # models--org--name/snapshots/<commit>/<file> -> models--org--name/blobs/<etag>, with no other link on the way
     repository = next((parent.parent for parent in home.parents if parent.name == "snapshots"), home)
-    cached = repository.name.startswith("models--") and target.parent == Path(os.path.realpath(repository / "blobs"))
+    cached = repository.name.startswith("models--") and target.parent == repository / "blobs"
     if not cached and home not in target.parents:
         raise SourceError(f"a link to {target}, outside of the checkpoint; put the file itself there", path=path)
     return path

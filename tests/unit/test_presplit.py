@@ -359,7 +359,7 @@ def test_a_changed_header_is_found(out: Path) -> None:
 def test_missing_foreign_and_swapped_files_are_found(out: Path) -> None:
     one, two = split(out, Degree(2))
     (one / "more.safetensors").write_bytes(b"")
-    assert any("more.safetensors: not in the index" in d for d in verify(out).differences)
+    assert any("more.safetensors: not in the manifest" in d for d in verify(out).differences)
     (one / "more.safetensors").unlink()
     one.rename(out / "aside")
     two.rename(one)

@@ -50,6 +50,9 @@ lock = threading.RLock()  # the end comes to all threads at once
 def path_of(fd):
     return os.readlink(f"/proc/self/fd/{fd}")
 
+def absolute(path, folder):
+    return str(path) if folder is None else os.path.join(path_of(folder), path)
+
 def end():
     if how == "power":
         for path, kept in synced.items():
@@ -74,14 +77,15 @@ def counted(name):
                 calls += 1
                 if calls == nth:
                     end()
-            new = creates and not os.path.exists(arguments[0])
+            first = absolute(arguments[0], options.get("dir_fd"))
+            new = creates and not os.path.exists(first)
             result = real(*arguments, **options)
             if new:
-                names.append(str(arguments[0]))
+                names.append(first)
             if creates and name == "open":
                 synced.setdefault(path_of(result), 0)
             if name == "rename":
-                old, new = map(str, arguments[:2])
+                old, new = (absolute(at, options.get(f"{end}_dir_fd")) for at, end in zip(arguments, ("src", "dst")))
                 names[:] = [path for path in names if path != old]
                 for path in [path for path in synced if (path + "/").startswith(old + "/")]:
                     synced[new + path.removeprefix(old)] = synced.pop(path)
@@ -118,7 +122,7 @@ for nth, out in json.loads(sys.argv[5]):
         continue
     log = out + ".finished"
     Stage.record = noting(Stage.record, lambda stage, shard, *_: stage.payload / shard)
-    split.write_rank = noting(split.write_rank, lambda root, name, *_: root / name / "index.json")
+    split.write_rank = noting(split.write_rank, lambda root, name, *_: root.path / name / "index.json")
     changes = "open", "pwrite", "posix_fallocate", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate"
     for name in changes:
         counted(name)
@@ -358,7 +362,7 @@ def test_a_lock_of_another_host_is_respected(mix: Path, tmp_path: Path) -> None:
     stage = tmp_path / ".out.mixprec"
     stage.mkdir()
     (stage / "lock").write_text("elsewhere pid 7")
-    with pytest.raises(OutputError, match=rf"another host \(elsewhere pid 7\).*remove {stage}"):
+    with pytest.raises(OutputError, match=r"another host \(elsewhere pid 7\) was writing .*pass --take-over"):
         write(planned(mix), tmp_path / "out")
     (stage / "lock").write_text(f"{os.uname().nodename} pid 7")
     write(planned(mix), tmp_path / "out")

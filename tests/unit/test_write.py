@@ -623,7 +623,7 @@ def test_an_error_beside_reads_and_writes_names_its_file(mix: Path, tmp_path: Pa
     calls = count(mix, tmp_path / "counted" / "out", function)
     plan = plan_recipe(mix)
     named = 0
-    for nth in range(1, calls + 1, 3):
+    for nth in range(1, calls + 1, 2):
         out = tmp_path / str(nth) / "out"
         with Patch.context() as monkeypatch:
             Fault(monkeypatch, function, errno.EIO, nth)

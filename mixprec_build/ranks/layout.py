@@ -1,0 +1,58 @@
+"""The names that mixprec itself uses below a checkpoint's ``presplit`` folder. All others are somebody else's."""
+
+from __future__ import annotations
+
+import re
+
+from ..checkpoint.checkpoint import REST
+from ..checkpoint.degree import Degree
+from ..storage.owned import Entry
+
+__all__ = ["PRESPLIT", "RANK_FILE", "RESTORED", "is_degree_folder", "is_ours"]
+
+
+PRESPLIT = "presplit"
+RESTORED = f"{PRESPLIT}/.merged.part"
+"""Where merged files that are being restored wait to be complete."""
+RANK_FILE = re.compile(r"index\.json|model-\d{5,}-of-\d{5,}\.safetensors")
+_RANK = re.compile(r"(rank-\d+-of-\d+)|\.(rank-\d+-of-\d+)\.part")
+_REST = {REST, f"{PRESPLIT}/.rest.part", RESTORED}
+
+
+def is_ours(entry: Entry) -> bool:
+    """Whether a build or split makes an entry of this name and kind, in ``presplit`` or being it.
+
+    It makes ``presplit/tp2-ep1/rank-0-of-2/model-00001-of-00001.safetensors`` and the like: regular files in folders.
+    """
+    parts = entry.name.split("/")
+    if parts[0] != PRESPLIT or len(parts) > 4:
+        return False
+    if len(parts) == 1 or entry.name in _REST or (len(parts) == 2 and is_degree_folder(parts[1])):
+        return entry.is_folder
+    parent = "/".join(parts[:-1])
+    if len(parts) == 3 and parent not in _REST:
+        return entry.is_folder and _is_rank_folder(parts[1], parts[2])
+    in_folder = parent in _REST or (len(parts) == 4 and _is_rank_folder(parts[1], parts[2]))
+    return in_folder and entry.is_file and RANK_FILE.fullmatch(parts[-1]) is not None
+
+
+def is_degree_folder(name: str) -> bool:
+    """Whether a folder's name is that of a degree, as ``"tp4-ep1"``."""
+    return _degree(name) is not None
+
+
+def _degree(name: str) -> Degree | None:
+    try:
+        return Degree.parse(name)
+    except ValueError:
+        return None
+
+
+def _is_rank_folder(degree: str, name: str) -> bool:
+    """Whether it is a rank's folder of a degree, complete or being written."""
+    match, parsed = _RANK.fullmatch(name), _degree(degree)
+    if match is None or parsed is None:
+        return False
+    rank = match[1] or match[2]
+    number = int(rank.split("-")[1])
+    return number < parsed.tp and parsed.folder(number) == f"{PRESPLIT}/{degree}/{rank}"
