@@ -16,10 +16,9 @@ from sglang.srt.utils import is_cpu
 from torch.nn import Module
 
 from mixprec_build.checkpoint.declaration import METHOD
-from mixprec_build.checkpoint.manifest import MANIFEST, layout_of, read_manifest, tensor_entries
+from mixprec_build.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from mixprec_build.errors import MixprecError
 from mixprec_build.formats.base import Format
-from mixprec_build.formats.registry import format_from_json
 from mixprec_build.storage.hub import HubRepo
 
 from . import launch, memory
@@ -68,7 +67,7 @@ def initialize_model(
     if model_config.is_draft_model:
         raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
     folder, manifest, fetch = _checkpoint(model_config)
-    _check_declared(quant_config.bind(manifest["modules"]), manifest)
+    _check_declared(quant_config.bind(manifest.modules), manifest)
     launch.check_arguments()
     # SGLang's loader has its own place for what it fetches with --download-dir.
     elsewhere = fetch is not None and load_config.download_dir is not None
@@ -77,7 +76,7 @@ def initialize_model(
         held = loader.holdings(folder, manifest, fetch, merged=load_config.load_format == "auto")
 
     def leave_to_sglang(reason: str) -> None:
-        if fetch is None or layout_of(manifest) == "presplit":  # from the hub it fetches merged files itself
+        if fetch is None or manifest.rest is not None:  # from the hub it fetches merged files itself
             loader.require_merged(folder, manifest, reason, on_hub=fetch is not None)
 
     if held is not None:
@@ -101,7 +100,7 @@ def initialize_model(
                 )
             leave_to_sglang(reason)
             logger.warning("mixprec: SGLang's loader, which is slower, reads the merged files: %s", reason)
-        declared = tensor_entries(manifest)
+        declared = manifest.tensors()
         return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
 
     model.load_weights = load_once  # type: ignore[assignment]
@@ -150,7 +149,7 @@ def _counted(model: Module, model_config: Any) -> Module:
     return model
 
 
-def _checkpoint(model_config: Any) -> tuple[Path, dict[str, Any], loader.Fetch | None]:
+def _checkpoint(model_config: Any) -> tuple[Path, Manifest, loader.Fetch | None]:
     """The checkpoint's folder, its manifest, and, where it is on the hub, what brings more of its files there."""
     path, fetch = Path(model_config.model_path), None
     try:
@@ -162,11 +161,10 @@ def _checkpoint(model_config: Any) -> tuple[Path, dict[str, Any], loader.Fetch |
         raise RuntimeError(f"{error} (SGLang is given the whole folder that `mixprec build` writes)") from error
 
 
-def _check_declared(declared: Mapping[str, Format], manifest: Mapping[str, Any]) -> None:
+def _check_declared(declared: Mapping[str, Format], manifest: Manifest) -> None:
     """Raises ``RuntimeError`` where config.json declares other formats, or other parameters, than the manifest."""
-    built = {name: format_from_json(data) for name, data in manifest["formats"].items()}
-    for name, module in manifest["modules"].items():
-        now, then = declared[name], built[module["format"]]
+    for name, module in manifest.modules.items():
+        now, then = declared[name], manifest.formats[module.format]
         if now != then:
             raise RuntimeError(
                 f"config.json declares {name} as {now.kind} {now.to_json()}, the manifest as {then.to_json()}: one of "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import SplitError
 
-__all__ = ["Degree", "parse_folder"]
+__all__ = ["Degree", "parse_folder", "rank_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,14 @@ class Degree:
     def folder(self, rank: int) -> str:
         """Where a rank's files lie in a checkpoint."""
         return f"presplit/{self}/rank-{rank}-of-{self.tp}"
+
+
+def rank_of(name: str) -> tuple[Degree, int]:
+    """The degree and rank of a folder that a manifest lists. Raises :class:`ValueError` for any other name."""
+    found = parse_folder(name)
+    if found is None:
+        raise ValueError(f"{name!r:.200} is no name of a rank's folder")
+    return found
 
 
 def parse_folder(name: str) -> tuple[Degree, int] | None:

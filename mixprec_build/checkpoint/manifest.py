@@ -1,43 +1,48 @@
-"""The schema of what a build leaves beside its weights, version 1.
+"""``mixprec_manifest.json``, version 1: every file, module and tensor of a build with its source and checksum.
 
-``config.json`` gets ``quantization_config``, small and complete: the formats with their parameters and, as
-patterns, which module has which (the last matching line wins, as in a recipe). ``mixprec_manifest.json``
-lists every module and tensor with its source and checksum, so that a checkpoint can be verified.
+It is read and checked once, into :class:`Manifest`; what reads a compiled checkpoint is given that.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from reprlib import repr as brief
-from typing import Any
+from sys import intern
+from typing import Any, NamedTuple
 
 import xxhash
 
 from ..errors import SourceError, VerifyError
+from ..formats.base import Format
+from ..formats.registry import format_from_json
 from ..storage.disk import inside, read_regular
 from ..storage.header import TensorInfo
 from ..storage.limits import load_json
 from ..text import hide_password
 from .declaration import VERSION
+from .degree import rank_of
 
 __all__ = [
     "CHECKSUM",
     "MANIFEST",
+    "FileEntry",
+    "Manifest",
+    "ModuleEntry",
+    "RankEntry",
+    "SourceEntry",
+    "TensorEntry",
     "checksum_of",
     "dump_manifest",
-    "layout_of",
-    "merged_files",
     "read_manifest",
-    "tensor_differences",
-    "tensor_entries",
 ]
 
 MANIFEST = "mixprec_manifest.json"
 CHECKSUM = "xxh3_128"
+"""The algorithm of all checksums, and the key that they stand under."""
 
 _MAX_BYTES = 128 << 20
 _MAX_VALUES = 8_000_000  # a tensor takes 19
@@ -45,28 +50,187 @@ _MAX_SOURCES = 100
 _MAX_TEXT = 4096  # as long as a path may be
 
 _SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_RANK = re.compile(r"presplit/tp\d{1,4}-ep\d{1,4}(-dp\d{1,4})?/rank-\d{1,4}-of-\d{1,4}")
+_TENSOR_KEYS = {"dtype", "shape", "bytes", "file", "source", CHECKSUM}
 
-# The fields that are read back, and what they must be.
-_SOURCE = {"location": str, "path": str | None, "commit": str | None}
-_FILE = {"bytes": int, CHECKSUM: str}
-_SHARD = {"bytes": int, "header": str}
-_TENSOR = {"dtype": str, "shape": list, "bytes": int, "file": str, "source": str, CHECKSUM: str}
-_texts_of = itemgetter("dtype", "file", "source", CHECKSUM)
+
+class TensorEntry(NamedTuple):
+    """A tensor of the output, and the source that it was copied from."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+    source: str
+    checksum: str
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorEntry:
+        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` on nonsense."""
+        sizes = data["shape"]
+        if type(sizes) is not list:
+            raise TypeError(f"shape is {type(sizes).__name__}")
+        if {*map(type, sizes)} - {int}:
+            raise ValueError("a shape holds more than whole numbers")
+        dtype, file, source = [intern(_text(data[key], key)) for key in ("dtype", "file", "source")]
+        return cls(dtype, tuple(sizes), _size(data["bytes"]), file, source, _text(data[CHECKSUM], CHECKSUM))
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "dtype": self.dtype,
+            "shape": self.shape,
+            "bytes": self.nbytes,
+            "file": self.file,
+            "source": self.source,
+            CHECKSUM: self.checksum,
+        }
+
+
+class ModuleEntry(NamedTuple):
+    """A module of the output: the name of its format, the shape of the weight it stands for, its tensors by name."""
+
+    format: str
+    shape: tuple[int, ...]
+    tensors: Mapping[str, TensorEntry]
+
+    def to_json(self) -> dict[str, object]:
+        tensors = {name: tensor.to_json() for name, tensor in self.tensors.items()}
+        return {"format": self.format, "shape": self.shape, "tensors": tensors}
+
+
+class SourceEntry(NamedTuple):
+    """Where a source was: ``path`` is the folder of a local one, ``commit`` that of a hub's."""
+
+    location: str
+    path: str | None
+    commit: str | None
+
+    @property
+    def place(self) -> str:
+        """Its folder, or its hub id at the commit that it was built from."""
+        repository = self.location.partition("@")[0]
+        return self.path or (f"{repository}@{self.commit}" if self.commit else repository)
+
+
+class FileEntry(NamedTuple):
+    """A file of the output. ``checksum`` is that of a shard's header, whose tensors have their own, or of the file."""
+
+    nbytes: int
+    checksum: str
+    shard: bool
+
+
+class RankEntry(NamedTuple):
+    """A folder of one rank's files: their bytes, and the checksum of its index."""
+
+    nbytes: int
+    checksum: str
+
+    def to_json(self) -> dict[str, object]:
+        return {"bytes": self.nbytes, CHECKSUM: self.checksum}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The manifest of a compiled checkpoint."""
+
+    head: Mapping[str, Any]
+    """All sections but the modules, as JSON: what this version does not know is kept when it is written again."""
+    modules: Mapping[str, ModuleEntry]
+    sources: Mapping[str, SourceEntry]
+    formats: Mapping[str, Format]
+    files: Mapping[str, FileEntry]
+    ranks: Mapping[str, RankEntry]
+    """By folder, as ``presplit/tp4-ep1/rank-0-of-4``."""
+    rest: RankEntry | None
+    """What is kept of merged files that were dropped."""
+    checksum: str
+    """Over all of the manifest, and so over the checksum of every tensor: equal ones are equal checkpoints."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` where it is not what :func:`dump_manifest` writes."""
+        sections = {key: _object(data[key], key) for key in ("sources", "formats", "files", "modules")}
+        if len(sections["sources"]) > _MAX_SOURCES:
+            raise ValueError(f"more than {_MAX_SOURCES} sources")
+        formats = {intern(str(name)): format_from_json(fmt) for name, fmt in sections["formats"].items()}
+        layout = data.get("layout")
+        if layout not in (None, "presplit"):
+            raise ValueError(f"the layout {brief(layout)}")
+        for problem in data.get("unservable", []):
+            _text(problem, "unservable", most=1 << 20)
+        return cls(
+            head={key: value for key, value in data.items() if key not in ("modules", _SEAL_KEY)},
+            modules={name: _module(entry, formats) for name, entry in sections["modules"].items()},
+            sources={name: _source(entry) for name, entry in sections["sources"].items()},
+            formats=formats,
+            files={name: _file(name, entry) for name, entry in sections["files"].items()},
+            ranks={name: _rank(entry, name) for name, entry in _object(data.get("presplit", {}), "presplit").items()},
+            rest=None if layout is None else _rank(data["rest"]),
+            checksum=_text(data[_SEAL_KEY], _SEAL_KEY),
+        )
+
+    @property
+    def layout(self) -> str:
+        """``merged``, ``presplit`` (files cut for ranks only) or ``both``."""
+        return "presplit" if self.rest is not None else "both" if self.ranks else "merged"
+
+    @property
+    def shards(self) -> dict[str, FileEntry]:
+        """The safetensors files of the whole model, whether they were dropped or not."""
+        return {name: entry for name, entry in self.files.items() if entry.shard}
+
+    @property
+    def unservable(self) -> list[str]:
+        """What SGLang could not serve, allowed when it was built."""
+        return list(self.head.get("unservable", []))
+
+    def tensors(self) -> dict[str, TensorEntry]:
+        """All tensors by name."""
+        return {name: tensor for module in self.modules.values() for name, tensor in module.tensors.items()}
+
+    def differences(
+        self, stored: Mapping[str, TensorInfo]
+    ) -> Iterator[tuple[str, TensorEntry | None, TensorInfo | None]]:
+        """Where headers tell of other tensors: a name, its entry, and what headers say; None for what is missing."""
+        recorded = self.tensors()
+        for name, entry in recorded.items():
+            info = stored.get(name)
+            if info is None or (info.dtype, info.shape, info.file) != (entry.dtype, entry.shape, entry.file):
+                yield name, entry, info
+        for name in stored.keys() - recorded.keys():
+            yield name, None, stored[name]
+
+    def listing(self, ranks: Mapping[str, RankEntry], rest: RankEntry | None) -> Manifest:
+        """The manifest with these folders of ranks; with ``rest``, one whose merged files were dropped."""
+        head = {key: value for key, value in self.head.items() if key not in ("presplit", "layout", "rest")}
+        ranks = dict(sorted(ranks.items()))
+        if ranks:
+            head["presplit"] = {name: entry.to_json() for name, entry in ranks.items()}
+        if rest is not None:
+            head |= {"layout": "presplit", "rest": rest.to_json()}
+        return replace(self, head=head, ranks=ranks, rest=rest)
+
+    def dump(self) -> Iterator[bytes]:
+        """As :func:`dump_manifest`."""
+        return dump_manifest(self.head, self.modules.items())
 
 
 def checksum_of(data: bytes | memoryview) -> str:
+    """The hexadecimal :data:`CHECKSUM` of some bytes."""
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
-def dump_manifest(manifest: Mapping[str, Any]) -> Iterator[bytes]:
+# Writing
+
+
+def dump_manifest(head: Mapping[str, Any], modules: Iterable[tuple[str, ModuleEntry]]) -> Iterator[bytes]:
     """JSON with one module a line, piece by piece: a manifest of 100,000 tensors stays readable and diffable.
 
     Its last line holds the checksum of all before it, so that a manifest that was damaged does not pass for
-    a checkpoint that was.
+    a checkpoint that was. Modules are asked for one at a time: all at once would take more memory than the build.
     """
     digest = xxhash.xxh3_128()
-    for text in _manifest_text(manifest):
+    for text in _manifest_text(head, modules):
         # A path that is no UTF-8 has lone surrogates here; escaped by a backslash they are JSON again.
         data = text.encode(errors="backslashreplace")
         digest.update(data)
@@ -74,25 +238,31 @@ def dump_manifest(manifest: Mapping[str, Any]) -> Iterator[bytes]:
     yield _seal(digest.hexdigest())
 
 
-def _manifest_text(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _manifest_text(head: Mapping[str, Any], modules: Iterable[tuple[str, ModuleEntry]]) -> Iterator[str]:
     before = "{\n"
-    for key, value in manifest.items():
-        if key != "modules":
-            yield f"{before} {json.dumps(key)}: {json.dumps(value, indent=1, ensure_ascii=False)}"
-            before = ",\n"
+    for key, value in head.items():
+        yield f"{before} {json.dumps(key)}: {json.dumps(value, indent=1, ensure_ascii=False)}"
+        before = ",\n"
     before += ' "modules": {\n'
-    for name, entry in manifest["modules"]:
-        yield f"{before}  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'), ensure_ascii=False)}"
+    for name, entry in modules:
+        text = json.dumps(entry.to_json(), separators=(",", ":"), ensure_ascii=False)
+        yield f"{before}  {json.dumps(name)}: {text}"
         before = ",\n"
     yield "\n },\n"
 
 
+_SEAL_KEY = f"manifest_{CHECKSUM}"
+
+
 def _seal(checksum: str) -> bytes:
     """The last lines of a manifest, with the checksum of those before."""
-    return f' "manifest_{CHECKSUM}": "{checksum}"\n}}\n'.encode()
+    return f' "{_SEAL_KEY}": "{checksum}"\n}}\n'.encode()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+# Reading
+
+
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a compiled checkpoint, every field that is used checked for its type.
 
     Raises:
@@ -103,119 +273,76 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise VerifyError(f"{path}: not there; this is for what `mixprec build` wrote")
     try:
         data = read_regular(inside(folder, MANIFEST), _MAX_BYTES)
-        manifest = load_json(data, _MAX_VALUES)
+        # Each tensor becomes a tuple as it is read: dictionaries of them all would take five times the memory.
+        manifest = load_json(data, _MAX_VALUES, object_hook=_tensor_or_object)
         if manifest["version"] != VERSION or manifest["checksum"] != CHECKSUM:
             raise VerifyError(f"{path}: version {brief(manifest['version'])}; this mixprec reads version {VERSION}")
         body = memoryview(data)[: -len(_seal(checksum_of(b"")))]
         if data[len(body) :] != _seal(checksum_of(body)):
             raise VerifyError(f"{path}: was changed after it was written; build the checkpoint again")
-        _check_fields(manifest)
+        return Manifest.from_json(manifest)
     except SourceError as error:
         raise VerifyError(str(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerifyError(f"{path}: damaged: {error!r:.500}; build the checkpoint again") from error
-    return dict(manifest)
 
 
-def tensor_entries(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of each tensor, by its name."""
-    return {name: entry for module in manifest["modules"].values() for name, entry in module["tensors"].items()}
+def _tensor_or_object(data: dict[str, Any]) -> dict[str, Any] | TensorEntry:
+    return TensorEntry.from_json(data) if data.keys() == _TENSOR_KEYS else data
 
 
-def tensor_differences(
-    manifest: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> Iterator[tuple[str, Mapping[str, Any] | None, TensorInfo | None]]:
-    """Where headers tell of other tensors than the manifest: a name, its entry, and what headers say; None for what is
-    missing."""
-    recorded = tensor_entries(manifest)
-    for name, entry in recorded.items():
-        info = tensors.get(name)
-        if info is None or (info.dtype, list(info.shape), info.file) != (entry["dtype"], entry["shape"], entry["file"]):
-            yield name, entry, info
-    for name in tensors.keys() - recorded.keys():
-        yield name, None, tensors[name]
+def _module(data: Any, formats: Mapping[str, Format]) -> ModuleEntry:
+    tensors = _object(_object(data, "a module")["tensors"], "tensors")
+    for entry in tensors.values():
+        if type(entry) is not TensorEntry:
+            TensorEntry.from_json(_object(entry, "an entry"))  # says what it lacks
+            raise ValueError("an entry has more than a tensor's keys")
+    if data["format"] not in formats:
+        raise ValueError(f"format {brief(data['format'])} is not declared")
+    return ModuleEntry(intern(data["format"]), tuple(data.get("shape", ())), tensors)
 
 
-def layout_of(manifest: Mapping[str, Any]) -> str:
-    """``merged``, ``presplit`` (files cut for ranks only) or ``both``."""
-    return str(manifest.get("layout", "both" if manifest.get("presplit") else "merged"))
+def _source(data: Any) -> SourceEntry:
+    entry = _object(data, "an entry")
+    place = (None if entry[key] is None else _text(entry[key], key) for key in ("path", "commit"))
+    return SourceEntry(_text(entry["location"], "location"), *place)
 
 
-def merged_files(manifest: Mapping[str, Any]) -> list[str]:
-    """The names of the safetensors files of the whole model, whether they were dropped or not."""
-    return [name for name, entry in manifest["files"].items() if "header" in entry]
+def _file(name: str, data: Any) -> FileEntry:
+    pure = PureWindowsPath(name)  # also takes backslashes and drives for what they are
+    if pure.anchor or ".." in pure.parts:
+        raise ValueError(f"the file {name[:200]!r} is not in this folder")
+    entry = _object(data, "an entry")
+    key = "header" if "header" in entry else CHECKSUM
+    if key == "header" and not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"{name[:200]!r} is no name of a merged file")
+    return FileEntry(_size(entry["bytes"]), _text(entry[key], key), key == "header")
 
 
-def _check_fields(manifest: Mapping[str, Any]) -> None:
-    """Raises ``ValueError``, ``KeyError`` or ``TypeError`` where a manifest is not what ``build_manifest`` makes."""
-    from ..formats.registry import format_from_json
-
-    for section in ("sources", "formats", "files", "modules"):
-        _check_type(manifest[section], dict, section)
-    if len(manifest["sources"]) > _MAX_SOURCES:
-        raise ValueError(f"more than {_MAX_SOURCES} sources")
-    for source in manifest["sources"].values():
-        _check_entry(source, _SOURCE)
-    for name, file in manifest["files"].items():
-        pure = PureWindowsPath(name)  # also takes backslashes and drives for what they are
-        if pure.anchor or ".." in pure.parts:
-            raise ValueError(f"the file {name[:200]!r} is not in this folder")
-        _check_entry(file, _SHARD if "header" in file else _FILE)
-        if "header" in file and not _SHARD_NAME.fullmatch(name):
-            raise ValueError(f"{name[:200]!r} is no name of a merged file")
-    for fmt in manifest["formats"].values():
-        format_from_json(fmt)
-    for module in manifest["modules"].values():
-        _check_type(module["tensors"], dict, "tensors")
-        for tensor in module["tensors"].values():
-            if _is_as_built(tensor):
-                continue
-            _check_entry(tensor, _TENSOR)
-            if not all(type(n) is int for n in tensor["shape"]):
-                raise ValueError("a shape holds more than whole numbers")
-        if module["format"] not in manifest["formats"]:
-            raise ValueError(f"format {brief(module['format'])} is not declared")
-    presplit = manifest.get("presplit", {})
-    _check_type(presplit, dict, "presplit")
-    for name, rank in presplit.items():
-        if not _RANK.fullmatch(name):
-            raise ValueError(f"{brief(name)} is no name of a rank's folder")
-        _check_entry(rank, _FILE)
-    if "layout" in manifest:
-        if manifest["layout"] != "presplit":
-            raise ValueError(f"the layout {brief(manifest['layout'])}")
-        _check_entry(manifest["rest"], _FILE)
-    unservable = manifest.get("unservable", [])
-    _check_type(unservable, list, "unservable")
-    for problem in unservable:
-        _check_type(problem, str, "unservable")
+def _rank(data: Any, name: str | None = None) -> RankEntry:
+    if name is not None:
+        rank_of(name)
+    entry = _object(data, "an entry")
+    return RankEntry(_size(entry["bytes"]), _text(entry[CHECKSUM], CHECKSUM))
 
 
-def _is_as_built(tensor: Any) -> bool:
-    """Whether an entry passes all checks, at a glance: of one that does not, they say what is wrong."""
-    try:
-        texts = "".join(_texts_of(tensor))  # which takes nothing but strings
-        nbytes, shape = tensor["bytes"], tensor["shape"]
-    except (KeyError, TypeError):
-        return False
-    for n in shape if type(shape) is list else (None,):
-        if type(n) is not int:
-            return False
-    return len(texts) <= _MAX_TEXT and type(nbytes) is int and 0 <= nbytes < 1 << 63
-
-
-def _check_entry(entry: Any, fields: Mapping[str, Any]) -> None:
-    _check_type(entry, dict, "an entry")
-    for name, kind in fields.items():
-        value = entry[name]
-        _check_type(value, kind, name)
-        if isinstance(value, int) and not 0 <= value < 1 << 63:
-            raise ValueError(f"{name} is {value}")
-        if isinstance(value, str) and len(value) > _MAX_TEXT:
-            raise ValueError(f"{name} has {len(value)} characters")
-
-
-def _check_type(value: object, kind: Any, name: str) -> None:
-    """``kind`` is what ``isinstance`` takes."""
-    if not isinstance(value, kind):
+def _object(value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
         raise TypeError(f"{name} is {type(value).__name__}")
+    return value
+
+
+def _text(value: Any, name: str, most: int = _MAX_TEXT) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {type(value).__name__}")
+    if len(value) > most:
+        raise ValueError(f"{name} has {len(value)} characters")
+    return value
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"bytes is {type(value).__name__}")
+    if not 0 <= value < 1 << 63:
+        raise ValueError(f"bytes is {value}")
+    return value

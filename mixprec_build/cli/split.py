@@ -44,7 +44,7 @@ def split(
 ) -> None:
     """Cut a compiled checkpoint for the ranks that will serve it: each then reads its own files only."""
     from ..checkpoint.degree import Degree
-    from ..checkpoint.manifest import layout_of, read_manifest
+    from ..checkpoint.manifest import read_manifest
     from ..output.split import split as run
     from ..ranks.splitter import Splitter
     from ..text import counted, human
@@ -70,7 +70,7 @@ def split(
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
         print(f"{folder}/presplit/{degree}: files of {counted(len(written), 'rank')}, {human(size)}")
     if layout is not None:
-        print(f"{folder}: {_HAS[layout_of(read_manifest(folder))]}")
+        print(f"{folder}: {_HAS[read_manifest(folder).layout]}")
     if degree is not None and written:
         print(f"next: python -m sglang.launch_server --model-path {folder} {degree.options}")
 

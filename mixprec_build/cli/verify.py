@@ -31,9 +31,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare a compiled checkpoint with its sources, bit for bit."""
-    from ..checkpoint.manifest import read_manifest, tensor_entries
+    from ..checkpoint.manifest import read_manifest
     from ..checkpoint.typed import open_source
-    from ..output.verify import location_of
     from ..output.verify import verify as run
     from ..output.weight_errors import comparable, weight_errors
     from ..ranks.on_disk import open_on_disk
@@ -41,11 +40,11 @@ def verify(
     moved = dict(_pair(item) for item in source)
     manifest = read_manifest(folder)
     if against:
-        entry = manifest["sources"].get(against, {})
-        reference = open_source(moved.get(against) or (entry and location_of(entry)) or against)
+        recorded = manifest.sources.get(against)
+        reference = open_source(moved.get(against) or (recorded and recorded.place) or against)
         ours = open_on_disk(str(folder))
         comparable(ours, reference)  # before the hour that reading may take
-    total = sum(entry["bytes"] for entry in tensor_entries(manifest).values())
+    total = sum(entry.nbytes for entry in manifest.tensors().values())
     with progress_bar("comparing", total, quiet or as_json) as progress:
         result = run(folder, sources=moved, progress=progress)
     errors = list(weight_errors(ours, reference)) if against else []

@@ -12,23 +12,21 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import VERSION, name_formats, quantization_config
 from ..checkpoint.declared import DECLARATION_FILES, without_declarations
-from ..checkpoint.manifest import CHECKSUM, MANIFEST, checksum_of
+from ..checkpoint.manifest import CHECKSUM, MANIFEST, ModuleEntry, TensorEntry, checksum_of
 from ..planning.types import Plan
 from ..storage.disk import read_regular, write_errors
 from ..versions import __version__
 
 if TYPE_CHECKING:
-    from ..formats.base import Format
+    pass
 
-__all__ = ["build_manifest", "companion_files", "write_companions", "write_file"]
+__all__ = ["companion_files", "manifest_head", "module_entries", "write_companions", "write_file"]
 
 
-def build_manifest(
-    plan: Plan, folder: Path, checksums: Mapping[tuple[str, str], str], files: Mapping[str, bytes]
-) -> dict[str, Any]:
-    """The manifest of a build whose shards lie in ``folder``; ``files`` are the other files' contents.
+def manifest_head(plan: Plan, folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The manifest's sections but the modules.
 
-    ``modules`` are ``(name, entry)`` pairs made one at a time: all at once would take more memory than the build.
+    The build's shards lie in ``folder``; ``files`` are the contents of its other files.
     """
     names = name_formats(module.format for module in plan.modules.values())
     return {
@@ -51,27 +49,26 @@ def build_manifest(
             **{name: {"bytes": len(data), CHECKSUM: checksum_of(data)} for name, data in sorted(files.items())},
             **{shard.file: _shard_entry(folder / shard.file) for shard in plan.shards},
         },
-        "modules": _module_entries(plan, names, checksums),
     }
 
 
-def _module_entries(
-    plan: Plan, names: Mapping[Format, str], checksums: Mapping[tuple[str, str], str]
-) -> Iterator[tuple[str, dict[str, object]]]:
+def module_entries(plan: Plan, checksums: Mapping[tuple[str, str], str]) -> Iterator[tuple[str, ModuleEntry]]:
+    """The manifest's modules, one at a time; ``checksums`` are those of ``(source, tensor)``."""
+    names = name_formats(module.format for module in plan.modules.values())
     shard_of = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     for module in plan.modules.values():
         tensors = {
-            tensor.info.name: {
-                "dtype": tensor.info.dtype,
-                "shape": tensor.info.shape,
-                "bytes": tensor.info.nbytes,
-                "file": shard_of[tensor.info.name],
-                "source": tensor.source,
-                CHECKSUM: checksums[tensor.source, tensor.info.name],
-            }
+            tensor.info.name: TensorEntry(
+                tensor.info.dtype,
+                tensor.info.shape,
+                tensor.info.nbytes,
+                shard_of[tensor.info.name],
+                tensor.source,
+                checksums[tensor.source, tensor.info.name],
+            )
             for tensor in module.tensors.values()
         }
-        yield module.name, {"format": names[module.format], "shape": module.shape, "tensors": tensors}
+        yield module.name, ModuleEntry(names[module.format], module.shape, tensors)
 
 
 def _shard_entry(path: Path) -> dict[str, object]:

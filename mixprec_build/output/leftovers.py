@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import parse_folder
-from ..checkpoint.manifest import MANIFEST, layout_of, merged_files
+from ..checkpoint.manifest import MANIFEST, Manifest
 from ..errors import VerifyError
 from ..ranks.files import INDEX, read_index
 from ..ranks.layout import PRESPLIT, is_ours
@@ -19,19 +18,19 @@ from ..storage.owned import Entry, OwnedFolder
 __all__ = ["clear_leftovers", "leftovers", "strangers"]
 
 
-def leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def leftovers(folder: Path, manifest: Manifest) -> list[str]:
     """What a stopped split left behind, of all that is there: nothing reads it."""
     with write_errors(folder), OwnedFolder.open(folder) as owned:
         return _leftovers(owned, manifest)
 
 
-def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def strangers(folder: Path, manifest: Manifest) -> list[str]:
     """What lies in ``presplit`` at any depth that neither a build nor a split puts there."""
     with write_errors(folder), OwnedFolder.open(folder) as owned:
         found = [entry.name for entry in _presplit(owned) if not is_ours(entry)]
-        listed = dict(manifest.get("presplit", {}))
-        if layout_of(manifest) == "presplit":
-            listed[REST] = manifest["rest"]
+        listed = dict(manifest.ranks)
+        if manifest.rest is not None:
+            listed[REST] = manifest.rest
         for name, line in listed.items():
             with suppress(VerifyError):  # without its index a rank's files are known by their names alone
                 index = read_index(folder, name, line)
@@ -40,7 +39,7 @@ def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def clear_leftovers(owned: OwnedFolder, manifest: Mapping[str, Any], keep: Collection[str] = ()) -> None:
+def clear_leftovers(owned: OwnedFolder, manifest: Manifest, keep: Collection[str] = ()) -> None:
     """Removes what a stopped split left, but for ``keep``, and for ranks, which another machine may have cut."""
     with write_errors(owned.path):
         for name in _leftovers(owned, manifest):
@@ -49,11 +48,11 @@ def clear_leftovers(owned: OwnedFolder, manifest: Mapping[str, Any], keep: Colle
         owned.sync()
 
 
-def _leftovers(owned: OwnedFolder, manifest: Mapping[str, Any]) -> list[str]:
-    listed = set(manifest.get("presplit", {}))
-    if layout_of(manifest) == "presplit":
+def _leftovers(owned: OwnedFolder, manifest: Manifest) -> list[str]:
+    listed = set(manifest.ranks)
+    if manifest.rest is not None:
         listed.add(REST)
-    names = [f".{MANIFEST}.new", *(merged_files(manifest) if REST in listed else ())]
+    names = [f".{MANIFEST}.new", *(manifest.shards if REST in listed else ())]
     there = {entry.name for entry in owned.entries() if not entry.is_folder}
     found = [name for name in names if name in there]
     for entry in _presplit(owned):

@@ -22,7 +22,7 @@ from ..ranks.layout import is_ours
 from ..storage.disk import sync_folder, write_errors
 from ..storage.owned import Entry, OwnedFolder
 from ..storage.threads import Progress
-from .companions import build_manifest, companion_files, write_companions, write_file
+from .companions import companion_files, manifest_head, module_entries, write_companions, write_file
 from .copier import Copier
 from .locked import alone
 from .split import split
@@ -109,7 +109,8 @@ def _fill(
     stage.expect([*companions, "config.json", INDEX, MANIFEST, f".{MANIFEST}.new"])
     checksums = Copier(plan, paths, stage, progress).run(jobs or min(8, os.cpu_count() or 1))
     files = write_companions(plan, stage.payload, companions)
-    write_file(stage.payload / MANIFEST, dump_manifest(build_manifest(plan, stage.payload, checksums, files)))
+    head = manifest_head(plan, stage.payload, files)
+    write_file(stage.payload / MANIFEST, dump_manifest(head, module_entries(plan, checksums)))
     degrees = [Degree(tp) for tp in plan.recipe.tp]
     with OwnedFolder.open(stage.payload, follow=False) as payload:
         for entry in payload.entries("presplit") if degrees else [Entry("presplit", stat.S_IFDIR)]:

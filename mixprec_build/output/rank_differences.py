@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from ..checkpoint.checkpoint import REST, Checkpoint
-from ..checkpoint.degree import Degree, parse_folder
-from ..checkpoint.manifest import CHECKSUM, layout_of
+from ..checkpoint.degree import Degree, rank_of
+from ..checkpoint.manifest import CHECKSUM, Manifest
 from ..checkpoint.typed import Source
 from ..errors import SourceError, VerifyError
 from ..ranks.assemble import Reader, contents, whole
@@ -26,29 +25,24 @@ __all__ = ["differences_of", "rank_differences"]
 # Verification
 
 
-def rank_differences(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     """Every difference between the per-rank files, what the manifest lists, and the merged tensors.
 
     Of merged files that were dropped, also in what was kept of them.
     """
-    listed = manifest.get("presplit", {})
     for name in strangers(folder, manifest):
         yield f"{name}: not in the manifest"
-    if layout_of(manifest) == "presplit":
-        yield from differences_of(read_index(folder, REST, manifest["rest"]))
-    if not listed:
+    if manifest.rest is not None:
+        yield from differences_of(read_index(folder, REST, manifest.rest))
+    if not manifest.ranks:
         return
     source = Source.of("", checkpoint)
     splitters: dict[Degree, Splitter] = {}
     with reader_of(checkpoint) as reader:
-        for name in listed:
-            parsed = parse_folder(name)
-            if parsed is None:
-                yield f"{name}: no name of a rank's folder"
-                continue
-            degree, rank = parsed
+        for name, entry in manifest.ranks.items():
+            degree, rank = rank_of(name)
             try:
-                index = read_index(folder, name, listed[name])
+                index = read_index(folder, name, entry)
             except VerifyError as error:
                 yield str(error)
                 continue

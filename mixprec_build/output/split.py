@@ -20,12 +20,10 @@ import xxhash
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import Degree
 from ..checkpoint.manifest import (
-    CHECKSUM,
     MANIFEST,
-    dump_manifest,
-    merged_files,
+    Manifest,
+    RankEntry,
     read_manifest,
-    tensor_entries,
 )
 from ..checkpoint.typed import Source
 from ..errors import InterruptedBuildError, OutputError, SplitError, VerifyError
@@ -87,7 +85,7 @@ def split(
         check()
         if (found := owned.entry(PRESPLIT)) is not None and not is_ours(found):
             raise OutputError(f"{folder / PRESPLIT}: is {found.kind}; remove it, ranks' files are written there")
-        clear_leftovers(owned, manifest, keep=merged_files(manifest))
+        clear_leftovers(owned, manifest, keep=manifest.shards)
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:
             try:
@@ -110,7 +108,7 @@ class _Split:
         self,
         folder: Path,
         owned: OwnedFolder,
-        manifest: dict[str, Any],
+        manifest: Manifest,
         source: Source,
         reader: Reader,
         shard_size: int,
@@ -151,11 +149,10 @@ class _Split:
         missing = [rank for rank, name in zip(wanted, names, strict=True) if name not in whole_ranks]
         heads = self._heads(splitter, missing) if splitter is not None and missing else {}
         # Ranks that a stopped split had finished are taken over; those that were listed are damaged.
-        listed = self._manifest.get("presplit", {})
         entries = {
             name: line
             for name, head in heads.items()
-            if name not in listed and (line := finished(self._folder / name, head))
+            if name not in self._manifest.ranks and (line := finished(self._folder / name, head))
         }
         plans = {
             name: splitter.parameters(head["rank"])
@@ -187,23 +184,19 @@ class _Split:
 
     def _whole_ranks(self) -> list[str]:
         """The ranks that are listed and there, as far as headers and sizes tell."""
-        listed = self._manifest.get("presplit", {})
-        return [name for name, line in listed.items() if damage(self._folder, name, line) is None]
+        return [name for name, line in self._manifest.ranks.items() if damage(self._folder, name, line) is None]
 
-    def _list(self, changes: Mapping[str, Any]) -> None:
-        """The new manifest takes the old one's place by one rename. None takes an entry away."""
-        changed = {**self._manifest, **changes}
-        last = {key: changed.pop(key, None) for key in ("presplit", "layout", "rest")}
-        changed.pop(f"manifest_{CHECKSUM}", None)
-        manifest = {**changed, **{key: value for key, value in last.items() if value}}
+    def _list(self, ranks: Mapping[str, RankEntry], rest: RankEntry | None) -> None:
+        """Lists these ranks, and what is kept of dropped files: the new manifest takes the old one's place by one
+        rename."""
+        manifest = self._manifest.listing(ranks, rest)
         fresh = f".{MANIFEST}.new"
         self._check()
         with write_errors(self._folder / fresh):
             with suppress(FileNotFoundError):
                 self._owned.unlink(fresh)  # it may be a link
             with os.fdopen(self._owned.create(fresh), "wb") as file:
-                for chunk in dump_manifest({**manifest, "modules": manifest["modules"].items()}):
-                    file.write(chunk)
+                file.writelines(manifest.dump())
                 file.flush()
                 os.fsync(file.fileno())
             self._check()
@@ -213,10 +206,11 @@ class _Split:
 
     def _heads(self, splitter: Splitter, ranks: Iterable[int]) -> dict[str, dict[str, Any]]:
         """What the index of each rank begins with: all that its files depend on."""
-        config = self._manifest["files"].get("config.json", {}).get(CHECKSUM)
+        entry = self._manifest.files.get("config.json")
+        config = None if entry is None else entry.checksum
         digest = xxhash.xxh3_128(f"{__version__} {self._shard_size} {config}".encode(errors="backslashreplace"))
-        for name, entry in tensor_entries(self._manifest).items():
-            digest.update(f"\n{name} {entry[CHECKSUM]}".encode(errors="backslashreplace"))
+        for name, tensor in self._manifest.tensors().items():
+            digest.update(f"\n{name} {tensor.checksum}".encode(errors="backslashreplace"))
         degree = splitter.degree
         padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
         head = {"tp": degree.tp, "ep": degree.ep, "cut_of": digest.hexdigest(), "padded": padded}
@@ -226,7 +220,7 @@ class _Split:
         self,
         heads: Mapping[str, Mapping[str, Any]],
         plans: Mapping[str, Sequence[Parameter]],
-        entries: dict[str, dict[str, Any]],
+        entries: dict[str, RankEntry],
     ) -> None:
         """Writes ranks, and lists them with those of ``entries``."""
 
@@ -237,7 +231,7 @@ class _Split:
             )
 
         self._run(write, plans)
-        self._list({"presplit": dict(sorted({**self._manifest.get("presplit", {}), **entries}.items()))})
+        self._list({**self._manifest.ranks, **entries}, self._manifest.rest)
 
     def _run(self, write: Callable[[str], None], names: Iterable[str]) -> None:
         run_all([partial(write, name) for name in names], self._jobs, self._stopped, self._folder)
@@ -255,9 +249,9 @@ class _Split:
         """
         self._check()
         checkpoint = self._source.checkpoint
-        for file in merged_files(self._manifest):
+        for file, entry in self._manifest.shards.items():
             shard = checkpoint.shards.get(file)
-            if shard is None or shard.header_checksum != self._manifest["files"][file]["header"]:
+            if shard is None or shard.header_checksum != entry.checksum:
                 raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
         degree = complete(self._folder, self._whole_ranks())
         splitter = splitter_of(self._source, degree)
@@ -271,10 +265,10 @@ class _Split:
         rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), held), *headers)]
         check_space(self._folder, sum(p.nbytes for p in rest))
         self._check()
-        entry = write_rank(self._owned, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
-        for difference in differences_of(read_index(self._folder, REST, entry), rest, self._reader):
+        kept = write_rank(self._owned, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
+        for difference in differences_of(read_index(self._folder, REST, kept), rest, self._reader):
             raise VerifyError(f"{difference}: the merged files are kept: the same command writes it again")
-        self._list({"layout": "presplit", "rest": entry})
+        self._list(self._manifest.ranks, kept)
 
     def _compare_rank(self, name: str, parameters: Sequence[Parameter], fresh: bool) -> None:
         """Raises :class:`VerifyError` where a rank's files on disk are not what the merged files are cut into."""
@@ -286,8 +280,8 @@ class _Split:
             degree = path.parent.name
             raise VerifyError(f"{difference}: the merged files are kept; remove {path} and split again for {degree}")
         with self._unlisting:
-            ranks = {other: line for other, line in self._manifest["presplit"].items() if other != name}
-            self._list({"presplit": ranks})
+            ranks = {other: line for other, line in self._manifest.ranks.items() if other != name}
+            self._list(ranks, self._manifest.rest)
             with write_errors(path):
                 self._owned.remove(name, is_ours)
         raise VerifyError(
@@ -309,7 +303,7 @@ class _Split:
         self._run(compare, built)
 
     def _index(self, name: str) -> RankIndex:
-        return read_index(self._folder, name, self._manifest["presplit"][name])
+        return read_index(self._folder, name, self._manifest.ranks[name])
 
     def _absent(self) -> dict[str, list[tuple[TensorInfo, str]]]:
         """The merged files that are not there whole, and what they hold."""
@@ -317,21 +311,21 @@ class _Split:
 
     def _is_whole(self, file: str, built: Sequence[tuple[TensorInfo, str]]) -> bool:
         path = inside(self._folder, file)
-        if not path.is_file() or path.stat().st_size != self._manifest["files"][file]["bytes"]:
+        if not path.is_file() or path.stat().st_size != self._manifest.files[file].nbytes:
             return False
         return all(checksum_on_disk(path, tensor) == due for tensor, due in built)
 
     def _built(self) -> dict[str, list[tuple[TensorInfo, str]]]:
         """What each merged file holds from its first byte to its last, and the checksums that it was built with."""
-        checkpoint, entries = self._source.checkpoint, tensor_entries(self._manifest)
+        checkpoint, entries = self._source.checkpoint, self._manifest.tensors()
         built = {
-            file: [(header_tensor(file, shard.header_bytes), self._manifest["files"][file]["header"])]
+            file: [(header_tensor(file, shard.header_bytes), self._manifest.files[file].checksum)]
             for file, shard in checkpoint.shards.items()
         }
         for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.start):
             if tensor.name not in entries:
                 raise VerifyError(f"{tensor.name}: in {tensor.file}, but not in the manifest")
-            built[tensor.file].append((tensor, entries[tensor.name][CHECKSUM]))
+            built[tensor.file].append((tensor, entries[tensor.name].checksum))
         return built
 
     def _restore(self, rebuilt: Rebuilt, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
@@ -357,16 +351,16 @@ class _Split:
             self._owned.make_folder(RESTORED)
             self._run(write, files)
             self._owned.sync()
-            self._list({"layout": None, "rest": None})
+            self._list(self._manifest.ranks, None)
             self._check()
             clear_leftovers(self._owned, self._manifest)
 
     def _drop_ranks(self) -> None:
-        if self._owned.stat(PRESPLIT) is None and "presplit" not in self._manifest:
+        if self._owned.stat(PRESPLIT) is None and not self._manifest.ranks:
             return
         self._compare_merged("bring it again; the files of ranks are kept")
-        if "presplit" in self._manifest:
-            self._list({"presplit": None})
+        if self._manifest.ranks:
+            self._list({}, self._manifest.rest)
         self._check()
         with write_errors(self._folder):
             self._owned.remove(PRESPLIT, is_ours)

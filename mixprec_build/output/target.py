@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from ..checkpoint.manifest import MANIFEST
-from ..errors import OutputError, SourceError
+from ..checkpoint.manifest import MANIFEST, read_manifest
+from ..errors import OutputError, VerifyError
 from ..planning.types import Plan
-from ..storage.disk import read_regular
 from ..storage.folder import LocalFolder
 from ..storage.owned import OwnedFolder
 from .leftovers import strangers
@@ -62,10 +60,10 @@ def _foreign(out: Path) -> set[str]:
         entries = owned.entries()
     there = {entry.name for entry in entries}
     try:
-        manifest = json.loads(read_regular(out / MANIFEST))
-        known = {MANIFEST, f".{MANIFEST}.new", *manifest["files"]}
+        manifest = read_manifest(out)
+        known = {MANIFEST, f".{MANIFEST}.new", *manifest.files}
         # A folder in the place of a file is somebody else's, and so is a link: a file is written under each name.
         ours = {entry.name for entry in entries if entry.is_file and entry.name in known}
         return there - ours - {"presplit"} | {*strangers(out, manifest)}
-    except (SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except VerifyError:
         return there

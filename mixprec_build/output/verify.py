@@ -8,20 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.declaration import METHOD
 from ..checkpoint.manifest import (
-    CHECKSUM,
     MANIFEST,
+    Manifest,
+    TensorEntry,
     checksum_of,
-    layout_of,
     read_manifest,
-    tensor_differences,
-    tensor_entries,
 )
 from ..checkpoint.opening import open_checkpoint
 from ..errors import SourceError, VerifyError
@@ -34,7 +31,7 @@ from ..text import printable, some
 from .leftovers import leftovers
 from .rank_differences import rank_differences
 
-__all__ = ["Verification", "location_of", "verify"]
+__all__ = ["Verification", "verify"]
 
 
 _BUFFER = 4 << 20
@@ -77,15 +74,15 @@ def verify(
         *_file_differences(folder, manifest, checkpoint, left),
         *_structure_differences(manifest, checkpoint),
     ]
-    recorded = {name: entry for name, entry in tensor_entries(manifest).items() if name in checkpoint.tensors}
+    recorded = {name: entry for name, entry in manifest.tensors().items() if name in checkpoint.tensors}
     differences += rank_differences(folder, manifest, checkpoint)
     bit_for_bit = 0
 
-    def check(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, str | None]:
+    def check(item: tuple[str, TensorEntry]) -> tuple[bool, str | None]:
         name, entry = item
-        result = _compare(checkpoint, checkpoint.tensors[name], entry, opened.get(entry["source"]))
+        result = _compare(checkpoint, checkpoint.tensors[name], entry, opened.get(entry.source))
         if progress is not None:
-            progress(int(entry["bytes"]))
+            progress(entry.nbytes)
         return result
 
     with reader_of(checkpoint), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -97,17 +94,17 @@ def verify(
     return Verification(bit_for_bit, len(recorded) - bit_for_bit, *texts)
 
 
-def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[str]]:
+def _open_sources(manifest: Manifest, moved: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[str]]:
     opened, gone = {}, []
     taken: dict[str, list[str]] = {}
-    for name, entry in tensor_entries(manifest).items():
-        taken.setdefault(entry["source"], []).append(name)
-    unknown = moved.keys() - manifest["sources"].keys()
+    for name, entry in manifest.tensors().items():
+        taken.setdefault(entry.source, []).append(name)
+    unknown = moved.keys() - manifest.sources.keys()
     if unknown:
-        known = ", ".join(manifest["sources"])
+        known = ", ".join(manifest.sources)
         raise VerifyError(f"the checkpoint has no source `{min(unknown)}`; its sources are {known}")
-    for name, entry in manifest["sources"].items():
-        location = moved.get(name) or location_of(entry)
+    for name, source in manifest.sources.items():
+        location = moved.get(name) or source.place
         try:
             opened[name] = open_checkpoint(location)
         except SourceError as error:
@@ -124,57 +121,49 @@ def _open_sources(manifest: Mapping[str, Any], moved: Mapping[str, str]) -> tupl
     return opened, gone
 
 
-def location_of(entry: Mapping[str, Any]) -> str:
-    """Where the manifest says that a source was: its folder, or its hub id at the commit it was built from."""
-    repository = str(entry["location"]).partition("@")[0]
-    return str(entry["path"] or (f"{repository}@{entry['commit']}" if entry["commit"] else repository))
-
-
-def _file_differences(
-    folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint, left: Sequence[str]
-) -> Iterator[str]:
+def _file_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint, left: Sequence[str]) -> Iterator[str]:
     present = {entry.name for entry in folder.iterdir() if entry.is_file()}
     # Hidden folders are those of git and of the hub's downloads.
     folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    for name in sorted((present | folders) - manifest["files"].keys() - {MANIFEST, "presplit", *left}):
+    for name in sorted((present | folders) - manifest.files.keys() - {MANIFEST, "presplit", *left}):
         yield f"{name}: not in the manifest"
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         path = folder / name
-        if "header" in entry and layout_of(manifest) == "presplit":
+        if entry.shard and manifest.rest is not None:
             continue  # its header was compared when it was opened
         if name not in present:
             yield f"{name}: missing"
-        elif path.stat().st_size != entry["bytes"]:
-            yield f"{name}: {path.stat().st_size} bytes, {entry['bytes']} were written"
-        elif "header" in entry:
+        elif path.stat().st_size != entry.nbytes:
+            yield f"{name}: {path.stat().st_size} bytes, {entry.nbytes} were written"
+        elif entry.shard:
             shard = checkpoint.shards.get(name)
             if shard is None:
                 yield f"{name}: not in the index"
-            elif shard.header_checksum != entry["header"]:
+            elif shard.header_checksum != entry.checksum:
                 yield f"{name}: its header was changed"
-        elif checksum_of(read_regular(inside(folder, name))) != entry[CHECKSUM]:
+        elif checksum_of(read_regular(inside(folder, name))) != entry.checksum:
             yield f"{name}: its bytes were changed"
 
 
-def _structure_differences(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+def _structure_differences(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.quantization.get("quant_method") != METHOD:
         yield f"config.json: quant_method is not {METHOD}"
-    elif checkpoint.quantization.get("formats") != manifest["formats"]:
+    elif checkpoint.quantization.get("formats") != manifest.head["formats"]:
         yield "config.json: its formats are not those of the manifest"
-    for name, entry, info in tensor_differences(manifest, checkpoint.tensors):
+    for name, entry, info in manifest.differences(checkpoint.tensors):
         if entry is not None and info is not None:
             yield (
                 f"{name}: {info.dtype} {list(info.shape)} in {info.file}, "
-                f"built as {entry['dtype']} {entry['shape']} in {entry['file']}"
+                f"built as {entry.dtype} {list(entry.shape)} in {entry.file}"
             )
         elif entry is not None:
-            yield f"{name}: missing from {entry['file']}"
+            yield f"{name}: missing from {entry.file}"
         elif info is not None:
             yield f"{name}: in {info.file}, but not in the manifest"
 
 
 def _compare(
-    checkpoint: Checkpoint, info: TensorInfo, entry: Mapping[str, Any], source: Checkpoint | None
+    checkpoint: Checkpoint, info: TensorInfo, entry: TensorEntry, source: Checkpoint | None
 ) -> tuple[bool, str | None]:
     """Whether a tensor was compared with its source's bytes (else by checksum), and the difference if any."""
     digest = xxhash.xxh3_128()
@@ -196,9 +185,9 @@ def _compare(
     else:
         for mine in _chunks(checkpoint, info):
             digest.update(mine)
-    intact = digest.hexdigest() == entry[CHECKSUM]
+    intact = digest.hexdigest() == entry.checksum
     if first is not None and intact:
-        return True, f"{info.name}: source `{entry['source']}` has changed since the build (byte {first})"
+        return True, f"{info.name}: source `{entry.source}` has changed since the build (byte {first})"
     if first is not None or not intact:
         at_byte = f"byte {first} is not its source's" if first is not None else "its checksum is not the manifest's"
         return direct, f"{info.name} in {info.file}: {at_byte}"

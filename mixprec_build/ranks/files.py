@@ -21,7 +21,7 @@ import xxhash
 
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import Degree
-from ..checkpoint.manifest import CHECKSUM, checksum_of
+from ..checkpoint.manifest import CHECKSUM, Manifest, RankEntry, checksum_of
 from ..errors import OutputError, SourceError, VerifyError
 from ..storage.disk import inside, open_regular, read_regular, source_errors, write_errors
 from ..storage.dtypes import DTYPE_BITS
@@ -90,7 +90,7 @@ def write_rank(
     parameters: Sequence[Parameter],
     shard_size: int,
     progress: Progress | None,
-) -> dict[str, Any]:
+) -> RankEntry:
     """Writes one rank's folder; returns its line in the manifest.
 
     Raises:
@@ -139,7 +139,7 @@ def _discard(root: OwnedFolder, part: str) -> None:
         root.remove(part, is_ours)
 
 
-def finished(folder: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished(folder: Path, head: Mapping[str, Any]) -> RankEntry | None:
     """The manifest's line of a rank that a stopped split had finished, and that would be written the same; or None."""
     try:
         data = read_regular(folder / INDEX, _MAX_INDEX_BYTES)
@@ -155,9 +155,9 @@ def finished(folder: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
     return _line(index["files"], data)
 
 
-def _line(files: Mapping[str, Any], index: bytes) -> dict[str, Any]:
+def _line(files: Mapping[str, Any], index: bytes) -> RankEntry:
     """A rank's line in the manifest."""
-    return {"bytes": sum(entry["bytes"] for entry in files.values()), CHECKSUM: checksum_of(index)}
+    return RankEntry(sum(entry["bytes"] for entry in files.values()), checksum_of(index))
 
 
 def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]:
@@ -175,23 +175,23 @@ def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]
 # Reading back
 
 
-def read_rank(folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int) -> RankIndex | None:
+def read_rank(folder: Path, manifest: Manifest, degree: Degree, rank: int) -> RankIndex | None:
     """What a rank's files hold; None where the manifest lists no such rank.
 
     Raises:
         VerifyError: the index is not the one that was listed.
     """
     name = degree.folder(rank)
-    listed = manifest.get("presplit", {}).get(name)
+    listed = manifest.ranks.get(name)
     return None if listed is None else read_index(folder, name, listed)
 
 
-def read_index(folder: Path, name: str, listed: Mapping[str, Any]) -> RankIndex:
+def read_index(folder: Path, name: str, listed: RankEntry) -> RankIndex:
     """``index.json`` in ``name``, which the manifest lists. Raises :class:`VerifyError`."""
     path = folder / name / INDEX
     try:
         data = read_regular(inside(folder, f"{name}/{INDEX}"), _MAX_INDEX_BYTES)
-        if checksum_of(data) != listed[CHECKSUM]:
+        if checksum_of(data) != listed.checksum:
             raise VerifyError(f"{path}: was changed after it was written; {_remedy(folder / name)}")
         index = load_json(data, _MAX_INDEX_VALUES)
         for key, entry in index["parameters"].items():
@@ -248,7 +248,7 @@ def check_headers(index: RankIndex) -> None:
         raise VerifyError(f"{path}: its header was changed after it was written; {index.remedy}")
 
 
-def damage(folder: Path, name: str, listed: Mapping[str, Any]) -> str | None:
+def damage(folder: Path, name: str, listed: RankEntry) -> str | None:
     """Why the files in ``name`` are not those that the manifest lists, as far as the index, headers and sizes tell."""
     try:
         index = read_index(folder, name, listed)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import REST, Checkpoint
 from ..checkpoint.degree import Degree, parse_folder
-from ..checkpoint.manifest import checksum_of, layout_of, merged_files
+from ..checkpoint.manifest import Manifest, RankEntry, checksum_of
 from ..checkpoint.opening import open_checkpoint, open_storage
 from ..checkpoint.typed import Source
 from ..errors import SourceError, SplitError, VerifyError
@@ -49,16 +49,16 @@ def splitter_of(source: Source, degree: Degree, *, replicated_head: bool = False
     return Splitter(modules, source.checkpoint.config, degree, replicated_head)
 
 
-def open_compiled(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+def open_compiled(folder: Path, manifest: Manifest) -> Checkpoint:
     """A compiled checkpoint by its headers, also where its merged files were dropped.
 
     Raises:
         VerifyError: what was kept of the merged files is not what was listed.
         SourceError: from opening files.
     """
-    if layout_of(manifest) != "presplit":
+    if manifest.rest is None:
         return open_checkpoint(str(folder))
-    return CutFolder(folder, manifest).checkpoint
+    return CutFolder(folder, manifest, manifest.rest).checkpoint
 
 
 def reader_of(checkpoint: Checkpoint) -> Reader:
@@ -126,15 +126,15 @@ def _cover(ranges: Iterable[tuple[int, int]], end: int) -> bool:
 class CutFolder:
     """The storage of a checkpoint whose merged files were dropped: tensors come from the files of its ranks."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+    def __init__(self, folder: Path, manifest: Manifest, rest: RankEntry):
         self._local = LocalFolder.open(folder)
-        self._merged = {name: int(manifest["files"][name]["bytes"]) for name in merged_files(manifest)}
+        self._merged = {name: entry.nbytes for name, entry in manifest.shards.items()}
         self.files: Mapping[str, int | None] = {**self._local.files, **self._merged}
         try:
-            rest = open_rank(read_index(folder, REST, manifest["rest"]))
+            stored = open_rank(read_index(folder, REST, rest))
         except SourceError as error:
             raise VerifyError(str(error)) from error
-        kept = {name: _placed(REST, tensor) for name, tensor in rest.items()}
+        kept = {name: _placed(REST, tensor) for name, tensor in stored.items()}
         self.checkpoint = open_storage(self, str(folder), self._headers(folder, manifest, kept))
         self.reader = Rebuilt(folder, manifest, self.checkpoint, kept)
         self._tensors = {(t.file, t.start, t.nbytes): t for t in self.checkpoint.tensors.values()}
@@ -152,9 +152,7 @@ class CutFolder:
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
         return self._local.fetch(names)
 
-    def _headers(
-        self, folder: Path, manifest: Mapping[str, Any], kept: Mapping[str, TensorInfo]
-    ) -> Iterator[tuple[str, bytes]]:
+    def _headers(self, folder: Path, manifest: Manifest, kept: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
         """The merged files' headers, as they were."""
         with FileReader(lambda file: inside(folder, file)) as reader:
             for file, size in self._merged.items():
@@ -163,7 +161,7 @@ class CutFolder:
                 if tensor is None or tensor.dtype != "U8" or tensor.nbytes > MAX_HEADER_BYTES:
                     raise VerifyError(f"{where} is missing; bring the folder again")
                 data = b"".join(contents(whole(tensor), reader))
-                if checksum_of(data) != manifest["files"][file]["header"]:
+                if checksum_of(data) != manifest.files[file].checksum:
                     raise VerifyError(f"{where} was changed; bring the folder again")
                 if 8 + header_length(data[:8], path=where, file_size=size) != len(data):
                     raise VerifyError(f"{where} is damaged; build the checkpoint again")
@@ -176,9 +174,7 @@ class Rebuilt(Reader):
     ``kept`` is the rest, by name.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint, kept: Mapping[str, TensorInfo]
-    ):
+    def __init__(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint, kept: Mapping[str, TensorInfo]):
         self._folder, self._manifest, self._checkpoint, self._kept = folder, manifest, checkpoint, kept
         self.files = FileReader(lambda file: inside(folder, file))
         """What :meth:`parameter` is read from."""
@@ -235,7 +231,7 @@ class Rebuilt(Reader):
         return parts
 
     def _degree(self) -> Degree:
-        listed = self._manifest["presplit"]
+        listed = self._manifest.ranks
         reasons = {name: damage(self._folder, name, line) for name, line in listed.items()}
         try:
             return complete(self._folder, (name for name, reason in reasons.items() if reason is None))

@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.declaration import METHOD, Declaration
-from ..checkpoint.manifest import layout_of, read_manifest, tensor_entries
+from ..checkpoint.manifest import Manifest, read_manifest
 from ..errors import MixprecError
 from ..families.base import Role, role_by_name
 from ..formats.base import Format, Kind
@@ -137,8 +136,8 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
             return
         manifest = read_manifest(out)
         declaration = Declaration.from_json(checkpoint.quantization)
-        formats = {name: declaration.format_of(name) for name in manifest["modules"]}
-        options = f" {complete(out, manifest['presplit']).options}" if layout_of(manifest) == "presplit" else ""
+        formats = {name: declaration.format_of(name) for name in manifest.modules}
+        options = f" {complete(out, manifest.ranks).options}" if manifest.rest is not None else ""
     except MixprecError as error:
         yield Finding("fail", str(out), str(error))
         return
@@ -154,11 +153,11 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}{options}")
 
 
-def _differences(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def _differences(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Finding]:
     """Tensors whose headers are not as the manifest says; `mixprec verify` compares their bytes."""
-    declared = tensor_entries(manifest)
-    stored = {name: (info.dtype, list(info.shape)) for name, info in checkpoint.tensors.items()}
-    changed = [name for name, t in declared.items() if stored.get(name) != (t["dtype"], t["shape"])]
+    declared = manifest.tensors()
+    stored = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    changed = [name for name, t in declared.items() if stored.get(name) != (t.dtype, t.shape)]
     changed += stored.keys() - declared.keys()
     if changed:
         yield Finding("fail", "tensors", f"not as they were built: {some(changed)}; build the checkpoint again")
@@ -174,9 +173,9 @@ def _unfit_experts(formats: Mapping[str, Format], gpu: Gpu | None) -> Iterator[F
 
 
 def _not_served(
-    checkpoint: Checkpoint, manifest: Mapping[str, Any], counts: Mapping[Format, int], gpu: Gpu | None
+    checkpoint: Checkpoint, manifest: Manifest, counts: Mapping[Format, int], gpu: Gpu | None
 ) -> Iterator[Finding]:
-    for problem in manifest.get("unservable", []):
+    for problem in manifest.unservable:
         yield Finding("fail", "unservable", problem)
     for fmt, count in counts.items():
         if unfit := _unfit(fmt.kinds[fmt.kind], gpu):

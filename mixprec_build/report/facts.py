@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..checkpoint.declaration import METHOD, name_formats
-from ..checkpoint.manifest import CHECKSUM, MANIFEST, layout_of, read_manifest
+from ..checkpoint.manifest import CHECKSUM, MANIFEST, read_manifest
 from ..families.base import Role, is_down, place_of, role_of
 from ..formats.base import Format, FormatError
 from ..patterns.compress import compress
@@ -116,22 +116,18 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         facts["serve"] += " --dtype half" if facts["notes"] else ""
     if compiled and (folder / MANIFEST).exists():
         recorded = read_manifest(folder)
-        if layout_of(recorded) == "presplit":
+        if recorded.rest is not None:
             from ..ranks.merged import complete
 
-            facts["serve"] += f" {complete(folder, recorded['presplit']).options}"
+            facts["serve"] += f" {complete(folder, recorded.ranks).options}"
         facts |= {
-            "sources": [
-                {"name": name} | {key: entry[key] for key in ("location", "path", "commit")}
-                for name, entry in recorded["sources"].items()
-            ],
-            "checksum": recorded["checksum"],
-            "layout": layout_of(recorded),
-            "presplit": {name: entry["bytes"] for name, entry in recorded.get("presplit", {}).items()},
-            # Over all of the manifest, and so over the checksum of every tensor: equal ones are equal checkpoints.
-            "manifest_checksum": recorded[f"manifest_{CHECKSUM}"],
-            "unservable": recorded.get("unservable", []),
-            "problems": recorded.get("problems", []),
+            "sources": [{"name": name, **entry._asdict()} for name, entry in recorded.sources.items()],
+            "checksum": CHECKSUM,
+            "layout": recorded.layout,
+            "presplit": {name: entry.nbytes for name, entry in recorded.ranks.items()},
+            "manifest_checksum": recorded.checksum,
+            "unservable": recorded.unservable,
+            "problems": recorded.head.get("problems", []),
         }
     return facts
 

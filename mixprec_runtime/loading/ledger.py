@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mixprec_build.checkpoint.manifest import TensorEntry
+
 __all__ = ["CASTS", "DTYPES", "Ledger", "LoadError"]
 
 
@@ -34,7 +36,7 @@ class Ledger:
         parameters: the model's parameters by name.
     """
 
-    def __init__(self, declared: Mapping[str, Mapping[str, Any]], parameters: Iterable[tuple[str, torch.Tensor]]):
+    def __init__(self, declared: Mapping[str, TensorEntry], parameters: Iterable[tuple[str, torch.Tensor]]):
         self._declared = declared
         self._parameters = dict(parameters)
         self._by_storage: dict[int, list[str]] = defaultdict(list)
@@ -64,7 +66,7 @@ class Ledger:
         declared = self._declared.get(name)
         if declared is None:
             raise LoadError(f"{name} is not in the checkpoint's manifest: a file was added or changed after building")
-        dtype, shape = DTYPES[declared["dtype"]], tuple(declared["shape"])
+        dtype, shape = DTYPES[declared.dtype], declared.shape
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise LoadError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, and was built as {dtype} {list(shape)}: the "
@@ -87,7 +89,7 @@ class Ledger:
         if owners is None:
             return
         for name in names:
-            dtype = DTYPES[self._declared[name]["dtype"]]
+            dtype = DTYPES[self._declared[name].dtype]
             if dtype != into.dtype and not {dtype, into.dtype} <= CASTS:
                 raise LoadError(
                     f"{name} is {dtype}, and {owners[0]}, which SGLang loads it into, is "
@@ -112,7 +114,7 @@ class Ledger:
 
     def unused(self, ranks: int) -> list[str]:
         """Tensors of the manifest of which less was copied than one of ``ranks`` takes."""
-        return [name for name, t in self._declared.items() if self.used[name] * ranks < prod(t["shape"])]
+        return [name for name, t in self._declared.items() if self.used[name] * ranks < prod(t.shape)]
 
     def unfilled(self, due: Mapping[str, int]) -> list[str]:
         """Parameters of which fewer elements were written than they have, or than ``due`` says for some of them."""

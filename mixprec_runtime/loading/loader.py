@@ -24,7 +24,7 @@ from torch.nn import Module
 
 from mixprec_build.checkpoint.checkpoint import Checkpoint
 from mixprec_build.checkpoint.degree import Degree, parse_folder
-from mixprec_build.checkpoint.manifest import layout_of, merged_files, tensor_differences
+from mixprec_build.checkpoint.manifest import Manifest
 from mixprec_build.checkpoint.typed import Source
 from mixprec_build.errors import MixprecError, SplitError, VerifyError
 from mixprec_build.ranks.assemble import FileReader, Reader, contents, whole
@@ -60,9 +60,7 @@ class Holdings:
     path_of: Callable[[str], Path]
 
 
-def holdings(
-    folder: Path, manifest: Mapping[str, Any], fetch: Fetch | None = None, *, merged: bool = True
-) -> Holdings | None:
+def holdings(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, merged: bool = True) -> Holdings | None:
     """What this process is to read itself: its own files, else, with ``merged``, its share of the merged ones.
 
     ``fetch`` brings files of a checkpoint on the hub to ``folder``: those that are to be read, and no others.
@@ -87,7 +85,7 @@ def holdings(
     try:
         own = degree.folder(rank)
         bring: Fetch = fetch or (lambda _: None)
-        if own in manifest.get("presplit", {}):
+        if own in manifest.ranks:
             bring([f"{own}/{INDEX}"])
         index = read_rank(folder, manifest, degree, rank)
         if index is not None:
@@ -96,8 +94,8 @@ def holdings(
             check_headers(index)
             stored = _with_head({name: _stored(tensor) for name, tensor in open_rank(index).items()})
             return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
-        if merged and layout_of(manifest) != "presplit":
-            names = deque(["config.json", "model.safetensors.index.json", *merged_files(manifest)])
+        if merged and manifest.rest is None:
+            names = deque(["config.json", "model.safetensors.index.json", *manifest.shards])
             names.rotate(-rank)  # each rank begins with another, and finds what others have fetched
             bring(names)
             return _share(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
@@ -144,11 +142,9 @@ def _stored(tensor: TensorInfo) -> Parameter:
     return Parameter(tensor.name, tensor.dtype, tensor.shape, whole(flat).pieces, experts=True)
 
 
-def _share(
-    folder: Path, manifest: Mapping[str, Any], degree: Degree, rank: int, *, replicated_head: bool
-) -> Holdings | None:
+def _share(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, replicated_head: bool) -> Holdings | None:
     """A rank's share of the merged files, where they are there."""
-    if not all((folder / name).exists() for name in merged_files(manifest)):
+    if not all((folder / name).exists() for name in manifest.shards):
         return None
     checkpoint = open_compiled(folder, manifest)
     changed = _changed(checkpoint, manifest)
@@ -165,32 +161,32 @@ def _share(
     return Holdings(where, parameters, padded, lambda file: inside(folder, file))
 
 
-def _changed(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
+def _changed(checkpoint: Checkpoint, manifest: Manifest) -> str | None:
     """How the headers of merged files differ from those that were built."""
-    built = {file: manifest["files"][file]["header"] for file in merged_files(manifest)}
+    built = {file: entry.checksum for file, entry in manifest.shards.items()}
     headers = {file: shard.header_checksum for file, shard in checkpoint.shards.items()}
     if headers == built:
         return None
-    for name, entry, info in tensor_differences(manifest, checkpoint.tensors):
+    for name, entry, info in manifest.differences(checkpoint.tensors):
         if info is None:
             return f"{name}, which the manifest lists, is not in its files"
         if entry is None:
             return f"{name} is not in the checkpoint's manifest: a file was added or changed after building"
         return (
-            f"{name} is {info.dtype} {list(info.shape)} in {info.file}, and was built as {entry['dtype']} "
-            f"{entry['shape']} in {entry['file']}: the checkpoint was changed after building"
+            f"{name} is {info.dtype} {list(info.shape)} in {info.file}, and was built as {entry.dtype} "
+            f"{list(entry.shape)} in {entry.file}: the checkpoint was changed after building"
         )
     file = min(file for file in headers.keys() | built.keys() if headers.get(file) != built.get(file))
     return f"{file}: its header was changed after building"
 
 
-def require_merged(folder: Path, manifest: Mapping[str, Any], because: str, *, on_hub: bool = False) -> None:
+def require_merged(folder: Path, manifest: Manifest, because: str, *, on_hub: bool = False) -> None:
     """Raises ``RuntimeError`` where this run needs the merged files, and they are not there."""
-    dropped = layout_of(manifest) == "presplit"
-    missing = [name for name in merged_files(manifest) if dropped or not (folder / name).exists()]
+    dropped = manifest.rest is not None
+    missing = [name for name in manifest.shards if dropped or not (folder / name).exists()]
     if not missing:
         return
-    degrees = sorted({degree for degree, _ in filter(None, map(parse_folder, manifest.get("presplit", {})))}, key=str)
+    degrees = sorted({degree for degree, _ in filter(None, map(parse_folder, manifest.ranks))}, key=str)
     have, remedies = "it has no files cut for ranks", []
     if degrees:
         have = f"it has files cut for {', '.join(map(str, degrees))}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from mixprec_build.checkpoint.manifest import TensorEntry
 from mixprec_build.families.expected import is_buffer, is_for_drafts, left_out_of_builds
 from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
@@ -35,7 +36,7 @@ def load_strictly(
     model: Module,
     load_weights: Callable[..., Any],
     weights: Iterable[tuple[str, torch.Tensor]],
-    declared: Mapping[str, Mapping[str, Any]],
+    declared: Mapping[str, TensorEntry],
 ) -> Any:
     """``model.load_weights(weights)``, and the check that all of it arrived.
 

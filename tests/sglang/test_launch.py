@@ -89,7 +89,7 @@ def test_shared_experts_in_another_format_are_not_fused(folder: Path) -> None:
 
     checkpoint = mix(folder, "deepseek")
     config = MixPrecConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
-    formats = config.bind(read_manifest(checkpoint)["modules"])
+    formats = config.bind(read_manifest(checkpoint).modules)
     routed, shared = (formats[f"model.layers.1.mlp.{name}.gate_proj"] for name in ("experts.0", "shared_experts"))
     config._check_fused_shared_experts("model.layers.1.mlp", {routed.fuses_as, shared.fuses_as})
     with pytest.raises(ValueError, match=r"shared experts are in another format .* --disable-shared-experts-fusion"):

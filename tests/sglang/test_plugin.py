@@ -156,7 +156,7 @@ def test_whatever_is_damaged_is_refused_in_words(folder: Path, tmp_path: Path, s
             try:
                 config = MixPrecConfig.from_config(declared)
                 path, manifest, _ = hooks._checkpoint(model)
-                hooks._check_declared(config.bind(manifest["modules"]), manifest)
+                hooks._check_declared(config.bind(manifest.modules), manifest)
                 loader.require_merged(path, manifest, "this is a test")
             except (RuntimeError, ValueError) as error:
                 assert str(checkpoint) in str(error) or "config.json" in str(error)

@@ -389,7 +389,7 @@ def test_a_rank_reads_its_own_bytes_once(folder: Path, tmp_path: Path) -> None:
             before = read_so_far()
             load(model, config)
             read = read_so_far() - before
-        listed = read_manifest(out)["presplit"][Degree(2).folder(rank)]["bytes"]
+        listed = read_manifest(out).ranks[Degree(2).folder(rank)].nbytes
         assert 0.98 * listed <= read <= 1.02 * listed
 
 

@@ -563,8 +563,8 @@ def test_norms_are_looked_at_whatever_shard_they_are_in(
     assert note.startswith(f"{norm}: from `awq`")
     run_plan(plan_recipe(recipe("awq", "org/")), tmp_path / "out")
     run_plan(plan_recipe(recipe("awq", f"{tmp_path}/")), tmp_path / "due")
-    ours, due = (read_manifest(tmp_path / name)["modules"] for name in ("out", "due"))
-    assert ours == due and {t["source"] for t in due[norm]["tensors"].values()} == {"awq"}
+    ours, due = (read_manifest(tmp_path / name).modules for name in ("out", "due"))
+    assert ours == due and {t.source for t in due[norm].tensors.values()} == {"awq"}
     with pytest.raises(RefusedError, match="hold different values, so they do not hold the same weights"):
         plan_recipe(recipe("other", "org/"))
 
@@ -599,4 +599,4 @@ def test_what_is_seen_only_once_files_are_fetched(
         main()
     assert ended.value.code == 0
     (problem,) = json.loads(capsys.readouterr().out)["unservable"]
-    assert "zero point" in problem and read_manifest(tmp_path / "out")["unservable"] == [problem]
+    assert "zero point" in problem and read_manifest(tmp_path / "out").unservable == [problem]

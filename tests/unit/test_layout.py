@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from serving import DEEPSEEK, LLAMA, MIXTRAL, Shape, write_sources
+from support.manifest import rewrite_manifest, sealed
 from test_presplit import LINES, MOE, SIZES, run
 from tiny import run_python, tree
 
@@ -20,10 +22,7 @@ from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.checkpoint.manifest import (
     CHECKSUM,
     checksum_of,
-    dump_manifest,
-    layout_of,
     read_manifest,
-    tensor_entries,
 )
 from mixprec_build.errors import (
     InterruptedBuildError,
@@ -146,6 +145,10 @@ def test_what_no_rank_holds_is_kept(tmp_path: Path) -> None:
     write_sources(home, SMALL, ["bf16", "gptq_int4"])
     for path in home.glob("*/config.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+        (weights,) = path.parent.glob("*.safetensors")
+        tensors = load_file(weights)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, weights, metadata={"format": "pt"})
     recipe = tmp_path / "recipe.yaml"
     lines = [f"model: {home / 'bf16'}", "sources:", f"  int4: {home / 'gptq_int4'}"]
     recipe.write_text("\n".join([*lines, "weights: {'*.{q,k,v,gate,up,down}_proj': int4}"]))
@@ -199,7 +202,7 @@ def test_a_build_of_ranks_files_alone(folder: Path, monkeypatch: pytest.MonkeyPa
     for layout in ("presplit", "merged", "both"):
         options = ("--layout", layout, "--force", "--quiet", "--allow", "unservable")
         assert run(monkeypatch, "build", recipe, "-o", out, *options) == 0
-        assert layout_of(read_manifest(out)) == layout
+        assert read_manifest(out).layout == layout
         assert not verify(out).differences
         assert bool(list(out.glob("*.safetensors"))) == (layout != "presplit")
         assert (out / "presplit").exists() == (layout != "merged")
@@ -399,7 +402,7 @@ def test_a_build_whose_cut_fails_goes_on_from_its_files(
     monkeypatch.undo()
     assert not out.exists()
     run_plan(plan, out)
-    assert not verify(out).differences and layout_of(read_manifest(out)) == "presplit"
+    assert not verify(out).differences and read_manifest(out).layout == "presplit"
 
 
 def full(*_: object) -> None:
@@ -490,8 +493,8 @@ def test_a_changed_value_is_named_and_not_restored(out: Path) -> None:
     assert any(d.startswith(f"lm_head.weight in {path}") for d in found), found
     with pytest.raises(VerifyError, match=r"lm_head\.weight: put together from the files of ranks it is not what was"):
         split(out, layout="both")
-    assert not (out / tensor_entries(read_manifest(out))["lm_head.weight"]["file"]).exists()
-    assert layout_of(read_manifest(out)) == "presplit"
+    assert not (out / read_manifest(out).tensors()["lm_head.weight"].file).exists()
+    assert read_manifest(out).layout == "presplit"
 
 
 def test_missing_ranks_are_named(out: Path) -> None:
@@ -522,12 +525,12 @@ def relist(out: Path, folder: str, index: Any) -> None:
     """Has the manifest vouch for an index."""
     data = json.dumps(index).encode()
     (out / folder / "index.json").write_bytes(data)
-    manifest = read_manifest(out)
-    entry = manifest["rest"] if folder == "presplit/rest" else manifest["presplit"][folder]
-    entry[CHECKSUM] = checksum_of(data)
-    del manifest[f"manifest_{CHECKSUM}"]
-    text = b"".join(dump_manifest({**manifest, "modules": manifest["modules"].items()}))
-    (out / "mixprec_manifest.json").write_bytes(text)
+
+    def vouch(manifest: dict[str, Any]) -> None:
+        entry = manifest["rest"] if folder == "presplit/rest" else manifest["presplit"][folder]
+        entry[CHECKSUM] = checksum_of(data)
+
+    rewrite_manifest(out, vouch)
 
 
 @pytest.mark.parametrize("folder_", ["presplit/tp2-ep1/rank-0-of-2", "presplit/rest"])
@@ -558,13 +561,12 @@ def test_an_index_of_other_pieces_is_refused(small: Path, out: Path, folder_: st
     for command in (verify, lambda out: split(out, layout="both")):
         with pytest.raises(MixprecError, match=folder_):
             command(out)
-    assert layout_of(read_manifest(out)) == "presplit"
+    assert read_manifest(out).layout == "presplit"
 
 
 def test_a_manifest_of_other_layouts_is_refused(out: Path) -> None:
     split(out, Degree(2), layout="presplit")
-    manifest = read_manifest(out)
-    del manifest[f"manifest_{CHECKSUM}"]
+    manifest = json.loads((out / "mixprec_manifest.json").read_text())
     entry = manifest["files"].pop("model-00001-of-00003.safetensors")
     for changes in (
         {"layout": "merged"},
@@ -574,8 +576,7 @@ def test_a_manifest_of_other_layouts_is_refused(out: Path) -> None:
         {"files": {**manifest["files"], "config.json": entry}},
     ):
         changed = {**manifest, **changes}
-        text = b"".join(dump_manifest({**changed, "modules": changed["modules"].items()}))
-        (out / "mixprec_manifest.json").write_bytes(text)
+        (out / "mixprec_manifest.json").write_bytes(sealed(changed))
         with pytest.raises(VerifyError, match="damaged"):
             read_manifest(out)
 
@@ -601,7 +602,7 @@ def test_a_build_does_not_replace_what_is_being_cut(small: Path, out: Path, layo
     assert ended[0].returncode == 2
     why = f"{out}: another `mixprec split` or build is writing there; wait for it; 2 of 2 files are finished and kept"
     assert why in ended[0].stderr
-    assert not verify(out).differences and layout_of(read_manifest(out)) == layout
+    assert not verify(out).differences and read_manifest(out).layout == layout
     assert rebuild(recipe, out).returncode == 0
     assert not verify(out).differences and len(list(out.glob("*.safetensors"))) == 2
 
@@ -660,7 +661,7 @@ def test_a_build_replaces_no_stranger_in_a_folder_of_ranks(small: Path, out: Pat
 
     with pytest.raises(InterruptedBuildError):
         split(out, Degree(2), watch=lambda *_: interrupt)
-    assert [path.name for path in out.glob("presplit/*")] == ["tp2-ep1"] and not read_manifest(out).get("presplit")
+    assert [path.name for path in out.glob("presplit/*")] == ["tp2-ep1"] and not read_manifest(out).ranks
     plan = plan_recipe(small.parent / "recipe.yaml")
     (out / "presplit/thesis.tex").write_text("...")
     with pytest.raises(OutputError, match=r"files that mixprec did not write \(presplit/thesis\.tex\)"):

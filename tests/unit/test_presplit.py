@@ -21,7 +21,7 @@ from serving import DEEPSEEK, LLAMA, QWEN3, QWEN3_MOE, Shape, write_sources
 from tiny import tree
 
 from mixprec_build.checkpoint.degree import Degree, parse_folder
-from mixprec_build.checkpoint.manifest import CHECKSUM, checksum_of, read_manifest
+from mixprec_build.checkpoint.manifest import checksum_of, read_manifest
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.cli.app import main
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
@@ -196,7 +196,7 @@ def test_a_recipe_asks_for_degrees(built: Path, monkeypatch: pytest.MonkeyPatch,
     recipe = built.parent / "tp.yaml"
     out = build(built.parent, MOE, LINES, output="output: {tp: [2, 4]}", name="tp")
     plan = plan_recipe(recipe)
-    listed = read_manifest(out)["presplit"]
+    listed = read_manifest(out).ranks
     for degree in ("tp2-ep1", "tp4-ep1"):
         files = list(out.glob(f"presplit/{degree}/*/*.safetensors"))
         # Beside headers, what was planned.
@@ -431,7 +431,8 @@ def test_a_hostile_index_is_refused(out: Path, field: str | None, value: Any) ->
     data = json.dumps(index).encode()
     (one / "index.json").write_bytes(data)
     manifest = read_manifest(out)
-    manifest["presplit"][Degree(2).folder(0)][CHECKSUM] = checksum_of(data)
+    entry = manifest.ranks[Degree(2).folder(0)]
+    manifest = manifest.listing({Degree(2).folder(0): entry._replace(checksum=checksum_of(data))}, None)
     with pytest.raises(VerifyError, match=r"index\.json: damaged"):
         read_rank(out, manifest, Degree(2), 0)
 

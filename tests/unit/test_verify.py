@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.manifest import rewrite_manifest, sealed
 from tiny import LINEARS, at_most, file_tensors, folder_tensors, write_recipe, write_sources, write_tiny
 
-from mixprec_build.checkpoint.manifest import dump_manifest, read_manifest
+from mixprec_build.checkpoint.manifest import read_manifest
 from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import MixprecError, SourceError, VerifyError
@@ -376,22 +377,13 @@ def test_a_source_whose_path_is_no_text(tmp_path: Path) -> None:
 # The manifest
 
 
-def rewrite_manifest(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the manifest and seals it again, as no accident does."""
-    manifest = read_manifest(out)
-    change(manifest)
-    del manifest["manifest_xxh3_128"]
-    (out / MANIFEST).write_bytes(b"".join(dump_manifest({**manifest, "modules": manifest["modules"].items()})))
-
-
 def test_the_manifest_ends_with_its_own_checksum(out: Path) -> None:
     data = (out / MANIFEST).read_bytes()
     lines = data.splitlines(keepends=True)
     assert lines[-1] == b"}\n" and lines[-2].startswith(b' "manifest_xxh3_128": "') and len(lines[-2]) == 57
     manifest = json.loads(data)
     assert list(manifest)[-2:] == ["modules", "manifest_xxh3_128"]
-    del manifest["manifest_xxh3_128"]
-    assert b"".join(dump_manifest({**manifest, "modules": manifest["modules"].items()})) == data
+    assert sealed(manifest) == data == b"".join(read_manifest(out).dump())
 
 
 def test_a_missing_manifest(built: Path, tmp_path: Path) -> None:
