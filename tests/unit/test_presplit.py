@@ -454,7 +454,8 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
     source.mkdir()
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
     name = "model.layers.0.self_attn.o_proj.weight"
-    save_file({name: torch.zeros(15_000, 20_000, dtype=torch.bfloat16)}, source / "model.safetensors")
+    tensors = {name: torch.zeros(15_000, 20_000, dtype=torch.bfloat16), "model.norm.weight": torch.ones(2)}
+    save_file(tensors, source / "model.safetensors")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {source}\n")
     run_plan(plan_recipe(recipe), tmp_path / "out", link=True)
