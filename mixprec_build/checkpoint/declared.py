@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import SourceError
 
-__all__ = ["DECLARATION_FILES", "Declared", "differences", "name_forms", "read_declarations", "without_declarations"]
+__all__ = ["DECLARATION_FILES", "Declared", "differences", "read_declarations", "without_declarations"]
 
 
 MODELOPT_FILE = "hf_quant_config.json"
@@ -111,18 +111,6 @@ def without_declarations(config: Mapping[str, Any]) -> dict[str, Any]:
 
     stripped: dict[str, Any] = strip(config)
     return stripped
-
-
-def name_forms(module: str) -> tuple[str, ...]:
-    """The names that a declaration may call a module by, its own first.
-
-    A decoder inside of a larger model is ``language_model.model.layers.0`` in older checkpoints,
-    ``model.language_model.layers.0`` in newer ones and ``model.layers.0`` to a declaration in ``text_config``.
-    """
-    core = module.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
-    inner = core.removeprefix("model.")
-    forms = (module, core, f"language_model.{core}", f"model.language_model.{inner}")
-    return tuple(dict.fromkeys(forms))
 
 
 # Where declarations stand

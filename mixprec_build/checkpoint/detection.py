@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from ..errors import SourceError
 from ..formats.base import Format, FormatError
 from ..formats.quantization import Quantization
-from ..formats.registry import names_matter, recognise
+from ..formats.registry import recognise, told_by_name
 from .declaration import METHOD, Declaration
+from .declared import Declared, differences
 
 if TYPE_CHECKING:
+    from ..storage.module import StoredModule
     from .checkpoint import Checkpoint
 
 __all__ = ["detect"]
@@ -18,30 +20,56 @@ __all__ = ["detect"]
 
 def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
     """The format of each module of a checkpoint, or why it has none that is read: only used ones matter."""
-    quantization = Quantization(checkpoint.quantization)
-    method = quantization.get("quant_method")
-    declaration = None
-    if method == METHOD:
-        try:
-            declaration = Declaration.from_json(checkpoint.quantization)
-        except SourceError as error:
-            raise SourceError(str(error), path=checkpoint.path_of(checkpoint.quantization_file)) from error
-    by_name = method == METHOD or names_matter(quantization)
+    if checkpoint.quantization.get("quant_method") == METHOD:
+        return _detect_compiled(checkpoint)
+    declared = checkpoint.declared or (Declared({}, "config.json", ""),)
+    readings = [(one, Quantization(one.quantization)) for one in declared]
     known: dict[object, Format | FormatError] = {}
     found = {}
     for name, module in checkpoint.modules.items():
-        # Where names do not matter, modules whose tensors are alike are looked at once: experts are, by thousands. Of
-        # bare parameters, names tell buffers.
-        alike = not by_name and "" not in module.tensors
-        what = tuple([(leaf, t.dtype, t.shape) for leaf, t in module.tensors.items()]) if alike else name
+        # Modules whose tensors are alike, and of which declarations tell the same, are looked at once: experts are, by
+        # thousands. Of bare parameters, names tell buffers.
+        alike = tuple([(leaf, t.dtype, t.shape) for leaf, t in module.tensors.items()])
+        what = name if "" in module.tensors else (alike, *[told_by_name(name, said) for _, said in readings])
         if what not in known:
-            try:
-                if declaration is None:
-                    known[what] = recognise(module, quantization)
-                else:
-                    known[what] = fmt = declaration.format_of(name)
-                    fmt.check(module)
-            except FormatError as error:
-                known[what] = error.with_traceback(None)  # which would keep all that was at hand, for every module
+            known[what] = _recognise(module, readings)
         found[name] = known[what]
     return found
+
+
+def _detect_compiled(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
+    """The same of a checkpoint that mixprec built."""
+    try:
+        declaration = Declaration.from_json(checkpoint.quantization)
+    except SourceError as error:
+        raise SourceError(str(error), path=checkpoint.path_of(checkpoint.quantization_file)) from error
+    found: dict[str, Format | FormatError] = {}
+    for name, module in checkpoint.modules.items():
+        found[name] = fmt = declaration.format_of(name)
+        try:
+            fmt.check(module)
+        except FormatError as error:
+            found[name] = error.with_traceback(None)
+    return found
+
+
+def _recognise(module: StoredModule, readings: list[tuple[Declared, Quantization]]) -> Format | FormatError:
+    """The format by the declaration that the module's tensors agree with; by none of them, what is wrong with the
+    first."""
+    fitting: dict[Format, Declared] = {}
+    errors = []
+    for declared, quantization in readings:
+        try:
+            fitting.setdefault(recognise(module, quantization), declared)
+        except FormatError as error:
+            errors.append(error.with_traceback(None))  # which would keep all that was at hand, for every module
+    if not fitting:
+        return errors[0]
+    (fmt, first), *others = fitting.items()
+    for _, other in others:
+        differ = "; ".join(differences(first, other)) or "other settings"
+        return FormatError(
+            f"{first.described} and {other.described} declare it differently ({differ}), and its tensors agree with "
+            "both; correct the one that is wrong, or remove it"
+        )
+    return fmt

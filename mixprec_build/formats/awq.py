@@ -21,11 +21,12 @@ differ in what these match (``gate`` is a part of ``gate_proj``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass, field
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from . import auto_round
 from .base import Axes, Axis, FormatError, Kind, check_tensor, only_leaves, shape_text
 from .grouped import Grouped, marlin_kind
 from .marlin import FLOATS, unpack
@@ -58,7 +59,8 @@ class Awq(Grouped):
     name: ClassVar[str] = "AWQ"
     kinds: ClassVar[Mapping[str, Kind]] = {"awq_int4": marlin_kind(4)}
     leaves: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "bias"})
-    methods: ClassVar[Mapping[str, Set[str] | None]] = {"awq": _KEYS}
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {"awq": _KEYS, auto_round.METHOD: auto_round.KEYS}
+    name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (auto_round.entry_of,)
     values_leaf: ClassVar[str] = "qweight"
     # marlin_utils.py takes -1, too, but AWQ's layers divide by it (awq_moe.py, awq_marlin.py).
     group_sizes: ClassVar[tuple[int, ...]] = (32, 64, 128)
@@ -77,9 +79,16 @@ class Awq(Grouped):
 
     @classmethod
     def recognise(cls, module: StoredModule, quantization: Quantization) -> Awq | None:
-        if "qweight" not in module.tensors or quantization.get("quant_method") != "awq":
+        if "qweight" not in module.tensors:
             return None
-        found = _settings(quantization)
+        method = quantization.get("quant_method")
+        if method == auto_round.METHOD:
+            declared = auto_round.settings_for(module, quantization, awq=True)
+        else:
+            declared = dict(quantization) if method == "awq" else None
+        if declared is None:
+            return None
+        found = _settings(declared)
         found.check(module)
         return found
 

@@ -6,7 +6,7 @@ numpy is imported where values are looked at: `mixprec inspect` reads headers an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -96,8 +96,9 @@ class Format(ABC):
     methods: ClassVar[Mapping[str, Set[str] | None]] = {}
     """``quant_method`` of configurations that may declare it -> the keys that are understood there; None where those of
     any method are."""
-    keys_by_name: ClassVar[frozenset[str]] = frozenset()
-    """Keys of a ``quantization_config`` that tell modules apart by their names."""
+    name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = ()
+    """Functions that say what a ``quantization_config`` tells of a module by its name, where it tells this format's
+    modules apart by their names: modules stored alike of which it tells the same are of one format."""
 
     @property
     @abstractmethod

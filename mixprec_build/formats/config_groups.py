@@ -5,24 +5,26 @@ As compressed-tensors 0.20.0 reads it, ``quantization/quant_config.py`` and ``ut
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..patterns.budget import Patience
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from .base import FormatError
 from .keys import check
+from .names import name_forms
 
 if TYPE_CHECKING:
-    import re
-
     from ..storage.module import StoredModule
     from .quantization import Quantization
 
-__all__ = ["KEYS_BY_NAME", "METHODS", "Scheme", "scheme_of"]
+__all__ = ["METHODS", "Scheme", "first_fitting", "groups_of", "scheme_of"]
+
+T = TypeVar("T")
 
 
 _METHOD = "compressed-tensors"
@@ -30,8 +32,11 @@ METHODS: Mapping[str, frozenset[str]] = {
     _METHOD: frozenset({"config_groups", "format", "global_compression_ratio", "sparsity_config"})
 }
 """``quant_method``, and the keys of its configuration that are understood."""
-KEYS_BY_NAME = frozenset({"config_groups"})
-"""What tells modules apart by their names."""
+_CLASSES = ("Linear",)
+"""Classes of linears, as targets name them."""
+_ENGINE_CLASS = re.compile(r"\w*(MoE|Experts)\w*")
+"""A class of an engine's that holds all experts of a layer; compressed-tensors knows none."""
+_EXPERT = re.compile(r".+\.experts\.\d+\..+")
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 _ARGUMENTS = {
     "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder", "observer",
@@ -132,54 +137,89 @@ def _activations(at: str, data: object) -> str:
 
 
 class _Groups:
-    """The config groups of one configuration, by what their targets match."""
+    """The config groups of one configuration, by what their targets match.
+
+    Groups are tried by the order of their targets: exact names, then regular expressions in alphabetical order, then
+    classes; of groups with the same target the last one first (``lifecycle/apply.py``, ``apply_quantization_config``).
+    compressed-tensors takes the first. Files that were put together from several checkpoints hold modules of another
+    one, so that those that follow are kept.
+    """
 
     def __init__(self, quantization: Mapping[str, object]):
         self._quantization, self._patience = quantization, Patience()
         groups, ignore = quantization.get("config_groups"), quantization.get("ignore") or []
         if not isinstance(groups, Mapping) or not groups or len(groups) > _MAX_GROUPS:
             raise FormatError(f"config_groups {brief(groups)} are not 1 to {_MAX_GROUPS} named groups")
-        self._ignored, self._unread = self._targets(ignore, "ignore")
-        self._groups = []
-        for name, data in groups.items():
+        self._data = {str(name): data for name, data in groups.items()}
+        words = self._words(ignore, "ignore")
+        self._ignored = frozenset(word for word in words if not word.startswith("re:"))
+        self._ignored_regexes = [word for word in words if word.startswith("re:")]
+        by_target: dict[str, list[str]] = {}
+        for name, data in reversed(self._data.items()):
             targets = data.get("targets") if isinstance(data, Mapping) else None
-            self._groups.append((str(name), data, *self._targets(targets, f"config group {name!r:.100}")))
-        self._schemes: dict[str, Scheme] = {}
+            for target in dict.fromkeys(self._words(targets, f"config group {name!r:.100}")):
+                by_target.setdefault(target, []).append(name)
+        self._by_name = {target: names for target, names in by_target.items() if not target.startswith("re:")}
+        self._by_regex = sorted((target, names) for target, names in by_target.items() if target.startswith("re:"))
+        engine = [names for target, names in self._by_name.items() if _ENGINE_CLASS.fullmatch(target)]
+        self._by_class = [name for word in _CLASSES for name in self._by_name.get(word, ())]
+        self._by_engine_class = [name for names in engine for name in names]
+        self._other_forms = any("language_model" in word for word in (*by_target, *words))
+        self._schemes: dict[str, Scheme | FormatError] = {}
 
     @staticmethod
-    def _targets(words: object, at: str) -> tuple[frozenset[str], list[str]]:
-        """Names (of modules or of classes), and regular expressions."""
+    def _words(words: object, at: str) -> list[str]:
+        """Names of modules or of classes, and regular expressions, which begin with ``re:``."""
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise FormatError(f"{at}: targets {brief(words)} are not a list of names")
-        regexes = [word for word in words if word.startswith("re:")]
-        if len(words) > _MAX_TARGETS or len(regexes) > _MAX_REGEXES:
+        if len(words) > _MAX_TARGETS or sum(word.startswith("re:") for word in words) > _MAX_REGEXES:
             raise FormatError(f"{at} holds more than {_MAX_TARGETS} names or {_MAX_REGEXES} regular expressions")
-        return frozenset(words) - frozenset(regexes), regexes
+        return words
 
-    def find(self, module: str) -> Scheme:
-        """The scheme of a linear.
+    def find(self, module: str) -> tuple[str, ...]:
+        """The names of the groups that a linear may be of, the first one that compressed-tensors takes.
 
         Raises:
             FormatError: it is ignored, or no group's; or the configuration is nonsense.
         """
+        forms = name_forms(module) if self._other_forms or "language_model" in module else (module,)
         try:
             with self._patience:
-                if module in self._ignored or self._matches(self._unread, module):
+                if any(form in self._ignored or self._matches(self._ignored_regexes, form) for form in forms):
                     raise FormatError("stored quantized, although `ignore` of quantization_config covers it")
-                # A name goes before a regular expression, and that before a class.
-                name, data = next(self._candidates(module), (None, None))
+                found = tuple(dict.fromkeys(self._candidates(module, forms)))
         except PatternError as error:
             raise FormatError(f"quantization_config {error}") from error
-        if name is None:
+        if not found:
             raise FormatError("stored quantized, but the targets of no config group cover it")
-        if name not in self._schemes:
-            self._schemes[name] = Scheme.from_json(name, data, self._quantization.get("format"))
-        return self._schemes[name]
+        return found
 
-    def _candidates(self, module: str) -> Iterator[tuple[str, object]]:
-        yield from ((name, data) for name, data, names, _ in self._groups if module in names)
-        yield from ((name, data) for name, data, _, regexes in self._groups if self._matches(regexes, module))
-        yield from ((name, data) for name, data, names, _ in self._groups if "Linear" in names)
+    def scheme(self, group: str) -> Scheme:
+        """How a group stores its modules. Raises :class:`FormatError` for nonsense and for what nothing here reads."""
+        if group not in self._schemes:
+            try:
+                self._schemes[group] = Scheme.from_json(group, self._data[group], self._quantization.get("format"))
+            except FormatError as error:
+                self._schemes[group] = error.with_traceback(None)
+        found = self._schemes[group]
+        if isinstance(found, FormatError):
+            raise FormatError(str(found))
+        return found
+
+    def _candidates(self, module: str, forms: Iterable[str]) -> Iterator[str]:
+        for form in forms:
+            named = [*self._by_name.get(form, ()), *self._named_by_regex(form)]
+            if named:
+                yield from named
+                break
+        yield from self._by_class
+        if _EXPERT.fullmatch(module):
+            yield from self._by_engine_class
+
+    def _named_by_regex(self, module: str) -> Iterator[str]:
+        for target, names in self._by_regex:
+            if self._matches([target], module):
+                yield from names
 
     @staticmethod
     def _matches(regexes: Sequence[str], module: str) -> bool:
@@ -187,13 +227,44 @@ class _Groups:
         return any(pattern.match(module) for pattern in patterns)
 
 
+def first_fitting(module: StoredModule, quantization: Quantization, read: Callable[[Scheme | None], T]) -> T:
+    """What ``read`` makes of the first scheme that compressed-tensors' configuration may mean for a quantized linear
+    and that the module's tensors agree with; of None for another method's configuration, and for one without groups.
+
+    Raises:
+        FormatError: it says that the linear is not quantized, or nonsense; or no scheme fits, with what is wrong with
+            the first.
+    """
+    if quantization.get("quant_method") != _METHOD or quantization.get("config_groups") is None:
+        return read(None)
+    groups = quantization.derive(_Groups)
+    first: FormatError | None = None
+    for group in groups.find(module.name):
+        try:
+            return read(groups.scheme(group))
+        except FormatError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
 def scheme_of(module: StoredModule, quantization: Quantization) -> Scheme | None:
-    """What compressed-tensors' configuration says of a quantized linear; None for another method's configuration, and
-    for one without groups.
+    """The scheme that compressed-tensors takes for a quantized linear; None as in :func:`first_fitting`.
 
     Raises:
         FormatError: it says that the linear is not quantized, or nonsense.
     """
     if quantization.get("quant_method") != _METHOD or quantization.get("config_groups") is None:
         return None
-    return quantization.derive(_Groups).find(module.name)
+    groups = quantization.derive(_Groups)
+    return groups.scheme(groups.find(module.name)[0])
+
+
+def groups_of(name: str, quantization: Quantization) -> Hashable:
+    """What compressed-tensors' configuration tells of a module by its name; None for another method's."""
+    if quantization.get("quant_method") != _METHOD or quantization.get("config_groups") is None:
+        return None
+    try:
+        return quantization.derive(_Groups).find(name)
+    except FormatError as error:
+        return str(error)

@@ -21,6 +21,8 @@ __all__ = ["Dense"]
 _KINDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _OTHER = {"F64": 64, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 """The dtypes of buffers, with their bits."""
+_SCALE = "scale"
+"""A parameter of that name; beside a weight it would be part of a format that is not this one."""
 _GEMM = "dense GEMM, Triton for experts"
 
 
@@ -35,7 +37,7 @@ class Dense(Format):
         "fp32": Kind(32, kernels="cast to the model's dtype when loaded", least=75),
         **{dtype.lower(): Kind(bits, words=None) for dtype, bits in _OTHER.items()},
     }
-    leaves: ClassVar[frozenset[str]] = frozenset({"", "weight", "bias"})
+    leaves: ClassVar[frozenset[str]] = frozenset({"", "weight", "bias", "scale"})
 
     dtype: str
 
@@ -54,7 +56,7 @@ class Dense(Format):
     @classmethod
     def recognise(cls, module: StoredModule, quantization: Quantization) -> Dense | None:
         leaves = module.tensors.keys()
-        if not leaves <= cls.leaves or {"", "weight"} <= leaves:
+        if not leaves <= cls.leaves or {"", "weight"} <= leaves or (_SCALE in leaves and len(leaves) > 1):
             return None
         leaf = _leaf(leaves)
         dtype = module.tensors[leaf].dtype
@@ -93,4 +95,4 @@ class Dense(Format):
 
 def _leaf(leaves: Collection[str]) -> str:
     """The tensor that makes the module what it is."""
-    return "weight" if "weight" in leaves else "" if "" in leaves else "bias"
+    return next(leaf for leaf in ("weight", "", "bias", _SCALE) if leaf in leaves)

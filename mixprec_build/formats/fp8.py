@@ -83,9 +83,9 @@ class Fp8(Scaled):
             return len({float(s.reshape(-1)[0]) for s in scales if s is not None}) > 1
 
         limits = []
-        if differ("weight_scale"):
+        if differ(self.scale_leaf):
             limits.append("gate and up have different per-tensor scales, and SGLang would requantize them at load")
-        if differ("input_scale"):
+        if differ(self.input_leaf):
             limits.append("gate and up have different input scales, and SGLang would take one of them for both")
         return limits
 

@@ -20,7 +20,7 @@ tensor       dtype   shape            holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..patterns.budget import Patience
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
+from . import auto_round
 from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, only_leaves, shape_text
 from .grouped import Grouped, marlin_kind
 from .keys import check
@@ -61,6 +62,16 @@ _OVERRIDABLE = {"bits", "group_size", "sym", "desc_act", "checkpoint_format", "f
              "hyb_act"}  # fmt: skip
 
 
+def _override_of(name: str, quantization: Quantization) -> Hashable:
+    """The entry of ``dynamic`` for a module; None for configurations of other methods."""
+    if quantization.get("quant_method", "gptq") != "gptq":
+        return None
+    try:
+        return quantization.derive(Dynamic).find(name)
+    except FormatError as error:
+        return str(error)
+
+
 @dataclass(frozen=True, slots=True)
 class Gptq(Grouped):
     """The kinds ``gptq_int4`` and ``gptq_int8``."""
@@ -68,8 +79,8 @@ class Gptq(Grouped):
     name: ClassVar[str] = "GPTQ"
     kinds: ClassVar[Mapping[str, Kind]] = {f"gptq_int{bits}": marlin_kind(bits) for bits in (4, 8)}
     leaves: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
-    methods: ClassVar[Mapping[str, Set[str] | None]] = {"gptq": _KEYS}
-    keys_by_name: ClassVar[frozenset[str]] = frozenset({"dynamic"})
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {"gptq": _KEYS, auto_round.METHOD: auto_round.KEYS}
+    name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (_override_of, auto_round.entry_of)
     values_leaf: ClassVar[str] = "qweight"
     order: ClassVar[str] = "g_idx"
 
@@ -96,6 +107,13 @@ class Gptq(Grouped):
         method = quantization.get("quant_method", "gptq")
         if method == "awq":
             return None
+        if method == auto_round.METHOD:
+            settings = auto_round.settings_for(module, quantization, awq=False)
+            if settings is None:
+                return None
+            found = _settings(settings)
+            found.check(module)
+            return found
         if method != "gptq":
             raise FormatError(
                 f"{shape_text('qweight', module)} of quant_method {brief(method)} is not read, only of gptq"
@@ -274,24 +292,28 @@ class Dynamic:
         dynamic = self._quantization.get("dynamic")
         if not isinstance(dynamic, dict):
             return self._quantization
-        try:
-            override = self._find(dynamic, module)
-        except PatternError as error:
-            raise FormatError(f"`dynamic` {error}") from error
-        if override is None:
+        pattern = self.find(module)
+        if pattern is None:
             return self._quantization
+        override = dynamic[pattern]
         check("`dynamic`", override, _OVERRIDABLE)
         return {**self._quantization, **override}
 
-    def _find(self, dynamic: Mapping[str, object], module: str) -> Mapping[str, object] | None:
-        """What the first regex that matches overrides."""
-        if len(dynamic) > _MAX_OVERRIDES:
-            raise PatternError(f"holds more than {_MAX_OVERRIDES} regular expressions")
-        with self._patience:
-            for pattern, override in dynamic.items():
-                # `-:` stands for modules left unquantized, which are recognised by their tensors.
-                if not isinstance(override, dict) or pattern.startswith("-:"):
-                    continue
-                if plain_regex(pattern, pattern.removeprefix("+:")).match(module):
-                    return override
+    def find(self, module: str) -> str | None:
+        """The first regex that matches a module; None where none does. Raises :class:`FormatError` as above."""
+        dynamic = self._quantization.get("dynamic")
+        if not isinstance(dynamic, dict):
+            return None
+        try:
+            if len(dynamic) > _MAX_OVERRIDES:
+                raise PatternError(f"holds more than {_MAX_OVERRIDES} regular expressions")
+            with self._patience:
+                for pattern, override in dynamic.items():
+                    # `-:` stands for modules left unquantized, which are recognised by their tensors.
+                    if not isinstance(override, dict) or pattern.startswith("-:"):
+                        continue
+                    if plain_regex(pattern, pattern.removeprefix("+:")).match(module):
+                        return str(pattern)
+        except PatternError as error:
+            raise FormatError(f"`dynamic` {error}") from error
         return None

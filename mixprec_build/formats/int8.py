@@ -17,6 +17,7 @@ from .scaled import Scaled
 
 if TYPE_CHECKING:
     from ..storage.module import StoredModule
+    from .quantization import Quantization
 
 __all__ = ["Int8"]
 
@@ -40,6 +41,14 @@ class Int8(Scaled):
     methods: ClassVar[Mapping[str, Set[str] | None]] = {"w8a8_int8": None, "blockwise_int8": None, **METHODS}
     dtype: ClassVar[str] = "I8"
     word: ClassVar[str] = "int8"
+
+    @classmethod
+    def _reads(cls, module: StoredModule, leaf: str, quantization: Quantization) -> bool:
+        # W4AFP8 has two 4-bit values in each byte, and scales for each output.
+        rows, scales = module.tensors["weight"].shape[0], module.tensors[leaf].shape
+        of_rows = leaf != "weight_scale" and len(scales) == 2 and scales[0] == rows > 1
+        declared = quantization.get("weight_block_size") is not None
+        return super(Int8, cls)._reads(module, leaf, quantization) and (declared or not of_rows)
 
     @property
     def folds(self) -> bool:

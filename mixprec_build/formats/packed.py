@@ -23,13 +23,13 @@ layout: compressed-tensors 0.20.0, ``compressors/pack_quantized/base.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, FormatError, Kind, Reader, check_tensor, last_word, only_leaves, shape_text
-from .config_groups import KEYS_BY_NAME, METHODS, Scheme, scheme_of
+from .config_groups import METHODS, Scheme, first_fitting, groups_of
 from .grouped import Grouped, marlin_kind
 from .marlin import FLOATS, expert_shape_limits, unpack
 
@@ -56,7 +56,7 @@ class Packed(Grouped):
         {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "bias"}
     )
     methods: ClassVar[Mapping[str, Set[str] | None]] = METHODS
-    keys_by_name: ClassVar[frozenset[str]] = KEYS_BY_NAME
+    name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
     values_leaf: ClassVar[str] = "weight_packed"
     order: ClassVar[str] = "weight_g_idx"
 
@@ -78,15 +78,21 @@ class Packed(Grouped):
     def recognise(cls, module: StoredModule, quantization: Quantization) -> Packed | None:
         if module.tensors.get("weight_packed") is None or module.tensors["weight_packed"].dtype != "I32":
             return None
-        scheme = scheme_of(module, quantization)
+        return first_fitting(module, quantization, lambda scheme: cls._of(module, scheme))
+
+    @classmethod
+    def _of(cls, module: StoredModule, scheme: Scheme | None) -> Packed:
         if scheme is None:
             raise FormatError("weight_packed, but quantization_config has no config_groups that say how")
-        if scheme.format != "pack-quantized" or scheme.type != "int" or scheme.activations != "none":
-            with_ = "" if scheme.activations == "none" else f" with {scheme.activations} activations"
+        stored = shape_text("weight_packed", module)
+        if scheme.format == "pack-quantized" and scheme.activations != "none":
             raise FormatError(
-                f"{shape_text('weight_packed', module)} of {scheme.described}{with_} is not read, only pack-quantized "
-                "Int4 and Int8 with unquantized activations"
+                f"stored as W{scheme.bits}A8 ({stored} of {scheme.described}): its {scheme.bits}-bit weights are meant "
+                "for activations of 8 bits, which SGLang has no CUDA kernel for with these weights; take this module "
+                "from a checkpoint in Int4 with unquantized activations, in FP8 or in BF16"
             )
+        if scheme.format != "pack-quantized" or scheme.type != "int":
+            raise FormatError(f"{stored} of {scheme.described} is not read, only pack-quantized Int4 and Int8")
         found = _packed(scheme.bits, scheme, FormatError)
         found.check(module)
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,8 +30,8 @@ __all__ = [
     "kinds",
     "kinds_of_word",
     "leaves",
-    "names_matter",
     "recognise",
+    "told_by_name",
     "with_format",
 ]
 
@@ -61,7 +61,7 @@ class _Table:
     words: Mapping[str, frozenset[str]]
     """A word for a format in a recipe -> the kinds that it may stand for."""
     leaves: frozenset[str]
-    keys_by_name: frozenset[str]
+    name_keys: tuple[Callable[[str, Quantization], Hashable], ...]
     keys: Mapping[str, frozenset[str]]
     """``quant_method`` -> the keys of its configuration that are understood."""
     keys_of_any: frozenset[str]
@@ -83,7 +83,7 @@ def _table(formats: tuple[type[Format], ...]) -> _Table:
         {name: fmt for fmt in formats for name in fmt.kinds},
         {word: frozenset(names) for word, names in words.items()},
         frozenset(unread.LEAVES.union(*(fmt.leaves for fmt in formats)) - {""}),
-        frozenset().union(*(fmt.keys_by_name for fmt in formats)),
+        tuple(dict.fromkeys(key for fmt in formats for key in fmt.name_keys)),
         {method: frozenset(understood or of_any) for method, understood in keys.items()},
         of_any,
     )
@@ -110,10 +110,10 @@ def recognise(module: StoredModule, quantization: Mapping[str, object]) -> Forma
     unread.refuse_unknown(module)
 
 
-def names_matter(quantization: Mapping[str, object]) -> bool:
-    """Whether a configuration tells modules apart by their names, so that tensors alone do not tell their format."""
-    by_key = not _table(FORMATS).keys_by_name.isdisjoint(quantization)
-    return by_key or quantization.get("quant_method") in unread.METHODS_BY_NAME
+def told_by_name(name: str, quantization: Quantization) -> Hashable:
+    """What a configuration tells of a module by its name: modules stored alike of which it tells the same are of one
+    format."""
+    return tuple([key(name, quantization) for key in _table(FORMATS).name_keys])
 
 
 def format_from_json(data: Mapping[str, Any]) -> Format:

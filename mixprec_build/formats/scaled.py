@@ -8,20 +8,21 @@ channel      ``weight_scale``      ``[N, 1]`` (or ``[N]``)
 tensor       ``weight_scale``      ``[]``, ``[1]`` or ``[1, 1]``
 ===========  ====================  ==========================================
 
-compressed-tensors calls the scales of blocks ``weight_scale``, too. Static activations add ``input_scale`` (one
-value); dynamic ones have none, nor have those that stay unquantized. The layouts are those of DeepSeek-V3's
-``inference/fp8_cast_bf16.py`` (block) and of compressed-tensors (the others).
+Other tools call them otherwise: compressed-tensors the scales of blocks ``weight_scale``, DeepSeek-V4 ``scale``,
+Mistral that of a tensor ``weight_scale_inv``. Static activations add ``input_scale`` (one value; Mistral calls it
+``activation_scale``); dynamic ones have none, nor have those that stay unquantized. The layouts
+are those of DeepSeek-V3's ``inference/fp8_cast_bf16.py`` (block) and of compressed-tensors (the others).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, Format, FormatError, check_tensor, last_word, only_leaves, shape_text
-from .config_groups import KEYS_BY_NAME, Scheme, scheme_of
+from .config_groups import Scheme, first_fitting, groups_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,14 +36,20 @@ __all__ = ["Scaled"]
 
 
 _SCALE_DTYPES = ("F32", "BF16", "F16")
+_SCALES = ("weight_scale", "weight_scale_inv", "scale")
+"""What scales are called."""
+_INPUTS = ("input_scale", "activation_scale")
+"""What scales of static activations are called."""
+_USUAL_BLOCK = (128, 128)
+"""Of configurations that do not say how large blocks are: FP8 modules in files of several tools, W4AFP8, ModelOpt's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scaled(Format):
     """``weight [N, K]`` of 8 bits a value. ``block`` is ``(block_n, block_k)`` for blocks and None otherwise."""
 
-    leaves: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale", "weight_scale_inv", "input_scale", "bias"})
-    keys_by_name: ClassVar[frozenset[str]] = KEYS_BY_NAME
+    leaves: ClassVar[frozenset[str]] = frozenset({"weight", *_SCALES, *_INPUTS, "bias"})
+    name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
     dtype: ClassVar[str]
     """The weight's safetensors dtype."""
     word: ClassVar[str]
@@ -57,6 +64,8 @@ class Scaled(Format):
     """What the scales are called, where it is not what they are usually called."""
     scale_fmt: str = ""
     """``ue8m0`` where activations are to be quantized with powers of two as scales, of blocks."""
+    input: str = ""
+    """What the scale of static activations is called, where it is not ``input_scale``."""
 
     @property
     def kind(self) -> str:
@@ -67,8 +76,12 @@ class Scaled(Format):
         return self.scale or ("weight_scale_inv" if self.granularity == "block" else "weight_scale")
 
     @property
+    def input_leaf(self) -> str:
+        return self.input or "input_scale"
+
+    @property
     def fuses_as(self) -> object:
-        return replace(self, scale="") if self.scale else self  # one kernel, whatever the name
+        return replace(self, scale="", input="") if self.scale or self.input else self  # one kernel, whatever the names
 
     @classmethod
     def recognise(cls, module: StoredModule, quantization: Quantization) -> Self | None:
@@ -79,26 +92,51 @@ class Scaled(Format):
             raise FormatError(
                 f"{shape_text('weight', module)}: only two-dimensional {cls.word.upper()} weights are read"
             )
-        leaves = module.tensors.keys() & {"weight_scale", "weight_scale_inv"}
+        leaves = module.tensors.keys() & set(_SCALES)
         if len(leaves) != 1:
-            raise FormatError(f"{shape_text('weight', module)} needs one of weight_scale and weight_scale_inv")
-        scheme = scheme_of(module, quantization)
+            raise FormatError(
+                f"{shape_text('weight', module)} needs one of {', '.join(_SCALES[:-1])} and {_SCALES[-1]}"
+            )
+        (leaf,) = leaves
+        if not cls._reads(module, leaf, quantization):
+            return None
+        read: Callable[[Scheme | None], Self] = lambda scheme: cls._of(module, leaf, quantization, scheme)  # noqa: E731
+        return first_fitting(module, quantization, read)
+
+    @classmethod
+    def _reads(cls, module: StoredModule, leaf: str, quantization: Quantization) -> bool:
+        """Whether the scales are of this format, and not of another one with such weights."""
+        return module.tensors[leaf].dtype in _SCALE_DTYPES
+
+    @classmethod
+    def _of(cls, module: StoredModule, leaf: str, quantization: Quantization, scheme: Scheme | None) -> Self:
+        """The format of a module whose scales are called ``leaf``."""
+        shape, (n, k) = module.tensors[leaf].shape, module.tensors["weight"].shape
+        input_ = "activation_scale" if "activation_scale" in module.tensors else ""
         activations = _activations(module, quantization, scheme)
-        scale = module.tensors["weight_scale"].shape if "weight_scale" in leaves else None
-        if scale is None:
-            powers = quantization.get("scale_fmt") == "ue8m0"
-            found = cls("block", activations, _block_size(quantization), scale_fmt="ue8m0" if powers else "")
-        elif scale in ((), (1,), (1, 1)) and (scheme is None or scheme.strategy == "tensor"):
-            found = cls("tensor", activations)
-        elif scheme is not None and scheme.strategy == "block":
-            found = cls("block", activations, _block_size({"weight_block_size": scheme.block}), "weight_scale")
-        elif scale[1:] in ((), (1,)):
-            found = cls("channel", activations)
+        strategy = None if scheme is None else scheme.strategy
+        declared = quantization.get("weight_block_size") if scheme is None else scheme.block
+        of_blocks = leaf != "weight_scale"  # by their name
+        block: tuple[int, int] | None = None
+        if shape in ((), (1,), (1, 1)) and strategy in (None, "tensor") and not (
+            of_blocks and (declared is not None or shape == (1, 1))
+        ):  # fmt: skip
+            granularity = "tensor"
+        elif strategy == "block" or (scheme is None and (of_blocks or shape == _grid((n, k), declared))):
+            granularity = "block"
+            block = _block_size({"weight_block_size": declared}) if declared is not None else _usual_block(module, leaf)
+        elif shape[1:] in ((), (1,)) and not of_blocks:
+            granularity = "channel"
+        elif scheme is not None:
+            raise FormatError(f"{shape_text(leaf, module)} are no scales as declared by {scheme.described}")
         else:
             raise FormatError(
-                f"{shape_text('weight_scale', module)}: scales of blocks, but no config group of quantization_config "
+                f"{shape_text(leaf, module)}: scales of blocks, but no config group of quantization_config "
                 "says how large the blocks are"
             )
+        usual = "weight_scale_inv" if block else "weight_scale"
+        powers = "ue8m0" if block and quantization.get("scale_fmt") == "ue8m0" else ""
+        found = cls(granularity, activations, block, "" if leaf == usual else leaf, powers, input_)
         if scheme is not None:
             found._agree(scheme)
         found.check(module)
@@ -114,27 +152,31 @@ class Scaled(Format):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         granularity, activations = data["kind"].removeprefix(f"{cls.word}_"), data["activations"]
-        scale, scale_fmt = data.get("scale", ""), data.get("scale_fmt", "")
+        scale, scale_fmt, input_ = data.get("scale", ""), data.get("scale_fmt", ""), data.get("input", "")
         try:
             block = _block_size({"weight_block_size": data["block"]}) if granularity == "block" else None
         except FormatError as error:
             raise ValueError(str(error)) from error
         if activations not in ("static", "dynamic", "none"):
             raise ValueError(f"activations {brief(activations)} are neither static nor dynamic nor none")
-        if scale not in ("", "weight_scale"):
+        if scale not in ("", *_SCALES):
             raise ValueError(f"scale {brief(scale)} is no name of scales")
+        if input_ not in ("", *_INPUTS):
+            raise ValueError(f"input {brief(input_)} is no name of a scale of activations")
         if scale_fmt not in ("", "ue8m0"):
             raise ValueError(f"scale_fmt {brief(scale_fmt)} is not ue8m0")
-        return cls(granularity, activations, block, scale if block else "", scale_fmt if block else "")
+        return cls(granularity, activations, block, scale, scale_fmt if block else "", input_)
 
     def to_json(self) -> dict[str, object]:
         block = {"block": list(self.block)} if self.block else {}
         scale = {"scale": self.scale} if self.scale else {}
         powers = {"scale_fmt": self.scale_fmt} if self.scale_fmt else {}
-        return {"kind": self.kind, **block, "activations": self.activations, **scale, **powers}
+        input_ = {"input": self.input} if self.input else {}
+        return {"kind": self.kind, **block, "activations": self.activations, **scale, **powers, **input_}
 
     def check(self, module: StoredModule) -> None:
-        only_leaves(module, {"weight", self.scale_leaf, "input_scale", "bias"}, self.kind)
+        input_ = self.input_leaf
+        only_leaves(module, {"weight", self.scale_leaf, input_, "bias"}, self.kind)
         if not {"weight", self.scale_leaf} <= module.tensors.keys() or len(self.shape(module)) != 2:
             raise FormatError(f"{self.kind} needs weight with two dimensions, and {self.scale_leaf}")
         n, k = self.shape(module)
@@ -148,11 +190,11 @@ class Scaled(Format):
             check_tensor(module, self.scale_leaf, _SCALE_DTYPES, (n, *scale[1:]), f"for weight {[n, k]}")
         else:
             check_tensor(module, self.scale_leaf, _SCALE_DTYPES, scale, "")
-        if ("input_scale" in module.tensors) != (self.activations == "static"):
-            have = "has an" if "input_scale" in module.tensors else "has no"
-            raise FormatError(f"{have} input_scale although its activations are declared {self.activations}")
-        if "input_scale" in module.tensors and module.tensors["input_scale"].shape not in ((), (1,)):
-            raise FormatError(f"{shape_text('input_scale', module)}: one value was expected")
+        if (input_ in module.tensors) != (self.activations == "static"):
+            have = "has an" if input_ in module.tensors else "has no"
+            raise FormatError(f"{have} {input_} although its activations are declared {self.activations}")
+        if input_ in module.tensors and module.tensors[input_].shape not in ((), (1,)):
+            raise FormatError(f"{shape_text(input_, module)}: one value was expected")
         if "bias" in module.tensors:
             check_tensor(module, "bias", _SCALE_DTYPES, (n,), f"for weight {[n, k]}")
 
@@ -171,7 +213,9 @@ class Scaled(Format):
         return self.block or (16, 16)  # CUTLASS and Triton load 16 bytes at once
 
     def held_as(self, leaf: str) -> str:
-        return "weight_scale_inv" if leaf == self.scale else leaf
+        if leaf == self.scale:
+            return "weight_scale_inv" if self.granularity == "block" else "weight_scale"
+        return "input_scale" if leaf == self.input else leaf
 
     def filler(self, leaf: str) -> int:
         return int(leaf == self.scale_leaf)
@@ -194,8 +238,8 @@ class Scaled(Format):
                     limits.append(
                         f"{last_word(part)} has {n} outputs, no multiple of its block {block_n}, and is fused"
                     )
-            elif self.granularity == "tensor" and len(part.tensors["weight_scale"].shape) > 1:
-                limits.append(f"{shape_text('weight_scale', part)} has two dimensions, SGLang loads [] or [1]")
+            elif self.granularity == "tensor" and len(part.tensors[self.scale_leaf].shape) > 1:
+                limits.append(f"{shape_text(self.scale_leaf, part)} has two dimensions, SGLang loads [] or [1]")
             limits += self._scale_limits(part)
         return limits
 
@@ -212,8 +256,8 @@ class Scaled(Format):
         return limits
 
     def _scale_limits(self, part: StoredModule) -> list[str]:
-        if self.granularity == "channel" and len(part.tensors["weight_scale"].shape) == 1:
-            return [f"{shape_text('weight_scale', part)} has one dimension, SGLang loads [N, 1]"]
+        if self.granularity == "channel" and len(part.tensors[self.scale_leaf].shape) == 1:
+            return [f"{shape_text(self.scale_leaf, part)} has one dimension, SGLang loads [N, 1]"]
         if self.activations == "none":
             return self._weight_only_limits(part)
         if self.granularity != "tensor" and self.activations == "static":
@@ -238,10 +282,27 @@ class Scaled(Format):
         return weight
 
 
+def _grid(weight: tuple[int, ...], declared: object) -> tuple[int, ...] | None:
+    """How many blocks a weight has along each dimension; None for sizes of blocks that are nonsense."""
+    try:
+        block = _USUAL_BLOCK if declared is None else _block_size({"weight_block_size": declared})
+    except FormatError:
+        return None
+    return tuple(-(-size // per) for size, per in zip(weight, block, strict=True))
+
+
+def _usual_block(module: StoredModule, leaf: str) -> tuple[int, int]:
+    """The size of the blocks that nearly all producers use, where the scales are as many as it takes."""
+    if module.tensors[leaf].shape != _grid(module.tensors["weight"].shape, None):
+        raise FormatError(
+            f"{shape_text(leaf, module)}, but quantization_config has no weight_block_size, and they are no scales of "
+            f"{shape_text('weight', module)} in blocks of {list(_USUAL_BLOCK)}"
+        )
+    return _USUAL_BLOCK
+
+
 def _block_size(quantization: Mapping[str, object]) -> tuple[int, int]:
     block = quantization.get("weight_block_size")
-    if block is None:
-        raise FormatError("weight_scale_inv, but quantization_config has no weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
         raise FormatError(f"weight_block_size {brief(block)} is no pair of positive numbers")
     return block[0], block[1]
@@ -252,8 +313,8 @@ _WORDS = {"none": "unquantized", "dynamic": "dynamic", "static": "static"}
 
 def _activations(module: StoredModule, quantization: Quantization, scheme: Scheme | None) -> str:
     """What the tensors say, once the configuration agrees."""
-    have = "an" if "input_scale" in module.tensors else "no"
-    stored = "static" if "input_scale" in module.tensors else "dynamic"
+    static = not module.tensors.keys().isdisjoint(_INPUTS)
+    have, stored = ("an", "static") if static else ("no", "dynamic")
     if scheme is not None:
         if (scheme.activations == "static") != (stored == "static"):
             raise FormatError(

@@ -12,10 +12,11 @@ from .base import FormatError, shape_text
 from .keys import rotates
 
 if TYPE_CHECKING:
+    from ..storage.header import TensorInfo
     from ..storage.module import StoredModule
     from .quantization import Quantization
 
-__all__ = ["LEAVES", "METHODS_BY_NAME", "UNREAD", "refuse_first", "refuse_unknown"]
+__all__ = ["LEAVES", "UNREAD", "refuse_first", "refuse_unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,21 @@ _FLOATS = (
     ": it has no code for packed 4-bit floats and their two levels of scales, nor for SGLang's methods that run them; "
     "take this module from a BF16, FP8, Int8 or Int4 checkpoint"
 )
+_EXPONENTS = (
+    ": it has no code for scales that are exponents (E8M0), nor for SGLang's methods that run them; take this module "
+    "from a BF16 checkpoint, or one in FP8 with scales in F32 or BF16"
+)
+_W4AFP8 = (
+    ": its 4-bit weights are meant for FP8 activations, and mixprec has no code for SGLang's method that runs them; "
+    "take this module from a BF16, FP8, Int8 or Int4 checkpoint"
+)
+_SIGNED = (
+    ": its 4-bit integers are signed, which SGLang has no kernel for and AutoAWQ's kernels would read as other "
+    "numbers; take this module from another source, as of AutoAWQ, GPTQ or AutoRound"
+)
 _SOME_FLOATS = "a 4-bit float format (NVFP4, MXFP4)"
+
+_SCALES = ("weight_scale", "weight_scale_inv", "scale")
 
 UNREAD = (
     Unread("NVFP4", {"weight_packed": "U8", "weight_scale": "F8_E4M3"}, _FLOATS),
@@ -41,15 +56,17 @@ UNREAD = (
     Unread("MXFP4", {"weight": "U8", "weight_scale": "F8_E8M0"}, _FLOATS),
     Unread(_SOME_FLOATS, {"weight": "U8"}, _FLOATS),
     Unread(_SOME_FLOATS, {"weight_packed": "U8"}, _FLOATS),
+    Unread("MXFP4", {"weight": "I8", "scale": "F8_E8M0"}, _FLOATS),
     Unread("FP8 E5M2", {"weight": "F8_E5M2"}),
+    *(Unread("MXFP8", {"weight": "F8_E4M3", leaf: "U8"}, _EXPONENTS) for leaf in _SCALES),
+    *(Unread("FP8 with E8M0 scales", {"weight": "F8_E4M3", leaf: "F8_E8M0"}, _EXPONENTS) for leaf in _SCALES),
+    *(Unread("W4AFP8", {"weight": "I8", "weight_scale_inv": dtype}, _W4AFP8) for dtype in ("BF16", "F16", "F32")),
+    Unread("Quark's Int4", {"weight": "I32"}, _SIGNED),
 )
 """The first that fits is the one."""
 
 LEAVES = frozenset({"weight_scale_2", "weight_global_scale", "input_global_scale", "input_zero_point", "SCB"})
 """The last words of names of tensors that only such formats have."""
-
-METHODS_BY_NAME = frozenset({"mxfp4"})
-"""``quant_method`` of those whose modules are told apart by their names."""
 
 
 _INDEX = re.compile(r"(.+\.)?(\w*position_ids|\w*_ids|num_batches_tracked|\w*token_map|tid2eid|d2t|t2d)")
@@ -68,8 +85,22 @@ def refuse_first(module: StoredModule, quantization: Quantization, methods: Set[
             f"quantization_config has `{key}`: these weights are stored rotated, and neither mixprec nor SGLang "
             "rotates what they multiply; take these modules from another source"
         )
+    if (tensor := module.tensors.get("")) is not None and _is_of_fused_experts(module.name, tensor):
+        raise FormatError(
+            f"{shape_text('', module)} is of FP8 experts of which a layer has all in one tensor, which this version of "
+            "mixprec does not read; take them from a checkpoint with a module for each expert"
+        )
+    if quantization.get("pack_method") is not None and "qweight" in module.tensors:
+        raise FormatError(
+            _refusal(Unread("Quark's AWQ", {}, _SIGNED), f"{shape_text('qweight', module)}, `pack_method`")
+        )
     if (foreign := _foreign(module, quantization, methods)) is not None:
         raise FormatError(foreign)
+
+
+def _is_of_fused_experts(name: str, tensor: TensorInfo) -> bool:
+    """Whether a bare parameter is a weight of all experts of a layer in FP8, or its scales."""
+    return (tensor.dtype.startswith("F8_") and len(tensor.shape) > 2) or name.endswith("_scale_inv")
 
 
 def _foreign(module: StoredModule, quantization: Quantization, methods: Set[str]) -> str | None:

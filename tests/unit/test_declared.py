@@ -15,12 +15,12 @@ from mixprec_build.checkpoint.declared import (
     DECLARATION_FILES,
     Declared,
     differences,
-    name_forms,
     read_declarations,
     without_declarations,
 )
 from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.errors import SourceError
+from mixprec_build.formats.names import name_forms
 from mixprec_build.output.build import plan_recipe, run_plan
 
 Json = dict[str, Any]

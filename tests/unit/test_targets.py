@@ -13,6 +13,7 @@ from support import producers as made
 
 from mixprec_build.formats.base import FormatError
 from mixprec_build.formats.config_groups import scheme_of
+from mixprec_build.formats.quantization import Quantization
 
 Config = dict[str, Any]
 
@@ -52,10 +53,11 @@ def bits_by_producer(quantization: Config) -> dict[str, int | None]:
 
 def bits_here(quantization: Config) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
+    settings = Quantization(quantization)
     for name in MODULES:
         module = stated({"weight_packed": ("I32", (16, 2))}, name)
         try:
-            scheme = scheme_of(module, quantization)
+            scheme = scheme_of(module, settings)
         except FormatError:
             found[name] = None
         else:
