@@ -134,10 +134,11 @@ def verify(
     Raises:
         VerifyError: there is no manifest, or it was changed.
         SourceError: the checkpoint cannot be opened.
+        OutputError: another command is changing it.
     """
     from .output.verify import verify as run
 
-    return run(Path(folder), sources=sources, progress=progress)
+    return run(Path(folder), sources=sources, watch=None if progress is None else lambda _: progress)
 
 
 def split(

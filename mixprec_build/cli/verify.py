@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -38,15 +39,17 @@ def verify(
     from ..ranks.on_disk import open_on_disk
 
     moved = dict(_pair(item) for item in source)
-    manifest = read_manifest(folder)
     if against:
-        recorded = manifest.sources.get(against)
+        recorded = read_manifest(folder).sources.get(against)
         reference = open_source(moved.get(against) or (recorded and recorded.place) or against)
         ours = open_on_disk(str(folder))
         comparable(ours, reference)  # before the hour that reading may take
-    total = sum(entry.nbytes for entry in manifest.tensors().values())
-    with progress_bar("comparing", total, quiet or as_json) as progress:
-        result = run(folder, sources=moved, progress=progress)
+    with ExitStack() as stack:
+        result = run(
+            folder,
+            sources=moved,
+            watch=lambda total: stack.enter_context(progress_bar("comparing", total, quiet or as_json)),
+        )
     errors = list(weight_errors(ours, reference)) if against else []
     if as_json:
         print_json(
@@ -56,6 +59,7 @@ def verify(
                 "gone": result.gone,
                 "differences": result.differences,
                 "leftovers": result.leftovers,
+                "beside": result.beside,
                 "errors": [{"module": e.module, "format": e.kind, "relative": e.relative} for e in errors],
             }
         )
@@ -66,6 +70,8 @@ def verify(
             print(f"compared by checksum only, source {reason}")
         if result.leftovers:
             print(f"left behind by a `mixprec split` that was stopped: {', '.join(result.leftovers)}; repeat it")
+        if result.beside:
+            print(f"beside the checkpoint, and no part of it: {', '.join(result.beside)}")
         compared = f"{result.bit_for_bit:,} tensors bit for bit with their sources, {result.by_checksum:,} by checksum"
         print(f"compared {compared}")
         if errors:

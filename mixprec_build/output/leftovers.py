@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import parse_folder
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..errors import VerifyError
+from ..errors import SourceError, VerifyError
 from ..ranks.files import INDEX, read_index
 from ..ranks.layout import PRESPLIT, is_ours
-from ..storage.disk import write_errors
+from ..storage.disk import inside, write_errors
 from ..storage.owned import Entry, OwnedFolder
 
 __all__ = ["clear_leftovers", "leftovers", "strangers"]
@@ -24,10 +25,17 @@ def leftovers(folder: Path, manifest: Manifest) -> list[str]:
         return _leftovers(owned, manifest)
 
 
-def strangers(folder: Path, manifest: Manifest) -> list[str]:
-    """What lies in ``presplit`` at any depth that neither a build nor a split puts there."""
+def strangers(folder: Path, manifest: Manifest, *, cached: bool = False) -> list[str]:
+    """What lies in ``presplit`` at any depth that neither a build nor a split puts there.
+
+    With ``cached`` a file may also be a link as the hub's cache makes them.
+    """
     with write_errors(folder), OwnedFolder.open(folder) as owned:
-        found = [entry.name for entry in _presplit(owned) if not is_ours(entry)]
+
+        def is_own(entry: Entry) -> bool:
+            return is_ours(entry) or (cached and is_ours(_as_cached(folder, entry)))
+
+        found = [entry.name for entry in _presplit(owned) if not is_own(entry)]
         listed = dict(manifest.ranks)
         if manifest.rest is not None:
             listed[REST] = manifest.rest
@@ -35,8 +43,16 @@ def strangers(folder: Path, manifest: Manifest) -> list[str]:
             with suppress(VerifyError):  # without its index a rank's files are known by their names alone
                 index = read_index(folder, name, line)
                 known = {f"{name}/{file}" for file in (INDEX, *index.files)}
-                found += [entry.name for entry in owned.entries(name) if is_ours(entry) and entry.name not in known]
+                found += [entry.name for entry in owned.entries(name) if is_own(entry) and entry.name not in known]
     return found
+
+
+def _as_cached(folder: Path, entry: Entry) -> Entry:
+    """A link of the hub's cache as the file that it stands for; anything else as it is."""
+    if stat.S_ISLNK(entry.mode):
+        with suppress(SourceError, OSError):
+            return Entry(entry.name, inside(folder, entry.name).stat().st_mode)
+    return entry
 
 
 def clear_leftovers(owned: OwnedFolder, manifest: Manifest, keep: Collection[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""One command at a time in a compiled checkpoint."""
+"""Which commands may be at work in a compiled checkpoint at the same time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ __all__ = ["alone"]
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[tuple[OwnedFolder, Callable[[], None]]]:
-    """One split of a checkpoint at a time, for each lists its ranks in the same manifest, and none while a build
+def alone(
+    folder: Path, *, shared: bool = False, wait_for_readers: bool = False
+) -> Iterator[tuple[OwnedFolder, Callable[[], None]]]:
+    """Locks a checkpoint: one split at a time, for each lists its ranks in the same manifest, and none while a build
     replaces it.
 
-    Yields the folder, open, and a function that raises :class:`OutputError` once it is no longer there by its name.
+    With ``shared`` others may read it meanwhile, and none may change it; with ``wait_for_readers`` those that read it
+    are waited for. Yields the folder, open, and a function that raises :class:`OutputError` once it is no longer there
+    by its name.
+
+    Raises:
+        VerifyError: there is no such folder.
+        OutputError: another command is at work in it.
     """
     with write_errors(folder):
         try:
@@ -35,13 +43,27 @@ def alone(folder: Path) -> Iterator[tuple[OwnedFolder, Callable[[], None]]]:
         raise OutputError(f"{folder}: was replaced meanwhile; what is there now was left as it is")
 
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{folder}: another `mixprec split` or build is writing there; wait for it") from None
-        except OSError:
-            pass  # network file systems lock no folders: what is left is the check
+        with suppress(OSError):  # network file systems lock no folders: what is left is the check
+            _lock(fd, folder, shared, wait_for_readers)
         check()
         yield OwnedFolder(folder, fd), check
     finally:
         os.close(fd)
+
+
+def _lock(fd: int, folder: Path, shared: bool, wait_for_readers: bool) -> None:
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        pass
+    try:
+        if not shared:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # succeeds where only readers are in the way
+    except BlockingIOError:
+        shared = True
+    if shared:
+        raise OutputError(f"{folder}: another `mixprec split` or build is writing there; wait for it") from None
+    if not wait_for_readers:
+        raise OutputError(f"{folder}: `mixprec verify` is reading it; wait for it") from None
+    fcntl.flock(fd, fcntl.LOCK_EX)

@@ -154,7 +154,9 @@ def _publish(stage: Stage, *, force: bool) -> None:
         stage.refuse_others()
         if force and root.entries(out.name):
             replaced = True
-            stack.enter_context(alone(out))  # a split would go on in it, under the name of the new one
+            stack.enter_context(
+                alone(out, wait_for_readers=True)
+            )  # a split would go on in it, under the name of the new one
         try:
             if replaced:
                 root.rename(out.name, waiting)

@@ -17,6 +17,7 @@ from ..ranks.files import RankIndex, changed_headers, checksum_on_disk, open_ran
 from ..ranks.merged import reader_of, splitter_of
 from ..ranks.pieces import Parameter
 from ..ranks.splitter import Splitter
+from ..storage.header import TensorInfo
 from .leftovers import strangers
 
 __all__ = ["differences_of", "rank_differences"]
@@ -30,10 +31,13 @@ def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -
 
     Of merged files that were dropped, also in what was kept of them.
     """
-    for name in strangers(folder, manifest):
+    for name in strangers(folder, manifest, cached=True):
         yield f"{name}: not in the manifest"
     if manifest.rest is not None:
-        yield from differences_of(read_index(folder, REST, manifest.rest))
+        try:
+            yield from differences_of(read_index(folder, REST, manifest.rest))
+        except VerifyError as error:
+            yield str(error)
     if not manifest.ranks:
         return
     source = Source.of("", checkpoint)
@@ -57,28 +61,37 @@ def differences_of(
     """Between a folder's files and its index, and, where given, the parameters that it is to hold."""
     try:
         stored = open_rank(index)
+        changed = changed_headers(index)
     except SourceError as error:
         yield str(error)
         return
-    for path in changed_headers(index):
+    for path in changed:
         yield f"{path}: its header was changed"
     due = {parameter.name: parameter for parameter in parameters or map(whole, stored.values())}
     for name in sorted(due.keys() ^ stored.keys()):
         yield f"{index.folder}: {name} is {'missing' if name in due else 'no parameter of this rank'}"
     for name, parameter in due.items():
-        tensor = stored.get(name)
-        if tensor is None:
+        if (tensor := stored.get(name)) is None:
             continue
-        where = f"{name} in {index.folder / tensor.file}"
-        if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
-            yield f"{where}: {tensor.dtype} {list(tensor.shape)}, cut as {parameter.dtype} {list(parameter.shape)}"
-            continue
-        checksum = checksum_on_disk(index.folder / tensor.file, tensor)
-        if checksum != index.parameters[name][CHECKSUM]:
-            yield f"{where}: its bytes were changed"
-        elif reader is not None:
-            digest = xxhash.xxh3_128()
-            for chunk in contents(parameter, reader):
-                digest.update(chunk)
-            if digest.hexdigest() != checksum:
-                yield f"{where}: not what the merged tensors would be cut into"
+        try:
+            difference = _difference(index, parameter, tensor, reader)
+        except SourceError as error:  # the others are compared all the same
+            difference = str(error)
+        if difference is not None:
+            yield difference
+
+
+def _difference(index: RankIndex, parameter: Parameter, tensor: TensorInfo, reader: Reader | None) -> str | None:
+    where = f"{parameter.name} in {index.folder / tensor.file}"
+    if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
+        return f"{where}: {tensor.dtype} {list(tensor.shape)}, cut as {parameter.dtype} {list(parameter.shape)}"
+    checksum = checksum_on_disk(index.folder / tensor.file, tensor)
+    if checksum != index.parameters[parameter.name][CHECKSUM]:
+        return f"{where}: its bytes were changed"
+    if reader is not None:
+        digest = xxhash.xxh3_128()
+        for chunk in contents(parameter, reader):
+            digest.update(chunk)
+        if digest.hexdigest() != checksum:
+            return f"{where}: not what the merged tensors would be cut into"
+    return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,22 +13,20 @@ import xxhash
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.declaration import METHOD
-from ..checkpoint.manifest import (
-    MANIFEST,
-    Manifest,
-    TensorEntry,
-    checksum_of,
-    read_manifest,
-)
+from ..checkpoint.manifest import MANIFEST, Manifest, TensorEntry, read_manifest
 from ..checkpoint.opening import open_checkpoint
-from ..errors import SourceError, VerifyError
+from ..errors import MixprecError, OutputError, SourceError, VerifyError
 from ..patterns.compress import compress
 from ..ranks.assemble import contents
 from ..ranks.merged import CutFolder, open_compiled, reader_of
-from ..storage.disk import inside, open_regular, pread_all, read_regular
+from ..storage.disk import open_regular, pread_all
 from ..storage.header import TensorInfo
+from ..storage.owned import OwnedFolder
+from ..storage.threads import Progress
 from ..text import printable, some
+from .file_differences import beside, file_differences
 from .leftovers import leftovers
+from .locked import alone
 from .rank_differences import rank_differences
 
 __all__ = ["Verification", "verify"]
@@ -48,50 +46,115 @@ class Verification:
     differences: tuple[str, ...]
     leftovers: tuple[str, ...] = ()
     """Files of a split that was stopped. Nothing reads them."""
+    beside: tuple[str, ...] = ()
+    """Entries of git and of the hub's downloads, which do not belong to the checkpoint. Nothing reads them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What came of comparing one tensor."""
+
+    direct: bool = False
+    """Whether its bytes were compared with its source's; else with its checksum."""
+    difference: str | None = None
+    unread: tuple[str, str] | None = None
+    """A source that could not be read, and why."""
 
 
 def verify(
-    folder: Path, *, sources: Mapping[str, str] | None = None, progress: Callable[[int], None] | None = None
+    folder: Path,
+    *,
+    sources: Mapping[str, str] | None = None,
+    watch: Callable[[int], Progress] | None = None,
 ) -> Verification:
     """Checks files, headers, index and manifest against one another, and every tensor against its source.
 
-    ``sources`` gives new locations of sources by name. A tensor whose source is gone is compared by checksum. Where the
-    merged files were dropped, tensors are put together from the files of ranks.
+    ``sources`` has new locations of sources by name. A tensor whose source is gone is compared by checksum. Where the
+    merged files were dropped, tensors are put together from the files of ranks. A file that cannot be read is a
+    difference, and the others are compared all the same. ``watch`` is called with the bytes to be compared, and returns
+    what is called with those that are. Splits and builds refuse or wait meanwhile.
 
     Raises:
         VerifyError: there is no manifest, or it cannot be read; files of ranks that nothing can be put together from;
             a source of ``sources`` has not the tensors that were taken from it.
         SplitError: merged files were dropped, and not all ranks were ever cut.
         SourceError: the checkpoint itself cannot be opened.
+        OutputError: another command is changing the checkpoint.
     """
+    if not (folder / MANIFEST).exists():
+        read_manifest(folder)  # says so
+    with alone(folder, shared=True) as (owned, check):
+        before = owned.stat(MANIFEST)
+
+        def require_unchanged(cause: MixprecError | None = None) -> None:
+            """Where the file system keeps no lock, another command may have been at work all the same."""
+            try:
+                check()
+                if _version(owned.stat(MANIFEST)) == _version(before):
+                    return
+            except MixprecError:
+                pass
+            raise OutputError(
+                f"{folder}: another mixprec command changed it while it was compared; wait for that and compare again"
+            ) from cause
+
+        try:
+            result = _verify(folder, owned, sources or {}, watch)
+        except MixprecError as error:
+            require_unchanged(error)
+            raise
+        if result.differences:
+            require_unchanged()
+        return result
+
+
+def _version(state: os.stat_result | None) -> tuple[int, ...]:
+    """Another one for every manifest that a command puts into the place of one."""
+    return () if state is None else (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+def _verify(
+    folder: Path, owned: OwnedFolder, sources: Mapping[str, str], watch: Callable[[int], Progress] | None
+) -> Verification:
     manifest = read_manifest(folder)
     checkpoint = open_compiled(folder.absolute(), manifest)
     if isinstance(checkpoint.storage, CutFolder):
         checkpoint.storage.reader.prepare()
     left = leftovers(folder, manifest)
-    opened, gone = _open_sources(manifest, sources or {})
+    opened, gone = _open_sources(manifest, sources)
+    recorded = manifest.tensors()
+    progress = None if watch is None else watch(sum(entry.nbytes for entry in recorded.values()))
     differences = [
-        *_file_differences(folder, manifest, checkpoint, left),
+        *file_differences(owned, manifest, checkpoint, left),
         *_structure_differences(manifest, checkpoint),
+        *rank_differences(folder, manifest, checkpoint),
     ]
-    recorded = {name: entry for name, entry in manifest.tensors().items() if name in checkpoint.tensors}
-    differences += rank_differences(folder, manifest, checkpoint)
     bit_for_bit = 0
+    unread: dict[str, list[str]] = {}
 
-    def check(item: tuple[str, TensorEntry]) -> tuple[bool, str | None]:
+    def check(item: tuple[str, TensorEntry]) -> _Compared:
         name, entry = item
-        result = _compare(checkpoint, checkpoint.tensors[name], entry, opened.get(entry.source))
+        try:
+            result = _compare(checkpoint, checkpoint.tensors[name], entry, opened.get(entry.source))
+        except SourceError as error:  # of the checkpoint's own file: the others are compared all the same
+            result = _Compared(difference=str(error))
         if progress is not None:
             progress(entry.nbytes)
         return result
 
+    there = [item for item in recorded.items() if item[0] in checkpoint.tensors]
     with reader_of(checkpoint), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for direct, difference in pool.map(check, recorded.items()):
-            bit_for_bit += direct
-            if difference is not None:
-                differences.append(difference)
-    texts = (tuple(map(printable, lines)) for lines in (gone, differences, left))
-    return Verification(bit_for_bit, len(recorded) - bit_for_bit, *texts)
+        for compared in pool.map(check, there):
+            bit_for_bit += compared.direct
+            if compared.difference is not None:
+                differences.append(compared.difference)
+            if compared.unread is not None:
+                unread.setdefault(compared.unread[0], []).append(compared.unread[1])
+    for name, reasons in unread.items():
+        more = f" (and {len(reasons) - 1:,} more tensors)" if len(reasons) > 1 else ""
+        gone.append(f"`{name}`: {reasons[0]}{more}")
+    texts = (tuple(map(printable, lines)) for lines in (gone, differences, left, beside(owned)))
+    return Verification(bit_for_bit, len(there) - bit_for_bit, *texts)
 
 
 def _open_sources(manifest: Manifest, moved: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[str]]:
@@ -121,30 +184,6 @@ def _open_sources(manifest: Manifest, moved: Mapping[str, str]) -> tuple[dict[st
     return opened, gone
 
 
-def _file_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint, left: Sequence[str]) -> Iterator[str]:
-    present = {entry.name for entry in folder.iterdir() if entry.is_file()}
-    # Hidden folders are those of git and of the hub's downloads.
-    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    for name in sorted((present | folders) - manifest.files.keys() - {MANIFEST, "presplit", *left}):
-        yield f"{name}: not in the manifest"
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if entry.shard and manifest.rest is not None:
-            continue  # its header was compared when it was opened
-        if name not in present:
-            yield f"{name}: missing"
-        elif path.stat().st_size != entry.nbytes:
-            yield f"{name}: {path.stat().st_size} bytes, {entry.nbytes} were written"
-        elif entry.shard:
-            shard = checkpoint.shards.get(name)
-            if shard is None:
-                yield f"{name}: not in the index"
-            elif shard.header_checksum != entry.checksum:
-                yield f"{name}: its header was changed"
-        elif checksum_of(read_regular(inside(folder, name))) != entry.checksum:
-            yield f"{name}: its bytes were changed"
-
-
 def _structure_differences(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.quantization.get("quant_method") != METHOD:
         yield f"config.json: quant_method is not {METHOD}"
@@ -162,36 +201,49 @@ def _structure_differences(manifest: Manifest, checkpoint: Checkpoint) -> Iterat
             yield f"{name}: in {info.file}, but not in the manifest"
 
 
-def _compare(
-    checkpoint: Checkpoint, info: TensorInfo, entry: TensorEntry, source: Checkpoint | None
-) -> tuple[bool, str | None]:
-    """Whether a tensor was compared with its source's bytes (else by checksum), and the difference if any."""
+def _compare(checkpoint: Checkpoint, info: TensorInfo, entry: TensorEntry, source: Checkpoint | None) -> _Compared:
+    """Compares a tensor with its source's bytes, or by checksum where that lacks it or cannot be read.
+
+    Raises:
+        SourceError: the checkpoint's own file cannot be read.
+    """
+    where = f"{info.name} in {info.file}"
+    origin = None if source is None else source.tensors.get(info.name)
+    unread: tuple[str, str] | None = None
+    first: int | None = None
     digest = xxhash.xxh3_128()
-    direct = source is not None and info.name in source.tensors
-    first = None
-    if source is not None and direct:
-        origin = source.tensors[info.name]
-        where = f"{info.name} in {info.file}"
-        if (origin.dtype, origin.shape) != (info.dtype, info.shape):
-            return True, f"{where}: {info.dtype} {list(info.shape)}, {origin.dtype} {list(origin.shape)} in its source"
+    with ExitStack() as stack:
+        read: Callable[[int, int], bytes] | None = None
+        if source is not None and origin is not None:
+            if (origin.dtype, origin.shape) != (info.dtype, info.shape):
+                theirs = f"{origin.dtype} {list(origin.shape)} in its source"
+                return _Compared(True, f"{where}: {info.dtype} {list(info.shape)}, {theirs}")
+            try:
+                read = stack.enter_context(_opened(source, origin))
+            except SourceError as error:
+                unread = entry.source, str(error)
         at = 0
-        with _opened(source, origin) as read:
-            for mine in _chunks(checkpoint, info):
-                digest.update(mine)
-                theirs = read(at, len(mine))
-                if first is None and mine != theirs:
-                    first = at + next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
-                at += len(mine)
-    else:
         for mine in _chunks(checkpoint, info):
             digest.update(mine)
+            if read is not None and first is None:
+                try:
+                    theirs_bytes = read(at, len(mine))
+                except SourceError as error:
+                    read, unread = None, (entry.source, str(error))
+                else:
+                    if mine != theirs_bytes:
+                        pairs = enumerate(zip(mine, theirs_bytes, strict=True))
+                        first = at + next(i for i, (a, b) in pairs if a != b)
+            at += len(mine)
+    direct = read is not None
     intact = digest.hexdigest() == entry.checksum
     if first is not None and intact:
-        return True, f"{info.name}: source `{entry.source}` has changed since the build (byte {first})"
+        changed = f"{info.name}: source `{entry.source}` has changed since the build (byte {first})"
+        return _Compared(True, changed, unread)
     if first is not None or not intact:
         at_byte = f"byte {first} is not its source's" if first is not None else "its checksum is not the manifest's"
-        return direct, f"{info.name} in {info.file}: {at_byte}"
-    return direct, None
+        return _Compared(direct, f"{where}: {at_byte}", unread)
+    return _Compared(direct, None, unread)
 
 
 def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import xxhash
+
 from ..errors import SourceError, WriteError
 
 __all__ = [
     "check_space",
+    "checksum_of_file",
     "inside",
     "open_regular",
     "pread_all",
@@ -63,6 +66,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 _MAX_FILE_BYTES = 256 << 20
+_CHUNK = 4 << 20
 
 
 @contextmanager
@@ -118,6 +122,21 @@ def read_regular(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:
             return pread_all(fd, size, 0)
         finally:
             os.close(fd)
+
+
+def checksum_of_file(path: Path) -> str:
+    """The hexadecimal xxh3_128 of a regular file, read a few MiB at a time. Raises :class:`SourceError`."""
+    digest = xxhash.xxh3_128()
+    fd = open_regular(path)
+    try:
+        with source_errors(path):
+            at = 0
+            while data := os.pread(fd, _CHUNK, at):
+                digest.update(data)
+                at += len(data)
+    finally:
+        os.close(fd)
+    return str(digest.hexdigest())
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -1,0 +1,94 @@
+"""Compares the entries of a compiled checkpoint's folder with the files that its manifest lists."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from ..errors import SourceError
+from ..ranks.layout import PRESPLIT
+from ..storage.disk import checksum_of_file, inside, source_errors
+from ..storage.owned import Entry, OwnedFolder
+
+__all__ = ["beside", "file_differences"]
+
+
+_TOOLS = {".git": True, ".cache": True, ".huggingface": True, ".gitattributes": False, ".gitignore": False}
+"""What git and the hub's downloads put beside a checkpoint -> whether it is a folder."""
+
+
+def beside(owned: OwnedFolder) -> list[str]:
+    """The entries of git and of the hub's downloads: they do not belong to the checkpoint, and nothing reads them."""
+    return [entry.name for entry in owned.entries() if _is_a_tools(entry)]
+
+
+def _is_a_tools(entry: Entry) -> bool:
+    is_folder = _TOOLS.get(entry.name)
+    return is_folder is not None and (entry.is_folder if is_folder else entry.is_file)
+
+
+def file_differences(
+    owned: OwnedFolder, manifest: Manifest, checkpoint: Checkpoint, left: Sequence[str]
+) -> Iterator[str]:
+    """Every entry that does not belong to the checkpoint, and every listed file that is not as it was written.
+
+    Entries are known by themselves, not by what a link points to. Those of tools (:func:`beside`) and what a stopped
+    split ``left`` are no differences.
+    """
+    listed = manifest.files
+    entries = {entry.name: entry for entry in owned.entries()}
+    for name, entry in entries.items():
+        if name not in listed and name not in {MANIFEST, PRESPLIT, *left} and not _is_a_tools(entry):
+            yield f"{name}: {_what(owned, entry)}not in the manifest"
+    for name, line in listed.items():
+        if line.shard and manifest.rest is not None:
+            continue  # its header was compared when it was opened
+        if name not in entries:
+            yield f"{name}: missing"
+            continue
+        try:
+            yield from _file_difference(owned, entries[name], line, checkpoint)
+        except SourceError as error:
+            yield str(error)
+
+
+def _what(owned: OwnedFolder, entry: Entry) -> str:
+    """``"a FIFO, "``; nothing for files and folders, and for a link also where it leads."""
+    if entry.is_file or entry.is_folder:
+        return ""
+    return f"{_link(owned, entry.name) if stat.S_ISLNK(entry.mode) else entry.kind}, "
+
+
+def _link(owned: OwnedFolder, name: str) -> str:
+    path = owned.path / name
+    with source_errors(path):
+        return f"a {'' if path.exists() else 'dangling '}link to {os.readlink(name, dir_fd=owned.fd)}"
+
+
+def _file_difference(owned: OwnedFolder, entry: Entry, line: FileEntry, checkpoint: Checkpoint) -> Iterator[str]:
+    name = entry.name
+    path = inside(owned.path, name)  # which refuses links but those within the folder and of the hub's cache
+    with source_errors(path):
+        mode = entry.mode
+        if stat.S_ISLNK(mode):
+            if Path(os.path.realpath(owned.path)) in Path(os.path.realpath(path)).parents:
+                yield f"{name}: is {_link(owned, name)}, a file was written"
+                return
+            mode = path.stat().st_mode
+        size = path.stat().st_size
+    if not stat.S_ISREG(mode):
+        yield f"{name}: is {Entry(name, mode).kind}, a file was written"
+    elif size != line.nbytes:
+        yield f"{name}: {size} bytes, {line.nbytes} were written"
+    elif line.shard:
+        shard = checkpoint.shards.get(name)
+        if shard is None:
+            yield f"{name}: not in the index"
+        elif shard.header_checksum != line.checksum:
+            yield f"{name}: its header was changed"
+    elif checksum_of_file(path) != line.checksum:
+        yield f"{name}: its bytes were changed"
