@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Allow, Allowed, AsJson, Check, Checked, Layout, Link, Quiet, RecipePath
+from .options import Allow, Allowed, AsJson, Check, Checked, Jobs, Layout, Link, Quiet, RecipePath
 from .plan import plan_from, show_plan_notes
 from .printing import print_json, progress_bar
 
@@ -32,9 +32,7 @@ def build(
         typer.Option(help="Files for all (merged), cut for ranks (presplit), or both; else what the recipe says."),
     ] = None,
     check: Check = Checked.SAMPLE,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Copying threads.", show_default=False)
-    ] = None,
+    jobs: Jobs = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -44,3 +44,8 @@ Check = Annotated[
     Checked,
     typer.Option("--check", help="Whether quantized weights were made from the unquantized ones: a sample, or all."),
 ]
+
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", min=1, max=256, help="Threads that copy or measure; up to 8 by default."),
+]

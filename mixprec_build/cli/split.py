@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Folder, Layout, Quiet
+from .options import Folder, Jobs, Layout, Quiet
 from .printing import progress_bar
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def split(
             show_default=False,
         ),
     ] = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Copying threads.", show_default=False)
-    ] = None,
+    jobs: Jobs = None,
     quiet: Quiet = False,
 ) -> None:
     """Cut a compiled checkpoint for the ranks that will serve it: each then reads its own files only."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..suggesting.objective import Objective
-from .options import Allow, Allowed, AsJson, Quiet
+from .options import Allow, Allowed, AsJson, Jobs, Quiet
 from .printing import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def suggest(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the recipe that is there.")] = False,
     allow: Allow = [],  # noqa: B006
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Measuring threads.", show_default=False)
-    ] = None,
+    jobs: Jobs = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

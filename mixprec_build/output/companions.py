@@ -7,26 +7,25 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import xxhash
 
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import VERSION, name_formats, quantization_config
-from ..checkpoint.declared import DECLARATION_FILES, without_declarations
-from ..checkpoint.manifest import CHECKSUM, MANIFEST, ModuleEntry, TensorEntry, checksum_of
+from ..checkpoint.declared import without_declarations
+from ..checkpoint.manifest import CHECKSUM, FileEntry, ModuleEntry, TensorEntry, checksum_of
 from ..planning.types import Plan
-from ..storage.disk import read_regular, write_errors
+from ..storage.disk import read_chunks, write_errors
 from ..versions import __version__
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["companion_files", "manifest_head", "module_entries", "write_companions", "write_file"]
+__all__ = ["manifest_head", "module_entries", "write_companions", "write_file"]
 
 
-def manifest_head(plan: Plan, folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
+def manifest_head(plan: Plan, folder: Path, files: Mapping[str, FileEntry]) -> dict[str, Any]:
     """The manifest's sections but the modules.
 
-    The build's shards lie in ``folder``; ``files`` are the contents of its other files.
+    The build's shards lie in ``folder``; ``files`` are its other files.
     """
     names = name_formats(module.format for module in plan.modules.values())
     return {
@@ -46,7 +45,7 @@ def manifest_head(plan: Plan, folder: Path, files: Mapping[str, bytes]) -> dict[
         "left_out": [asdict(left_out) for left_out in plan.left_out],
         "formats": {name: fmt.to_json() for fmt, name in names.items()},
         "files": {
-            **{name: {"bytes": len(data), CHECKSUM: checksum_of(data)} for name, data in sorted(files.items())},
+            **{name: {"bytes": file.nbytes, CHECKSUM: file.checksum} for name, file in sorted(files.items())},
             **{shard.file: _shard_entry(folder / shard.file) for shard in plan.shards},
         },
     }
@@ -79,39 +78,20 @@ def _shard_entry(path: Path) -> dict[str, object]:
         return {"bytes": os.fstat(file.fileno()).st_size, "header": checksum_of(header)}
 
 
-# Left behind by other tools: they describe the source's quantization, not the output's.
-_STALE = {"config.json", INDEX, MANIFEST, *DECLARATION_FILES}
-_KEPT_SUFFIXES = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt", ".vocab"}
-_KEPT_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY.md"}
-
-
-def companion_files(plan: Plan) -> list[str]:
-    """Tokenizer, generation config, chat template, license, ... of the model's checkpoint; never weights."""
-    return sorted(
-        name
-        for name in plan.sources.model.storage.files
-        if "/" not in name
-        and name not in _STALE
-        and not name.endswith(".index.json")
-        and (Path(name).suffix in _KEPT_SUFFIXES or name in _KEPT_NAMES)
-    )
-
-
 # The files beside the weights
 
 
-def write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -> dict[str, bytes]:
-    """Writes config, index and what comes with the model; returns what they hold."""
+def write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -> dict[str, FileEntry]:
+    """Writes config, index and what comes with the model; returns what the manifest lists of them."""
     config = without_declarations(plan.sources.model.config)
     config["quantization_config"] = quantization_config({name: m.format for name, m in plan.modules.items()})
     weight_map = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    contents: dict[str, bytes] = {name: read_regular(path) for name, path in companions.items()}
-    contents["config.json"] = _json(config)
-    contents[INDEX] = _json(index)
-    for name, data in contents.items():
-        write_file(stage / name, [data])
-    return contents
+    return {
+        **{name: write_file(stage / name, read_chunks(path)) for name, path in companions.items()},
+        "config.json": write_file(stage / "config.json", [_json(config)]),
+        INDEX: write_file(stage / INDEX, [_json(index)]),
+    }
 
 
 def _json(data: object) -> bytes:
@@ -122,10 +102,16 @@ def _json(data: object) -> bytes:
 # Disk
 
 
-def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+def write_file(path: Path, chunks: Iterable[bytes]) -> FileEntry:
+    """Writes a new file as its bytes come, and syncs it; returns what the manifest lists of it."""
+    digest, size = xxhash.xxh3_128(), 0
     with write_errors(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with os.fdopen(fd, "wb") as file:
-            file.writelines(chunks)
+            for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                file.write(chunk)
             file.flush()
             os.fsync(fd)
+    return FileEntry(size, digest.hexdigest(), False)

@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import SourceError
+from ..planning.companions import companion_files
 from ..planning.types import Plan, PlannedShard, PlannedTensor
 from ..storage.disk import (
     check_space,
@@ -28,7 +29,7 @@ from ..storage.disk import (
     start_writeback,
     write_errors,
 )
-from ..storage.threads import Progress, run_all
+from ..storage.threads import MOST_JOBS, Progress, run_all
 from .stage import Stage
 
 __all__ = ["Copier"]
@@ -94,6 +95,7 @@ class Copier:
             self._stage.keep(self._keys)
             self._check_space()
             batches = self._batches()
+            jobs = min(jobs, MOST_JOBS)
             run_all([lambda: self._work(batches)] * jobs, jobs, self._failed, self._stage.out)
         return self._checksums
 
@@ -148,10 +150,22 @@ class Copier:
             yield _Batch(output, copy, start, group)
 
     def _check_space(self) -> None:
-        unfinished = (s for s in self._plan.shards if s.file not in self._stage.finished and s.link is None)
+        unfinished = (s for s in self._plan.shards if s.file not in self._stage.finished and not self._can_link(s))
         need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished)
+        need += sum(companion_files(self._plan.sources.model).values())
         there = sum(path.stat().st_size for path in self._stage.payload.glob("presplit/*/*/*"))
         check_space(self._stage.folder.parent, need + max(0, sum(self._plan.presplit.values()) - there))
+
+    def _can_link(self, shard: PlannedShard) -> bool:
+        """Whether a shard is to be a link and can be one here; tried out, under its own name."""
+        if shard.link is None:
+            return False
+        path = self._stage.payload / shard.file
+        with write_errors(path):
+            linked = _link(self._paths[shard.link], path)
+            if linked:
+                path.unlink()
+        return linked
 
     def _key(self, shard: PlannedShard) -> str:
         """Stands for all that a shard's bytes depend on: its header, and the ranges and states of its sources."""

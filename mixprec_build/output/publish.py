@@ -17,12 +17,13 @@ from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.degree import Degree
 from ..checkpoint.manifest import MANIFEST, dump_manifest
 from ..errors import InterruptedBuildError, MixprecError, OutputError, WriteError
+from ..planning.companions import companion_files
 from ..planning.types import Plan
 from ..ranks.layout import is_ours
 from ..storage.disk import sync_folder, write_errors
 from ..storage.owned import Entry, OwnedFolder
 from ..storage.threads import Progress
-from .companions import companion_files, manifest_head, module_entries, write_companions, write_file
+from .companions import manifest_head, module_entries, write_companions, write_file
 from .copier import Copier
 from .locked import alone
 from .split import split
@@ -68,7 +69,7 @@ def write(
     """
     check_output(plan, out, force=force)
     paths = fetch(plan)
-    companions = plan.sources.model.storage.fetch(companion_files(plan))
+    companions = plan.sources.model.storage.fetch(companion_files(plan.sources.model))
     # `.` has no name of its own to put another folder beside.
     target = out.resolve()
     made = [folder for folder in target.parents if not folder.exists()]

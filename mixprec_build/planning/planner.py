@@ -23,6 +23,7 @@ from ..recipe.sources import Sources
 from ..storage.header import TensorInfo
 from ..storage.module import split_name
 from ..text import counted, some
+from .companions import companion_files
 from .complete import check_complete, check_tied_head
 from .folding import Folding
 from .moved import check_moved
@@ -65,6 +66,7 @@ def make_plan(
             check_tied_head(modules, sources, reader, problems)
             check_servable(modules, sources, reader, folding, problems)
             check_moved(modules, sources, problems)
+    companion_files(sources.model)  # refuses what a build could not copy
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
         raise RefusedError(found)

@@ -8,7 +8,9 @@ is obeyed, no alias expanded, no scalar turned into a boolean or a date.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,11 +96,7 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: naming file and line, for anything from a YAML syntax error to an unknown key.
     """
     try:
-        if path.stat().st_size > _MAX_RECIPE_BYTES:
-            raise RecipeError(f"larger than {_MAX_RECIPE_BYTES >> 20} MiB; write ranges like {{0..15}}", path=path)
-        if path.is_fifo() or path.is_char_device():  # which may never end
-            raise RecipeError("cannot read the recipe: not a regular file", path=path)
-        data = path.read_bytes()
+        data = _read(path)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe: {error.strerror}", path=path) from error
     reader = NodeReader(path)
@@ -106,6 +104,22 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(root, Map):
         raise reader.error("a recipe is a mapping with `model:`, `sources:` and `weights:`", root)
     return _mixed_precision(reader, root) if "mixed_precision" in root else _native(reader, root)
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a recipe, without waiting for more where a file has no end, as those of ``/proc`` may have none."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb", buffering=0, closefd=True) as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise RecipeError("cannot read the recipe: not a regular file", path=path)
+        parts = []
+        left = _MAX_RECIPE_BYTES + 1
+        while left > 0 and (data := os.read(file.fileno(), min(left, 1 << 20))):
+            parts.append(data)
+            left -= len(data)
+    if left <= 0:
+        raise RecipeError(f"larger than {_MAX_RECIPE_BYTES >> 20} MiB; write ranges like {{0..15}}", path=path)
+    return b"".join(parts)
 
 
 def parse_size(text: str) -> int:

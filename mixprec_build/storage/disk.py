@@ -15,13 +15,16 @@ import xxhash
 from ..errors import SourceError, WriteError
 
 __all__ = [
+    "MAX_FILE_BYTES",
     "check_space",
     "checksum_of_file",
     "inside",
     "open_regular",
+    "open_size",
     "pread_all",
     "pread_into",
     "pwrite_all",
+    "read_chunks",
     "read_regular",
     "source_errors",
     "sync_folder",
@@ -65,7 +68,8 @@ def write_errors(path: Path) -> Iterator[None]:
         raise WriteError(f"{error.filename or path}: {error.strerror}{hint}") from error
 
 
-_MAX_FILE_BYTES = 256 << 20
+MAX_FILE_BYTES = 256 << 20
+"""Of a file that is no safetensors file: a tokenizer, a manifest, ..."""
 _CHUNK = 4 << 20
 
 
@@ -94,6 +98,16 @@ def open_regular(path: Path) -> int:
         raise
 
 
+def open_size(path: Path) -> int:
+    """The bytes of a regular file, which can be opened. Raises :class:`SourceError`."""
+    fd = open_regular(path)
+    try:
+        with source_errors(path):
+            return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
 def pread_all(fd: int, length: int, offset: int) -> bytes:
     """These bytes of a file, fewer only where it ends: one ``pread`` gives no more than 2 GiB."""
     parts = []
@@ -111,7 +125,7 @@ def pread_into(fd: int, window: memoryview, offset: int) -> int:
     return done
 
 
-def read_regular(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:
+def read_regular(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """A whole small file. Raises :class:`SourceError`, also for what would never end or is larger than ``limit``."""
     fd = open_regular(path)
     with source_errors(path):
@@ -124,19 +138,35 @@ def read_regular(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:
             os.close(fd)
 
 
-def checksum_of_file(path: Path) -> str:
-    """The hexadecimal xxh3_128 of a regular file, read a few MiB at a time. Raises :class:`SourceError`."""
+def checksum_of_file(path: Path, limit: int = MAX_FILE_BYTES) -> str:
+    """The hexadecimal xxh3_128 of a file, read a few MiB at a time.
+
+    Raises:
+        SourceError: it is no regular file, larger than ``limit``, or cannot be read.
+    """
     digest = xxhash.xxh3_128()
+    for data in read_chunks(path, limit):
+        digest.update(data)
+    return str(digest.hexdigest())
+
+
+def read_chunks(path: Path, limit: int = MAX_FILE_BYTES) -> Iterator[bytes]:
+    """A file's bytes, a few MiB at a time. Raises as :func:`checksum_of_file`."""
     fd = open_regular(path)
     try:
         with source_errors(path):
+            size = os.fstat(fd).st_size
+            if size > limit:
+                raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
             at = 0
-            while data := os.pread(fd, _CHUNK, at):
-                digest.update(data)
+            while at < size:
+                data = pread_all(fd, min(_CHUNK, size - at), at)
+                if not data:
+                    raise SourceError("was cut short while it was read; start again", path=path)
+                yield data
                 at += len(data)
     finally:
         os.close(fd)
-    return str(digest.hexdigest())
 
 
 def inside(folder: Path, name: str) -> Path:

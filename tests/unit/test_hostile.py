@@ -155,17 +155,17 @@ def test_a_source_does_not_link_out_of_its_folder(mix: Path, tmp_path: Path, fil
 @pytest.mark.parametrize("file", ["tokenizer.json", "LICENSE", "modeling_x.py"])
 def test_a_companion_does_not_link_out_of_its_folder(mix: Path, file: str) -> None:
     link(mix / "bf16" / file, "/etc/passwd")
-    plan = plan_recipe(mix / "mix.yaml")
     with pytest.raises(SourceError, match="a link to /etc/passwd, outside of the checkpoint"):
-        run_plan(plan, mix / "new")
-    assert not (mix / "new").exists()
+        plan_recipe(mix / "mix.yaml")
 
 
 @pytest.mark.parametrize("file", [MANIFEST, "config.json", INDEX, "model-00001-of-00001.safetensors", "tokenizer.json"])
 def test_a_compiled_checkpoint_does_not_link_out_of_its_folder(mix: Path, mixprec: Any, file: str) -> None:
     (mix / "out" / file).rename(mix / "away")
     link(mix / "out" / file, mix / "away")
-    assert f"out/{file}: a link to {mix / 'away'}, outside of the checkpoint" in refused(mixprec("verify", mix / "out"))
+    ended = mixprec("verify", mix / "out")
+    text = ended.err if file == "tokenizer.json" else refused(ended)  # what nothing else rests on is a difference
+    assert ended.code == 1 and f"out/{file}: a link to {mix / 'away'}, outside of the checkpoint" in text
 
 
 def test_links_that_are_followed(mix: Path, tmp_path: Path) -> None:
@@ -728,7 +728,7 @@ def test_a_companion_of_a_terabyte(mix: Path, monkeypatch: Patch, file: str) -> 
     change(mix / "out" / MANIFEST, lambda m: m["files"][file].update(bytes=1 << 40))
     for command in (("verify", mix / "out"), ("build", mix / "mix.yaml", "-o", mix / "new")):
         ended = limited(*command, "--quiet", monkeypatch=monkeypatch)
-        assert f"{file}: 1099511627776 bytes; at most 268435456 are read" in refused(ended)
+        assert ended.code == 1 and f"{file}: 1099511627776 bytes; at most 268435456 are read\n" in ended.err
     assert not (mix / "new").exists()
 
 
