@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
@@ -13,7 +12,9 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 
 from mixprec_build.checkpoint.declaration import METHOD, Declaration
 from mixprec_build.errors import SourceError
-from mixprec_build.families.base import is_down
+from mixprec_build.families.base import Family
+from mixprec_build.families.names import numbered_part
+from mixprec_build.families.unknown import UNKNOWN
 from mixprec_build.formats.base import Format
 
 from . import launch
@@ -22,16 +23,6 @@ from .loading.pad import pad
 from .native import NativeFormat
 
 __all__ = ["MixPrecConfig"]
-
-
-_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
-
-# Modules that SGLang joins into one layer: packed_modules_mapping has them for some models only.
-_JOINED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
 
 
 class MixPrecConfig(QuantizationConfig):
@@ -57,6 +48,7 @@ class MixPrecConfig(QuantizationConfig):
         self.padded: Mapping[str, tuple[int, int]] = {}
         """The layers that zeros are added to on this rank; see :func:`.loader.pad`."""
         self._mapper: Any = None
+        self._family = UNKNOWN
         self._formats: dict[str, Format] | None = None
         self._experts: dict[str, dict[int, dict[str, Format]]] = {}
 
@@ -71,16 +63,18 @@ class MixPrecConfig(QuantizationConfig):
         made.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
         return made
 
-    def bind(self, modules: Iterable[str]) -> Mapping[str, Format]:
-        """Takes the names of all modules of the checkpoint, as Hugging Face spells them; returns their formats."""
+    def bind(self, modules: Iterable[str], family: Family = UNKNOWN) -> Mapping[str, Format]:
+        """Takes the names of all modules of the checkpoint, as Hugging Face spells them, and the family of the model
+        that SGLang makes; returns their formats."""
         declared = {name: self.declaration.format_of(name) for name in modules}
         formats = declared if self._mapper is None else self._mapper.apply_dict(declared)
         experts: dict[str, dict[int, dict[str, Format]]] = defaultdict(lambda: defaultdict(dict))
         for name, fmt in formats.items():
-            found = _EXPERT.fullmatch(name)
-            if found:
-                experts[found[1]][int(found[2])][found[3]] = fmt
-        self._formats, self._experts = formats, experts
+            found = numbered_part(name)
+            if found is not None:
+                parent, number, part = found
+                experts[parent][number][part] = fmt
+        self._formats, self._experts, self._family = formats, experts, family
         return declared
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -107,7 +101,7 @@ class MixPrecConfig(QuantizationConfig):
             else:
                 fmt = self._one_format(prefix, self._members(prefix))
                 method = self._native(fmt).get_quant_method(layer, prefix)
-            pad(method, prefix, self.padded)
+            pad(method, prefix, self.padded, self._family)
             return method
         if isinstance(layer, VocabParallelEmbedding) and prefix in self._formats:
             fmt = self._formats[prefix]
@@ -119,11 +113,14 @@ class MixPrecConfig(QuantizationConfig):
         """The modules of the checkpoint that one of SGLang's layers holds."""
         assert self._formats is not None
         parent, _, last = prefix.rpartition(".")
-        joined = self.packed_modules_mapping.get(last) or _JOINED.get(last, ())
+        # packed_modules_mapping has them for some models only.
+        joined = self.packed_modules_mapping.get(last) or self._family.members_of(last)
         names = [prefix, *(f"{parent}.{part}" if parent else part for part in joined)]
-        found = {name: self._formats[name] for name in names if name in self._formats}
-        # Mixtral (models/mixtral.py:291) tells its layers names without the leading "model."
-        return found or {name: self._formats[f"model.{name}"] for name in names if f"model.{name}" in self._formats}
+        for stored in zip(*map(self._family.stored_names, names), strict=True):
+            found = {name: self._formats[name] for name in stored if name in self._formats}
+            if found:
+                return found
+        return {}
 
     def _one_format(self, prefix: str, formats: Mapping[str, Format]) -> Format | None:
         """The format of a layer's parts; None where the checkpoint has no such layer."""
@@ -141,7 +138,8 @@ class MixPrecConfig(QuantizationConfig):
         formats: dict[int, tuple[Format, Format]] = {}
         kinds: dict[object, Format] = {}  # BF16 and FP16 experts run together
         known: dict[Format, Format] = {}
-        stored = self._experts.get(prefix) or self._experts.get(f"model.{prefix}", {})
+        is_down = self._family.is_down
+        stored = next((self._experts[name] for name in self._family.stored_names(prefix) if name in self._experts), {})
         for expert, parts in sorted(stored.items()):
             for fmt in parts.values():
                 if fmt not in known:
@@ -159,7 +157,8 @@ class MixPrecConfig(QuantizationConfig):
 
     def _check_fused_shared_experts(self, parent: str, kinds: Container[object]) -> None:
         assert self._formats is not None
-        shared = [f"{parent}.shared_experts.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+        words = [word for projections in self._family.projections for word in projections.words]
+        shared = [f"{parent}.{mlp}.{word}" for mlp in self._family.shared_experts for word in words]
         if any(name in self._formats and self._formats[name].fuses_as not in kinds for name in shared):
             raise ValueError(
                 f"{parent}: shared experts are in another format than routed ones, and SGLang would make them one "

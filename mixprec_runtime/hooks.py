@@ -18,6 +18,7 @@ from torch.nn import Module
 from mixprec_build.checkpoint.declaration import METHOD
 from mixprec_build.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from mixprec_build.errors import MixprecError
+from mixprec_build.families.facts import ModelFacts
 from mixprec_build.formats.base import Format
 from mixprec_build.storage.hub import HubRepo
 
@@ -67,7 +68,8 @@ def initialize_model(
     if model_config.is_draft_model:
         raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
     folder, manifest, fetch = _checkpoint(model_config)
-    _check_declared(quant_config.bind(manifest.modules), manifest)
+    family = ModelFacts.of_loaded(model_config.hf_config).family
+    _check_declared(quant_config.bind(manifest.modules, family), manifest)
     launch.check_arguments()
     # SGLang's loader has its own place for what it fetches with --download-dir.
     elsewhere = fetch is not None and load_config.download_dir is not None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from typing import Any
 
 import torch
 from torch.nn import Module
 
+from mixprec_build.families.names import layer_of
 from mixprec_build.formats.base import Format
 from mixprec_build.patterns.compress import natural_key
 from mixprec_build.text import some
@@ -22,7 +22,6 @@ __all__ = ["check_placement", "get_mixed_precision_memory_stats", "measure", "se
 logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _served: list[Module] = []
 
 
@@ -61,13 +60,13 @@ def measure(model: Module) -> dict[str, Any]:
     seen: set[tuple[int, int]] = set()
     for path, module in model.named_modules():
         fmt = format_of(module)
-        layer = _LAYER.search(f"{path}.")
+        layer = layer_of(f"{path}.")
         for name, parameter in module.named_parameters(recurse=False):
             place = (parameter.data_ptr(), parameter.numel())
             if not parameter.numel() or place in seen:
                 continue
             seen.add(place)
-            by_layer[layer[1] if layer else "other"] += parameter.nbytes
+            by_layer["other" if layer is None else str(layer)] += parameter.nbytes
             if fmt is not None and fmt.quantized and name != "bias":
                 by_format[fmt.kind] += parameter.nbytes
                 dense += 2 * _weights_in(name, parameter, fmt)

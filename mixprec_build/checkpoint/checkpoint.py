@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import SourceError
+from ..families.facts import ModelFacts
 from ..storage.disk import open_regular, pread_all
 from ..storage.folder import Files, LocalFolder
 from ..storage.header import TensorInfo
@@ -49,7 +50,7 @@ class Checkpoint:
 
     location: str
     storage: Files
-    config: Mapping[str, object]
+    facts: ModelFacts
     declared: tuple[Declared, ...]
     tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, Shard] = field(repr=False)

@@ -15,6 +15,7 @@ from threading import Lock
 import xxhash
 
 from ..errors import HubError, SourceError
+from ..families.facts import ModelFacts
 from ..formats.registry import leaves as known_leaves
 from ..patterns.pattern import MAX_NAME
 from ..storage.folder import Files, LocalFolder
@@ -54,6 +55,7 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
     config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
     if config is None:
         raise SourceError("no config.json: this is no Hugging Face checkpoint", path=location)
+    facts = ModelFacts.of(config)
     declared = read_declarations(config, lambda name: _read_json(storage, location, name, _MAX_CONFIG_BYTES), location)
 
     index: dict[str, str] | None = None
@@ -67,7 +69,7 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
             reader = _HeaderReader(storage, location)
             for shard, data in zip(names, pool.map(reader.read, names), strict=True):
                 _add_shard(storage, location, shard, data, tensors, shards)
-            beside, left = _add_beside(BesideFiles(config, storage.files, names), reader, tensors, shards)
+            beside, left = _add_beside(BesideFiles(facts, storage.files, names), reader, tensors, shards)
         else:
             for shard, data in headers:
                 _add_shard(storage, location, shard, data, tensors, shards)
@@ -86,7 +88,7 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
         module, leaf = split_name(name, leaves)
         parts[module][leaf] = tensor
     modules = {name: StoredModule(name, stored) for name, stored in parts.items()}
-    return Checkpoint(location, storage, config, declared, tensors, shards, modules, absent, left)
+    return Checkpoint(location, storage, facts, declared, tensors, shards, modules, absent, left)
 
 
 def _add_shard(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SourceError
-from ..families.base import Model
+from ..families.facts import ModelFacts
 from ..formats.base import Format, FormatError
 from ..storage.module import StoredModule
 from .checkpoint import Checkpoint
@@ -32,7 +32,6 @@ class Source:
     """Of the recipe; 0 outside any."""
     checkpoint: Checkpoint
     formats: Mapping[str, Format | FormatError]
-    model: Model
     held: frozenset[Format]
     """All that are read."""
     holds: frozenset[str]
@@ -43,8 +42,12 @@ class Source:
         formats = detect(checkpoint)
         held = frozenset(fmt for fmt in {*formats.values()} if isinstance(fmt, Format))
         kinds = {fmt.kind for fmt in held if fmt.quantized} or {fmt.kind for fmt in held}
-        model = Model.from_config(checkpoint.config)
-        return cls(name, checkpoint.location, line, checkpoint, formats, model, held, frozenset(kinds))
+        return cls(name, checkpoint.location, line, checkpoint, formats, held, frozenset(kinds))
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What its ``config.json`` says."""
+        return self.checkpoint.facts
 
     def module(self, name: str) -> StoredModule | None:
         return self.checkpoint.modules.get(name)

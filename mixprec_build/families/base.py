@@ -1,281 +1,354 @@
-"""What a model family is: which projections SGLang fuses, what it never quantizes, what its config says.
+"""A model family: names of its modules, what SGLang makes of them, and how it cuts them for ranks.
 
-Names are those of Hugging Face checkpoints. The rules by the last word of a module's name hold for every
-decoder of this kind; :data:`FAMILIES` lists those checked against SGLang's model code.
+Names are those of Hugging Face checkpoints. What a family does not say is as in Llama: most decoders are. Rules go by
+the last words of names, so that they hold wherever a decoder lies in a larger model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from enum import Enum
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
-__all__ = [
-    "ATTENTION_REPLICAS",
-    "FAMILIES",
-    "FUSED",
-    "GroupMembers",
-    "Model",
-    "Role",
-    "expert_groups",
-    "expert_parts",
-    "fused_groups",
-    "gemms",
-    "gemms_of",
-    "is_down",
-    "is_expert",
-    "joined_groups",
-    "layer_prefix",
-    "norms_before",
-    "place_of",
-    "role_by_name",
-    "role_of",
-    "scaled_before",
-]
+from .blocks import ATTENTION, MLP, block_fed_by_norm
+from .expected import is_for_drafts
+from .names import last_word, layer_of, layer_prefix
+from .parts import (
+    ComparedFormats,
+    CutBy,
+    FusedGroup,
+    MovedRows,
+    Projections,
+    Restriction,
+    Role,
+    StackedExperts,
+    StoredFormat,
+)
 
+__all__ = ["EXPERTS_COLUMN", "Family"]
 
-FAMILIES = frozenset(
-    {
-        "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-        "deepseek_v2", "deepseek_v3",
-    }
-)  # fmt: skip
-"""``model_type`` of the families whose fused groups and names were compared with SGLang's."""
+EXPERTS_COLUMN = "experts"
+"""What a layer map calls the experts of a layer, all of them."""
 
-ATTENTION_REPLICAS = frozenset({"qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"})
-"""Of these, those whose attention SGLang can keep in replicas (``--enable-dp-attention``)."""
-
-FUSED = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj_with_mqa", "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
+_CUTS = {
+    "q_proj": CutBy.QUERY_HEADS, "k_proj": CutBy.KEY_VALUE_HEADS, "v_proj": CutBy.KEY_VALUE_HEADS,
+    "o_proj": CutBy.HEAD_INPUTS, "embed_tokens": CutBy.VOCABULARY, "lm_head": CutBy.VOCABULARY,
 }  # fmt: skip
-"""Modules that SGLang joins into one layer -> its name."""
 
-_EXPERT = re.compile(r"(.+\.experts\.\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
-_LAYER = re.compile(r"\.(\d+)\.")
 
-# The norm whose output is a module's input: in its layer, or beside it. Where there are two names, the first that
-# a model has.
-_ATTENTION_NORM = (
+_ATTENTION_NORMS = (
     "input_layernorm", "attention_norm", "ln_1", "norm1", "self_attn_layer_norm", "pre_attention_layernorm",
     "operator_norm", "norm",
 )  # fmt: skip
-_MLP_NORM = (
-    "pre_feedforward_layernorm",
-    "pre_mlp_layernorm",
-    "post_attention_layernorm",
-    "ffn_norm",
-    "ln_2",
-    "norm2",
-    "final_layer_norm",
-    "pre_ff_layernorm",
-    "post_mixer_norm",
-    *_ATTENTION_NORM,  # of blocks side by side, which one norm feeds both
-)
-_IN_LAYER = {
-    "q_proj": _ATTENTION_NORM, "k_proj": _ATTENTION_NORM, "v_proj": _ATTENTION_NORM,
-    "q_a_proj": _ATTENTION_NORM, "kv_a_proj_with_mqa": _ATTENTION_NORM,
-    "gate_proj": _MLP_NORM, "up_proj": _MLP_NORM, "w1": _MLP_NORM, "w3": _MLP_NORM,
-    "gate": _MLP_NORM, "router": _MLP_NORM, "shared_expert_gate": _MLP_NORM,
-}  # fmt: skip
-# By the block that a linear is in, for those of other names.
-_ATTENTION_BLOCK = re.compile(
-    r"(.*\.)?(self_attn|attn|attention|linear_attn|self_attention|mixer|mamba|conv|temporal_block)(\.indexer)?"
-)
-_MLP_BLOCK = re.compile(
-    r"(.*\.)?(mlp|feed_forward|ffn|moe|block_sparse_moe|experts|shared_experts?|router|gate)(\..*)?"
-)
-_OUTPUTS = re.compile(
-    r"o_proj|down_proj|w2|wo|out_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|output_linear|.*norm\d?|.*_(a|b)_proj|wq_b|"
-    r".*(bias|scale|A_log|conv1d)|D"
-)
-"""Linears at the end of a block, or in the middle of it: what feeds them is in the block, too."""
-_BESIDE = {"q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm"}
-# The linear whose outputs, one for one, become a module's inputs.
-_LINEAR_BEFORE = {
-    "o_proj": "v_proj", "down_proj": "up_proj", "w2": "w3", "wo": "wv", "fc2": "fc1", "out_proj": "v_proj",
-    "dense_4h_to_h": "dense_h_to_4h", "c_proj": "c_fc",
+_MLP_NORMS = (
+    "pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "ffn_norm", "ln_2", "norm2",
+    "final_layer_norm", "pre_ff_layernorm", "post_mixer_norm",
+    *_ATTENTION_NORMS,  # of blocks side by side, which one norm feeds both
+)  # fmt: skip
+_LINEARS_BEFORE = {
+    "o_proj": "v_proj", "wo": "wv", "out_proj": "v_proj",
+    "fc2": "fc1", "dense_4h_to_h": "dense_h_to_4h", "c_proj": "c_fc",
 }  # fmt: skip
 
-_NORM = re.compile(r".*norm\d?|ln_\w+|norm_f")
-_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in"}
-_HEADS = {"lm_head", "embed_out"}
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
 
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One family, or several that are alike. Compared by identity; the fields are all there is to say."""
 
-class Role(Enum):
-    """What a module is to a serving engine."""
+    model_types: frozenset[str] = frozenset()
+    """``model_type`` of its ``config.json``; empty in the rules for unknown models."""
+    architectures: frozenset[str] = frozenset()
+    """Names of its model classes, which count before ``model_type``, as they do to SGLang."""
+    alike: tuple[str, ...] = ()
+    """Beginnings of both, in small letters, of models that are of no family here and follow these rules."""
+    checked: bool = False
+    """Whether its names and groups were compared with SGLang's model code; a plan notes those that were not."""
 
-    LINEAR = "linear"
-    EXPERT = "expert"
-    EMBEDDING = "embedding"
-    HEAD = "lm_head"
-    ROUTER = "router"
-    NORM = "norm"
-    PARAMETER = "parameter"
+    # Where the decoder is
 
-    def __init__(self, word: str):
-        self.never_quantized = word in ("router", "norm", "parameter")
-        """Globs that map whole layers to a quantized source do not mean these."""
+    embedding: str = "model.embed_tokens"
+    """The embedding's name."""
+    head: str = "lm_head"
+    """The name of the head that may be tied to the embedding."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Beginnings of names in the checkpoint, and what they are among SGLang's parameters:
+    ``("model.language_model.", "model.")``. The first that fits counts."""
+    left_out: tuple[str, ...] = ("model.",)
+    """Beginnings of parameters' names that a class of SGLang's may leave out of what it tells its layers they are
+    called (models/mixtral.py:291 in 0.5.17)."""
 
+    # Roles, by the last word
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The facts of ``config.json`` that planning needs."""
+    embeddings: frozenset[str] = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in"})
+    heads: frozenset[str] = frozenset({"lm_head", "embed_out"})
+    routers: frozenset[str] = frozenset({"gate", "router"})
+    norms: re.Pattern[str] = re.compile(r".*norm\d?|ln_\w+|norm_f")
+    """Matches all of their last words."""
+    last_norms: tuple[str, ...] = (
+        "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm",
+    )  # fmt: skip
+    """Last words of the one after the last layer."""
 
-    model_type: str
-    tied_embeddings: bool
+    # Layers for speculative decoding
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> Model:
-        # Multimodal checkpoints keep the decoder's configuration one level down.
-        text = config.get("text_config")
-        flat = {**config, **text} if isinstance(text, dict) else config
-        return cls(str(flat.get("model_type", "")), bool(flat.get("tie_word_embeddings", False)))
+    drafts: tuple[str, ...] = ()
+    """Beginnings of the names of their modules, beside the usual ones (``mtp.``) and layers that are numbered past the
+    last."""
+    draft_heads: tuple[str, ...] = ()
+    """Ends of the names of heads in them."""
 
+    # What SGLang joins
 
-def role_of(name: str, shape: tuple[int, ...], leaves: Iterable[str]) -> Role:
-    """The role of the module ``name``, whose weight has ``shape`` and whose tensors are ``leaves``."""
-    return role_by_name(name) or (Role.PARAMETER if len(shape) < 2 or "" in leaves else Role.LINEAR)
+    fused: tuple[FusedGroup, ...] = (
+        FusedGroup("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        FusedGroup("gate_up_proj", ("gate_proj", "up_proj")),
+    )
+    experts: str = "experts"
+    """The word before the numbers of experts."""
+    projections: tuple[Projections, ...] = (
+        Projections("gate_proj", "up_proj", "down_proj"),
+        Projections("w1", "w3", "w2"),
+    )
+    """Of MLPs and experts; every one that a checkpoint may use."""
+    stacked_experts: tuple[StackedExperts, ...] = ()
+    """Tensors that hold all experts of a layer in some releases. They are no modules of their own to a plan."""
+    shared_experts: tuple[str, ...] = ()
+    """What the MLP beside the experts is called where SGLang may make it one more of them."""
 
+    # What SGLang does not run
 
-def role_by_name(name: str) -> Role | None:
-    """The role of the module ``name``, where the name says it."""
-    last = name.rpartition(".")[2]
-    if _EXPERT.fullmatch(name):
-        return Role.EXPERT
-    if last in _EMBEDDINGS:
-        return Role.EMBEDDING
-    if last in _HEADS or name.endswith("shared_head.head"):
-        return Role.HEAD
-    if last in _ROUTERS:
-        return Role.ROUTER
-    return Role.NORM if _NORM.fullmatch(last) else None
+    restrictions: tuple[Restriction, ...] = ()
+    compared: tuple[ComparedFormats, ...] = ()
+    moved: tuple[MovedRows, ...] = ()
+    """Weights whose rows SGLang moves as it loads them."""
 
+    # Ranks
 
-def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """SGLang's name of each fused module or expert -> its members among ``names``; single linears stay alone."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        expert = _EXPERT.fullmatch(name)
-        parent, _, last = name.rpartition(".")
-        key = expert[1] if expert else f"{parent}.{FUSED[last]}" if last in FUSED else name
-        groups.setdefault(key, []).append(name)
-    return groups
+    can_be_cut: bool = False
+    """Whether ``cuts`` were compared with SGLang's model code."""
+    cuts: Mapping[str, CutBy] = field(default_factory=lambda: _CUTS)
+    """Last word -> how ranks share such a module; others are whole on every rank, but for projections of MLPs."""
+    attention_replicas: bool = False
+    """Whether SGLang can keep its attention in replicas (``--enable-dp-attention``)."""
 
+    # What makes a linear's inputs
 
-def joined_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """As :func:`fused_groups`, under the names of SGLang's layers and in the order that it joins their parts in."""
-    order = list(FUSED)
-    groups = {}
-    for joined, members in fused_groups(names).items():
-        # DeepSeek-V2-Lite's q_proj has no partners.
-        whole = sorted(members, key=lambda name: order.index(name.rpartition(".")[2])) if len(members) > 1 else members
-        groups[joined if len(members) > 1 else members[0]] = whole
-    return groups
+    attention_norms: tuple[str, ...] = _ATTENTION_NORMS
+    """Names in a layer of the norm before attention: the first that a model has."""
+    attention_inputs: frozenset[str] = frozenset({"q_proj", "k_proj", "v_proj"})
+    """Linears that it feeds, beside others that stand at the start of a block of attention."""
+    mlp_norms: tuple[str, ...] = _MLP_NORMS
+    """The same of the norm before the MLP; it feeds routers, and what ``projections`` has but ``down``."""
+    norms_beside: Mapping[str, str] = field(default_factory=dict)
+    """Last word of a linear -> that of the norm of the same parent that feeds it."""
+    linears_before: Mapping[str, str] = field(default_factory=lambda: _LINEARS_BEFORE)
+    """Last word of a linear -> that of the linear whose outputs, one for one, become its inputs. ``up`` and ``down``
+    of MLPs are such pairs anyway."""
 
+    # Looked up by name, for each of a hundred thousand modules
 
-def gemms(names: Iterable[str]) -> dict[str, list[str]]:
-    """What must be in one format: :func:`gemms_of` all groups of :func:`fused_groups`."""
-    return {
-        gemm: members
-        for group, fused in fused_groups(names).items()
-        for gemm, members in gemms_of(group, fused).items()
-    }
+    @cached_property
+    def _expert(self) -> re.Pattern[str]:
+        words = "|".join(dict.fromkeys(re.escape(word) for trio in self.projections for word in trio.words))
+        return re.compile(rf"((.+\.{re.escape(self.experts)})\.(\d+))\.({words})")
 
+    @cached_property
+    def _expert_group(self) -> re.Pattern[str]:
+        return re.compile(rf"\.{re.escape(self.experts)}\.\d+(\.w13|\.w2)?$")
 
-def gemms_of(group: str, members: list[str]) -> dict[str, list[str]]:
-    """What must be in one format of a group of :func:`fused_groups`: all of it, but of an expert gate and up apart from
-    down, under ``...experts.7.w13`` and ``.w2``."""
-    if not is_expert(group):
-        return {group: members}
-    out: dict[str, list[str]] = {}
-    for member in members:
-        out.setdefault(f"{group}.{'w2' if is_down(member) else 'w13'}", []).append(member)
-    return out
+    @cached_property
+    def _joined(self) -> dict[str, FusedGroup]:
+        return {member: group for group in self.fused for member in group.members}
 
+    @cached_property
+    def _downs(self) -> frozenset[str]:
+        return frozenset(trio.down for trio in self.projections)
 
-def is_down(name: str) -> bool:
-    """Whether a module is a down projection."""
-    return name.rpartition(".")[2] in ("down_proj", "w2")
+    @cached_property
+    def _ups(self) -> frozenset[str]:
+        return frozenset(up for trio in self.projections for up in trio.ups)
 
-
-class GroupMembers(NamedTuple):
-    """The experts of one layer on one rank whose gate and up, and whose down, are in one format."""
-
-    ups: list[int]
-    downs: list[int]
-
-
-def expert_groups(formats: Mapping[int, tuple[object, object]], here: Iterable[int]) -> list[GroupMembers]:
-    """The experts of one layer on one rank by format, in the order that formats come up; ``formats`` are those of gate
-    and up, and of down.
-
-    Where these are not the same experts, they are two groups: SGLang's layers hold as many of the one as of the other.
-    """
-    ups: dict[object, list[int]] = {}
-    downs: dict[object, list[int]] = {}
-    for expert in here:
-        for kind, of_kind, others in zip(formats[expert], (ups, downs), (downs, ups), strict=True):
-            of_kind.setdefault(kind, []).append(expert)
-            others.setdefault(kind, [])
-    groups = []
-    for kind, members in ups.items():
-        if members == downs[kind]:
-            groups.append(GroupMembers(members, members))
-        else:
-            groups += [group for group in (GroupMembers(members, []), GroupMembers([], downs[kind])) if any(group)]
-    return groups
-
-
-def expert_parts(members: Iterable[str]) -> tuple[str, str, str] | None:
-    """``(gate, up, down)`` of one expert's members, or None if they are not these three."""
-    by_last = {name.rpartition(".")[2]: name for name in members}
-    for gate, up, down in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
-        if by_last.keys() == {gate, up, down}:
-            return by_last[gate], by_last[up], by_last[down]
-    return None
-
-
-def is_expert(group: str) -> bool:
-    """Whether a name from :func:`fused_groups` or :func:`gemms` is an expert's."""
-    return re.search(r"\.experts\.\d+(\.w13|\.w2)?$", group) is not None
-
-
-def place_of(name: str) -> tuple[int | None, str]:
-    """A module's row and column in a layer map: its decoder layer, which is the first number between dots, and its
-    name within the layer, experts folded into one."""
-    found = _LAYER.search(name)
-    layer, inner = (int(found[1]), name[found.end() :]) if found else (None, name)
-    within = ".experts." in inner or inner.startswith("experts.")
-    return layer, "experts" if within and _EXPERT.fullmatch(name) else inner
-
-
-def layer_prefix(name: str) -> str:
-    """``"model.layers.7."`` of a module of that layer; empty outside of layers."""
-    found = _LAYER.search(name)
-    return name[: found.end()] if found else ""
-
-
-def norms_before(name: str) -> tuple[str, ...]:
-    """Names of the norm that feeds a module, if it is one that a norm feeds: the first that the model has."""
-    parent, _, last = name.rpartition(".")
-    if last in _BESIDE:
-        return (f"{parent}.{_BESIDE[last]}",)
-    prefix = layer_prefix(name)
-    norms = _IN_LAYER.get(last, ())
-    if prefix and not norms and not _OUTPUTS.fullmatch(last):
-        block = parent.removeprefix(prefix) if parent != prefix[:-1] else ""
-        norms = (
-            _MLP_NORM if _MLP_BLOCK.fullmatch(block) else _ATTENTION_NORM if _ATTENTION_BLOCK.fullmatch(block) else ()
+    @cached_property
+    def _norms_in_layer(self) -> dict[str, tuple[str, ...]]:
+        return dict.fromkeys(self.attention_inputs, self.attention_norms) | dict.fromkeys(
+            (*self._ups, *self.routers), self.mlp_norms
         )
-    return tuple([prefix + norm for norm in norms]) if prefix else ()
 
+    @cached_property
+    def _linears_before(self) -> dict[str, str]:
+        return {**self.linears_before, **{trio.down: trio.up for trio in self.projections}}
 
-def scaled_before(name: str) -> str | None:
-    """The linear that a scaling of this linear's inputs can be folded into."""
-    parent, _, last = name.rpartition(".")
-    return f"{parent}.{_LINEAR_BEFORE[last]}" if last in _LINEAR_BEFORE else None
+    # Roles
+
+    def role_of(self, name: str, shape: tuple[int, ...], leaves: Iterable[str]) -> Role:
+        """The role of the module ``name``, whose weight has ``shape`` and whose tensors are ``leaves``."""
+        return self.role_by_name(name) or (Role.PARAMETER if len(shape) < 2 or "" in leaves else Role.LINEAR)
+
+    def role_by_name(self, name: str) -> Role | None:
+        """The role of the module ``name``, where the name says it."""
+        last = last_word(name)
+        if self._expert.fullmatch(name):
+            return Role.EXPERT
+        if last in self.embeddings:
+            return Role.EMBEDDING
+        if last in self.heads or (self.draft_heads and name.endswith(self.draft_heads)):
+            return Role.HEAD
+        if last in self.routers:
+            return Role.ROUTER
+        return Role.NORM if self.norms.fullmatch(last) else None
+
+    def is_norm(self, name: str) -> bool:
+        return self.norms.fullmatch(last_word(name)) is not None
+
+    def is_draft(self, name: str, layers: int | None) -> bool:
+        """Whether a module or tensor is for speculative decoding only; ``layers`` is how many the model has."""
+        layer = layer_of(name)
+        past_the_last = layer is not None and layers is not None and layer >= layers
+        return past_the_last or is_for_drafts(name) or (bool(self.drafts) and name.startswith(self.drafts))
+
+    # Fused groups
+
+    def fused_groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """SGLang's name of each fused module or expert -> its members among ``names``; single linears stay alone."""
+        expert_of, joined = self._expert.fullmatch, self._joined
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            expert = expert_of(name)
+            parent, _, last = name.rpartition(".")
+            key = expert[1] if expert else f"{parent}.{joined[last].name}" if last in joined else name
+            groups.setdefault(key, []).append(name)
+        return groups
+
+    def joined_groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """As :meth:`fused_groups`, under the names of SGLang's layers and in the order that it joins their parts in."""
+        groups = {}
+        for joined, members in self.fused_groups(names).items():
+            if len(members) > 1:
+                order = self._joined[last_word(members[0])].members
+                groups[joined] = sorted(members, key=lambda name: order.index(last_word(name)))
+            else:  # DeepSeek-V2-Lite's q_proj has no partners.
+                groups[members[0]] = members
+        return groups
+
+    def members_of(self, joined: str) -> tuple[str, ...]:
+        """Last words of the linears that a layer whose last word is ``joined`` is made of; empty for others."""
+        return next((group.members for group in self.fused if group.name == joined), ())
+
+    def gemms(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """What must be in one format: :meth:`gemms_of` all groups of :meth:`fused_groups`."""
+        return {
+            gemm: members
+            for group, fused in self.fused_groups(names).items()
+            for gemm, members in self.gemms_of(group, fused).items()
+        }
+
+    def gemms_of(self, group: str, members: list[str]) -> dict[str, list[str]]:
+        """What must be in one format of a group of :meth:`fused_groups`: all of it, but of an expert gate and up apart
+        from down, under ``...experts.7.w13`` and ``.w2``."""
+        if not self.is_expert(group):
+            return {group: members}
+        out: dict[str, list[str]] = {}
+        for member in members:
+            out.setdefault(f"{group}.{'w2' if self.is_down(member) else 'w13'}", []).append(member)
+        return out
+
+    # MLPs and experts
+
+    def is_down(self, name: str) -> bool:
+        """Whether a module is a down projection."""
+        return last_word(name) in self._downs
+
+    def is_up(self, name: str) -> bool:
+        """Whether a module is a gate or up projection."""
+        return last_word(name) in self._ups
+
+    def is_expert(self, group: str) -> bool:
+        """Whether a name from :meth:`fused_groups` or :meth:`gemms` is an expert's."""
+        return self._expert_group.search(group) is not None
+
+    def expert_of(self, name: str) -> tuple[str, int, str] | None:
+        """``("model.layers.7.mlp.experts", 3, "up_proj")`` of a projection of an expert; None for other modules."""
+        found = self._expert.fullmatch(name)
+        return (found[2], int(found[3]), found[4]) if found else None
+
+    def projections_among(self, words: Iterable[str]) -> Projections:
+        """Those that one MLP or expert has, of which ``words`` are some: the ones that share most with them."""
+        there = {*words}
+        return max(self.projections, key=lambda trio: len(there.intersection(trio.words)))
+
+    def missing_of(self, words: Iterable[str]) -> Projections | None:
+        """The projections that an expert needs, if ``words`` are not just these."""
+        there = {*words}
+        expected = self.projections_among(there)
+        return None if there == {*expected.words} else expected
+
+    def place_of(self, name: str) -> tuple[int | None, str]:
+        """A module's row and column in a layer map: its decoder layer, which is the first number between dots, and its
+        name within the layer, experts folded into one."""
+        prefix = layer_prefix(name)
+        if not prefix:
+            return None, name
+        inner = name[len(prefix) :]
+        within = f".{self.experts}." in inner or inner.startswith(f"{self.experts}.")
+        layer = int(last_word(prefix[:-1]))
+        return layer, EXPERTS_COLUMN if within and self._expert.fullmatch(name) else inner
+
+    # Norms and what they feed
+
+    def norms_before(self, name: str) -> tuple[str, ...]:
+        """Names of the norm that feeds a module, if it is one that a norm feeds: the first that the model has."""
+        parent, _, last = name.rpartition(".")
+        if last in self.norms_beside:
+            return (f"{parent}.{self.norms_beside[last]}",)
+        prefix = layer_prefix(name)
+        norms = self._norms_in_layer.get(last, ())
+        if prefix and not norms and last not in self._linears_before and not self.norms.fullmatch(last):
+            block = block_fed_by_norm(parent.removeprefix(prefix) if parent != prefix[:-1] else "", last)
+            norms = {MLP: self.mlp_norms, ATTENTION: self.attention_norms}.get(block or "", ())
+        return tuple([prefix + norm for norm in norms]) if prefix else ()
+
+    def scaled_before(self, name: str) -> str | None:
+        """The linear that a scaling of this linear's inputs can be folded into."""
+        parent, _, last = name.rpartition(".")
+        return f"{parent}.{self._linears_before[last]}" if last in self._linears_before else None
+
+    # What SGLang does not run
+
+    def format_limit(self, name: str, role: Role, fmt: StoredFormat) -> str | None:
+        """Why SGLang has no place for a module in ``fmt``, whatever its shape."""
+        if not fmt.quantized:
+            return None
+        if role in (Role.EMBEDDING, Role.HEAD, Role.ROUTER):
+            return f"SGLang has no quantized {role.value}"
+        reasons = (rule.reason(name, fmt) for rule in self.restrictions)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def compared_with(self, gemm: str) -> tuple[str, ComparedFormats] | None:
+        """The down projection that SGLang compares with ``gemm``, gate and up of the same MLP, and how it does."""
+        for rule in self.compared:
+            if gemm.endswith(rule.ups):
+                return gemm.removesuffix(rule.ups) + rule.down, rule
+        return None
+
+    # SGLang's names
+
+    def sglang_name(self, name: str) -> str:
+        """What a module or layer of the checkpoint is called among SGLang's parameters."""
+        for stored, served in self.renamed:
+            if name.startswith(stored):
+                return served + name[len(stored) :]
+        return name
+
+    def served_names(self, told: str) -> tuple[str, ...]:
+        """What a layer may be called among SGLang's parameters whose own name for itself is ``told``, likeliest
+        first."""
+        return (told, *(beginning + told for beginning in self.left_out))
+
+    def stored_names(self, told: str) -> Iterator[str]:
+        """The same of its name in the checkpoint."""
+        for served in self.served_names(told):
+            yield served
+            for stored, beginning in self.renamed:
+                if served.startswith(beginning):
+                    yield stored + served[len(beginning) :]

@@ -83,7 +83,7 @@ def _shard_entry(path: Path) -> dict[str, object]:
 
 def write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -> dict[str, FileEntry]:
     """Writes config, index and what comes with the model; returns what the manifest lists of them."""
-    config = without_declarations(plan.sources.model.config)
+    config = without_declarations(plan.sources.model.facts.config)
     config["quantization_config"] = quantization_config({name: m.format for name, m in plan.modules.items()})
     weight_map = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}

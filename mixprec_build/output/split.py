@@ -27,7 +27,7 @@ from ..checkpoint.manifest import (
 )
 from ..checkpoint.typed import Source
 from ..errors import InterruptedBuildError, OutputError, SplitError, VerifyError
-from ..families.base import Role, role_by_name
+from ..families.parts import Role
 from ..ranks.assemble import Reader, whole, write_parameters
 from ..ranks.files import RankIndex, checksum_on_disk, damage, finished, read_index, write_rank
 from ..ranks.layout import PRESPLIT, RESTORED, is_ours
@@ -142,7 +142,7 @@ class _Split:
         whole_ranks = self._whole_ranks()
         if layout == "presplit":
             complete(self._folder, [*whole_ranks, *names])
-        roles = map(role_by_name, self._source.checkpoint.modules)
+        roles = map(self._source.facts.family.role_by_name, self._source.checkpoint.modules)
         if degree is not None and degree.ep > 1 and Role.EXPERT not in roles:
             raise SplitError(f"{self._folder}: its model has no experts; leave out --ep")
         splitter = None if degree is None else splitter_of(self._source, degree)

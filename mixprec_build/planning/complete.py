@@ -12,7 +12,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ..families.base import FAMILIES, Role
+from ..families.base import Family
+from ..families.facts import ModelFacts
+from ..families.names import last_word, numbered_part
+from ..families.parts import Role
 from ..patterns.compress import compress
 from ..text import counted, some
 from .problems import Problems, Replacement
@@ -22,44 +25,18 @@ if TYPE_CHECKING:
     from ..recipe.sources import Sources
     from .types import PlannedModule
 
-__all__ = ["check_complete", "check_tied_head", "expects_head", "text_config"]
+__all__ = ["check_complete", "check_tied_head"]
 
 
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*(?:layers|h|blocks|block))\.(?P<number>\d+)\.(?P<inner>.+)")
 _BESIDE_THE_DECODER = re.compile(r"(^|\.|_)(mtp|visual|vision|audio|speech|image|encoder|tower|draft|eagle)", re.I)
-_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>[^.]+)")
-_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-_LAST_NORM = re.compile(r"(.+\.)?(norm|final_layernorm|final_layer_norm|ln_f|norm_f|final_norm)")
 _BUFFER = re.compile(r"(.+\.)?(inv_freq|cos_cached|sin_cached|masked_bias|[kvq]_scale|kv_scale|[kvq]_zero_point)")
 _MOST_LAYERS, _MOST_EXPERTS = 10_000, 65_536
-
-# Classes of transformers' that tie the head where config.json says nothing.
-_TIED_BY_DEFAULT = re.compile(r"gemma|cohere|gpt2|bloom|opt$|falcon$|mpt$|starcoder2")
-
-
-def text_config(config: Mapping[str, object]) -> dict[str, object]:
-    """A model's ``config.json`` with what multimodal ones keep one level down (``text_config``) merged in."""
-    text = config.get("text_config")
-    return {**config, **text} if isinstance(text, dict) else dict(config)
-
-
-def expects_head(config: Mapping[str, object]) -> bool | None:
-    """Whether the model takes an ``lm_head`` of its own; None where its config.json leaves it open."""
-    flat = text_config(config)
-    architectures = flat.get("architectures")
-    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    if names and not any(name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) for name in names):
-        return None
-    tied = flat.get("tie_word_embeddings")
-    if isinstance(tied, bool):
-        return not tied
-    family = str(flat.get("model_type", ""))
-    return True if family in FAMILIES else False if _TIED_BY_DEFAULT.match(family) else None
 
 
 def check_complete(
     modules: Mapping[str, PlannedModule],
-    config: Mapping[str, object],
+    facts: ModelFacts,
     offered: Mapping[str, Collection[str]],
     problems: Problems,
     notes: list[str],
@@ -68,27 +45,24 @@ def check_complete(
 
     Args:
         modules: the planned output.
-        config: the ``config.json`` it is served with.
+        facts: those of the ``config.json`` it is served with.
         offered: source -> the modules that a line may take from it.
     """
-    flat = text_config(config)
-    checked = flat.get("model_type") in FAMILIES
-    _check_ends(modules, config, flat, offered, problems)
+    family = facts.family
+    _check_ends(modules, facts, offered, problems)
     # A bare parameter may well be in some layers only: hash tables of experts, biases of routers.
-    stacks = _stacks(name for name, module in modules.items() if "" not in module.tensors)
+    stacks = _stacks((name for name, module in modules.items() if "" not in module.tensors), family)
     if stacks:
         stack = max(stacks, key=lambda name: sum(map(len, stacks[name].values())))
-        layers, count = stacks[stack], flat.get("num_hidden_layers")
-        if isinstance(count, int) and 0 < count <= _MOST_LAYERS:
+        layers, count = stacks[stack], facts.layers
+        if count is not None and count <= _MOST_LAYERS:
             _check_layers(stack, layers, count, problems)
             layers = {number: inner for number, inner in layers.items() if number < count}  # then: layers for drafts
-        _check_peers(stack, layers, offered, checked, problems, notes)
-        if checked and not any(_LAST_NORM.fullmatch(name) for name in modules if not _LAYER.fullmatch(name)):
-            problems.hard(
-                f"no source of the mix has the norm after the last layer ({_parent(stack)}norm)",
-                code="incomplete_model",
-            )
-    _check_experts(modules, flat, problems)
+        _check_peers(stack, layers, offered, family.checked, problems, notes)
+        if family.checked and not any(last_word(n) in family.last_norms for n in modules if not _LAYER.fullmatch(n)):
+            norm = f"{_parent(stack)}{family.last_norms[0]}"
+            problems.hard(f"no source of the mix has the norm after the last layer ({norm})", code="incomplete_model")
+    _check_experts(modules, facts, problems)
 
 
 def check_tied_head(
@@ -96,7 +70,7 @@ def check_tied_head(
 ) -> None:
     """Adds to ``problems`` a head of its own that the config.json of ``model:`` ties to the embedding: SGLang would
     leave it out. One that holds what the embedding holds is left out rightly."""
-    if expects_head(sources.model.config) is not False:
+    if sources.model.facts.expects_head is not False:
         return
 
     def first(role: Role) -> PlannedModule | None:
@@ -110,7 +84,7 @@ def check_tied_head(
         for module in (head, embedding)
     ]
     if values[0] is None or values[1] is None:
-        own = expects_head(sources.by_name[head.source].checkpoint.config) is True
+        own = sources.by_name[head.source].facts.expects_head is True
     else:
         ours, theirs = (value.astype("float32") for value in values if value is not None)
         size = min(len(ours), len(theirs))
@@ -129,13 +103,12 @@ def check_tied_head(
 
 def _check_ends(
     modules: Mapping[str, PlannedModule],
-    config: Mapping[str, object],
-    flat: Mapping[str, object],
+    facts: ModelFacts,
     offered: Mapping[str, Collection[str]],
     problems: Problems,
 ) -> None:
-    vocabulary, hidden = flat.get("vocab_size"), flat.get("hidden_size")
-    if not isinstance(vocabulary, int) or not isinstance(hidden, int):
+    vocabulary, hidden, family = facts.vocabulary, facts.hidden_size, facts.family
+    if vocabulary is None or hidden is None:
         return
 
     def of_role(role: Role) -> list[PlannedModule]:
@@ -148,13 +121,13 @@ def _check_ends(
         for m in modules.values()
         if m.role not in (Role.EMBEDDING, Role.HEAD) and m.shape == (vocabulary, hidden) and not _is_aside(m.name)
     ]
-    lacking = (not embeddings) + (not heads and expects_head(config) is True)
+    lacking = (not embeddings) + (not heads and facts.expects_head is True)
     if lacking > len(tables):
         if not embeddings:
-            _report_lack("an embedding (model.embed_tokens)", "embed_tokens", offered, problems)
-        if not heads and expects_head(config):
-            why = "an lm_head, which config.json does not tie to the embedding (tie_word_embeddings)"
-            _report_lack(why, "lm_head", offered, problems)
+            _report_lack(f"an embedding ({family.embedding})", last_word(family.embedding), offered, problems)
+        if not heads and facts.expects_head:
+            why = f"an {family.head}, which config.json does not tie to the embedding (tie_word_embeddings)"
+            _report_lack(why, last_word(family.head), offered, problems)
     for module in (*embeddings, *heads):
         if len(module.shape) == 2 and module.shape[0] != vocabulary:
             problems.hard(
@@ -185,14 +158,15 @@ def _parent(stack: str) -> str:
     return stack.rpartition(".")[0] and stack.rpartition(".")[0] + "."
 
 
-def _stacks(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+def _stacks(names: Iterable[str], family: Family) -> dict[str, dict[int, set[str]]]:
     """Stacks of layers, towers of images and the like left out: name -> layer -> what it has, experts as one."""
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    numbered = re.compile(rf"(^|\.){re.escape(family.experts)}\.\d+\..+")
     for name in names:
         found = _LAYER.fullmatch(name)
         if found is None or _BESIDE_THE_DECODER.search(found["stack"]) or _BUFFER.fullmatch(name):
             continue
-        inner = re.sub(r"(^|\.)experts\.\d+\..+", r"\1experts", found["inner"])
+        inner = numbered.sub(rf"\1{family.experts}", found["inner"])
         stacks[found["stack"]][int(found["number"])].add(inner)
     return stacks
 
@@ -275,16 +249,19 @@ def _children(inner: Iterable[str]) -> dict[str, set[str]]:
     return tree
 
 
-def _check_experts(modules: Iterable[str], flat: Mapping[str, object], problems: Problems) -> None:
+def _check_experts(modules: Iterable[str], facts: ModelFacts, problems: Problems) -> None:
     experts: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    ending = f".{facts.family.experts}"
     for name in modules:
-        found = _EXPERT.fullmatch(name)
-        if found is not None and not _BESIDE_THE_DECODER.search(name):
-            experts[found["experts"]][int(found["number"])].add(found["part"])
-    count = next((flat[key] for key in _EXPERTS_KEYS if isinstance(flat.get(key), int)), None)
+        found = numbered_part(name)
+        if found is None or not found[0].endswith(ending) or _BESIDE_THE_DECODER.search(name):
+            continue
+        layer, number, part = found
+        experts[layer][number].add(part)
+    count = facts.experts
     missing, beyond, most = [], [], 0
     for layer, numbers in experts.items():
-        due = range(count) if isinstance(count, int) and 0 < count <= _MOST_EXPERTS else range(max(numbers) + 1)
+        due = range(count) if count is not None and count <= _MOST_EXPERTS else range(max(numbers) + 1)
         parts = set().union(*numbers.values())
         missing += [f"{layer}.{number}" for number in due if number not in numbers]
         missing += [f"{layer}.{n}.{part}" for n, have in numbers.items() for part in sorted(parts - have)]

@@ -21,7 +21,8 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from ..families.base import Role, fused_groups, layer_prefix, norms_before, role_by_name, scaled_before
+from ..families.names import layer_prefix
+from ..families.parts import Role
 from ..patterns.compress import compress
 from .probe import WeightProbe
 from .problems import Problems, Replacement
@@ -51,12 +52,13 @@ class Folding:
 
     def __init__(self, modules: Iterable[str], sources: Sources, reader: ValueReader):
         self._sources, self._reader = sources, reader
+        self._family = family = sources.family
         names = list(modules)
-        norms = {name for name in names if role_by_name(name) is Role.NORM}
+        norms = {name for name in names if family.role_by_name(name) is Role.NORM}
         self.fed: dict[str, list[str]] = {}
         """Norm -> the modules that it feeds."""
         for name in names:
-            for norm in norms_before(name):
+            for norm in family.norms_before(name):
                 if norm in norms:
                     self.fed.setdefault(norm, []).append(name)
                     break
@@ -150,9 +152,9 @@ class Folding:
         for norm, names in self.fed.items():
             if norm in modules:
                 self._check_norm(modules[norm], [modules[name] for name in names if name in modules], modules, problems)
-        group_of = {name: members for members in fused_groups(modules).values() for name in members}
+        group_of = {name: members for members in self._family.fused_groups(modules).values() for name in members}
         for name, module in modules.items():
-            before = modules.get(scaled_before(name) or "")
+            before = modules.get(self._family.scaled_before(name) or "")
             if before is not None and before.source != module.source:
                 fused = dict.fromkeys((*group_of[before.name], name))
                 self._check_pair(before, module, [modules[part] for part in fused], problems)
@@ -193,8 +195,8 @@ class Folding:
             f"a norm and what it feeds must come from one source where scales are folded into it, as they are in "
             f"{' and '.join(f'`{name}`' for name in folded)} ({parts})"
         )
-        partners = [m for m in modules.values() if scaled_before(m.name) in {part.name for part in fed}]
-        partners = [m for m in partners if self._pairs(modules[str(scaled_before(m.name))], m)]
+        partners = [m for m in modules.values() if self._family.scaled_before(m.name) in {part.name for part in fed}]
+        partners = [m for m in partners if self._pairs(modules[str(self._family.scaled_before(m.name))], m)]
         block = [m for m in chain(fed, partners) if not m.role.never_quantized]
         problems.soft([norm.name], text, *self._from_one_source([norm, *fed], block), code="folded_scales")
 
@@ -203,7 +205,7 @@ class Folding:
         for source in by_votes(block, self._sources):
             change = [(m.name, m.rule) for m in block if m.source != source.name]
             lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source.name}
-            if (change or lines) and can_give(source, block):
+            if (change or lines) and can_give(source, block, self._family):
                 self._fixed.update(module.name for module in block)
                 found, others = Replacement.of(source.name, change)
                 return replace(found, remove=tuple(lines)), others

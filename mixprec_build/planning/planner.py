@@ -12,9 +12,9 @@ from ..checkpoint.checkpoint import ValueReader
 from ..checkpoint.degree import Degree
 from ..checkpoint.typed import Source
 from ..errors import RecipeError, RefusedError, SplitError
-from ..families.base import FAMILIES, FUSED, Role, role_by_name, role_of
 from ..families.expected import left_out_of_builds
-from ..families.identity import config_differences
+from ..families.parts import Role
+from ..families.registry import checked_types
 from ..formats.registry import kinds_of_word, leaves
 from ..patterns.compress import compress, natural_key
 from ..ranks.splitter import Splitter
@@ -72,7 +72,7 @@ def make_plan(
         raise RefusedError(found)
     planner.notes += check_weights(modules, sources, WeightProbe(sources), full=check_all)
     quantized = {name: (m.format, m.stored) for name, m in modules.items() if m.format.quantized}
-    planner.notes += half_only(quantized, sources.model.config)
+    planner.notes += half_only(quantized, sources.model.facts)
     presplit = {}
     for splitter, nbytes in _splitters(recipe, sources, modules):
         presplit[str(splitter.degree)] = nbytes
@@ -97,7 +97,7 @@ def _splitters(
     stored = {name: (module.format, module.stored) for name, module in modules.items()} if recipe.tp else {}
     for tp in recipe.tp:
         try:
-            splitter = Splitter(stored, sources.model.config, Degree(tp))
+            splitter = Splitter(stored, sources.model.facts, Degree(tp))
             yield splitter, splitter.total_bytes()
         except SplitError as error:
             raise RecipeError(f"tp {tp}: {error}", path=recipe.path, line=recipe.tp_line) from error
@@ -127,7 +127,7 @@ class _Planner:
     """The steps of :func:`make_plan` and what they share."""
 
     def __init__(self, recipe: Recipe, sources: Sources):
-        self.recipe, self.sources = recipe, sources
+        self.recipe, self.sources, self.family = recipe, sources, sources.family
         self.default = sources.by_name[recipe.default]
         self.default_first = [self.default, *sources.by_name.values()]
         self.problems = Problems(recipe)
@@ -144,10 +144,10 @@ class _Planner:
         for source in sources.by_name.values():
             if source.checkpoint.offline is not None:
                 self.notes.append(f"`{source.name}` is read from the cache: {source.checkpoint.offline}")
-        if self.default.model.model_type not in FAMILIES:
+        if not self.default.facts.family.checked:
             self.notes.append(
-                f"model_type {self.default.model.model_type!r} is not among the families checked against SGLang "
-                f"({', '.join(sorted(FAMILIES))}); the common rules for fused projections are used"
+                f"model_type {self.default.facts.model_type!r} is not among the families checked against SGLang "
+                f"({', '.join(checked_types())}); the common rules for fused projections are used"
             )
 
     # Which source each module comes from
@@ -158,7 +158,7 @@ class _Planner:
         names = sorted({*taken, *exact}, key=natural_key)
         globs = [(i, rule.pattern) for i, rule in enumerate(self.recipe.rules) if not rule.pattern.exact]
         hits = {name: [i for i, pattern in globs if pattern.matches(name)] for name in names}
-        self.roles = {name: role_by_name(name) or self._role(name) for name in names}
+        self.roles = {name: self.family.role_by_name(name) or self._role(name) for name in names}
         fixed = {name for name, role in self.roles.items() if role.never_quantized}
         # A glob that covers nothing but norms, routers and the like means them; another one does not.
         means_fixed = {i for i, _ in globs} - {i for name in names if name not in fixed for i in hits[name]}
@@ -224,7 +224,7 @@ class _Planner:
 
     def _nearest(self, name: str) -> str:
         parent, _, last = name.rpartition(".")
-        parts = [part for part, joined in FUSED.items() if joined == last]
+        parts = self.family.members_of(last)
         if parts:
             return f"checkpoints store its parts: write {parent}.{{{','.join(parts)}}}"
         names = sorted({n for s in self.sources.by_name.values() for n in s.checkpoint.modules})
@@ -240,8 +240,8 @@ class _Planner:
             fmt = source.known_format(name)
             if fmt is not None:
                 stored = source.checkpoint.modules[name]
-                return role_of(name, fmt.shape(stored), stored.tensors)
-        return role_of(name, (0, 0), ())
+                return self.family.role_of(name, fmt.shape(stored), stored.tensors)
+        return self.family.role_of(name, (0, 0), ())
 
     # Whether the sources are one model
 
@@ -251,7 +251,7 @@ class _Planner:
         names = {id(s.checkpoint): f"`{name}`" for name, s in self.sources.by_name.items()}
         ours = names.get(id(self.sources.model), f"`model:` ({self.sources.model.location})")
         for source in used.values():
-            for difference in config_differences(self.sources.model.config, source.checkpoint.config):
+            for difference in self.sources.model.facts.differences(source.facts):
                 if difference.counts:
                     self.problems.hard(
                         f"{ours} and `{source.name}` are different models: {difference} in their config.json; point "
@@ -348,7 +348,7 @@ class _Planner:
         for name, source in self.sources.by_name.items():
             has = source.checkpoint.modules.keys() | source.checkpoint.absent.keys()
             offered[name] = {module for module in has if gives(source, [module])} if kinds_of_word(name) else has
-        check_complete(modules, self.sources.model.config, offered, self.problems, self.notes)
+        check_complete(modules, self.sources.model.facts, offered, self.problems, self.notes)
 
     def _shape_clash(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape a module has in the default source, where it is another one."""
@@ -438,6 +438,6 @@ class _Planner:
             return f"zero biases that `{self.default.name}` does not have"
         if module is not None:
             return f"taken from `{module.source}`"
-        if self.default.model.tied_embeddings and tensor.name.startswith("lm_head."):
+        if self.default.facts.tied_embeddings and tensor.name.startswith(f"{self.family.head}."):
             return "tied to the embedding"
         return f"not in the model as `{self.default.name}` has it"

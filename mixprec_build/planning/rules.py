@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..families.base import Role, expert_parts, fused_groups, gemms, is_down, is_expert
+from ..families.base import Family
+from ..families.facts import ModelFacts
+from ..families.names import last_word
 from ..formats.base import Format
 from ..formats.registry import kinds_of_word
 from ..patterns.compress import compress
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from .types import PlannedModule
 
 __all__ = [
-    "SHARED_GATE_UP",
     "by_votes",
     "can_give",
     "common_source",
@@ -35,42 +36,42 @@ __all__ = [
     "gives",
     "group_limits",
     "half_only",
-    "last_word_of",
     "missing_projections",
     "origin",
     "replacement",
-    "role_limit",
-    "shared_down",
-    "shared_experts_limit",
 ]
 
 
-def half_only(modules: Mapping[str, tuple[Format, StoredModule]], config: Mapping[str, object]) -> Iterator[str]:
-    """Remarks on modules that SGLang serves in FP16 only; ``config`` is the model's."""
+def half_only(modules: Mapping[str, tuple[Format, StoredModule]], facts: ModelFacts) -> Iterator[str]:
+    """Remarks on modules of a model that SGLang serves in FP16 only."""
+    family = facts.family
     found: dict[tuple[str, str], list[str]] = {}
     may = [name for name, (fmt, _) in modules.items() if type(fmt).half_only is not Format.half_only]
-    for name, members in fused_groups(may).items():
+    for name, members in family.fused_groups(may).items():
         formats = {modules[member][0] for member in members}
         fmt = formats.pop()
-        if is_expert(name) or any(other.fuses_as != fmt.fuses_as for other in formats):
+        if family.is_expert(name) or any(other.fuses_as != fmt.fuses_as for other in formats):
             continue
         if why := fmt.half_only([modules[member][1] for member in members]):
             found.setdefault((fmt.kind, why), []).extend(members)
-    half = config.get("dtype", config.get("torch_dtype")) == "float16"
-    flag = "" if half else ": start SGLang with --dtype half, or take another source for them"
+    flag = "" if facts.dtype == "float16" else ": start SGLang with --dtype half, or take another source for them"
     for (kind, why), names in found.items():
         yield f"{some(compress(names))} ({kind}): {why}, with FP16 activations only{flag}"
 
 
-def missing_projections(group: str, parts: Sequence[PlannedModule]) -> str | None:
+def missing_projections(group: str, parts: Sequence[PlannedModule], family: Family) -> str | None:
     """What a quantized expert lacks."""
-    names = [part.name for part in parts]
-    if not is_expert(group) or expert_parts(names) is not None or not any(part.format.quantized for part in parts):
+    if not family.is_expert(group) or not any(part.format.quantized for part in parts):
         return None
-    return f"an expert needs its gate, up and down projections, this one has {', '.join(map(last_word_of, names))}"
+    words = [last_word(part.name) for part in parts]
+    expected = family.missing_of(words)
+    if expected is None:
+        return None
+    needed = "up and down" if expected.gate is None else "gate, up and down"
+    return f"an expert needs its {needed} projections, this one has {', '.join(words)}"
 
 
-def format_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader) -> list[str]:
+def format_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader, family: Family) -> list[str]:
     """Why SGLang could not run a GEMM whose parts share a format."""
     fmt = parts[0].format
     holder = {tensor.info.name: tensor.source for part in parts for tensor in part.tensors.values()}
@@ -78,41 +79,44 @@ def format_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader
     def read(info: TensorInfo) -> np.ndarray | None:
         return reader.read(holder[info.name], info)
 
-    stored, expert = [part.stored for part in parts], is_expert(name)
-    return [*_shape_limits(fmt, stored, expert), *fmt.value_limits(stored, read, experts=expert)]
+    stored, expert = [part.stored for part in parts], family.is_expert(name)
+    return [*_shape_limits(fmt, stored, expert, family), *fmt.value_limits(stored, read, experts=expert)]
 
 
-def decided_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Modules that one source is chosen for: fused groups, and DeepSeek's shared experts, of which SGLang compares gate
-    and up with down."""
-    groups = {name: list(members) for name, members in fused_groups(names).items()}
-    for name in [name for name in groups if name.endswith(SHARED_GATE_UP)]:
-        groups[name] += groups.pop(shared_down(name), [])
+def decided_groups(names: Iterable[str], family: Family) -> dict[str, list[str]]:
+    """Modules that one source is chosen for: fused groups, and those of an MLP whose formats SGLang compares."""
+    groups = {name: list(members) for name, members in family.fused_groups(names).items()}
+    for name in list(groups):
+        compared = family.compared_with(name)
+        if compared is not None:
+            groups[name] += groups.pop(compared[0], [])
     return groups
 
 
-def group_limits(parts: Sequence[PlannedModule], reader: ValueReader) -> list[str]:
+def group_limits(parts: Sequence[PlannedModule], reader: ValueReader, family: Family) -> list[str]:
     """Why SGLang could not run a group of :func:`decided_groups` that is made of ``parts``; empty where it can."""
-    limits = [limit for part in parts if (limit := role_limit(part.name, part.role, part.format)) is not None]
+    limits = [limit for p in parts if (limit := family.format_limit(p.name, p.role, p.format)) is not None]
     by_name = {part.name: part for part in parts}
-    whole = ((group, [by_name[member] for member in members]) for group, members in fused_groups(by_name).items())
-    limits += [limit for group, fused in whole if (limit := missing_projections(group, fused)) is not None]
-    for name, members in gemms(by_name).items():
+    for group, members in family.fused_groups(by_name).items():
+        limit = missing_projections(group, [by_name[member] for member in members], family)
+        limits += [limit] if limit else []
+    for name, members in family.gemms(by_name).items():
         fused = [by_name[member] for member in members]
         if len({part.format.fuses_as for part in fused}) > 1:
             limits.append(f"{', '.join(described(part.format) for part in fused)} are no one format")
         elif fused[0].format.quantized:
-            limits += format_limits(name, fused, reader)
-        down = by_name.get(shared_down(name)) if name.endswith(SHARED_GATE_UP) else None
-        limit = down and shared_experts_limit(fused[0].format, down.format)
-        limits += [limit] if limit else []
+            limits += format_limits(name, fused, reader, family)
+        compared = family.compared_with(name)
+        if compared is not None and compared[0] in by_name:
+            limit = compared[1].limit(fused[0].format, by_name[compared[0]].format)
+            limits += [limit] if limit else []
     return limits
 
 
-def fuse(parts: Iterable[PlannedModule]) -> bool:
+def fuse(parts: Iterable[PlannedModule], family: Family) -> bool:
     """Whether what SGLang fuses among ``parts`` is in one format."""
     by_name = {part.name: part.format.fuses_as for part in parts}
-    return all(len({by_name[member] for member in members}) == 1 for members in gemms(by_name).values())
+    return all(len({by_name[member] for member in members}) == 1 for members in family.gemms(by_name).values())
 
 
 def replacement(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Replacement, list[str]]:
@@ -120,13 +124,13 @@ def replacement(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Rep
     return Replacement.of(source, [(part.name, part.rule) for part in parts])
 
 
-def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool) -> list[str]:
+def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool, family: Family) -> list[str]:
     if not fmt.quantized:
         return []
     if not expert:
         return fmt.linear_limits(parts)
     size = fmt.shape(parts[0])
-    hidden, intermediate = size if is_down(parts[0].name) else reversed(size)
+    hidden, intermediate = size if family.is_down(parts[0].name) else reversed(size)
     return fmt.expert_limits(parts, hidden, intermediate)
 
 
@@ -139,7 +143,7 @@ def common_source(
     """A source that could give all of ``parts`` as SGLang can serve them: the commonest among them, or those
     ``around``, first."""
     others = [source for source in by_votes(around or parts, sources) if source.name != other_than]
-    return next((source.name for source in others if can_give(source, parts)), None)
+    return next((source.name for source in others if can_give(source, parts, sources.family)), None)
 
 
 def by_votes(parts: Iterable[PlannedModule], sources: Sources) -> list[Source]:
@@ -148,21 +152,23 @@ def by_votes(parts: Iterable[PlannedModule], sources: Sources) -> list[Source]:
     return sorted(sources.by_name.values(), key=lambda source: -votes[source.name])
 
 
-def _gives_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: bool) -> bool:
+def _gives_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: bool, family: Family) -> bool:
     if not gives(source, [part.name for part in parts]):
         return False
     formats = [source.format_of(part.name) for part in parts]
-    if any(role_limit(part.name, part.role, fmt) for part, fmt in zip(parts, formats, strict=True)):
+    if any(family.format_limit(part.name, part.role, fmt) for part, fmt in zip(parts, formats, strict=True)):
         return False
     stored = [source.checkpoint.modules[part.name] for part in parts]
-    return len({fmt.fuses_as for fmt in formats}) == 1 and not _shape_limits(formats[0], stored, expert)
+    return len({fmt.fuses_as for fmt in formats}) == 1 and not _shape_limits(formats[0], stored, expert, family)
 
 
-def can_give(source: Source, modules: Iterable[PlannedModule]) -> bool:
+def can_give(source: Source, modules: Iterable[PlannedModule], family: Family) -> bool:
     """Whether all of ``modules`` could come from ``source`` and be served, whatever they are fused of."""
     by_name = {module.name: module for module in modules}
-    groups = gemms(by_name).items()
-    return all(_gives_one_gemm(source, [by_name[n] for n in members], is_expert(group)) for group, members in groups)
+    return all(
+        _gives_one_gemm(source, [by_name[n] for n in members], family.is_expert(group), family)
+        for group, members in family.gemms(by_name).items()
+    )
 
 
 def gives(source: Source, modules: Iterable[str]) -> bool:
@@ -170,34 +176,6 @@ def gives(source: Source, modules: Iterable[str]) -> bool:
     claimed = kinds_of_word(source.name)
     formats = [source.known_format(name) for name in modules]
     return all(fmt is not None and (not claimed or fmt.kind in claimed) for fmt in formats)
-
-
-SHARED_GATE_UP = ".shared_experts.gate_up_proj"
-
-
-def shared_down(gate_up: str) -> str:
-    return gate_up.replace("gate_up_proj", "down_proj")
-
-
-def shared_experts_limit(gate: Format, down: Format) -> str | None:
-    return gate.shared_experts_limit(down)
-
-
-def role_limit(name: str, role: Role, fmt: Format) -> str | None:
-    """Why SGLang has no place for a module in ``fmt``, whatever its shape."""
-    if not fmt.quantized:
-        return None
-    last = last_word_of(name)
-    if role in (Role.EMBEDDING, Role.HEAD, Role.ROUTER):
-        return f"SGLang has no quantized {role.value}"
-    if last == "kv_b_proj":
-        return "SGLang reads kv_b_proj outside its quantization methods and needs it unquantized"
-    if last == "q_b_proj" and not fmt.has_weight:
-        return "SGLang 0.5.17 looks for a weight in q_b_proj, and packed formats have none of that name"
-    if last in ("q_a_proj", "kv_a_proj_with_mqa") and fmt.row_join_limit is not None:
-        # deepseek_weight_loader.py: torch.cat along the first axis, or the first of two scalars
-        return f"SGLang joins q_a_proj and kv_a_proj {fmt.row_join_limit}"
-    return None
 
 
 def origin(module: PlannedModule) -> str:
@@ -209,7 +187,3 @@ def described(fmt: Format) -> str:
     """``gptq_int4 (group_size 128, sym true, ...)``: the parameters matter where two of one kind clash."""
     parameters = ", ".join(f"{k} {str(v).lower()}" for k, v in fmt.to_json().items() if k != "kind")
     return f"{fmt.kind} ({parameters})" if parameters else fmt.kind
-
-
-def last_word_of(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -10,23 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
-from ..families.base import Role, fused_groups, gemms_of, is_expert
-from ..families.shared_experts import compares_shared_experts
+from ..families.names import last_word
+from ..families.parts import Role
 from .problems import Problems
 from .rules import (
-    SHARED_GATE_UP,
     by_votes,
     can_give,
     common_source,
     described,
     format_limits,
-    last_word_of,
     missing_projections,
     origin,
     replacement,
-    role_limit,
-    shared_down,
-    shared_experts_limit,
 )
 
 if TYPE_CHECKING:
@@ -47,17 +42,18 @@ def check_servable(
     problems: Problems,
 ) -> None:
     """Adds to ``problems`` all that SGLang's layers would not run as planned."""
+    family = sources.family
     fixed = folding.check(modules, problems)
     quantized = any(module.format.quantized for module in modules.values())
-    for group, fused in fused_groups(modules if quantized else ()).items():
+    for group, fused in family.fused_groups(modules if quantized else ()).items():
         around = [modules[member] for member in fused]
-        for name, members in gemms_of(group, fused).items():
+        for name, members in family.gemms_of(group, fused).items():
             parts = [modules[member] for member in members]
             if any(part.format.quantized for part in parts):
                 _check_gemm(name, parts, around, sources, reader, problems, fixed)
                 _check_never_quantized(parts, sources, problems)
-                _check_shared_experts(name, parts, modules, sources, problems)
-        limit = missing_projections(group, around)
+                _check_compared(name, parts, modules, sources, problems)
+        limit = missing_projections(group, around, family)
         if limit is not None:
             _refuse_all(around, limit, sources, problems, "incomplete_model")
     check_same_weights(modules, sources, folding, problems)
@@ -75,10 +71,8 @@ def _check_gemm(
     """``around``: all parts of the fused group or expert that these are of. ``fixed`` are modules that another
     problem's fix takes from one source: a second fix would undo it."""
     if len({part.format.fuses_as for part in parts}) > 1:
-        what = "gate and up of one expert" if is_expert(name) else f"parts of {name.rpartition('.')[2]}"
-        owners = "; ".join(
-            f"{last_word_of(part.name)} is {described(part.format)} from {origin(part)}" for part in parts
-        )
+        what = "gate and up of one expert" if sources.family.is_expert(name) else f"parts of {name.rpartition('.')[2]}"
+        owners = "; ".join(f"{last_word(part.name)} is {described(part.format)} from {origin(part)}" for part in parts)
         source = common_source(parts, sources, around)
         change = [part for part in parts if part.source != source]
         text = f"{what}, one GEMM in SGLang, must share a format, but {owners}"
@@ -86,7 +80,7 @@ def _check_gemm(
         edit = replacement(source, change) if fixed.isdisjoint(names) else ()
         problems.soft(names, text, *edit, code="fused_formats")
         return
-    for limit in format_limits(name, parts, reader):
+    for limit in format_limits(name, parts, reader, sources.family):
         _refuse_all(parts, limit, sources, problems, "kernel_limit")
 
 
@@ -98,7 +92,7 @@ def _refuse_all(parts: list[PlannedModule], limit: str, sources: Sources, proble
 
 def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, problems: Problems) -> None:
     for module in parts:
-        limit = role_limit(module.name, module.role, module.format)
+        limit = sources.family.format_limit(module.name, module.role, module.format)
         if limit is not None:
             source = common_source(parts, sources)  # for all: they must share a format still
             text = f"{described(module.format)} from {origin(module)}: {limit}"
@@ -106,26 +100,27 @@ def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, pro
             problems.soft([module.name], text, *replacement(source, change), code="role_limit")
 
 
-def _check_shared_experts(
+def _check_compared(
     name: str,
     parts: Sequence[PlannedModule],
     modules: Mapping[str, PlannedModule],
     sources: Sources,
     problems: Problems,
 ) -> None:
-    """DeepSeek looks into the methods of its shared experts (models/deepseek_v2.py:774 in 0.5.17), GLM-4 likewise."""
-    down = modules.get(shared_down(name)) if compares_shared_experts(sources.model.config) else None
-    if not name.endswith(SHARED_GATE_UP) or down is None or len({part.format for part in parts}) > 1:
+    compared = sources.family.compared_with(name)
+    down = None if compared is None else modules.get(compared[0])
+    if compared is None or down is None or len({part.format for part in parts}) > 1:
         return
-    limit = shared_experts_limit(parts[0].format, down.format)
+    find_limit = compared[1].limit
+    limit = find_limit(parts[0].format, down.format)
     if limit is None:
         return
     trio = [*parts, down]
 
     def fits(source: Source) -> bool:
-        if not can_give(source, trio):
+        if not can_give(source, trio, sources.family):
             return False
-        return shared_experts_limit(*(source.format_of(part.name) for part in (parts[0], down))) is None
+        return find_limit(*(source.format_of(part.name) for part in (parts[0], down))) is None
 
     chosen = next((source.name for source in by_votes(trio, sources) if fits(source)), None)
     text = f"{described(parts[0].format)} from {origin(parts[0])}: {limit}"

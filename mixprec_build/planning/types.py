@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from ..families.base import Role
+from ..families.parts import Role
 from ..formats.base import Format
 from ..recipe.recipe import Recipe, Rule
 from ..recipe.sources import Sources

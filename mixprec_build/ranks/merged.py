@@ -46,7 +46,7 @@ def splitter_of(source: Source, degree: Degree, *, replicated_head: bool = False
     modules: dict[str, tuple[Format, Any]] = {
         name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()
     }
-    return Splitter(modules, source.checkpoint.config, degree, replicated_head)
+    return Splitter(modules, source.facts, degree, replicated_head)
 
 
 def open_compiled(folder: Path, manifest: Manifest) -> Checkpoint:

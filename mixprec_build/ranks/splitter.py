@@ -21,14 +21,19 @@ layers/moe/fused_moe_triton/layer.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm, prod
+from typing import NamedTuple
 
 from ..checkpoint.degree import Degree
 from ..errors import SplitError
-from ..families.base import ATTENTION_REPLICAS, FAMILIES, expert_groups, is_down, joined_groups, layer_prefix
+from ..families.base import Family
+from ..families.expert_groups import expert_groups
+from ..families.facts import ModelFacts
+from ..families.names import last_word, layer_prefix
+from ..families.parts import CutBy, Role
+from ..families.registry import cuttable_types, replicated_types
 from ..formats.base import Axes, Format
 from ..patterns.compress import compress
 from ..storage.module import StoredModule
@@ -38,11 +43,6 @@ from .stacking import Cut, StackedTensors, stack, stack_experts
 __all__ = ["Share", "Splitter"]
 
 
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
-_GATES, _UPS, _DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
-_QUERY_HEADS = {"q_proj", "q_b_proj", "kv_b_proj"}
-_KV_HEADS = {"k_proj", "v_proj"}
-_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 _VOCABULARY_STEP = 64  # DEFAULT_VOCAB_PADDING_SIZE
 WASTEFUL = 0.4
 _MOST_ADVISED = 16
@@ -71,6 +71,14 @@ class Share:
         return min(rank * self.held, self.whole), min((rank + 1) * self.held, self.whole)
 
 
+class _Expert(NamedTuple):
+    """Names of the projections of one expert."""
+
+    ups: tuple[str, ...]
+    """Gate and up, or up alone, in the order of SGLang's ``w13``."""
+    down: str
+
+
 @dataclass(slots=True)
 class Splitter:
     """The cut of one checkpoint for one degree.
@@ -80,7 +88,7 @@ class Splitter:
     """
 
     modules: Mapping[str, tuple[Format, StoredModule]]
-    config: Mapping[str, object]
+    facts: ModelFacts
     degree: Degree
     replicated_head: bool = False
     """Whether each replica of attention has all of ``lm_head`` (``--enable-dp-lm-head``)."""
@@ -88,36 +96,40 @@ class Splitter:
     """Whether ``modules`` are some of a checkpoint's only: experts may be missing, and no degrees are advised."""
     singles: list[str] = field(init=False, default_factory=list)
     """The modules that are of no expert."""
-    experts: dict[str, list[tuple[str, str, str]]] = field(init=False, default_factory=dict)
-    """``...experts`` -> gate, up and down of each, in order."""
+    experts: dict[str, list[_Expert]] = field(init=False, default_factory=dict)
+    """``...experts`` -> the projections of each, in order."""
     shares: dict[str, Share] = field(init=False, default_factory=dict)
     """MLP or ``...experts`` -> how its columns are shared out."""
 
     def __post_init__(self) -> None:
-        family = self.config.get("model_type")
-        if not isinstance(family, str) or family not in FAMILIES:
+        family, model_type = self.family, self.facts.own_model_type
+        if not (self.facts.names_family and family.can_be_cut):
             raise SplitError(
-                f"model_type {family!r:.100} cannot be cut; the families known are {', '.join(sorted(FAMILIES))}"
+                f"model_type {model_type!r:.100} cannot be cut; the families known are {', '.join(cuttable_types())}"
             )
-        if self.degree.dp > 1 and family not in ATTENTION_REPLICAS:
+        if self.degree.dp > 1 and not family.attention_replicas:
             raise SplitError(
-                f"{self.degree}: SGLang keeps no replicas of {family}'s attention (--enable-dp-attention); it does of "
-                f"that of {', '.join(sorted(ATTENTION_REPLICAS))}"
+                f"{self.degree}: SGLang keeps no replicas of {model_type}'s attention (--enable-dp-attention); it does "
+                f"of that of {', '.join(replicated_types())}"
             )
         self._find_experts()
         self._share_columns()
 
     @property
+    def family(self) -> Family:
+        return self.facts.family
+
+    @property
     def padded(self) -> dict[str, Share]:
-        """The shares with added zeros."""
-        return {name: share for name, share in self.shares.items() if share.padding}
+        """The shares with added zeros, by SGLang's names."""
+        return {self.family.sglang_name(name): share for name, share in self.shares.items() if share.padding}
 
     def parameters(self, rank: int) -> list[Parameter]:
         """All that ``rank`` holds, in checkpoint order."""
         out: list[Parameter] = []
-        tied = self.config.get("tie_word_embeddings") and "model.embed_tokens" in self.modules
-        for joined, members in joined_groups(self.singles).items():
-            if not (tied and joined == "lm_head"):
+        tied = self.facts.tied_embeddings and self.family.embedding in self.modules
+        for joined, members in self.family.joined_groups(self.singles).items():
+            if not (tied and joined == self.family.head):
                 cuts = [self._cut(name, rank) for name in members]
                 self._check_tile(joined, cuts)
                 out += self._joined(joined, cuts)
@@ -151,9 +163,10 @@ class Splitter:
     def _find_experts(self) -> None:
         stored: dict[str, dict[int, dict[str, str]]] = {}
         for name in self.modules:
-            found = _EXPERT.fullmatch(name)
-            if found:
-                stored.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = name
+            found = self.family.expert_of(name)
+            if found is not None:
+                prefix, number, word = found
+                stored.setdefault(prefix, {}).setdefault(number, {})[word] = name
             else:
                 self.singles.append(name)
         for prefix, by_number in stored.items():
@@ -163,20 +176,22 @@ class Splitter:
                         f"{prefix}: expert {number} is missing, and there is an expert {max(by_number)}; "
                         "take all experts from one model"
                     )
-            self.experts[prefix] = [_trio(f"{prefix}.{n}", parts) for n, parts in sorted(by_number.items())]
+            self.experts[prefix] = [
+                _projections(f"{prefix}.{n}", parts, self.family) for n, parts in sorted(by_number.items())
+            ]
 
     def _share_columns(self) -> None:
         columns: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
         for name, (fmt, stored) in self.modules.items():
-            parent, _, last = name.rpartition(".")
-            down = is_down(name)
-            if not down and last not in _GATES + _UPS:
+            down = self.family.is_down(name)
+            if not down and not self.family.is_up(name):
                 continue
-            expert = _EXPERT.fullmatch(name)
+            expert = self.family.expert_of(name)
             shape, tile = fmt.shape(stored), fmt.tile(experts=expert is not None)
             whole, step = (shape[1], tile[1]) if down else (shape[0], tile[0])
             ranks = self.degree.moe_tp if expert else self.degree.tp
-            columns.setdefault((expert[1] if expert else parent, ranks), []).append((name, whole, step))
+            owner = expert[0] if expert else name.rpartition(".")[0]
+            columns.setdefault((owner, ranks), []).append((name, whole, step))
         for (owner, ranks), members in columns.items():
             name, whole, _ = members[0]
             if any(size != whole for _, size, _ in members):
@@ -192,7 +207,7 @@ class Splitter:
         """The degrees at which all of the checkpoint can be cut."""
         if self.part:
             return ""
-        part = _one_layer_of_each(self.modules)
+        part = _one_layer_of_each(self.modules, self.family)
         fitting = [str(tp) for tp in range(1, _MOST_ADVISED + 1) if self._fits(part, tp)]
         parts = [f"{name} {n}" for name, n in (("ep", self.degree.ep), ("dp", self.degree.dp)) if n > 1]
         beside = f" with {' and '.join(parts)}" if parts else ""
@@ -202,7 +217,7 @@ class Splitter:
     def _fits(self, modules: Mapping[str, tuple[Format, StoredModule]], tp: int) -> bool:
         try:
             degree = Degree(tp, self.degree.ep, self.degree.dp)
-            splitter = Splitter(modules, self.config, degree, self.replicated_head, part=True)
+            splitter = Splitter(modules, self.facts, degree, self.replicated_head, part=True)
             for rank in range(0, tp, degree.moe_tp):  # those that share experts are cut alike
                 splitter.parameters(rank)
         except SplitError:
@@ -211,23 +226,23 @@ class Splitter:
 
     def _cut(self, name: str, rank: int) -> Cut:
         fmt, stored = self.modules[name]
-        shape, last = fmt.shape(stored), name.rpartition(".")[2]
+        shape, cut = fmt.shape(stored), self.family.cuts.get(last_word(name))
         owner = self.shares.get(name.rpartition(".")[0])
-        if owner is not None and last in _GATES + _UPS:
+        if owner is not None and self.family.is_up(name):
             return Cut(name, n=(*owner.of(rank), owner.held))
-        if owner is not None and is_down(name):
+        if owner is not None and self.family.is_down(name):
             return Cut(name, k=(*owner.of(rank), owner.held))
-        if last == _HEAD and not self.replicated_head:
+        if cut is CutBy.VOCABULARY and not self.replicated_head and self.family.role_by_name(name) is Role.HEAD:
             return self._vocabulary(name, shape[0], rank, self.degree.tp)
         # The rest is what each replica of attention has.
         tp = self.degree.attention_tp
         rank %= tp
-        if last in (_EMBEDDING, _HEAD):
+        if cut is CutBy.VOCABULARY:
             return self._vocabulary(name, shape[0], rank, tp)
-        if last in _QUERY_HEADS:
-            return Cut(name, n=self._even(name, shape[0], self._number("num_attention_heads"), rank, tp))
-        if last in _KV_HEADS:
-            heads = self._number("num_key_value_heads", "num_attention_heads")
+        if cut is CutBy.QUERY_HEADS:
+            return Cut(name, n=self._even(name, shape[0], self._heads(), rank, tp))
+        if cut is CutBy.KEY_VALUE_HEADS:
+            heads = _known(self.facts.key_value_heads, "num_key_value_heads")
             # With fewer heads than ranks, ranks that follow one another hold the same head.
             copies = max(1, tp // heads)
             if heads < tp and tp % heads:
@@ -236,8 +251,8 @@ class Splitter:
                     f"{self._advice()}"
                 )
             return Cut(name, n=self._even(name, shape[0], heads, rank // copies, tp // copies))
-        if last == "o_proj":
-            return Cut(name, k=self._even(name, shape[1], self._number("num_attention_heads"), rank, tp))
+        if cut is CutBy.HEAD_INPUTS:
+            return Cut(name, k=self._even(name, shape[1], self._heads(), rank, tp, inputs=True))
         return Cut(name)
 
     def _vocabulary(self, name: str, size: int, rank: int, ranks: int) -> Cut:
@@ -247,19 +262,17 @@ class Splitter:
         share = Share(size, ranks, padded // ranks)
         return Cut(name, n=(*share.of(rank), share.held))
 
-    def _number(self, *keys: str) -> int:
-        value = next((self.config[key] for key in keys if self.config.get(key) is not None), None)
-        if type(value) is not int or value < 1:
-            raise SplitError(f"config.json has no {keys[0]}, which says how attention is cut")
-        return value
+    def _heads(self) -> int:
+        return _known(self.facts.attention_heads, "num_attention_heads")
 
-    def _even(self, name: str, size: int, heads: int, rank: int, ranks: int) -> tuple[int, int, int]:
+    def _even(
+        self, name: str, size: int, heads: int, rank: int, ranks: int, *, inputs: bool = False
+    ) -> tuple[int, int, int]:
         if heads % ranks or size % heads:
             raise SplitError(f"{name}: {heads} heads cannot be shared by {ranks} ranks{self._advice()}")
         share = size // ranks
         fmt, stored = self.modules[name]
         axes = [fmt.axes(leaf) for leaf in stored.tensors]
-        inputs = name.endswith("o_proj")
         step = lcm(*(axis.per for axis in ((a.k if inputs else a.n) for a in axes) if axis is not None))
         if ranks > 1 and share % step:
             raise self._uneven(name, fmt, share, size, f"the format is stored in blocks of {step}")
@@ -291,8 +304,9 @@ class Splitter:
 
     def _joined(self, joined: str, parts: Sequence[Cut]) -> Iterator[Parameter]:
         """One layer of SGLang's, of one module or of several that run as one."""
+        served = self.family.sglang_name(joined)
         for held in self._leaves(joined, [part.name for part in parts]):
-            name = f"{joined}.{held.name}" if held.name else joined
+            name = f"{served}.{held.name}" if held.name else served
             if held.axes == Axes() and prod(held.tensors[0].shape) == 1:
                 pieces = [Piece(t, (0, 1), (0, 1), (0, i, 0)) for i, t in enumerate(held.tensors)]
                 yield Parameter(name, held.dtype, (len(pieces),), tuple(pieces))
@@ -301,7 +315,7 @@ class Splitter:
             count = 1 if held.axes.n is None else len(parts)
             yield stack(name, list(zip(held.tensors[-count:], parts[-count:], strict=True)), held)
 
-    def _experts(self, prefix: str, stored: Sequence[tuple[str, str, str]], rank: int) -> Iterator[Parameter]:
+    def _experts(self, prefix: str, stored: Sequence[_Expert], rank: int) -> Iterator[Parameter]:
         """The parameters of a FusedMoE: those of this rank's experts, format by format."""
         share = self.shares[prefix]
         ep, here = rank // self.degree.moe_tp, len(stored) // self.degree.ep
@@ -311,18 +325,23 @@ class Splitter:
             )
         columns = (*share.of(rank % self.degree.moe_tp), share.held)
         kinds: dict[int, tuple[object, object]] = {
-            expert: (self.modules[gate][0].fuses_as, self.modules[down][0].fuses_as)
-            for expert, (gate, _, down) in enumerate(stored)
+            expert: (self.modules[parts.ups[0]][0].fuses_as, self.modules[parts.down][0].fuses_as)
+            for expert, parts in enumerate(stored)
         }
         groups = expert_groups(kinds, range(ep * here, (ep + 1) * here))
         mixed = len({kind for both in kinds.values() for kind in both}) > 1
+        served = self.family.sglang_name(prefix)
         for number, (ups, downs) in enumerate(groups):
-            home = f"{prefix}.groups.{number}" if mixed else prefix
-            for weight, members, first, count in (("w13", ups, 0, 2), ("w2", downs, 2, 1)):
-                names = [name for expert in members for name in stored[expert][first : first + count]]
+            home = f"{served}.groups.{number}" if mixed else served
+            for weight, parts in (
+                ("w13", [stored[expert].ups for expert in ups]),
+                ("w2", [(stored[expert].down,) for expert in downs]),
+            ):
+                names = [name for part in parts for name in part]
                 if self.degree.moe_tp > 1 and any(self.modules[name][0].scattered for name in names):
                     raise SplitError(f"{prefix}: experts in act-order cannot be cut; use as many ep as tp ranks")
                 for held in self._leaves(prefix, names):
+                    count = len(parts[0])
                     each = [held.tensors[i : i + count] for i in range(0, len(held.tensors), count)]
                     yield stack_experts(f"{home}.{weight}_{held.name}", each, columns, held)
 
@@ -349,18 +368,23 @@ class Splitter:
         return list(out.values())
 
 
-def _trio(expert: str, parts: Mapping[str, str]) -> tuple[str, str, str]:
-    """An expert's gate, up and down projections; ``parts``: last word -> name."""
-    lasts = max(zip(_GATES, _UPS, _DOWNS, strict=True), key=lambda lasts: len(parts.keys() & {*lasts}))
-    lacking = [last for last in lasts if last not in parts]
+def _projections(expert: str, parts: Mapping[str, str], family: Family) -> _Expert:
+    """The projections of an expert; ``parts``: last word -> name."""
+    words = family.projections_among(parts)
+    lacking = [word for word in words.words if word not in parts]
     if lacking:
         raise SplitError(f"{expert}: has no {' and no '.join(lacking)}; take the whole expert from one model")
-    gate, up, down = lasts
-    return parts[gate], parts[up], parts[down]
+    return _Expert(tuple(parts[word] for word in words.ups), parts[words.down])
+
+
+def _known(number: int | None, key: str) -> int:
+    if number is None:
+        raise SplitError(f"config.json has no {key}, which says how attention is cut")
+    return number
 
 
 def _one_layer_of_each(
-    modules: Mapping[str, tuple[Format, StoredModule]],
+    modules: Mapping[str, tuple[Format, StoredModule]], family: Family
 ) -> dict[str, tuple[Format, StoredModule]]:
     """The modules outside of layers, and of all layers that hold the same formats and shapes one."""
     layers: dict[str, list[str]] = {}
@@ -371,8 +395,8 @@ def _one_layer_of_each(
         kind = set()
         for name in names:
             fmt, stored = modules[name]
-            expert = _EXPERT.fullmatch(name)
-            inner = expert[3] if expert else name.removeprefix(prefix)
+            expert = family.expert_of(name)
+            inner = expert[2] if expert else name.removeprefix(prefix)
             kind.add((inner, fmt, *((leaf, t.dtype, t.shape) for leaf, t in stored.tensors.items())))
         kinds.setdefault((len(names), frozenset(kind)), names)
     return {name: modules[name] for names in kinds.values() for name in names}

@@ -11,7 +11,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.typed import Source
 from ..errors import RecipeError, SourceError
-from ..families.base import Role, role_by_name
+from ..families.base import Family
 from ..formats.base import FormatError
 from ..formats.registry import kinds_of_word
 
@@ -27,6 +27,11 @@ class Sources:
 
     model: Checkpoint
     by_name: Mapping[str, Source]
+
+    @property
+    def family(self) -> Family:
+        """Of the config that the output is served with."""
+        return self.model.facts.family
 
     def resolve(self, word: str, recipe: Recipe, line: int) -> Source:
         """The source a rule means: by name, else the one that holds the format the word stands for.
@@ -61,9 +66,10 @@ def open_sources(recipe: Recipe) -> Sources:
         _check_claim(source, recipe)
         by_name[name] = source
     if len(by_name) > 1:
+        is_norm = opened[recipe.model.location].facts.family.is_norm
         for source in by_name.values():
             # What their norms hold says whether sources are one model, and whether scales are folded into them.
-            norms = (module for name, module in source.checkpoint.modules.items() if role_by_name(name) is Role.NORM)
+            norms = (module for name, module in source.checkpoint.modules.items() if is_norm(name))
             source.checkpoint.read_values(tensor for norm in norms for tensor in norm.tensors.values())
     return Sources(opened[recipe.model.location], by_name)
 

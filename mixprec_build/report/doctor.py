@@ -20,7 +20,8 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.declaration import METHOD, Declaration
 from ..checkpoint.manifest import Manifest, read_manifest
 from ..errors import MixprecError
-from ..families.base import Role, role_by_name
+from ..families.base import Family
+from ..families.parts import Role
 from ..formats.base import Format, Kind
 from ..formats.registry import kinds
 from ..planning.rules import half_only
@@ -143,10 +144,10 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         return
     counts = Counter(formats.values())
     problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
-    problems += _unfit_experts(formats, gpu)
+    problems += _unfit_experts(formats, gpu, checkpoint.facts.family)
     if not problems:
         stored = {name: (formats[name], module) for name, module in checkpoint.modules.items() if name in formats}
-        problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.config)]
+        problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.facts)]
     yield from problems
     if not problems:
         modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())
@@ -163,8 +164,8 @@ def _differences(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Finding
         yield Finding("fail", "tensors", f"not as they were built: {some(changed)}; build the checkpoint again")
 
 
-def _unfit_experts(formats: Mapping[str, Format], gpu: Gpu | None) -> Iterator[Finding]:
-    stored = {fmt for name, fmt in formats.items() if role_by_name(name) is Role.EXPERT}
+def _unfit_experts(formats: Mapping[str, Format], gpu: Gpu | None, family: Family) -> Iterator[Finding]:
+    stored = {fmt for name, fmt in formats.items() if family.role_by_name(name) is Role.EXPERT}
     least = {(fmt.name, fmt.kinds[fmt.kind].experts_least) for fmt in stored}
     for name, need in sorted(least):
         if gpu is not None and gpu.capability < need:
@@ -180,6 +181,5 @@ def _not_served(
     for fmt, count in counts.items():
         if unfit := _unfit(fmt.kinds[fmt.kind], gpu):
             yield Finding("fail", fmt.kind, f"{count:,} modules: {unfit}")
-    dtype = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
-    if dtype == "float32" and any(fmt.quantized for fmt in counts):
+    if checkpoint.facts.dtype == "float32" and any(fmt.quantized for fmt in counts):
         yield Finding("warn", "dtype", "config.json says float32: start SGLang with --dtype bfloat16 or half")

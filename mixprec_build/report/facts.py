@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..checkpoint.declaration import METHOD, name_formats
 from ..checkpoint.manifest import CHECKSUM, MANIFEST, read_manifest
-from ..families.base import Role, is_down, place_of, role_of
+from ..families.base import Family
+from ..families.parts import Role
 from ..formats.base import Format, FormatError
 from ..patterns.compress import compress
 from ..planning.rules import half_only
@@ -69,7 +70,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         for name, source in plan.sources.by_name.items()
     ]
     return {
-        **_facts(plan.modules.values()),
+        **_facts(plan.modules.values(), plan.sources.family),
         "file_bytes": sum(shard.file_bytes(plan.sources) for shard in plan.shards),
         "shards": len(plan.shards),
         "layout": plan.recipe.layout,
@@ -89,7 +90,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
     """What ``mixprec inspect --json`` prints, for a compiled checkpoint or any other."""
-    stored = []
+    stored, family = [], source.facts.family
     unread: dict[str, list[str]] = {}
     for name, module in source.checkpoint.modules.items():
         fmt = source.formats[name]
@@ -97,12 +98,12 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
             unread.setdefault(str(fmt), []).append(name)
         else:
             shape = fmt.shape(module)
-            stored.append(_Stored(name, role_of(name, shape, module.tensors), fmt, shape, module.nbytes))
+            stored.append(_Stored(name, family.role_of(name, shape, module.tensors), fmt, shape, module.nbytes))
     compiled = source.checkpoint.quantization.get("quant_method") == METHOD
     facts = {
         "location": source.checkpoint.location,
-        "model_type": source.model.model_type,
-        **_facts(stored),
+        "model_type": source.facts.model_type,
+        **_facts(stored, family),
         "file_bytes": sum(shard.size for shard in source.checkpoint.shards.values()),
         "shards": len(source.checkpoint.shards),
         "unread": [{"reason": reason, "modules": compress(names)} for reason, names in unread.items()],
@@ -112,7 +113,7 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
     if compiled:
         modules = source.checkpoint.modules
         served = {name: (fmt, modules[name]) for name, fmt in source.formats.items() if isinstance(fmt, Format)}
-        facts["notes"] = list(half_only(served, source.checkpoint.config))
+        facts["notes"] = list(half_only(served, source.facts))
         facts["serve"] += " --dtype half" if facts["notes"] else ""
     if compiled and (folder / MANIFEST).exists():
         recorded = read_manifest(folder)
@@ -132,7 +133,7 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _facts(modules: Collection[_Module]) -> dict[str, Any]:
+def _facts(modules: Collection[_Module], family: Family) -> dict[str, Any]:
     by_format: dict[Format, list[_Module]] = defaultdict(list)
     for module in modules:
         by_format[module.format].append(module)
@@ -161,22 +162,22 @@ def _facts(modules: Collection[_Module]) -> dict[str, Any]:
         "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
         "compression": round(2 * parameters / nbytes, 3) if nbytes else None,
         "formats": formats,
-        "layers": _layer_map(modules, names),
+        "layers": _layer_map(modules, names, family),
     }
 
 
-def _layer_map(modules: Collection[_Module], names: Mapping[Format, str]) -> list[dict[str, Any]]:
+def _layer_map(modules: Collection[_Module], names: Mapping[Format, str], family: Family) -> list[dict[str, Any]]:
     """For each decoder layer, projection -> format name -> how many modules; an expert counts once."""
     layers: dict[int, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     experts = [module for module in modules if module.role is Role.EXPERT]
-    ups = {m.name.rpartition(".")[0]: names[m.format] for m in experts if not is_down(m.name)}
+    ups = {m.name.rpartition(".")[0]: names[m.format] for m in experts if not family.is_down(m.name)}
     for module in modules:
-        layer, projection = place_of(module.name)
+        layer, projection = family.place_of(module.name)
         if layer is None or module.role.never_quantized:
             continue
         fmt = names[module.format]
         if module.role is Role.EXPERT:
-            if not is_down(module.name):
+            if not family.is_down(module.name):
                 continue
             up = ups.get(module.name.rpartition(".")[0], fmt)
             fmt = fmt if up == fmt else f"{up} (down {fmt})"

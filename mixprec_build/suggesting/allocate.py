@@ -219,14 +219,10 @@ def _error_and_power(distortion: Distortion, objective: Objective) -> tuple[floa
 def _frequencies(choices: Choices, activity: Activity | None) -> dict[str, float]:
     """Group -> the share of tokens that it runs for."""
     experts: Counter[int | None] = Counter(group.layer for group in choices.groups if group.column == "experts")
-    config = choices.sources.model.config
-    text = config.get("text_config")
-    top_k = (
-        {**config, **text}.get("num_experts_per_tok") if isinstance(text, dict) else config.get("num_experts_per_tok")
-    )
-    if experts and not (isinstance(top_k, int) and top_k > 0):
+    top_k = choices.sources.model.facts.experts_per_token
+    if experts and top_k is None:
         choices.notes.append("config.json has no num_experts_per_tok: a token is taken to go to one expert")
-    k = top_k if isinstance(top_k, int) and top_k > 0 else 1
+    k = top_k or 1
     if activity is not None:
         _check_activity(activity, experts, choices)
     out = {}

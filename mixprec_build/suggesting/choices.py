@@ -13,7 +13,9 @@ from ..checkpoint.checkpoint import ValueReader
 from ..checkpoint.degree import Degree
 from ..checkpoint.typed import Source
 from ..errors import RecipeError, RefusedError, SplitError
-from ..families.base import Role, fused_groups, gemms, is_expert, layer_prefix, place_of
+from ..families.base import EXPERTS_COLUMN
+from ..families.names import last_word, layer_prefix
+from ..families.parts import Role
 from ..formats.registry import bits_of, kinds_of_word
 from ..patterns.compress import compress
 from ..patterns.pattern import Pattern, PatternError
@@ -89,7 +91,7 @@ class Choices:
     """The groups with their options, and the modules that stay as the base has them."""
 
     def __init__(self, recipe: Recipe, sources: Sources, request: Request):
-        self.recipe, self.sources = recipe, sources
+        self.recipe, self.sources, self._family = recipe, sources, sources.family
         self.notes: list[str] = []
         self.base = plan_modules(recipe, sources)
         # A line for what the default source lacks has to name it, and a choice is written in globs.
@@ -108,7 +110,7 @@ class Choices:
         with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
             if not request.allow_unservable:
                 self._check_same_weights(reader)
-            for name, members in decided_groups(names).items():
+            for name, members in decided_groups(names, self._family).items():
                 self._add_group(name, tuple(members), request, reader)
             free = {n for group in self.groups for n in group.members}
             self.fixed = {name: module for name, module in self.base.items() if name not in free}
@@ -143,8 +145,8 @@ class Choices:
                 reasons.append(self._why_not(source, [member for member in members if member not in modules]))
                 continue
             parts = [modules[member] for member in members]
-            limits = group_limits(parts, reader)
-            if limits and (not request.allow_unservable or not fuse(parts)):
+            limits = group_limits(parts, reader, self._family)
+            if limits and (not request.allow_unservable or not fuse(parts, self._family)):
                 reasons.append(f"from `{source}`: {limits[0]}")
                 continue
             limit = self._cut_limit(parts)
@@ -157,8 +159,8 @@ class Choices:
             self.kept.setdefault("; ".join(reasons), []).extend(members)
             return
         reason = "no other source can give it: " + "; ".join(reasons) if len(options) == 1 and reasons else ""
-        layer, column = place_of(name)
-        column = "experts" if is_expert(name) else column
+        layer, column = self._family.place_of(name)
+        column = EXPERTS_COLUMN if self._family.is_expert(name) else column
         self.groups.append(Group(name, members, column, layer, tuple(options), tuple(range(len(options))), reason))
 
     def _why_not(self, source: str, members: Sequence[str]) -> str:
@@ -210,7 +212,7 @@ class Choices:
         stored = {module.name: (module.format, module.stored) for module in modules}
         # Experts are many and alike.
         key = tuple(
-            (name.rpartition(".")[2], is_expert(name.rpartition(".")[0]), fmt, leaf, tensor.dtype, tensor.shape)
+            (last_word(name), self._family.is_expert(name.rpartition(".")[0]), fmt, leaf, tensor.dtype, tensor.shape)
             for name, (fmt, module) in stored.items()
             for leaf, tensor in module.tensors.items()
         )
@@ -218,7 +220,7 @@ class Choices:
             return None
         for tp in self.recipe.tp:
             try:
-                Splitter(stored, self.sources.model.config, Degree(tp), part=True).total_bytes()
+                Splitter(stored, self.sources.model.facts, Degree(tp), part=True).total_bytes()
             except SplitError as error:
                 return f"tp {tp}: {error}"
         self._cuttable.add(key)
@@ -229,13 +231,13 @@ class Choices:
         if not self.recipe.tp:
             return
         homes: dict[tuple[str, object], tuple[str, object]] = {}
-        fixed = fused_groups(name for name, module in self.fixed.items() if module.role is Role.EXPERT)
+        fixed = self._family.fused_groups(name for name, module in self.fixed.items() if module.role is Role.EXPERT)
         for name, members in fixed.items():
             self._dtypes_beside(homes, name, [self.fixed[member] for member in members])
         # Those with the least choice first: pins have their say.
         for at in sorted(range(len(self.groups)), key=lambda at: len(self.groups[at].allowed)):
             group = self.groups[at]
-            if group.column != "experts":
+            if group.column != EXPERTS_COLUMN:
                 continue
             sources = {i: group.options[i].source for i in group.allowed}
             default_first = sorted(sources.items(), key=lambda item: item[1] != self.recipe.default)
@@ -260,13 +262,12 @@ class Choices:
                 reason = why if len(allowed) == 1 else group.reason
                 self.groups[at] = replace(group, allowed=allowed, reason=reason)
 
-    @staticmethod
     def _dtypes_beside(
-        homes: dict[tuple[str, object], tuple[str, object]], name: str, parts: Sequence[PlannedModule]
+        self, homes: dict[tuple[str, object], tuple[str, object]], name: str, parts: Sequence[PlannedModule]
     ) -> str | None:
         """The source of an expert in the same layer and format with other dtypes; ``homes`` has the first of each."""
         by_name, found = {part.name: part for part in parts}, {}
-        for gemm, members in gemms(by_name).items():
+        for gemm, members in self._family.gemms(by_name).items():
             mine = [by_name[member] for member in members]
             dtypes = frozenset((p.format.held_as(leaf), t.info.dtype) for p in mine for leaf, t in p.tensors.items())
             key = (f"{name.rpartition('.')[0]}.{gemm.rpartition('.')[2]}", mine[0].format.fuses_as)

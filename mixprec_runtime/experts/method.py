@@ -22,7 +22,7 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_cpu
 from torch.nn import ModuleList, Parameter
 
-from mixprec_build.families.base import GroupMembers, expert_groups
+from mixprec_build.families.expert_groups import GroupMembers, expert_groups
 from mixprec_build.formats.base import Format
 
 from ..cpu import reference

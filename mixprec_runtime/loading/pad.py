@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mixprec_build.families.base import Family
+
 __all__ = ["pad"]
 
 
-def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]]) -> None:
+def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]], family: Family) -> None:
     """Has SGLang's method make a layer as wide as this rank holds it, where zeros are added.
 
     ``padded``: MLP or ``...experts`` -> columns of a rank as SGLang counts them, and as they are held.
     """
-    for name in (prefix, f"model.{prefix}"):
+    for name in family.served_names(prefix):
         if name in padded:
             _pad_experts(method, name, *padded[name])
         elif name.rpartition(".")[0] in padded:
-            _pad_linear(method, name, *padded[name.rpartition(".")[0]], inputs=name.endswith("down_proj"))
+            _pad_linear(method, name, *padded[name.rpartition(".")[0]], inputs=family.is_down(name))
 
 
 def _check_native(name: str, columns: set[int], native: int) -> None:

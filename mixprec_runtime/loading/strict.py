@@ -18,7 +18,9 @@ import torch
 from torch.nn import Module
 
 from mixprec_build.checkpoint.manifest import TensorEntry
-from mixprec_build.families.expected import is_buffer, is_for_drafts, left_out_of_builds
+from mixprec_build.families.expected import is_buffer, left_out_of_builds
+from mixprec_build.families.facts import ModelFacts
+from mixprec_build.families.names import layer_of, numbered_part
 from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
 
@@ -28,8 +30,6 @@ from .ledger import Ledger, LoadError
 __all__ = ["here", "load_strictly", "may_be_empty"]
 
 _DERIVED = re.compile(r".*_g_idx_sort_indices")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"(.+)\.(\d+)\.[^.]+\.[^.]+")
 
 
 def load_strictly(
@@ -101,26 +101,25 @@ def here(model: Module) -> Callable[[str], bool]:
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.runtime_context import get_parallel
 
-    config: Any = getattr(model, "config", None)
-    config = getattr(config, "text_config", config)
-    layers = getattr(config, "num_hidden_layers", None)
+    facts = ModelFacts.of_loaded(getattr(model, "config", None))
+    family = facts.family
     inner: Any = getattr(model, "model", model)
-    first, end = getattr(inner, "start_layer", 0), getattr(inner, "end_layer", layers)
+    first, end = getattr(inner, "start_layer", 0), getattr(inner, "end_layer", facts.layers)
     moe = {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
-    tied = getattr(config, "tie_word_embeddings", False)
 
     def belongs(name: str) -> bool:
-        if is_buffer(name) or is_for_drafts(name) or left_out_of_builds(name) or (tied and name == "lm_head.weight"):
+        if is_buffer(name) or left_out_of_builds(name):
             return False
-        layer = _LAYER.search(name)
+        if (facts.tied_embeddings and name == f"{family.head}.weight") or family.is_draft(name, facts.layers):
+            return False
+        layer = layer_of(name)
         if layer is None:
             return bool(get_parallel().pp_size == 1)  # the first and the last stage have what is in no layer
-        # Layers past the last are for speculative decoding, those of other stages are loaded there.
-        if end is not None and not (first <= int(layer[1]) < end):
+        if end is not None and not (first <= layer < end):  # of another stage
             return False
-        expert = _EXPERT.fullmatch(name)
-        if expert and expert[1] in moe:
-            return bool(moe[expert[1]]._map_global_expert_id_to_local_expert_id(int(expert[2])) >= 0)
+        part = numbered_part(name.rpartition(".")[0])
+        if part is not None and part[0] in moe:
+            return bool(moe[part[0]]._map_global_expert_id_to_local_expert_id(part[1]) >= 0)
         return True
 
     return belongs

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from mixprec_build.families.registry import FAMILIES
+
 ROOT = Path(__file__).parents[2]
 
 COMPILER = {
@@ -168,6 +170,93 @@ def test_packages_of_rooms_hold_no_code() -> None:
         if path.name == "__init__.py" and room(module):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 assert isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign), module
+
+
+READERS = {"mixprec_build.families.facts", "mixprec_build.families.identity"}
+"""What knows the keys of ``config.json``: all of it, and two of them side by side."""
+
+WHOLE_CONFIG = {"mixprec_build.families.facts", "mixprec_build.output.companions"}
+"""What takes it as it was parsed: to make facts of it, and to write it again."""
+
+OTHER_KEYS = {
+    "dtype": "of a tensor, in headers and manifests",
+    "model_type": "of a checkpoint, in what `mixprec inspect --json` prints",
+    "architectures": "never",
+}
+"""Keys of ``config.json`` that are keys elsewhere, of something else."""
+
+
+def constants(module: str) -> Iterator[ast.Constant]:
+    """The strings that a module's code uses, docstrings left out."""
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node
+
+
+def looked_up(module: str) -> Iterator[tuple[str, str]]:
+    """Keys that a module asks of anything, by subscript, ``get``, ``getattr`` and the like, and how."""
+    for node in ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8"))):
+        asked: list[ast.expr] = []
+        if isinstance(node, ast.Subscript):
+            asked = [node.slice]
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("get", "pop", "setdefault", "getattr", "hasattr", "attrgetter", "itemgetter"):
+                asked = list(node.args)
+        for key in asked:
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                yield key.value, f"{module}:{node.lineno}"
+
+
+def test_config_json_is_read_in_one_place() -> None:
+    """No other module asks for one of its keys, or takes what ``ModelFacts`` was made from."""
+    words = {constant.value for constant in constants("mixprec_build.families.facts")}
+    assert {"num_hidden_layers", "text_config", "num_experts_per_tok"} <= words
+    keys = {word for word in words if word.isidentifier()} - OTHER_KEYS.keys()
+    asked = [(key, where) for name in modules() if name not in READERS for key, where in looked_up(name)]
+    assert not [f"{where} asks for {key}" for key, where in asked if key in keys]
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        handed_on = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "ModelFacts.of_loaded"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and id(node) not in handed_on:
+                assert node.attr not in ("hf_config", "hf_text_config", "text_config"), f"{name}:{node.lineno}"
+                assert node.attr != "config" or name in WHOLE_CONFIG, f"{name}:{node.lineno}"
+
+
+NAMES_OUTSIDE = {
+    "mixprec_build.formats.fp8": {"gate_proj", "up_proj", "w1", "w3"},
+    "mixprec_build.formats.scaled": {"kv_a_proj_with_mqa"},
+}
+"""Modules' names that stand outside of families."""
+
+
+OTHER_WORDS = {
+    "w2",  # a tensor of SGLang's
+    "lm_head",  # a setting of GPTQ's
+    "gate", "router",  # plain words
+}  # fmt: skip
+"""Modules' names that mean something else, too."""
+
+
+def test_names_of_modules_stand_in_families() -> None:
+    """What a model's modules are called is known to its family alone."""
+    words = {word for family in FAMILIES for group in family.fused for word in (group.name, *group.members)}
+    words |= {word for family in FAMILIES for projections in family.projections for word in projections.words}
+    words |= {word for family in FAMILIES for word in (*family.cuts, *family.embeddings, *family.routers)}
+    outside = {}
+    for name in modules():
+        found = {constant.value for constant in constants(name)} & (words - OTHER_WORDS)
+        if found and room(name) != "families":
+            outside[name] = found
+    assert outside == NAMES_OUTSIDE
 
 
 def test_the_page_shows_these_rooms() -> None:

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 from support import producers as made
 from support.producers import Checkpoint
 
-from mixprec_build.checkpoint.beside import draft_layers, is_draft
+from mixprec_build.checkpoint.beside import is_draft
 from mixprec_build.checkpoint.manifest import MANIFEST
 from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.errors import SourceError
+from mixprec_build.families.facts import ModelFacts
 from mixprec_build.output.build import plan_recipe, run_plan
 
 Config = dict[str, Any]
@@ -122,11 +123,11 @@ def test_a_file_beside_a_single_one_is_read_without_an_index_too(tmp_path: Path)
     ],
 )
 def test_what_is_a_draft(tensor: str, expected: bool) -> None:
-    assert is_draft(tensor, {"num_hidden_layers": 4}) is expected
-    assert is_draft(tensor, {"text_config": {"num_hidden_layers": 4}}) is expected
+    assert is_draft(tensor, ModelFacts.of({"num_hidden_layers": 4})) is expected
+    assert is_draft(tensor, ModelFacts.of({"text_config": {"num_hidden_layers": 4}})) is expected
 
 
 def test_drafts_are_declared_by_several_words() -> None:
-    assert draft_layers({}) == draft_layers({"num_nextn_predict_layers": None}) == 0
-    assert draft_layers({"text_config": {"mtp_num_hidden_layers": 1}}) == 1
-    assert draft_layers({"num_mtp_modules": 3, "num_nextn_predict_layers": 1}) == 3
+    assert ModelFacts.of({}).draft_layers == ModelFacts.of({"num_nextn_predict_layers": None}).draft_layers == 0
+    assert ModelFacts.of({"text_config": {"mtp_num_hidden_layers": 1}}).draft_layers == 1
+    assert ModelFacts.of({"num_mtp_modules": 3, "num_nextn_predict_layers": 1}).draft_layers == 3

@@ -9,7 +9,7 @@ import pytest
 from checkpoints import DEEPSEEK, Config, Tensors, write_tiny
 
 from mixprec_build.errors import RefusedError
-from mixprec_build.families.shared_experts import compares_shared_experts
+from mixprec_build.families.facts import ModelFacts
 from mixprec_build.output.build import plan_recipe
 
 
@@ -41,4 +41,4 @@ def test_shared_experts_of_another_class_may_be_fp8_by_channels(tmp_path: Path) 
     ],
 )
 def test_which_classes_compare(config: Config, compares: bool) -> None:
-    assert compares_shared_experts(config) is compares
+    assert bool(ModelFacts.of(config).family.compared) is compares

@@ -25,6 +25,7 @@ from mixprec_build.checkpoint.manifest import checksum_of, read_manifest
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.cli.app import main
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
+from mixprec_build.families.llama import LLAMA as LLAMA_RULES
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.locked import alone
 from mixprec_build.output.split import split
@@ -487,7 +488,7 @@ def splitter(out: Path, degree: Degree, *, without: tuple[str, ...] = ()) -> Spl
         for name, module in source.checkpoint.modules.items()
         if not any(part in name for part in without)
     }
-    return Splitter(modules, source.checkpoint.config, degree)
+    return Splitter(modules, source.facts, degree)
 
 
 @pytest.mark.parametrize(
@@ -527,9 +528,9 @@ def test_degrees_that_would_do_keep_the_others(built: Path) -> None:
 def test_one_layer_of_each_is_tried(built: Path) -> None:
     source = open_source(str(built))
     modules = {name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()}
-    assert _one_layer_of_each(modules) == modules  # two layers of two kinds
+    assert _one_layer_of_each(modules, LLAMA_RULES) == modules  # two layers of two kinds
     more = {name.replace("layers.1", f"layers.{n}"): held for n in range(1, 9) for name, held in modules.items()}
-    assert _one_layer_of_each(more) == modules
+    assert _one_layer_of_each(more, LLAMA_RULES) == modules
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""DeepSeek-V2 and V3: latent attention (MLA), shared experts, layers for multi-token prediction.
+
+As ``models/deepseek_v2.py``, ``models/deepseek_nextn.py`` and ``models/deepseek_common/deepseek_weight_loader.py`` of
+SGLang 0.5.17 have them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .base import Family
+from .parts import ComparedFormats, CutBy, FusedGroup, Restriction, StoredFormat
+
+__all__ = ["DEEPSEEK", "DEEPSEEK_RELATIVES"]
+
+
+def _needs_unquantized(_: StoredFormat) -> str:
+    return "SGLang reads kv_b_proj outside its quantization methods and needs it unquantized"
+
+
+def _needs_weight(fmt: StoredFormat) -> str | None:
+    if fmt.has_weight:
+        return None
+    return "SGLang 0.5.17 looks for a weight in q_b_proj, and packed formats have none of that name"
+
+
+def _joined_by_rows(fmt: StoredFormat) -> str | None:
+    """deepseek_weight_loader.py: ``torch.cat`` along the first axis, or the first of two scalars."""
+    return None if fmt.row_join_limit is None else f"SGLang joins q_a_proj and kv_a_proj {fmt.row_join_limit}"
+
+
+_COMMON = Family()
+_JOINED = ("q_a_proj", "kv_a_proj_with_mqa")
+
+DEEPSEEK = Family(
+    model_types=frozenset({"deepseek_v2", "deepseek_v3"}),
+    fused=(*_COMMON.fused, FusedGroup("fused_qkv_a_proj_with_mqa", _JOINED)),
+    draft_heads=("shared_head.head",),
+    shared_experts=("shared_experts",),
+    restrictions=(
+        Restriction(("kv_b_proj",), _needs_unquantized),
+        Restriction(("q_b_proj",), _needs_weight),
+        Restriction(_JOINED, _joined_by_rows),
+    ),
+    # models/deepseek_v2.py:774 looks into the methods of shared experts; glm4_moe.py and glm4_moe_lite.py likewise
+    compared=(
+        ComparedFormats(
+            ".shared_experts.gate_up_proj",
+            ".shared_experts.down_proj",
+            lambda ups, down: ups.shared_experts_limit(down),
+        ),
+    ),
+    checked=True,
+    can_be_cut=True,
+    cuts={**_COMMON.cuts, "q_b_proj": CutBy.QUERY_HEADS, "kv_b_proj": CutBy.QUERY_HEADS},
+    attention_replicas=True,
+    attention_inputs=_COMMON.attention_inputs | {*_JOINED},
+    norms_beside={"q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm"},
+)
+
+DEEPSEEK_RELATIVES = replace(
+    DEEPSEEK,
+    model_types=frozenset(),
+    alike=(
+        "deepseek", "glm4_moe", "glm_moe", "kimi", "mistral_large_3", "dots_vlm", "longcat", "bailing", "axk1",
+    ),
+    checked=False,
+    can_be_cut=False,
+    attention_replicas=False,
+)  # fmt: skip
+"""Models whose classes are built on DeepSeek's, or look into their shared experts as it does."""

@@ -1,0 +1,9 @@
+"""Llama and Mistral, as SGLang has them in ``models/llama.py`` and ``models/mistral.py``: the common rules, no more."""
+
+from __future__ import annotations
+
+from .base import Family
+
+__all__ = ["LLAMA"]
+
+LLAMA = Family(model_types=frozenset({"llama", "mistral"}), checked=True, can_be_cut=True)

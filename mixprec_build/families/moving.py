@@ -1,0 +1,33 @@
+"""Families of which no more is known here than what SGLang's classes move in them as they load.
+
+By reading of ``models/`` in SGLang 0.5.15 to 0.5.23.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from .base import Family
+from .parts import MovedRows
+from .unknown import UNKNOWN
+
+__all__ = ["GPT2", "INTERNLM2", "INTERNVL", "PERSIMMON"]
+
+
+def _family(model_type: str, architecture: str, modules: str) -> Family:
+    return replace(
+        UNKNOWN,
+        model_types=frozenset({model_type}),
+        architectures=frozenset({architecture}),
+        moved=(MovedRows(architecture, re.compile(rf".*\.({modules})")),),
+    )
+
+
+# internlm2.py, internvl.py: wqkv is cut into heads of q, k and v
+INTERNLM2 = _family("internlm2", "InternLM2ForCausalLM", "wqkv")
+INTERNVL = _family("internvl_chat", "InternVLChatModel", "wqkv")
+# persimmon.py: query_key_value is stored head by head
+PERSIMMON = _family("persimmon", "PersimmonForCausalLM", "query_key_value")
+# gpt2.py: Conv1D is stored transposed
+GPT2 = _family("gpt2", "GPT2LMHeadModel", "c_attn|c_proj|c_fc")

@@ -1,0 +1,140 @@
+"""What the description of a model family is made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+__all__ = [
+    "ComparedFormats",
+    "CutBy",
+    "FusedGroup",
+    "MovedRows",
+    "Projections",
+    "Restriction",
+    "Role",
+    "StackedExperts",
+    "StoredFormat",
+]
+
+
+class Role(Enum):
+    """What a module is to a serving engine."""
+
+    LINEAR = "linear"
+    EXPERT = "expert"
+    EMBEDDING = "embedding"
+    HEAD = "lm_head"
+    ROUTER = "router"
+    NORM = "norm"
+    PARAMETER = "parameter"
+
+    def __init__(self, word: str):
+        self.never_quantized = word in ("router", "norm", "parameter")
+        """Globs that map whole layers to a quantized source do not mean these."""
+
+
+class CutBy(Enum):
+    """How tensor-parallel ranks share a linear, an embedding or a head. Projections of MLPs are shared by columns."""
+
+    QUERY_HEADS = "its outputs, by attention heads"
+    KEY_VALUE_HEADS = "its outputs, by key-value heads; where these are fewer than ranks, several hold the same"
+    HEAD_INPUTS = "its inputs, by attention heads"
+    VOCABULARY = "its rows, by entries of the vocabulary"
+
+
+class FusedGroup(NamedTuple):
+    """Linears of one parent that SGLang joins into one layer, and so runs as one GEMM."""
+
+    name: str
+    """The last word of SGLang's layer: ``qkv_proj``."""
+    members: tuple[str, ...]
+    """Last words of the checkpoint's linears, in the order that their outputs are joined in."""
+
+
+class Projections(NamedTuple):
+    """Last words of the linears of an MLP or expert. ``gate`` is None where activations have no gate."""
+
+    gate: str | None
+    up: str
+    down: str
+
+    @property
+    def ups(self) -> tuple[str, ...]:
+        """The linears that SGLang joins into ``w13``: gate and up, or up alone."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*self.ups, self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedExperts:
+    """A tensor that holds a projection of all experts of a layer, as some releases store them.
+
+    ``StackedExperts("gate_up_proj", ("gate_proj", "up_proj"))`` is ``...experts.gate_up_proj`` ``[E, 2I, H]``.
+    """
+
+    name: str
+    """What stands below ``...experts.`` in the tensor's name."""
+    parts: tuple[str, ...]
+    """Last words of the linears that each expert's slice holds, in the order of their outputs."""
+    transposed: bool = False
+    """Whether a slice is ``[K, N]``, inputs first, so that no expert's bytes are those of a linear's weight."""
+    interleaved: bool = False
+    """Whether outputs of the parts take turns, instead of following one another."""
+
+
+class StoredFormat(Protocol):
+    """What rules ask of a storage format; see :class:`mixprec_build.formats.base.Format`."""
+
+    @property
+    def quantized(self) -> bool: ...
+    @property
+    def has_weight(self) -> bool: ...
+    @property
+    def row_join_limit(self) -> str | None: ...
+    def shared_experts_limit(self, down: Any) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """Quantized formats that SGLang's model code has no place for in some modules."""
+
+    modules: tuple[str, ...]
+    """Ends of their names: ``kv_b_proj``, or more words, as ``indexer.wk``."""
+    limit: Callable[[StoredFormat], str | None]
+    """Why a quantized format has no place there, without a full stop; None for one that has."""
+
+    def reason(self, name: str, fmt: StoredFormat) -> str | None:
+        there = any(name == module or name.endswith(f".{module}") for module in self.modules)
+        return self.limit(fmt) if there and fmt.quantized else None
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedFormats:
+    """Two GEMMs of one MLP that SGLang's model code looks at together: their formats must go with one another."""
+
+    ups: str
+    """The end of the name of gate and up as one: ``.shared_experts.gate_up_proj``."""
+    down: str
+    """The end of the name of the other one, which stands in the place of ``ups``."""
+    limit: Callable[[StoredFormat, StoredFormat], str | None]
+    """Why the formats of gate and up, and of down, do not go together; None where they do."""
+
+
+@dataclass(frozen=True, slots=True)
+class MovedRows:
+    """Rows of ``weight`` that a class of SGLang's moves as it loads them, in the modules that ``modules`` matches.
+
+    It leaves scales, packed words and zero points where they are: the model loads without an error, and answers
+    nonsense. ``within_heads`` where no row leaves its attention head, so that scales of whole heads still fit.
+    """
+
+    architecture: str
+    modules: re.Pattern[str]
+    within_heads: bool = False

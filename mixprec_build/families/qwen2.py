@@ -1,0 +1,17 @@
+"""Qwen2 and Qwen2-MoE, whose shared expert has a gate of its own (``models/qwen2.py`` and ``models/qwen2_moe.py``)."""
+
+from __future__ import annotations
+
+from .base import Family
+
+__all__ = ["QWEN2", "QWEN2_MOE"]
+
+QWEN2 = Family(model_types=frozenset({"qwen2"}), checked=True, can_be_cut=True)
+
+QWEN2_MOE = Family(
+    model_types=frozenset({"qwen2_moe"}),
+    routers=Family().routers | {"shared_expert_gate"},
+    checked=True,
+    can_be_cut=True,
+    attention_replicas=True,
+)

@@ -1,0 +1,9 @@
+"""Qwen3 and Qwen3-MoE (``models/qwen3.py`` and ``models/qwen3_moe.py``): the common rules, attention in replicas."""
+
+from __future__ import annotations
+
+from .base import Family
+
+__all__ = ["QWEN3"]
+
+QWEN3 = Family(model_types=frozenset({"qwen3", "qwen3_moe"}), checked=True, can_be_cut=True, attention_replicas=True)

@@ -1,0 +1,61 @@
+"""All model families, and which one a model is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .base import Family
+from .deepseek import DEEPSEEK, DEEPSEEK_RELATIVES
+from .llama import LLAMA
+from .llama4 import LLAMA4
+from .mixtral import MIXTRAL
+from .moving import GPT2, INTERNLM2, INTERNVL, PERSIMMON
+from .qwen2 import QWEN2, QWEN2_MOE
+from .qwen3 import QWEN3
+
+__all__ = ["FAMILIES", "checked_types", "cuttable_types", "find_alike", "find_family", "register", "replicated_types"]
+
+FAMILIES: tuple[Family, ...] = (
+    LLAMA, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, DEEPSEEK,
+    # not checked
+    DEEPSEEK_RELATIVES, LLAMA4, INTERNLM2, INTERNVL, PERSIMMON, GPT2,
+)  # fmt: skip
+
+
+def register(family: Family) -> None:
+    """Adds a family from outside this package. Raises :class:`ValueError` where one of its names is taken."""
+    global FAMILIES
+    for other in FAMILIES:
+        taken = (family.model_types & other.model_types) | (family.architectures & other.architectures)
+        if taken:
+            raise ValueError(f"there is a family for {', '.join(sorted(taken))}")
+    FAMILIES = (*FAMILIES, family)
+
+
+def find_family(model_type: object, architectures: Iterable[str] = ()) -> Family | None:
+    """The family of one of the model classes, else of a ``model_type``; None where there is neither."""
+    named = {*architectures}
+    of_class = (family for family in FAMILIES if named & family.architectures)
+    of_type = (family for family in FAMILIES if isinstance(model_type, str) and model_type in family.model_types)
+    return next(of_class, None) or next(of_type, None)
+
+
+def find_alike(words: Iterable[str]) -> Family | None:
+    """The family whose rules models follow that are called as one of ``words``; None where there is none."""
+    small = [word.lower() for word in words]
+    return next((f for f in FAMILIES if f.alike and any(word.startswith(f.alike) for word in small)), None)
+
+
+def checked_types() -> list[str]:
+    """The ``model_type`` of all families that were compared with SGLang's model code, sorted."""
+    return sorted(model_type for family in FAMILIES if family.checked for model_type in family.model_types)
+
+
+def cuttable_types() -> list[str]:
+    """The ``model_type`` of families that can be cut for ranks, sorted."""
+    return sorted(model_type for family in FAMILIES if family.can_be_cut for model_type in family.model_types)
+
+
+def replicated_types() -> list[str]:
+    """The ``model_type`` of families whose attention SGLang can keep in replicas, sorted."""
+    return sorted(model_type for family in FAMILIES if family.attention_replicas for model_type in family.model_types)

@@ -1,0 +1,14 @@
+"""The rules for models of no family here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .deepseek import DEEPSEEK_RELATIVES
+from .qwen2 import QWEN2_MOE
+
+__all__ = ["UNKNOWN"]
+
+UNKNOWN = replace(DEEPSEEK_RELATIVES, alike=(), compared=(), routers=DEEPSEEK_RELATIVES.routers | QWEN2_MOE.routers)
+"""Those of all families, where they do not contradict one another: latent attention, say, is in models of many names.
+"""
