@@ -10,6 +10,9 @@ SGLANG ?= 0.5.17
 OTHERS := 0.5.15.post1 0.5.23
 SGLANG_BIN := .venv-sglang/bin
 
+# What tests share lies in tests/support: pytest finds it by itself, other commands by this.
+bench fuzz gpu-bench: export PYTHONPATH := $(CURDIR)/tests$(addprefix :,$(PYTHONPATH))
+
 .PHONY: setup demo test lint format bench fuzz sglang test-sglang serve-demo gpu-test gpu-bench clean
 
 setup: .venv/.ready

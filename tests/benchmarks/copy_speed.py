@@ -8,7 +8,7 @@ Makes a BF16 checkpoint of Llama-3.2-1B's shape (2.5 GB, random values) and has 
 - safetensors: `load_file`, then `save_file`;
 - mergekit's passthrough merge, where --mergekit names its `mergekit-yaml`.
 
-    python tests/benchmarks/copy_speed.py [--rounds 5] [--folder .demo/bench] [--mergekit PATH]
+    PYTHONPATH=tests python tests/benchmarks/copy_speed.py [--rounds 5] [--folder .demo/bench] [--mergekit PATH]
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from hollow import hollow_config, hollow_tensors
+from support.hollow import hollow_config, hollow_tensors
 
 from mixprec_build.storage.header import build_header
 

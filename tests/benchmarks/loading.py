@@ -1,7 +1,7 @@
 """How fast weights reach the GPU: SGLang's loader on a native checkpoint and on a compiled one, a rank's own files,
 and what SGLang dumps itself (``presharded``, ``sharded_state``). Needs a GPU and SGLang.
 
-    python tests/benchmarks/loading.py FOLDER [LAYERS]
+    PYTHONPATH=tests python tests/benchmarks/loading.py FOLDER [LAYERS]
 
 Makes a Qwen3-30B-A3B cut to LAYERS layers (14: 8.8 GB) in block FP8, in FOLDER; loads each form of it in this process
 as SGLang's workers do, in turns, five times with the files in the page cache and twice without (the kernel is told to
@@ -21,12 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "gpu")]
-
-import layers  # noqa: E402
-from serving import QWEN3_MOE, write_sources  # noqa: E402
+from support.serving import QWEN3_MOE, write_sources
+from support.sglang import layers
 
 WARM, COLD = 5, 2
 

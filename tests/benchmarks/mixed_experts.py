@@ -1,6 +1,6 @@
 """What a layer with experts in several formats costs, beside native layers of one format.
 
-    python tests/benchmarks/mixed_experts.py [30b] [235b]
+    PYTHONPATH=tests python tests/benchmarks/mixed_experts.py [30b] [235b]
 
 Microseconds of one layer in CUDA-graph replay, median of 15, and for each mix the ratio to the mean of the native
 layers weighted by how many experts the mix holds of each.
@@ -11,13 +11,9 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "gpu")]
-
-import layers  # noqa: E402
+from support.sglang import layers
 
 SHAPES = {"30b": (2048, 768), "235b": (4096, 1536)}
 MIXES = [

@@ -4,7 +4,7 @@ reading the largest checkpoint takes that is read at all (1,500,000 tensors in 1
 Each checkpoint is BF16 and taken over whole. An exponent of 1 is linear; the fit is over the time that the
 smallest checkpoint does not explain (start-up).
 
-    python tests/benchmarks/scaling.py [--rounds 3] [--folder .demo/bench]
+    PYTHONPATH=tests python tests/benchmarks/scaling.py [--rounds 3] [--folder .demo/bench]
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from copy_speed import timed
+from benchmarks.copy_speed import timed
 
 from mixprec_build.storage.header import build_header
 

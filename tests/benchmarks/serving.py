@@ -1,6 +1,6 @@
 """What serving a compiled checkpoint costs, beside the same weights served natively. Needs a GPU and SGLang.
 
-    python tests/benchmarks/serving.py FOLDER
+    PYTHONPATH=tests python tests/benchmarks/serving.py FOLDER
 
 Makes a Qwen3-30B-A3B cut to 8 layers in FOLDER, in block FP8 and GPTQ-Int4, and serves both natively and compiled;
 then, cut to 10, a mix of them (16 FP8 and 112 Int4 experts in each layer) beside its parts, and beside itself with
@@ -22,10 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from serving import QWEN3_MOE, write_sources  # noqa: E402
+from support.serving import QWEN3_MOE, write_sources
 
 SHAPE = QWEN3_MOE.of(
     layers=8, hidden=2048, experts=128, expert_intermediate=768, top_k=8, heads=32, kv_heads=4, head_dim=128, vocab=8192
@@ -59,7 +56,7 @@ class Served:
 
     def __init__(self, path: Path, dtype: str, port: int, environment: Mapping[str, str]):
         options = {"dtype": dtype, "answer": False, "speed": True, "engine": {**ENGINE, "nccl_port": port}}
-        command = [sys.executable, str(HERE.parent / "gpu" / "ask.py"), str(path), json.dumps(options)]
+        command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
         own = {**os.environ, **environment}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
         self._path = path

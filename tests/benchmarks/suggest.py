@@ -1,6 +1,6 @@
 """Does `mixprec suggest` choose well? Its mixes beside others of the same bytes, on real weights.
 
-    python tests/benchmarks/suggest.py .demo/suggest            # make demo has made .demo/sources
+    PYTHONPATH=tests:recipes/demo python tests/benchmarks/suggest.py .demo/suggest  # make demo has made .demo/sources
 
 Two models: SmolLM2-135M of the demo (BF16, FP8, GPTQ-Int4), and a mixture of experts made of it: each MLP's 1536
 neurons are parted into experts by k-means over which tokens they are active on, and a linear router, fitted to the
@@ -19,31 +19,26 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from evaluate import load
 from safetensors.torch import save_file
+from support.serving import quantize
 from transformers import AutoTokenizer
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "recipes" / "demo")]
+from mixprec_build.recipe.recipe import load_recipe
+from mixprec_build.recipe.sources import open_sources
+from mixprec_build.suggesting.activity import Activity, balance_of
+from mixprec_build.suggesting.allocate import Suggestion, suggest
+from mixprec_build.suggesting.choices import Group, Request
+from mixprec_build.suggesting.distortion import DistortionCache, Moments
+from mixprec_build.suggesting.objective import Objective
 
-from evaluate import load  # noqa: E402
-from serving import quantize  # noqa: E402
-
-from mixprec_build.recipe.recipe import load_recipe  # noqa: E402
-from mixprec_build.recipe.sources import open_sources  # noqa: E402
-from mixprec_build.suggesting.activity import Activity, balance_of  # noqa: E402
-from mixprec_build.suggesting.allocate import Suggestion, suggest  # noqa: E402
-from mixprec_build.suggesting.choices import Group, Request  # noqa: E402
-from mixprec_build.suggesting.distortion import DistortionCache, Moments  # noqa: E402
-from mixprec_build.suggesting.objective import Objective  # noqa: E402
-
-TEXTS = HERE.parents[1] / "recipes" / "demo" / "text"
+TEXTS = Path(__file__).parents[2] / "recipes" / "demo" / "text"
 WINDOW, CALIBRATION, EVALUATION = 512, 4096, 2048
 EXPERTS, TOP_K = 24, 18
 SEEDS = 5

@@ -1,5 +1,6 @@
 """Coverage-guided fuzzing of all that reads a stranger's file, with atheris (``pip install atheris``).
 
+    export PYTHONPATH=tests
     python tests/fuzz/fuzz_readers.py --seconds 60                   # all targets, a share of the time each
     python tests/fuzz/fuzz_readers.py --seconds 600 --target recipe
     python tests/fuzz/fuzz_readers.py --target recipe --input "b'model: [a'"
@@ -29,8 +30,6 @@ from typing import Any
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 with atheris.instrument_imports(include=["mixprec_build"]):
     from mixprec_build.checkpoint import opening as checkpoint
     from mixprec_build.checkpoint.degree import Degree
@@ -46,9 +45,9 @@ with atheris.instrument_imports(include=["mixprec_build"]):
     from mixprec_build.suggesting import activity
 
 import safetensors
-from checkpoints import LLAMA, write_tiny
-from hostile import VALUES, Hostile, changed, dump
 from rich.console import Console
+from support.hostile import VALUES, Hostile, changed, dump
+from support.write import LLAMA, write_tiny
 
 Target = Callable[[bytes], None]
 Choices = atheris.FuzzedDataProvider

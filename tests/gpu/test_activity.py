@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +15,12 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from ask import COMPILED  # noqa: E402
-from serving import QWEN3_MOE, write_sources  # noqa: E402
+from support.run import environment  # noqa: E402
+from support.serving import QWEN3_MOE, write_sources  # noqa: E402
+from support.sglang.ask import COMPILED  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-HERE = Path(__file__).parent
 MOE = QWEN3_MOE.of(
     hidden=1024, layers=3, heads=16, kv_heads=8, head_dim=128, vocab=1024, experts=32, top_k=8, expert_intermediate=512
 )
@@ -44,9 +43,9 @@ def ask(checkpoint: Path, **engine: Any) -> dict[str, Any]:
     options = {"prompts": PROMPTS, "new_tokens": NEW, "engine": {"mem_fraction_static": 0.3, **engine}}
     # Else a finished request runs one step more, whose token nobody gets.
     options["engine"]["disable_overlap_schedule"] = True  # type: ignore[index]
-    command = [sys.executable, str(HERE / "ask.py"), str(checkpoint), json.dumps(options)]
-    environment = {**os.environ, "MIXPREC_EXPERT_ACTIVITY": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment)
+    command = [sys.executable, "-m", "support.sglang.ask", str(checkpoint), json.dumps(options)]
+    counted = environment(MIXPREC_EXPERT_ACTIVITY="1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=counted)
     assert done.returncode == 0, done.stderr[-4000:]
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

@@ -12,7 +12,7 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-import layers  # noqa: E402
+from support.sglang import layers  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

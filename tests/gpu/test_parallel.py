@@ -9,7 +9,6 @@ share them (``repeatable``), and two servers run at once.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,8 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from serving import QWEN3_MOE, Shape, write_sources  # noqa: E402
+from support.run import environment  # noqa: E402
+from support.serving import QWEN3_MOE, Shape, write_sources  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -107,18 +107,18 @@ class Servers:
         # What SGLang chooses for replicas and ranks lies within a thousand from here.
         engine = {**QUIET, **options, "port": self._port + 1000 * number, "base_gpu_id": first}
         asked = {"dtype": "bfloat16", "logits": True, "prompts": 8, "new_tokens": 32, "record": name == "recorder"}
-        command = [sys.executable, str(HERE / "ask.py"), str(home), json.dumps({**asked, "engine": engine})]
+        command = [sys.executable, "-m", "support.sglang.ask", str(home), json.dumps({**asked, "engine": engine})]
         records = self._folder / f"records-{number}"
         records.mkdir()
-        paths = os.pathsep.join([str(HERE / "repeatable"), os.environ.get("PYTHONPATH", "")])
-        settings = {"PYTHONPATH": paths, "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(records)}
+        settings = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(records)}
         # What is free on a GPU differs from rank to rank while others start on it.
         settings["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
         if gpus(options) > available:
             settings |= {"SHARED_GPUS": str(available), "NCCL_SOCKET_IFNAME": "lo"}
 
         def run() -> dict[str, Any]:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=520, env={**os.environ, **settings})
+            variables = environment(HERE / "repeatable", **settings)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=520, env=variables)
             if done.returncode:
                 raise AssertionError(f"{name}, {home.name}\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}")
             answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -21,7 +21,8 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from reference import round_activations, write_dense  # noqa: E402
+from support.run import environment  # noqa: E402
+from support.sglang.reference import round_activations, write_dense  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -38,8 +39,8 @@ def test_real_weights_answer_as_in_transformers() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     ids = [tokenizer(text).input_ids for text in TEXTS]
     options = {"ids": ids, "new_tokens": NEW_TOKENS, "engine": {"mem_fraction_static": 0.3}}
-    command = [sys.executable, str(Path(__file__).with_name("ask.py")), str(DEMO), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    command = [sys.executable, "-m", "support.sglang.ask", str(DEMO), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment())
     assert done.returncode == 0, done.stderr[-4000:]
     served = json.loads(done.stdout.splitlines()[-1])["tokens"]
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,6 @@ Each checkpoint is served in a process of its own, several at a time.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,8 +23,9 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from ask import COMPILED  # noqa: E402
-from serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, Shape, write_sources  # noqa: E402
+from support.run import environment  # noqa: E402
+from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, Shape, write_sources  # noqa: E402
+from support.sglang.ask import COMPILED  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -114,7 +114,7 @@ class Server:
             subprocess.run([sys.executable, "-m", "mixprec_build", "build", recipe, "-o", out], check=True)
         return out
 
-    def ask(self, path: Path, script: str = "ask.py", **options: Any) -> Future[dict[str, Any]]:
+    def ask(self, path: Path, script: str = "ask", **options: Any) -> Future[dict[str, Any]]:
         key = (f"{script} {path}", json.dumps(options, sort_keys=True))
         if key not in self._running:
             # Engines that start together must not find the same port free.
@@ -134,11 +134,16 @@ class Server:
             "nccl_port": port,
             **options.get("engine", {}),
         }
-        command = [sys.executable, str(HERE / script), str(path), json.dumps({**options, "engine": engine})]
-        searched = os.pathsep.join([str(HERE / "repeatable"), os.environ.get("PYTHONPATH", "")])
+        command = [
+            sys.executable,
+            "-m",
+            f"support.sglang.{script}",
+            str(path),
+            json.dumps({**options, "engine": engine}),
+        ]
         started = time.perf_counter()
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=550, env={**os.environ, "PYTHONPATH": searched}
+            command, capture_output=True, text=True, timeout=550, env=environment(HERE / "repeatable")
         )
         print(f"{path.name} {script} {time.perf_counter() - started:.0f} s")
         if done.returncode:
@@ -189,7 +194,7 @@ def _identity(server: Server, shape: Shape, variant: str) -> tuple[Future[dict[s
 def _mix(server: Server, shape: Shape, lines: list[str]) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:
     name = next(name for name, mix in MIXES.items() if mix == (shape, lines))
     out = server.build(shape, name, lines)
-    return server.ask(out, dtype="bfloat16", logits=True), server.ask(out, "reference.py")
+    return server.ask(out, dtype="bfloat16", logits=True), server.ask(out, "reference")
 
 
 @pytest.mark.parametrize(("shape", "variant"), IDENTITIES, ids=[f"{s.family}-{v}" for s, v in IDENTITIES])
@@ -255,7 +260,7 @@ def test_gptq_that_marlin_has_no_kernel_for_answers_as_its_dequantized_weights(s
     narrow = DENSE.of(**{**SIZES, "hidden": 1088}, intermediate=3072)
     server.sources(narrow, ["bf16", "gptq_int4_g64"])
     path = server.build(narrow, "for exllama", ["*: gptq_int4_g64"])
-    distance = _divergence(server.ask(path, dtype="half", logits=True), server.ask(path, "reference.py"))
+    distance = _divergence(server.ask(path, dtype="half", logits=True), server.ask(path, "reference"))
     print(f"\nexllama: KL mean {distance.mean():.2e} max {distance.max():.2e}")
     assert distance.mean() < 1e-3
 
@@ -265,7 +270,7 @@ def _native(server: Server, shape: Shape) -> tuple[Future[dict[str, Any]], Futur
     llama = shape.family == "llama"
     path = server.sources(shape)["fp8_channel" if llama else "fp8_block"]
     engine = {"engine": {"quantization": "w8a8_fp8"}} if llama else {}
-    return server.ask(path, dtype="bfloat16", logits=True, **engine), server.ask(path, "reference.py")
+    return server.ask(path, dtype="bfloat16", logits=True, **engine), server.ask(path, "reference")
 
 
 def _divergence(served: Future[dict[str, Any]], reference: Future[dict[str, Any]]) -> torch.Tensor:

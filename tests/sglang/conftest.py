@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.run import environment
 
 # Not "sglang" alone: this folder's name, too, is one that Python can import.
 if importlib.util.find_spec("sglang.srt") is None:
     collect_ignore_glob = ["*.py"]
 else:
     # Its subprocesses import what the tests import.
-    here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ |= environment()
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sglang() -> Iterator[None]:
     """SGLang with its plugins, in this process."""
-    import harness
+    from support.sglang import harness
 
     harness.start()
     yield

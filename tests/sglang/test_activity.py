@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import last_json, run_python
-from mixes import MIXES, mix
+from support.sglang.harness import last_json, run_python
+from support.sglang.mixes import MIXES, mix
 
 import mixprec_runtime.cpu.engine
 from mixprec_build.suggesting.activity import read_activity

@@ -20,12 +20,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import publish, server_args
+from support.sglang.harness import publish, server_args
+from support.sglang.layers import make_layer
 
 import mixprec_runtime.cpu.engine
-
-sys.path.append(str(Path(__file__).parents[1] / "gpu"))
-from layers import make_layer
 
 HIDDEN, COLUMNS, TOP_K = 64, 32, 3
 SIZES = (5, 3)

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import build, free_port, last_json, sources
-from mixes import MIXES, Expected, mix
-from serving import QWEN3_MOE, dequantize
+from support.serving import QWEN3_MOE, dequantize
+from support.sglang.harness import build, free_port, last_json, sources
+from support.sglang.mixes import MIXES, Expected, mix
 
 import mixprec_runtime.cpu.engine
 from mixprec_build.checkpoint.degree import Degree

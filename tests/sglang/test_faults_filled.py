@@ -8,9 +8,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from harness import build, serve, sources, tensors_of
 from safetensors.torch import save_file
-from serving import LLAMA
+from support.serving import LLAMA
+from support.sglang.harness import build, serve, sources, tensors_of
 
 pytestmark = pytest.mark.usefixtures("sglang")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import load, make, publish, rank_of, server_args, sources
-from mixes import MIXES, mix
-from serving import quantize
+from support.serving import quantize
+from support.sglang.harness import load, make, publish, rank_of, server_args, sources
+from support.sglang.layers import FORMATS, PREFIX, mixed_config
+from support.sglang.mixes import MIXES, mix
 
 from mixprec_build.formats.fp8 import Fp8
-
-sys.path.append(str(Path(__file__).parents[1] / "gpu"))
-from layers import FORMATS, PREFIX, mixed_config
 
 pytestmark = pytest.mark.usefixtures("stage")
 

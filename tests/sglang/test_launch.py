@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Changed, load, make, rank_of, serve, server_args, sources
-from mixes import MIXES, Expected, mix
+from support.sglang.harness import Changed, load, make, rank_of, serve, server_args, sources
+from support.sglang.mixes import MIXES, Expected, mix
 
 from mixprec_build.checkpoint.manifest import read_manifest
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from harness import make, parameters_of, rank_of
-from mixes import MIXES, Expected, mix
+from support.sglang.harness import groups_of, make, parameters_of, rank_of
+from support.sglang.mixes import MIXES, Expected, mix
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -75,11 +74,6 @@ def test_every_layer_is_of_the_class_and_shape_of_its_format(folder: Path, name:
         elif isinstance(module, RadixAttention):
             assert method == "NoneType", path
     assert seen >= {LINEAR[v] for line, v in MIXES[name][1].items() if "experts" not in line}
-
-
-def groups_of(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The layers that hold a MoE layer's weights: itself, or one for each format."""
-    yield from getattr(layer, "groups", [layer])
 
 
 def alike(path: str, layer: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:

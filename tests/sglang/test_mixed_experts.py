@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterator
 from itertools import combinations, permutations
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import Changed, publish, rank_of, run_python, server_args
-from serving import quantize
-
-sys.path.append(str(Path(__file__).parents[1] / "gpu"))
-from layers import FORMATS, PREFIX, make_layer, mixed_config, reference, run
+from support.serving import quantize
+from support.sglang.harness import Changed, publish, rank_of, run_python, server_args
+from support.sglang.layers import FORMATS, PREFIX, make_layer, mixed_config, reference, run
 
 HIDDEN, INTERMEDIATE, TOP_K = 256, 128, 3
 

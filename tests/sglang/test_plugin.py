@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import last_json, make, run_python, sources
-from hostile import CONFIG, Drawn, Hostile
-from mixes import MIXES, mix
+from support.hostile import CONFIG, Drawn, Hostile
+from support.sglang.harness import last_json, make, run_python, sources
+from support.sglang.mixes import MIXES, mix
 
 from mixprec_build.checkpoint.manifest import MANIFEST
 

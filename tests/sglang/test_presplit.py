@@ -13,7 +13,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from harness import (
+from safetensors.torch import load_file
+from support.hub import HubServer
+from support.serving import DEEPSEEK, QWEN3_MOE
+from support.sglang.harness import (
     Changed,
     build,
     last_json,
@@ -26,10 +29,7 @@ from harness import (
     sources,
     stage_of,
 )
-from hub_server import HubServer
-from mixes import EIGHT, MIXES, mix
-from safetensors.torch import load_file
-from serving import DEEPSEEK, QWEN3_MOE
+from support.sglang.mixes import EIGHT, MIXES, mix
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.checkpoint.manifest import read_manifest
@@ -133,7 +133,8 @@ def test_replicas_that_have_all_of_lm_head(folder: Path) -> None:
 FROM_HUB = """
 import hashlib, json, sys
 from unittest.mock import patch
-import harness, torch
+import torch
+from support.sglang import harness
 from mixprec_runtime.loading import loader
 
 harness.start()

@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from harness import build, load, make, rank_of, serve, sources, stage_of, tensors_of
-from mixes import MIXES, mix
 from safetensors.torch import save_file
-from serving import LLAMA
+from support.serving import LLAMA
+from support.sglang.harness import build, load, make, rank_of, serve, sources, stage_of, tensors_of
+from support.sglang.mixes import MIXES, mix
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.output.split import split

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import parameters_of, rank_of, serve
-from mixes import MIXES, Expected, mix
-from test_methods import groups_of
+from support.sglang.harness import groups_of, parameters_of, rank_of, serve
+from support.sglang.mixes import MIXES, Expected, mix
 
 pytestmark = pytest.mark.usefixtures("sglang")
 

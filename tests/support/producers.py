@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from checkpoints import VARIANTS
 from safetensors.numpy import save_file
+
+from support.write import VARIANTS
 
 __all__ = [
     "AUTO_ROUND_AWQ",

@@ -1,10 +1,11 @@
-"""What all unit tests need of their process."""
+"""What all unit tests need of their process, and the command line for them."""
 
 from __future__ import annotations
 
 import signal
 
 import pytest
+from support.run import Ended, Run, call
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,3 +14,18 @@ def interruptible() -> None:
     commands that it interrupts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def mixprec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process, away from the hub, as its console script would."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        code = call(*arguments)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Ended(code, out, err)
+
+    return run

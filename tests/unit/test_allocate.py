@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, Tiny, write_tiny
-from hollow import write_hollow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.hollow import write_hollow
+from support.write import DEEPSEEK, LLAMA, QWEN3_MOE, Tiny, write_tiny
 from typer.testing import CliRunner
 
 from mixprec_build.checkpoint.typed import open_source

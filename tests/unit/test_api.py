@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import write_recipe, write_sources
+from support.llama import write_recipe, write_sources
 
 import mixprec_build as mp
 from mixprec_build import api, errors

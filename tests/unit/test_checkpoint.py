@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save, save_file
-from tiny import at_most, cpu_seconds, folder_tensors, run_python, write_recipe, write_sources, write_tiny
+from support.files import folder_tensors
+from support.llama import write_recipe, write_sources, write_tiny
+from support.run import at_most, cpu_seconds, run_python
 
 from mixprec_build.checkpoint.checkpoint import Checkpoint, ValueReader
 from mixprec_build.checkpoint.opening import open_checkpoint

@@ -9,53 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from tiny import run_python, tree, write_recipe, write_sources, write_tiny
+from support.files import tree
+from support.llama import write_recipe, write_sources, write_tiny
+from support.run import Run, run_python
 
 from mixprec_build import __version__
 from mixprec_build.checkpoint.typed import open_source
-from mixprec_build.cli.app import main
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.verify import verify
 from mixprec_build.report.facts import inspect_facts, plan_facts
 from mixprec_build.text import human
 
 Patch = pytest.MonkeyPatch
-
-
-class Ended(NamedTuple):
-    """How a command ended and what it printed."""
-
-    code: object
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def mixprec(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process, as its console script would."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["mixprec", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Ended(code, out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import write_sources, write_tiny
+from support.llama import write_sources, write_tiny
 
 from mixprec_build.checkpoint.typed import Source, open_source
 from mixprec_build.errors import SourceError

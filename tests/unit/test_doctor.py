@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import LLAMA, QWEN3_MOE, write_tiny
-from tiny import write_recipe, write_sources
+from support.llama import write_recipe, write_sources
+from support.write import LLAMA, QWEN3_MOE, write_tiny
 from typer.testing import CliRunner
 
 from mixprec_build.cli.app import app

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, Tiny, write_tiny
+from support.write import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, Tiny, write_tiny
 
 from mixprec_build.errors import RefusedError
 from mixprec_build.output.build import plan_recipe

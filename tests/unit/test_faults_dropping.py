@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import tree, write_recipe, write_sources
+from support.files import tree
+from support.llama import write_recipe, write_sources
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import MixprecError, VerifyError

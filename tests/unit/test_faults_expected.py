@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import LLAMA, Config, Tensors, write_tiny
+from support.write import LLAMA, Config, Tensors, write_tiny
 
 from mixprec_build.families.expected import is_buffer, is_for_drafts, left_out_of_builds
 from mixprec_build.output.build import plan_recipe

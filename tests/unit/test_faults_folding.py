@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import LLAMA, Config, Tensors, write_tiny
+from support.write import LLAMA, Config, Tensors, write_tiny
 
 from mixprec_build.errors import RefusedError
 from mixprec_build.output.build import plan_recipe

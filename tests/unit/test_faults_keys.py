@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import LLAMA, Config, Tensors, write_tiny
+from support.write import LLAMA, Config, Tensors, write_tiny
 
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import SourceError

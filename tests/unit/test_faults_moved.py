@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import LLAMA, Config, Tensors, write_tiny
+from support.write import LLAMA, Config, Tensors, write_tiny
 
 from mixprec_build.errors import RefusedError
 from mixprec_build.output.build import plan_recipe

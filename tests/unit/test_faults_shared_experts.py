@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import DEEPSEEK, Config, Tensors, write_tiny
+from support.write import DEEPSEEK, Config, Tensors, write_tiny
 
 from mixprec_build.errors import RefusedError
 from mixprec_build.families.facts import ModelFacts

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_resume import planned
-from tiny import tree, write_recipe, write_sources
+from support.files import tree
+from support.llama import write_recipe, write_sources
+from support.plans import planned
 
 from mixprec_build.errors import InterruptedBuildError, OutputError, WriteError
 from mixprec_build.output import stage_lock

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import LLAMA, VARIANTS, Config, Tensors, tiny_tensors, write_tiny
+from support.write import LLAMA, VARIANTS, Config, Tensors, tiny_tensors, write_tiny
 
 from mixprec_build.cli.app import main
 from mixprec_build.errors import RefusedError

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import LLAMA, QWEN3_MOE, Config, Tensors, Tiny, folded_factors, write_tiny
 from safetensors.torch import load_file, save_file
-from serving import dequantize
+from support.serving import dequantize
+from support.write import LLAMA, QWEN3_MOE, Config, Tensors, Tiny, folded_factors, write_tiny
 
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.output.build import plan_recipe, run_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import awq, awq_words, stated, stated_of
+from support.oracles import awq, awq_words, stated, stated_of
 
 from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.registry import recognise

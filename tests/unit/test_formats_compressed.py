@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import Stated, compressed, config_group, fp8, fp8_block, packed, stated, stated_of
+from support.oracles import Stated, compressed, config_group, fp8, fp8_block, packed, stated, stated_of
 
 from mixprec_build.formats.base import Format, FormatError
 from mixprec_build.formats.fp8 import Fp8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import stated_of
+from support.oracles import stated_of
 
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.registry import recognise

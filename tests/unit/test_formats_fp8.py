@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import stated_of
+from support.oracles import stated_of
 
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.registry import recognise

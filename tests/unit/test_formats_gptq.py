@@ -17,8 +17,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import auto_gptq_packers, gptq, stated, stated_of
 from safetensors.torch import save_file
+from support.oracles import auto_gptq_packers, gptq, stated, stated_of
 
 from mixprec_build.checkpoint.detection import detect
 from mixprec_build.checkpoint.opening import open_checkpoint

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from oracles import stated_of
+from support.oracles import stated_of
 
 from mixprec_build.formats.int8 import Int8
 from mixprec_build.formats.registry import format_from_json, recognise

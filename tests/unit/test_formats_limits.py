@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from oracles import Stated, awq, fp8, fp8_block, gptq, stated, stated_of
+from support.oracles import Stated, awq, fp8, fp8_block, gptq, stated, stated_of
 
 from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format

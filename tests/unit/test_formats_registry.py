@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import Stated, awq, fp8, fp8_block, gptq, stated
 from safetensors.torch import save_file
+from support.oracles import Stated, awq, fp8, fp8_block, gptq, stated
 
 from mixprec_build.checkpoint.declaration import quantization_config
 from mixprec_build.checkpoint.detection import detect

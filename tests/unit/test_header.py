@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from tiny import at_most, file_tensors
+from support.files import file_tensors
+from support.run import at_most
 
 from mixprec_build.errors import SourceError
 from mixprec_build.storage.disk import open_regular, pread_all, read_regular

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hollow import MODELS, VARIANTS, Tensor, hollow_config, hollow_tensors, write_hollow
 from safetensors import safe_open
+from support.hollow import MODELS, VARIANTS, Tensor, hollow_config, hollow_tensors, write_hollow
 
 MOE = [model for model, config in MODELS.items() if "moe_intermediate_size" in config]
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from checkpoints import LLAMA, write_tiny
-from hostile import RANK, Drawn, Hostile, sealed
-from tiny import at_most, run_python, tree
+from support.files import tree
+from support.hostile import RANK, Drawn, Hostile, sealed
+from support.run import at_most, run_python
+from support.write import LLAMA, write_tiny
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.checkpoint.manifest import CHECKSUM, MANIFEST

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from checkpoints import LLAMA, write_tiny
-from hub_server import Answer, HubServer
-from tiny import tree, write_sources
+from support.files import tree
+from support.hub import Answer, HubServer
+from support.llama import write_sources
+from support.write import LLAMA, write_tiny
 
 from mixprec_build.checkpoint.manifest import read_manifest
 from mixprec_build.cli.app import main

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
-from checkpoints import LLAMA
 from rich.console import Console
 from safetensors.torch import save_file
-from tiny import folder_tensors, write_recipe, write_sources, write_tiny
+from support import write as checkpoints
+from support.files import folder_tensors
+from support.llama import write_recipe, write_sources, write_tiny
+from support.write import LLAMA
 from typer.testing import CliRunner
 
 from mixprec_build.checkpoint.typed import open_source

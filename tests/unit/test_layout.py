@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from serving import DEEPSEEK, LLAMA, MIXTRAL, Shape, write_sources
+from support.cut_models import LINES, MOE, SIZES
+from support.files import tree
 from support.manifest import rewrite_manifest, sealed
-from test_presplit import LINES, MOE, SIZES, run
-from tiny import run_python, tree
+from support.run import call, run_python
+from support.serving import DEEPSEEK, LLAMA, MIXTRAL, Shape, write_sources
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.checkpoint.manifest import (
@@ -184,14 +185,14 @@ def test_linked_files_come_back_with_their_own_headers(tmp_path: Path) -> None:
 # The commands
 
 
-def test_a_build_of_ranks_files_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_build_of_ranks_files_alone(folder: Path, capsys: Any) -> None:
     merged = built(folder, "deepseek")
     text = (merged.parent / "out.yaml").read_text().replace("{shard_size: 2MiB}", "{shard_size: 2MiB, tp: [2, 4], %s}")
     recipe, out = merged.parent / "presplit.yaml", merged.parent / "presplit"
     recipe.write_text(text % "layout: presplit")
-    assert run(monkeypatch, "plan", recipe, "--allow", "unservable") == 0
+    assert call("plan", recipe, "--allow", "unservable") == 0
     assert "the build needs space for both" in capsys.readouterr().out
-    assert run(monkeypatch, "build", recipe, "-o", out, "--allow", "unservable") == 0
+    assert call("build", recipe, "-o", out, "--allow", "unservable") == 0
     assert "in files cut for ranks only" in capsys.readouterr().out
     later = Path(shutil.copytree(merged, merged.parent / "later"))
     split(later, Degree(4), shard_size=2 << 20)
@@ -201,37 +202,35 @@ def test_a_build_of_ranks_files_alone(folder: Path, monkeypatch: pytest.MonkeyPa
     recipe.write_text(text.replace(", %s", ""))
     for layout in ("presplit", "merged", "both"):
         options = ("--layout", layout, "--force", "--quiet", "--allow", "unservable")
-        assert run(monkeypatch, "build", recipe, "-o", out, *options) == 0
+        assert call("build", recipe, "-o", out, *options) == 0
         assert read_manifest(out).layout == layout
         assert not verify(out).differences
         assert bool(list(out.glob("*.safetensors"))) == (layout != "presplit")
         assert (out / "presplit").exists() == (layout != "merged")
     before = tree(out)
-    assert run(monkeypatch, "split", out, "--layout", "presplit") == 0
+    assert call("split", out, "--layout", "presplit") == 0
     assert f"{out}: files cut for ranks only" in capsys.readouterr().out
-    assert run(monkeypatch, "split", out, "--tp", 2) == 0
+    assert call("split", out, "--tp", 2) == 0
     assert tree(out) == before
 
 
-def test_inspect_and_verify_of_ranks_files_alone(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_inspect_and_verify_of_ranks_files_alone(folder: Path, tmp_path: Path, capsys: Any) -> None:
     merged = built(folder, "moe")
     out = Path(shutil.copytree(merged, tmp_path / "out"))
     split(out, Degree(4, 2), layout="presplit")
     facts = []
     for path in (merged, out):
-        assert run(monkeypatch, "inspect", path, "--json") == 0
+        assert call("inspect", path, "--json") == 0
         facts.append(json.loads(capsys.readouterr().out))
     different = {key for key in facts[0] if facts[0][key] != facts[1][key]}
     assert different == {"location", "serve", "layout", "presplit", "manifest_checksum"}
     assert facts[1]["serve"].endswith("--tp 4 --ep-size 2")
     assert any(finding.text.endswith("--tp 4 --ep-size 2") for finding in examine(out) if finding.status == "ok")
-    assert run(monkeypatch, "inspect", out) == 0
+    assert call("inspect", out) == 0
     assert f"merged files: none; restore them: mixprec split {out} --layout both" in capsys.readouterr().out
     errors = []
     for path in (merged, out):
-        assert run(monkeypatch, "verify", path, "--against", "from_bf16", "--json") == 0
+        assert call("verify", path, "--against", "from_bf16", "--json") == 0
         errors.append(json.loads(capsys.readouterr().out)["errors"])
     assert errors[0] == errors[1] and errors[0]
 
@@ -266,11 +265,11 @@ def test_a_source_must_have_merged_files(out: Path, tmp_path: Path) -> None:
     plan_recipe(recipe)
 
 
-def test_a_split_says_for_how_many_ranks(out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert run(monkeypatch, "split", out) == 2
-    assert run(monkeypatch, "split", out, "--layout", "both", "--ranks", "0") == 2
+def test_a_split_says_for_how_many_ranks(out: Path, capsys: Any) -> None:
+    assert call("split", out) == 2
+    assert call("split", out, "--layout", "both", "--ranks", "0") == 2
     assert "how many ranks are there?" in capsys.readouterr().err
-    assert run(monkeypatch, "split", out, "--layout", "presplit") == 1
+    assert call("split", out, "--layout", "presplit") == 1
     assert "files of all ranks of one degree are there, and there are none: give --tp" in capsys.readouterr().err
 
 
@@ -409,13 +408,13 @@ def full(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_was_left_behind_is_named(out: Path, stop: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_what_was_left_behind_is_named(out: Path, stop: Any, capsys: Any) -> None:
     stop(9)  # two ranks, two manifests (an unlink and a rename each) and the rest take seven
     with pytest.raises(Killed):
         split(out, Degree(2), layout="presplit", jobs=1)
     stop(0)
     assert verify(out).leftovers == ("model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors")
-    assert run(monkeypatch, "verify", out) == 0
+    assert call("verify", out) == 0
     assert "left behind by a `mixprec split` that was stopped: model-00002" in capsys.readouterr().out
     # Merged files that are there are taken for what they are, not written anew.
     kept = (out / "model-00003-of-00003.safetensors").stat().st_ino

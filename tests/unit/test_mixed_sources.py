@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import LLAMA, QWEN3_MOE, Config, Tensors, Tiny, tiny_tensors, write_tiny
-from tiny import folder_tensors
+from support.files import folder_tensors
+from support.write import LLAMA, QWEN3_MOE, Config, Tensors, Tiny, tiny_tensors, write_tiny
 
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.formats.awq import Awq

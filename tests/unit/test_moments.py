@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import LLAMA, MIXTRAL, QWEN3_MOE, Shape, write_sources
+from support.serving import LLAMA, MIXTRAL, QWEN3_MOE, Shape, write_sources
 from transformers import AutoModelForCausalLM
 
 from mixprec_build.checkpoint.typed import open_source

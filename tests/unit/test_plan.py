@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.write import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, write_tiny
 
 from mixprec_build.errors import RecipeError, RefusedError, SourceError
 from mixprec_build.families.registry import checked_types

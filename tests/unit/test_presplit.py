@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serving import DEEPSEEK, LLAMA, QWEN3, QWEN3_MOE, Shape, write_sources
-from tiny import tree
+from support.cut_models import LINES, MOE, SIZES, VARIANTS
+from support.files import tree
+from support.run import call
+from support.serving import DEEPSEEK, LLAMA, QWEN3, QWEN3_MOE, Shape, write_sources
 
 from mixprec_build.checkpoint.degree import Degree, parse_folder
 from mixprec_build.checkpoint.manifest import checksum_of, read_manifest
 from mixprec_build.checkpoint.typed import open_source
-from mixprec_build.cli.app import main
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
 from mixprec_build.families.llama import LLAMA as LLAMA_RULES
 from mixprec_build.output.build import plan_recipe, run_plan
@@ -33,19 +34,6 @@ from mixprec_build.output.verify import verify
 from mixprec_build.ranks.files import open_rank, read_rank
 from mixprec_build.ranks.merged import splitter_of
 from mixprec_build.ranks.splitter import Splitter, _one_layer_of_each
-
-# 384 columns are 192 for each of two ranks: one and a half blocks.
-SIZES = {"hidden": 256, "intermediate": 768, "expert_intermediate": 384, "heads": 4, "kv_heads": 2, "head_dim": 128}
-MOE = QWEN3_MOE.of(**SIZES, layers=2, vocab=100)
-VARIANTS = ["bf16", "fp8_block", "fp8_channel", "gptq_int4", "gptq_int8"]
-LINES = {
-    "model.layers.*.self_attn.*": "fp8_block",
-    "model.layers.0.mlp.experts.*": "gptq_int4",
-    "model.layers.0.mlp.experts.{0..2}.*": "fp8_block",
-    "model.layers.0.mlp.experts.3.*": "bf16",
-    "model.layers.1.mlp.experts.*": "fp8_channel",
-    "model.layers.1.mlp.experts.{1,6}.*": "gptq_int8",
-}
 
 
 def build(
@@ -169,31 +157,22 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
 # The command
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mixprec", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
-def test_a_node_cuts_its_own_ranks_only(
-    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "split", out, "--tp", 4, "--ep", 2, "--ranks", "2-3") == 0
+def test_a_node_cuts_its_own_ranks_only(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("split", out, "--tp", 4, "--ep", 2, "--ranks", "2-3") == 0
     captured = capsys.readouterr()
     assert f"next: python -m sglang.launch_server --model-path {out} --tp 4 --ep-size 2" in captured.out
     home = out / "presplit/tp4-ep2"
     assert sorted(path.name for path in home.iterdir()) == ["rank-2-of-4", "rank-3-of-4"]
     before = tree(home)
-    assert run(monkeypatch, "split", out, "--tp", 4, "--ep", 2, "--quiet") == 0
+    assert call("split", out, "--tp", 4, "--ep", 2, "--quiet") == 0
     after = tree(home)
     assert {name: after[name] for name in before} == before and len(after) == 2 * len(before)
-    assert run(monkeypatch, "inspect", out) == 0
+    assert call("inspect", out) == 0
     assert "cut for ranks, tp4-ep2: files of 4 ranks" in capsys.readouterr().out
-    assert run(monkeypatch, "verify", out, "--quiet") == 0
+    assert call("verify", out, "--quiet") == 0
 
 
-def test_a_recipe_asks_for_degrees(built: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_recipe_asks_for_degrees(built: Path, capsys: Any) -> None:
     recipe = built.parent / "tp.yaml"
     out = build(built.parent, MOE, LINES, output="output: {tp: [2, 4]}", name="tp")
     plan = plan_recipe(recipe)
@@ -211,7 +190,7 @@ def test_a_recipe_asks_for_degrees(built: Path, monkeypatch: pytest.MonkeyPatch,
         split(cut, Degree(tp))
     assert tree(cut / "presplit") == tree(out / "presplit")
     assert tree(built) == alone
-    assert run(monkeypatch, "plan", recipe) == 0
+    assert call("plan", recipe) == 0
     assert "cut for ranks, tp2-ep1:" in capsys.readouterr().out
 
 
@@ -566,22 +545,22 @@ def test_attention_is_cut_as_kernels_take_it(
             splitter(out, Degree(tp)).parameters(tp - 1)
 
 
-def test_what_a_split_is_asked_for(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_what_a_split_is_asked_for(out: Path, tmp_path: Path, capsys: Any) -> None:
     before = tree(out)
-    assert run(monkeypatch, "split", tmp_path / "nothere", "--tp", 2) == 1
+    assert call("split", tmp_path / "nothere", "--tp", 2) == 1
     assert f"{tmp_path / 'nothere'}: no such folder; name one that `mixprec build` wrote" in capsys.readouterr().err
-    assert run(monkeypatch, "split", out / "config.json", "--tp", 2) == 1
-    assert run(monkeypatch, "split", tmp_path, "--tp", 2) == 1
+    assert call("split", out / "config.json", "--tp", 2) == 1
+    assert call("split", tmp_path, "--tp", 2) == 1
     assert "mixprec_manifest.json: not there" in capsys.readouterr().err
-    assert run(monkeypatch, "split", out, "--tp", 2, "--layout", "merged") == 2
+    assert call("split", out, "--tp", 2, "--layout", "merged") == 2
     assert "no files are cut with --layout merged" in capsys.readouterr().err
     tracemalloc.start()
-    assert run(monkeypatch, "split", out, "--tp", 2, "--ranks", "0-9999999") == 2
+    assert call("split", out, "--tp", 2, "--ranks", "0-9999999") == 2
     assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
     assert "of 2 ranks the last is 1" in capsys.readouterr().err
     assert tree(out) == before
-    assert run(monkeypatch, "split", out, "--tp", 1) == 0
+    assert call("split", out, "--tp", 1) == 0
     assert "presplit/tp1-ep1: files of 1 rank, " in capsys.readouterr().out
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tiny import run_python, write_recipe, write_sources
+from support.llama import write_recipe, write_sources
+from support.run import run_python
 
 import mixprec_build as mp
 from mixprec_build.planning.problems import CODES

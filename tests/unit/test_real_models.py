@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from hollow import write_hollow
+from support.hollow import write_hollow
 
 from mixprec_build.recipe.recipe import load_recipe
 

@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-from checkpoints import QWEN3_MOE, write_tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from support.write import QWEN3_MOE, write_tiny
 
 from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.checkpoint.typed import Source

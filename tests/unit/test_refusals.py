@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, Tiny, write_tiny
+from support.write import DEEPSEEK, LLAMA, QWEN3_MOE, Config, Tensors, Tiny, write_tiny
 
 from mixprec_build.checkpoint.declaration import Declaration
 from mixprec_build.checkpoint.manifest import MANIFEST

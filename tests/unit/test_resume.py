@@ -13,22 +13,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tree, write_recipe, write_sources
+from support.files import tree
+from support.llama import write_recipe, write_sources
+from support.plans import cut, planned
+from support.run import environment
 
-from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import InterruptedBuildError, OutputError, SourceError, WriteError
 from mixprec_build.output import copier
 from mixprec_build.output.publish import write
-from mixprec_build.output.split import split
 from mixprec_build.output.stage import Stage
 from mixprec_build.output.verify import verify
 from mixprec_build.planning.planner import make_plan
-from mixprec_build.planning.types import Plan
 from mixprec_build.recipe.recipe import load_recipe
 from mixprec_build.recipe.sources import open_sources
 
@@ -37,13 +36,12 @@ from mixprec_build.recipe.sources import open_sources
 DRIVER = """
 import io, json, os, random, shutil, signal, sys, threading
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_resume import cut, planned
+from support.plans import cut, planned
 from mixprec_build.output import split
 from mixprec_build.output.stage import Stage
 from mixprec_build.output.publish import write
 
-what, how = sys.argv[3:5]
+what, how = sys.argv[2:4]
 calls, names, synced = 0, [], {}  # names in folders that were not synced; file -> bytes that were
 lock = threading.RLock()  # the end comes to all threads at once
 
@@ -114,8 +112,8 @@ def noting(function, file_of):
     return call
 
 truncate, unlink, real_open = os.truncate, os.unlink, io.open
-plan = planned(Path(sys.argv[2]))
-for nth, out in json.loads(sys.argv[5]):
+plan = planned(Path(sys.argv[1]))
+for nth, out in json.loads(sys.argv[4]):
     child = os.fork()
     if child:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -142,18 +140,6 @@ for nth, out in json.loads(sys.argv[5]):
 MIX = {"model.layers.0.mlp.*": "fp8", "model.layers.1.mlp.*": "int4"}
 
 
-def planned(recipe: Path) -> Plan:
-    """A plan of several shards, smaller than a recipe may ask for, copied in many small steps, and cut for two."""
-    copier._BUFFER = 10_000
-    small = replace(load_recipe(recipe), shard_size=40_000, tp=(2,), layout="both")
-    return make_plan(small, open_sources(small))
-
-
-def cut(out: Path, jobs: int = 2) -> None:
-    """For two ranks, and one: a degree that its recipe does not ask for."""
-    split(out, Degree(1), jobs=jobs, shard_size=100_000)
-
-
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mix")
@@ -171,10 +157,9 @@ def undisturbed(mix: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def drive(recipe: Path, what: str, how: str, runs: Sequence[tuple[int, Path]]) -> list[int]:
     """The exit codes of builds or splits that are killed before their nth change; of the 0th, the number of changes."""
-    arguments = [str(Path(__file__).parent), str(recipe), what, how, json.dumps(runs, default=str)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = [str(recipe), what, how, json.dumps(runs, default=str)]
     command = [sys.executable, "-c", DRIVER, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
     assert ended.returncode == 0, ended.stderr
     return [int(line) for line in ended.stdout.split()]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from oracles import stated
 from support import producers as made
+from support.oracles import stated
 
 from mixprec_build.formats.base import FormatError
 from mixprec_build.formats.config_groups import scheme_of

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import LINEARS, write_tiny
+from support.llama import LINEARS, write_tiny
 from typer.testing import CliRunner
 
 from mixprec_build.checkpoint.typed import open_source

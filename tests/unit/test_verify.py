@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.files import file_tensors, folder_tensors
+from support.llama import LINEARS, write_recipe, write_sources, write_tiny
 from support.manifest import rewrite_manifest, sealed
-from tiny import LINEARS, at_most, file_tensors, folder_tensors, write_recipe, write_sources, write_tiny
+from support.run import at_most
 
 from mixprec_build.checkpoint.manifest import read_manifest
 from mixprec_build.checkpoint.opening import open_checkpoint

@@ -22,19 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import (
-    COMPANIONS,
-    CONFIG,
-    LEFT_BEHIND,
-    at_most,
-    file_tensors,
-    folder_tensors,
-    run_python,
-    tree,
-    write_recipe,
-    write_sources,
-    write_tiny,
-)
+from support.files import file_tensors, folder_tensors, tree
+from support.llama import COMPANIONS, CONFIG, LEFT_BEHIND, write_recipe, write_sources, write_tiny
+from support.run import at_most, run_python
 
 from mixprec_build.errors import InterruptedBuildError, MixprecError, OutputError, SourceError, WriteError
 from mixprec_build.output import copier

@@ -1,6 +1,7 @@
 """Serves one checkpoint with stock SGLang in this process and prints what it answers, as JSON on the last line.
 
-    python tests/gpu/ask.py MODEL '{"dtype": "bfloat16", "logits": true, "engine": {"tp_size": 2}}'
+    export PYTHONPATH=tests
+    python -m support.sglang.ask MODEL '{"dtype": "bfloat16", "logits": true, "engine": {"tp_size": 2}}'
 
 Greedy tokens and their logprobs for fixed prompts; on demand the whole distribution at every position of the
 prompts, and tokens a second, once for each line on standard input; and memory. SGLang is not told of mixprec: its

@@ -10,35 +10,14 @@ Written with torch and the safetensors library, never with the code under test.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-__all__ = [
-    "COMPANIONS",
-    "CONFIG",
-    "LEFT_BEHIND",
-    "LINEARS",
-    "at_most",
-    "cpu_seconds",
-    "file_tensors",
-    "folder_tensors",
-    "run_python",
-    "tree",
-    "write_recipe",
-    "write_sources",
-    "write_tiny",
-]
+__all__ = ["COMPANIONS", "CONFIG", "LEFT_BEHIND", "LINEARS", "write_recipe", "write_sources", "write_tiny"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -191,64 +170,3 @@ def _linear(name: str, weight: torch.Tensor, variant: str) -> Tensors:
         f"{name}.scales": scales,
         f"{name}.g_idx": (torch.arange(weight.shape[1]) // 64).int(),
     }
-
-
-def file_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Name -> dtype, shape and bytes of each tensor of a file, as the safetensors library gives them."""
-    out = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-            view = file.get_slice(name)
-            tensor = file.get_tensor(name).contiguous()
-            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-            out[name] = (view.get_dtype(), view.get_shape(), data)
-    return out
-
-
-def folder_tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """As :func:`file_tensors`, over all of a folder's files."""
-    return {name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in file_tensors(path).items()}
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative path."""
-    return dict(_walk(folder))
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            yield str(path.relative_to(folder)), path.read_bytes()
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError where the main thread waits for something that never comes."""
-
-    def late(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def run_python(
-    *arguments: str, cwd: Path | None = None, under: Sequence[str] = (), timeout: float = 60
-) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, away from the hub; ``under`` is a command that runs it."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
-    command = [*under, sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
-
-
-def cpu_seconds(*arguments: str) -> float:
-    """User and system time of a fresh interpreter."""
-    before = os.times()
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-    after = os.times()
-    return after.children_user - before.children_user + after.children_system - before.children_system

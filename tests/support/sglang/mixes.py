@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from harness import VARIANTS, build, sources, tensors_of
-from serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, Shape
+
+from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, Shape
+from support.sglang.harness import VARIANTS, build, sources, tensors_of
 
 __all__ = ["EIGHT", "MIXES", "Expected", "Mix", "mix"]
 

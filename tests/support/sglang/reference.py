@@ -1,5 +1,6 @@
 """What transformers says about the dequantized weights of a checkpoint, in float32: the distribution that serving
-it should come near. ``python tests/gpu/reference.py MODEL`` prints JSON as ``ask.py`` does.
+it should come near. ``PYTHONPATH=tests python -m support.sglang.reference MODEL`` prints JSON as
+``ask`` does.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from ask import prompts
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from mixprec_build.checkpoint.typed import open_source
+from support.sglang.ask import prompts
 
 
 def write_dense(checkpoint: Path, folder: Path) -> None:

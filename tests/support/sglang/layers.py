@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from serving import quantize
 
 from mixprec_build.checkpoint.declaration import Declaration
 from mixprec_build.formats.awq import Awq
@@ -22,6 +21,7 @@ from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.int8 import Int8
 from mixprec_build.formats.packed import Packed
 from mixprec_build.patterns.pattern import Pattern
+from support.serving import quantize
 
 __all__ = ["DEVICE", "FORMATS", "make_layer", "reference", "run", "start_sglang"]
 

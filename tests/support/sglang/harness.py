@@ -21,13 +21,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from serving import Shape, write_sources
 
 import mixprec_runtime.cpu.engine
+from support.serving import Shape, write_sources
 
 __all__ = [
-    "Changed", "build", "free_port", "last_json", "load", "make", "parameters_of", "rank_of", "run_python", "serve",
-    "server_args", "sources", "stage_of", "start", "tensors_of",
+    "Changed", "build", "free_port", "groups_of", "last_json", "load", "make", "parameters_of", "rank_of",
+    "run_python", "serve", "server_args", "sources", "stage_of", "start", "tensors_of",
 ]  # fmt: skip
 
 VARIANTS = [
@@ -245,3 +245,8 @@ def serve(checkpoint: Path, **options: Any) -> torch.nn.Module:
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A layer's own parameters that hold something."""
     return {name: p.data for name, p in module.named_parameters(recurse=False) if p.numel()}
+
+
+def groups_of(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The layers that hold a MoE layer's weights: itself, or one for each format."""
+    yield from getattr(layer, "groups", [layer])

@@ -1,0 +1,87 @@
+"""One runner of the command line: in this process, and in one of its own.
+
+    code = call("split", out, "--tp", 2)
+    ended = run_python("-m", "mixprec_build", "verify", str(out))
+
+A test that reads what was printed takes the fixture ``mixprec`` of ``tests/unit/conftest.py``, which returns
+:class:`Ended`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+from unittest.mock import patch
+
+__all__ = ["Ended", "Run", "at_most", "call", "cpu_seconds", "environment", "run_python"]
+
+
+class Ended(NamedTuple):
+    """How a command ended and what it printed."""
+
+    code: object
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+"""Runs the command with the arguments that it is called with."""
+
+
+def call(*arguments: object) -> object:
+    """The exit code of the command, run in this process as its console script would."""
+    # Not at the top: the fuzzer imports the compiler itself, instrumented.
+    from mixprec_build.cli.app import main
+
+    with patch.object(sys, "argv", ["mixprec", *map(str, arguments)]):
+        try:
+            main()
+        except SystemExit as ended:
+            return ended.code or 0
+    return 0
+
+
+def environment(*folders: Path, **variables: str) -> dict[str, str]:
+    """This process's variables, and PYTHONPATH with ``folders`` and the folder of this package first."""
+    paths = [*map(str, folders), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError where the main thread waits for something that never comes."""
+
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_python(
+    *arguments: str, cwd: Path | None = None, under: Sequence[str] = (), timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, away from the hub; ``under`` is a command that runs it."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
+    command = [*under, sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """User and system time of a fresh interpreter."""
+    before = os.times()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    after = os.times()
+    return after.children_user - before.children_user + after.children_system - before.children_system
