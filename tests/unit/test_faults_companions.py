@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import at_most, run_python, write_recipe, write_sources
+from support.llama import write_recipe, write_sources
+from support.run import at_most, run_python
 
 from mixprec_build.errors import RecipeError, SourceError, WriteError
 from mixprec_build.output import copier

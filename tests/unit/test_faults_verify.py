@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import write_recipe, write_sources
+from support.llama import write_recipe, write_sources
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import MixprecError, OutputError

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import QWEN3_MOE, Config, Tensors, write_tiny
-from tiny import folder_tensors
+from support.files import folder_tensors
+from support.write import QWEN3_MOE, Config, Tensors, write_tiny
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.checkpoint.typed import open_source
