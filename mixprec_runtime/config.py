@@ -7,7 +7,6 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
-from sglang.srt.layers.quantization.awq import AWQMarlinConfig
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from mixprec_build.checkpoint.declaration import METHOD, Declaration
@@ -19,6 +18,7 @@ from mixprec_build.formats.base import Format
 
 from . import launch
 from .experts.method import MixedExpertsMethod
+from .formats.registry import model_attributes
 from .loading.pad import pad
 from .native import NativeFormat
 
@@ -33,8 +33,6 @@ class MixPrecConfig(QuantizationConfig):
 
     # Models look at this attribute of whatever config they are given.
     weight_block_size = None
-    # AWQ linears ask the model's config in a prefill CUDA graph (marlin_utils.py:921), and their own outside.
-    quant_type = AWQMarlinConfig.TYPE_MAP[4]
 
     def __init__(self, declaration: Declaration | None = None):
         super().__init__()
@@ -44,6 +42,7 @@ class MixPrecConfig(QuantizationConfig):
                 "leave it out, for draft models of such ones with --speculative-draft-model-quantization unquant"
             )
         self.declaration = declaration
+        self.__dict__ |= model_attributes()
         self.native = {fmt: NativeFormat(fmt) for fmt in declaration.formats.values()}
         self.padded: Mapping[str, tuple[int, int]] = {}
         """The layers that zeros are added to on this rank; see :func:`.loader.pad`."""

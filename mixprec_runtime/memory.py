@@ -10,10 +10,10 @@ import torch
 from torch.nn import Module
 
 from mixprec_build.families.names import layer_of
-from mixprec_build.formats.base import Format
 from mixprec_build.patterns.compress import natural_key
 from mixprec_build.text import some
 
+from .formats.registry import served
 from .native import format_of
 
 __all__ = ["check_placement", "get_mixed_precision_memory_stats", "measure", "serve"]
@@ -69,7 +69,7 @@ def measure(model: Module) -> dict[str, Any]:
             by_layer["other" if layer is None else str(layer)] += parameter.nbytes
             if fmt is not None and fmt.quantized and name != "bias":
                 by_format[fmt.kind] += parameter.nbytes
-                dense += 2 * _weights_in(name, parameter, fmt)
+                dense += 2 * served(fmt).values_in(name, parameter, fmt)
             else:
                 by_format[_DTYPES.get(parameter.dtype, str(parameter.dtype))] += parameter.nbytes
                 dense += parameter.nbytes
@@ -85,16 +85,6 @@ def measure(model: Module) -> dict[str, Any]:
 
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def _weights_in(name: str, parameter: torch.Tensor, fmt: Format) -> int:
-    """How many of the model's weights a parameter of a quantized layer holds: none, if scales or orders."""
-    if name.endswith(("qweight", "weight_packed")):
-        return parameter.numel() * 32 // int(fmt.bits)  # type: ignore[attr-defined]  # packed formats have bits
-    if name.endswith("weight"):
-        # FP8 on Marlin: four weights to a word
-        return parameter.numel() * (4 if parameter.dtype == torch.int32 else 1)
-    return 0
 
 
 def check_placement(model: Module, device: torch.device) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,13 +23,12 @@ from sglang.srt.utils import is_cpu
 from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
-from mixprec_build.formats.fp8 import Fp8
-from mixprec_build.formats.gptq import Gptq
-from mixprec_build.formats.packed import Packed
-from mixprec_build.formats.scaled import Scaled
 
 __all__ = ["announce", "parted_experts", "pretend_hopper", "stand_in", "unquantized_experts"]
 
+
+StoredAlike = Callable[[Any, dict[str, torch.Tensor], "list[int] | None"], tuple[Format, dict[str, torch.Tensor]]]
+"""What a format's file says of dequantizing SGLang's parameters: ``Served.stored_alike``."""
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -53,7 +51,7 @@ def pretend_hopper() -> Iterator[None]:
         yield
 
 
-def stand_in(method: QuantizeMethodBase, fmt: Format, *, experts: bool) -> None:
+def stand_in(method: QuantizeMethodBase, fmt: Format, alike: StoredAlike, *, experts: bool) -> None:
     """Replaces what ``method`` does after loading, and its arithmetic."""
     create = method.create_weights
 
@@ -67,11 +65,11 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, *, experts: bool) -> None:
     if experts:
         # 0.5.23 asks which runner was made: none, for a method that computes by itself.
         method.get_moe_runner_backend = lambda layer: None
-        method.process_weights_after_loading = lambda layer: _dequantize_experts(layer, fmt)
+        method.process_weights_after_loading = lambda layer: _dequantize_experts(layer, fmt, alike)
         method.create_moe_runner = lambda layer, config: setattr(method, "moe_runner_config", config)
         method.apply = _apply_experts
     else:
-        method.process_weights_after_loading = lambda layer: _dequantize_linear(layer, fmt)
+        method.process_weights_after_loading = lambda layer: _dequantize_linear(layer, fmt, alike)
         method.apply = lambda layer, x, bias=None: F.linear(x, layer.weight, bias)
 
 
@@ -82,20 +80,20 @@ def unquantized_experts() -> FusedMoEMethodBase:
     return method
 
 
-def _dequantize_linear(layer: Any, fmt: Format) -> None:
+def _dequantize_linear(layer: Any, fmt: Format, alike: StoredAlike) -> None:
     """Turns all of a layer's parameters but the bias into one dense ``weight [N, K]``."""
     stored = {
         leaf: parameter.data
         for leaf, parameter in layer._parameters.items()
         if leaf != "bias" and parameter is not None and parameter.numel()
     }
-    weight = _dequantize(fmt, stored, getattr(layer, "logical_widths", None))
+    weight = _dequantize(*alike(fmt, stored, getattr(layer, "logical_widths", None)))
     for leaf in [leaf for leaf in layer._parameters if leaf != "bias"]:
         del layer._parameters[leaf]
     layer.register_parameter("weight", Parameter(weight.to(layer.params_dtype), requires_grad=False))
 
 
-def _dequantize_experts(layer: Any, fmt: Format) -> None:
+def _dequantize_experts(layer: Any, fmt: Format, alike: StoredAlike) -> None:
     """Turns ``w13_*`` and ``w2_*`` ``[E, ...]`` into dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
     for weight, parts in (("w13", 2), ("w2", 1)):
         stored = {
@@ -103,14 +101,13 @@ def _dequantize_experts(layer: Any, fmt: Format) -> None:
             for name, parameter in layer._parameters.items()
             if name.startswith(f"{weight}_") and parameter is not None and parameter.numel()
         }
-        if isinstance(fmt, Packed):  # SGLang keeps these of experts with inputs first
-            stored |= {leaf: stored[leaf].transpose(1, 2) for leaf in ("weight_packed", "weight_scale")}
+        stored = {leaf: tensor.transpose(1, 2) if fmt.turned(leaf) else tensor for leaf, tensor in stored.items()}
         widths = None
         if "weight" in stored:
             widths = [stored["weight"].shape[1] // parts] * parts
         dense = torch.stack(
             [
-                _dequantize(fmt, {leaf: tensor[expert] for leaf, tensor in stored.items()}, widths)
+                _dequantize(*alike(fmt, {leaf: tensor[expert] for leaf, tensor in stored.items()}, widths))
                 for expert in range(layer.num_local_experts)
             ]
         )
@@ -119,20 +116,8 @@ def _dequantize_experts(layer: Any, fmt: Format) -> None:
         layer.register_parameter(f"{weight}_weight", Parameter(dense.to(layer.params_dtype), requires_grad=False))
 
 
-def _dequantize(fmt: Format, stored: Mapping[str, torch.Tensor], widths: list[int] | None) -> torch.Tensor:
+def _dequantize(fmt: Format, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """One weight ``[N, K]`` in float32, from the tensors of several modules joined along their outputs."""
-    tensors = dict(stored)
-    if isinstance(fmt, Fp8) and fmt.granularity == "tensor":
-        # One scale for each of the joined modules: as many rows as each has outputs.
-        scale = tensors["weight_scale"].reshape(-1)
-        rows = torch.tensor(widths if widths and len(widths) == len(scale) else [len(tensors["weight"])])
-        tensors["weight_scale"] = scale.repeat_interleave(rows).reshape(-1, 1)
-        fmt = Fp8("channel")
-    if isinstance(fmt, Scaled):
-        fmt = replace(fmt, scale="")  # SGLang's parameters have the usual name
-    if isinstance(fmt, Gptq) and not fmt.desc_act:
-        # Counts groups of the whole weight, where scales may be those of this rank.
-        tensors.pop("g_idx", None)
     return torch.from_numpy(fmt.dequantize({leaf: _numpy(tensor) for leaf, tensor in tensors.items()}).copy())
 
 

@@ -23,6 +23,7 @@ from sglang.srt.utils import is_cpu
 from torch.nn import ModuleList, Parameter
 
 from mixprec_build.families.expert_groups import GroupMembers, expert_groups
+from mixprec_build.formats import registry
 from mixprec_build.formats.base import Format
 
 from ..cpu import reference
@@ -31,13 +32,6 @@ from . import chains, routing
 from .group import ExpertGroup, keep_half, only_rank
 
 __all__ = ["MixedExpertsMethod"]
-
-
-# The tensors that a module may be stored as, in any format.
-_LEAVES = (
-    "weight", "weight_scale", "weight_scale_inv", "input_scale", "qweight", "qzeros", "scales", "g_idx",
-    "weight_packed", "weight_shape", "weight_g_idx", "weight_zero_point",
-)  # fmt: skip
 
 
 # By name, as compiled code knows them.
@@ -165,7 +159,8 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         There is one for every tensor of every format: Mixtral (models/mixtral.py:448) looks for those of experts of
         other ranks too, whose formats this rank may have no group of.
         """
-        names = {f"{weight}_{leaf}" for weight in ("w13", "w2") for leaf in _LEAVES}
+        leaves = {leaf for fmt in registry.FORMATS for leaf in fmt.leaves} - {"", "bias"}
+        names = {f"{weight}_{leaf}" for weight in ("w13", "w2") for leaf in leaves}
         for name in sorted(names.union(*(dict(group.named_parameters(recurse=False)) for group in layer.groups))):
             door = Parameter(torch.empty(0), requires_grad=False)
             door.weight_loader = self._door(layer, name, place)  # type: ignore[attr-defined]

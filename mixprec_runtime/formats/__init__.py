@@ -1,1 +1,1 @@
-"""Each storage format as SGLang's own quantization methods run it."""
+"""How SGLang serves each storage format: one file a format, of the same name as the compiler's."""

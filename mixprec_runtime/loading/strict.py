@@ -9,7 +9,6 @@ somewhere, and every element of every parameter must have been written.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
@@ -24,12 +23,11 @@ from mixprec_build.families.names import layer_of, numbered_part
 from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
 
+from ..formats.registry import served
 from ..native import format_of
 from .ledger import Ledger, LoadError
 
 __all__ = ["here", "load_strictly", "may_be_empty"]
-
-_DERIVED = re.compile(r".*_g_idx_sort_indices")
 
 
 def load_strictly(
@@ -81,17 +79,13 @@ def _listed(names: list[str]) -> str:
 
 
 def may_be_empty(model: Module) -> Callable[[str], bool]:
-    """Tells which parameters need no tensor: made after loading, or an input order (``g_idx``) of a layer that has its
-    inputs in order, which files may leave out."""
-    ordered = set()
-    for path, module in model.named_modules():
-        fmt = format_of(module)
-        if fmt is not None and fmt.scattered:
-            ordered.add(path)
+    """Tells which parameters need no tensor, by the formats of their layers."""
+    formats = {path: fmt for path, module in model.named_modules() if (fmt := format_of(module)) is not None}
 
     def empty(parameter: str) -> bool:
         path, _, leaf = parameter.rpartition(".")
-        return _DERIVED.fullmatch(parameter) is not None or (leaf.endswith("g_idx") and path not in ordered)
+        fmt = formats.get(path)
+        return fmt is not None and served(fmt).may_be_empty(leaf, fmt)
 
     return empty
 

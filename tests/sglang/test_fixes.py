@@ -59,6 +59,25 @@ def load_expert(layer: Any, tensors: dict[str, torch.Tensor], shard: str, expert
         parameter.weight_loader(parameter, tensor, f"experts.{name}", shard_id=shard, expert_id=expert)
 
 
+# All repairs
+
+
+def test_repairs_are_listed_with_a_place_that_sglang_has() -> None:
+    import sglang
+
+    from mixprec_build.formats import registry
+    from mixprec_runtime.formats.registry import SERVED, repairs
+
+    assert [one.format for one in SERVED] == [*registry.FORMATS]
+    home = Path(sglang.__path__[0])
+    listed = repairs()
+    assert len(listed) > 15 and len({(name, repair.name) for name, repair in listed}) == len(listed)
+    for _, repair in listed:
+        assert repair.layer in ("linear", "experts") and len(repair.why) > 20
+        assert any((repair.check, repair.create, repair.process, repair.runner, repair.run))
+        assert (home / repair.where.partition(":")[0]).is_file(), repair.where
+
+
 # GPTQ experts
 
 
@@ -379,13 +398,16 @@ def test_what_other_ranks_do_not_go_with(monkeypatch: pytest.MonkeyPatch, kind: 
 
 
 def test_what_was_packed_is_not_kept_under_another_name() -> None:
-    from mixprec_runtime.formats.repairs import _let_go_of_what_was_packed
+    from mixprec_runtime.formats.registry import served
+    from mixprec_runtime.formats.repair import install
 
     def repack(layer: torch.nn.Module) -> None:
         layer.weight_packed = torch.nn.Parameter(torch.zeros(2))
 
-    method = SimpleNamespace(process_weights_after_loading=repack)
-    _let_go_of_what_was_packed(method)  # type: ignore[arg-type]
+    method: Any = SimpleNamespace(create_weights=None, process_weights_after_loading=repack)
+    fmt = FORMATS["ct_int4"]
+    repairs = [repair for repair in served(fmt).repairs if repair.name == "packed weights kept beside repacked ones"]
+    install(method, fmt, repairs, "linear", "model.layers.0.mlp.up_proj")
     named, plain = torch.nn.Module(), torch.nn.Module()
     for layer in (named, plain):
         layer.weight_packed = torch.nn.Parameter(torch.ones(8))

@@ -1,0 +1,42 @@
+"""AWQ on Marlin: ``AWQMarlinConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from sglang.srt.layers.quantization.awq import AWQMarlinConfig
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+
+from mixprec_build.formats.awq import Awq
+from mixprec_build.formats.base import Format
+
+from .marlin import ServedGrouped, ids_of_other_ranks, permute_by_groups, require_shapes, require_whole_words
+from .repair import Repair
+
+__all__ = ["ServedAwq"]
+
+
+class ServedAwq(ServedGrouped[Awq]):
+    format: ClassVar[type[Format]] = Awq
+    repairs: ClassVar[tuple[Repair, ...]] = (
+        require_shapes(lambda fmt: True, lambda fmt: int(fmt.group_size)),
+        require_whole_words(lambda fmt: True),
+        permute_by_groups(
+            "sglang.srt.hardware_backend.gpu.quantization.awq_kernels",
+            "srt/hardware_backend/gpu/quantization/awq_kernels.py:206",
+        ),
+        ids_of_other_ranks,
+    )
+    # AWQ linears ask the model's config in a prefill CUDA graph (marlin_utils.py:921), and their own outside.
+    model_attributes: ClassVar[Mapping[str, object]] = {"quant_type": AWQMarlinConfig.TYPE_MAP[4]}
+
+    def config(self, fmt: Awq) -> QuantizationConfig:
+        return AWQMarlinConfig(
+            weight_bits=fmt.bits,
+            group_size=fmt.group_size,
+            zero_point=True,
+            lm_head_quantized=False,
+            modules_to_not_convert=[],
+            full_config={"bits": fmt.bits, "group_size": fmt.group_size, "zero_point": True, "quant_method": "awq"},
+        )

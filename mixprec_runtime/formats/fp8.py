@@ -1,0 +1,94 @@
+"""FP8: ``Fp8Config``, ``W8A8Fp8Config`` for scales by channel, compressed-tensors' for weights alone."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
+
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.fp8 import Fp8
+
+from .. import launch
+from .base import no_kernel
+from .marlin import require_shapes, sees_other_ranks
+from .one_scheme import OneScheme
+from .repair import Call, Repair
+from .scaled import BLOCK_REPAIRS, ServedScaled
+
+__all__ = ["ServedFp8"]
+
+
+def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Activations are scaled token by token instead, with the same weights and weight scales."""
+    call.stock(layer, *args, **kwargs)
+    if not sees_other_ranks(layer):
+        return
+    launch.check_experts_elsewhere("fp8_tensor", scales_stay=True)
+    runner: Any = call.method.runner
+    run = runner.run
+    columns: dict[str, torch.Tensor] = {}
+
+    def run_by_token(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, weight in (("w13_scale", quant_info.w13_weight), ("w2_scale", quant_info.w2_weight)):
+            if name not in columns:
+                scale = getattr(quant_info, name).reshape(-1, 1, 1)
+                columns[name] = scale.expand(-1, weight.shape[1], 1).contiguous()
+            setattr(quant_info, name, columns[name])
+        quant_info.per_channel_quant = True
+        return run(dispatch_output, quant_info, *args, **kwargs)
+
+    runner.run = run_by_token
+
+
+class ServedFp8(ServedScaled[Fp8]):
+    format: ClassVar[type[Format]] = Fp8
+    repairs: ClassVar[tuple[Repair, ...]] = (
+        *BLOCK_REPAIRS,
+        require_shapes(lambda fmt: fmt.activations == "none", lambda fmt: -1),
+        Repair(
+            name="one scale for activations of experts",
+            why="FP8 with one scale a tensor quantizes activations with one scale as well, the largest of all rows. "
+            "Rows of experts elsewhere hold what memory held before, and set that scale.",
+            where="kernels/ops/moe/fused_moe_triton_kernels.py:765",
+            layer="experts",
+            applies=lambda fmt: fmt.granularity == "tensor" and fmt.activations == "dynamic",
+            runner=_create_runner,
+        ),
+    )
+
+    def config(self, fmt: Fp8) -> QuantizationConfig:
+        if fmt.activations == "none" and fmt.block is None:
+            return OneScheme.of(fmt, {"num_bits": 8, "type": "float", "strategy": fmt.granularity})
+        if fmt.activations == "none":
+            raise no_kernel(fmt)
+        if fmt.granularity == "channel":
+            return W8A8Fp8Config(is_checkpoint_fp8_serialized=True)
+        made = Fp8Config(
+            is_checkpoint_fp8_serialized=True,
+            activation_scheme=fmt.activations,
+            weight_block_size=list(fmt.block) if fmt.block else None,
+        )
+        made.scale_fmt = fmt.scale_fmt or None  # read since some version before 0.5.23
+        return made
+
+    def check_experts(self, layer: Any, fmt: Fp8, prefix: str) -> None:
+        least = divmod(fmt.kinds[fmt.kind].experts_least, 10)
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < least:
+            raise ValueError(
+                f"{prefix} ({fmt.kind}): Triton multiplies experts in FP8 from compute capability "
+                f"{least[0]}.{least[1]} on; build the checkpoint with another format for them"
+            )
+
+    def stored_alike(
+        self, fmt: Fp8, tensors: dict[str, torch.Tensor], widths: list[int] | None
+    ) -> tuple[Format, dict[str, torch.Tensor]]:
+        if fmt.granularity != "tensor":
+            return super().stored_alike(fmt, tensors, widths)
+        # One scale for each of the joined modules: as many rows as each has outputs.
+        scale = tensors["weight_scale"].reshape(-1)
+        rows = torch.tensor(widths if widths and len(widths) == len(scale) else [len(tensors["weight"])])
+        return Fp8("channel"), {**tensors, "weight_scale": scale.repeat_interleave(rows).reshape(-1, 1)}

@@ -1,0 +1,135 @@
+"""GPTQ on Marlin: ``GPTQMarlinConfig``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.gptq import GPTQConfig, GPTQMarlinConfig
+from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape
+from sglang.srt.utils import is_cpu
+
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.gptq import Gptq
+
+from .base import no_kernel
+from .marlin import ServedGrouped, ids_of_other_ranks, recast, shown
+from .repair import Call, Repair
+
+__all__ = ["ServedGptq"]
+
+
+def _fall_back_to_exllama(fmt: Gptq, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+    fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], fmt.group_size)
+    if fits:
+        return
+    if not fmt.fits_untiled(outputs, inputs):
+        raise ValueError(str(why))
+    if layer.params_dtype != torch.half and not is_cpu():
+        raise ValueError(f"{why} SGLang's other GPTQ kernel does, in FP16 only: give --dtype half.")
+    other = GPTQConfig(fmt.bits, fmt.group_size, fmt.desc_act, False, {})
+    try:
+        layer.scheme = other.get_linear_scheme(layer)
+    except RuntimeError as error:
+        raise ValueError(f"{why} This SGLang has no other: {error}") from error
+
+
+def _refuse_cut_orders(
+    call: Call,
+    layer: Any,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size_per_partition: int,
+    params_dtype: torch.dtype,
+    **kwargs: Any,
+) -> None:
+    if call.fmt.desc_act and layer.moe_tp_size > 1:
+        raise ValueError(
+            "experts with desc_act cannot be cut for tensor parallelism; use expert parallelism (--ep-size)."
+        )
+    call.stock(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
+
+
+def _create_scales(
+    call: Call,
+    layer: Any,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size_per_partition: int,
+    params_dtype: torch.dtype,
+    **kwargs: Any,
+) -> None:
+    with shown(layer, moe_tp_size=1):
+        call.stock(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
+    for weight in ("w13", "w2"):
+        recast(layer, f"{weight}_scales", params_dtype)
+        recast(layer, f"{weight}_qzeros", torch.int32)
+
+
+def _permute_scales(call: Call, layer: Any) -> None:
+    with shown(layer, intermediate_size_per_partition=layer.hidden_size):
+        call.stock(layer)
+    for name in ("w13_qzeros", "w2_qzeros"):
+        layer._parameters.pop(name, None)
+
+
+class ServedGptq(ServedGrouped[Gptq]):
+    format: ClassVar[type[Format]] = Gptq
+    repairs: ClassVar[tuple[Repair, ...]] = (
+        Repair(
+            name="linears that Marlin does not take",
+            why="check_marlin_supports_shape is called, and its answer dropped. Where it is no, SGLang's GPTQConfig "
+            "has a kernel for FP16 activations, up to some version before 0.5.23.",
+            where="srt/hardware_backend/gpu/quantization/gptq_kernels.py:139",
+            layer="linear",
+            check=_fall_back_to_exllama,
+        ),
+        Repair(
+            name="scales of experts",
+            why="They are made FP16 whatever the model's dtype (:217), which the kernel refuses to multiply with BF16 "
+            "activations: made again in the model's dtype, one rounding at load. Without desc_act, w2_scales gets the "
+            "rows of all ranks instead of this rank's, and is then half filled or fails to load. The scales of w13 are "
+            "permuted as if its inputs were as many as this rank's intermediate size (gptq_kernels.py:338), which is "
+            "wrong where that is no more than one group. Zero points are made in the model's dtype and kept for ever, "
+            "although symmetric weights have none to read.",
+            where="srt/layers/quantization/gptq/schemes/gptq_moe.py:184",
+            layer="experts",
+            create=_create_scales,
+            process=_permute_scales,
+        ),
+        Repair(
+            name="experts in act-order under tensor parallelism",
+            why="Each rank would need the inputs of the others.",
+            where="srt/layers/quantization/gptq/schemes/gptq_moe.py",
+            layer="experts",
+            applies=lambda fmt: bool(fmt.desc_act),
+            create=_refuse_cut_orders,
+        ),
+        ids_of_other_ranks,
+    )
+
+    def config(self, fmt: Gptq) -> QuantizationConfig:
+        if not fmt.sym:
+            raise no_kernel(fmt)
+        settings: dict[str, Any] = {
+            "bits": fmt.bits, "group_size": fmt.group_size, "sym": True, "desc_act": fmt.desc_act,
+            "quant_method": "gptq",
+        }  # fmt: skip
+        return GPTQMarlinConfig(
+            weight_bits=fmt.bits,
+            group_size=fmt.group_size,
+            desc_act=fmt.desc_act,
+            is_sym=True,
+            lm_head_quantized=False,
+            dynamic={},
+            full_config=settings,
+        )
+
+    def stored_alike(
+        self, fmt: Gptq, tensors: dict[str, torch.Tensor], widths: list[int] | None
+    ) -> tuple[Format, dict[str, torch.Tensor]]:
+        if not fmt.desc_act:
+            # Counts groups of the whole weight, where scales may be those of this rank.
+            tensors.pop("g_idx", None)
+        return fmt, tensors

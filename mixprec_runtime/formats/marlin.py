@@ -1,0 +1,175 @@
+"""What formats that SGLang runs on its Marlin kernels have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+from sglang.srt.layers.moe import get_moe_runner_backend
+from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
+from torch.nn import Parameter
+
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.grouped import Grouped
+
+from .base import Served
+from .repair import ADVICE, Call, Repair
+
+__all__ = [
+    "SOME_MAP",
+    "ServedGrouped",
+    "ids_of_other_ranks",
+    "permute_by_groups",
+    "recast",
+    "require_shapes",
+    "require_whole_words",
+    "sees_other_ranks",
+    "shown",
+]
+
+G = TypeVar("G", bound=Grouped)
+
+SOME_MAP = torch.empty(0, dtype=torch.int32)
+
+
+class ServedGrouped(Served[G]):
+    def check_experts(self, layer: Any, fmt: G, prefix: str) -> None:
+        # Where shapes do not fit Marlin, GPTQ goes wrong and AWQ falls back to other kernels
+        # (quantization/awq/awq.py:352), which know no ids of -1.
+        if not check_moe_marlin_supports_layer(layer, fmt.group_size):
+            raise ValueError(
+                f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {layer.hidden_size} and "
+                f"{layer.intermediate_size_per_partition} intermediate columns a rank in groups of {fmt.group_size}. "
+                f"{ADVICE}"
+            )
+
+    def may_be_empty(self, name: str, fmt: G) -> bool:
+        # The order of inputs that lie in order is left out.
+        return name.endswith("g_idx_sort_indices") or (name.endswith("g_idx") and not fmt.scattered)
+
+    def values_in(self, name: str, parameter: torch.Tensor, fmt: G) -> int:
+        if name.endswith(fmt.values_leaf):
+            return parameter.numel() * fmt.pack
+        return super().values_in(name, parameter, fmt)
+
+
+def require_shapes(applies: Callable[[Any], bool], group_size: Callable[[Any], int]) -> Repair:
+    """The repair for linears of formats that :func:`applies`."""
+
+    def check(fmt: Format, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+        fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], group_size(fmt))
+        if not fits:
+            raise ValueError(str(why))
+
+    return Repair(
+        name="shapes that Marlin does not take",
+        why="AWQ falls back to a kernel for FP16 activations, whatever the model's dtype; other formats stop without "
+        "naming the layer.",
+        where="srt/layers/quantization/awq/awq.py:337",
+        layer="linear",
+        applies=applies,
+        check=check,
+    )
+
+
+def require_whole_words(applies: Callable[[Any], bool]) -> Repair:
+    """The repair for linears whose outputs are packed in words of eight."""
+
+    def check(fmt: Format, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+        for size in outputs:
+            if size % 8:
+                raise ValueError(f"a rank would hold {size} outputs of a part, no multiple of 8.")
+
+    return Repair(
+        name="outputs that end inside a word",
+        why="Outputs that are packed in words of eight are cut by words, and what is left over is dropped without a "
+        "word.",
+        where="srt/layers/linear.py",
+        layer="linear",
+        applies=applies,
+        check=check,
+    )
+
+
+def permute_by_groups(module: str, where: str) -> Repair:
+    """The repair for experts of a method whose class finds ``marlin_moe_permute_scales`` in ``module``."""
+
+    def process_weights_after_loading(call: Call, layer: Any) -> None:
+        found = import_module(module)  # which needs a GPU's libraries
+        permute = found.marlin_moe_permute_scales
+
+        def by_groups(s: torch.Tensor, size_k: int, size_n: int, group_size: int) -> torch.Tensor:
+            permuted: torch.Tensor = permute(s, s.shape[1] * group_size, size_n, group_size)
+            return permuted
+
+        with patch.object(found, "marlin_moe_permute_scales", by_groups):
+            call.stock(layer)
+
+    return Repair(
+        name="scales of gate and up permuted by the wrong inputs",
+        why="The scales of w13 are permuted as if its inputs were as many as this rank's intermediate size, or its "
+        "repacked words, which is wrong where that is one group. Here inputs are counted by the groups that there are "
+        "scales of.",
+        where=where,
+        layer="experts",
+        process=process_weights_after_loading,
+    )
+
+
+def _create_runner_with_map(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+    if not get_moe_runner_backend().is_auto():  # asserted, without a word (gptq_kernels.py:360, awq_moe.py:132)
+        raise ValueError(f"{call.fmt.kind} experts run on Marlin only: leave out --moe-runner-backend")
+    call.stock(layer, *args, **kwargs)
+    if sees_other_ranks(layer):
+        _skip_other_ranks(layer.scheme.kernel.runner)
+
+
+ids_of_other_ranks = Repair(
+    name="ids of experts elsewhere",
+    why="Ids of -1, which stand for experts of other ranks, are left out by the kernel only where it is given an "
+    "expert_map, and neither GPTQ nor AWQ gives one: elsewhere it multiplies by whatever lies before the weights. Only "
+    "whether there is a map matters, not what is in it.",
+    where="srt/layers/moe/fused_moe_triton/fused_marlin_moe.py",
+    layer="experts",
+    runner=_create_runner_with_map,
+)
+
+
+def _skip_other_ranks(runner: Any) -> None:
+    run = runner.run
+
+    def run_with_map(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:
+        if quant_info.expert_map is None:
+            quant_info.expert_map = SOME_MAP
+        return run(dispatch_output, quant_info, *args, **kwargs)
+
+    runner.run = run_with_map
+
+
+def sees_other_ranks(layer: Any) -> bool:
+    """Whether routed ids may be -1: those of experts on other ranks, or in other groups of a mixed layer."""
+    return bool(layer.moe_ep_size > 1 or getattr(layer, "virtual_rank", False))
+
+
+def recast(layer: Any, name: str, dtype: torch.dtype) -> None:
+    """Makes a parameter that nothing was loaded into once more, in ``dtype``."""
+    old = getattr(layer, name)
+    if old.dtype != dtype:
+        new = Parameter(torch.empty_like(old, dtype=dtype), requires_grad=False)
+        new.__dict__.update(old.__dict__)
+        layer.register_parameter(name, new)
+
+
+@contextmanager
+def shown(layer: Any, **values: Any) -> Iterator[None]:
+    """Attributes of a layer, for the length of one call, as SGLang's code should have read them."""
+    before = {name: getattr(layer, name) for name in values}
+    layer.__dict__.update(values)
+    try:
+        yield
+    finally:
+        layer.__dict__.update(before)

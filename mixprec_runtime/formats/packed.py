@@ -1,0 +1,136 @@
+"""compressed-tensors' packed Int4 and Int8 on Marlin: ``CompressedTensorsConfig``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from sglang.srt.layers.moe import get_moe_runner_backend
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from torch.nn import Parameter
+
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.packed import Packed
+
+from .. import launch
+from .marlin import (
+    SOME_MAP,
+    ServedGrouped,
+    permute_by_groups,
+    recast,
+    require_shapes,
+    require_whole_words,
+    sees_other_ranks,
+)
+from .one_scheme import OneScheme
+from .repair import Call, Repair
+
+__all__ = ["ServedPacked"]
+
+
+_MOE = "compressed_tensors/schemes/compressed_tensors_wNa16_moe"
+
+
+def _drop_packed(call: Call, layer: Any) -> None:
+    parameters = layer._parameters
+    alias = "weight" in parameters and parameters["weight"] is parameters.get("weight_packed")
+    call.stock(layer)
+    if alias:
+        layer.weight = layer.weight_packed
+
+
+def _create_experts(
+    call: Call,
+    layer: Any,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size_per_partition: int,
+    params_dtype: torch.dtype,
+    **kwargs: Any,
+) -> None:
+    if call.fmt.actorder and layer.moe_tp_size > 1:
+        raise ValueError(
+            "experts with weight_g_idx cannot be cut for tensor parallelism; use expert parallelism (--ep-size)."
+        )
+    call.stock(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
+    for weight in ("w13", "w2"):
+        recast(layer, f"{weight}_weight_shape", torch.int64)
+        for name in (f"{weight}_weight_g_idx", f"{weight}_g_idx_sort_indices"):
+            if not call.fmt.actorder:
+                empty = torch.empty((num_experts, 0), dtype=torch.int32, device=layer._parameters[name].device)
+                layer.register_parameter(name, Parameter(empty, requires_grad=False))
+
+
+def _drop_shapes(call: Call, layer: Any) -> None:
+    for name in ("w13_weight_shape", "w2_weight_shape"):
+        layer._parameters.pop(name, None)
+    call.stock(layer)
+
+
+def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+    if not get_moe_runner_backend().is_auto():
+        raise ValueError(f"{call.fmt.kind} experts run on Marlin: leave out --moe-runner-backend")
+    call.stock(layer, *args, **kwargs)
+    if sees_other_ranks(layer):
+        launch.check_experts_elsewhere(call.fmt.kind)
+
+
+def _run_with_map(call: Call, layer: Any, dispatch_output: Any) -> Any:
+    scheme = layer.scheme
+    if not sees_other_ranks(layer) or not scheme.runner.runner_backend.is_marlin():
+        return call.stock(layer, dispatch_output)
+    info = scheme.get_marlin_quant_info(layer)
+    info.expert_map = SOME_MAP
+    return scheme.runner.run(dispatch_output, info)
+
+
+class ServedPacked(ServedGrouped[Packed]):
+    format: ClassVar[type[Format]] = Packed
+    repairs: ClassVar[tuple[Repair, ...]] = (
+        require_shapes(lambda fmt: True, lambda fmt: int(fmt.group_size)),
+        require_whole_words(lambda fmt: not fmt.sym),
+        Repair(
+            name="packed weights kept beside repacked ones",
+            why="DeepSeek's dense MLPs call weight_packed weight, too, which would keep it in memory beside what "
+            "Marlin repacks it into.",
+            where="srt/models/deepseek_v2.py:290",
+            layer="linear",
+            process=_drop_packed,
+        ),
+        Repair(
+            name="shapes and orders of experts",
+            why="weight_shape gets a parameter of float32 for its whole numbers, and nobody reads it: whole numbers, "
+            "taken away after loading. Input orders are made at full size also where there are none to load, and are "
+            "then replaced by empty ones. With input orders, each rank would need those of the others: as for GPTQ, no "
+            "tensor parallelism.",
+            where=f"srt/layers/quantization/{_MOE}.py",
+            layer="experts",
+            create=_create_experts,
+        ),
+        permute_by_groups(
+            f"sglang.srt.layers.quantization.{_MOE.replace('/', '.')}", f"srt/layers/quantization/{_MOE}.py:300"
+        ),
+        Repair(
+            name="shapes of experts that nobody reads",
+            why="They would stay in memory.",
+            where=f"srt/layers/quantization/{_MOE}.py",
+            layer="experts",
+            process=_drop_shapes,
+        ),
+        Repair(
+            name="ids of experts elsewhere, of packed weights",
+            why="Ids of -1 are left out only where the layer's dispatcher has a map of experts, which a group of "
+            "experts has not.",
+            where=f"srt/layers/quantization/{_MOE}.py:468",
+            layer="experts",
+            runner=_create_runner,
+            run=_run_with_map,
+        ),
+    )
+
+    def config(self, fmt: Packed) -> QuantizationConfig:
+        size: dict[str, Any] = {"strategy": "channel"}
+        if fmt.group_size != -1:
+            size = {"strategy": "group", "group_size": fmt.group_size}
+        weights = {"num_bits": fmt.bits, "type": "int", "symmetric": fmt.sym, **size}
+        return OneScheme.of(fmt, weights, actorder=fmt.actorder)

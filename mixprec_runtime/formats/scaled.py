@@ -1,0 +1,88 @@
+"""What FP8 and Int8 have in common: scales of blocks, under two names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import Parameter
+
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.scaled import Scaled
+
+from .base import Served
+from .repair import Call, Repair
+
+__all__ = ["BLOCK_REPAIRS", "ServedScaled"]
+
+S = TypeVar("S", bound=Scaled)
+
+
+class ServedScaled(Served[S]):
+    def stored_alike(
+        self, fmt: S, tensors: dict[str, torch.Tensor], widths: list[int] | None
+    ) -> tuple[Format, dict[str, torch.Tensor]]:
+        return replace(fmt, scale=""), tensors  # SGLang's parameters have the usual name
+
+
+def _has_blocks(fmt: Scaled) -> bool:
+    return fmt.block is not None
+
+
+def _check_partition(fmt: Scaled, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+    for size, all_of_it, step in zip((sum(outputs), inputs), whole, fmt.block or (1, 1), strict=True):
+        if size < all_of_it and size % step:
+            raise ValueError(f"a rank would hold {size} of {all_of_it}, no multiple of its block of {step}.")
+
+
+def _answering_to_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
+    """Until the weights are loaded, an empty parameter of that name passes on what it is given."""
+
+    def create_weights(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+        call.stock(layer, *args, **kwargs)
+        for prefix in prefixes:
+            alias = Parameter(torch.empty(0), requires_grad=False)
+            alias.weight_loader = _passing_on(layer, f"{prefix}weight_scale_inv")  # type: ignore[attr-defined]
+            layer.register_parameter(f"{prefix}weight_scale", alias)
+
+    def process_weights_after_loading(call: Call, layer: Any) -> None:
+        for prefix in prefixes:
+            layer._parameters.pop(f"{prefix}weight_scale", None)
+        call.stock(layer)
+
+    return Repair(
+        name=f"scales of blocks by another name ({layer})",
+        why="Llama renames weight_scale_inv to weight_scale while loading (also model_loader/auto_loader.py:192), a "
+        "parameter that block FP8 and Int8 do not have, and drops it with a warning; and compressed-tensors stores it "
+        "under that name.",
+        where="srt/models/llama.py:679",
+        layer=layer,
+        applies=_has_blocks,
+        create=create_weights,
+        process=process_weights_after_loading,
+    )
+
+
+def _passing_on(layer: Any, name: str) -> Callable[..., None]:
+    def load(_: Parameter, loaded_weight: torch.Tensor, *shard: Any, **expert: Any) -> None:
+        parameter = layer._parameters[name]
+        parameter.weight_loader(parameter, loaded_weight, *shard, **expert)
+
+    return load
+
+
+BLOCK_REPAIRS = (
+    Repair(
+        name="blocks cut under data-parallel attention",
+        why="SGLang compares with the global tensor-parallel size, which is not this layer's under data-parallel "
+        "attention, and then cuts through a block without a word.",
+        where="srt/layers/quantization/fp8.py:478",
+        layer="linear",
+        applies=_has_blocks,
+        check=_check_partition,
+    ),
+    _answering_to_weight_scale("linear", ("",)),
+    _answering_to_weight_scale("experts", ("w13_", "w2_")),
+)
