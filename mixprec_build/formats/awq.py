@@ -74,7 +74,7 @@ class Awq(Grouped):
         return "awq_int4"
 
     @property
-    def folds(self) -> bool:
+    def folds_activation_scales(self) -> bool:
         return True
 
     @classmethod

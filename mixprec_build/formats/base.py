@@ -115,7 +115,7 @@ class Format(ABC):
         return self
 
     @property
-    def folds(self) -> bool:
+    def folds_activation_scales(self) -> bool:
         """Whether quantizers that write it fold scales of activations into the modules before."""
         return False
 
@@ -159,15 +159,15 @@ class Format(ABC):
         return 0
 
     @property
-    def scattered(self) -> bool:
+    def act_order(self) -> bool:
         """Whether the inputs of a group lie anywhere (act-order), so that experts cannot be cut along them."""
         return False
 
-    def held_as(self, leaf: str) -> str:
+    def sglang_name(self, leaf: str) -> str:
         """What SGLang calls the tensor ``leaf``."""
         return leaf
 
-    def turned(self, leaf: str) -> bool:
+    def transposed_in_experts(self, leaf: str) -> bool:
         """Whether SGLang's experts hold the tensor ``leaf`` with its two axes exchanged."""
         return False
 

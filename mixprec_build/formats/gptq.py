@@ -187,7 +187,7 @@ class Gptq(Grouped):
         return self._half_where_packed(leaf)
 
     @property
-    def scattered(self) -> bool:
+    def act_order(self) -> bool:
         return self.desc_act
 
     def _kernel_limits(self) -> list[str]:

@@ -91,7 +91,7 @@ class Grouped(Format):
     def _group_axis(self, dim: int) -> Axis | None:
         """How scales lie along the inputs. In act-order an input's group is anywhere: whoever holds some inputs needs
         the scales of all groups."""
-        return None if self.scattered or self.group_size == -1 else Axis(dim, self.group_size)
+        return None if self.act_order or self.group_size == -1 else Axis(dim, self.group_size)
 
     def _half_where_packed(self, leaf: str) -> int:
         """The filler of symmetric weights, whose zero point is half of the range."""

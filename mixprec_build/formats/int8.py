@@ -51,7 +51,7 @@ class Int8(Scaled):
         return super(Int8, cls)._reads(module, leaf, quantization) and (declared or not of_rows)
 
     @property
-    def folds(self) -> bool:
+    def folds_activation_scales(self) -> bool:
         return self.granularity == "channel"  # SmoothQuant
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:

@@ -71,7 +71,7 @@ class Packed(Grouped):
         return f"ct_int{self.bits}"
 
     @property
-    def folds(self) -> bool:
+    def folds_activation_scales(self) -> bool:
         return True  # llm-compressor's AWQ
 
     @classmethod
@@ -156,10 +156,10 @@ class Packed(Grouped):
         return self._half_where_packed(leaf)
 
     @property
-    def scattered(self) -> bool:
+    def act_order(self) -> bool:
         return self.actorder
 
-    def turned(self, leaf: str) -> bool:
+    def transposed_in_experts(self, leaf: str) -> bool:
         return leaf in ("weight_packed", "weight_scale")  # compressed_tensors_wNa16_moe.py, create_weights
 
     def _kernel_limits(self) -> list[str]:

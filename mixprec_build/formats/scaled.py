@@ -212,7 +212,7 @@ class Scaled(Format):
     def tile(self, *, experts: bool) -> tuple[int, int]:
         return self.block or (16, 16)  # CUTLASS and Triton load 16 bytes at once
 
-    def held_as(self, leaf: str) -> str:
+    def sglang_name(self, leaf: str) -> str:
         if leaf == self.scale:
             return "weight_scale_inv" if self.granularity == "block" else "weight_scale"
         return "input_scale" if leaf == self.input else leaf

@@ -72,7 +72,7 @@ class Folding:
     def _folding(self) -> frozenset[str]:
         """Sources in formats whose quantizers fold, and those whose weights show that it was done."""
         sources = self._sources.by_name.values()
-        by_format = {source.name for source in sources if any(fmt.folds for fmt in source.held)}
+        by_format = {source.name for source in sources if any(fmt.folds_activation_scales for fmt in source.held)}
         quantized = [s for s in sources if s.name not in by_format and any(fmt.quantized for fmt in s.held)]
         return frozenset(by_format | {source.name for source in quantized if self._has_folded(source)})
 
@@ -226,7 +226,7 @@ class Folding:
             return
         prefix = layer_prefix(after.name)
         here = any(self.differ(norm, before.source, after.source) for norm in self.fed if layer_prefix(norm) == prefix)
-        if not (here or before.format.folds or after.format.folds):
+        if not (here or before.format.folds_activation_scales or after.format.folds_activation_scales):
             return  # a layer that another mix took from elsewhere
         self._refuse_pair(before, after, block, problems)
 

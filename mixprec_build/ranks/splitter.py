@@ -338,7 +338,7 @@ class Splitter:
                 ("w2", [(stored[expert].down,) for expert in downs]),
             ):
                 names = [name for part in parts for name in part]
-                if self.degree.moe_tp > 1 and any(self.modules[name][0].scattered for name in names):
+                if self.degree.moe_tp > 1 and any(self.modules[name][0].act_order for name in names):
                     raise SplitError(f"{prefix}: experts in act-order cannot be cut; use as many ep as tp ranks")
                 for held in self._leaves(prefix, names):
                     count = len(parts[0])
@@ -351,10 +351,12 @@ class Splitter:
         for name in names:
             fmt, stored = self.modules[name]
             for leaf, tensor in stored.tensors.items():
-                key = fmt.held_as(leaf)
+                key = fmt.sglang_name(leaf)
                 held = out.get(key)
                 if held is None:
-                    held = StackedTensors(key, tensor.dtype, fmt.axes(leaf), fmt.filler(leaf), fmt.turned(leaf), [])
+                    held = StackedTensors(
+                        key, tensor.dtype, fmt.axes(leaf), fmt.filler(leaf), fmt.transposed_in_experts(leaf), []
+                    )
                     out[key] = held
                 held.tensors.append(tensor)
                 if held.dtype != tensor.dtype:

@@ -269,7 +269,9 @@ class Choices:
         by_name, found = {part.name: part for part in parts}, {}
         for gemm, members in self._family.gemms(by_name).items():
             mine = [by_name[member] for member in members]
-            dtypes = frozenset((p.format.held_as(leaf), t.info.dtype) for p in mine for leaf, t in p.tensors.items())
+            dtypes = frozenset(
+                (p.format.sglang_name(leaf), t.info.dtype) for p in mine for leaf, t in p.tensors.items()
+            )
             key = (f"{name.rpartition('.')[0]}.{gemm.rpartition('.')[2]}", mine[0].format.fuses_as)
             found[key] = (mine[0].source, dtypes)
             if homes.get(key, found[key])[1] != dtypes:

@@ -101,7 +101,10 @@ def _dequantize_experts(layer: Any, fmt: Format, alike: StoredAlike) -> None:
             for name, parameter in layer._parameters.items()
             if name.startswith(f"{weight}_") and parameter is not None and parameter.numel()
         }
-        stored = {leaf: tensor.transpose(1, 2) if fmt.turned(leaf) else tensor for leaf, tensor in stored.items()}
+        stored = {
+            leaf: tensor.transpose(1, 2) if fmt.transposed_in_experts(leaf) else tensor
+            for leaf, tensor in stored.items()
+        }
         widths = None
         if "weight" in stored:
             widths = [stored["weight"].shape[1] // parts] * parts

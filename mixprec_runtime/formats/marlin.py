@@ -49,7 +49,7 @@ class ServedGrouped(Served[G]):
 
     def may_be_empty(self, name: str, fmt: G) -> bool:
         # The order of inputs that lie in order is left out.
-        return name.endswith("g_idx_sort_indices") or (name.endswith("g_idx") and not fmt.scattered)
+        return name.endswith("g_idx_sort_indices") or (name.endswith("g_idx") and not fmt.act_order)
 
     def values_in(self, name: str, parameter: torch.Tensor, fmt: G) -> int:
         if name.endswith(fmt.values_leaf):
