@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from support.write import LLAMA, Config, Tensors, write_tiny
 
+from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import SourceError
+from mixprec_build.formats.base import FormatError
 from mixprec_build.output.build import plan_recipe
 
 
@@ -55,3 +57,14 @@ def test_buffers_of_models_are_still_buffers(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: a\nsources: {q: a}\n")
     assert "model.position_ids" in plan_recipe(recipe).modules
+
+
+def test_a_buffer_of_the_same_shape_does_not_speak_for_a_weight(tmp_path: Path) -> None:
+    def edit(tensors: Tensors, config: Config) -> None:
+        tensors["model.position_ids"] = np.zeros((4, 2), np.int64)
+        tensors["model.layers.0.mlp.up_proj.W_q"] = np.zeros((4, 2), np.int64)
+
+    write_tiny(tmp_path / "a", LLAMA, "bf16", edit=edit)
+    source = open_source(str(tmp_path / "a"))
+    assert source.known_format("model.position_ids") is not None
+    assert isinstance(source.formats["model.layers.0.mlp.up_proj.W_q"], FormatError)
