@@ -24,7 +24,7 @@ class ServedScaled(Served[S]):
     def stored_alike(
         self, fmt: S, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
-        return replace(fmt, scale=""), tensors  # SGLang's parameters have the usual name
+        return replace(fmt, scale="", input=""), tensors  # SGLang's parameters have the usual names
 
 
 def _has_blocks(fmt: Scaled) -> bool:
