@@ -35,7 +35,7 @@ def sglang_config(fmt: Format) -> QuantizationConfig | None:
     Raises:
         ValueError: SGLang has none.
     """
-    return served(fmt).config(fmt)
+    return served(fmt).sglang_config(fmt)
 
 
 class NativeFormat(QuantizationConfig):
@@ -49,7 +49,7 @@ class NativeFormat(QuantizationConfig):
         self.format = fmt
         self._served = served(fmt)
         with reference.pretend_hopper():
-            self._config = self._served.config(fmt)
+            self._config = self._served.sglang_config(fmt)
 
     def get_name(self) -> str:
         return "unquant" if self._config is None else self._config.get_name()

@@ -31,7 +31,7 @@ class ServedAwq(ServedGrouped[Awq]):
     # AWQ linears ask the model's config in a prefill CUDA graph (marlin_utils.py:921), and their own outside.
     model_attributes: ClassVar[Mapping[str, object]] = {"quant_type": AWQMarlinConfig.TYPE_MAP[4]}
 
-    def config(self, fmt: Awq) -> QuantizationConfig:
+    def sglang_config(self, fmt: Awq) -> QuantizationConfig:
         return AWQMarlinConfig(
             weight_bits=fmt.bits,
             group_size=fmt.group_size,

@@ -29,7 +29,7 @@ class Served(ABC, Generic[F]):
     """What SGLang reads off the whole model's config in this format's layers."""
 
     @abstractmethod
-    def config(self, fmt: F) -> QuantizationConfig | None:
+    def sglang_config(self, fmt: F) -> QuantizationConfig | None:
         """SGLang's own config for it; None for what is not quantized.
 
         Raises:

@@ -15,5 +15,5 @@ __all__ = ["ServedDense"]
 class ServedDense(Served[Dense]):
     format: ClassVar[type[Format]] = Dense
 
-    def config(self, fmt: Dense) -> None:
+    def sglang_config(self, fmt: Dense) -> None:
         return None

@@ -60,7 +60,7 @@ class ServedFp8(ServedScaled[Fp8]):
         ),
     )
 
-    def config(self, fmt: Fp8) -> QuantizationConfig:
+    def sglang_config(self, fmt: Fp8) -> QuantizationConfig:
         if fmt.activations == "none" and fmt.block is None:
             return OneScheme.of(fmt, {"num_bits": 8, "type": "float", "strategy": fmt.granularity})
         if fmt.activations == "none":

@@ -109,7 +109,7 @@ class ServedGptq(ServedGrouped[Gptq]):
         ids_of_other_ranks,
     )
 
-    def config(self, fmt: Gptq) -> QuantizationConfig:
+    def sglang_config(self, fmt: Gptq) -> QuantizationConfig:
         if not fmt.sym:
             raise no_kernel(fmt)
         settings: dict[str, Any] = {

@@ -22,7 +22,7 @@ class ServedInt8(ServedScaled[Int8]):
     format: ClassVar[type[Format]] = Int8
     repairs: ClassVar[tuple[Repair, ...]] = BLOCK_REPAIRS
 
-    def config(self, fmt: Int8) -> QuantizationConfig:
+    def sglang_config(self, fmt: Int8) -> QuantizationConfig:
         if fmt.granularity == "channel" and fmt.activations != "none":
             return W8A8Int8Config({"is_dynamic": True})
         if fmt.block and fmt.activations != "none":

@@ -128,7 +128,7 @@ class ServedPacked(ServedGrouped[Packed]):
         ),
     )
 
-    def config(self, fmt: Packed) -> QuantizationConfig:
+    def sglang_config(self, fmt: Packed) -> QuantizationConfig:
         size: dict[str, Any] = {"strategy": "channel"}
         if fmt.group_size != -1:
             size = {"strategy": "group", "group_size": fmt.group_size}

@@ -92,7 +92,7 @@ def made() -> Any:
             Repair("notes", "an abacus takes no notes", "srt/layers/linear.py", "linear", create=note),
         )
 
-        def config(self, fmt: Toy) -> QuantizationConfig:
+        def sglang_config(self, fmt: Toy) -> QuantizationConfig:
             return ToyConfig()
 
         def values_in(self, name: str, parameter: torch.Tensor, fmt: Toy) -> int:
