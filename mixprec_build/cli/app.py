@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated
 
@@ -20,6 +20,7 @@ from .inspect import inspect
 from .plan import plan
 from .printing import print_json
 from .split import split
+from .streams import OutputLostError, finish_output, open_streams
 from .suggest import suggest
 from .verify import verify
 
@@ -68,39 +69,47 @@ class _Stop:
 
 def main() -> None:
     """The console script ``mixprec``: errors become one message and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A path need not be text, and a terminal need not know every letter.
-            stream.reconfigure(errors="backslashreplace")
+    open_streams()
     stop = _Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background jobs inherit it
             signal.signal(number, stop)
-    code: object = 0
-    message = ""
-    try:
-        app(prog_name="mixprec")
-    except SystemExit as ended:  # of every command that did not fail, and of one that Ctrl-C ended
-        code, message = ended.code, "interrupted" if stop.number else ""
-    except MixprecError as error:
-        code, message = error.exit_code, str(error)
-        if "--json" in sys.argv:
-            if isinstance(error, RefusedError):
-                print_json({"refused": [problem.to_json() for problem in error.problems]})
-            else:
-                print_json({"error": message})
-    except MemoryError:
-        code, message = 1, "out of memory"
-    except RuntimeError as error:
-        if "new thread" not in str(error):
-            raise
-        code, message = 1, f"out of memory, or of processes: {error}"
-    except OSError as error:  # standard output is full, say
-        code, message = 1, str(error)
+    code, message = _ended(stop)
     stop.ended = True
+    try:
+        finish_output()
+    except OutputLostError as error:
+        code, message = code or error.exit_code, message or error.message
     if message:
         print(f"mixprec: {_printable(message)}", file=sys.stderr)
     sys.exit(128 + stop.number if stop.number else code)  # type: ignore[arg-type]
+
+
+def _ended(stop: _Stop) -> tuple[object, str]:
+    """Runs the command; returns its exit code and what is to be said of its end."""
+    try:
+        app(prog_name="mixprec")
+    except SystemExit as ended:  # of every command that did not fail, and of one that Ctrl-C ended
+        return ended.code, "interrupted" if stop.number else ""
+    except OutputLostError as error:
+        return error.exit_code, error.message
+    except MixprecError as error:
+        if "--json" in sys.argv:
+            with suppress(OutputLostError):
+                if isinstance(error, RefusedError):
+                    print_json({"refused": [problem.to_json() for problem in error.problems]})
+                else:
+                    print_json({"error": str(error)})
+        return error.exit_code, str(error)
+    except MemoryError:
+        return 1, "out of memory"
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        return 1, f"out of memory, or of processes: {error}"
+    except OSError as error:
+        return 1, str(error)
+    return 0, ""
 
 
 def _printable(text: str) -> str:

@@ -67,11 +67,11 @@ def build(
 
         print_json({"output": str(out), "manifest": str(manifest), **plan_facts(plan)})
     elif not quiet:
-        from ..text import counted, human
+        from ..text import counted, human, printable
 
         only_ranks = plan.recipe.layout == Layout.PRESPLIT.value
         cut = "files cut for ranks only" if only_ranks else counted(len(plan.shards), "file")
-        print(f"{out}: {len(plan.modules):,} modules, {human(plan.tensor_bytes)} in {cut}")
+        print(f"{printable(str(out))}: {len(plan.modules):,} modules, {human(plan.tensor_bytes)} in {cut}")
         for degree, nbytes in plan.presplit.items():
-            print(f"{out}/presplit/{degree}: files of all ranks, {human(nbytes)}")
-        print(f"next: mixprec verify {out}")
+            print(f"{printable(str(out))}/presplit/{degree}: files of all ranks, {human(nbytes)}")
+        print(f"next: mixprec verify {printable(str(out))}")

@@ -40,4 +40,6 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_json(facts: object) -> None:
-    print(json.dumps(facts, indent=2, ensure_ascii=False))
+    """Prints JSON in which text that could command a terminal, or turn its direction, is escaped."""
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))

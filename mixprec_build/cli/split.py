@@ -45,7 +45,7 @@ def split(
     from ..checkpoint.manifest import read_manifest
     from ..output.split import split as run
     from ..ranks.splitter import Splitter
-    from ..text import counted, human
+    from ..text import counted, human, printable
 
     if tp is None and (layout is None or ep > 1 or dp > 1 or ranks is not None):
         raise typer.BadParameter("how many ranks are there?", param_hint="--tp")
@@ -66,11 +66,11 @@ def split(
         return
     if written:
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
-        print(f"{folder}/presplit/{degree}: files of {counted(len(written), 'rank')}, {human(size)}")
+        print(f"{printable(str(folder))}/presplit/{degree}: files of {counted(len(written), 'rank')}, {human(size)}")
     if layout is not None:
-        print(f"{folder}: {_HAS[read_manifest(folder).layout]}")
+        print(f"{printable(str(folder))}: {_HAS[read_manifest(folder).layout]}")
     if degree is not None and written:
-        print(f"next: python -m sglang.launch_server --model-path {folder} {degree.options}")
+        print(f"next: python -m sglang.launch_server --model-path {printable(str(folder))} {degree.options}")
 
 
 _HAS = {

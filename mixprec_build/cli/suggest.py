@@ -93,7 +93,9 @@ def suggest(
         print_json({"recipe": str(out), **suggestion_facts(suggestion)})
     elif not quiet:
         show_suggestion(suggestion_facts(suggestion), console())
-        print(f"next: mixprec plan {out}")
+        from ..text import printable
+
+        print(f"next: mixprec plan {printable(str(out))}")
 
 
 def _wish(text: str, flag: str) -> tuple[str, str]:

@@ -35,6 +35,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TRANSIENT = (429, 500, 502, 503, 504)
 _WAITS = (1, 2, 4)  # seconds before a request whose connection broke is sent again
 _CHUNK = 1 << 16
+_BROKEN = (ValueError, RecursionError, TypeError, KeyError, AttributeError)
+"""What huggingface_hub raises of answers that are no JSON, or JSON of another kind, or of names it takes for none."""
+_LONGEST = 60.0
+_SLOWEST = 20_000
+"""An answer may take a minute, and a second for each so many bytes."""
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
@@ -89,7 +94,14 @@ class HubRepo:
             return cls(repo_id, revision, snapshot.name, _list_files(snapshot), offline=error.reason)
         if info.sha is None or info.siblings is None:
             raise HubError(f"{_endpoint()} lists no files and no commit: check HF_ENDPOINT", path=where)
-        return cls(repo_id, revision, info.sha, {file.rfilename: file.size for file in info.siblings})
+        listed = [(file.rfilename, file.size) for file in info.siblings]
+        sound = all(isinstance(name, str) and (size is None or type(size) is int) for name, size in listed)
+        if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha) or not sound:
+            raise HubError(f"{_endpoint()} lists files or a commit that cannot be: check HF_ENDPOINT", path=where)
+        files = dict(listed)
+        if bad := [name for name, size in files.items() if size is not None and not 0 <= size < 1 << 63]:
+            raise HubError(f"{_endpoint()} says that {bad[0]!r} has {files[bad[0]]} bytes", path=where)
+        return cls(repo_id, revision, info.sha, files)
 
     def cached(self, name: str) -> Path | None:
         """The cached copy of a file at this commit, if there is one."""
@@ -240,7 +252,10 @@ def _get_range_once(url: str, headers: dict[str, str], offset: int, length: int,
             message = f"{_endpoint()} sent other bytes than those at {offset}: check HF_ENDPOINT"
             raise HubError(message, path=where)
         body = bytearray()
+        deadline = time.monotonic() + _LONGEST + (skip + length) / _SLOWEST
         for chunk in chunks:
+            if time.monotonic() > deadline:
+                raise HubError(f"{_endpoint()} sends too slowly: try again later", path=where)
             body += chunk[skip:]
             skip = max(0, skip - len(chunk))
             if len(body) >= length:
@@ -291,7 +306,7 @@ def _http_error() -> type[Exception]:
 @contextmanager
 def _hub_errors(repo_id: str, where: str, *more: type[Exception]) -> Iterator[dict[str, str]]:
     """The headers to send to the Hub; what a request of the body raises becomes a `HubError`."""
-    expected: tuple[type[Exception], ...] = (OSError, json.JSONDecodeError, _http_error(), *more)
+    expected: tuple[type[Exception], ...] = (OSError, *_BROKEN, _http_error(), *more)
     token = ""
     try:
         headers: dict[str, str] = _http().build_hf_headers()
@@ -339,6 +354,8 @@ def _explain(error: Exception, repo_id: str, where: str, token: str) -> HubError
         message = f"{hub} answered {status}: {reason}"
     elif isinstance(error, json.JSONDecodeError):
         message = f"{hub} does not answer like the Hub: check HF_ENDPOINT and the proxy"
+    elif isinstance(error, _BROKEN) and not isinstance(error, _http_error()):
+        message = f"{hub} does not answer like the Hub ({reason}): check HF_ENDPOINT and the proxy"
     elif isinstance(error, _http_error()):
         message = f"the connection to {hub} failed ({reason}): check the network, the proxy and HF_ENDPOINT"
         unreachable = True

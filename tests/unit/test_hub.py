@@ -601,3 +601,33 @@ def test_what_is_seen_only_once_files_are_fetched(
     assert ended.value.code == 0
     (problem,) = json.loads(capsys.readouterr().out)["unservable"]
     assert "zero point" in problem and read_manifest(tmp_path / "out").unservable == [problem]
+
+
+BROKEN = {
+    "bytes": b"\xff\xfe{{{",
+    "deep": b"[" * 100_000,
+    "list": b"[1]",
+    "number": b"7",
+    "files that are text": json.dumps({"id": REPO, "sha": "a" * 40, "siblings": "x"}).encode(),
+    "files without names": json.dumps({"id": REPO, "sha": "a" * 40, "siblings": [{}]}).encode(),
+    "names that are lists": json.dumps({"id": REPO, "sha": "a" * 40, "siblings": [{"rfilename": [1]}]}).encode(),
+    "no bytes": json.dumps({"id": REPO, "sha": "a" * 40, "siblings": [{"rfilename": "x", "size": -5}]}).encode(),
+    "a path as commit": json.dumps({"id": REPO, "sha": "../../x", "siblings": []}).encode(),
+}
+
+
+@pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
+def test_a_broken_answer_is_an_error_of_the_hub(hub: HubServer, body: bytes) -> None:
+    hub.answers = [Answer(200, body, {"Content-Type": "application/json"})] * 3
+    with pytest.raises(HubError, match=f"{REPO}@main"):
+        HubRepo.open(REPO)
+
+
+def test_an_answer_that_never_ends(hub: HubServer, model: Path, monkeypatch: Patch) -> None:
+    import mixprec_build.storage.hub as module
+
+    hub.add(REPO, model)
+    repo = HubRepo.open(REPO)
+    monkeypatch.setattr(module, "_LONGEST", -100.0)
+    with pytest.raises(HubError, match="sends too slowly: try again later"):
+        repo.read(SHARD, 0, 10)
