@@ -30,7 +30,7 @@ REST = "presplit/rest"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its size, the length and checksum of its header, its ``__metadata__``."""
+    """One safetensors file: its size, the length and checksum of its header, the ``format`` of its ``__metadata__``."""
 
     size: int
     header_bytes: int

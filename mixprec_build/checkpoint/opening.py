@@ -109,7 +109,9 @@ def _add_shard(
         raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
     file = storage.cached(shard)
     modified = None if file is None else file.stat().st_mtime_ns
-    shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), metadata, modified)
+    # Of a writer's remarks, which may take as much memory as the headers of all tensors, what is asked for.
+    kept = {"format": metadata["format"]} if isinstance(metadata, dict) and "format" in metadata else None
+    shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), kept, modified)
 
 
 def _add_beside(

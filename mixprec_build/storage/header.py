@@ -34,6 +34,7 @@ __all__ = [
 # The library's own cap is 100 MB; a million one-byte tensors fit in 69 MB and cost it seconds and a GiB.
 MAX_HEADER_BYTES = 32 << 20
 _MAX_TENSORS = 300_000
+_MAX_METADATA = 100_000
 MOST_TENSORS = 150_000
 """Written to one file, whose header then has some 26 MB."""
 _MAX_JSON_VALUES = 4_000_000  # a tensor takes 13
@@ -93,6 +94,8 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         bad("`__metadata__` must map text to text")
+    if metadata is not None and len(metadata) > _MAX_METADATA:
+        bad(f"`__metadata__` has {len(metadata)} entries; at most {_MAX_METADATA} are read")
     if len(header) > _MAX_TENSORS:
         bad(f"it declares {len(header)} tensors; at most {_MAX_TENSORS} are read")
 

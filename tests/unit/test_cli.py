@@ -142,7 +142,7 @@ def test_verify_as_json(mixprec: Run, mix: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
     facts = loads(ended.out)
     errors = facts.pop("errors")
-    assert facts == {"bit_for_bit": 47, "by_checksum": 0, "gone": [], "differences": [], "leftovers": []}
+    assert facts == {"bit_for_bit": 47, "by_checksum": 0, "gone": [], "differences": [], "leftovers": [], "beside": []}
     assert len(errors) == 14 and errors[0].keys() == {"module", "format", "relative"}
     assert {error["format"] for error in errors} == {"fp8_block", "gptq_int4"}
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import write_recipe, write_sources
+from support.llama import write_recipe, write_sources
 
 MIXPREC = shlex.join([sys.executable, "-m", "mixprec_build"])
 
