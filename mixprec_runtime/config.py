@@ -12,9 +12,12 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from mixprec_build.checkpoint.declaration import METHOD, Declaration
 from mixprec_build.errors import SourceError
 from mixprec_build.families.base import Family
-from mixprec_build.families.names import numbered_part
+from mixprec_build.families.names import last_word, layer_prefix, numbered_part
 from mixprec_build.families.unknown import UNKNOWN
 from mixprec_build.formats.base import Format
+from mixprec_build.formats.names import name_forms
+from mixprec_build.patterns.compress import compress
+from mixprec_build.text import some
 
 from . import launch
 from .experts.method import MixedExpertsMethod
@@ -50,6 +53,7 @@ class MixPrecConfig(QuantizationConfig):
         self._family = UNKNOWN
         self._formats: dict[str, Format] | None = None
         self._experts: dict[str, dict[int, dict[str, Format]]] = {}
+        self._by_last_word: dict[str, list[str]] | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MixPrecConfig:
@@ -66,7 +70,8 @@ class MixPrecConfig(QuantizationConfig):
         """Takes the names of all modules of the checkpoint, as Hugging Face spells them, and the family of the model
         that SGLang makes; returns their formats."""
         declared = {name: self.declaration.format_of(name) for name in modules}
-        formats = declared if self._mapper is None else self._mapper.apply_dict(declared)
+        mapped = declared if self._mapper is None else self._mapper.apply_dict(declared)
+        formats = {**_other_names({**declared, **mapped}), **declared, **mapped}
         experts: dict[str, dict[int, dict[str, Format]]] = defaultdict(lambda: defaultdict(dict))
         for name, fmt in formats.items():
             found = numbered_part(name)
@@ -74,6 +79,7 @@ class MixPrecConfig(QuantizationConfig):
                 parent, number, part = found
                 experts[parent][number][part] = fmt
         self._formats, self._experts, self._family = formats, experts, family
+        self._by_last_word = None
         return declared
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -119,7 +125,67 @@ class MixPrecConfig(QuantizationConfig):
             found = {name: self._formats[name] for name in stored if name in self._formats}
             if found:
                 return found
-        return {}
+        return self._members_anywhere(prefix, joined)
+
+    def _members_anywhere(self, prefix: str, joined: Iterable[str]) -> dict[str, Format]:
+        """The modules of all layers that a name without the layer's number may mean, as models/hunyuan.py tells its
+        layers ``.self_attn.qkv_proj``; empty where there is none.
+
+        Raises:
+            ValueError: they are in different formats.
+        """
+        assert self._formats is not None
+        told = prefix.strip(".")
+        if layer_prefix(f".{told}"):
+            return {}
+        if self._by_last_word is None:
+            self._by_last_word = defaultdict(list)
+            for name in self._formats:
+                self._by_last_word[last_word(name)].append(name)
+        parent, _, last = told.rpartition(".")
+        found = {
+            name: self._formats[name]
+            for word in (last, *joined)
+            for name in self._by_last_word.get(word, ())
+            if name.endswith(f".{parent}.{word}" if parent else f".{word}")
+        }
+        if len({fmt.fuses_as for fmt in found.values()}) > 1:
+            raise ValueError(_untold(prefix, found))
+        return found
+
+    def _experts_anywhere(self, prefix: str) -> dict[int, dict[str, Format]]:
+        """As :meth:`_members_anywhere`, for experts: those of one layer, which all others are like."""
+        told = prefix.strip(".")
+        if layer_prefix(f".{told}."):
+            return {}
+        last = last_word(told) or self._family.experts
+        layers = [
+            self._experts[name]
+            for name in self._experts
+            if last_word(name) == self._family.experts == last and f".{name}".endswith(f".{told}" if told else "")
+        ]
+        if any(layer != layers[0] for layer in layers):
+            raise ValueError(_untold(prefix, [name for name in self._experts if last_word(name) == last]))
+        return layers[0] if layers else {}
+
+    def can_fuse_shared_expert(self) -> bool:
+        """Whether SGLang may make shared experts one of the routed ones; models/qwen2_moe.py asks for it. They must be
+        in the one format of all experts of their layer."""
+        for experts, numbered in self._experts.items():
+            if last_word(experts) != self._family.experts:
+                continue
+            kinds = {fmt.fuses_as for parts in numbered.values() for fmt in parts.values()}
+            shared = self._shared_experts(experts.rpartition(".")[0])
+            if shared and kinds | {fmt.fuses_as for fmt in shared.values()} != kinds or (shared and len(kinds) > 1):
+                return False
+        return True
+
+    def _shared_experts(self, parent: str) -> dict[str, Format]:
+        """The linears of the shared experts of the MoE block ``parent``."""
+        assert self._formats is not None
+        words = [word for projections in self._family.projections for word in projections.words]
+        names = [f"{parent}.{mlp}.{word}" for mlp in self._family.shared_experts for word in words]
+        return {name: self._formats[name] for name in names if name in self._formats}
 
     def _one_format(self, prefix: str, formats: Mapping[str, Format]) -> Format | None:
         """The format of a layer's parts; None where the checkpoint has no such layer."""
@@ -138,7 +204,8 @@ class MixPrecConfig(QuantizationConfig):
         kinds: dict[object, Format] = {}  # BF16 and FP16 experts run together
         known: dict[Format, Format] = {}
         is_down = self._family.is_down
-        stored = next((self._experts[name] for name in self._family.stored_names(prefix) if name in self._experts), {})
+        found = (self._experts[name] for name in self._family.stored_names(prefix) if name in self._experts)
+        stored = next(found, None) or self._experts_anywhere(prefix)
         for expert, parts in sorted(stored.items()):
             for fmt in parts.values():
                 if fmt not in known:
@@ -155,10 +222,8 @@ class MixPrecConfig(QuantizationConfig):
         return self._native(next(iter(kinds.values()), None)).get_quant_method(layer, prefix)
 
     def _check_fused_shared_experts(self, parent: str, kinds: Container[object]) -> None:
-        assert self._formats is not None
-        words = [word for projections in self._family.projections for word in projections.words]
-        shared = [f"{parent}.{mlp}.{word}" for mlp in self._family.shared_experts for word in words]
-        if any(name in self._formats and self._formats[name].fuses_as not in kinds for name in shared):
+        shared = (self._shared_experts(name) for name in self._family.stored_names(parent))
+        if any(fmt.fuses_as not in kinds for fmt in next((found for found in shared if found), {}).values()):
             raise ValueError(
                 f"{parent}: shared experts are in another format than routed ones, and SGLang would make them one "
                 "layer; start it with --disable-shared-experts-fusion"
@@ -187,3 +252,23 @@ class MixPrecConfig(QuantizationConfig):
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
         self._mapper = hf_to_sglang_mapper
+
+
+def _other_names(formats: Mapping[str, Format]) -> dict[str, Format]:
+    """What SGLang may call modules that lie inside of a larger model: its classes for decoders tell their layers
+    ``model.layers...``, whatever class they are part of. A name that could mean modules of different formats is left
+    out, so that its layer is refused."""
+    found: dict[str, Format] = {}
+    ambiguous = set()
+    for name, fmt in formats.items():
+        for other in name_forms(name):
+            if found.setdefault(other, fmt) != fmt:
+                ambiguous.add(other)
+    return {name: fmt for name, fmt in found.items() if name not in ambiguous}
+
+
+def _untold(prefix: str, modules: Iterable[str]) -> str:
+    return (
+        f"SGLang's model tells this layer that it is {prefix!r}, without its number, and the checkpoint has "
+        f"{some(compress(modules))} in several formats: store them all in one format to serve this model"
+    )

@@ -11,6 +11,7 @@ QWEN2 = Family(model_types=frozenset({"qwen2"}), checked=True, can_be_cut=True)
 QWEN2_MOE = Family(
     model_types=frozenset({"qwen2_moe"}),
     routers=Family().routers | {"shared_expert_gate"},
+    shared_experts=("shared_expert",),
     checked=True,
     can_be_cut=True,
     attention_replicas=True,

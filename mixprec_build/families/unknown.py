@@ -9,6 +9,12 @@ from .qwen2 import QWEN2_MOE
 
 __all__ = ["UNKNOWN"]
 
-UNKNOWN = replace(DEEPSEEK_RELATIVES, alike=(), compared=(), routers=DEEPSEEK_RELATIVES.routers | QWEN2_MOE.routers)
+UNKNOWN = replace(
+    DEEPSEEK_RELATIVES,
+    alike=(),
+    compared=(),
+    routers=DEEPSEEK_RELATIVES.routers | QWEN2_MOE.routers,
+    shared_experts=(*DEEPSEEK_RELATIVES.shared_experts, *QWEN2_MOE.shared_experts),
+)
 """Those of all families, where they do not contradict one another: latent attention, say, is in models of many names.
 """

@@ -13,5 +13,5 @@ def name_forms(module: str) -> tuple[str, ...]:
     """
     core = module.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
     inner = core.removeprefix("model.")
-    forms = (module, core, f"language_model.{core}", f"model.language_model.{inner}")
+    forms = (module, core, f"language_model.{core}", f"language_model.{inner}", f"model.language_model.{inner}")
     return tuple(dict.fromkeys(forms))

@@ -88,9 +88,12 @@ class Ledger:
                 self._written[storage][into.storage_offset(), into.shape, into.stride()] = size
         if owners is None:
             return
+        names = set(names)
         for name in names:
             dtype = DTYPES[self._declared[name].dtype]
-            if dtype != into.dtype and not {dtype, into.dtype} <= CASTS:
+            # Made from a weight and its scales, it is what the weight means: SGLang dequantizes indexer.wk of DSA.
+            dequantized = into.dtype in CASTS and not names.isdisjoint(_scales_of(name))
+            if dtype != into.dtype and not {dtype, into.dtype} <= CASTS and not dequantized:
                 raise LoadError(
                     f"{name} is {dtype}, and {owners[0]}, which SGLang loads it into, is "
                     f"{into.dtype}: the layer is not in the format that the checkpoint declares"
@@ -125,6 +128,10 @@ class Ledger:
             if sum(self._written[storage].values()) < due.get(name, self._parameters[name].numel())
             and not self._filled(name)
         ]
+
+
+def _scales_of(weight: str) -> tuple[str, str]:
+    return f"{weight}_scale_inv", f"{weight}_scale"
 
 
 class _Arriving(torch.Tensor):

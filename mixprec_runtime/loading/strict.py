@@ -17,7 +17,7 @@ import torch
 from torch.nn import Module
 
 from mixprec_build.checkpoint.manifest import TensorEntry
-from mixprec_build.families.expected import is_buffer, left_out_of_builds
+from mixprec_build.families.expected import is_buffer, left_out_of_builds, tower_of
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.names import layer_of, numbered_part
 from mixprec_build.patterns.compress import compress
@@ -99,12 +99,15 @@ def here(model: Module) -> Callable[[str], bool]:
     family = facts.family
     inner: Any = getattr(model, "model", model)
     first, end = getattr(inner, "start_layer", 0), getattr(inner, "end_layer", facts.layers)
+    without_towers = _has_no_towers(model)
     moe = {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
 
     def belongs(name: str) -> bool:
         if is_buffer(name) or left_out_of_builds(name):
             return False
         if (facts.tied_embeddings and name == f"{family.head}.weight") or family.is_draft(name, facts.layers):
+            return False
+        if without_towers and tower_of(name) is not None:
             return False
         layer = layer_of(name)
         if layer is None:
@@ -117,3 +120,10 @@ def here(model: Module) -> Callable[[str], bool]:
         return True
 
     return belongs
+
+
+def _has_no_towers(model: Module) -> bool:
+    """Whether SGLang was to serve text only: it sets what would be an encoder of images or sound to None
+    (models/mllama4.py, models/inkling.py), and makes no part of any."""
+    none = any(value is None and tower_of(f"{name}.weight") for name, value in vars(model).items())
+    return none and not any(tower_of(f"{name}.weight") for name, _ in model.named_children())
