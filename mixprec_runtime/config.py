@@ -176,7 +176,7 @@ class MixPrecConfig(QuantizationConfig):
                 continue
             kinds = {fmt.fuses_as for parts in numbered.values() for fmt in parts.values()}
             shared = self._shared_experts(experts.rpartition(".")[0])
-            if shared and kinds | {fmt.fuses_as for fmt in shared.values()} != kinds or (shared and len(kinds) > 1):
+            if (shared and kinds | {fmt.fuses_as for fmt in shared.values()} != kinds) or (shared and len(kinds) > 1):
                 return False
         return True
 

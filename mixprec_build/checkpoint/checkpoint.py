@@ -59,6 +59,8 @@ class Checkpoint:
     """Modules known from the index only -> their shard, which the cache of an unreachable hub lacks."""
     left_aside: tuple[str, ...] = ()
     """Safetensors files that the index does not list and that are not read."""
+    remarks: tuple[str, ...] = ()
+    """What the index and its files say differently."""
     values: dict[str, bytes] = field(default_factory=dict, repr=False)
     """Tensor -> its first bytes, of those that were read although their files are not on this machine."""
 

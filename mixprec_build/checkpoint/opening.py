@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Lock
@@ -17,14 +17,16 @@ import xxhash
 from ..errors import HubError, SourceError
 from ..families.facts import ModelFacts
 from ..formats.registry import leaves as known_leaves
+from ..patterns.compress import compress
 from ..patterns.pattern import MAX_NAME
 from ..storage.folder import Files, LocalFolder
 from ..storage.header import TensorInfo, header_length, parse_header
 from ..storage.limits import load_json
 from ..storage.module import StoredModule, split_name
-from ..text import URL, hide_password
+from ..text import URL, hide_password, some
 from .beside import BesideFiles
 from .checkpoint import INDEX, REST, Checkpoint, Shard
+from .declaration import METHOD
 from .declared import read_declarations
 
 __all__ = ["open_checkpoint", "open_storage"]
@@ -38,6 +40,7 @@ _MAX_HEADERS_BYTES = 512 << 20  # of all shards; those of 1,500,000 tensors take
 _MAX_TENSORS = 1_500_000
 _FIRST_READ = 256 << 10  # most headers come with their length in one read
 
+_SHARD = re.compile(r"(?P<before>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
 _NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # beside what cannot be seen; a pattern means something else by these
 
 
@@ -58,6 +61,7 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
     facts = ModelFacts.of(config)
     declared = read_declarations(config, lambda name: _read_json(storage, location, name, _MAX_CONFIG_BYTES), location)
 
+    compiled = bool(declared) and declared[0].quantization.get("quant_method") == METHOD
     index: dict[str, str] | None = None
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, Shard] = {}
@@ -68,18 +72,21 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
             names, index = _shard_names(storage, location)
             reader = _HeaderReader(storage, location)
             for shard, data in zip(names, pool.map(reader.read, names), strict=True):
-                _add_shard(storage, location, shard, data, tensors, shards)
+                _add_shard(storage, location, shard, data, tensors, shards, None if compiled else index)
             beside, left = _add_beside(BesideFiles(facts, storage.files, names), reader, tensors, shards)
         else:
             for shard, data in headers:
                 _add_shard(storage, location, shard, data, tensors, shards)
     absent = {}
+    remarks: tuple[str, ...] = ()
     leaves = known_leaves()
     if index is not None:
         if _offline(storage):
             absent = {split_name(name, leaves)[0]: shard for name, shard in index.items() if shard not in storage.files}
             index = {name: shard for name, shard in index.items() if shard in storage.files}
-        _check_index(index, tensors, beside, f"{location}/{INDEX}")
+        remarks = tuple(_check_index(index, tensors, beside, f"{location}/{INDEX}"))
+        if remarks and compiled:
+            raise SourceError(f"{remarks[0]}: it was changed after building", path=f"{location}/{INDEX}")
 
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -88,7 +95,7 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
         module, leaf = split_name(name, leaves)
         parts[module][leaf] = tensor
     modules = {name: StoredModule(name, stored) for name, stored in parts.items()}
-    return Checkpoint(location, storage, facts, declared, tensors, shards, modules, absent, left)
+    return Checkpoint(location, storage, facts, declared, tensors, shards, modules, absent, left, remarks)
 
 
 def _add_shard(
@@ -98,12 +105,17 @@ def _add_shard(
     data: bytes,
     tensors: dict[str, TensorInfo],
     shards: dict[str, Shard],
+    index: Mapping[str, str] | None = None,
 ) -> None:
-    """Adds what the header of a file declares."""
+    """Adds what the header of a file declares; of a tensor that two files hold, what ``index`` says is meant."""
     size = _size(storage, shard)
     found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
     for name in found.keys() & tensors.keys():
-        raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
+        meant = None if index is None else index.get(name)
+        if meant not in (tensors[name].file, shard):
+            raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
+        if meant != shard:
+            del found[name]
     tensors |= found
     if len(tensors) > _MAX_TENSORS:
         raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
@@ -216,6 +228,11 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
                 )
             if shard not in storage.files and not _offline(storage):
                 remedy = "fetch it again"
+                if "model.safetensors" in storage.files and not any(other in storage.files for other in shards):
+                    remedy = (
+                        f"none of the files that {INDEX} names is there, but model.safetensors is: the index is "
+                        "another checkpoint's; remove it"
+                    )
                 if isinstance(storage, LocalFolder) and (storage.folder / REST).is_dir():
                     remedy = (
                         "this checkpoint has files cut for ranks only: restore the merged ones with "
@@ -226,6 +243,8 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
     found = [name for name in storage.files if name.endswith(".safetensors")]
     if "model.safetensors" in found or len(found) == 1:
         return ["model.safetensors" if "model.safetensors" in found else found[0]], None
+    if found and _are_all_shards(found):
+        return sorted(found), None
     if found:
         raise SourceError(
             f"{len(found)} .safetensors files but no {INDEX} that says which belong together", path=location
@@ -237,6 +256,16 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
             path=location,
         )
     raise SourceError("no safetensors files", path=location)
+
+
+def _are_all_shards(files: Iterable[str]) -> bool:
+    """Whether files are all of those that their names count: ``model-00001-of-00002.safetensors`` and so on."""
+    parts = [_SHARD.fullmatch(file) for file in files]
+    counted = {(part["before"], int(part["count"])) for part in parts if part is not None}
+    if None in parts or len(counted) != 1:
+        return False
+    ((_, count),) = counted
+    return sorted(int(part["number"]) for part in parts if part is not None) == list(range(1, count + 1))
 
 
 class _HeaderReader:
@@ -273,15 +302,19 @@ def _bad_name(tensor: TensorInfo, location: str) -> SourceError:
 
 def _check_index(
     index: Mapping[str, str], tensors: Mapping[str, TensorInfo], beside: frozenset[str], path: str
-) -> None:
-    """Raises where the index and its files disagree; those ``beside`` are not its."""
-    for name, shard in index.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise SourceError(f"lists {name!r} in {shard}, which does not hold it", path=path)
-        if tensor.file != shard:
-            raise SourceError(f"lists {name!r} in {shard}, but it is in {tensor.file}", path=path)
-    for name in tensors.keys() - index.keys() if len(tensors) > len(index) else ():
-        if tensors[name].file in beside:
-            continue
-        raise SourceError(f"does not list {name!r}, which {tensors[name].file} holds", path=path)
+) -> Iterator[str]:
+    """Remarks on what the index and its files say differently; those ``beside`` are not its. The files are believed:
+    SGLang loads all that is in them."""
+    absent = [name for name in index if name not in tensors]
+    moved = [name for name, shard in index.items() if name in tensors and tensors[name].file != shard]
+    unlisted = [name for name in tensors.keys() - index.keys() if tensors[name].file not in beside]
+    if absent:
+        yield f"lists {_listed(absent)}, which its files do not hold"
+    if moved:
+        yield f"lists {_listed(moved)} in another file than the one that holds it"
+    if unlisted:
+        yield f"does not list {_listed(unlisted)}, which its files hold"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return some(compress(names))

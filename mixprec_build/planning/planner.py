@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
-from ..checkpoint.checkpoint import ValueReader
+from ..checkpoint.checkpoint import INDEX, ValueReader
 from ..checkpoint.degree import Degree
 from ..checkpoint.typed import Source
 from ..errors import RecipeError, RefusedError, SplitError
@@ -32,6 +32,7 @@ from .problems import Problems, Replacement
 from .rules import gives, half_only
 from .servable import check_servable
 from .shards import lay_out
+from .stacked import check_stacked, why_missing
 from .types import LeftOut, Plan, PlannedModule, PlannedTensor, RuleUse
 
 __all__ = ["make_plan", "plan_modules"]
@@ -60,6 +61,7 @@ def make_plan(
         planner.follow(folding)
         modules = planner.collect()
         problems = planner.problems
+        check_stacked(planner.chosen, list(zip(recipe.rules, planner.sources_of_rules, strict=True)), sources, problems)
         planner.check_complete(modules)
         if not problems:
             planner.check_biases(modules, reader)
@@ -142,6 +144,8 @@ class _Planner:
         """Norms and routers that come along with what a norm feeds."""
         self.dropped_biases: set[tuple[str, str]] = set()
         for source in sources.by_name.values():
+            index = source.checkpoint.path_of(INDEX)
+            self.notes += [f"`{source.name}`: {index} {remark}" for remark in source.checkpoint.remarks]
             if source.checkpoint.offline is not None:
                 self.notes.append(f"`{source.name}` is read from the cache: {source.checkpoint.offline}")
         if not self.default.facts.family.checked:
@@ -369,10 +373,13 @@ class _Planner:
             )
             return
         holders = [s.name for s in self.sources.by_name.values() if gives(s, names)]
+        replacement: Replacement | None
         replacement, new = Replacement.of(holders[0] if holders else None, [(name, rule) for name in names])
         by = f"by {rule}" if rule is not None else "by default"
         count = counted(len(names), "module")
         text = f"`{source_name}` has no {some(patterns)} ({count}), which come from there {by}"
+        why, resolved = why_missing(source, self.default, names, self.sources)
+        text, replacement = text + why, None if resolved else replacement
         self.problems.hard(text, replacement, new, code="missing_module", modules=names)
 
     # Biases that only a quantized source has

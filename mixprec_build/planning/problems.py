@@ -27,6 +27,7 @@ CODES = {
     "not_cached": "the hub is out of reach, and its cache lacks files",
     "role_limit": "SGLang has no quantized module of this role",
     "shared_experts": "SGLang compares shared experts' formats in a way that this mix does not pass",
+    "stacked_experts": "all experts of a layer are stored in one tensor, which cannot be taken apart",
 }
 """What kinds of problems there are, for programs."""
 

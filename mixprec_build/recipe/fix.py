@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import yaml
-
 from ..errors import RecipeError
 from ..text import some
 from .writer import quoted
@@ -125,6 +123,8 @@ def _rule(line: Line) -> str:
 def _rule_indent(lines: list[str], number: int) -> str:
     """The indent of the rule on a line. Raises :class:`RecipeError` where it is not one."""
     line = lines[number - 1].splitlines()[0] if 0 < number <= len(lines) and lines[number - 1] else ""
+    import yaml
+
     try:
         found = yaml.safe_load(line)
     except yaml.YAMLError:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import METHOD, name_formats
 from ..checkpoint.manifest import CHECKSUM, MANIFEST, read_manifest
 from ..families.base import Family
 from ..families.parts import Role
+from ..families.stacked import block_of_stacked
 from ..formats.base import Format, FormatError
 from ..patterns.compress import compress
 from ..planning.rules import half_only
+from ..text import human, some
 
 if TYPE_CHECKING:
     from ..checkpoint.typed import Source
@@ -110,11 +113,14 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         "serve": f"python -m sglang.launch_server --model-path {shlex.quote(source.checkpoint.location)}"
         + (f" --quantization {METHOD}" if compiled else ""),
     }
+    remarks = [*(f"{INDEX} {remark}" for remark in source.checkpoint.remarks), *_stacked(source)]
+    if remarks or compiled:
+        facts["notes"] = remarks
     if compiled:
         modules = source.checkpoint.modules
         served = {name: (fmt, modules[name]) for name, fmt in source.formats.items() if isinstance(fmt, Format)}
-        facts["notes"] = list(half_only(served, source.facts))
-        facts["serve"] += " --dtype half" if facts["notes"] else ""
+        facts["notes"] += list(half_only(served, source.facts))
+        facts["serve"] += " --dtype half" if len(facts["notes"]) > len(remarks) else ""
     if compiled and (folder / MANIFEST).exists():
         recorded = read_manifest(folder)
         if recorded.rest is not None:
@@ -131,6 +137,21 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
             "problems": recorded.head.get("problems", []),
         }
     return facts
+
+
+def _stacked(source: Source) -> Iterator[str]:
+    """A remark on experts that are stored in one tensor a layer, which the layer map does not show."""
+    modules, facts = source.checkpoint.modules, source.facts
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        if block_of_stacked(facts.family, name, (t.shape for t in module.tensors.values()), facts.experts):
+            found[" + ".join(f"{t.dtype} {list(t.shape)}" for t in module.tensors.values())].append(name)
+    for stored, names in found.items():
+        nbytes = sum(modules[name].nbytes for name in names)
+        yield (
+            f"{some(compress(names))}: all experts of a layer in one tensor, {stored} ({human(nbytes)} in all); "
+            "lines of a recipe cannot take one of them from elsewhere"
+        )
 
 
 def _facts(modules: Collection[_Module], family: Family) -> dict[str, Any]:

@@ -105,14 +105,9 @@ def test_a_missing_shard_is_named(tmp_path: Path, shard: str) -> None:
         ({"weight_map": ["one.safetensors"]}, "`weight_map` must map tensor names to file names"),
         ({"weight_map": {"x.weight": 1}}, "`weight_map` must map tensor names to file names"),
         ({"weight_map": {"x.weight": ["one.safetensors"]}}, "`weight_map` must map tensor names to file names"),
-        ({"x.weight": "one.safetensors"}, "does not list 'y.weight', which one.safetensors holds"),
-        (
-            {"x.weight": "one.safetensors", "y.weight": "one.safetensors", "z.weight": "one.safetensors"},
-            "lists 'z.weight' in one.safetensors, which does not hold it",
-        ),
     ],
 )
-def test_an_index_agrees_with_its_shards(tmp_path: Path, index: object, message: str) -> None:
+def test_an_index_maps_names_to_files(tmp_path: Path, index: object, message: str) -> None:
     folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "y.weight"))
     assert refusal(folder) == f"{folder}/{INDEX}: {message}"
 
@@ -123,16 +118,71 @@ def test_an_index_without_a_weight_map(tmp_path: Path) -> None:
     assert refusal(folder) == f"{folder}/{INDEX}: `weight_map` must map tensor names to file names"
 
 
-def test_a_tensor_is_in_the_shard_its_index_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("index", "remark"),
+    [
+        ({"x.weight": "one.safetensors"}, "does not list y.weight, which its files hold"),
+        (
+            {"x.weight": "one.safetensors", "y.weight": "one.safetensors", "mtp.fc.weight": "one.safetensors"},
+            "lists mtp.fc.weight, which its files do not hold",
+        ),
+    ],
+)
+def test_what_an_index_says_otherwise_is_a_remark(tmp_path: Path, index: Mapping[str, str], remark: str) -> None:
+    folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "y.weight"))
+    opened = open_checkpoint(str(folder))
+    assert opened.remarks == (remark,) and list(opened.tensors) == ["x.weight", "y.weight"]
+
+
+def test_a_tensor_is_in_another_shard_than_its_index_says(tmp_path: Path) -> None:
     index = {"x.weight": "two.safetensors", "y.weight": "two.safetensors", "z.weight": "one.safetensors"}
     folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "z.weight"), two=weights("y.weight"))
-    assert refusal(folder) == f"{folder}/{INDEX}: lists 'x.weight' in two.safetensors, but it is in one.safetensors"
+    opened = open_checkpoint(str(folder))
+    assert opened.remarks == ("lists x.weight in another file than the one that holds it",)
+    assert opened.tensors["x.weight"].file == "one.safetensors"
 
 
-def test_a_tensor_is_in_one_shard(tmp_path: Path) -> None:
-    index = {"x.weight": "one.safetensors", "y.weight": "two.safetensors"}
-    folder = checkpoint(tmp_path / "a", index, one=weights("x.weight"), two=weights("x.weight", "y.weight"))
+@pytest.mark.parametrize("meant", ["one.safetensors", "two.safetensors"])
+def test_of_a_tensor_in_two_shards_the_index_says_which_is_meant(tmp_path: Path, meant: str) -> None:
+    index = {"x.weight": meant, "y.weight": "two.safetensors", "z.weight": "one.safetensors"}
+    folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "z.weight"), two=weights("x.weight", "y.weight"))
+    assert open_checkpoint(str(folder)).tensors["x.weight"].file == meant
+
+
+def test_a_tensor_in_two_shards_that_no_index_lists(tmp_path: Path) -> None:
+    index = {"z.weight": "one.safetensors", "y.weight": "two.safetensors"}
+    folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "z.weight"), two=weights("x.weight", "y.weight"))
     assert refusal(folder) == f"{folder}: tensor 'x.weight' is in one.safetensors and in two.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"x.weight": "one.safetensors"}, "model.safetensors.index.json: does not list y.weight"),
+        ({"x.weight": "two.safetensors", "y.weight": "one.safetensors"}, "tensor 'x.weight' is in one.safetensors and"),
+    ],
+)
+def test_a_compiled_checkpoint_and_its_index_agree(tmp_path: Path, index: Mapping[str, str], message: str) -> None:
+    files = {"one": weights("x.weight", "y.weight")} | ({"two": weights("x.weight")} if len(index) > 1 else {})
+    folder = checkpoint(
+        tmp_path / "a", {**index, **({"y.weight": "one.safetensors"} if len(index) > 1 else {})}, **files
+    )
+    config = {"quantization_config": {"quant_method": "mixprec", "version": 1, "formats": {}, "modules": []}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert message in refusal(folder)
+
+
+def test_an_index_of_another_checkpoint(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "a", {"x.weight": "model-00001-of-00010.safetensors"}, model=weights("x.weight"))
+    assert refusal(folder).endswith("the index is another checkpoint's; remove it")
+
+
+def test_counted_shards_need_no_index(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "a", **{"model-00001-of-00002": weights("x.weight"), "b": weights("y.weight")})
+    (folder / "b.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    assert sorted(open_checkpoint(str(folder)).tensors) == ["x.weight", "y.weight"]
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "model-00003-of-00002.safetensors")
+    assert refusal(folder) == f"{folder}: 2 .safetensors files but no {INDEX} that says which belong together"
 
 
 def test_files_that_an_index_does_not_name_are_not_read(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from checkpoints import LLAMA, Config, write_tiny
 
-from mixprec_build.output.build import plan_recipe, run_plan
-from mixprec_build.formats.base import FormatError
 from mixprec_build.checkpoint.typed import open_source
+from mixprec_build.formats.base import FormatError
+from mixprec_build.output.build import plan_recipe, run_plan
 
 
 @pytest.mark.parametrize("place", ["text_config", "llm_config", "compression_config", "file"])

@@ -1,0 +1,105 @@
+"""Experts that a source keeps in one tensor a layer, and that no line of a recipe can take from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..families.stacked import block_of_stacked
+from ..patterns.compress import compress
+from ..text import some
+from .problems import Problems
+
+if TYPE_CHECKING:
+    from ..checkpoint.typed import Source
+    from ..recipe.recipe import Rule
+    from ..recipe.sources import Sources
+
+__all__ = ["check_stacked", "why_missing"]
+
+
+def _blocks_of(source: Source, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Module -> its block of experts, of those modules of a source, or of ``names``, that hold all experts of a
+    layer."""
+    facts = source.facts
+    found = {}
+    for name in source.checkpoint.modules if names is None else names:
+        module = source.checkpoint.modules.get(name)
+        shapes = () if module is None else (tensor.shape for tensor in module.tensors.values())
+        block = block_of_stacked(facts.family, name, shapes, facts.experts)
+        if block is not None:
+            found[name] = block
+    return found
+
+
+def _source_with_experts_apart(sources: Sources, block: str) -> str | None:
+    """A source that stores each expert of ``block`` in modules of its own."""
+    having = (
+        source.name
+        for source in sources.by_name.values()
+        if any(name.startswith(f"{block}.0.") for name in source.checkpoint.modules)
+    )
+    return next(having, None)
+
+
+def check_stacked(
+    chosen: Mapping[str, tuple[Source, int | None]],
+    rules: Sequence[tuple[Rule, Source]],
+    sources: Sources,
+    problems: Problems,
+) -> None:
+    """Adds to ``problems`` lines that match such tensors and cannot mean them, and tensors that SGLang cannot load.
+
+    Args:
+        chosen: module -> its source and the number of its rule.
+        rules: each with the source it means.
+    """
+    facts = sources.model.facts
+    names: dict[str, list[str]] = {}
+    for name, (source, _) in chosen.items():
+        names.setdefault(source.name, []).append(name)
+    for source_name, of_source in names.items():
+        source = sources.by_name[source_name]
+        blocks = _blocks_of(source, of_source)
+        if not blocks:
+            continue
+        what = f"`{source_name}` keeps all experts of a layer in one tensor"
+        apart = _source_with_experts_apart(sources, next(iter(blocks.values())))
+        instead = (
+            "save it with each expert on its own"
+            if apart is None
+            else f"make `{apart}`, which stores each expert on its own, the default"
+        )
+        if facts.family.checked:
+            problems.hard(
+                f"{what}, and SGLang's class for {facts.model_type} has no parameter for such a tensor "
+                f"({some(compress(blocks))}); {instead}",
+                code="stacked_experts",
+                modules=blocks,
+            )
+            continue
+        missed: dict[int, list[str]] = {}
+        for name in blocks:
+            line = next((i for i in reversed(range(len(rules))) if rules[i][0].pattern.matches(name)), None)
+            if line is not None and rules[line][1].name != source_name:
+                missed.setdefault(line, []).append(name)
+        for line, missing in missed.items():
+            problems.soft(
+                missing,
+                f"{what}, which {rules[line][0]} does not reach: {instead}, or write lines that leave experts out",
+                code="stacked_experts",
+            )
+
+
+def why_missing(source: Source, default: Source, names: Sequence[str], sources: Sources) -> tuple[str, bool]:
+    """Why ``source`` lacks modules, where stacked experts are the reason, as the end of a sentence; and whether it says
+    what to do instead."""
+    what = "keeps all experts of a layer in one tensor"
+    if any(names[0].startswith(f"{block}.") for block in {*_blocks_of(source).values()}):
+        return f": `{source.name}` {what}", False
+    blocks = _blocks_of(default, names)
+    if len(blocks) < len(names):
+        return "", False
+    apart = _source_with_experts_apart(sources, next(iter(blocks.values())))
+    instead = f"; make `{apart}`, which stores each expert on its own, the default" if apart is not None else ""
+    return f": `{default.name}` {what}, which no line can take apart{instead}", apart is not None

@@ -1,0 +1,92 @@
+"""Experts that a source keeps in one tensor a layer are named, and no line passes over them without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import QWEN3_MOE, Config, Tensors, write_tiny
+
+from mixprec_build.checkpoint.typed import open_source
+from mixprec_build.errors import RefusedError
+from mixprec_build.output.build import plan_recipe
+from mixprec_build.report.facts import inspect_facts
+
+BLOCK = "model.layers.{}.mlp.experts"
+NAMES = "model.layers.{0..1}.mlp.experts.{down_proj,gate_up_proj}"
+
+
+def stacked(tensors: Tensors, config: Config) -> None:
+    """As transformers 5 saves experts."""
+    for layer in range(2):
+        block = BLOCK.format(layer)
+
+        def of(expert: int, part: str, block: str = block) -> np.ndarray:
+            return tensors.pop(f"{block}.{expert}.{part}.weight")
+
+        ups = [np.concatenate([of(e, "gate_proj"), of(e, "up_proj")]) for e in range(4)]
+        tensors[f"{block}.gate_up_proj"] = np.stack(ups)
+        tensors[f"{block}.down_proj"] = np.stack([of(e, "down_proj") for e in range(4)])
+
+
+def of_unknown_class(tensors: Tensors, config: Config) -> None:
+    stacked(tensors, config)
+    renamed(tensors, config)
+
+
+def renamed(_: Tensors, config: Config) -> None:
+    config |= {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"]}
+
+
+def recipe(folder: Path, lines: str, default: str = "bf16", *, known: bool = False) -> Path:
+    write_tiny(folder / "bf16", QWEN3_MOE, "bf16", edit=stacked if known else of_unknown_class)
+    write_tiny(folder / "int4", QWEN3_MOE, "gptq_int4", edit=None if known else renamed)
+    path = folder / "recipe.yaml"
+    path.write_text(f"model: bf16\nsources: {{bf16: bf16, int4: int4}}\ndefault: {default}\nweights:\n  {lines}\n")
+    return path
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.*", "'*'"])
+def test_a_line_for_all_does_not_pass_over_them(tmp_path: Path, pattern: str) -> None:
+    path = recipe(tmp_path, f"{pattern}: int4")
+    with pytest.raises(RefusedError) as refused:
+        plan_recipe(path)
+    (problem,) = refused.value.problems
+    assert str(problem) == (
+        f"{NAMES}: `bf16` keeps all experts of a layer in one tensor, which line 5 "
+        f"`{pattern.strip(chr(39))}: int4` does not reach: make `int4`, which stores each expert on its own, the "
+        "default, or write lines that leave experts out"
+    )
+
+
+def test_a_line_for_them_alone_says_why_it_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"one tensor, which no line can take apart; make `int4`, .* the default"):
+        plan_recipe(recipe(tmp_path, "model.layers.*.mlp.experts.*: int4"))
+
+
+def test_a_line_takes_none_from_such_a_source(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"`bf16` has no .*: `bf16` keeps all experts of a layer in one tensor"):
+        plan_recipe(recipe(tmp_path, "model.layers.0.mlp.experts.*: bf16", "int4"))
+
+
+def test_lines_for_other_modules_and_the_other_default_are_planned(tmp_path: Path) -> None:
+    assert plan_recipe(recipe(tmp_path, "model.layers.*.self_attn.*: int4")).modules
+    (tmp_path / "other").mkdir()
+    plan = plan_recipe(recipe(tmp_path / "other", "model.layers.*.self_attn.*: bf16", "int4"))
+    assert "model.layers.0.mlp.experts.0.up_proj" in plan.modules
+
+
+def test_a_class_that_cannot_load_them_is_refused_whatever_the_lines_say(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "model.layers.*.self_attn.*: int4", known=True)
+    with pytest.raises(RefusedError, match=r"SGLang's class for qwen3_moe has no parameter for such a tensor"):
+        plan_recipe(path)
+
+
+def test_inspect_shows_them(tmp_path: Path) -> None:
+    recipe(tmp_path, "model.layers.*: int4")
+    notes = inspect_facts(open_source(str(tmp_path / "bf16")), tmp_path / "bf16")["notes"]
+    assert sorted(note.partition(": ")[2].partition(" (")[0] for note in notes) == [
+        "all experts of a layer in one tensor, BF16 [4, 128, 256]",
+        "all experts of a layer in one tensor, BF16 [4, 512, 128]",
+    ]
