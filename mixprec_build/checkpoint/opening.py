@@ -40,6 +40,11 @@ _MAX_HEADERS_BYTES = 512 << 20  # of all shards; those of 1,500,000 tensors take
 _MAX_TENSORS = 1_500_000
 _FIRST_READ = 256 << 10  # most headers come with their length in one read
 
+_ADAPTER = "adapter_config.json"
+_IS_ADAPTER = (
+    f"an adapter ({_ADAPTER}) and no checkpoint: merge it into its base first, e.g. with PEFT: "
+    "merge_and_unload().save_pretrained(...)"
+)
 _SHARD = re.compile(r"(?P<before>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
 _NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # beside what cannot be seen; a pattern means something else by these
 
@@ -56,6 +61,8 @@ def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkp
 def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, bytes]] | None = None) -> Checkpoint:
     """:func:`open_checkpoint` of files that are found; of shards that are given by their headers alone with these."""
     config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
+    if config is None and _ADAPTER in storage.files:
+        raise SourceError(_IS_ADAPTER, path=location)
     if config is None:
         raise SourceError("no config.json: this is no Hugging Face checkpoint", path=location)
     facts = ModelFacts.of(config)
@@ -241,6 +248,8 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
                 raise SourceError(f"the shard {shard} is missing; {remedy}", path=location)
         return [shard for shard in shards if shard in storage.files], weight_map
     found = [name for name in storage.files if name.endswith(".safetensors")]
+    if found and all(name.startswith("adapter_model") for name in found):
+        raise SourceError(_IS_ADAPTER, path=location)
     if "model.safetensors" in found or len(found) == 1:
         return ["model.safetensors" if "model.safetensors" in found else found[0]], None
     if found and _are_all_shards(found):

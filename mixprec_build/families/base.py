@@ -50,6 +50,10 @@ _LINEARS_BEFORE = {
     "o_proj": "v_proj", "wo": "wv", "out_proj": "v_proj",
     "fc2": "fc1", "dense_4h_to_h": "dense_h_to_4h", "c_proj": "c_fc",
 }  # fmt: skip
+_JOINED_BEFORE = {
+    "o_proj": ("qkv_proj", "W_pack", "kv_b_proj"), "down_proj": ("gate_up_proj",), "wo": ("wqkv",),
+    "dense": ("query_key_value",), "out_proj": ("in_proj_qkv",), "w2": ("w13",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +149,9 @@ class Family:
     linears_before: Mapping[str, str] = field(default_factory=lambda: _LINEARS_BEFORE)
     """Last word of a linear -> that of the linear whose outputs, one for one, become its inputs. ``up`` and ``down``
     of MLPs are such pairs anyway."""
+    joined_before: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _JOINED_BEFORE)
+    """The same of linears of whose outputs some become its inputs: ``up`` in ``gate_up_proj``, ``v`` in others. A model
+    has one of them at most."""
 
     # Looked up by name, for each of a hundred thousand modules
 
@@ -312,6 +319,12 @@ class Family:
         """The linear that a scaling of this linear's inputs can be folded into."""
         parent, _, last = name.rpartition(".")
         return f"{parent}.{self._linears_before[last]}" if last in self._linears_before else None
+
+    def joined_scaled_before(self, name: str) -> Iterator[str]:
+        """Names of linears, of which a model may have one, into some of whose outputs such a scaling can be folded."""
+        parent, _, last = name.rpartition(".")
+        for joined in self.joined_before.get(last, ()):
+            yield f"{parent}.{joined}"
 
     # What SGLang does not run
 

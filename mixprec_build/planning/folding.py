@@ -15,7 +15,7 @@ go: AutoAWQ 0.2.9, ``awq/models``, ``get_layers_for_scaling``, and ``awq/quantiz
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from ..families.names import layer_prefix
 from ..families.parts import Role
 from ..patterns.compress import compress
+from ..text import some
 from .probe import WeightProbe
 from .problems import Problems, Replacement
 from .rules import by_votes, can_give, origin
@@ -41,6 +42,8 @@ __all__ = ["Folding"]
 
 
 _PAIRS_LOOKED_AT = 16
+_JOINED_LOOKED_AT = 2
+"""Of linears that have to be read with all rows."""
 
 
 class Folding:
@@ -67,6 +70,7 @@ class Folding:
         self._fixed: set[str] = set()
         self._probe = WeightProbe(sources)
         self._scaled: dict[tuple[str, str, str], list[bool]] = {}
+        self._unseen: dict[tuple[str, str, str, str], list[str]] = {}
 
     @cached_property
     def _folding(self) -> frozenset[str]:
@@ -154,7 +158,7 @@ class Folding:
                 self._check_norm(modules[norm], [modules[name] for name in names if name in modules], modules, problems)
         group_of = {name: members for members in self._family.fused_groups(modules).values() for name in members}
         for name, module in modules.items():
-            before = modules.get(self._family.scaled_before(name) or "")
+            before = self._before(name, modules)
             if before is not None and before.source != module.source:
                 fused = dict.fromkeys((*group_of[before.name], name))
                 self._check_pair(before, module, [modules[part] for part in fused], problems)
@@ -195,8 +199,9 @@ class Folding:
             f"a norm and what it feeds must come from one source where scales are folded into it, as they are in "
             f"{' and '.join(f'`{name}`' for name in folded)} ({parts})"
         )
-        partners = [m for m in modules.values() if self._family.scaled_before(m.name) in {part.name for part in fed}]
-        partners = [m for m in partners if self._pairs(modules[str(self._family.scaled_before(m.name))], m)]
+        named = {part.name for part in fed}
+        pairs = [(before, m) for m in modules.values() if (before := self._before(m.name, modules)) is not None]
+        partners = [m for before, m in pairs if before.name in named and self._pairs(before, m)]
         block = [m for m in chain(fed, partners) if not m.role.never_quantized]
         problems.soft([norm.name], text, *self._from_one_source([norm, *fed], block), code="folded_scales")
 
@@ -211,9 +216,24 @@ class Folding:
                 return replace(found, remove=tuple(lines)), others
         return Replacement(None), []
 
+    def _before(self, name: str, modules: Mapping[str, PlannedModule]) -> PlannedModule | None:
+        """The linear that scales of another one's inputs may be folded into."""
+        candidates = (self._family.scaled_before(name) or "", *self._family.joined_scaled_before(name))
+        return next((modules[before] for before in candidates if before in modules), None)
+
+    def _is_joined(self, before: PlannedModule, after: PlannedModule) -> bool:
+        """Whether only some outputs of ``before`` are inputs of ``after``."""
+        return before.name in self._family.joined_scaled_before(after.name)
+
     def _pairs(self, before: PlannedModule, after: PlannedModule) -> bool:
         """Whether scales of ``after``'s inputs can be folded into ``before``: not through grouped-query attention."""
+        if self._is_joined(before, after) and len(before.shape) == len(after.shape) == 2:
+            # gate and up; q, k and v of as many heads; the keys and values of each head, which MLA has no fewer of
+            return before.shape[0] in (2 * after.shape[1], 3 * after.shape[1]) or self._is_latent(before)
         return before.shape[:1] == after.shape[1:2]
+
+    def _is_latent(self, before: PlannedModule) -> bool:
+        return before.name.rpartition(".")[2] in self._family.norms_beside
 
     def _check_pair(
         self, before: PlannedModule, after: PlannedModule, block: list[PlannedModule], problems: Problems
@@ -221,7 +241,7 @@ class Folding:
         if not self._pairs(before, after):
             return
         if not self._are_apart(before.source, after.source):
-            if self._is_scaled(before, after.source):
+            if self._is_scaled(before, after):
                 self._refuse_pair(before, after, block, problems)
             return
         prefix = layer_prefix(after.name)
@@ -230,16 +250,31 @@ class Folding:
             return  # a layer that another mix took from elsewhere
         self._refuse_pair(before, after, block, problems)
 
-    def _is_scaled(self, before: PlannedModule, other: str) -> bool:
+    def _is_scaled(self, before: PlannedModule, after: PlannedModule) -> bool:
         """Whether scales were folded into a linear in one of two sources whose norms agree; a few of its kind are
         looked at."""
-        if not {before.source, other} & self._folding:
+        pair = sorted((before.source, after.source))
+        if not {*pair} & self._folding:
             return False
-        key = (before.name.rpartition(".")[2], min(before.source, other), max(before.source, other))
+        key = (before.name.rpartition(".")[2], pair[0], pair[1])
+        joined = self._is_joined(before, after)
         seen = self._scaled.setdefault(key, [])
-        if len(seen) < _PAIRS_LOOKED_AT and not any(seen):
-            seen.append(self._probe.is_scaled(before.name, before.source, other) is True)
+        if len(seen) < (_JOINED_LOOKED_AT if joined else _PAIRS_LOOKED_AT) and not any(seen):
+            found = self._probe.is_scaled(before.name, before.source, after.source, all_rows=joined)
+            if found is None:
+                words = key[0], after.name.rpartition(".")[2]
+                self._unseen.setdefault((*words, before.source, after.source), []).append(after.name)
+            seen.append(found is True)
         return any(seen)
+
+    def unseen(self) -> Iterator[str]:
+        """Notes on pairs that :meth:`check` could not compare."""
+        for (first, last, source, other), names in self._unseen.items():
+            yield (
+                f"{some(compress(names))}: {first} is from `{source}` and {last} from `{other}`, and whether scales "
+                "were folded between them cannot be seen, since their values are not on this machine; take both from "
+                "one source to be sure"
+            )
 
     def _refuse_pair(
         self, before: PlannedModule, after: PlannedModule, block: list[PlannedModule], problems: Problems

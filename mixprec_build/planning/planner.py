@@ -61,13 +61,14 @@ def make_plan(
         planner.follow(folding)
         modules = planner.collect()
         problems = planner.problems
-        check_stacked(planner.chosen, list(zip(recipe.rules, planner.sources_of_rules, strict=True)), sources, problems)
+        check_stacked(planner.chosen, planner.rules, sources, problems)
         planner.check_complete(modules)
         if not problems:
             planner.check_biases(modules, reader)
             check_tied_head(modules, sources, reader, problems)
             check_servable(modules, sources, reader, folding, problems)
             check_moved(modules, sources, problems)
+            planner.notes += folding.unseen()
     companion_files(sources.model)  # refuses what a build could not copy
     found = problems.found()
     if any(p.hard for p in found) or (found and not allow_unservable):
@@ -135,6 +136,7 @@ class _Planner:
         self.problems = Problems(recipe)
         self.notes: list[str] = []
         self.sources_of_rules = [sources.resolve(rule.source, recipe, rule.line) for rule in recipe.rules]
+        self.rules = list(zip(recipe.rules, self.sources_of_rules, strict=True))
         self.matched: Counter[int] = Counter()
         self.won: Counter[int] = Counter()
         self.roles: dict[str, Role] = {}
@@ -373,14 +375,12 @@ class _Planner:
             )
             return
         holders = [s.name for s in self.sources.by_name.values() if gives(s, names)]
-        replacement: Replacement | None
         replacement, new = Replacement.of(holders[0] if holders else None, [(name, rule) for name in names])
         by = f"by {rule}" if rule is not None else "by default"
         count = counted(len(names), "module")
         text = f"`{source_name}` has no {some(patterns)} ({count}), which come from there {by}"
         why, resolved = why_missing(source, self.default, names, self.sources)
-        text, replacement = text + why, None if resolved else replacement
-        self.problems.hard(text, replacement, new, code="missing_module", modules=names)
+        self.problems.hard(text + why, None if resolved else replacement, new, code="missing_module", modules=names)
 
     # Biases that only a quantized source has
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..checkpoint.typed import Source
+    from ..formats.base import Format
     from ..recipe.sources import Sources
     from .types import PlannedModule
 
@@ -46,6 +47,9 @@ class WeightProbe:
 
     def __init__(self, sources: Sources):
         self._sources = sources
+
+    def format_of(self, source: str, name: str) -> Format:
+        return self._sources.by_name[source].format_of(name)
 
     def rows(self, source: str, name: str, *, all_rows: bool = False) -> npt.NDArray[np.float32] | None:
         """The first rows of a weight, ``[rows, K]``; None where they are not at hand."""
@@ -127,12 +131,12 @@ class WeightProbe:
             os.close(fd)
         return np.frombuffer(data, dtype=numpy_dtype(info.dtype)).reshape(shape) if len(data) == nbytes else None
 
-    def is_scaled(self, name: str, a: str, b: str) -> bool | None:
-        """Whether one source's rows are multiples of the other's: something was folded into them. None where they
-        cannot be compared."""
+    def is_scaled(self, name: str, a: str, b: str, *, all_rows: bool = False) -> bool | None:
+        """Whether one source's rows are multiples of the other's: something was folded into a quarter of them at
+        least. None where they cannot be compared."""
         import numpy as np
 
-        ours, theirs = self.rows(a, name), self.rows(b, name)
+        ours, theirs = self.rows(a, name, all_rows=all_rows), self.rows(b, name, all_rows=all_rows)
         if ours is None or theirs is None:
             return None
         count = min(len(ours), len(theirs))
@@ -196,15 +200,19 @@ def _sample(modules: Iterable[PlannedModule]) -> list[PlannedModule]:
 
 
 def _reference(module: PlannedModule, modules: Mapping[str, PlannedModule], sources: Sources) -> Source | None:
-    """The source whose unquantized form of a module is the one to compare with: one that the mix takes most from."""
+    """The source whose form of a module is the one to compare with: an unquantized one before others, and of these one
+    that the mix takes most from."""
     used: dict[str, int] = {}
     for other in modules.values():
         used[other.source] = used.get(other.source, 0) + 1
+    found = []
     for source in sorted(sources.by_name.values(), key=lambda source: -used.get(source.name, 0)):
         fmt = source.known_format(module.name)
-        if fmt is not None and not fmt.quantized and fmt.shape(source.checkpoint.modules[module.name]) == module.shape:
-            return source
-    return None
+        if fmt is not None and fmt.shape(source.checkpoint.modules[module.name]) == module.shape:
+            found.append((fmt.quantized, source))
+    plain = (source for quantized, source in found if not quantized)
+    others = (source for _, source in found if source.name != module.source and source.name in used)
+    return next(plain, None) or next(others, None)
 
 
 def _differs(module: PlannedModule, reference: str, probe: WeightProbe, full: bool) -> bool:
@@ -218,6 +226,12 @@ def _differs(module: PlannedModule, reference: str, probe: WeightProbe, full: bo
     count = min(len(ours), len(theirs))
     ours, theirs, steps = ours[:count], theirs[:count], steps[:count]
     allowed = steps / 2 if module.format.rounded else steps
+    reference_format = probe.format_of(reference, module.name)
+    if reference_format.quantized:
+        more = probe.steps(reference, module.name, all_rows=full)
+        if more is None:
+            return False
+        allowed = allowed + (more[:count] / 2 if reference_format.rounded else more[:count])
     # Scales that were folded into a weight's rows and columns are no other weights.
     for _ in range(_FITS):
         if _alike(ours, theirs, allowed / 2):

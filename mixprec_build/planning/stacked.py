@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..families.expected import tower_of
+from ..families.names import layer_prefix
 from ..families.stacked import block_of_stacked
 from ..patterns.compress import compress
 from ..text import some
@@ -91,9 +93,26 @@ def check_stacked(
             )
 
 
+def _under_another_prefix(source: Source, name: str) -> str | None:
+    """What a module is called in a source that has the same tree of modules below another root."""
+    inner = layer_prefix(name)
+    if not inner:
+        return None
+    start = inner.rstrip(".").rpartition(".")[0].rpartition(".")[2]  # "layers"
+    tail = name[name.index(f"{start}.") :]
+    there = (other for other in source.checkpoint.modules if other.endswith(f".{tail}") or other == tail)
+    return next((other for other in there if tower_of(other) is None), None)
+
+
 def why_missing(source: Source, default: Source, names: Sequence[str], sources: Sources) -> tuple[str, bool]:
-    """Why ``source`` lacks modules, where stacked experts are the reason, as the end of a sentence; and whether it says
-    what to do instead."""
+    """Why ``source`` lacks modules, where stacked experts or other prefixes are the reason, as the end of a sentence;
+    and whether it says what to do instead."""
+    elsewhere = _under_another_prefix(source, names[0])
+    if elsewhere is not None:
+        return (
+            f": there they stand under another prefix, {names[0]} is {elsewhere}. It is another class of the same "
+            "model: take a release of it whose names are alike"
+        ), True
     what = "keeps all experts of a layer in one tensor"
     if any(names[0].startswith(f"{block}.") for block in {*_blocks_of(source).values()}):
         return f": `{source.name}` {what}", False

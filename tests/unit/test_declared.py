@@ -166,7 +166,7 @@ def test_a_decoder_has_the_same_names_inside_a_larger_model_and_alone(module: st
     forms = name_forms(module)
     assert forms[0] == module
     assert {"model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj",
-            "model.language_model.layers.0.mlp.up_proj"} == set(forms)  # fmt: skip
+            "model.language_model.layers.0.mlp.up_proj"} <= set(forms)  # fmt: skip
 
 
 def test_heads_too() -> None:
