@@ -119,8 +119,9 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
     if compiled:
         modules = source.checkpoint.modules
         served = {name: (fmt, modules[name]) for name, fmt in source.formats.items() if isinstance(fmt, Format)}
-        facts["notes"] += list(half_only(served, source.facts))
-        facts["serve"] += " --dtype half" if len(facts["notes"]) > len(remarks) else ""
+        half = list(half_only(served, source.facts))
+        facts["notes"] = [*remarks, *half]
+        facts["serve"] += " --dtype half" if half else ""
     if compiled and (folder / MANIFEST).exists():
         recorded = read_manifest(folder)
         if recorded.rest is not None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import LLAMA, Config, write_tiny
+from support.write import LLAMA, Config, write_tiny
 
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.formats.base import FormatError

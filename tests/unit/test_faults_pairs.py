@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import LLAMA, VARIANTS, Config, Tensors, tiny_tensors, write_tiny
+from support.write import LLAMA, VARIANTS, Config, Tensors, tiny_tensors, write_tiny
 
 from mixprec_build.errors import RefusedError, SourceError
 from mixprec_build.output.build import plan_recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import QWEN3_MOE, Config, Tensors, write_tiny
+from support.write import QWEN3_MOE, Config, Tensors, write_tiny
 
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import RefusedError
