@@ -35,12 +35,15 @@ DENSE = QWEN3.of(**SIZES, intermediate=3072)
 MOE = QWEN3_MOE.of(**SIZES, experts=32, top_k=8, expert_intermediate=512)
 VARIANTS = [
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int4_g64",
-    "gptq_int8", "awq_int4", "ct_int4", "ct_int4_asym", "ct_int8", "ct_fp8_block", "ct_fp8_weight",
+    "gptq_int8", "auto_round_int4", "awq_int4", "ct_int4", "ct_int4_asym", "ct_int8", "ct_fp8_block", "ct_fp8_weight",
 ]  # fmt: skip
 
 # name -> (shape, lines of `weights:`)
 MIXES: Mapping[str, tuple[Shape, list[str]]] = {
     "attention fp8, experts int4": (MOE, ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.*: gptq_int4"]),
+    "attention fp8, experts of auto-round": (
+        MOE, ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.experts.*: auto_round_int4"]
+    ),
     "attention bf16, mlp fp8": (DENSE, ["model.layers.*.mlp.*: fp8_channel"]),
     "layer by layer": (
         DENSE,

@@ -20,7 +20,7 @@ import pytest
 import torch
 from support.serving import QWEN3_MOE, dequantize
 from support.sglang.harness import build, free_port, last_json, sources
-from support.sglang.mixes import MIXES, Expected, mix
+from support.sglang.mixes import MIXES, RELEASES, Expected, mix
 
 import mixprec_runtime.cpu.engine
 from mixprec_build.checkpoint.degree import Degree
@@ -72,6 +72,14 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "parted"])
 def test_the_engine_answers_as_transformers(alone: Any, folder: Path, tmp_path: Path, name: str) -> None:
     assert alone[name]["tokens"] == transformers_tokens(folder, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_auto_round_beside_fp8_answers_as_transformers(folder: Path, tmp_path: Path, name: str) -> None:
+    """Experts in Int4 of AutoRound, attention and shared experts in FP8 as vendors release it, the rest in BF16."""
+    options = {"disable_shared_experts_fusion": True} if "shared" in name else {}
+    (answer,) = ask(folder, [(mix(folder, name), options)])
+    assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "parted"])
@@ -131,7 +139,7 @@ def transformers_tokens(folder: Path, name: str, scratch: Path) -> list[list[int
 @cache
 def dequantized(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """The weights that a mix's tensors stand for, in float32."""
-    expected = Expected(folder, MIXES[name])
+    expected = Expected(folder, {**MIXES, **RELEASES}[name])
     out = {}
     for module, tensors in expected.modules().items():
         for leaf in ("bias", "e_score_correction_bias"):

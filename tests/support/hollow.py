@@ -444,6 +444,11 @@ def _gptq_int4_layout(shape: Shape, release: Release) -> _Layout:
     )
 
 
+def _auto_round_int4_layout(shape: Shape, release: Release) -> _Layout:
+    """GPTQ's without g_idx."""
+    return tuple(tensor for tensor in _gptq_int4_layout(shape, release) if tensor[0] != "g_idx")
+
+
 def _fp8_block_config(config: Config) -> Config:
     quantization: Config = {
         "activation_scheme": "dynamic",
@@ -511,6 +516,22 @@ def _gptq_int4_config(config: Config) -> Config:
     }
 
 
+def _auto_round_int4_config(config: Config) -> Config:
+    """What AutoRound writes, with settings of their own for the routers."""
+    routers = [name for name, _ in _modules(config, mtp=False) if name.endswith("mlp.gate")]
+    return {
+        "autoround_version": "0.6.0",
+        "bits": 4,
+        "block_name_to_quantize": "model.layers",
+        "data_type": "int",
+        "extra_config": {name: {"bits": 16, "data_type": "float"} for name in routers},
+        "group_size": GROUP,
+        "packing_format": "auto_round:auto_gptq",
+        "quant_method": "auto-round",
+        "sym": True,
+    }
+
+
 class Variant(NamedTuple):
     """A format: the layout of its linear layers, its ``quantization_config``, and its usual release."""
 
@@ -525,6 +546,7 @@ VARIANTS: dict[str, Variant] = {
     "fp8_block": Variant(_fp8_block_layout, _fp8_block_config, Release()),
     "fp8_channel": Variant(_fp8_channel_layout, _fp8_channel_config, Release(mtp=False)),
     "gptq_int4": Variant(_gptq_int4_layout, _gptq_int4_config, Release(dense="F16", scale="F16", mtp=False)),
+    "auto_round_int4": Variant(_auto_round_int4_layout, _auto_round_int4_config, Release(scale="F16", mtp=False)),
 }
 
 # Releases that differ from the usual one of their variant.

@@ -273,6 +273,20 @@ def _gptq_config(bits: int = 4, group_size: int = 128, desc_act: bool = False) -
     return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True, "desc_act": desc_act}
 
 
+def _auto_round_config() -> dict[str, Any]:
+    return {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        "autoround_version": "0.14.2",
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+        "data_type": "int",
+        "block_name_to_quantize": "model.layers",
+        "extra_config": {r".*mlp\.gate": {"bits": 16, "data_type": "float"}},
+    }
+
+
 _FP8_BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 _FP8_TENSOR = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
@@ -367,6 +381,10 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
     "gptq_int4_g64": (lambda w: _gptq(w, group_size=64), _gptq_config(group_size=64)),
     "gptq_int4_act": (lambda w: _gptq(w, desc_act=True), _gptq_config(desc_act=True)),
     "gptq_int8": (lambda w: _gptq(w, bits=8), _gptq_config(bits=8)),
+    "auto_round_int4": (
+        lambda w: {leaf: tensor for leaf, tensor in _gptq(w).items() if leaf != "g_idx"},
+        _auto_round_config(),
+    ),
     "ct_fp8_block": (
         lambda w: {leaf.removesuffix("_inv"): t for leaf, t in _blocks(w, 448, _fp8).items()},
         _compressed_blocks(),
@@ -395,12 +413,14 @@ def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.T
     """
     if "qweight" in tensors:
         factors = tensors["scales"].to(scales).float()
-        if "g_idx" not in tensors:
+        if tensors["qweight"].shape[1] != factors.shape[1]:  # AWQ's words go along outputs
             q, zeros = _awq_values(tensors["qweight"]), _awq_values(tensors["qzeros"])
             size = len(q) // len(zeros)
             return ((q - zeros.repeat_interleave(size, 0)) * factors.repeat_interleave(size, 0)).t().contiguous()
-        group = tensors["g_idx"].long()
-        q = _values(tensors["qweight"].t(), 32 * len(tensors["qweight"]) // len(group)).t()
+        bits = 32 * tensors["qzeros"].shape[1] // factors.shape[1]
+        q = _values(tensors["qweight"].t(), bits).t()
+        in_order = torch.arange(len(q), device=q.device) // (len(q) // len(factors))
+        group = tensors.get("g_idx", in_order).long()
         return (q * factors[group]).t().contiguous()
     if "weight_packed" in tensors:
         k = int(tensors["weight_shape"][1])

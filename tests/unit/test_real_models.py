@@ -25,6 +25,9 @@ HUB: Mapping[str, tuple[str, str]] = {
     "Qwen/Qwen3-30B-A3B": ("Qwen3-30B-A3B", "bf16"),
     "Qwen/Qwen3-30B-A3B-FP8": ("Qwen3-30B-A3B", "fp8_block"),
     "Qwen/Qwen3-30B-A3B-GPTQ-Int4": ("Qwen3-30B-A3B", "gptq_int4"),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": ("Qwen3-30B-A3B", "bf16"),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507-FP8": ("Qwen3-30B-A3B", "fp8_block"),
+    "Intel/Qwen3-30B-A3B-Instruct-2507-int4-AutoRound": ("Qwen3-30B-A3B", "auto_round_int4"),
     "meta-llama/Llama-3.3-70B-Instruct": ("Llama-3.3-70B-Instruct", "bf16"),
     "RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic": ("Llama-3.3-70B-Instruct", "fp8_channel"),
     "shuyuej/Llama-3.3-70B-Instruct-GPTQ": ("Llama-3.3-70B-Instruct", "gptq_int4"),
@@ -113,6 +116,10 @@ def qwen3_30b(layer: int) -> Row:
     return _all("fp8_block", *ATTENTION) | {"experts": {"fp8_block" if layer in (0, 1, 46, 47) else "gptq_int4": 128}}
 
 
+def qwen3_30b_autoround(layer: int) -> Row:
+    return _all("fp8_block", *ATTENTION) | {"experts": {"gptq_int4": 128}}
+
+
 def llama_70b(layer: int) -> Row:
     gate_up = "gptq_int4" if 2 <= layer <= 77 else "fp8_channel"
     return _all("fp8_channel", *ATTENTION, "mlp.down_proj") | _all(gate_up, "mlp.gate_proj", "mlp.up_proj")
@@ -132,6 +139,7 @@ def deepseek_v3(layer: int) -> Row:
 LAYERS: Mapping[str, tuple[int, Callable[[int], Row]]] = {
     "qwen3-235b-a22b.yaml": (94, qwen3_235b),
     "qwen3-30b-a3b.yaml": (48, qwen3_30b),
+    "qwen3-30b-a3b-autoround.yaml": (48, qwen3_30b_autoround),
     "llama-3.3-70b.yaml": (80, llama_70b),
     "deepseek-v3.yaml": (62, deepseek_v3),
 }
@@ -158,7 +166,8 @@ def test_it_is_as_large_as_it_says(planned: Planned, hollow: Callable[[str], Pat
     """`# Bytes   138 GB of weights, against 470 GB in BF16, ...`: each number to its last digit."""
     recipe = load_recipe(RECIPES / name)
     stated = re.search(
-        r"# Bytes +([\d.]+) GB of weights, against ([\d.]+) GB in BF16, ([\d.]+) GB in FP8 and ([\d.]+) GB in GPTQ",
+        r"# Bytes +([\d.]+) GB of weights, against ([\d.]+) GB in BF16, ([\d.]+) GB in FP8 and "
+        r"([\d.]+) GB in (?:GPTQ|AutoRound)-Int4",
         (RECIPES / name).read_text(),
     )
     assert stated

@@ -15,7 +15,7 @@ import torch
 from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, Shape
 from support.sglang.harness import VARIANTS, build, sources, tensors_of
 
-__all__ = ["EIGHT", "MIXES", "Expected", "Mix", "mix"]
+__all__ = ["EIGHT", "MIXES", "RELEASES", "Expected", "Mix", "mix"]
 
 # Large enough for four ranks of every format.
 _SIZES = {"hidden": 512, "intermediate": 1024, "expert_intermediate": 512, "heads": 4, "kv_heads": 2, "head_dim": 128}
@@ -170,9 +170,27 @@ EIGHT: Mapping[str, Mix] = {
 }
 
 
+# What people put together from releases of several producers.
+RELEASES: Mapping[str, Mix] = {
+    "auto_round_in_fp8": (
+        QWEN3_MOE.of(**_SIZES),
+        {"model.layers.*.self_attn.*": "fp8_block", "model.layers.*.mlp.experts.*": "auto_round_int4"},
+    ),
+    "auto_round_beside_shared_experts": (
+        DEEPSEEK.of(**_SIZES),
+        {
+            "model.layers.*.self_attn.{q_a_proj,kv_a_proj_with_mqa,q_b_proj,o_proj}": "fp8_block",
+            "model.layers.0.mlp.*": "fp8_block",
+            "model.layers.1.mlp.experts.*": "auto_round_int4",
+            "model.layers.1.mlp.shared_experts.*": "fp8_block",
+        },
+    ),
+}
+
+
 def mix(folder: Path, name: str) -> Path:
     """The checkpoint of that name, built once below ``folder``."""
-    out, (shape, lines) = folder / name, {**MIXES, **EIGHT}[name]
+    out, (shape, lines) = folder / name, {**MIXES, **EIGHT, **RELEASES}[name]
     if out.exists():
         return out
     return build(sources(folder, shape, VARIANTS if name in MIXES else sorted({"bf16", *lines.values()})), lines, out)
@@ -225,7 +243,8 @@ class Expected:
 
     def __init__(self, folder: Path, mix: Mix, rank: int = 0, tp: int = 1, ep: int = 1):
         self.shape, self._mix, self._rank, self._tp, self._ep = mix[0], mix, rank, tp, ep
-        stored = {variant: tensors_of(path) for variant, path in sources(folder, mix[0]).items()}
+        variants = VARIANTS if mix in MIXES.values() else sorted({"bf16", *mix[1].values()})
+        stored = {variant: tensors_of(path) for variant, path in sources(folder, mix[0], variants).items()}
         self._tensors: dict[str, torch.Tensor] = {}
         for module in dict.fromkeys(name.rpartition(".")[0] for name in stored["bf16"]):
             own = stored[self.variant(module)]
