@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from mixprec_build.checkpoint.declaration import METHOD, Declaration
 from mixprec_build.errors import SourceError
 from mixprec_build.families.base import Family
+from mixprec_build.families.cache_scales import cache_scale, parameters_of
 from mixprec_build.families.names import last_word, layer_prefix, numbered_part
 from mixprec_build.families.unknown import UNKNOWN
 from mixprec_build.formats.base import Format
@@ -49,6 +50,8 @@ class MixPrecConfig(QuantizationConfig):
         self.native = {fmt: NativeFormat(fmt) for fmt in declaration.formats.values()}
         self.padded: Mapping[str, tuple[int, int]] = {}
         """The layers that zeros are added to on this rank; see :func:`.loader.pad`."""
+        self.cache_scales: Mapping[str, Sequence[str]] = {}
+        """Scale of the KV cache in the checkpoint -> the parameters of SGLang's attention that take it."""
         self._mapper: Any = None
         self._family = UNKNOWN
         self._formats: dict[str, Format] | None = None
@@ -80,6 +83,12 @@ class MixPrecConfig(QuantizationConfig):
                 experts[parent][number][part] = fmt
         self._formats, self._experts, self._family = formats, experts, family
         self._by_last_word = None
+        names = {name: name for name in declared}
+        self.cache_scales = {
+            name: [family.sglang_name(parameter) for parameter in parameters_of(scale, formats)]
+            for mapped, name in (names if self._mapper is None else self._mapper.apply_dict(names)).items()
+            if (scale := cache_scale(mapped)) is not None
+        }
         return declared
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -26,7 +26,7 @@ from . import launch, memory
 from .activity import hooks as activity
 from .config import MixPrecConfig
 from .cpu import reference
-from .loading import loader
+from .loading import cache_scales, loader
 from .loading.strict import load_strictly
 
 __all__ = ["register"]
@@ -87,6 +87,8 @@ def initialize_model(
     else:
         leave_to_sglang(f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
+    scales = quant_config.cache_scales
+    cache_scales.make(model, quant_config, scales)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +105,12 @@ def initialize_model(
             leave_to_sglang(reason)
             logger.warning("mixprec: SGLang's loader, which is slower, reads the merged files: %s", reason)
         declared = manifest.tensors()
-        return load_strictly(model, lambda weights: load_weights(weights, *args, **kwargs), weights, declared)
+        return load_strictly(
+            model,
+            lambda tensors: load_weights(cache_scales.take(model, tensors, scales), *args, **kwargs),
+            weights,
+            declared,
+        )
 
     model.load_weights = load_once  # type: ignore[assignment]
     return model

@@ -34,9 +34,10 @@ def is_for_drafts(name: str) -> bool:
 
 
 def left_out_of_builds(name: str) -> str | None:
-    """Why a build does not take a tensor along; None for those that it does."""
+    """Why no recipe takes a tensor along by itself; None for those that it does. Scales of the KV cache come with their
+    attention."""
     if _CACHE_SCALE.fullmatch(name):
-        return "scales of an FP8 KV cache: mixprec's servers use scales of 1"
+        return "scales of an FP8 KV cache: those of attention from elsewhere, or of a kind that SGLang does not load"
     if _UPPER_BOUND.fullmatch(name):
         return "an upper bound of FBGEMM's that SGLang does not use"
     return None

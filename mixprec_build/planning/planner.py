@@ -23,6 +23,7 @@ from ..recipe.sources import Sources
 from ..storage.header import TensorInfo
 from ..storage.module import split_name
 from ..text import counted, some
+from .cache_scales import with_cache_scales
 from .companions import companion_files
 from .complete import check_complete, check_tied_head
 from .folding import Folding
@@ -344,7 +345,7 @@ class _Planner:
                 f"{self.recipe.rules[winner]}: {len(names)} of its modules are stored as {kind} there "
                 f"({some(compress(names))})"
             )
-        return modules
+        return with_cache_scales(modules, self.sources, self.notes)
 
     def check_complete(self, modules: Mapping[str, PlannedModule]) -> None:
         """Whether ``modules`` are all that the model needs; see :mod:`.complete`."""
@@ -438,8 +439,7 @@ class _Planner:
 
     def _why_left_out(self, source: Source, tensor: TensorInfo, modules: Mapping[str, PlannedModule]) -> str:
         module = modules.get(split_name(tensor.name, leaves())[0])
-        reason = left_out_of_builds(tensor.name)
-        if module is None and reason is not None:
+        if module is None and (reason := left_out_of_builds(tensor.name)) is not None:
             return reason
         if (source.name, tensor.name) in self.dropped_biases:
             return f"zero biases that `{self.default.name}` does not have"

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from ..checkpoint.degree import Degree
 from ..errors import SplitError
 from ..families.base import Family
+from ..families.cache_scales import CacheScale, cache_scale, parameters_of
 from ..families.expert_groups import expert_groups
 from ..families.facts import ModelFacts
 from ..families.names import last_word, layer_prefix
@@ -129,7 +130,9 @@ class Splitter:
         out: list[Parameter] = []
         tied = self.facts.tied_embeddings and self.family.embedding in self.modules
         for joined, members in self.family.joined_groups(self.singles).items():
-            if not (tied and joined == self.family.head):
+            if (scale := cache_scale(joined)) is not None:
+                out += self._cache_scales(joined, scale)
+            elif not (tied and joined == self.family.head):
                 cuts = [self._cut(name, rank) for name in members]
                 self._check_tile(joined, cuts)
                 out += self._joined(joined, cuts)
@@ -314,6 +317,13 @@ class Splitter:
             # Where a tensor has no outputs, as an order of inputs, all parts have the same.
             count = 1 if held.axes.n is None else len(parts)
             yield stack(name, list(zip(held.tensors[-count:], parts[-count:], strict=True)), held)
+
+    def _cache_scales(self, name: str, scale: CacheScale) -> Iterator[Parameter]:
+        """A scale of the KV cache, which every rank has."""
+        tensor = self.modules[name][1].tensors[""]
+        for parameter in parameters_of(scale, self.modules):
+            served = self.family.sglang_name(parameter)
+            yield Parameter(served, tensor.dtype, (), (Piece(tensor, (0, 1), (0, 1), (0, 0, 0)),))
 
     def _experts(self, prefix: str, stored: Sequence[_Expert], rank: int) -> Iterator[Parameter]:
         """The parameters of a FusedMoE: those of this rank's experts, format by format."""

@@ -84,6 +84,8 @@ def may_be_empty(model: Module) -> Callable[[str], bool]:
 
     def empty(parameter: str) -> bool:
         path, _, leaf = parameter.rpartition(".")
+        if leaf in ("k_scale", "v_scale"):  # SGLang tells one that was not filled, and takes the other for both
+            return True
         fmt = formats.get(path)
         return fmt is not None and served(fmt).may_be_empty(leaf, fmt)
 

@@ -76,9 +76,8 @@ def test_the_engine_answers_as_transformers(alone: Any, folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_auto_round_beside_fp8_answers_as_transformers(folder: Path, tmp_path: Path, name: str) -> None:
-    """Experts in Int4 of AutoRound, attention and shared experts in FP8 as vendors release it, the rest in BF16."""
-    options = {"disable_shared_experts_fusion": True} if "shared" in name else {}
-    (answer,) = ask(folder, [(mix(folder, name), options)])
+    """Experts in Int4 of AutoRound, attention in FP8 as vendors release it, the rest in BF16."""
+    (answer,) = ask(folder, [(mix(folder, name), {})])
     assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
 
 

@@ -359,6 +359,21 @@ def test_what_a_refused_release_has_that_is_read_is_planned(name: str, tmp_path:
         assert plan.modules[module].format.kind == checkpoint.storage(module).kind, module
 
 
+@pytest.mark.parametrize("name", [name for name in ROWS if CHECKPOINTS[name].kv_scales and name not in REFUSED])
+def test_scales_of_the_kv_cache_are_planned_with_attention(name: str, tmp_path: Path) -> None:
+    checkpoint = CHECKPOINTS[name]
+    real = real_config(name)
+    checkpoint.write(tmp_path / "q", real)
+    plain = {key: value for key, value in real["config"].items() if key != "quantization_config"}
+    checkpoint.unquantized().write(tmp_path / "bf16", {"config": plain})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: bf16\nsources: {q: q, bf16: bf16}\nweights:\n  'model.layers.0.self_attn.*': q\n")
+    plan = plan_recipe(recipe, allow_unservable=True)
+    planned = {tensor.info.name for shard in plan.shards for tensor in shard.tensors}
+    scales = {f"model.layers.0.self_attn.{scale}" for scale in checkpoint.kv_scales}
+    assert {name for name in planned if _scale_of_cache(name)} == scales
+
+
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in REFUSED])
 def test_one_declaration_is_left_after_a_build(name: str, tmp_path: Path) -> None:
     """No ``quantization_config`` but mixprec's stands anywhere in the ``config.json`` that is written."""

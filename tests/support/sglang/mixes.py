@@ -176,15 +176,6 @@ RELEASES: Mapping[str, Mix] = {
         QWEN3_MOE.of(**_SIZES),
         {"model.layers.*.self_attn.*": "fp8_block", "model.layers.*.mlp.experts.*": "auto_round_int4"},
     ),
-    "auto_round_beside_shared_experts": (
-        DEEPSEEK.of(**_SIZES),
-        {
-            "model.layers.*.self_attn.{q_a_proj,kv_a_proj_with_mqa,q_b_proj,o_proj}": "fp8_block",
-            "model.layers.0.mlp.*": "fp8_block",
-            "model.layers.1.mlp.experts.*": "auto_round_int4",
-            "model.layers.1.mlp.shared_experts.*": "fp8_block",
-        },
-    ),
 }
 
 
