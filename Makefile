@@ -13,7 +13,7 @@ SGLANG_BIN := .venv-sglang/bin
 # What tests share lies in tests/support: pytest finds it by itself, other commands by this.
 bench fuzz gpu-bench: export PYTHONPATH := $(CURDIR)/tests$(addprefix :,$(PYTHONPATH))
 
-.PHONY: setup demo test lint format bench fuzz sglang test-sglang serve-demo gpu-test gpu-bench clean
+.PHONY: setup demo test lint format bench faults fuzz sglang test-sglang serve-demo gpu-test gpu-bench clean
 
 setup: .venv/.ready
 
@@ -80,6 +80,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Every file-system call of a build and a split fails in turn, or is the last; `make test` takes a few of them.
+faults: setup
+	MIXPREC_FAULTS=all $(BIN)/python -m pytest tests/unit/test_faults_campaign.py
 
 bench: setup
 	$(BIN)/python tests/benchmarks/copy_speed.py

@@ -72,7 +72,8 @@ def write(
     companions = plan.sources.model.storage.fetch(companion_files(plan.sources.model))
     # `.` has no name of its own to put another folder beside.
     target = out.resolve()
-    made = [folder for folder in target.parents if not folder.exists()]
+    with write_errors(out):
+        made = [folder for folder in target.parents if not folder.exists()]
     try:
         with _stage(target, out, take_over) as stage:
             # A build that was killed while it replaced an output may have left that output in the stage.

@@ -89,9 +89,10 @@ def split(
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:
             try:
-                return _Split(folder, owned, manifest, source, reader, shard_size, jobs, check).run(
-                    degree, layout, ranks, watch
-                )
+                with write_errors(folder):  # all that no step names itself
+                    return _Split(folder, owned, manifest, source, reader, shard_size, jobs, check).run(
+                        degree, layout, ranks, watch
+                    )
             except KeyboardInterrupt:
                 kept = "what is finished is kept: the same command goes on from there"
                 raise InterruptedBuildError(f"{folder}: interrupted; {kept}") from None
