@@ -333,7 +333,7 @@ class Family:
         if not fmt.quantized:
             return None
         if role in (Role.EMBEDDING, Role.HEAD, Role.ROUTER):
-            return f"SGLang has no quantized {role.value}"
+            return f"mixprec serves no quantized {role.value}"
         reasons = (rule.reason(name, fmt) for rule in self.restrictions)
         return next((reason for reason in reasons if reason is not None), None)
 

@@ -191,7 +191,7 @@ class Gptq(Grouped):
         return self.desc_act
 
     def _kernel_limits(self) -> list[str]:
-        asymmetric = [] if self.sym else ["asymmetric GPTQ (sym: false) has no CUDA kernel in SGLang"]
+        asymmetric = [] if self.sym else ["mixprec does not serve asymmetric GPTQ (sym: false)"]
         return asymmetric + super(Gptq, self)._kernel_limits()
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:

@@ -54,12 +54,12 @@ class Grouped(Format):
         return self._kernel_limits() + expert_shape_limits(hidden, intermediate, self.group_size)
 
     def _kernel_limits(self) -> list[str]:
-        """What no CUDA kernel of SGLang's runs, whatever the shape."""
+        """What is not served, whatever the shape: experts and most linears run on Marlin, which lacks it."""
         if self.group_size in self.group_sizes:
             return []
         *first, last = map(str, self.group_sizes)
-        only = f"only {', '.join(first)} and {last} have"
-        return [f"group size {self.group_size} has no CUDA kernel{self.kernels_for} in SGLang, {only}"]
+        only = f"only {', '.join(first)} and {last}"
+        return [f"mixprec does not serve group size {self.group_size}{self.kernels_for}, {only}"]
 
     def _marlin_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         # SGLang computes this for GPTQ, too, and does not look at the result.

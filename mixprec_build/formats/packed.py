@@ -165,9 +165,9 @@ class Packed(Grouped):
     def _kernel_limits(self) -> list[str]:
         limits = []
         if not self.sym and self.bits != 4:
-            limits.append(f"asymmetric {self.kind} has no CUDA kernel in SGLang, only 4 bit has")
+            limits.append(f"mixprec does not serve asymmetric {self.kind}, only 4 bit")
         if not self.sym and self.actorder:
-            limits.append("weight_g_idx with zero points has no CUDA kernel in SGLang")
+            limits.append("mixprec does not serve weight_g_idx with zero points")
         return limits + super(Packed, self)._kernel_limits()
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:

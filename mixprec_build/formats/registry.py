@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import unread
 from .awq import Awq
-from .base import Format, Kind
+from .base import Format, FormatError, Kind
 from .dense import Dense
 from .fp8 import Fp8
 from .gptq import Gptq
@@ -99,6 +99,13 @@ def recognise(module: StoredModule, quantization: Mapping[str, object]) -> Forma
     declared = Quantization.of(quantization)
     table = _table(FORMATS)
     unread.refuse_first(module, declared, table.keys.keys())
+    try:
+        return _recognised(module, declared, table)
+    except FormatError as error:
+        raise unread.by_its_name(error, module, declared, table.keys.keys()) from error
+
+
+def _recognised(module: StoredModule, declared: Quantization, table: _Table) -> Format:
     for candidate in FORMATS:
         found = candidate.recognise(module, declared)
         if found is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..storage.module import StoredModule
     from .quantization import Quantization
 
-__all__ = ["LEAVES", "UNREAD", "refuse_first", "refuse_unknown"]
+__all__ = ["LEAVES", "UNREAD", "by_its_name", "refuse_first", "refuse_unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,28 @@ def _foreign(module: StoredModule, quantization: Quantization, methods: Set[str]
     if len(tensor.shape) > 1 and parent.endswith(("proj", "fc1", "fc2", ".w1", ".w2", ".w3")):
         return f"{stored} is part of a linear in a format that mixprec does not know"
     return None
+
+
+def by_its_name(error: FormatError, module: StoredModule, quantization: Quantization, methods: Set[str]) -> FormatError:
+    """What to raise instead of ``error``, which tensors alone led to: the declared method says what a module is, unless
+    it is one of ``methods``, whose configurations are read, or the tensors told more."""
+    text, method, algorithm = str(error), quantization.get("quant_method"), quantization.get("quant_algo")
+    named = text.startswith("stored as ") and not text.startswith(f"stored as {_SOME_FLOATS}")
+    if not isinstance(method, str) or named or "quant_method" in text:
+        return error
+    name = _NAMES.get(method, f"the method {brief(method)}")
+    if method in methods:
+        if not isinstance(algorithm, str) or algorithm == "FP8":
+            return error
+        name = f"ModelOpt's {brief(algorithm)}"
+    stored = ", ".join(shape_text(leaf, module) for leaf in sorted(module.tensors))
+    return FormatError(
+        f"stored as {name} ({stored}), which this version of mixprec does not read; take this module from a BF16, FP8, "
+        "Int8 or Int4 checkpoint"
+    )
+
+
+_NAMES = {"bitsandbytes": "bitsandbytes", "bitnet": "BitNet", "w4afp8": "W4AFP8", "mxfp4": "MXFP4", "quark": "Quark"}
 
 
 def refuse_unknown(module: StoredModule) -> NoReturn:

@@ -25,7 +25,7 @@ CODES = {
     "missing_module": "a source lacks modules that the recipe takes from it",
     "moved_rows": "a model class of SGLang's moves rows of the weight and leaves its scales behind",
     "not_cached": "the hub is out of reach, and its cache lacks files",
-    "role_limit": "SGLang has no quantized module of this role",
+    "role_limit": "modules of this role are served unquantized only",
     "shared_experts": "SGLang compares shared experts' formats in a way that this mix does not pass",
     "stacked_experts": "all experts of a layer are stored in one tensor, which cannot be taken apart",
 }

@@ -68,3 +68,32 @@ def test_a_buffer_of_the_same_shape_does_not_speak_for_a_weight(tmp_path: Path) 
     source = open_source(str(tmp_path / "a"))
     assert source.known_format("model.position_ids") is not None
     assert isinstance(source.formats["model.layers.0.mlp.up_proj.W_q"], FormatError)
+
+
+@pytest.mark.parametrize(
+    ("declared", "leaves", "said"),
+    [
+        ({"quant_method": "bitsandbytes"}, {"weight": "u1"}, "stored as bitsandbytes (weight U8"),
+        ({"quant_method": "bitnet"}, {"weight": "u1", "weight_scale": "f4"}, "stored as BitNet (weight U8"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, {"weight": "u1"}, "stored as ModelOpt's 'W4A16_AWQ'"),
+        ({"quant_method": "bitsandbytes"}, {"weight": "i1", "SCB": "f4"}, "stored as bitsandbytes (SCB F32"),
+        ({"quant_method": "another"}, {"weight": "u1"}, "stored as the method 'another' (weight U8"),
+    ],
+)
+def test_the_declared_method_names_a_format(
+    tmp_path: Path, declared: Config, leaves: dict[str, str], said: str
+) -> None:
+    def edit(tensors: Tensors, config: Config) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            n, k = tensors.pop(name).shape
+            for leaf, dtype in leaves.items():
+                shape = (n, k // 2) if leaf == "weight" else (n,)
+                tensors[name.replace("weight", leaf)] = np.ones(shape, dtype)
+        config["quantization_config"] = declared
+
+    write_tiny(tmp_path / "other", LLAMA, "bf16", edit=edit)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: other\nsources: {q: other}\n")
+    with pytest.raises(SourceError) as caught:
+        plan_recipe(recipe)
+    assert said in str(caught.value)

@@ -300,8 +300,8 @@ def test_what_contradicts_itself_is_told(tensors: dict[str, Stated], config: dic
         (Packed(4, 128, True, False), 64, 128, []),
         (Packed(8, -1, True, False), 64, 128, []),
         (Packed(4, 32, False, False), 64, 128, []),
-        (Packed(8, 128, False, False), 64, 128, ["asymmetric ct_int8 has no CUDA kernel"]),
-        (Packed(4, 16, True, False), 64, 128, ["group size 16 has no CUDA kernel"]),
+        (Packed(8, 128, False, False), 64, 128, ["mixprec does not serve asymmetric ct_int8"]),
+        (Packed(4, 16, True, False), 64, 128, ["mixprec does not serve group size 16"]),
         (
             Packed(4, 32, True, False),
             96,

@@ -54,14 +54,14 @@ LINEAR: list[tuple[Format, list[Tensors], list[str]]] = [
     (V2, [gptq(96, 256), gptq(32, 256)], []),  # 128 together: Marlin sees the fused linear
     (V2, [gptq(64, 256), gptq(32, 256)], ["96 outputs are no multiple of 64"]),
     (int4(-1), [gptq(64, 144, group_size=-1)], ["144 inputs are no multiple of 128"]),
-    (int4(16), [gptq(64, 128, group_size=16)], ["group size 16 has no CUDA kernel"]),
-    (int4(256), [gptq(64, 384, group_size=256)], ["group size 256 has no", "no multiple of the group size 256"]),
+    (int4(16), [gptq(64, 128, group_size=16)], ["mixprec does not serve group size 16"]),
+    (int4(256), [gptq(64, 384, group_size=256)], ["not serve group size 256", "no multiple of the group size 256"]),
     (int4(sym=False), [gptq(64, 128)], ["asymmetric GPTQ"]),
     (Awq(128), [awq(64, 128)], []),
     (Awq(32), [awq(32, 256, group_size=32), awq(32, 256, group_size=32)], []),
     (Awq(64), [awq(96, 192, group_size=64)], ["96 outputs are no multiple of 64", "192 inputs are no multiple of 128"]),
-    (Awq(-1), [awq(64, 128, group_size=-1)], ["group size -1 has no CUDA kernel for AWQ"]),
-    (Awq(16), [awq(64, 128, group_size=16)], ["group size 16 has no CUDA kernel for AWQ"]),
+    (Awq(-1), [awq(64, 128, group_size=-1)], ["mixprec does not serve group size -1 for AWQ"]),
+    (Awq(16), [awq(64, 128, group_size=16)], ["mixprec does not serve group size 16 for AWQ"]),
     (B128, [fp8_block(128, 256)], []),
     (B128, [fp8_block(100, 256)], []),  # alone, the last block of outputs may be partial
     (B128, [fp8_block(128, 200)], ["200 inputs are no multiple of 128"]),  # per_token_group_quant_fp8

@@ -514,7 +514,7 @@ SHAPES = {
     ),
 }
 
-ASYMMETRIC = "asymmetric GPTQ (sym: false) has no CUDA kernel in SGLang"
+ASYMMETRIC = "mixprec does not serve asymmetric GPTQ (sym: false)"
 
 KERNELS = {
     "asymmetric GPTQ": Case(llama_of("gptq_int4", sym=False), ("*.mlp.*: quant",), (ASYMMETRIC,)),
@@ -535,13 +535,13 @@ KERNELS = {
     "groups of 16": Case(
         llama_of("gptq_int4", group_size=16),
         ("*.mlp.*: quant",),
-        ("group size 16 has no CUDA kernel in SGLang, only -1, 32, 64 and 128 have",),
+        ("mixprec does not serve group size 16, only -1, 32, 64 and 128",),
     ),
     "groups of 256": Case(
-        llama_of("gptq_int4", group_size=256), ("*.down_proj: quant",), ("group size 256 has no CUDA kernel in SGLang",)
+        llama_of("gptq_int4", group_size=256), ("*.down_proj: quant",), ("mixprec does not serve group size 256",)
     ),
     "groups of 16 in experts": Case(
-        moe_of("gptq_int4", group_size=16), ("*.experts.*: quant",), ("group size 16 has no CUDA kernel in SGLang",)
+        moe_of("gptq_int4", group_size=16), ("*.experts.*: quant",), ("mixprec does not serve group size 16",)
     ),
     "static activations and channels": Case(
         llama_of("fp8_channel", activations="static"),
@@ -591,37 +591,37 @@ NEVER_QUANTIZED = {
         ("model.*: quant",),
         (
             "model.embed_tokens: fp8_channel (activations dynamic) from `quant`",
-            "SGLang has no quantized embedding. Add below line 6: `model.embed_tokens: bf16`",
+            "mixprec serves no quantized embedding. Add below line 6: `model.embed_tokens: bf16`",
         ),
     ),
     "lm_head": Case(
         llama_of("gptq_int4", also=("lm_head",)),
         ("lm_head: quant",),
-        ("SGLang has no quantized lm_head. Change line 6 to `lm_head: bf16`",),
+        ("mixprec serves no quantized lm_head. Change line 6 to `lm_head: bf16`",),
     ),
     "lm_head of the default": Case(
         {"int4": spec(LLAMA, "gptq_int4", also=("lm_head",)), "bf16": spec(LLAMA, "bf16")},
         ("model.layers.0.*: int4",),
-        ("from `int4` (the default): SGLang has no quantized lm_head. Add below line 6: `lm_head: bf16`",),
+        ("from `int4` (the default): mixprec serves no quantized lm_head. Add below line 6: `lm_head: bf16`",),
         clash=(),
     ),
     "lm_head that another source has, but not under that name": Case(
         # `lm_head: fp8` would be refused: what `fp8` stores there is not quantized.
         {"int4": spec(LLAMA, "gptq_int4", also=("lm_head",)), "fp8": spec(LLAMA, "fp8_block")},
         (),
-        ("SGLang has no quantized lm_head. No source of this recipe can take their place",),
+        ("mixprec serves no quantized lm_head. No source of this recipe can take their place",),
         clash=(),
         mends=0,
     ),
     "a router": Case(
         moe_of("fp8_block", also=("*.mlp.gate",)),
         ("model.layers.1.mlp.gate: quant",),
-        ("SGLang has no quantized router. Change line 6 to `model.layers.1.mlp.gate: bf16`",),
+        ("mixprec serves no quantized router. Change line 6 to `model.layers.1.mlp.gate: bf16`",),
     ),
     "routers by a glob that means them": Case(
         moe_of("fp8_block", also=("*.mlp.gate",)),
         ("*.mlp.gate: quant",),
-        ("SGLang has no quantized router. Add below line 6: `model.layers.{0..1}.mlp.gate: bf16`",),
+        ("mixprec serves no quantized router. Add below line 6: `model.layers.{0..1}.mlp.gate: bf16`",),
     ),
     "kv_b_proj": Case(
         deepseek("bf16") | {"fp8": spec(DEEPSEEK, "fp8_block")},
