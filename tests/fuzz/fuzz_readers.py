@@ -7,7 +7,7 @@
 
 A target raises for what no reader may do: anything but its own errors, more than a gigabyte, more than some seconds.
 Such an input is printed, for ``--input``, and the exit code is 1. What was found before is a row of
-``tests/unit/test_hostile.py``.
+``tests/unit/hostile``.
 
 Bytes that are mutated at random hardly ever become a checkpoint. Targets that read JSON therefore take the bytes as
 choices: where in a sound document to put which hostile value.
