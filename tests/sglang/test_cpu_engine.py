@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.serving import QWEN3_MOE, dequantize
+from support.formats import dequantize
+from support.serving import QWEN3_MOE
 from support.sglang.harness import build, free_port, last_json, sources
 from support.sglang.mixes import MIXES, RELEASES, Expected, mix
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from support import formats
 
 __all__ = ["COMPANIONS", "CONFIG", "LEFT_BEHIND", "LINEARS", "write_recipe", "write_sources", "write_tiny"]
 
@@ -68,10 +71,7 @@ LEFT_BEHIND: Mapping[str, bytes] = {
     ".gitattributes": b"*.bin\n",
 }
 
-_QUANTIZATION: Mapping[str, Mapping[str, object]] = {
-    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [HIDDEN, HIDDEN]},
-    "int4": {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
-}
+_QUANTIZATION = {"fp8": formats.fp8_config(), "int4": formats.gptq_config(group_size=64)}
 
 
 def write_sources(folder: Path, **changes: Any) -> dict[str, Path]:
@@ -152,21 +152,5 @@ def _tensors(variant: str, seed: int, experts: int) -> Tensors:
 def _linear(name: str, weight: torch.Tensor, variant: str) -> Tensors:
     if variant == "bf16":
         return {f"{name}.weight": weight}
-    if variant == "fp8":
-        scale = weight.float().abs().max() / 448
-        return {
-            f"{name}.weight": (weight.float() / scale).to(torch.float8_e4m3fn),
-            f"{name}.weight_scale_inv": scale.reshape(1, 1),
-        }
-    groups = weight.float().T.reshape(-1, 64, weight.shape[0])  # [G, 64, N]
-    scales = (groups.abs().amax(1) / 7).half()
-    codes = (groups / scales[:, None].float()).round().clamp(-8, 7).long().reshape(weight.T.shape) + 8
-    shifts = torch.arange(0, 32, 4)
-    words = (codes.reshape(-1, 8, codes.shape[1]) << shifts[None, :, None]).sum(1)
-    return {
-        # Words of which the highest bit is set are negative numbers.
-        f"{name}.qweight": torch.where(words >= 1 << 31, words - (1 << 32), words).int(),
-        f"{name}.qzeros": torch.full((groups.shape[0], weight.shape[0] // 8), 0x77777777, dtype=torch.int32),
-        f"{name}.scales": scales,
-        f"{name}.g_idx": (torch.arange(weight.shape[1]) // 64).int(),
-    }
+    packer = formats.fp8_block if variant == "fp8" else partial(formats.gptq, group_size=64)
+    return {f"{name}.{leaf}": tensor for leaf, tensor in packer(weight.float()).items()}

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,17 +164,8 @@ def _fp8_e8m0(leaf: str) -> Callable[[Array], Tensors]:
 
 
 def _fp8_tensor(*, static: bool) -> Callable[[Array], Tensors]:
-    def store(weight: Array) -> Tensors:
-        one = np.float32(1 / 2048)  # as producers equalize it over what engines fuse
-        scale = {"weight_scale": np.array(one)} | ({"input_scale": np.array(np.float32(0.25))} if static else {})
-        return {"weight": _fp8(weight, one), **scale}
-
-    return store
-
-
-def _fp8_channel(weight: Array) -> Tensors:
-    scale = (abs(weight).max(axis=1, keepdims=True) / 448).astype(ml_dtypes.bfloat16)
-    return {"weight": _fp8(weight, scale.astype(np.float32)), "weight_scale": scale}
+    # One scale, as producers equalize it over what engines fuse.
+    return partial(VARIANTS["fp8_tensor"].store, activations="static" if static else "dynamic", scale=1 / 2048)
 
 
 def _mxfp8(leaf: str) -> Callable[[Array], Tensors]:
@@ -291,7 +283,7 @@ CT_FP8_BLOCK = Storage(_fp8_block("weight_scale"), "fp8_block", error=0.05)
 FP8_FUSED = Storage(_fp8_block(fused=True), named="one tensor")
 MODELOPT_FP8 = Storage(_fp8_tensor(static=True), "fp8_tensor", error=0.05)
 CT_FP8_TENSOR_W8A16 = Storage(_fp8_tensor(static=False), "fp8_tensor", error=0.05)
-CT_FP8_CHANNEL = Storage(_fp8_channel, "fp8_channel", error=0.05)
+CT_FP8_CHANNEL = Storage(VARIANTS["fp8_channel"].store, "fp8_channel", error=0.05)
 DSV4_FP8 = Storage(_fp8_e8m0("scale"), named="E8M0")
 QUARK_FP8_E8M0 = Storage(_fp8_e8m0("weight_scale"), named="E8M0")
 MXFP8 = Storage(_mxfp8("weight_scale_inv"), named="MXFP8")

@@ -13,11 +13,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from support import formats
 
 __all__ = [
     "DEEPSEEK",
@@ -27,7 +30,6 @@ __all__ = [
     "QWEN3",
     "QWEN3_MOE",
     "Shape",
-    "dequantize",
     "quantize",
     "write_sources",
 ]
@@ -178,99 +180,15 @@ def _weight(name: str, shape: tuple[int, ...], device: str) -> torch.Tensor:
     return values / shape[1] ** 0.5
 
 
-# Formats: weight [N, K] in float32 -> its tensors
+# Formats
 
 
-def _dense(weight: torch.Tensor) -> Tensors:
-    return {"weight": weight.to(torch.bfloat16)}
-
-
-def _fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-
-
-def _blocks(weight: torch.Tensor, most: int, store: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Tensors:
-    n, k = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -k % 128, 0, -n % 128))
-    blocks = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 128, 128)
-    scale = blocks.abs().amax((1, 3)).clamp(min=1e-8) / most
-    full = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    return {"weight": store(weight, full), "weight_scale_inv": scale}
-
-
-def _fp8_channel(weight: torch.Tensor) -> Tensors:
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 448
-    return {"weight": _fp8(weight, scale), "weight_scale": scale}
-
-
-def _fp8_tensor(weight: torch.Tensor) -> Tensors:
-    # One scale for all: gate and up of an expert must share theirs.
-    scale = torch.tensor(0.5 / 448, device=weight.device)
-    return {"weight": _fp8(weight, scale), "weight_scale": scale}
-
-
-def _gptq(weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, desc_act: bool = False) -> Tensors:
-    """Round to nearest, in AutoGPTQ's layout; with ``desc_act`` the inputs are grouped in another order."""
-    n, k = weight.shape
-    size = k if group_size == -1 else group_size
-    order = torch.arange(k, device=weight.device)
-    if desc_act:
-        order = torch.randperm(k, generator=torch.Generator().manual_seed(k)).to(weight.device)
-    group = torch.empty(k, dtype=torch.long, device=weight.device)
-    group[order] = torch.arange(k, device=weight.device) // size
-    half = 1 << (bits - 1)
-    grouped = weight.t()[order].view(k // size, size, n)
-    scales = (grouped.abs().amax(1) / (half - 1)).clamp(min=1e-6).to(torch.float16)
-    q = torch.clamp(torch.round(weight.t() / scales.float()[group]) + half, 0, 2 * half - 1).to(torch.int64)
-    pack = 32 // bits
-    shifts = bits * torch.arange(pack, device=weight.device)
-    qweight = (q.view(k // pack, pack, n) << shifts[None, :, None]).sum(1)
-    word = sum((half - 1) << (bits * i) for i in range(pack))
-    return {
-        "qweight": _int32(qweight),
-        "qzeros": _int32(torch.full((k // size, n // pack), word, device=weight.device)),
-        "scales": scales,
-        "g_idx": group.to(torch.int32),
-    }
-
-
-def _int32(words: torch.Tensor) -> torch.Tensor:
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-# In a word of AWQ's, from the lowest bits up, lie the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def _awq(weight: torch.Tensor, *, group_size: int = 128) -> Tensors:
-    """Round to nearest with zero points, in AutoAWQ's layout (gemm)."""
-    n, k = weight.shape
-    grouped = weight.t().reshape(k // group_size, group_size, n)
-    low, high = grouped.amin(1).clamp(max=0), grouped.amax(1).clamp(min=0)
-    scales = ((high - low) / 15).clamp(min=1e-6).to(torch.float16)
-    zeros = torch.round(-low / scales.float()).clamp(0, 15)
-    q = (torch.round(grouped / scales.float()[:, None]) + zeros[:, None]).clamp(0, 15).reshape(k, n)
-    return {"qweight": _awq_words(q), "qzeros": _awq_words(zeros), "scales": scales}
-
-
-def _awq_words(values: torch.Tensor) -> torch.Tensor:
-    eights = values.to(torch.int64).reshape(len(values), -1, 8)
-    return _int32(sum(eights[..., output] << (4 * place) for place, output in enumerate(_AWQ_ORDER)))
-
-
-def _awq_values(words: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(*words.shape, 8, dtype=torch.float32, device=words.device)
-    for place, output in enumerate(_AWQ_ORDER):
-        out[..., output] = (words >> (4 * place)) & 15
-    return out.flatten(1)
-
-
-def _awq_config(group_size: int = 128) -> dict[str, Any]:
-    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
-
-
-def _gptq_config(bits: int = 4, group_size: int = 128, desc_act: bool = False) -> dict[str, Any]:
-    return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True, "desc_act": desc_act}
+def _in_another_order(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Groups of ``size`` inputs as activation order leaves them: ``[K]``."""
+    k = weight.shape[1]
+    group = torch.empty(k, dtype=torch.long)
+    group[torch.randperm(k, generator=torch.Generator().manual_seed(k))] = torch.arange(k) // size
+    return group
 
 
 def _auto_round_config() -> dict[str, Any]:
@@ -287,77 +205,8 @@ def _auto_round_config() -> dict[str, Any]:
     }
 
 
-_FP8_BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-_FP8_TENSOR = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-
-
-def _compressed(strategy: str, kind: str = "float") -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
-    inputs = {"num_bits": 8, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": f"{kind}-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
-        "ignore": ["lm_head", "re:.*\\.gate$"],
-    }
-
-
-def _int8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.round(weight / scale).clamp(-127, 127).to(torch.int8)
-
-
-def _int8_channel(weight: torch.Tensor) -> Tensors:
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
-    return {"weight": _int8(weight, scale), "weight_scale": scale}
-
-
-def _packed(
-    weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, sym: bool = True, act: bool = False
-) -> Tensors:
-    """Round to nearest, as compressed-tensors packs it (pack-quantized)."""
-    n, k = weight.shape
-    size, half = k if group_size == -1 else group_size, 1 << (bits - 1)
-    group = torch.arange(k, device=weight.device) // size
-    if act:  # inputs in another order
-        group = group[torch.randperm(k, generator=torch.Generator().manual_seed(k)).to(weight.device)]
-    grouped = weight[:, group.argsort(stable=True)].reshape(n, k // size, size)
-    if sym:
-        scale = (grouped.abs().amax(2) / (half - 1)).clamp(min=1e-6).to(torch.bfloat16)
-        zeros = torch.zeros_like(scale, dtype=torch.float32)
-    else:
-        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-        scale = ((high - low) / (2 * half - 1)).clamp(min=1e-6).to(torch.bfloat16)
-        zeros = (torch.round(-low / scale.float()) - half).clamp(-half, half - 1)
-    q = torch.round(weight / scale.float()[:, group]) + zeros[:, group]
-    tensors = {
-        "weight_packed": _words(q.clamp(-half, half - 1) + half, bits),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor([n, k]),
-    }
-    if not sym:
-        tensors["weight_zero_point"] = _words((zeros + half).t(), bits).t().contiguous()
-    return tensors | ({"weight_g_idx": group.to(torch.int32)} if act else {})
-
-
-def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """``[R, C]`` values -> ``[R, C * bits / 32]`` words, lowest bits first."""
-    parts = values.to(torch.int64).reshape(len(values), -1, 32 // bits)
-    return _int32((parts << torch.arange(0, 32, bits, device=values.device)).sum(2))
-
-
-def _packed_config(bits: int = 4, group_size: int = 128, sym: bool = True, act: bool = False) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
-    weights |= {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
-    if act:
-        weights["actorder"] = "group"
-    config = _compressed("channel")
-    config["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
-    return {**config, "format": "pack-quantized"}
-
-
 def _compressed_blocks() -> dict[str, Any]:
-    config = _compressed("block")
+    config = formats.compressed_config("block")
     group = config["config_groups"]["group_0"]
     group["weights"]["block_structure"] = [128, 128]
     group["input_activations"] |= {"strategy": "group", "group_size": 128}
@@ -365,87 +214,52 @@ def _compressed_blocks() -> dict[str, Any]:
 
 
 def _weight_only() -> dict[str, Any]:
-    config = _compressed("channel")
+    config = formats.compressed_config("channel")
     config["config_groups"]["group_0"]["input_activations"] = None
     return config
 
 
 _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] | None]] = {
-    "bf16": (_dense, None),
-    "fp8_block": (lambda w: _blocks(w, 448, _fp8), _FP8_BLOCK),
-    "fp8_channel": (_fp8_channel, _compressed("channel")),
-    "fp8_tensor": (_fp8_tensor, _FP8_TENSOR),
-    "int8_channel": (_int8_channel, _compressed("channel", "int")),
-    "int8_block": (lambda w: _blocks(w, 127, _int8), {**_FP8_BLOCK, "quant_method": "blockwise_int8"}),
-    "gptq_int4": (_gptq, _gptq_config()),
-    "gptq_int4_g64": (lambda w: _gptq(w, group_size=64), _gptq_config(group_size=64)),
-    "gptq_int4_act": (lambda w: _gptq(w, desc_act=True), _gptq_config(desc_act=True)),
-    "gptq_int8": (lambda w: _gptq(w, bits=8), _gptq_config(bits=8)),
+    "bf16": (formats.dense, None),
+    "fp8_block": (formats.fp8_block, formats.fp8_config()),
+    "fp8_channel": (formats.fp8_channel, formats.compressed_config("channel")),
+    # One scale for all: gate and up of an expert must share theirs.
+    "fp8_tensor": (partial(formats.fp8_tensor, scale=0.5 / 448), formats.fp8_config(None)),
+    "int8_channel": (formats.int8_channel, formats.compressed_config("channel", "int")),
+    "int8_block": (formats.int8_block, {**formats.fp8_config(), "quant_method": "blockwise_int8"}),
+    "gptq_int4": (formats.gptq, formats.gptq_config()),
+    "gptq_int4_g64": (partial(formats.gptq, group_size=64), formats.gptq_config(group_size=64)),
+    "gptq_int4_act": (
+        lambda w: formats.gptq(w, g_idx=_in_another_order(w, 128)),
+        formats.gptq_config(desc_act=True),
+    ),
+    "gptq_int8": (partial(formats.gptq, bits=8), formats.gptq_config(bits=8)),
     "auto_round_int4": (
-        lambda w: {leaf: tensor for leaf, tensor in _gptq(w).items() if leaf != "g_idx"},
+        lambda w: {leaf: tensor for leaf, tensor in formats.gptq(w).items() if leaf != "g_idx"},
         _auto_round_config(),
     ),
     "ct_fp8_block": (
-        lambda w: {leaf.removesuffix("_inv"): t for leaf, t in _blocks(w, 448, _fp8).items()},
+        lambda w: {leaf.removesuffix("_inv"): t for leaf, t in formats.fp8_block(w).items()},
         _compressed_blocks(),
     ),
-    "ct_fp8_weight": (_fp8_channel, _weight_only()),
-    "ct_int4": (_packed, _packed_config()),
-    "ct_int4_g32": (lambda w: _packed(w, group_size=32), _packed_config(group_size=32)),
-    "ct_int4_asym": (lambda w: _packed(w, sym=False), _packed_config(sym=False)),
-    "ct_int4_act": (lambda w: _packed(w, act=True), _packed_config(act=True)),
-    "ct_int8": (lambda w: _packed(w, bits=8, group_size=-1), _packed_config(8, -1)),
-    "awq_int4": (_awq, _awq_config()),
-    "awq_int4_g64": (lambda w: _awq(w, group_size=64), _awq_config(64)),
+    "ct_fp8_weight": (formats.fp8_channel, _weight_only()),
+    "ct_int4": (formats.packed, formats.packed_config()),
+    "ct_int4_g32": (partial(formats.packed, group_size=32), formats.packed_config(group_size=32)),
+    "ct_int4_asym": (partial(formats.packed, sym=False), formats.packed_config(sym=False)),
+    "ct_int4_act": (
+        lambda w: formats.packed(w, g_idx=_in_another_order(w, 128)),
+        formats.packed_config(act=True),
+    ),
+    "ct_int8": (partial(formats.packed, bits=8, group_size=-1), formats.packed_config(8, -1)),
+    "awq_int4": (formats.awq, formats.awq_config()),
+    "awq_int4_g64": (partial(formats.awq, group_size=64), formats.awq_config(64)),
 }
 
 
 def quantize(weight: torch.Tensor, variant: str) -> tuple[Tensors, torch.Tensor]:
     """A weight ``[N, K]`` in a format, and what that stands for, in float32."""
     tensors = _VARIANTS[variant][0](weight)
-    return tensors, dequantize(tensors, torch.bfloat16)
-
-
-def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight ``[N, K]`` that the tensors of a module stand for, in float32.
-
-    SGLang rounds the scales of packed weights to the dtype of the model, ``scales``.
-    """
-    if "qweight" in tensors:
-        factors = tensors["scales"].to(scales).float()
-        if tensors["qweight"].shape[1] != factors.shape[1]:  # AWQ's words go along outputs
-            q, zeros = _awq_values(tensors["qweight"]), _awq_values(tensors["qzeros"])
-            size = len(q) // len(zeros)
-            return ((q - zeros.repeat_interleave(size, 0)) * factors.repeat_interleave(size, 0)).t().contiguous()
-        bits = 32 * tensors["qzeros"].shape[1] // factors.shape[1]
-        q = _values(tensors["qweight"].t(), bits).t()
-        in_order = torch.arange(len(q), device=q.device) // (len(q) // len(factors))
-        group = tensors.get("g_idx", in_order).long()
-        return (q * factors[group]).t().contiguous()
-    if "weight_packed" in tensors:
-        k = int(tensors["weight_shape"][1])
-        bits = 32 * tensors["weight_packed"].shape[1] // k
-        factors = tensors["weight_scale"].to(scales).float()
-        group = torch.arange(k, device=factors.device) // (k // factors.shape[1])
-        group = tensors.get("weight_g_idx", group).long()
-        q = _values(tensors["weight_packed"], bits)
-        if "weight_zero_point" in tensors:
-            q -= _values(tensors["weight_zero_point"].t(), bits).t()[:, group]
-        return q * factors[:, group]
-    weight = tensors["weight"].float()
-    scale = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
-    if scale is None:
-        return weight
-    if scale.dim() == 2 and len(scale) < len(weight):
-        scale = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
-    return weight * scale
-
-
-def _values(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """``[R, C]`` words, lowest bits first -> ``[R, C * 32 / bits]`` values around 0."""
-    shifts = torch.arange(0, 32, bits, device=words.device)
-    values = (words.long()[:, :, None] >> shifts) & ((1 << bits) - 1)
-    return values.flatten(1).float() - (1 << (bits - 1))
+    return tensors, formats.dequantize(tensors, torch.bfloat16)
 
 
 def write_sources(
@@ -463,7 +277,7 @@ def write_sources(
         weight = _weight(name, size, device)
         for variant, writer in shards.items():
             quantized = _is_linear(name) and not any(fnmatchcase(name, pattern) for pattern in skip)
-            store = _VARIANTS[variant][0] if quantized else _dense
+            store = _VARIANTS[variant][0] if quantized else formats.dense
             for leaf, tensor in store(weight).items():
                 writer.add(name if name.endswith("bias") else f"{name}.{leaf}", tensor)
     for variant, writer in shards.items():

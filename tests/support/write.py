@@ -25,7 +25,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.numpy import save_file
+
+from support import formats
 
 __all__ = [
     "DEEPSEEK",
@@ -46,7 +49,6 @@ Config = dict[str, Any]
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-PACK = 8  # 4-bit values in a 32-bit word
 
 
 # Models
@@ -221,29 +223,33 @@ def _dense(dtype: npt.DTypeLike, weight: Array) -> Tensors:
     return {"weight": weight.astype(dtype)}
 
 
-def _to_fp8(weight: Array, scale: Array) -> Array:
-    return (weight / scale).clip(-448, 448).astype(FP8)
+def _as_arrays(weight: Array, packer: Callable[..., dict[str, torch.Tensor]], **options: Any) -> Tensors:
+    """What a packer makes of a weight."""
+    tensors = packer(torch.from_numpy(np.ascontiguousarray(weight, np.float32)), **options)
+    return {leaf: _as_array(tensor) for leaf, tensor in tensors.items()}
+
+
+def _as_array(tensor: torch.Tensor) -> Array:
+    # Of these two NumPy knows no dtype of its own.
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BF16)
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(FP8)
+    array: Array = tensor.numpy()
+    return array
 
 
 def _fp8_block(weight: Array, block: tuple[int, int] = (128, 128), activations: str = "dynamic") -> Tensors:
-    n, k = weight.shape
-    blocks = -(-n // block[0]), -(-k // block[1])
-    padded = np.zeros((blocks[0] * block[0], blocks[1] * block[1]), np.float32)
-    padded[:n, :k] = abs(weight)
-    scale = padded.reshape(blocks[0], block[0], blocks[1], block[1]).max(axis=(1, 3)) / np.float32(448)
-    spread = scale.repeat(block[0], axis=0)[:n].repeat(block[1], axis=1)[:, :k]
-    return {"weight": _to_fp8(weight, spread), "weight_scale_inv": scale}
+    return _as_arrays(weight, formats.fp8_block, block=block)
 
 
 def _fp8_channel(weight: Array, activations: str = "dynamic") -> Tensors:
-    scale = (abs(weight).max(axis=1, keepdims=True) / 448).astype(BF16)
-    return {"weight": _to_fp8(weight, scale.astype(np.float32)), "weight_scale": scale} | _input_scale(activations)
+    return _as_arrays(weight, formats.fp8_channel, scale_dtype=torch.bfloat16) | _input_scale(activations)
 
 
 def _fp8_tensor(weight: Array, activations: str = "dynamic", scale: float | None = 1 / 64) -> Tensors:
     """``scale`` is the same for every module, as in checkpoints that fuse gate and up; None takes each one's own."""
-    one = np.float32(abs(weight).max() / 448 if scale is None else scale)
-    return {"weight": _to_fp8(weight, one), "weight_scale": np.array(one)} | _input_scale(activations)
+    return _as_arrays(weight, formats.fp8_tensor, scale=scale) | _input_scale(activations)
 
 
 def _input_scale(activations: str) -> Tensors:
@@ -258,68 +264,23 @@ def _gptq_int4(
     layout: str = "gptq",
     zero_bias: bool = False,
 ) -> Tensors:
-    """Rounded to nearest, no GPTQ: only the storage is real."""
     n, k = weight.shape
-    size = k if group_size == -1 else group_size
-    g_idx = np.arange(k, dtype=np.int32) // size
+    g_idx = None
     if desc_act:
         # One order for all linears of a width: those fused share their input, and its order.
-        g_idx = np.random.default_rng(k).permutation(g_idx)
-    groups = -(-k // size)
-    inputs = weight.T.astype(np.float32)  # [K, N]
-    scales, zeros = np.empty((groups, n), np.float16), np.full((groups, n), 8, np.uint32)
-    for group in range(groups):
-        rows = inputs[g_idx == group]
-        if sym:
-            scales[group] = abs(rows).max(axis=0) / 7
-        else:
-            low, high = rows.min(axis=0), rows.max(axis=0)
-            scales[group] = (high - low) / 15
-            zeros[group] = (-low / scales[group]).round().clip(0, 15)
-    q = ((inputs / scales[g_idx]).round() + zeros[g_idx]).clip(0, 15).astype(np.uint32)
-    tensors: Tensors = {
-        "g_idx": g_idx,
-        "qweight": _packed(q.T).T.copy(),
-        "qzeros": _packed((zeros - (layout == "gptq")) & 15),
-        "scales": scales,
-    }
+        groups = np.arange(k, dtype=np.int32) // (k if group_size == -1 else group_size)
+        g_idx = torch.from_numpy(np.random.default_rng(k).permutation(groups))
+    made = _as_arrays(weight, formats.gptq, group_size=group_size, sym=sym, g_idx=g_idx, layout=layout)
+    tensors = dict(sorted(made.items()))
     return tensors | ({"bias": np.zeros(n, np.float16)} if zero_bias else {})
 
 
 def _awq_int4(weight: Array, group_size: int = 128) -> Tensors:
-    """Rounded to nearest with zero points, in AutoAWQ's layout (gemm)."""
-    n, k = weight.shape
-    groups = weight.T.astype(np.float32).reshape(k // group_size, group_size, n)
-    low, high = groups.min(axis=1).clip(max=0), groups.max(axis=1).clip(min=0)
-    scales = ((high - low) / 15).astype(np.float16)
-    zeros = (-low / scales.astype(np.float32)).round().clip(0, 15)
-    q = ((groups / scales[:, None].astype(np.float32)).round() + zeros[:, None]).clip(0, 15)
-    places = [0, 2, 4, 6, 1, 3, 5, 7]  # in a word, from the lowest bits up
-
-    def pack(values: Array) -> Array:
-        return _packed(values.reshape(len(values), -1, PACK)[:, :, places].reshape(len(values), n))
-
-    return {"qweight": pack(q.reshape(k, n)), "qzeros": pack(zeros), "scales": scales}
+    return _as_arrays(weight, formats.awq, group_size=group_size)
 
 
 def _ct_int4(weight: Array, group_size: int = 128) -> Tensors:
-    """Rounded to nearest, symmetric, as compressed-tensors packs it."""
-    n, k = weight.shape
-    groups = weight.astype(np.float32).reshape(n, k // group_size, group_size)
-    scale = (abs(groups).max(axis=2) / 7).astype(BF16)
-    q = (groups / scale[:, :, None].astype(np.float32)).round().clip(-8, 7).reshape(n, k) + 8
-    return {"weight_packed": _packed(q), "weight_scale": scale, "weight_shape": np.array([n, k])}
-
-
-def _packed(values: Array) -> Array:
-    """``[R, C]`` 4-bit values -> ``[R, C / 8]`` 32-bit words, lowest bits first."""
-    nibbles = values.astype(np.uint32).reshape(values.shape[0], -1, PACK)
-    shifts = np.arange(0, 32, 4, dtype=np.uint32)
-    return np.bitwise_or.reduce(nibbles << shifts, axis=2).view(np.int32)
-
-
-def _fp8_config(block: tuple[int, int] = (128, 128), activations: str = "dynamic") -> Config:
-    return {"quant_method": "fp8", "activation_scheme": activations, "weight_block_size": list(block)}
+    return _as_arrays(weight, formats.packed, group_size=group_size)
 
 
 def _compressed_config(activations: str = "dynamic", **_: object) -> Config:
@@ -327,27 +288,17 @@ def _compressed_config(activations: str = "dynamic", **_: object) -> Config:
 
 
 def _fp8_tensor_config(activations: str = "dynamic", **_: object) -> Config:
-    return {"quant_method": "fp8", "activation_scheme": activations}
+    return formats.fp8_config(None, activations)
 
 
 def _gptq_config(
     group_size: int = 128, sym: bool = True, desc_act: bool = False, layout: str = "gptq", **_: object
 ) -> Config:
-    settings = {"bits": 4, "group_size": group_size, "sym": sym, "desc_act": desc_act}
-    return {"quant_method": "gptq", "checkpoint_format": layout, **settings}
+    return formats.gptq_config(group_size=group_size, sym=sym, desc_act=desc_act, layout=layout)
 
 
-def _awq_config(group_size: int = 128, **_: object) -> Config:
-    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
-
-
-def _ct_config(group_size: int = 128, **_: object) -> Config:
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    return {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*\\.mlp\\.gate$"],
-    }  # fmt: skip
+def _ct_config(group_size: int = 128) -> Config:
+    return formats.packed_config(group_size=group_size, ignore="re:.*\\.mlp\\.gate$")
 
 
 class _Variant(NamedTuple):
@@ -361,11 +312,11 @@ class _Variant(NamedTuple):
 VARIANTS: Mapping[str, _Variant] = {
     "bf16": _Variant(lambda weight: _dense(BF16, weight), None, BF16),
     "fp16": _Variant(lambda weight: _dense(np.float16, weight), None, np.dtype(np.float16)),
-    "fp8_block": _Variant(_fp8_block, _fp8_config, BF16),
+    "fp8_block": _Variant(_fp8_block, formats.fp8_config, BF16),
     "fp8_channel": _Variant(_fp8_channel, _compressed_config, BF16),
     "fp8_tensor": _Variant(_fp8_tensor, _fp8_tensor_config, BF16),
     "gptq_int4": _Variant(_gptq_int4, _gptq_config, np.dtype(np.float16)),
-    "awq_int4": _Variant(_awq_int4, _awq_config, np.dtype(np.float16)),
+    "awq_int4": _Variant(_awq_int4, formats.awq_config, np.dtype(np.float16)),
     "ct_int4": _Variant(_ct_int4, _ct_config, BF16),
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.serving import dequantize
+from support.formats import dequantize
 from support.write import LLAMA, QWEN3_MOE, Config, Tensors, Tiny, folded_factors, write_tiny
 
 from mixprec_build.checkpoint.typed import open_source

@@ -1,0 +1,284 @@
+"""One packer a format: a weight ``[N, K]`` in float32 -> the tensors that a checkpoint stores it as, by leaf.
+
+    tensors = gptq(weight, bits=4, group_size=128)      # {"qweight": ..., "qzeros": ..., "scales": ..., "g_idx": ...}
+    weight = dequantize(tensors)                        # [N, K], in float32
+
+Values are rounded to nearest, whatever finds better ones in the format's own quantizer: only the storage is real.
+Written with torch alone, never with the code under test; on a GPU where the weight is on one. Beside a packer stands
+what ``quantization_config`` says of its format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = [
+    "awq", "awq_config", "compressed_config", "dense", "dequantize", "fp8_block", "fp8_channel", "fp8_config",
+    "fp8_tensor", "gptq", "gptq_config", "int8_block", "int8_channel", "packed", "packed_config",
+]  # fmt: skip
+
+Tensors = dict[str, torch.Tensor]
+Config = dict[str, Any]
+
+
+def dense(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """BF16, FP16 or FP32."""
+    return {"weight": weight.to(dtype)}
+
+
+# FP8 and Int8
+
+
+def _to_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def _to_int8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.round(weight / scale).clamp(-127, 127).to(torch.int8)
+
+
+def _in_blocks(
+    weight: torch.Tensor, block: tuple[int, int], most: int, to: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Tensors:
+    """``weight_scale_inv`` ``[ceil(N / block[0]), ceil(K / block[1])]``: the last blocks may be smaller."""
+    (n, k), (rows, columns) = weight.shape, block
+    filled = torch.nn.functional.pad(weight, (0, -k % columns, 0, -n % rows))
+    blocks = filled.view(filled.shape[0] // rows, rows, filled.shape[1] // columns, columns)
+    scale = blocks.abs().amax((1, 3)).clamp(min=1e-8) / most
+    full = scale.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+    return {"weight": to(weight, full), "weight_scale_inv": scale}
+
+
+def _by_channel(weight: torch.Tensor, most: int, dtype: torch.dtype) -> torch.Tensor:
+    """``[N, 1]``."""
+    return (weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / most).to(dtype)
+
+
+def fp8_block(weight: torch.Tensor, *, block: tuple[int, int] = (128, 128)) -> Tensors:
+    """FP8 (E4M3) with a scale for each block, as DeepSeek and Qwen release it."""
+    return _in_blocks(weight, block, 448, _to_fp8)
+
+
+def fp8_channel(weight: torch.Tensor, *, scale_dtype: torch.dtype = torch.float32) -> Tensors:
+    """FP8 with a scale for each output."""
+    scale = _by_channel(weight, 448, scale_dtype)
+    return {"weight": _to_fp8(weight, scale.float()), "weight_scale": scale}
+
+
+def fp8_tensor(weight: torch.Tensor, *, scale: float | None) -> Tensors:
+    """FP8 with one scale: ``scale``, as in checkpoints that fuse gate and up, or (None) the weight's own."""
+    one = weight.abs().amax() / 448 if scale is None else torch.tensor(scale, device=weight.device)
+    return {"weight": _to_fp8(weight, one), "weight_scale": one}
+
+
+def int8_block(weight: torch.Tensor) -> Tensors:
+    """Int8 with a scale for each block of 128 x 128."""
+    return _in_blocks(weight, (128, 128), 127, _to_int8)
+
+
+def int8_channel(weight: torch.Tensor) -> Tensors:
+    """Int8 with a scale for each output."""
+    scale = _by_channel(weight, 127, torch.float32)
+    return {"weight": _to_int8(weight, scale), "weight_scale": scale}
+
+
+def fp8_config(block: tuple[int, int] | None = (128, 128), activations: str = "dynamic") -> Config:
+    """Of ``fp8_block``; without ``block`` that of ``fp8_tensor``."""
+    config: Config = {"quant_method": "fp8", "activation_scheme": activations}
+    return config if block is None else {**config, "weight_block_size": list(block)}
+
+
+def compressed_config(strategy: str, kind: str = "float") -> Config:
+    """Of ``fp8_channel`` and, with ``kind="int"``, ``int8_channel``: compressed-tensors' words."""
+    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
+    inputs = {"num_bits": 8, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "ignore": ["lm_head", "re:.*\\.gate$"],
+    }
+
+
+# Integers in 32-bit words
+
+
+def gptq(
+    weight: torch.Tensor,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    g_idx: torch.Tensor | None = None,
+    layout: str = "gptq",
+) -> Tensors:
+    """AutoGPTQ's layout: along inputs, lowest bits first; ``group_size`` -1 is one group.
+
+    ``g_idx`` ``[K]`` is the group of each input, in order where it is None. In ``layout`` ``gptq`` zero points are
+    stored less one, in ``gptq_v2`` as they are.
+    """
+    n, k = weight.shape
+    size = k if group_size == -1 else group_size
+    groups, middle, most = -(-k // size), 1 << (bits - 1), (1 << bits) - 1
+    group = (torch.arange(k, device=weight.device) // size) if g_idx is None else g_idx.to(weight.device).long()
+    inputs = weight.t()
+    if sym:
+        scales = (_per_group(inputs.abs(), group, groups, "amax") / (middle - 1)).clamp(min=1e-6).half()
+        zeros = torch.full((groups, n), middle, device=weight.device)
+    else:
+        low, high = (_per_group(inputs, group, groups, which) for which in ("amin", "amax"))
+        scales = ((high - low) / most).half()
+        zeros = torch.round(-low / scales.float()).clamp(0, most).long()
+    q = (torch.round(inputs / scales.float()[group]) + zeros[group]).clamp(0, most)
+    return {
+        "qweight": _words(q.t(), bits).t().contiguous(),
+        "qzeros": _words((zeros - int(layout == "gptq")) & most, bits),
+        "scales": scales,
+        "g_idx": group.int(),
+    }
+
+
+def _per_group(inputs: torch.Tensor, group: torch.Tensor, groups: int, which: str) -> torch.Tensor:
+    """``[K, N]`` -> the largest (``amax``) or least (``amin``) of each group of inputs, ``[G, N]``."""
+    out = torch.empty(groups, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
+    return out.scatter_reduce(0, group[:, None].expand_as(inputs), inputs, which, include_self=False)
+
+
+def gptq_config(
+    bits: int = 4, group_size: int = 128, *, sym: bool = True, desc_act: bool = False, layout: str | None = None
+) -> Config:
+    """``layout`` is said where it is not None, as by GPTQModel."""
+    config: Config = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act}
+    return config if layout is None else {**config, "checkpoint_format": layout}
+
+
+# In a word of AWQ's, from the lowest bits up, lie the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def awq(weight: torch.Tensor, *, group_size: int = 128) -> Tensors:
+    """AutoAWQ's layout (gemm): along outputs, with zero points."""
+    n, k = weight.shape
+    grouped = weight.t().reshape(k // group_size, group_size, n)
+    low, high = grouped.amin(1).clamp(max=0), grouped.amax(1).clamp(min=0)
+    scales = ((high - low) / 15).clamp(min=1e-6).half()
+    zeros = torch.round(-low / scales.float()).clamp(0, 15)
+    q = (torch.round(grouped / scales.float()[:, None]) + zeros[:, None]).clamp(0, 15).reshape(k, n)
+    return {"qweight": _awq_words(q), "qzeros": _awq_words(zeros), "scales": scales}
+
+
+def _awq_words(values: torch.Tensor) -> torch.Tensor:
+    return _words(values.reshape(len(values), -1, 8)[..., list(_AWQ_ORDER)].flatten(1), 4)
+
+
+def awq_config(group_size: int = 128) -> Config:
+    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+
+
+def packed(
+    weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, sym: bool = True, g_idx: torch.Tensor | None = None
+) -> Tensors:
+    """compressed-tensors' ``pack-quantized``: along inputs, offset by half the range; ``group_size`` -1 is one group.
+
+    With ``g_idx`` ``[K]`` the groups are of other inputs than neighbours, and ``weight_g_idx`` says which.
+    """
+    n, k = weight.shape
+    size, middle = k if group_size == -1 else group_size, 1 << (bits - 1)
+    group = (torch.arange(k, device=weight.device) // size) if g_idx is None else g_idx.to(weight.device).long()
+    grouped = weight[:, group.argsort(stable=True)].reshape(n, k // size, size)
+    if sym:
+        scale = (grouped.abs().amax(2) / (middle - 1)).clamp(min=1e-6).bfloat16()
+        zeros = torch.zeros_like(scale, dtype=torch.float32)
+    else:
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scale = ((high - low) / (2 * middle - 1)).clamp(min=1e-6).bfloat16()
+        zeros = (torch.round(-low / scale.float()) - middle).clamp(-middle, middle - 1)
+    q = torch.round(weight / scale.float()[:, group]) + zeros[:, group]
+    tensors = {
+        "weight_packed": _words(q.clamp(-middle, middle - 1) + middle, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([n, k]),
+    }
+    if not sym:
+        tensors["weight_zero_point"] = _words((zeros + middle).t(), bits).t().contiguous()
+    return tensors if g_idx is None else {**tensors, "weight_g_idx": group.int()}
+
+
+def packed_config(
+    bits: int = 4, group_size: int = 128, *, sym: bool = True, act: bool = False, ignore: str = "re:.*\\.gate$"
+) -> Config:
+    weights: Config = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
+    weights |= {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
+    if act:
+        weights["actorder"] = "group"
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": ["lm_head", ignore],
+    }
+
+
+def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[R, C]`` values -> ``[R, C * bits / 32]`` words in int32, lowest bits first."""
+    parts = values.to(torch.int64).reshape(len(values), -1, 32 // bits)
+    words = (parts << torch.arange(0, 32, bits, device=values.device)).sum(2)
+    # Words of which the highest bit is set are negative numbers.
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+# And back
+
+
+def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight ``[N, K]`` that the tensors of a module stand for, in float32.
+
+    SGLang rounds the scales of packed weights to the dtype of the model, ``scales``.
+    """
+    if "qweight" in tensors:
+        factors = tensors["scales"].to(scales).float()
+        if tensors["qweight"].shape[1] != factors.shape[1]:  # AWQ's words go along outputs
+            q, zeros = _awq_values(tensors["qweight"]), _awq_values(tensors["qzeros"])
+            size = len(q) // len(zeros)
+            return ((q - zeros.repeat_interleave(size, 0)) * factors.repeat_interleave(size, 0)).t().contiguous()
+        bits = 32 * tensors["qzeros"].shape[1] // factors.shape[1]
+        q = _values(tensors["qweight"].t(), bits).t()
+        in_order = torch.arange(len(q), device=q.device) // (len(q) // len(factors))
+        group = tensors.get("g_idx", in_order).long()
+        return (q * factors[group]).t().contiguous()
+    if "weight_packed" in tensors:
+        k = int(tensors["weight_shape"][1])
+        bits = 32 * tensors["weight_packed"].shape[1] // k
+        factors = tensors["weight_scale"].to(scales).float()
+        group = torch.arange(k, device=factors.device) // (k // factors.shape[1])
+        group = tensors.get("weight_g_idx", group).long()
+        q = _values(tensors["weight_packed"], bits)
+        if "weight_zero_point" in tensors:
+            q -= _values(tensors["weight_zero_point"].t(), bits).t()[:, group]
+        return q * factors[:, group]
+    weight = tensors["weight"].float()
+    scale = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
+    if scale is None:
+        return weight
+    if scale.dim() == 2 and len(scale) < len(weight):
+        scale = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return weight * scale
+
+
+def _awq_values(words: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(*words.shape, 8, dtype=torch.float32, device=words.device)
+    for place, output in enumerate(_AWQ_ORDER):
+        out[..., output] = (words >> (4 * place)) & 15
+    return out.flatten(1)
+
+
+def _values(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[R, C]`` words, lowest bits first -> ``[R, C * 32 / bits]`` values around 0."""
+    shifts = torch.arange(0, 32, bits, device=words.device)
+    values = (words.long()[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return values.flatten(1).float() - (1 << (bits - 1))
