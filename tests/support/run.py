@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
-__all__ = ["Ended", "Run", "at_most", "call", "cpu_seconds", "environment", "run_python"]
+from typer.testing import CliRunner
+
+__all__ = ["Ended", "Run", "at_most", "call", "cpu_seconds", "environment", "invoke", "run_python"]
 
 
 class Ended(NamedTuple):
@@ -46,6 +48,14 @@ def call(*arguments: object) -> object:
         except SystemExit as ended:
             return ended.code or 0
     return 0
+
+
+def invoke(*arguments: object, **variables: str) -> Any:
+    """What typer's own runner says of the command: exit code, output, and the exception that ``main`` makes a message
+    of; ``variables`` are set while it runs."""
+    from mixprec_build.cli.app import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=variables)
 
 
 def environment(*folders: Path, **variables: str) -> dict[str, str]:

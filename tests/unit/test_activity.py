@@ -15,9 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from typer.testing import CliRunner
+from support.run import invoke
 
-from mixprec_build.cli.app import app
 from mixprec_build.errors import OutputError, StatsError
 from mixprec_build.report.figures import draw_heatmap, show_heatmap
 from mixprec_build.suggesting.activity import Activity, activity_facts, balance_of, gini, read_activity
@@ -188,7 +187,7 @@ def test_torch_is_needed_for_dumps_only(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_command(tmp_path: Path) -> None:
     path = write_stats(tmp_path / "a.json", COUNTS, {1: 20, 3: 20})
     page = tmp_path / "heat.html"
-    done = CliRunner().invoke(app, ["experts", str(path), str(path), "--top", "2", "--heatmap", str(page), "--json"])
+    done = invoke("experts", str(path), str(path), "--top", "2", "--heatmap", str(page), "--json")
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert (facts["activations"], facts["tokens"], facts["experts"]) == (160, 40, 8)
@@ -198,7 +197,7 @@ def test_the_command(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.count("<td ") == 8 and 'title="layer 3, expert 3: 74 tokens, 3.70 of the mean"' in text
     assert "http" not in text  # nothing is fetched to show it
-    shown = CliRunner().invoke(app, ["experts", str(path)])
+    shown = invoke("experts", str(path))
     assert "Load balance" in shown.output and "Heat map: a block is an expert" in shown.output
 
 
@@ -226,7 +225,7 @@ def test_a_png(tmp_path: Path) -> None:
 
 def test_a_picture_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     for name, message in (("heat.pdf", "pictures are written as .png"), ("none/heat.html", "there is no folder")):
-        done = CliRunner().invoke(app, ["experts", str(tmp_path / "none.json"), "--heatmap", str(tmp_path / name)])
+        done = invoke("experts", str(tmp_path / "none.json"), "--heatmap", str(tmp_path / name))
         assert isinstance(done.exception, OutputError) and message in str(done.exception)
 
 

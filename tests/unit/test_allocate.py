@@ -17,11 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.hollow import write_hollow
+from support.run import invoke
 from support.write import DEEPSEEK, LLAMA, QWEN3_MOE, Tiny, write_tiny
-from typer.testing import CliRunner
 
 from mixprec_build.checkpoint.typed import open_source
-from mixprec_build.cli.app import app
 from mixprec_build.errors import BudgetError, OutputError, RecipeError, RefusedError, SourceError, StatsError
 from mixprec_build.output.build import plan_recipe
 from mixprec_build.planning.types import Plan
@@ -459,7 +458,7 @@ def test_the_command(moe: Path, tmp_path: Path) -> None:
     budget = (low + high) // 2
     arguments = ["suggest", str(moe), "--budget", str(budget), "-o", str(out), "--stats", str(stats)]
     arguments += ["--errors", str(tmp_path / "kept.jsonl"), "--min-format", "*.self_attn.*: fp8", "--json"]
-    done = CliRunner().invoke(app, arguments)
+    done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     plan = plan_recipe(out)
@@ -469,9 +468,9 @@ def test_the_command(moe: Path, tmp_path: Path) -> None:
     frontier = [(point["bytes"], point["loss"]) for point in facts["frontier"]]
     assert frontier == sorted(frontier, key=lambda point: (point[0], -point[1]))
     assert facts["bound"] <= facts["loss"]
-    again = CliRunner().invoke(app, arguments)
+    again = invoke(*arguments)
     assert again.exit_code != 0 and "exists; pass --force" in str(again.exception)
-    shown = CliRunner().invoke(app, [*arguments[:-1], "--force"])
+    shown = invoke(*arguments[:-1], "--force")
     assert "all int4" in shown.output and "this mix" in shown.output
 
 
@@ -486,7 +485,7 @@ def test_the_table_has_no_row_twice(moe: Path, tmp_path: Path) -> None:
         "--errors",
         str(tmp_path / "k"),
     ]
-    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    shown = invoke(*arguments, COLUMNS="200")
     rows = [line.split("│")[1:-1] for line in shown.output.partition("against bytes")[2].splitlines() if "│" in line]
     cells = [tuple(cell.strip() for cell in row[:2]) for row in rows]
     assert len(cells) > 5 and len({*cells}) == len(cells)
@@ -504,7 +503,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(moe: Path, tmp_pa
         (["-o", str(moe), "--force"], "is the recipe with the sources to choose from"),
         (["-o", str(tmp_path / "x.yaml"), "--errors", str(moe)], "holds no measured errors; name another file"),
     ):
-        done = CliRunner().invoke(app, ["suggest", str(moe), "--budget", "1TB", *arguments])
+        done = invoke("suggest", str(moe), "--budget", "1TB", *arguments)
         assert message in str(done.exception) and moe.read_text() == before
 
 
@@ -514,7 +513,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
 ) -> None:
     def plotted(to: Path) -> str:
         arguments = ["suggest", str(moe), "--budget", "1TB", "-o", str(tmp_path / "x.yaml"), "--plot", str(to)]
-        done = CliRunner().invoke(app, arguments)
+        done = invoke(*arguments)
         assert isinstance(done.exception, OutputError) and not (tmp_path / "x.yaml").exists()
         return str(done.exception)
 
@@ -536,7 +535,7 @@ def test_into_a_folder_that_is_a_link(moe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", [["--budget", "much"], ["--pin", "model.layers.0"]])
 def test_wrong_usage(moe: Path, tmp_path: Path, flag: list[str]) -> None:
-    done = CliRunner().invoke(app, ["suggest", str(moe), "--budget", "1GB", "-o", str(tmp_path / "x.yaml"), *flag])
+    done = invoke("suggest", str(moe), "--budget", "1GB", "-o", str(tmp_path / "x.yaml"), *flag)
     assert done.exit_code == 2
 
 

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 from support.llama import write_recipe, write_sources
+from support.run import invoke
 from support.write import LLAMA, QWEN3_MOE, write_tiny
-from typer.testing import CliRunner
 
-from mixprec_build.cli.app import app
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.report import doctor
 from mixprec_build.versions import version_problem
@@ -135,8 +134,7 @@ def test_a_plain_checkpoint_is_not_for_the_plugin(machine: None, out: Path) -> N
 
 
 def test_the_command_exits_with_1_where_something_fails(machine: None, out: Path) -> None:
-    runner = CliRunner()
-    fine = runner.invoke(app, ["doctor", str(out), "--json"])
+    fine = invoke("doctor", str(out), "--json")
     assert fine.exit_code == 0 and {f["status"] for f in json.loads(fine.stdout)} <= {"ok", "warn"}
-    broken = runner.invoke(app, ["doctor", str(out.parent / "bf16")])
+    broken = invoke("doctor", str(out.parent / "bf16"))
     assert broken.exit_code == 1 and "fail" in broken.stdout

@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 from support import write as checkpoints
 from support.files import folder_tensors
 from support.llama import write_recipe, write_sources, write_tiny
+from support.run import invoke
 from support.write import LLAMA
-from typer.testing import CliRunner
 
 from mixprec_build.checkpoint.typed import open_source
-from mixprec_build.cli.app import app
 from mixprec_build.errors import VerifyError
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.report.facts import inspect_facts
@@ -275,7 +274,7 @@ def test_the_command_that_serves(tmp_path: Path, line: str, intermediate: int, c
     recipe = tmp_path / "mix.yaml"
     recipe.write_text(f"model: bf16\nsources: {{bf16: bf16, int4: int4}}\nweights: {{'{line}': int4}}\n")
     run_plan(plan_recipe(recipe, allow_unservable=True), tmp_path / "out")
-    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).output
+    shown = invoke("inspect", str(tmp_path / "out")).output
     if command is None:
         assert "SGLang cannot serve this: " in shown and "launch_server" not in shown
     else:

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.run import invoke
 from support.toy_format import GROUP, Toy, write_mix, write_toy
-from typer.testing import CliRunner
 
 from mixprec_build.checkpoint.typed import open_source
-from mixprec_build.cli.app import app
 from mixprec_build.errors import RecipeError
 from mixprec_build.formats.base import FormatError, Kind
 from mixprec_build.formats.registry import FORMATS, kinds, kinds_of_word, with_format
@@ -37,7 +36,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> str:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    done = invoke(*arguments)
     assert done.exit_code == 0, done.output + repr(done.exception)
     return done.stdout
 
@@ -90,7 +89,7 @@ def test_a_format_from_outside_is_cut_for_two_ranks(recipe: Path, tmp_path: Path
 def test_a_format_from_outside_is_listed_with_its_kernels_and_words() -> None:
     assert kinds_of_word("toy") == {"toy_int4"} and "toy_int4" in kinds_of_word("int4")
     assert dict(kinds())["toy_int4"].bits == 4
-    found = {row["subject"]: row["text"] for row in json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)}
+    found = {row["subject"]: row["text"] for row in json.loads(invoke("doctor", "--json").stdout)}
     assert found["toy_int4"] == "abacus, compute capability 7.0 and up"
 
 
