@@ -23,13 +23,15 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace an output that mixprec wrote before.")] = False,
     take_over: Annotated[
         bool,
-        typer.Option("--take-over", help="Go on from what a build left that was stopped, perhaps on another machine."),
+        typer.Option("--take-over", help="Continue a stopped build, even one that another machine began."),
     ] = False,
     allow: Allow = [],  # noqa: B006 (typer copies it)
     link: Link = False,
     layout: Annotated[
         Layout | None,
-        typer.Option(help="Files for all (merged), cut for ranks (presplit), or both; else what the recipe says."),
+        typer.Option(
+            help="Files of the complete model (merged), cut for ranks (presplit), or both; the recipe's by default."
+        ),
     ] = None,
     check: Check = Checked.SAMPLE,
     jobs: Jobs = None,

@@ -28,9 +28,9 @@ Folder = Annotated[Path, typer.Argument(help="A checkpoint's folder.", show_defa
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes and errors.")]
 Allow = Annotated[
-    list[Allowed], typer.Option("--allow", help="`unservable`: build also what SGLang could not serve, and record it.")
+    list[Allowed], typer.Option("--allow", help="`unservable`: accept what SGLang could not serve, and record it.")
 ]
-Link = Annotated[bool, typer.Option("--link", help="Reflink or hard-link source files that are taken over whole.")]
+Link = Annotated[bool, typer.Option("--link", help="Reflink or hard-link source files that are used unchanged.")]
 
 
 class Checked(str, Enum):
@@ -42,7 +42,7 @@ class Checked(str, Enum):
 
 Check = Annotated[
     Checked,
-    typer.Option("--check", help="Whether quantized weights were made from the unquantized ones: a sample, or all."),
+    typer.Option("--check", help="Compare quantized weights with the unquantized ones: a sample of modules, or all."),
 ]
 
 Jobs = Annotated[

@@ -32,7 +32,7 @@ def split(
     layout: Annotated[
         Layout | None,
         typer.Option(
-            help="presplit: drop the merged files after it; both: keep or restore them (without --layout, too); "
+            help="presplit: then drop the merged files; both (the default): keep or restore them; "
             "merged: restore them, and drop the files of all ranks.",
             show_default=False,
         ),

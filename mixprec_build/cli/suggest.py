@@ -30,18 +30,19 @@ def suggest(
     ] = None,
     objective: Annotated[
         Objective | None,
-        typer.Option(help="What is kept small; without it `relative-output` with moments, else `relative`."),
+        typer.Option(help="The error to minimize; by default `relative-output` with moments, else `relative`."),
     ] = None,
     min_format: Annotated[
-        list[str], typer.Option(help="No format of fewer bits there.", metavar="PATTERN: FORMAT")
+        list[str],
+        typer.Option(help="For these modules, no format of fewer bits than this one.", metavar="PATTERN: FORMAT"),
     ] = [],  # noqa: B006
-    pin: Annotated[list[str], typer.Option(help="This source there.", metavar="PATTERN: SOURCE")] = [],  # noqa: B006
+    pin: Annotated[list[str], typer.Option(help="For these modules, this source.", metavar="PATTERN: SOURCE")] = [],  # noqa: B006
     plot: Annotated[Path | None, typer.Option(help="Draw loss against bytes (PNG).", show_default=False)] = None,
     errors: Annotated[
         Path | None,
-        typer.Option(help="Where measured errors are kept; ~/.cache/mixprec without it.", show_default=False),
+        typer.Option(help="Where measured errors are kept; by default below ~/.cache/mixprec.", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the recipe that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
     allow: Allow = [],  # noqa: B006
     jobs: Jobs = None,
     quiet: Quiet = False,

@@ -408,7 +408,7 @@ def is_fixed(name: str) -> bool:
 
 
 def naive(names: list[str], rules: list[tuple[str, str]]) -> dict[str, str]:
-    """The rule as the README says it, once for each name and from first to last."""
+    """The rule as recipes/README.md says it, once for each name and from first to last."""
     result = {}
     for name in names:
         source = "a"
