@@ -156,7 +156,10 @@ class Manifest:
         layout = data.get("layout")
         if layout not in (None, "presplit"):
             raise ValueError(f"the layout {brief(layout)}")
-        for problem in data.get("unservable", []):
+        unservable = data.get("unservable", [])
+        if not isinstance(unservable, list):
+            raise TypeError(f"unservable is {type(unservable).__name__}")
+        for problem in unservable:
             _text(problem, "unservable", most=1 << 20)
         return cls(
             head={key: value for key, value in data.items() if key not in ("modules", _SEAL_KEY)},

@@ -101,11 +101,11 @@ def open_regular(path: Path) -> int:
 def open_size(path: Path) -> int:
     """The bytes of a regular file, which can be opened. Raises :class:`SourceError`."""
     fd = open_regular(path)
-    try:
-        with source_errors(path):
+    with source_errors(path):
+        try:
             return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
 def pread_all(fd: int, length: int, offset: int) -> bytes:

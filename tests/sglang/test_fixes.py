@@ -183,7 +183,6 @@ SHARED = {kind: FORMATS[kind] for kind in ("bf16", "fp8_block", "fp8_channel", "
 @pytest.mark.parametrize("gate", [*SHARED, *WEIGHTS_ONLY])
 def test_shared_experts_are_refused_where_sglang_stops(gate: str) -> None:
     """What DeepSeek's layers ask of the two methods (models/deepseek_v2.py:799)."""
-    from mixprec_build.planning.rules import shared_experts_limit
     from mixprec_runtime.native import NativeFormat
 
     formats = {**SHARED, **WEIGHTS_ONLY}
@@ -199,7 +198,7 @@ def test_shared_experts_are_refused_where_sglang_stops(gate: str) -> None:
             )
         except AttributeError:
             sound = False
-        assert (shared_experts_limit(formats[gate], formats[down]) is None) == sound, down
+        assert (formats[gate].shared_experts_limit(formats[down]) is None) == sound, down
 
 
 # AWQ
