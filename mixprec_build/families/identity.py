@@ -147,12 +147,12 @@ def _rope(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """A value in which 1 and 1.0 are one, and lists and objects compare by what they hold."""
+    """A value without the keys of its objects that are null, which say what leaving them out says."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return value
 
 
 def _shown(value: object) -> str:

@@ -33,21 +33,26 @@ import atheris
 with atheris.instrument_imports(include=["mixprec_build"]):
     from mixprec_build.checkpoint import opening as checkpoint
     from mixprec_build.checkpoint.degree import Degree
+    from mixprec_build.checkpoint.typed import open_source
     from mixprec_build.errors import MixprecError, RecipeError, SourceError, StatsError
-    from mixprec_build.formats import base, gptq, registry
+    from mixprec_build.formats import base, registry
+    from mixprec_build.formats.gptq import Dynamic
+    from mixprec_build.formats.quantization import Quantization
     from mixprec_build.output import verify
     from mixprec_build.output.build import plan_recipe, run_plan
     from mixprec_build.output.split import split
+    from mixprec_build.output.weight_errors import weight_errors
+    from mixprec_build.patterns import compress, match
     from mixprec_build.patterns import pattern as patterns
-    from mixprec_build.recipe import recipe, sources
+    from mixprec_build.recipe import recipe
     from mixprec_build.report import facts as report
+    from mixprec_build.report import tables
     from mixprec_build.storage import header
     from mixprec_build.suggesting import activity
 
 import safetensors
 from rich.console import Console
 from support.hostile import VALUES, Hostile, changed, dump
-from support.write import LLAMA, write_tiny
 
 Target = Callable[[bytes], None]
 Choices = atheris.FuzzedDataProvider
@@ -126,7 +131,7 @@ def fuzz_plan(data: bytes) -> None:
     with Hostile(FOLDER / name, choices):
         inspect(FOLDER / name)
         with suppress(MixprecError):
-            report.show_plan(report.plan_facts(plan_recipe(FOLDER / "mix.yaml")), console())
+            tables.show_plan(report.plan_facts(plan_recipe(FOLDER / "mix.yaml")), console())
 
 
 def fuzz_compiled(data: bytes) -> None:
@@ -138,15 +143,15 @@ def fuzz_compiled(data: bytes) -> None:
             found = verify.verify(FOLDER / "out")
             assert all(line.isprintable() for line in (*found.gone, *found.differences))
         with suppress(MixprecError):
-            reference, ours = sources.open_source(str(FOLDER / "bf16")), sources.open_source(str(FOLDER / "out"))
-            list(verify.weight_errors(ours, reference))
+            reference, ours = open_source(str(FOLDER / "bf16")), open_source(str(FOLDER / "out"))
+            list(weight_errors(ours, reference))
 
 
 def inspect(folder: Path) -> None:
     with suppress(MixprecError):
-        facts = report.inspect_facts(sources.open_source(str(folder)), folder)
+        facts = report.inspect_facts(open_source(str(folder)), folder)
         out = console()
-        report.show_inspect(facts, out)
+        tables.show_inspect(facts, out)
         shown = out.file.getvalue()  # type: ignore[attr-defined]
         assert all(line.isprintable() for line in shown.split("\n")), "what a terminal obeys"
         json.dumps(facts)
@@ -165,10 +170,10 @@ def fuzz_patterns(data: bytes) -> None:
     names = [choices.ConsumeUnicodeNoSurrogates(30), "a" * 200, NAME]
     with suppress(patterns.PatternError):
         pattern = patterns.Pattern(text)
-        segments = [[patterns._by_length(words) for words in segment] for segment in patterns._parse(text)]
+        segments = [[match.by_length(words) for words in segment] for segment in patterns._parse(text)]
         for name in names:
-            assert pattern.matches(name) == bool(patterns._walk(segments, name)), "two ways to match disagree"
-    folded = [patterns.Pattern(text) for text in patterns.compress([NAME, *filter(str.isidentifier, names)])]
+            assert pattern.matches(name) == bool(match.walk(segments, name)), "two ways to match disagree"
+    folded = [patterns.Pattern(text) for text in compress.compress([NAME, *filter(str.isidentifier, names)])]
     assert any(pattern.matches(NAME) for pattern in folded)
 
 
@@ -178,7 +183,7 @@ def fuzz_dynamic(data: bytes) -> None:
     dynamic = {choices.ConsumeUnicode(40): {"bits": 8} for _ in range(2)}
     for name in (NAME, "a" * 200):
         with suppress(base.FormatError):
-            gptq._resolve_dynamic({"dynamic": dynamic}, name)
+            Quantization({"dynamic": dynamic}).derive(Dynamic).resolve(name)
 
 
 def fuzz_groups(data: bytes) -> None:
@@ -244,6 +249,9 @@ WORDS = {
 
 def prepare(folder: Path) -> None:
     """Sources and what is compiled of them, for the targets to change."""
+    # Not at the top: torch comes with it, whose memory would count as that of a target.
+    from support.write import LLAMA, write_tiny
+
     for name, variant in (("bf16", "bf16"), ("fp8", "fp8_block"), ("int4", "gptq_int4")):
         write_tiny(folder / name, LLAMA, variant, shards=2)
     (folder / "mix.yaml").write_text(

@@ -1,1 +1,1 @@
-"""What tests share: models in small, as their producers write them."""
+"""What tests share: models and checkpoints in small, packers of formats, runners, servers. tests/README.md is a map."""

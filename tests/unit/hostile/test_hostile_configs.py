@@ -73,6 +73,15 @@ def test_a_configuration_is_quoted_in_few_words(mix: Path, case: str) -> None:
     assert errors and all(message in error and len(error) < 500 for error in errors)
 
 
+@pytest.mark.parametrize("key", ["rope_theta", "hidden_size", "partial_rotary_factor", "an_unknown_key"])
+def test_a_number_of_400_digits(mix: Path, mixprec: Any, key: str) -> None:
+    """Found by fuzzing."""
+    for name in ("fp8", "int4"):
+        change(mix / name / "config.json", lambda config: config.update({key: 10**400}))
+    ended = mixprec("plan", mix / "mix.yaml")
+    assert ended.code in (0, 1) and len(ended.err) < 1000
+
+
 REGEXES = [
     # As they are in use: examples of GPTQModel's documentation, and lists of layers
     (r"+:.*\.18\..*gate.*", "model.layers.18.mlp.gate_proj", True),
