@@ -172,9 +172,10 @@ def test_rows_that_fill_up_and_ids_of_others_do_not_count() -> None:
 @pytest.mark.usefixtures("sglang")
 def test_replicas_write_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixprec_runtime.activity import hooks as activity
+    from mixprec_runtime.activity.tracker import ExpertActivationTracker
 
     monkeypatch.setenv(activity.FILE, str(tmp_path / "activity.json"))
-    monkeypatch.setattr(activity, "_tracker", activity.ExpertActivationTracker())
+    monkeypatch.setattr(activity, "tracker", ExpertActivationTracker())
     for dp, pp in ((None, 0), (0, 0), (1, 0), (2, 1)):
         scheduler = SimpleNamespace(ps=SimpleNamespace(dp_rank=dp, pp_rank=pp))
         activity._dump(activity._replica(scheduler))
@@ -186,14 +187,16 @@ def test_a_file_that_cannot_be_written_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mixprec_runtime.activity import hooks as activity
+    from mixprec_runtime.activity.tracker import ExpertActivationTracker
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(activity.FILE, str(tmp_path / "file" / "activity.json"))
-    monkeypatch.setattr(activity, "_tracker", activity.ExpertActivationTracker())
-    activity._tracker.record_expert_activation(0, 1)
+    tracker = ExpertActivationTracker()
+    monkeypatch.setattr(activity, "tracker", tracker)
+    tracker.record_expert_activation(0, 1)
     activity._dump("")
     assert "cannot write expert activity to" in caplog.text
-    assert activity.get_expert_activation_stats()["expert_stats"].keys() == {"layer_0_expert_1"}
+    assert tracker.snapshot()["expert_stats"].keys() == {"layer_0_expert_1"}
 
 
 INTERPRETED = """
