@@ -27,6 +27,7 @@ from mixprec_build.output import copier
 from mixprec_build.output.publish import write
 from mixprec_build.output.stage import Stage
 from mixprec_build.output.verify import verify
+from mixprec_build.planning.companions import companion_files
 from mixprec_build.planning.planner import make_plan
 from mixprec_build.recipe.recipe import load_recipe
 from mixprec_build.recipe.sources import open_sources
@@ -457,6 +458,7 @@ def test_room_for_ranks_is_asked_for_before_a_byte_is_written(
 ) -> None:
     plan = planned(mix)
     merged, real = sum(shard.file_bytes(plan.sources) for shard in plan.shards), os.statvfs
+    needed = merged + plan.presplit["tp2-ep1"] + sum(companion_files(plan.sources.model).values())
 
     def almost_full(path: Path) -> os.statvfs_result:
         found = list(real(path))
@@ -464,7 +466,7 @@ def test_room_for_ranks_is_asked_for_before_a_byte_is_written(
         return os.statvfs_result(found)
 
     monkeypatch.setattr(os, "statvfs", almost_full)
-    with pytest.raises(WriteError, match=f"{merged + plan.presplit['tp2-ep1']} bytes are needed, {merged} are free"):
+    with pytest.raises(WriteError, match=f"{needed} bytes are needed, {merged} are free"):
         write(plan, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
