@@ -93,7 +93,9 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
             index = {name: shard for name, shard in index.items() if shard in storage.files}
         remarks = tuple(_check_index(index, tensors, beside, f"{location}/{INDEX}"))
         if remarks and compiled:
-            raise SourceError(f"{remarks[0]}: it was changed after building", path=f"{location}/{INDEX}")
+            files = [shard for name, shard in index.items() if name not in tensors or tensors[name].file != shard]
+            files += [tensor.file for name, tensor in tensors.items() if name not in index]
+            raise SourceError(f"{remarks[0]}: it or {files[0]} was changed after building", path=f"{location}/{INDEX}")
 
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, tensor in tensors.items():

@@ -201,7 +201,7 @@ def swap_shards(out: Path) -> str:
 
 def lose_index(out: Path) -> str:
     (out / INDEX).unlink()
-    return f"{out}: 2 .safetensors files but no {INDEX}"
+    return f"{INDEX}: missing"
 
 
 def lose_config(out: Path) -> str:
