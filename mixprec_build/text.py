@@ -16,8 +16,7 @@ def hide_password(text: str) -> str:
     return re.sub(r"(:/+).*@", r"\1***@", text, flags=re.DOTALL) if URL.match(text) else text
 
 
-# Text. Strangers' names and words are in all of it: rich must see neither markup nor emoji in it, and the terminal no
-# commands.
+# Untrusted names and words are in all text that is printed: the terminal must see no commands in it.
 
 
 def printable(text: str) -> str:

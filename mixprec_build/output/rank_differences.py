@@ -23,9 +23,6 @@ from .leftovers import strangers
 __all__ = ["differences_of", "rank_differences"]
 
 
-# Verification
-
-
 def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     """Every difference between the per-rank files, what the manifest lists, and the merged tensors.
 
