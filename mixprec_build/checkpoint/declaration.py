@@ -12,7 +12,7 @@ from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
-from ..patterns.budget import Patience
+from ..patterns.budget import MatchBudget
 from ..patterns.compress import compress
 from ..patterns.pattern import Pattern, PatternError, PatternReader
 
@@ -33,7 +33,7 @@ class Declaration:
     formats: Mapping[str, Format]
     rules: tuple[tuple[Pattern, str], ...]
     default: str
-    _patience: Patience = field(default_factory=Patience, repr=False, compare=False)
+    _budget: MatchBudget = field(default_factory=MatchBudget, repr=False, compare=False)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Declaration:
@@ -58,7 +58,7 @@ class Declaration:
     def format_of(self, module: str) -> Format:
         """Raises :class:`SourceError` when the patterns take too long."""
         try:
-            with self._patience:
+            with self._budget:
                 for pattern, name in reversed(self.rules):
                     if pattern.matches(module):
                         return self.formats[name]

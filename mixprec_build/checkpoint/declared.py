@@ -162,9 +162,9 @@ def _spelled(block: Mapping[str, object], file: str, place: str) -> list[Declare
     if isinstance(method, str):
         settings["quant_method"] = _METHODS.get(method.lower(), method.lower())
     elif method is None:
-        told = _method_of(settings)
-        if told is not None:
-            settings["quant_method"] = told
+        method = _method_of(settings)
+        if method is not None:
+            settings["quant_method"] = method
     other: dict[str, object] = {}
     aliases: list[str] = []
     for word, words in _SPELLINGS.items():

@@ -32,9 +32,9 @@ class Source:
     """Of the recipe; 0 outside any."""
     checkpoint: Checkpoint
     formats: Mapping[str, Format | FormatError]
-    held: frozenset[Format]
+    distinct_formats: frozenset[Format]
     """All that are read."""
-    holds: frozenset[str]
+    kinds: frozenset[str]
     """Kinds of its quantized formats; of its unquantized ones where it has no others."""
 
     @classmethod

@@ -113,5 +113,5 @@ def _ended(stop: _Stop) -> tuple[object, str]:
 
 
 def _printable(text: str) -> str:
-    """Without characters that would command the terminal: a message may quote a stranger's file."""
+    """Without characters that would command the terminal: a message may quote an untrusted file."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -48,7 +48,7 @@ def build(
 
     def follow(other: Plan) -> None:
         nonlocal plan
-        show_plan_notes(other, as_json, told=plan)
+        show_plan_notes(other, as_json, shown=plan)
         plan = other
 
     with progress_bar("writing", plan.written_bytes, quiet or as_json) as progress:

@@ -56,13 +56,13 @@ def plan_from(
     return plan
 
 
-def show_plan_notes(plan: Plan, as_json: bool, told: Plan | None = None) -> None:
-    """Prints them, but for those that ``told`` has, too."""
+def show_plan_notes(plan: Plan, as_json: bool, shown: Plan | None = None) -> None:
+    """Prints them, but for those that ``shown`` has, too."""
     if as_json:
         return
     for note in plan.notes:
-        if told is None or note not in told.notes:
+        if shown is None or note not in shown.notes:
             print(f"note: {note}", file=sys.stderr)
     for problem in plan.unservable:
-        if told is None or problem not in told.unservable:
+        if shown is None or problem not in shown.unservable:
             print(f"SGLang cannot serve this: {problem}", file=sys.stderr)

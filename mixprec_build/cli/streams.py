@@ -38,7 +38,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Errors(io.TextIOWrapper):
-    """Where even errors can be told to nobody, the exit code has to do."""
+    """Where not even errors can be printed, the exit code has to do."""
 
     def write(self, text: str, /) -> int:
         with suppress(OSError):

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Mapping
 from reprlib import repr as brief
 from typing import TYPE_CHECKING
 
-from ..patterns.budget import Patience
+from ..patterns.budget import MatchBudget
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from .base import FormatError, shape_text
@@ -69,7 +69,7 @@ class _Extra:
             raise FormatError(
                 f"`extra_config` holds more than {_MAX_ENTRIES} names or {_MAX_REGEXES} regular expressions"
             )
-        self._patience = Patience()
+        self._budget = MatchBudget()
 
     def entry(self, module: str) -> str | None:
         """The name of the entry for a module: its own name, else the first regular expression for it.
@@ -84,7 +84,7 @@ class _Extra:
         if named is not None or not self._regexes:
             return named
         try:
-            with self._patience:
+            with self._budget:
                 for regex in self._regexes:
                     pattern = plain_regex(regex, regex)
                     if any(pattern.fullmatch(form) for form in forms):

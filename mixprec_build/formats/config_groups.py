@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..patterns.budget import Patience
+from ..patterns.budget import MatchBudget
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from .base import FormatError
@@ -146,7 +146,7 @@ class _Groups:
     """
 
     def __init__(self, quantization: Mapping[str, object]):
-        self._quantization, self._patience = quantization, Patience()
+        self._quantization, self._budget = quantization, MatchBudget()
         groups, ignore = quantization.get("config_groups"), quantization.get("ignore") or []
         if not isinstance(groups, Mapping) or not groups or len(groups) > _MAX_GROUPS:
             raise FormatError(f"config_groups {brief(groups)} are not 1 to {_MAX_GROUPS} named groups")
@@ -184,7 +184,7 @@ class _Groups:
         """
         forms = name_forms(module) if self._other_forms or "language_model" in module else (module,)
         try:
-            with self._patience:
+            with self._budget:
                 if any(form in self._ignored or self._matches(self._ignored_regexes, form) for form in forms):
                     raise FormatError("stored quantized, although `ignore` of quantization_config covers it")
                 found = tuple(dict.fromkeys(self._candidates(module, forms)))

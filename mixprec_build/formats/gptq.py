@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..patterns.budget import Patience
+from ..patterns.budget import MatchBudget
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from . import auto_round
@@ -284,7 +284,7 @@ class Dynamic:
 
     def __init__(self, quantization: Quantization):
         self._quantization = quantization
-        self._patience = Patience()
+        self._budget = MatchBudget()
 
     def resolve(self, module: str) -> Mapping[str, object]:
         """The settings of one module. Raises :class:`FormatError` for expressions that are not read, or take too
@@ -307,7 +307,7 @@ class Dynamic:
         try:
             if len(dynamic) > _MAX_OVERRIDES:
                 raise PatternError(f"holds more than {_MAX_OVERRIDES} regular expressions")
-            with self._patience:
+            with self._budget:
                 for pattern, override in dynamic.items():
                     # `-:` stands for modules left unquantized, which are recognised by their tensors.
                     if not isinstance(override, dict) or pattern.startswith("-:"):

@@ -16,7 +16,7 @@ from ..ranks.layout import PRESPLIT, is_ours
 from ..storage.disk import inside, write_errors
 from ..storage.owned import Entry, OwnedFolder
 
-__all__ = ["clear_leftovers", "leftovers", "strangers"]
+__all__ = ["clear_leftovers", "leftovers", "unknown_entries"]
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[str]:
@@ -25,7 +25,7 @@ def leftovers(folder: Path, manifest: Manifest) -> list[str]:
         return _leftovers(owned, manifest)
 
 
-def strangers(folder: Path, manifest: Manifest, *, cached: bool = False) -> list[str]:
+def unknown_entries(folder: Path, manifest: Manifest, *, cached: bool = False) -> list[str]:
     """What lies in ``presplit`` at any depth that neither a build nor a split puts there.
 
     With ``cached`` a file may also be a link as the hub's cache makes them.

@@ -12,11 +12,11 @@ from ..errors import OutputError, VerifyError
 from ..storage.disk import write_errors
 from ..storage.owned import OwnedFolder
 
-__all__ = ["alone"]
+__all__ = ["locked"]
 
 
 @contextmanager
-def alone(
+def locked(
     folder: Path, *, shared: bool = False, wait_for_readers: bool = False
 ) -> Iterator[tuple[OwnedFolder, Callable[[], None]]]:
     """Locks a checkpoint: one split at a time, for each lists its ranks in the same manifest, and none while a build

@@ -25,7 +25,7 @@ from ..storage.owned import Entry, OwnedFolder
 from ..storage.threads import Progress
 from .companions import manifest_head, module_entries, write_companions, write_file
 from .copier import Copier
-from .locked import alone
+from .locked import locked
 from .split import split
 from .stage import Stage
 from .target import check_output
@@ -157,7 +157,7 @@ def _publish(stage: Stage, *, force: bool) -> None:
         if force and root.entries(out.name):
             replaced = True
             stack.enter_context(
-                alone(out, wait_for_readers=True)
+                locked(out, wait_for_readers=True)
             )  # a split would go on in it, under the name of the new one
         try:
             if replaced:

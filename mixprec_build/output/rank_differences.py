@@ -18,7 +18,7 @@ from ..ranks.merged import reader_of, splitter_of
 from ..ranks.pieces import Parameter
 from ..ranks.splitter import Splitter
 from ..storage.header import TensorInfo
-from .leftovers import strangers
+from .leftovers import unknown_entries
 
 __all__ = ["differences_of", "rank_differences"]
 
@@ -28,7 +28,7 @@ def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -
 
     Of merged files that were dropped, also in what was kept of them.
     """
-    for name in strangers(folder, manifest, cached=True):
+    for name in unknown_entries(folder, manifest, cached=True):
         yield f"{name}: not in the manifest"
     if manifest.rest is not None:
         try:

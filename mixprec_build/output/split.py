@@ -34,11 +34,11 @@ from ..ranks.layout import PRESPLIT, RESTORED, is_ours
 from ..ranks.merged import (
     Rebuilt,
     Rectangle,
-    complete,
     header_tensor,
     in_no_rank,
     open_compiled,
     reader_of,
+    smallest_complete_degree,
     splitter_of,
 )
 from ..ranks.pieces import Parameter
@@ -50,7 +50,7 @@ from ..storage.owned import OwnedFolder
 from ..storage.threads import Progress, run_all
 from ..versions import __version__
 from .leftovers import clear_leftovers
-from .locked import alone
+from .locked import locked
 from .rank_differences import differences_of
 
 __all__ = ["split"]
@@ -80,7 +80,7 @@ def split(
         WriteError: the disk is full, fails, or forbids it.
         InterruptedBuildError: Ctrl-C.
     """
-    with alone(folder) as (owned, check):
+    with locked(folder) as (owned, check):
         manifest = read_manifest(folder)
         check()
         if (found := owned.entry(PRESPLIT)) is not None and not is_ours(found):
@@ -142,7 +142,7 @@ class _Split:
             self._owned.entries(f"{PRESPLIT}/{degree}")  # refuses a link
         whole_ranks = self._whole_ranks()
         if layout == "presplit":
-            complete(self._folder, [*whole_ranks, *names])
+            smallest_complete_degree(self._folder, [*whole_ranks, *names])
         roles = map(self._source.facts.family.role_by_name, self._source.checkpoint.modules)
         if degree is not None and degree.ep > 1 and Role.EXPERT not in roles:
             raise SplitError(f"{self._folder}: its model has no experts; leave out --ep")
@@ -213,7 +213,7 @@ class _Split:
         for name, tensor in self._manifest.tensors().items():
             digest.update(f"\n{name} {tensor.checksum}".encode(errors="backslashreplace"))
         degree = splitter.degree
-        padded = {name: [share.native, share.held] for name, share in splitter.padded.items()}
+        padded = {name: [share.native, share.columns] for name, share in splitter.padded.items()}
         head = {"tp": degree.tp, "ep": degree.ep, "cut_of": digest.hexdigest(), "padded": padded}
         return {degree.folder(rank): {**head, "rank": rank} for rank in ranks}
 
@@ -254,7 +254,7 @@ class _Split:
             shard = checkpoint.shards.get(file)
             if shard is None or shard.header_checksum != entry.checksum:
                 raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
-        degree = complete(self._folder, self._whole_ranks())
+        degree = smallest_complete_degree(self._folder, self._whole_ranks())
         splitter = splitter_of(self._source, degree)
         parameters = {degree.folder(rank): splitter.parameters(rank) for rank in range(degree.tp)}
         self._compare_merged("build the checkpoint again")

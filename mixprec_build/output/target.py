@@ -10,7 +10,7 @@ from ..errors import OutputError, VerifyError
 from ..planning.types import Plan
 from ..storage.folder import LocalFolder
 from ..storage.owned import OwnedFolder
-from .leftovers import strangers
+from .leftovers import unknown_entries
 from .stage import Stage
 
 __all__ = ["check_output"]
@@ -64,6 +64,6 @@ def _foreign(out: Path) -> set[str]:
         known = {MANIFEST, f".{MANIFEST}.new", *manifest.files}
         # A folder in the place of a file is somebody else's, and so is a link: a file is written under each name.
         ours = {entry.name for entry in entries if entry.is_file and entry.name in known}
-        return there - ours - {"presplit"} | {*strangers(out, manifest)}
+        return there - ours - {"presplit"} | {*unknown_entries(out, manifest)}
     except VerifyError:
         return there

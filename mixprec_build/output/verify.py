@@ -26,7 +26,7 @@ from ..storage.threads import Progress
 from ..text import printable, some
 from .file_differences import beside, file_differences
 from .leftovers import leftovers
-from .locked import alone
+from .locked import locked
 from .rank_differences import rank_differences
 
 __all__ = ["Verification", "verify"]
@@ -83,7 +83,7 @@ def verify(
     """
     if not (folder / MANIFEST).exists():
         read_manifest(folder)  # says so
-    with alone(folder, shared=True) as (owned, check):
+    with locked(folder, shared=True) as (owned, check):
         before = owned.stat(MANIFEST)
 
         def require_unchanged(cause: MixprecError | None = None) -> None:

@@ -6,11 +6,11 @@ from time import thread_time
 
 from .pattern import PatternError
 
-__all__ = ["Patience"]
+__all__ = ["MatchBudget"]
 
 
-class Patience:
-    """The time that matching may take in all, where patterns and names are a stranger's: ``with patience: ...``.
+class MatchBudget:
+    """CPU time that matching may take in all, where patterns and names are untrusted: ``with budget: ...``.
 
     Many thousands of names against a few patterns take a tenth of a second.
     """

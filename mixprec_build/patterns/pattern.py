@@ -28,7 +28,7 @@ RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 MAX_NAME = 256
 """Longer names are refused where they are read: none is ever matched."""
 
-# Bounds for patterns that come from strangers; sizes are in characters, braces written out.
+# Bounds for untrusted patterns; sizes are in characters, braces written out.
 _MAX_STARS = 4
 MAX_ALTERNATIVES = 10_000
 _MAX_SIZE = 200_000
@@ -82,7 +82,7 @@ class Pattern:
 
 
 class PatternReader:
-    """Parses the patterns of one file, a stranger's perhaps, and bounds what they are together."""
+    """Parses the patterns of one file, which may be untrusted, and bounds what they are together."""
 
     def __init__(self) -> None:
         self._globs = self._size = 0

@@ -1,4 +1,4 @@
-"""Regular expressions of strangers: those in the configurations of quantizers.
+"""Untrusted regular expressions: those in the configurations of quantizers.
 
 Python's can take longer than anyone waits. Those in use are plain, so what could take long is refused by counting
 ways before any is tried, which bounds one match to seconds.

@@ -27,7 +27,7 @@ from ..patterns.compress import compress
 from ..text import some
 from .probe import WeightProbe
 from .problems import Problems, Replacement
-from .rules import by_votes, can_give, origin
+from .rules import by_votes, can_serve_from, origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,8 +76,10 @@ class Folding:
     def _folding(self) -> frozenset[str]:
         """Sources in formats whose quantizers fold, and those whose weights show that it was done."""
         sources = self._sources.by_name.values()
-        by_format = {source.name for source in sources if any(fmt.folds_activation_scales for fmt in source.held)}
-        quantized = [s for s in sources if s.name not in by_format and any(fmt.quantized for fmt in s.held)]
+        by_format = {
+            source.name for source in sources if any(fmt.folds_activation_scales for fmt in source.distinct_formats)
+        }
+        quantized = [s for s in sources if s.name not in by_format and any(fmt.quantized for fmt in s.distinct_formats)]
         return frozenset(by_format | {source.name for source in quantized if self._has_folded(source)})
 
     def _has_folded(self, source: Source) -> bool:
@@ -135,13 +137,13 @@ class Folding:
             self._apart[key] = self.between(a, b) and any(self.differ(norm, a, b) for norm in self.fed)
         return self._apart[key]
 
-    def follow(self, norm: str, held: str, voters: Iterable[str]) -> str | None:
-        """The source a norm must come from instead of ``held``, for ``voters``: the sources of what it feeds.
+    def follow(self, norm: str, current: str, voters: Iterable[str]) -> str | None:
+        """The source a norm must come from instead of ``current``, for ``voters``: the sources of what it feeds.
 
         None where it may stay, or where no source satisfies all.
         """
         voters = dict.fromkeys(voters)
-        if not any(self.between(held, source) and self.differ(norm, held, source) for source in voters):
+        if not any(self.between(current, source) and self.differ(norm, current, source) for source in voters):
             return None
         return next((s for s in voters if not any(self.differ(norm, s, other) for other in voters)), None)
 
@@ -210,7 +212,7 @@ class Folding:
         for source in by_votes(block, self._sources):
             change = [(m.name, m.rule) for m in block if m.source != source.name]
             lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source.name}
-            if (change or lines) and can_give(source, block, self._family):
+            if (change or lines) and can_serve_from(source, block, self._family):
                 self._fixed.update(module.name for module in block)
                 found, others = Replacement.of(source.name, change)
                 return replace(found, remove=tuple(lines)), others

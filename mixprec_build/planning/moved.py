@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..families.parts import MovedRows
 from ..formats.base import Format
 from .problems import Problems, Replacement
-from .rules import by_votes, can_give, origin
+from .rules import by_votes, can_serve_from, origin
 
 if TYPE_CHECKING:
     from ..recipe.sources import Sources
@@ -55,7 +55,9 @@ def check_moved(modules: Mapping[str, PlannedModule], sources: Sources, problems
             if why is None:
                 continue
             for source in by_votes(parts, sources):
-                if can_give(source, parts, family) and not any(limit(p.name, source.format_of(p.name)) for p in parts):
+                if can_serve_from(source, parts, family) and not any(
+                    limit(p.name, source.format_of(p.name)) for p in parts
+                ):
                     others = [(p.name, p.rule) for p in parts if p.source != source.name]
                     edit, change = Replacement.of(source.name, others)
                     break

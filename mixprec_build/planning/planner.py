@@ -30,7 +30,7 @@ from .folding import Folding
 from .moved import check_moved
 from .probe import WeightProbe, check_weights
 from .problems import Problems, Replacement
-from .rules import gives, half_only
+from .rules import half_only, offers
 from .servable import check_servable
 from .shards import lay_out
 from .stacked import check_stacked, why_missing
@@ -207,7 +207,7 @@ class _Planner:
             fmt = source.format_of(name)
             asked = kinds_of_word(rule.source)
             if asked and fmt.kind not in asked and not fmt.quantized:
-                held = ", ".join(f"`{s.name}`" for s in holders if gives(s, [name])) or "no source"
+                held = ", ".join(f"`{s.name}`" for s in holders if offers(s, [name])) or "no source"
                 raise self._error(
                     rule,
                     f"{name} is not quantized in `{source.name}`: it is stored as {fmt.kind} there; "
@@ -354,7 +354,7 @@ class _Planner:
         offered = {}
         for name, source in self.sources.by_name.items():
             has = source.checkpoint.modules.keys() | source.checkpoint.absent.keys()
-            offered[name] = {module for module in has if gives(source, [module])} if kinds_of_word(name) else has
+            offered[name] = {module for module in has if offers(source, [module])} if kinds_of_word(name) else has
         check_complete(modules, self.sources.model.facts, offered, self.problems, self.notes)
 
     def _shape_clash(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -375,7 +375,7 @@ class _Planner:
                 modules=names,
             )
             return
-        holders = [s.name for s in self.sources.by_name.values() if gives(s, names)]
+        holders = [s.name for s in self.sources.by_name.values() if offers(s, names)]
         replacement, new = Replacement.of(holders[0] if holders else None, [(name, rule) for name in names])
         by = f"by {rule}" if rule is not None else "by default"
         count = counted(len(names), "module")

@@ -127,7 +127,7 @@ class _About:
 
 
 class Problems:
-    """Collects problems; the same one in many modules is told once, with their names as patterns."""
+    """Collects problems; the same one in many modules is reported once, with their names as patterns."""
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe

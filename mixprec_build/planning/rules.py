@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "by_votes",
-    "can_give",
+    "can_serve_from",
     "common_source",
     "decided_groups",
     "described",
     "format_limits",
-    "fuse",
-    "gives",
     "group_limits",
     "half_only",
     "missing_projections",
+    "offers",
     "origin",
     "replacement",
+    "share_one_format",
 ]
 
 
@@ -113,7 +113,7 @@ def group_limits(parts: Sequence[PlannedModule], reader: ValueReader, family: Fa
     return limits
 
 
-def fuse(parts: Iterable[PlannedModule], family: Family) -> bool:
+def share_one_format(parts: Iterable[PlannedModule], family: Family) -> bool:
     """Whether what SGLang fuses among ``parts`` is in one format."""
     by_name = {part.name: part.format.fuses_as for part in parts}
     return all(len({by_name[member] for member in members}) == 1 for members in family.gemms(by_name).values())
@@ -143,7 +143,7 @@ def common_source(
     """A source that could give all of ``parts`` as SGLang can serve them: the commonest among them, or those
     ``around``, first."""
     others = [source for source in by_votes(around or parts, sources) if source.name != other_than]
-    return next((source.name for source in others if can_give(source, parts, sources.family)), None)
+    return next((source.name for source in others if can_serve_from(source, parts, sources.family)), None)
 
 
 def by_votes(parts: Iterable[PlannedModule], sources: Sources) -> list[Source]:
@@ -152,8 +152,8 @@ def by_votes(parts: Iterable[PlannedModule], sources: Sources) -> list[Source]:
     return sorted(sources.by_name.values(), key=lambda source: -votes[source.name])
 
 
-def _gives_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: bool, family: Family) -> bool:
-    if not gives(source, [part.name for part in parts]):
+def _offers_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: bool, family: Family) -> bool:
+    if not offers(source, [part.name for part in parts]):
         return False
     formats = [source.format_of(part.name) for part in parts]
     if any(family.format_limit(part.name, part.role, fmt) for part, fmt in zip(parts, formats, strict=True)):
@@ -162,16 +162,16 @@ def _gives_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: bool
     return len({fmt.fuses_as for fmt in formats}) == 1 and not _shape_limits(formats[0], stored, expert, family)
 
 
-def can_give(source: Source, modules: Iterable[PlannedModule], family: Family) -> bool:
+def can_serve_from(source: Source, modules: Iterable[PlannedModule], family: Family) -> bool:
     """Whether all of ``modules`` could come from ``source`` and be served, whatever they are fused of."""
     by_name = {module.name: module for module in modules}
     return all(
-        _gives_one_gemm(source, [by_name[n] for n in members], family.is_expert(group), family)
+        _offers_one_gemm(source, [by_name[n] for n in members], family.is_expert(group), family)
         for group, members in family.gemms(by_name).items()
     )
 
 
-def gives(source: Source, modules: Iterable[str]) -> bool:
+def offers(source: Source, modules: Iterable[str]) -> bool:
     """Whether a recipe may take all of ``modules`` from ``source``, as what the source's name says they are."""
     claimed = kinds_of_word(source.name)
     formats = [source.known_format(name) for name in modules]

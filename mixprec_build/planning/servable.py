@@ -15,7 +15,7 @@ from ..families.parts import Role
 from .problems import Problems
 from .rules import (
     by_votes,
-    can_give,
+    can_serve_from,
     common_source,
     described,
     format_limits,
@@ -118,7 +118,7 @@ def _check_compared(
     trio = [*parts, down]
 
     def fits(source: Source) -> bool:
-        if not can_give(source, trio, sources.family):
+        if not can_serve_from(source, trio, sources.family):
             return False
         return find_limit(*(source.format_of(part.name) for part in (parts[0], down))) is None
 

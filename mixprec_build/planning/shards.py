@@ -69,7 +69,7 @@ def _whole_files(
             wanted.setdefault((tensor.source, tensor.info.file), []).append(tensor)
     for (source, file), tensors in wanted.items():
         checkpoint = sources.by_name[source].checkpoint
-        held = sum(info.file == file for info in checkpoint.tensors.values())
+        in_file = sum(info.file == file for info in checkpoint.tensors.values())
         metadata = checkpoint.shards[file].metadata
-        if held == len(tensors) and isinstance(metadata, dict) and metadata.get("format") == "pt":
+        if in_file == len(tensors) and isinstance(metadata, dict) and metadata.get("format") == "pt":
             yield (source, file), sorted(tensors, key=lambda tensor: tensor.info.start)

@@ -83,7 +83,7 @@ def contents(
     tallest = max((band.height for band in bands), default=0)
     covered = sum(band.height * band.width for band in bands) == blocks * rows * columns
     filler = np.array(parameter.filler).astype(numpy_dtype(parameter.dtype)).view(element)
-    widest = max([columns, *(band.piece.width for band in bands if not band.piece.turned)])
+    widest = max([columns, *(band.piece.width for band in bands if not band.piece.transposed)])
     step = _rows_at_once(widest, element, most)
     for start in range(0, blocks * rows, step):
         end = min(start + step, blocks * rows)
@@ -103,7 +103,7 @@ def fill(chunk: Array, start: int, bands: Iterable[Band], reader: Reader) -> Non
         if first < last:
             to = top + first - down[0] - start
             into = chunk[to : to + last - first, column : column + across[1] - across[0]]
-            if piece.turned or across != (0, piece.width) or not into.flags.c_contiguous:
+            if piece.transposed or across != (0, piece.width) or not into.flags.c_contiguous:
                 into[...] = reader.read(piece, first, last)
             else:
                 reader.rows(piece, first, into)
@@ -134,9 +134,9 @@ class Reader(ABC):
         """
 
     def read(self, piece: Piece, first: int, last: int) -> Array:
-        """Rows ``first`` to ``last`` of the piece, or columns where it is turned, as whole numbers of their size."""
+        """Rows ``first`` to ``last`` of the piece, or columns where it is transposed, as unsigned integers."""
         element = np.dtype(f"u{numpy_dtype(piece.tensor.dtype).itemsize}")
-        if not piece.turned:
+        if not piece.transposed:
             data = np.empty((last - first, piece.width), element)
             self.rows(piece, first, data)
             return data[:, slice(*piece.columns)]

@@ -32,11 +32,11 @@ __all__ = [
     "CutFolder",
     "Rebuilt",
     "Rectangle",
-    "complete",
     "header_tensor",
     "in_no_rank",
     "open_compiled",
     "reader_of",
+    "smallest_complete_degree",
     "splitter_of",
 ]
 
@@ -67,7 +67,7 @@ def reader_of(checkpoint: Checkpoint) -> Reader:
     return storage.reader if isinstance(storage, CutFolder) else FileReader(storage.cached)
 
 
-def complete(folder: Path, names: Iterable[str]) -> Degree:
+def smallest_complete_degree(folder: Path, names: Iterable[str]) -> Degree:
     """The degree that merged files can be put together from: of those with all ranks, the one with the fewest.
 
     ``names`` are ranks' folders.
@@ -234,7 +234,7 @@ class Rebuilt(Reader):
         listed = self._manifest.ranks
         reasons = {name: damage(self._folder, name, line) for name, line in listed.items()}
         try:
-            return complete(self._folder, (name for name, reason in reasons.items() if reason is None))
+            return smallest_complete_degree(self._folder, (name for name, reason in reasons.items() if reason is None))
         except SplitError:
             for reason in filter(None, reasons.values()):
                 raise VerifyError(
@@ -267,6 +267,6 @@ def _backwards(parameter: Parameter, stored: TensorInfo) -> Iterable[tuple[Piece
                 (top, top + down[1] - down[0]),
                 (column, column + across[1] - across[0]),
                 (0, piece.rows[0], piece.columns[0]),
-                piece.turned,
+                piece.transposed,
             ),
         )

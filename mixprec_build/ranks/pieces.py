@@ -16,19 +16,19 @@ class Piece(NamedTuple):
     """A rectangle of a stored tensor, as rows and columns, and where it lies in a parameter.
 
     A vector is one column. ``at`` is ``(expert, row, column)``, the expert 0 in parameters of no experts. A piece that
-    is ``turned`` lies there with its columns as rows.
+    is ``transposed`` lies there with its columns as rows.
     """
 
     tensor: TensorInfo
     rows: tuple[int, int]
     columns: tuple[int, int]
     at: tuple[int, int, int]
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def rectangle(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Its extent down and across the parameter, counted in the stored tensor."""
-        return (self.columns, self.rows) if self.turned else (self.rows, self.columns)
+        return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
 
     @property
     def width(self) -> int:
@@ -44,7 +44,7 @@ class Band(NamedTuple):
     top: int
     column: int
     down: tuple[int, int]
-    """The piece's rows, its columns where it is turned."""
+    """The piece's rows, its columns where it is transposed."""
     across: tuple[int, int]
 
     @property

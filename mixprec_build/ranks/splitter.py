@@ -51,25 +51,25 @@ _MOST_ADVISED = 16
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How many of an MLP's ``whole`` columns a rank of ``ranks`` would hold, and ``held`` with zeros added."""
+    """How many of an MLP's ``total`` columns a rank of ``ranks`` stores: ``columns``, with zeros added."""
 
-    whole: int
+    total: int
     ranks: int
-    held: int
+    columns: int
     step: int = 1
-    """What ``held`` is to be a multiple of."""
+    """What ``columns`` is to be a multiple of."""
 
     @property
     def native(self) -> int:
-        return self.whole // self.ranks
+        return self.total // self.ranks
 
     @property
     def padding(self) -> float:
-        """Added columns, as a part of ``whole``."""
-        return self.held * self.ranks / self.whole - 1
+        """Added columns, as a part of ``total``."""
+        return self.columns * self.ranks / self.total - 1
 
     def of(self, rank: int) -> tuple[int, int]:
-        return min(rank * self.held, self.whole), min((rank + 1) * self.held, self.whole)
+        return min(rank * self.columns, self.total), min((rank + 1) * self.columns, self.total)
 
 
 class _Expert(NamedTuple):
@@ -153,11 +153,11 @@ class Splitter:
             by_share.setdefault(share, []).append(name)
         remarks = []
         for share, names in by_share.items():
-            fitting = [n for n in range(share.ranks - 1, 0, -1) if share.whole % (n * share.step) == 0]
+            fitting = [n for n in range(share.ranks - 1, 0, -1) if share.total % (n * share.step) == 0]
             advice = f"; {fitting[0]} ranks would need none" if share.padding > WASTEFUL and fitting else ""
             remarks.append(
                 f"{self.degree}: a rank's {share.native} columns of {', '.join(compress(names)[:3])} are filled up to "
-                f"{share.held} with zeros ({share.padding:.0%} more weights there){advice}"
+                f"{share.columns} with zeros ({share.padding:.0%} more weights there){advice}"
             )
         return remarks
 
@@ -203,8 +203,8 @@ class Splitter:
                 raise SplitError(f"{owner}: {whole} columns cannot be shared by {ranks} ranks{self._advice()}")
             step = lcm(*(step for _, _, step in members))
             native = whole // ranks
-            held = native if ranks == 1 or native % step == 0 else -(-whole // (step * ranks)) * step
-            self.shares[owner] = Share(whole, ranks, held, step)
+            per_rank = native if ranks == 1 or native % step == 0 else -(-whole // (step * ranks)) * step
+            self.shares[owner] = Share(whole, ranks, per_rank, step)
 
     def _advice(self) -> str:
         """The degrees at which all of the checkpoint can be cut."""
@@ -232,9 +232,9 @@ class Splitter:
         shape, cut = fmt.shape(stored), self.family.cuts.get(last_word(name))
         owner = self.shares.get(name.rpartition(".")[0])
         if owner is not None and self.family.is_up(name):
-            return Cut(name, n=(*owner.of(rank), owner.held))
+            return Cut(name, n=(*owner.of(rank), owner.columns))
         if owner is not None and self.family.is_down(name):
-            return Cut(name, k=(*owner.of(rank), owner.held))
+            return Cut(name, k=(*owner.of(rank), owner.columns))
         if cut is CutBy.VOCABULARY and not self.replicated_head and self.family.role_by_name(name) is Role.HEAD:
             return self._vocabulary(name, shape[0], rank, self.degree.tp)
         # The rest is what each replica of attention has.
@@ -263,7 +263,7 @@ class Splitter:
         if padded % ranks:
             raise SplitError(f"{name}: a vocabulary of {padded} rows cannot be shared by {ranks} ranks{self._advice()}")
         share = Share(size, ranks, padded // ranks)
-        return Cut(name, n=(*share.of(rank), share.held))
+        return Cut(name, n=(*share.of(rank), share.columns))
 
     def _heads(self) -> int:
         return _known(self.facts.attention_heads, "num_attention_heads")
@@ -308,15 +308,15 @@ class Splitter:
     def _joined(self, joined: str, parts: Sequence[Cut]) -> Iterator[Parameter]:
         """One layer of SGLang's, of one module or of several that run as one."""
         served = self.family.sglang_name(joined)
-        for held in self._leaves(joined, [part.name for part in parts]):
-            name = f"{served}.{held.name}" if held.name else served
-            if held.axes == Axes() and prod(held.tensors[0].shape) == 1:
-                pieces = [Piece(t, (0, 1), (0, 1), (0, i, 0)) for i, t in enumerate(held.tensors)]
-                yield Parameter(name, held.dtype, (len(pieces),), tuple(pieces))
+        for stacked in self._leaves(joined, [part.name for part in parts]):
+            name = f"{served}.{stacked.name}" if stacked.name else served
+            if stacked.axes == Axes() and prod(stacked.tensors[0].shape) == 1:
+                pieces = [Piece(t, (0, 1), (0, 1), (0, i, 0)) for i, t in enumerate(stacked.tensors)]
+                yield Parameter(name, stacked.dtype, (len(pieces),), tuple(pieces))
                 continue
             # Where a tensor has no outputs, as an order of inputs, all parts have the same.
-            count = 1 if held.axes.n is None else len(parts)
-            yield stack(name, list(zip(held.tensors[-count:], parts[-count:], strict=True)), held)
+            count = 1 if stacked.axes.n is None else len(parts)
+            yield stack(name, list(zip(stacked.tensors[-count:], parts[-count:], strict=True)), stacked)
 
     def _cache_scales(self, name: str, scale: CacheScale) -> Iterator[Parameter]:
         """A scale of the KV cache, which every rank has."""
@@ -333,7 +333,7 @@ class Splitter:
             raise SplitError(
                 f"{prefix}: {len(stored)} experts cannot be shared by {self.degree.ep} expert-parallel ranks"
             )
-        columns = (*share.of(rank % self.degree.moe_tp), share.held)
+        columns = (*share.of(rank % self.degree.moe_tp), share.columns)
         kinds: dict[int, tuple[object, object]] = {
             expert: (self.modules[parts.ups[0]][0].fuses_as, self.modules[parts.down][0].fuses_as)
             for expert, parts in enumerate(stored)
@@ -350,10 +350,10 @@ class Splitter:
                 names = [name for part in parts for name in part]
                 if self.degree.moe_tp > 1 and any(self.modules[name][0].act_order for name in names):
                     raise SplitError(f"{prefix}: experts in act-order cannot be cut; use as many ep as tp ranks")
-                for held in self._leaves(prefix, names):
+                for stacked in self._leaves(prefix, names):
                     count = len(parts[0])
-                    each = [held.tensors[i : i + count] for i in range(0, len(held.tensors), count)]
-                    yield stack_experts(f"{home}.{weight}_{held.name}", each, columns, held)
+                    each = [stacked.tensors[i : i + count] for i in range(0, len(stacked.tensors), count)]
+                    yield stack_experts(f"{home}.{weight}_{stacked.name}", each, columns, stacked)
 
     def _leaves(self, owner: str, names: Sequence[str]) -> list[StackedTensors]:
         """The tensors of modules that run as one, which must all have the same, in the same dtypes."""
@@ -362,21 +362,21 @@ class Splitter:
             fmt, stored = self.modules[name]
             for leaf, tensor in stored.tensors.items():
                 key = fmt.sglang_name(leaf)
-                held = out.get(key)
-                if held is None:
-                    held = StackedTensors(
+                stacked = out.get(key)
+                if stacked is None:
+                    stacked = StackedTensors(
                         key, tensor.dtype, fmt.axes(leaf), fmt.filler(leaf), fmt.transposed_in_experts(leaf), []
                     )
-                    out[key] = held
-                held.tensors.append(tensor)
-                if held.dtype != tensor.dtype:
+                    out[key] = stacked
+                stacked.tensors.append(tensor)
+                if stacked.dtype != tensor.dtype:
                     raise SplitError(
-                        f"{owner}: {held.name} is {held.dtype} in {names[0]} and {tensor.dtype} in {name}; a rank's "
-                        "file holds them as one tensor: take both from one source"
+                        f"{owner}: {stacked.name} is {stacked.dtype} in {names[0]} and {tensor.dtype} in {name}; a "
+                        "rank's file holds them as one tensor: take both from one source"
                     )
-        for held in out.values():
-            if len(held.tensors) != len(names):
-                raise SplitError(f"{owner}: not all of its parts have {held.name}")
+        for stacked in out.values():
+            if len(stacked.tensors) != len(names):
+                raise SplitError(f"{owner}: not all of its parts have {stacked.name}")
         return list(out.values())
 
 

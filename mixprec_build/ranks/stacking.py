@@ -16,7 +16,7 @@ __all__ = ["Cut", "StackedTensors", "stack", "stack_experts"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One module's part on a rank: outputs and inputs ``(from, to, held)``, None for all of them."""
+    """One module's part on a rank: outputs and inputs ``(from, to, stored)``, None for all of them."""
 
     name: str
     n: tuple[int, int, int] | None = None
@@ -31,35 +31,35 @@ class StackedTensors:
     dtype: str
     axes: Axes
     filler: int
-    turned: bool
+    transposed: bool
     tensors: list[TensorInfo]
 
 
-def stack(name: str, parts: Sequence[tuple[TensorInfo, Cut]], held: StackedTensors) -> Parameter:
+def stack(name: str, parts: Sequence[tuple[TensorInfo, Cut]], stacked: StackedTensors) -> Parameter:
     """Parts one after the other along their outputs."""
     tensors = [tensor for tensor, _ in parts]
-    places, shape = _places([tensor.shape for tensor in tensors], [cut for _, cut in parts], held.axes)
+    places, shape = _places([tensor.shape for tensor in tensors], [cut for _, cut in parts], stacked.axes)
     pieces = [Piece(tensors[i], rows, columns, (0, *at)) for i, rows, columns, at in places]
-    return Parameter(name, held.dtype, shape, tuple(pieces), held.filler)
+    return Parameter(name, stacked.dtype, shape, tuple(pieces), stacked.filler)
 
 
 def stack_experts(
-    name: str, experts: Sequence[Sequence[TensorInfo]], columns: tuple[int, int, int], held: StackedTensors
+    name: str, experts: Sequence[Sequence[TensorInfo]], columns: tuple[int, int, int], stacked: StackedTensors
 ) -> Parameter:
     """``w13`` (gate, up) or ``w2`` (down) of all experts in a group."""
     first = experts[0]
-    if held.axes == Axes() and prod(first[0].shape) == 1:
+    if stacked.axes == Axes() and prod(first[0].shape) == 1:
         # SGLang's experts keep a weight's scales apart, and of two scales of one input the last.
-        apart = len(first) if held.name != "input_scale" else 1
+        apart = len(first) if stacked.name != "input_scale" else 1
         values = tuple(
             Piece(tensor, (0, 1), (0, 1), (expert, i, 0))
             for expert, tensors in enumerate(experts)
             for i, tensor in enumerate(tensors[-apart:])
         )
         sizes = (len(experts), 2) if apart == 2 else (len(experts),)
-        return Parameter(name, held.dtype, sizes, values, experts=True)
+        return Parameter(name, stacked.dtype, sizes, values, experts=True)
     cut = Cut("", n=columns) if len(first) == 2 else Cut("", k=columns)
-    count = 1 if held.axes.n is None else len(first)
+    count = 1 if stacked.axes.n is None else len(first)
     pieces: list[Piece] = []
     places: list[_Place] = []
     shapes: list[tuple[int, ...]] = []
@@ -68,13 +68,13 @@ def stack_experts(
         tensors = tensors[-count:]
         if shapes != [tensor.shape for tensor in tensors]:  # those of all experts are the same, as a rule
             shapes = [tensor.shape for tensor in tensors]
-            places, shape = _places(shapes, [cut] * count, held.axes)
+            places, shape = _places(shapes, [cut] * count, stacked.axes)
         for i, down, across, place in places:
-            row, column = place[::-1] if held.turned else place
-            pieces.append(Piece(tensors[i], down, across, (expert, row, column), held.turned))
-    if held.turned:
+            row, column = place[::-1] if stacked.transposed else place
+            pieces.append(Piece(tensors[i], down, across, (expert, row, column), stacked.transposed))
+    if stacked.transposed:
         shape = shape[::-1]
-    return Parameter(name, held.dtype, (len(experts), *shape), tuple(pieces), held.filler, experts=True)
+    return Parameter(name, stacked.dtype, (len(experts), *shape), tuple(pieces), stacked.filler, experts=True)
 
 
 class _Place(NamedTuple):
@@ -110,10 +110,10 @@ def _places(shapes: Sequence[tuple[int, ...]], cuts: Sequence[Cut], axes: Axes) 
 
 def _ranges(shape: Sequence[int], axes: Axes, cut: Cut) -> tuple[list[tuple[int, int]], list[int]]:
     """For each dimension of a tensor what is taken of it, and how much room it gets."""
-    ranges, held = [(0, size) for size in shape], list(shape)
+    ranges, stored = [(0, size) for size in shape], list(shape)
     for axis, part in ((axes.n, cut.n), (axes.k, cut.k)):
         if axis is not None and part is not None:
             start, stop, room = part
             ranges[axis.dim] = (start // axis.per, min(-(-stop // axis.per), shape[axis.dim]))
-            held[axis.dim] = -(-room // axis.per)
-    return ranges, held
+            stored[axis.dim] = -(-room // axis.per)
+    return ranges, stored

@@ -41,7 +41,7 @@ class Sources:
         """
         if word in self.by_name:
             return self.by_name[word]
-        holders = [s for s in self.by_name.values() if s.holds & kinds_of_word(word)]
+        holders = [s for s in self.by_name.values() if s.kinds & kinds_of_word(word)]
         if len(holders) == 1:
             return holders[0]
         held = ", ".join(f"`{s.name}` holds {_describe(s)}" for s in self.by_name.values())
@@ -85,7 +85,7 @@ def _open(ref: SourceRef, recipe: Recipe) -> Checkpoint:
 def _check_claim(source: Source, recipe: Recipe) -> None:
     """A source whose name is a format must hold it; any other name claims nothing."""
     claimed = kinds_of_word(source.name)
-    if not claimed or source.holds & claimed:
+    if not claimed or source.kinds & claimed:
         return
     unread = next((f for f in source.formats.values() if isinstance(f, FormatError)), None)
     raise RecipeError(
@@ -98,4 +98,4 @@ def _check_claim(source: Source, recipe: Recipe) -> None:
 
 
 def _describe(source: Source) -> str:
-    return ", ".join(sorted(source.holds)) or "nothing that is read"
+    return ", ".join(sorted(source.kinds)) or "nothing that is read"

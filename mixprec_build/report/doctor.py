@@ -25,7 +25,7 @@ from ..families.parts import Role
 from ..formats.base import Format, Kind
 from ..formats.registry import kinds
 from ..planning.rules import half_only
-from ..ranks.merged import complete
+from ..ranks.merged import smallest_complete_degree
 from ..ranks.on_disk import open_on_disk
 from ..text import some
 from ..versions import INSTALL, __version__, version_problem
@@ -138,7 +138,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         manifest = read_manifest(out)
         declaration = Declaration.from_json(checkpoint.quantization)
         formats = {name: declaration.format_of(name) for name in manifest.modules}
-        options = f" {complete(out, manifest.ranks).options}" if manifest.rest is not None else ""
+        options = f" {smallest_complete_degree(out, manifest.ranks).options}" if manifest.rest is not None else ""
     except MixprecError as error:
         yield Finding("fail", str(out), str(error))
         return

@@ -66,7 +66,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             "name": name,
             "location": source.location,
             "commit": source.checkpoint.commit,
-            "holds": sorted(source.holds),
+            "holds": sorted(source.kinds),
             "modules": counts[name],
             "bytes": nbytes[name],
         }
@@ -125,9 +125,9 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
     if compiled and (folder / MANIFEST).exists():
         recorded = read_manifest(folder)
         if recorded.rest is not None:
-            from ..ranks.merged import complete
+            from ..ranks.merged import smallest_complete_degree
 
-            facts["serve"] += f" {complete(folder, recorded.ranks).options}"
+            facts["serve"] += f" {smallest_complete_degree(folder, recorded.ranks).options}"
         facts |= {
             "sources": [{"name": name, **entry._asdict()} for name, entry in recorded.sources.items()],
             "checksum": CHECKSUM,

@@ -47,7 +47,7 @@ def start_writeback(fd: int) -> None:
 
 
 def check_space(folder: Path, need: int) -> None:
-    """A disk too small is told before hours of copying. Raises :class:`WriteError`."""
+    """Reports a disk that is too small before hours of copying. Raises :class:`WriteError`."""
     with write_errors(folder):
         disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize

@@ -9,7 +9,7 @@ __all__ = ["load_json"]
 
 
 def load_json(data: bytes, most: int, **hooks: Any) -> Any:
-    """The JSON of a stranger's file, if it has no more than ``most`` values: each may take 100 bytes of memory.
+    """The JSON of an untrusted file, if it has no more than ``most`` values: each may take 100 bytes of memory.
 
     Raises:
         ValueError: it has more, or is no JSON in UTF-8.

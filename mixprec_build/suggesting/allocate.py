@@ -242,16 +242,16 @@ def _frequencies(choices: Choices, activity: Activity | None) -> dict[str, float
 
 def _check_activity(activity: Activity, experts: Mapping[int | None, int], choices: Choices) -> None:
     layers = {layer for layer in experts if layer is not None}
-    strangers = sorted(activity.counts.keys() - layers)
+    unknown_layers = sorted(activity.counts.keys() - layers)
     for layer, counts in activity.counts.items():
         if layer in layers and counts[experts[layer] :].any():
             raise StatsError(
                 f"the activity counts expert {len(counts) - 1} of layer {layer}, and the model has {experts[layer]} "
                 "there: it is another model's"
             )
-    if strangers:
+    if unknown_layers:
         raise StatsError(
-            f"the activity counts experts of layer {strangers[0]}, where the model has none: it is another model's"
+            f"the activity counts experts of layer {unknown_layers[0]}, where the model has none: it is another model's"
         )
     missing = sorted(layers - activity.counts.keys())
     if missing:

@@ -22,7 +22,7 @@ from ..patterns.pattern import Pattern, PatternError
 from ..planning.folding import Folding
 from ..planning.planner import plan_modules
 from ..planning.problems import Problems
-from ..planning.rules import decided_groups, fuse, gives, group_limits
+from ..planning.rules import decided_groups, group_limits, offers, share_one_format
 from ..planning.servable import check_same_weights, check_servable
 from ..planning.types import PlannedModule
 from ..ranks.splitter import Splitter
@@ -99,7 +99,7 @@ class Choices:
         names = [n for n, m in self.base.items() if m.role in _ALTERNATIVES and len(m.shape) == 2 and n in held]
         self.by_source: dict[str, dict[str, PlannedModule]] = {}
         for name, source in sources.by_name.items():
-            mine = [n for n in names if gives(source, [n])]
+            mine = [n for n in names if offers(source, [n])]
             rules = tuple(Rule(Pattern(pattern), name, source.line) for pattern in compress(mine))
             planned = plan_modules(replace(recipe, rules=rules, default=recipe.default), sources)
             self.by_source[name] = {n: planned[n] for n in mine}
@@ -146,7 +146,7 @@ class Choices:
                 continue
             parts = [modules[member] for member in members]
             limits = group_limits(parts, reader, self._family)
-            if limits and (not request.allow_unservable or not fuse(parts, self._family)):
+            if limits and (not request.allow_unservable or not share_one_format(parts, self._family)):
                 reasons.append(f"from `{source}`: {limits[0]}")
                 continue
             limit = self._cut_limit(parts)
@@ -200,7 +200,9 @@ class Choices:
             if source.name == self.recipe.default:
                 # What comes from there anyway needs a line only below one that says otherwise.
                 names = [name for name in names if any(other.pattern.matches(name) for other in rules)]
-            rules += [Rule(_promising(pattern, source), source.name, rule.line) for pattern in compress(names)]
+            rules += [
+                Rule(_as_glob_unless_offered(pattern, source), source.name, rule.line) for pattern in compress(names)
+            ]
         return tuple(rules)
 
     # Files cut for ranks
@@ -370,11 +372,11 @@ class _Wish:
         return found
 
 
-def _promising(pattern: str, source: Source) -> Pattern:
+def _as_glob_unless_offered(pattern: str, source: Source) -> Pattern:
     """``pattern`` for a line; a name that ``source`` does not hold as what it is called, as a glob: an exact name would
     promise that."""
     parsed = Pattern(pattern)
-    if not parsed.exact or gives(source, [pattern]):
+    if not parsed.exact or offers(source, [pattern]):
         return parsed
     head, dot, last = pattern.rpartition(".")
     return Pattern(f"{head}{dot}{{{last}}}")

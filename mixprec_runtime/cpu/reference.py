@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 
-__all__ = ["announce", "parted_experts", "pretend_hopper", "stand_in", "unquantized_experts"]
+__all__ = ["announce", "pretend_hopper", "split_experts", "stand_in", "unquantized_experts"]
 
 
 StoredAlike = Callable[[Any, dict[str, torch.Tensor], "list[int] | None"], tuple[Format, dict[str, torch.Tensor]]]
@@ -138,11 +138,11 @@ def _apply_experts(layer: Any, dispatch_output: Any) -> Any:
     return StandardCombineInput(hidden_states=out)
 
 
-def parted_experts(layer: Any, dispatch_output: Any) -> torch.Tensor:
+def split_experts(layer: Any, dispatch_output: Any) -> torch.Tensor:
     """The output of a layer some of whose experts have gate and up in another group than down."""
 
     def weight(expert: int, name: str, numbers: torch.Tensor) -> torch.Tensor:
-        groups = [group for group in layer.groups if group.half in ("", name)]
+        groups = [group for group in layer.groups if group.projection in ("", name)]
         places = zip(groups, numbers[:, expert].tolist(), strict=True)
         group, number = next(place for place in places if place[1] >= 0)
         found: torch.Tensor = getattr(group, f"{name}_weight")[number]

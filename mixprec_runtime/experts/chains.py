@@ -182,13 +182,13 @@ class Chains(NamedTuple):
     downs: list[Chain]
 
     @property
-    def parted(self) -> bool:
+    def split(self) -> bool:
         return self.ups is not self.downs
 
 
 def of(layer: Any, dispatch_output: Any) -> Chains:
     """The chains of a layer's groups; none where a group runs on other kernels than these, or activates otherwise."""
-    made = [(group.half, chain) for group in layer.groups if (chain := _chain(layer, group, dispatch_output))]
+    made = [(group.projection, chain) for group in layer.groups if (chain := _chain(layer, group, dispatch_output))]
     ups = downs = [chain for half, chain in made if half != "w2"]
     if any(half for half, _ in made):
         downs = [chain for half, chain in made if half != "w13"]
@@ -244,7 +244,7 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
     tokens, top_k = ids.shape
     rows, columns = tokens * top_k, each.ups[0].columns
     ups = downs = _work(each.ups, x, ids, layer.up_numbers)
-    if each.parted:
+    if each.split:
         downs = _work(each.downs, x, ids, layer.down_numbers)
     up, activated = x.new_empty((rows, 2 * columns)), x.new_empty((rows, columns))
     if torch.cuda.is_current_stream_capturing():
@@ -255,7 +255,7 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
             silu_and_mul(up, activated, expert_ids=route.numbers, expert_step=1)
             chain.down(activated, down, route, topk, tiles)
 
-        if each.parted:
+        if each.split:
             _side_by_side([partial(chain.up, x, up, route, topk, tiles) for chain, route, tiles in ups])
             silu_and_mul(up, activated)
             _side_by_side([partial(chain.down, activated, down, route, topk, tiles) for chain, route, tiles in downs])

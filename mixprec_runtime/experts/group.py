@@ -11,14 +11,14 @@ import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from torch.nn import Parameter
 
-__all__ = ["ExpertGroup", "keep_half", "only_rank"]
+__all__ = ["ExpertGroup", "keep_one_projection", "only_rank"]
 
 
 class ExpertGroup(FusedMoE):
     """The experts of one format of one layer on this rank."""
 
     virtual_rank = True
-    half = ""
+    projection = ""
     """``w13`` or ``w2`` where it has no more of its experts."""
 
     def weight_loader(
@@ -30,13 +30,13 @@ class ExpertGroup(FusedMoE):
         )
 
 
-def keep_half(group: ExpertGroup, weight: str) -> None:
+def keep_one_projection(group: ExpertGroup, weight: str) -> None:
     """Lets a group have ``weight`` (``w13`` or ``w2``) of its experts only.
 
     SGLang's methods make, process and hand out both: the other one is there while the method processes, as zeros, and
     takes no memory before and after.
     """
-    group.half = weight
+    group.projection = weight
     method, other = group.quant_method, "w2_" if weight == "w13" else "w13_"
     process = method.process_weights_after_loading
 

@@ -29,7 +29,7 @@ from mixprec_build.formats.base import Format
 from ..cpu import reference
 from ..native import NativeFormat
 from . import chains, routing
-from .group import ExpertGroup, keep_half, only_rank
+from .group import ExpertGroup, keep_one_projection, only_rank
 
 __all__ = ["MixedExpertsMethod"]
 
@@ -65,7 +65,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         here = {e: layer._map_global_expert_id_to_local_expert_id(e) for e in self._formats}
         groups = expert_groups(self._formats, [expert for expert, local in here.items() if local >= 0])
         if any(ups != downs for ups, downs in groups):
-            self._refuse_parted(layer, groups)
+            self._refuse_split_experts(layer, groups)
         self._refuse(layer, extra)
         # Gate and up of an expert, and its down: the number of their group, and their number within it.
         place: dict[tuple[str, int], tuple[int, int]] = {}
@@ -85,16 +85,16 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 layer, fmt, len(ups or downs), hidden_size, intermediate_size_per_partition, params_dtype
             )
             if ups != downs:
-                keep_half(made, "w13" if ups else "w2")
+                keep_one_projection(made, "w13" if ups else "w2")
             layer.groups.append(made)
         device = next(layer.parameters()).device
         for name, rows in (("up_numbers", numbers["w13"]), ("down_numbers", numbers["w2"])):
             layer.register_buffer(name, torch.tensor(rows, dtype=torch.int32, device=device), persistent=False)
         layer.chains = None  # known once the layer runs
         _layers[self._prefix] = layer
-        self._register_doors(layer, place)
+        self._register_placeholders(layer, place)
 
-    def _refuse_parted(self, layer: FusedMoE, groups: list[GroupMembers]) -> None:
+    def _refuse_split_experts(self, layer: FusedMoE, groups: list[GroupMembers]) -> None:
         """What only chains compute, and they cannot."""
         config, unfit = layer.moe_runner_config, ""
         if not chains.activates(config):
@@ -153,7 +153,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             group.quant_method.enter_torch_compile = lambda num_tokens: None
         return group
 
-    def _register_doors(self, layer: FusedMoE, place: Mapping[tuple[str, int], tuple[int, int]]) -> None:
+    def _register_placeholders(self, layer: FusedMoE, place: Mapping[tuple[str, int], tuple[int, int]]) -> None:
         """Models look for parameters of the layer: empty ones pass on what they are given to the expert's group.
 
         There is one for every tensor of every format: Mixtral (models/mixtral.py:448) looks for those of experts of
@@ -162,11 +162,11 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         leaves = {leaf for fmt in registry.FORMATS for leaf in fmt.leaves} - {"", "bias"}
         names = {f"{weight}_{leaf}" for weight in ("w13", "w2") for leaf in leaves}
         for name in sorted(names.union(*(dict(group.named_parameters(recurse=False)) for group in layer.groups))):
-            door = Parameter(torch.empty(0), requires_grad=False)
-            door.weight_loader = self._door(layer, name, place)  # type: ignore[attr-defined]
-            layer.register_parameter(name, door)
+            placeholder = Parameter(torch.empty(0), requires_grad=False)
+            placeholder.weight_loader = self._placeholder_loader(layer, name, place)  # type: ignore[attr-defined]
+            layer.register_parameter(name, placeholder)
 
-    def _door(self, layer: FusedMoE, name: str, place: Mapping[tuple[str, int], tuple[int, int]]) -> Any:
+    def _placeholder_loader(self, layer: FusedMoE, name: str, place: Mapping[tuple[str, int], tuple[int, int]]) -> Any:
         weight = name.partition("_")[0]
 
         def load(_: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int) -> None:
@@ -215,9 +215,9 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 layer.chains = chains.of(layer, dispatch_output)
             if layer.chains.ups:
                 return chains.run(layer, hidden_states, topk)
-        if any(group.half for group in layer.groups):
+        if any(group.projection for group in layer.groups):
             if is_cpu():
-                return reference.parted_experts(layer, dispatch_output)
+                return reference.split_experts(layer, dispatch_output)
             raise RuntimeError(
                 f"{self._prefix}: SGLang runs these experts on kernels that cannot multiply by gate and up alone; "
                 "build the checkpoint with gate, up and down of an expert in one format"

@@ -35,7 +35,7 @@ from mixprec_build.storage.disk import inside
 from mixprec_build.storage.header import TensorInfo
 
 from .ledger import CASTS, DTYPES, LoadError
-from .strict import here, may_be_empty
+from .strict import expected_on_this_rank, may_be_empty
 
 __all__ = ["Fetch", "Holdings", "holdings", "load", "mismatch", "require_merged", "this_run"]
 
@@ -156,7 +156,7 @@ def _share(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, repli
     except SplitError as error:
         logger.warning("mixprec: SGLang's loader, which is slower, reads the files: %s", error)
         return None
-    padded = {name: (share.native, share.held) for name, share in splitter.padded.items()}
+    padded = {name: (share.native, share.columns) for name, share in splitter.padded.items()}
     where = f"the weights in {folder} of rank {rank} of {degree}"
     return Holdings(where, parameters, padded, lambda file: inside(folder, file))
 
@@ -223,7 +223,7 @@ def mismatch(model: Module, held: Holdings) -> str | None:
         dtype = DTYPES.get(stored.dtype)
         if dtype != parameter.dtype and not {dtype, parameter.dtype} <= CASTS:
             return f"{name} is {stored.dtype} in them and {parameter.dtype} in SGLang"
-    belongs = here(model)
+    belongs = expected_on_this_rank(model)
     extra = sorted(filter(belongs, held.parameters.keys() - parameters.keys()))
     return f"SGLang has no {extra[0]}" if extra else None
 

@@ -27,7 +27,7 @@ from ..formats.registry import served
 from ..native import format_of
 from .ledger import Ledger, LoadError
 
-__all__ = ["here", "load_strictly", "may_be_empty"]
+__all__ = ["expected_on_this_rank", "load_strictly", "may_be_empty"]
 
 
 def load_strictly(
@@ -52,7 +52,7 @@ def load_strictly(
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from sglang.srt.runtime_context import get_parallel
 
-    belongs, ranks = here(model), get_parallel().tp_size
+    belongs, ranks = expected_on_this_rank(model), get_parallel().tp_size
     # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
     padded = {
         f"{path}.weight": module.shard_indices.num_org_elements * prod(module.weight.shape[1:])
@@ -92,7 +92,7 @@ def may_be_empty(model: Module) -> Callable[[str], bool]:
     return empty
 
 
-def here(model: Module) -> Callable[[str], bool]:
+def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
     """Tells which tensors of a checkpoint a model on this rank is meant to take."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.runtime_context import get_parallel

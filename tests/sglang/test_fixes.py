@@ -75,7 +75,11 @@ def test_repairs_are_listed_with_a_place_that_sglang_has() -> None:
     for _, repair in listed:
         assert repair.layer in ("linear", "experts") and len(repair.why) > 20
         assert any((repair.check, repair.create, repair.process, repair.runner, repair.run))
-        assert (home / repair.where.partition(":")[0]).is_file(), repair.where
+        # The places named are 0.5.17's; other versions may keep a file in another folder.
+        place = Path(repair.where.partition(":")[0])
+        assert any(home.rglob(place.name)), repair.where
+        if sglang.__version__ == "0.5.17":
+            assert (home / place).is_file(), repair.where
 
 
 # GPTQ experts

@@ -16,7 +16,7 @@ from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.checkpoint.manifest import read_manifest
 from mixprec_build.errors import MixprecError, OutputError, SourceError, VerifyError
 from mixprec_build.output.build import plan_recipe, run_plan
-from mixprec_build.output.leftovers import leftovers, strangers
+from mixprec_build.output.leftovers import leftovers, unknown_entries
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
 from mixprec_build.storage.disk import inside
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_ranks_is_not_read_through_a_link(out: Path, tmp_path: P
 
 def test_a_link_in_a_rank_folder_is_no_file_of_it(out: Path, home: Path) -> None:
     (out / "presplit/tp2-ep1/rank-0-of-2/model-00009-of-00009.safetensors").symlink_to(home / ".bashrc")
-    assert strangers(out, read_manifest(out)) == ["presplit/tp2-ep1/rank-0-of-2/model-00009-of-00009.safetensors"]
+    assert unknown_entries(out, read_manifest(out)) == ["presplit/tp2-ep1/rank-0-of-2/model-00009-of-00009.safetensors"]
     split(out, layout="merged")
     assert (home / ".bashrc").read_text() == ".bashrc"
 

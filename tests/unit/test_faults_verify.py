@@ -18,7 +18,7 @@ from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import MixprecError, OutputError
 from mixprec_build.output import verify as verifying
 from mixprec_build.output.build import plan_recipe, run_plan
-from mixprec_build.output.locked import alone
+from mixprec_build.output.locked import locked
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
 
@@ -154,9 +154,9 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_compared(
 
 
 def test_a_split_and_a_verify_do_not_work_at_the_same_time(out: Path) -> None:
-    with alone(out), pytest.raises(OutputError, match="another `mixprec split` or build is writing there"):
+    with locked(out), pytest.raises(OutputError, match="another `mixprec split` or build is writing there"):
         verify(out)
-    with alone(out, shared=True):
+    with locked(out, shared=True):
         assert verify(out).differences == ()  # others may compare as well
         with pytest.raises(OutputError, match="`mixprec verify` is reading it; wait for it"):
             split(out, Degree(1))
@@ -173,7 +173,7 @@ def test_a_build_waits_for_those_that_compare_what_it_replaces(out: Path, mix: P
         ended.set()
 
     builder = threading.Thread(target=build)
-    with alone(out, shared=True):
+    with locked(out, shared=True):
         builder.start()
         assert not ended.wait(3) and out.stat().st_ino == before
     builder.join(60)

@@ -28,7 +28,7 @@ from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
 from mixprec_build.families.llama import LLAMA as LLAMA_RULES
 from mixprec_build.output.build import plan_recipe, run_plan
-from mixprec_build.output.locked import alone
+from mixprec_build.output.locked import locked
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
 from mixprec_build.ranks.files import open_rank, read_rank
@@ -72,7 +72,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_shares_of_a_block_are_filled_up_with_zeros(out: Path) -> None:
     splitter = splitter_of(open_source(str(out)), Degree(2))
-    shares = {name: (share.native, share.held) for name, share in splitter.padded.items()}
+    shares = {name: (share.native, share.columns) for name, share in splitter.padded.items()}
     # Int4 in groups of 128 and FP8 in blocks of 128; FP8 by channel is content with 192.
     assert shares == {"model.layers.0.mlp.experts": (192, 256), "model.layers.1.mlp.experts": (192, 256)}
     assert splitter.remarks()[0].startswith(
@@ -380,7 +380,10 @@ def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest
 
 
 def test_two_splits_exclude_each_other(out: Path) -> None:
-    with alone(out), pytest.raises(OutputError, match="another `mixprec split` or build is writing there; wait for it"):
+    with (
+        locked(out),
+        pytest.raises(OutputError, match="another `mixprec split` or build is writing there; wait for it"),
+    ):
         split(out, Degree(2))
 
 

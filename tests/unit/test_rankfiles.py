@@ -53,17 +53,17 @@ def test_contents_are_what_the_pieces_say(seed: int) -> None:
             for left, right in cuts(draw, columns):
                 if draw.random() < 0.2:  # left to the filler
                     continue
-                turned = draw.random() < 0.3
-                height, width = (right - left, bottom - top) if turned else (bottom - top, right - left)
+                transposed = draw.random() < 0.3
+                height, width = (right - left, bottom - top) if transposed else (bottom - top, right - left)
                 above, beside = (draw.choice([0, 0, 3]) for _ in range(2))
                 stored = noise.integers(1, 250, (height + above + 1, width + beside), element)
                 name = f"{len(tensors)}"
                 tensors[name] = stored
                 piece = stored[above : above + height, beside : beside + width]
-                due[expert, top:bottom, left:right] = piece.T if turned else piece
+                due[expert, top:bottom, left:right] = piece.T if transposed else piece
                 info = TensorInfo(name, dtype, stored.shape, "file", 0, stored.nbytes)
                 pieces.append(
-                    Piece(info, (above, above + height), (beside, beside + width), (expert, top, left), turned)
+                    Piece(info, (above, above + height), (beside, beside + width), (expert, top, left), transposed)
                 )
     draw.shuffle(pieces)
     parameter = Parameter("p", dtype, due.shape, tuple(pieces), experts=True)

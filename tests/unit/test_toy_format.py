@@ -43,7 +43,7 @@ def run(*arguments: object) -> str:
 
 def test_a_format_from_outside_goes_through_every_command(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (stored,) = (fmt for fmt in open_source(str(tmp_path / "toy")).held if fmt.quantized)
+    (stored,) = (fmt for fmt in open_source(str(tmp_path / "toy")).distinct_formats if fmt.quantized)
     assert stored == Toy(GROUP)
 
     planned = json.loads(run("plan", recipe, "--json"))

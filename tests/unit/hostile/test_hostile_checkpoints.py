@@ -172,7 +172,7 @@ def test_a_declaration_that_lies(mix: Path, mixprec: Any, fmt: str) -> None:
 
 
 def test_patterns_may_take_seconds_in_all(mix: Path, mixprec: Any, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("mixprec_build.patterns.budget.Patience.SECONDS", 0.1)
+    monkeypatch.setattr("mixprec_build.patterns.budget.MatchBudget.SECONDS", 0.1)
     slow = [[f"*{{m,mo}}*{{l,la}}*{{e,er}}*{i}", "bf16"] for i in range(1000)]
     change(mix / "out" / "config.json", lambda c: c["quantization_config"].update(modules=slow))
     assert "takes more than 0 seconds to match" in refused(mixprec("inspect", mix / "out"))

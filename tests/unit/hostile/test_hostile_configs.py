@@ -126,7 +126,7 @@ def test_the_slowest_regexes_that_are_tried(regex: str) -> None:
 
 
 def test_regexes_may_take_seconds_in_all(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("mixprec_build.patterns.budget.Patience.SECONDS", 0.1)
+    monkeypatch.setattr("mixprec_build.patterns.budget.MatchBudget.SECONDS", 0.1)
     one = dynamic({"dynamic": {".*.*.*b": {"bits": 8}}})
     with pytest.raises(FormatError, match="`dynamic` takes more than 0 seconds to match"):
         for _ in range(1000):
