@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SourceError
 from ..patterns.budget import MatchBudget
 from ..patterns.compress import compress
+from ..patterns.index import PatternIndex
 from ..patterns.pattern import Pattern, PatternError, PatternReader
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class Declaration:
     rules: tuple[tuple[Pattern, str], ...]
     default: str
     _budget: MatchBudget = field(default_factory=MatchBudget, repr=False, compare=False)
+    _index: PatternIndex = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", PatternIndex([pattern for pattern, _ in self.rules]))
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Declaration:
@@ -59,12 +64,10 @@ class Declaration:
         """Raises :class:`SourceError` when the patterns take too long."""
         try:
             with self._budget:
-                for pattern, name in reversed(self.rules):
-                    if pattern.matches(module):
-                        return self.formats[name]
+                line = self._index.last(module)
         except PatternError as error:
             raise SourceError(f"quantization_config of method mixprec {error}") from error
-        return self.formats[self.default]
+        return self.formats[self.default if line is None else self.rules[line][1]]
 
 
 def name_formats(formats: Iterable[Format]) -> dict[Format, str]:

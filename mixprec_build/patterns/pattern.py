@@ -18,7 +18,7 @@ from functools import partial
 
 from .match import Words, by_length, needs_no_search, to_regex, walk
 
-__all__ = ["MAX_ALTERNATIVES", "MAX_NAME", "RANGE", "Pattern", "PatternError", "PatternReader"]
+__all__ = ["MAX_ALTERNATIVES", "MAX_NAME", "RANGE", "Pattern", "PatternError", "PatternReader", "segments_of"]
 
 _SPECIAL = re.compile(r"[*?{}\[\]]")
 _TOKEN = re.compile(r"\*+|\?|\{[^}]*\}|[^*?{}\[\]]+|.")
@@ -55,7 +55,7 @@ class Pattern:
     _match: Callable[[str], object] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        segments = _parse(self.text)
+        segments = segments_of(self.text)
         match: Callable[[str], object]
         exact = _SPECIAL.search(self.text) is None
         if exact:
@@ -103,8 +103,12 @@ class PatternReader:
 # Parsing
 
 
-def _parse(text: str) -> list[list[Words]]:
-    """What is between the stars: ``"a.*.{b,c}?"`` -> ``[[("a.",)], [(".",), ("b", "c"), ()]]``."""
+def segments_of(text: str) -> list[list[Words]]:
+    """What is between the stars: ``"a.*.{b,c}?"`` -> ``[[("a.",)], [(".",), ("b", "c"), ()]]``.
+
+    Raises:
+        PatternError: ``text`` is malformed.
+    """
     if not text:
         raise PatternError("an empty name matches nothing")
     if _UNPRINTABLE.search(text):

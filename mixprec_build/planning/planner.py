@@ -138,7 +138,8 @@ class _Planner:
         self.notes: list[str] = []
         self.sources_of_rules = [sources.resolve(rule.source, recipe, rule.line) for rule in recipe.rules]
         self.rules = list(zip(recipe.rules, self.sources_of_rules, strict=True))
-        self.matched: Counter[int] = Counter()
+        self.names_of: dict[int, list[str]] = {i: [] for i in range(len(recipe.rules))}
+        """The modules that each rule matches."""
         self.won: Counter[int] = Counter()
         self.roles: dict[str, Role] = {}
         self.chosen: dict[str, tuple[Source, int | None]] = {}
@@ -163,20 +164,19 @@ class _Planner:
         exact = self._exact_rules()
         taken = (name for name in self.default.checkpoint.modules if left_out_of_builds(name) is None)
         names = sorted({*taken, *exact}, key=natural_key)
-        globs = [(i, rule.pattern) for i, rule in enumerate(self.recipe.rules) if not rule.pattern.exact]
-        hits = {name: [i for i, pattern in globs if pattern.matches(name)] for name in names}
+        hits = self.recipe.globs_matching(names)
+        for name, i in ((name, i) for name, found in hits.items() for i in found):
+            self.names_of[i].append(name)
         self.roles = {name: self.family.role_by_name(name) or self._role(name) for name in names}
         fixed = {name for name, role in self.roles.items() if role.never_quantized}
         # A glob that covers nothing but norms, routers and the like means them; another one does not.
-        means_fixed = {i for i, _ in globs} - {i for name in names if name not in fixed for i in hits[name]}
+        globs = {i for i in self.names_of if self.names_of[i] and not self.recipe.rules[i].pattern.exact}
+        means_fixed = {i for i in globs if fixed.issuperset(self.names_of[i])}
         for i in means_fixed:
-            covered = sum(i in hits[name] for name in fixed)
-            if covered:
-                self.notes.append(
-                    f"{self.recipe.rules[i]} covers only tensors that are never quantized (norms, routers, "
-                    f"parameters): {covered} are copied as they are there"
-                )
-        self.matched.update(chain.from_iterable(hits.values()))
+            self.notes.append(
+                f"{self.recipe.rules[i]} covers only tensors that are never quantized (norms, routers, "
+                f"parameters): {len(self.names_of[i])} are copied as they are there"
+            )
         for name, found in hits.items():
             candidates = [i for i in found if i in means_fixed] if name in fixed else found
             winner = exact.get(name, candidates[-1] if candidates else None)
@@ -200,7 +200,7 @@ class _Planner:
                 holders = [s for s in self.sources.by_name.values() if name in s.checkpoint.modules]
             if not holders:
                 raise self._error(rule, f"no source has a module {rule.pattern.text}; {self._nearest(name)}")
-            self.matched[i] += 1
+            self.names_of[i].append(name)
             exact[name] = i
             if name not in source.checkpoint.modules:
                 continue  # collect() reports it with the others that are missing
@@ -412,14 +412,14 @@ class _Planner:
 
     def rule_uses(self) -> Iterable[RuleUse]:
         for i, rule in enumerate(self.recipe.rules):
-            yield RuleUse(rule, self.matched[i], self.won[i])
-            if not self.matched[i]:
+            yield RuleUse(rule, len(self.names_of[i]), self.won[i])
+            if not self.names_of[i]:
                 hint = self._why_nothing(rule.pattern.text)
                 self.notes.append(f"{rule} matches nothing{hint and f' ({hint})'}")
             elif not self.won[i]:
                 self.notes.append(f"{rule} never wins: later or exact lines decide all it matches")
-            for number, pattern in rule.pattern.greatest() if self.matched[i] else ():
-                if not any(map(pattern.matches, reversed(self.roles))):  # great numbers are at the end
+            for number, pattern in rule.pattern.greatest() if self.names_of[i] else ():
+                if not any(map(pattern.matches, reversed(self.names_of[i]))):  # great numbers are at the end
                     self.notes.append(f"{rule}: nothing there has the number {number}")
 
     def left_out(self, modules: Mapping[str, PlannedModule]) -> Iterable[LeftOut]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..patterns.compress import compress
+from ..patterns.index import PatternIndex
 from ..recipe.fix import Line, RecipeFix
 from ..text import some
 
@@ -113,9 +114,8 @@ def _line(rule: Rule) -> Line:
 
 def _is_overruled(rule: Rule, modules: Iterable[str], recipe: Recipe) -> bool:
     """Whether a later line decides for one of ``modules`` that ``rule`` matches."""
-    matched = [name for name in modules if rule.pattern.matches(name)]
-    later = [other.pattern for other in recipe.rules if other.line > rule.line]
-    return any(pattern.matches(name) for pattern in later for name in matched)
+    later = PatternIndex([other.pattern for other in recipe.rules if other.line > rule.line])
+    return any(rule.pattern.matches(name) and later.last(name) is not None for name in modules)
 
 
 @dataclass(slots=True)

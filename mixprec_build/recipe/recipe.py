@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import RecipeError
 from ..formats.registry import kinds_of_word
+from ..patterns.index import PatternIndex
 from ..patterns.pattern import Pattern, PatternError, PatternReader
 from .nodes import List, Map, Node, NodeReader, unknown
 
@@ -87,6 +88,23 @@ class Recipe:
         if not self.tp:
             raise RecipeError(f"--layout {layout}: {_NO_TP}", path=self.path)
         return replace(self, layout=layout)
+
+    def globs_matching(self, modules: Iterable[str]) -> dict[str, list[int]]:
+        """Module -> the places in ``rules`` of the patterns with wildcards that match it, in order.
+
+        Raises:
+            RecipeError: it takes too long.
+        """
+        globs = [i for i, rule in enumerate(self.rules) if not rule.pattern.exact]
+        try:
+            found = PatternIndex([self.rules[i].pattern for i in globs]).hits(modules)
+        except PatternError as error:
+            raise RecipeError(
+                f"{error}: it has {len(globs):,} patterns; write fewer, or such that begin or end with whole words of "
+                "names, as `model.layers.{0..3}.mlp.*` does",
+                path=self.path,
+            ) from error
+        return {name: [globs[at] for at in numbers] for name, numbers in found.items()}
 
 
 def load_recipe(path: Path) -> Recipe:

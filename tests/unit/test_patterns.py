@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixprec_build.patterns.compress import compress, natural_key
+from mixprec_build.patterns.index import PatternIndex
 from mixprec_build.patterns.pattern import Pattern, PatternError
 
 # Few characters, so that random names and patterns meet; `[` and newline are what fnmatch and regexes trip over.
@@ -68,6 +69,62 @@ def test_matches_what_the_oracle_matches(data: st.DataObject, pattern: list[str]
     assert parsed.exact is not any(char in text for char in "*?{")
     for name in (data.draw(names_for(pattern)), data.draw(st.text(NAME_CHARS, max_size=8)), text):
         assert parsed.matches(name) is oracle(text, name), name
+
+
+@settings(deadline=None)
+@given(st.data(), st.lists(pieces, min_size=1, max_size=8))
+def test_many_patterns_match_as_each_alone(data: st.DataObject, patterns: list[list[str]]) -> None:
+    parsed = [Pattern("".join(pattern)) for pattern in patterns]
+    index = PatternIndex(parsed)
+    names = [data.draw(names_for(pattern)) for pattern in patterns]
+    for name in (*names, data.draw(st.text(NAME_CHARS, max_size=8)), *(pattern.text for pattern in parsed)):
+        one_by_one = [number for number, pattern in enumerate(parsed) if pattern.matches(name)]
+        assert index.matching(name) == one_by_one, name
+        assert index.last(name) == (one_by_one[-1] if one_by_one else None), name
+
+
+# As people write them, with names that meet them: whole words between dots, parts of words, lists of numbers.
+DOTTED = st.lists(
+    st.sampled_from(["a", "b", "{a,b}", "{0..3}", "{a.b,0}", "{a.0}", "x{0,1}", "{a,b}{0,1}", "?", "*", "a*", "0"]),
+    min_size=1,
+    max_size=5,
+).filter(lambda words: sum(word.count("*") for word in words) < 5)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(DOTTED.map(".".join), min_size=1, max_size=12),
+    st.lists(st.lists(st.sampled_from(["a", "b", "0", "3", "x0", "a1", "ab"]), min_size=1, max_size=6), max_size=8),
+)
+def test_many_dotted_patterns_match_as_each_alone(patterns: list[str], names: list[list[str]]) -> None:
+    parsed = [Pattern(pattern) for pattern in patterns]
+    index = PatternIndex(parsed)
+    for name in map(".".join, names):
+        assert index.matching(name) == [n for n, pattern in enumerate(parsed) if pattern.matches(name)], name
+
+
+@pytest.mark.parametrize(
+    "glob",
+    [
+        "model.layers.{layer}.mlp.experts.{{{expert},{layer},7}}.*",
+        "*.layers.{layer}.*.experts.{expert}.*",
+        "model.layers.*.experts.{expert}.{{gate,up}}_proj",
+        "model.layers.{layer}.mlp.experts.{expert}?.down_proj",
+    ],
+)
+def test_as_many_patterns_as_a_file_may_hold_take_no_time(glob: str) -> None:
+    patterns = [Pattern(glob.format(layer=n % 62, expert=n % 251)) for n in range(2000)]
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj"
+        for layer in range(62)
+        for expert in range(256)
+        for part in ("gate", "up", "down")
+    ]
+    began = time.process_time()
+    found = PatternIndex(patterns).hits(names)
+    assert time.process_time() - began < 5  # one by one: more than a minute
+    for name in names[::4001]:
+        assert found[name] == [n for n, pattern in enumerate(patterns) if pattern.matches(name)]
 
 
 @pytest.mark.parametrize(
