@@ -19,10 +19,10 @@ __all__ = ["with_cache_scales"]
 
 
 def with_cache_scales(
-    modules: dict[str, PlannedModule], sources: Sources, notes: list[str]
-) -> dict[str, PlannedModule]:
-    """``modules`` with the scales that the source of each attention's keys has, in checkpoint order; adds to ``notes``
-    where that source has none and another has."""
+    modules: dict[str, PlannedModule], sources: Sources
+) -> tuple[dict[str, PlannedModule], list[str]]:
+    """``modules`` with the scales that the source of each attention's keys has, in checkpoint order; and notes where
+    that source has none and another has."""
     homes: dict[str, PlannedModule | None] = {}
     added: dict[str, PlannedModule] = {}
     offered: dict[str, dict[str, None]] = {}
@@ -39,6 +39,7 @@ def with_cache_scales(
                     added[name] = _planned(name, source)
             else:
                 offered.setdefault(source.name, {})[scale.attention] = None
+    notes = []
     have = {found.attention for name in added if (found := cache_scale(name)) is not None}
     for source_name, attentions in offered.items():
         lacking = [attention for attention in attentions if attention not in have]
@@ -48,9 +49,9 @@ def with_cache_scales(
                 "come from has none: with --kv-cache-dtype fp8_e4m3 their cache has scales of 1"
             )
     if not added:
-        return modules
+        return modules, notes
     both = {**modules, **added}
-    return {name: both[name] for name in sorted(both, key=natural_key)}
+    return {name: both[name] for name in sorted(both, key=natural_key)}, notes
 
 
 def _scales_of(source: Source) -> Mapping[str, CacheScale]:

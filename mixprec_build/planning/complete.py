@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..families.base import Family
@@ -39,16 +39,15 @@ def check_complete(
     facts: ModelFacts,
     offered: Mapping[str, Collection[str]],
     problems: Problems,
-    notes: list[str],
-) -> None:
-    """Adds to ``problems`` what is missing for certain, and to ``notes`` what looks as if it were.
+) -> list[str]:
+    """Adds to ``problems`` what is missing for certain. Returns notes on what looks as if it were.
 
     Args:
         modules: the planned output.
         facts: those of the ``config.json`` it is served with.
         offered: source -> the modules that a line may take from it.
     """
-    family = facts.family
+    family, notes = facts.family, list[str]()
     _check_ends(modules, facts, offered, problems)
     # A bare parameter may well be in some layers only: hash tables of experts, biases of routers.
     stacks = _stacks((name for name, module in modules.items() if "" not in module.tensors), family)
@@ -58,11 +57,12 @@ def check_complete(
         if count is not None and count <= _MOST_LAYERS:
             _check_layers(stack, layers, count, problems)
             layers = {number: inner for number, inner in layers.items() if number < count}  # then: layers for drafts
-        _check_peers(stack, layers, offered, family.checked, problems, notes)
+        notes += _check_peers(stack, layers, offered, family.checked, problems)
         if family.checked and not any(last_word(n) in family.last_norms for n in modules if not _LAYER.fullmatch(n)):
             norm = f"{_parent(stack)}{family.last_norms[0]}"
             problems.hard(f"no source of the mix has the norm after the last layer ({norm})", code="incomplete_model")
     _check_experts(modules, facts, problems)
+    return notes
 
 
 def check_tied_head(
@@ -188,9 +188,9 @@ def _check_peers(
     offered: Mapping[str, Collection[str]],
     checked: bool,
     problems: Problems,
-    notes: list[str],
-) -> None:
-    """A layer that has less than another one, and nothing in its place, lacks something."""
+) -> Iterator[str]:
+    """A layer that has less than another one, and nothing in its place, lacks something. Yields notes on those of
+    families that were not checked."""
     trees = {number: _children(inner) for number, inner in layers.items()}
     kinds: dict[str, dict[frozenset[str], list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, tree in trees.items():
@@ -232,7 +232,7 @@ def _check_peers(
             modules=rest,
         )
     elif rest:
-        notes.append(f"{some(compress(rest))}: other layers have {_it(rest)}, these have not")
+        yield f"{some(compress(rest))}: other layers have {_it(rest)}, these have not"
 
 
 def _it(places: Collection[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..families.expected import tower_of
@@ -14,8 +14,8 @@ from .problems import Problems
 
 if TYPE_CHECKING:
     from ..checkpoint.typed import Source
-    from ..recipe.recipe import Rule
     from ..recipe.sources import Sources
+    from .choose import Chosen
 
 __all__ = ["check_stacked", "why_missing"]
 
@@ -45,21 +45,15 @@ def _source_with_experts_apart(sources: Sources, block: str) -> str | None:
 
 
 def check_stacked(
-    chosen: Mapping[str, tuple[Source, int | None]],
-    rules: Sequence[tuple[Rule, Source]],
+    chosen: Chosen,
     sources: Sources,
     problems: Problems,
 ) -> None:
-    """Adds to ``problems`` lines that match such tensors and cannot mean them, and tensors that SGLang cannot load.
-
-    Args:
-        chosen: module -> its source and the number of its rule.
-        rules: each with the source it means.
-    """
-    facts = sources.model.facts
+    """Adds to ``problems`` lines that match such tensors and cannot mean them, and tensors that SGLang cannot load."""
+    facts, rules = sources.model.facts, chosen.rules
     names: dict[str, list[str]] = {}
-    for name, (source, _) in chosen.items():
-        names.setdefault(source.name, []).append(name)
+    for name, choice in chosen.choices.items():
+        names.setdefault(choice.source.name, []).append(name)
     for source_name, of_source in names.items():
         source = sources.by_name[source_name]
         blocks = _blocks_of(source, of_source)

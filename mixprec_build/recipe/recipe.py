@@ -46,14 +46,18 @@ class SourceRef:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of ``weights:``: the modules that ``pattern`` matches come from ``source``."""
+    """One line of ``weights:``: the modules that ``pattern`` matches come from ``source``.
+
+    ``line`` is 0 for one that is not in a file yet.
+    """
 
     pattern: Pattern
     source: str
     line: int
 
     def __str__(self) -> str:
-        return f"line {self.line} `{self.pattern.text}: {self.source}`"
+        where = f"line {self.line} " if self.line else ""
+        return f"{where}`{self.pattern.text}: {self.source}`"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ base asks for, and where a pin or a floor says otherwise. What has no options st
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpoint import ValueReader
@@ -19,6 +19,7 @@ from ..families.parts import Role
 from ..formats.registry import bits_of, kinds_of_word
 from ..patterns.compress import compress
 from ..patterns.pattern import Pattern, PatternError
+from ..planning.choose import choose
 from ..planning.folding import Folding
 from ..planning.planner import plan_modules
 from ..planning.problems import Problems
@@ -93,16 +94,15 @@ class Choices:
     def __init__(self, recipe: Recipe, sources: Sources, request: Request):
         self.recipe, self.sources, self._family = recipe, sources, sources.family
         self.notes: list[str] = []
-        self.base = plan_modules(recipe, sources)
+        chosen = choose(recipe, sources)
+        self.base = plan_modules(chosen, recipe, sources)
         # A line for what the default source lacks has to name it, and a choice is written in globs.
         held = sources.by_name[recipe.default].checkpoint.modules
         names = [n for n, m in self.base.items() if m.role in _ALTERNATIVES and len(m.shape) == 2 and n in held]
-        self.by_source: dict[str, dict[str, PlannedModule]] = {}
+        self.by_source: dict[str, Mapping[str, PlannedModule]] = {}
         for name, source in sources.by_name.items():
             mine = [n for n in names if offers(source, [n])]
-            rules = tuple(Rule(Pattern(pattern), name, source.line) for pattern in compress(mine))
-            planned = plan_modules(replace(recipe, rules=rules, default=recipe.default), sources)
-            self.by_source[name] = {n: planned[n] for n in mine}
+            self.by_source[name] = plan_modules(chosen.assigned(dict.fromkeys(mine, source)), recipe, sources)
         self.groups: list[Group] = []
         self.kept: dict[str, list[str]] = {}
         """Why no source can be chosen -> linears that stay as the base has them for it."""

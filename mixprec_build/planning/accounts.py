@@ -1,0 +1,82 @@
+"""What became of every line of the recipe, and of every tensor of its sources."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from ..checkpoint.typed import Source
+from ..families.expected import left_out_of_builds
+from ..formats.registry import leaves
+from ..patterns.compress import compress
+from ..recipe.sources import Sources
+from ..storage.header import TensorInfo
+from ..storage.module import split_name
+from .choose import Chosen
+from .types import LeftOut, PlannedModule
+
+__all__ = ["left_out", "notes_on_rules"]
+
+
+def notes_on_rules(chosen: Chosen, sources: Sources) -> Iterator[str]:
+    """Notes on lines that match nothing, never win, or name numbers that no module has."""
+    for use, names in zip(chosen.uses, chosen.matched, strict=True):
+        if not use.matched:
+            hint = _why_nothing(use.rule.pattern.text, sources)
+            yield f"{use.rule} matches nothing{hint and f' ({hint})'}"
+        elif not use.won:
+            yield f"{use.rule} never wins: later or exact lines decide all it matches"
+        for number, pattern in use.rule.pattern.greatest() if use.matched else ():
+            if not any(map(pattern.matches, reversed(names))):  # great numbers are at the end
+                yield f"{use.rule}: nothing there has the number {number}"
+
+
+def _why_nothing(glob: str, sources: Sources) -> str:
+    """A hint for a glob that matches nothing; empty where there is none."""
+    if glob.endswith(".bias"):
+        return "a bias comes with its module"
+    dashed = re.search(r"{(\d+)-(\d+)}", glob)
+    if dashed:
+        return f"a range is written {{{dashed[1]}..{dashed[2]}}}"
+    names = chain.from_iterable(source.checkpoint.modules for source in sources.by_name.values())
+    words = {word for name in names for word in name.split(".")}
+    for word in re.split(r"\.+", glob):
+        near = difflib.get_close_matches(word, words, n=1)
+        if near and word not in words and not re.search(r"[*?{}]", word):
+            return f"no name has a part `{word}`: did you mean `{near[0]}`?"
+    return ""
+
+
+def left_out(modules: Mapping[str, PlannedModule], default: Source, sources: Sources) -> Iterator[LeftOut]:
+    """The tensors of each source that the output does not hold, by the reason for it."""
+    kept: dict[str, set[str]] = {name: set() for name in sources.by_name}
+    for module in modules.values():
+        for planned in module.tensors.values():
+            kept[planned.source].add(planned.info.name)
+    for source in sources.by_name.values():
+        groups: dict[str, list[TensorInfo]] = {}
+        for name, tensor in source.checkpoint.tensors.items():
+            if name not in kept[source.name]:
+                groups.setdefault(_why_left_out(source, tensor, modules, default, sources), []).append(tensor)
+        for reason, tensors in groups.items():
+            names = {split_name(tensor.name, leaves())[0] for tensor in tensors}
+            nbytes = sum(tensor.nbytes for tensor in tensors)
+            yield LeftOut(source.name, reason, len(tensors), nbytes, tuple(compress(names)))
+
+
+def _why_left_out(
+    source: Source, tensor: TensorInfo, modules: Mapping[str, PlannedModule], default: Source, sources: Sources
+) -> str:
+    name, leaf = split_name(tensor.name, leaves())
+    module = modules.get(name)
+    if module is None and (reason := left_out_of_builds(tensor.name)) is not None:
+        return reason
+    if module is not None and leaf == "bias" and module.source == source.name:
+        return f"zero biases that `{default.name}` does not have"
+    if module is not None:
+        return f"taken from `{module.source}`"
+    if default.facts.tied_embeddings and tensor.name.startswith(f"{sources.family.head}."):
+        return "tied to the embedding"
+    return f"not in the model as `{default.name}` has it"

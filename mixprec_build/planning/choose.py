@@ -1,0 +1,210 @@
+"""Which source each module comes from: by the recipe's lines, and for norms and routers by what they feed."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..checkpoint.typed import Source
+from ..errors import RecipeError
+from ..families.expected import left_out_of_builds
+from ..families.parts import Role
+from ..formats.registry import kinds_of_word, leaves
+from ..patterns.compress import compress, natural_key
+from ..recipe.recipe import Recipe, Rule
+from ..recipe.sources import Sources
+from ..storage.module import split_name
+from ..text import some
+from .folding import Folding
+from .problems import Problems
+from .rules import offers
+from .types import RuleUse
+
+__all__ = ["Choice", "Chosen", "check_same_model", "choose", "with_followers"]
+
+
+class Choice(NamedTuple):
+    """Where one module comes from. ``rule`` is the line that says so, None for the default."""
+
+    source: Source
+    rule: Rule | None = None
+    follows: bool = False
+    """Whether it comes along with what a norm feeds."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """The source of every module of the output, in checkpoint order."""
+
+    choices: Mapping[str, Choice]
+    roles: Mapping[str, Role]
+    rules: tuple[tuple[Rule, Source], ...]
+    """The recipe's lines, each with the source it means."""
+    uses: tuple[RuleUse, ...]
+    """How many modules these lines match and decide."""
+    matched: Sequence[Sequence[str]]
+    """The modules that each of these lines matches, in checkpoint order."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Those that anything comes from, by name."""
+        return {choice.source.name: choice.source for choice in self.choices.values()}
+
+    def assigned(self, sources: Mapping[str, Source]) -> Chosen:
+        """These modules alone, from these sources, whatever the recipe's lines say."""
+        return replace(self, choices={name: Choice(source) for name, source in sources.items()})
+
+
+def choose(recipe: Recipe, sources: Sources) -> Chosen:
+    """Applies the lines of a recipe to the modules of the default source, and to those that exact lines name.
+
+    Of globs the last that matches decides; an exact name beats every glob. Norms, routers and parameters, which are
+    never quantized, are decided by globs that cover nothing else.
+
+    Raises:
+        RecipeError: an exact name that no source has, or has otherwise than the line says; a word that no source
+            answers to.
+    """
+    rules = tuple((rule, sources.resolve(rule.source, recipe, rule.line)) for rule in recipe.rules)
+    default = sources.by_name[recipe.default]
+    named = {i: name for i, rule in enumerate(rules) if (name := _module_named(*rule, recipe, sources)) is not None}
+    exact = {name: i for i, name in named.items()}
+    in_default = (name for name in default.checkpoint.modules if left_out_of_builds(name) is None)
+    names = sorted({*in_default, *exact}, key=natural_key)
+    hits = recipe.globs_matching(names)
+    matched = [[named[i]] if i in named else [] for i in range(len(rules))]
+    for name, found in hits.items():
+        for i in found:
+            matched[i].append(name)
+    default_first = [default, *sources.by_name.values()]
+    roles = {name: sources.family.role_by_name(name) or _role(name, default_first, sources) for name in names}
+    fixed = {name for name, role in roles.items() if role.never_quantized}
+    # A glob that covers nothing but norms, routers and the like means them; another one does not.
+    means_fixed = {i for i, found in enumerate(matched) if i not in named and found and fixed.issuperset(found)}
+    notes = [
+        f"{recipe.rules[i]} covers only tensors that are never quantized (norms, routers, parameters): "
+        f"{len(matched[i])} are copied as they are there"
+        for i in sorted(means_fixed)
+    ]
+    won = Counter[int]()
+    choices = {}
+    for name, found in hits.items():
+        candidates = [i for i in found if i in means_fixed] if name in fixed else found
+        winner = exact.get(name, candidates[-1] if candidates else None)
+        if winner is None:
+            choices[name] = Choice(default)
+        else:
+            won[winner] += 1
+            choices[name] = Choice(rules[winner][1], rules[winner][0])
+    uses = tuple(RuleUse(rule, len(matched[i]), won[i]) for i, rule in enumerate(recipe.rules))
+    return Chosen(choices, roles, rules, uses, matched, tuple(notes))
+
+
+def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) -> str | None:
+    """The module that an exact line names, which is a promise that must hold; None for a glob."""
+    if not rule.pattern.exact:
+        return None
+
+    def error(message: str) -> RecipeError:
+        return RecipeError(message, path=recipe.path, line=rule.line)
+
+    name = rule.pattern.text
+    holders = _holders(name, sources)
+    module, leaf = split_name(name, leaves())
+    if not holders and leaf:
+        name, holders = module, _holders(module, sources)
+        if leaf == "bias" and holders:
+            raise error(f"a bias is never quantized and comes with its module; name {module}")
+    if not holders:
+        raise error(f"no source has a module {rule.pattern.text}; {_nearest(name, sources)}")
+    if name in source.checkpoint.modules:  # what is missing is reported with the others that are
+        fmt = source.format_of(name)
+        asked = kinds_of_word(rule.source)
+        if asked and fmt.kind not in asked and not fmt.quantized:
+            others = ", ".join(f"`{s.name}`" for s in holders if offers(s, [name])) or "no source"
+            raise error(
+                f"{name} is not quantized in `{source.name}`: it is stored as {fmt.kind} there; "
+                f"remove the line or name another source ({others} has it so)"
+            )
+    return name
+
+
+def _holders(name: str, sources: Sources) -> list[Source]:
+    return [source for source in sources.by_name.values() if name in source.checkpoint.modules]
+
+
+def _nearest(name: str, sources: Sources) -> str:
+    """What else may have been meant by the name of a module that no source has."""
+    parent, _, last = name.rpartition(".")
+    parts = sources.family.members_of(last)
+    if parts:
+        return f"checkpoints store its parts: write {parent}.{{{','.join(parts)}}}"
+    names = sorted({n for s in sources.by_name.values() for n in s.checkpoint.modules})
+    alike = [n for n in names if n.endswith(last) and n.count(".") == name.count(".")] or names
+    near = difflib.get_close_matches(name, alike[:5000], n=1, cutoff=0.3)
+    return f"did you mean {near[0]}?" if near else "see `mixprec inspect` for the names it has"
+
+
+def _role(name: str, default_first: Iterable[Source], sources: Sources) -> Role:
+    """The role of a module by what it holds, in the first source that has it in a format that is read."""
+    for source in default_first:
+        fmt = source.known_format(name)
+        if fmt is not None:
+            stored = source.checkpoint.modules[name]
+            return sources.family.role_of(name, fmt.shape(stored), stored.tensors)
+    return sources.family.role_of(name, (0, 0), ())
+
+
+def check_same_model(chosen: Chosen, sources: Sources, problems: Problems) -> list[str]:
+    """Adds to ``problems`` where the ``config.json`` that the output is served with and those of the sources that are
+    used are of different models. Returns notes on differences that do not count."""
+    names = {id(source.checkpoint): f"`{name}`" for name, source in sources.by_name.items()}
+    ours = names.get(id(sources.model), f"`model:` ({sources.model.location})")
+    notes = []
+    for source in chosen.sources.values():
+        for difference in sources.model.facts.differences(source.facts):
+            if difference.counts:
+                problems.hard(
+                    f"{ours} and `{source.name}` are different models: {difference} in their config.json; point "
+                    f"`{source.name}` (line {source.line}) to a checkpoint of the same model",
+                    code="different_models",
+                )
+            else:
+                notes.append(
+                    f"{ours} and `{source.name}` differ in their config.json: {difference}; the output is served with "
+                    "the first"
+                )
+    return notes
+
+
+def with_followers(chosen: Chosen, folding: Folding, sources: Sources) -> Chosen:
+    """The same, but each norm that no line decides has the values that what it feeds was quantized with, and its
+    router comes along. See :mod:`.folding`."""
+    choices, moved = dict(chosen.choices), dict[str, list[str]]()
+
+    def move(names: Iterable[str], to: Source) -> None:
+        for name in names:
+            fmt = to.known_format(name)
+            if fmt is not None and not fmt.quantized:
+                choices[name] = Choice(to, follows=True)
+                moved.setdefault(to.name, []).append(name)
+
+    for norm, fed in folding.fed.items():
+        free = [n for n in (norm, *fed) if choices[n].rule is None and chosen.roles[n].never_quantized]
+        voters = [choices[name].source.name for name in fed if name not in free]
+        source = folding.follow(norm, choices[norm].source.name, voters) if norm in free else None
+        if source is not None:
+            move([norm], sources.by_name[source])
+        home = choices[norm].source
+        routers = [name for name in free if name != norm]
+        move([n for n in routers if folding.differ(norm, choices[n].source.name, home.name)], home)
+    notes = [
+        f"{some(compress(names))}: from `{name}`, as what these norms feed: it has scales of activations folded into "
+        "them"
+        for name, names in moved.items()
+    ]
+    return replace(chosen, choices=choices, notes=(*chosen.notes, *notes))
