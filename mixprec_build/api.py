@@ -20,6 +20,8 @@ __all__ = ["build", "inspect", "plan", "split", "suggest", "verify"]
 
 Layout = Literal["merged", "presplit", "both"]
 """Which files a checkpoint has: those of the whole model, those cut for ranks, or both."""
+Check = Literal["sample", "full"]
+"""How many quantized modules have their weights compared with unquantized ones."""
 
 
 def plan(
@@ -28,6 +30,7 @@ def plan(
     allow_unservable: bool = False,
     link: bool = False,
     layout: Layout | None = None,
+    check: Check = "sample",
 ) -> Plan:
     """Decides what a recipe (a YAML file) builds: for every tensor its source and its file. Writes nothing.
 
@@ -39,6 +42,8 @@ def plan(
         allow_unservable: plan also what SGLang could not serve; the reasons are then in ``plan.unservable``.
         link: take source files over whole, by reflink or hard link, where all of a file is wanted.
         layout: takes the place of the recipe's.
+        check: compare the weights of a ``sample`` of the quantized modules with their unquantized forms, or of all
+            (``full``); what does not agree is in ``plan.notes``.
 
     Raises:
         RecipeError: the YAML, with its line.
@@ -47,7 +52,9 @@ def plan(
     """
     from .output.build import plan_recipe
 
-    return plan_recipe(Path(recipe), allow_unservable=allow_unservable, link=link, layout=layout)
+    return plan_recipe(
+        Path(recipe), allow_unservable=allow_unservable, link=link, layout=layout, check_all=check == "full"
+    )
 
 
 def build(
@@ -55,9 +62,11 @@ def build(
     out: str | PathLike[str],
     *,
     force: bool = False,
+    take_over: bool = False,
     allow_unservable: bool = False,
     link: bool = False,
     layout: Layout | None = None,
+    check: Check = "sample",
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -68,7 +77,8 @@ def build(
 
     Args:
         force: replace an ``out`` that mixprec wrote before.
-        allow_unservable, link, layout: as for :func:`plan`; ``layout`` is for recipes only.
+        take_over: continue a stopped build, even one that another machine began.
+        allow_unservable, link, layout, check: as for :func:`plan`; the last two are for recipes only.
         jobs: copying threads; up to 8 by default.
         progress: called with the bytes just done, from any thread; in all they are ``plan.written_bytes``.
 
@@ -84,11 +94,12 @@ def build(
     from .planning.types import Plan
 
     if not isinstance(recipe, Plan):
-        recipe = plan(recipe, allow_unservable=allow_unservable, link=link, layout=layout)
+        recipe = plan(recipe, allow_unservable=allow_unservable, link=link, layout=layout, check=check)
     return run_plan(
         recipe,
         Path(out),
         force=force,
+        take_over=take_over,
         allow_unservable=allow_unservable,
         link=link,
         jobs=jobs,

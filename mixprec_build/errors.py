@@ -45,10 +45,15 @@ class MixprecError(Exception):
 
 
 class RecipeError(MixprecError):
-    """A recipe that cannot be read. ``path`` and ``line`` (1-based) say where, when they are known."""
+    """A recipe that cannot be read. ``path`` and ``line`` (1-based) say where, when they are known.
 
-    def __init__(self, message: str, *, path: Path | str | None = None, line: int | None = None):
-        self.path, self.line = path, line
+    ``fix`` is a :class:`~mixprec_build.recipe.fix.RecipeFix` where an edit of the recipe is proposed.
+    """
+
+    def __init__(
+        self, message: str, *, path: Path | str | None = None, line: int | None = None, fix: Any | None = None
+    ):
+        self.path, self.line, self.fix = path, line, fix
         where = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
         super().__init__(where + message)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import MixprecError, RefusedError
+from ..errors import MixprecError, RecipeError, RefusedError
 from ..versions import __version__
 from .build import build
 from .doctor import doctor
@@ -37,8 +39,31 @@ app = typer.Typer(
 )
 
 
+def _with_json_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which prints errors as JSON as well where it is asked for JSON."""
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except MixprecError as error:
+            if options.get("as_json"):
+                with suppress(OutputLostError):
+                    print_json(_facts_of(error))
+            raise
+
+    return run
+
+
+def _facts_of(error: MixprecError) -> dict[str, object]:
+    if isinstance(error, RefusedError):
+        return {"refused": [problem.to_json() for problem in error.problems]}
+    fix = error.fix if isinstance(error, RecipeError) else None
+    return {"error": str(error), "fix": None if fix is None else fix.to_json()}
+
+
 for _command in (build, plan, inspect, verify, split, doctor, suggest, experts):
-    app.command()(_command)
+    app.command()(_with_json_errors(_command))
 
 
 @app.callback(invoke_without_command=True)
@@ -94,12 +119,6 @@ def _ended(stop: _Stop) -> tuple[object, str]:
     except OutputLostError as error:
         return error.exit_code, error.message
     except MixprecError as error:
-        if "--json" in sys.argv:
-            with suppress(OutputLostError):
-                if isinstance(error, RefusedError):
-                    print_json({"refused": [problem.to_json() for problem in error.problems]})
-                else:
-                    print_json({"error": str(error)})
         return error.exit_code, str(error)
     except MemoryError:
         return 1, "out of memory"

@@ -14,6 +14,7 @@ from ..families.expected import left_out_of_builds
 from ..families.parts import Role
 from ..formats.registry import kinds_of_word, leaves
 from ..patterns.compress import compress, natural_key
+from ..recipe.fix import Line, RecipeFix
 from ..recipe.recipe import Recipe, Rule
 from ..recipe.sources import Sources
 from ..storage.module import split_name
@@ -109,8 +110,13 @@ def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) 
     if not rule.pattern.exact:
         return None
 
-    def error(message: str) -> RecipeError:
-        return RecipeError(message, path=recipe.path, line=rule.line)
+    def error(message: str, instead: str | None = None, *, remove: bool = False) -> RecipeError:
+        fix = None
+        if instead is not None:
+            fix = RecipeFix(change=(Line(rule.line, instead, rule.source),), section=recipe.section)
+        elif remove:
+            fix = RecipeFix(remove=(Line(rule.line, rule.pattern.text, rule.source),), section=recipe.section)
+        return RecipeError(message, path=recipe.path, line=rule.line, fix=fix)
 
     name = rule.pattern.text
     holders = _holders(name, sources)
@@ -118,9 +124,10 @@ def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) 
     if not holders and leaf:
         name, holders = module, _holders(module, sources)
         if leaf == "bias" and holders:
-            raise error(f"a bias is never quantized and comes with its module; name {module}")
+            raise error(f"a bias is never quantized and comes with its module; name {module}", module)
     if not holders:
-        raise error(f"no source has a module {rule.pattern.text}; {_nearest(name, sources)}")
+        hint, instead = _nearest(name, sources)
+        raise error(f"no source has a module {rule.pattern.text}; {hint}", instead)
     if name in source.checkpoint.modules:  # what is missing is reported with the others that are
         fmt = source.format_of(name)
         asked = kinds_of_word(rule.source)
@@ -128,7 +135,8 @@ def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) 
             others = ", ".join(f"`{s.name}`" for s in holders if offers(s, [name])) or "no source"
             raise error(
                 f"{name} is not quantized in `{source.name}`: it is stored as {fmt.kind} there; "
-                f"remove the line or name another source ({others} has it so)"
+                f"remove the line or name another source ({others} has it so)",
+                remove=True,
             )
     return name
 
@@ -137,16 +145,17 @@ def _holders(name: str, sources: Sources) -> list[Source]:
     return [source for source in sources.by_name.values() if name in source.checkpoint.modules]
 
 
-def _nearest(name: str, sources: Sources) -> str:
-    """What else may have been meant by the name of a module that no source has."""
+def _nearest(name: str, sources: Sources) -> tuple[str, str | None]:
+    """What may have been meant by the name of a module that no source has: a hint, and a pattern for it."""
     parent, _, last = name.rpartition(".")
     parts = sources.family.members_of(last)
     if parts:
-        return f"checkpoints store its parts: write {parent}.{{{','.join(parts)}}}"
+        pattern = f"{parent}.{{{','.join(parts)}}}"
+        return f"checkpoints store its parts: write {pattern}", pattern
     names = sorted({n for s in sources.by_name.values() for n in s.checkpoint.modules})
     alike = [n for n in names if n.endswith(last) and n.count(".") == name.count(".")] or names
     near = difflib.get_close_matches(name, alike[:5000], n=1, cutoff=0.3)
-    return f"did you mean {near[0]}?" if near else "see `mixprec inspect` for the names it has"
+    return (f"did you mean {near[0]}?", near[0]) if near else ("see `mixprec inspect` for the names it has", None)
 
 
 def _role(name: str, default_first: Iterable[Source], sources: Sources) -> Role:

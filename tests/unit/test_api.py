@@ -13,6 +13,7 @@ from support.llama import write_recipe, write_sources
 
 import mixprec_build as mp
 from mixprec_build import api, errors
+from mixprec_build.planning.planner import make_plan
 
 
 @pytest.fixture
@@ -61,3 +62,19 @@ def test_functions_stay_what_they_are_once_rooms_are_imported(mix: Path) -> None
     code = code.replace("'abc'", repr(api.__all__))
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["True"] * len(api.__all__)
+
+
+def test_what_the_commands_ask_for_can_be_asked_of_functions(mix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--check full`` and ``--take-over``, which are passed on as they are."""
+    asked: dict[str, object] = {}
+    made = make_plan
+    monkeypatch.setattr(
+        "mixprec_build.output.build.make_plan", lambda *args, **options: asked.update(options) or made(*args, **options)
+    )
+    monkeypatch.setattr(
+        "mixprec_build.output.publish.write", lambda *args, **options: asked.update(options) or Path("manifest")
+    )
+    mp.build(mix, "out", check="full", take_over=True)
+    assert asked["check_all"] is True and asked["take_over"] is True
+    mp.build(mix, "out")
+    assert asked["check_all"] is False and asked["take_over"] is False

@@ -89,8 +89,8 @@ class Case:
     """Sources whose line in the recipe the message must give."""
     hard: bool = False
     """Whether it stays refused under ``--allow unservable``."""
-    mends: int = 1
-    """How often advice must be followed until the plan passes; 0 where the message gives no line."""
+    fixes: int = 1
+    """How often fixes must be applied until the plan passes; 0 where none is proposed."""
     options: Mapping[str, object] = field(default_factory=dict)
 
     def recipe(self, folders: Mapping[str, Path]) -> str:

@@ -92,6 +92,6 @@ FOLDED = {
         ("model.norm: `awq` (line 4) and `bf16` (line 3) hold different values, so they do not hold the same weights",),
         clash=(),
         about=("bf16", "awq"),
-        mends=0,
+        fixes=0,
     ),
 }

@@ -46,7 +46,7 @@ MISSING = {
         ("*.mlp.*: int4",),
         ("`int4` has no model.layers.1.mlp.up_proj", "Add below line 6: `model.layers.1.mlp.up_proj: bf16`"),
         hard=True,
-        mends=2,
+        fixes=2,
     ),
 }
 
@@ -62,7 +62,7 @@ OTHER_MODELS = {
         clash=(),
         about=("int4",),
         hard=True,
-        mends=0,
+        fixes=0,
     ),
     "shapes": Case(
         llama("bf16") | {"int4": spec(sized(LLAMA, intermediate=512), "gptq_int4", configure(intermediate_size=256))},
@@ -75,7 +75,7 @@ OTHER_MODELS = {
         clash=(),
         about=("int4",),
         hard=True,
-        mends=0,
+        fixes=0,
     ),
     "a bias that is not zero": Case(
         llama("bf16") | {"int4": spec(LLAMA, "gptq_int4", nonzero_bias, zero_bias=True)},
@@ -84,7 +84,7 @@ OTHER_MODELS = {
         clash=(),
         about=("int4",),
         hard=True,
-        mends=0,
+        fixes=0,
     ),
     "norms": Case(
         llama("bf16") | {"int4": spec(sized(LLAMA, seed=1), "gptq_int4")},
@@ -96,7 +96,7 @@ OTHER_MODELS = {
         ),
         clash=(),
         about=("bf16", "int4"),
-        mends=0,
+        fixes=0,
     ),
     "norms of what is not quantized": Case(
         {"int4": spec(sized(LLAMA, seed=1), "gptq_int4"), "bf16": spec(LLAMA, "bf16")},
@@ -104,6 +104,6 @@ OTHER_MODELS = {
         ("`bf16` (line 4) and `int4` (line 3) hold different values",),
         clash=(),
         about=("bf16", "int4"),
-        mends=0,
+        fixes=0,
     ),
 }

@@ -89,7 +89,7 @@ KERNELS = {
         (),
         (ASYMMETRIC, "No source of this recipe can take their place: add one that can"),
         clash=(),
-        mends=0,
+        fixes=0,
     ),
     "asymmetric GPTQ experts": Case(moe_of("gptq_int4", sym=False), ("*.experts.*: quant",), (ASYMMETRIC,)),
     "groups of 16": Case(

@@ -32,7 +32,7 @@ NEVER_QUANTIZED = {
         (),
         ("mixprec serves no quantized lm_head. No source of this recipe can take their place",),
         clash=(),
-        mends=0,
+        fixes=0,
     ),
     "a router": Case(
         moe_of("fp8_block", also=("*.mlp.gate",)),

@@ -1,14 +1,13 @@
-"""Every mix that is refused: what the message says, that its advice works, and that nothing is left on disk.
+"""Every mix that is refused: what the message says, that its fix works, and that nothing is left on disk.
 
-One case a refusal, in the tables beside this file. Each runs through the command line, `plan` and `build`. Where the
-message gives a recipe line, that line is taken from it, put into the recipe as a user would, and `plan` must then pass.
+One case a refusal, in the tables beside this file. Each runs through the command line, `plan` and `build`. Where
+`plan --json` proposes a fix, it is applied to the recipe, and `plan` must then pass.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from support.write import DEEPSEEK, LLAMA, QWEN3_MOE, write_tiny
 
 from mixprec_build.checkpoint.declaration import Declaration
 from mixprec_build.checkpoint.manifest import MANIFEST
+from mixprec_build.recipe.fix import RecipeFix
 
 from .case import Case, Spec, drop, sized
 from .folded import FOLDED
@@ -78,30 +78,12 @@ def tree(*folders: Path) -> dict[Path, int]:
     return {path: path.lstat().st_mtime_ns for folder in folders for path in [folder, *folder.rglob("*")]}
 
 
-def follow(text: str, message: str) -> str:
-    """The recipe after the changes that the message asks for, typed in as they stand there."""
-    lines = text.splitlines()
-    below: dict[int, list[str]] = {}
-    for number, line in re.findall(r"change line (\d+) to `([^`]+)`", message, re.IGNORECASE):
-        lines[int(number) - 1] = f"  {line}"
-    for number, added in re.findall(r"add below line (\d+): (`[^`]+`(?:, `[^`]+`)*)", message, re.IGNORECASE):
-        below.setdefault(int(number), []).extend(re.findall(r"`([^`]+)`", added))
-    for added in re.findall(r"add under `weights:`: (`[^`]+`(?:, `[^`]+`)*)", message, re.IGNORECASE):
-        at = lines.index("weights: {}")
-        below.setdefault(at + 1, []).extend(re.findall(r"`([^`]+)`", added))
-    for number in re.findall(r"take out line (\d+) ", message, re.IGNORECASE):
-        lines[int(number) - 1] = ""
-    if below and "weights: {}" in lines:
-        lines[lines.index("weights: {}")] = "weights:"
-    if renamed := re.search(r":(\d+): .*(?:did you mean|; name) ([\w.]+\w)", message):
-        at = int(renamed[1]) - 1
-        lines[at] = f"  {renamed[2]}:{lines[at].rpartition(':')[2]}"
-    elif removed := re.search(r":(\d+): .*remove the line", message):
-        lines[int(removed[1]) - 1] = ""
-    for number in sorted(below, reverse=True):
-        # Two problems may ask for the same line; YAML takes it once.
-        lines[number:number] = [f"  {line}" for line in dict.fromkeys(below[number])]
-    return "\n".join(lines) + "\n"
+def apply_fixes(recipe: Path, run: Run) -> str:
+    """The recipe's text after the fixes that ``plan --json`` proposes, as a program applies them."""
+    refused = json.loads(run("plan", recipe, "--json").out)
+    fixes = [problem["fix"] for problem in refused.get("refused", [refused])]
+    found = RecipeFix.merged(RecipeFix.from_json(fix) for fix in fixes if fix is not None)
+    return found.apply(recipe.read_text())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -134,28 +116,27 @@ def test_it_is_refused(name: str, tmp_path: Path, shelf: Shelf, run: Run) -> Non
     assert tree(tmp_path, *folders.values()) == before
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.mends])
-def test_its_advice_works(name: str, tmp_path: Path, shelf: Shelf, run: Run) -> None:
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fixes])
+def test_its_fix_works(name: str, tmp_path: Path, shelf: Shelf, run: Run) -> None:
     case = CASES[name]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(case.recipe(shelf(case)))
-    for _ in range(case.mends):
-        refused = run("plan", recipe)
-        assert refused.code == 1
-        mended = follow(recipe.read_text(), refused.err)
-        assert mended != recipe.read_text()
-        recipe.write_text(mended)
+    for _ in range(case.fixes):
+        assert run("plan", recipe).code == 1
+        edited = apply_fixes(recipe, run)
+        assert edited != recipe.read_text()
+        recipe.write_text(edited)
     passed = run("plan", recipe)
     assert passed.err == "" and passed.code == 0
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.mends])
-def test_without_advice_nothing_can_be_followed(name: str, tmp_path: Path, shelf: Shelf, run: Run) -> None:
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.fixes])
+def test_without_a_fix_nothing_is_edited(name: str, tmp_path: Path, shelf: Shelf, run: Run) -> None:
     """So that a case is not marked so by mistake."""
     case = CASES[name]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(case.recipe(shelf(case)))
-    assert follow(recipe.read_text(), run("plan", recipe).err) == recipe.read_text()
+    assert apply_fixes(recipe, run) == recipe.read_text()
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.hard])
@@ -208,8 +189,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path, run: Run) -> None:
     assert refused.startswith("mixprec: refused, 4 problems:\n")
     for part in ("parts of qkv_proj", "group size 16", "no quantized lm_head"):
         assert part in refused
-    mended = follow(recipe.read_text(), refused)
-    recipe.write_text(mended)
+    recipe.write_text(apply_fixes(recipe, run))
     assert run("plan", recipe).code == 0
 
 
@@ -253,5 +233,5 @@ def test_advice_leads_to_a_recipe_that_passes(tmp_path: Path, run: Run, model: s
                 break
             refusals += 1
             seen.add(recipe.read_text())
-            recipe.write_text(follow(recipe.read_text(), ran.err))
+            recipe.write_text(apply_fixes(recipe, run))
     assert refusals > SEEDS / 4
