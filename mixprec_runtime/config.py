@@ -102,7 +102,7 @@ class MixPrecConfig(QuantizationConfig):
         """
         from sglang.srt.layers.linear import LinearBase
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-        from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         if self._formats is None:
             raise RuntimeError(
@@ -117,10 +117,13 @@ class MixPrecConfig(QuantizationConfig):
                 method = self._native(fmt).get_quant_method(layer, prefix)
             pad(method, prefix, self.padded, self._family)
             return method
+        if isinstance(layer, ParallelLMHead):
+            fmt = self._one_format(prefix, self._members(prefix))
+            return None if fmt is None else self.native[fmt].get_head_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and prefix in self._formats:
             fmt = self._formats[prefix]
             if fmt.quantized:
-                raise ValueError(f"{prefix} is {fmt.kind}, and SGLang serves embeddings and lm_head unquantized only")
+                raise ValueError(f"{prefix} is {fmt.kind}, and SGLang serves embeddings unquantized only")
         return None
 
     def _members(self, prefix: str) -> dict[str, Format]:

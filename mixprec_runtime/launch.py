@@ -12,8 +12,10 @@ __all__ = [
     "check_experts_elsewhere",
     "check_mixed_experts",
     "check_padded",
+    "check_quantized_head",
     "deterministic",
     "mixed_problems",
+    "quantized_head_problems",
 ]
 
 
@@ -52,6 +54,28 @@ def check_padded(padded: Mapping[str, Any]) -> None:
     """For ranks that hold zeros beside their weights. Raises ``RuntimeError`` with the flags to change."""
     if padded and _asks_for_lora(_server_args()):
         _raise(["--enable-lora and --lora-paths know no ranks that are filled up with zeros; leave them out"])
+
+
+def check_quantized_head(kind: str) -> None:
+    """For an ``lm_head`` in a quantized format. Raises ``RuntimeError`` with the flags to change."""
+    _raise(quantized_head_problems(_server_args(), kind))
+
+
+def quantized_head_problems(args: Any, kind: str) -> list[str]:
+    """What to change in SGLang's ``ServerArgs`` for an ``lm_head`` of a quantized ``kind``."""
+    problems, instead = [], "or build the checkpoint with an unquantized lm_head"
+    if getattr(args, "speculative_algorithm", None) not in (None, "NGRAM", "STANDALONE"):
+        problems.append(
+            f"--speculative-algorithm {args.speculative_algorithm} hands the draft the weight of lm_head without its "
+            f"scales, and it is stored in {kind}; leave it out, {instead}"
+        )
+    if getattr(args, "enable_fp32_lm_head", False):
+        problems.append(
+            f"--enable-fp32-lm-head multiplies an lm_head in 16 bits, and it is stored in {kind}; leave it out"
+        )
+    if _asks_for_lora(args) and not {"lm_head", "all"}.isdisjoint(getattr(args, "lora_target_modules", None) or ()):
+        problems.append(f"--lora-target-modules names lm_head, which is stored in {kind}; leave it out, {instead}")
+    return problems
 
 
 def deterministic() -> bool:

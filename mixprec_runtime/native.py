@@ -16,7 +16,9 @@ from sglang.srt.utils import is_cpu
 
 from mixprec_build.formats.base import Format
 
+from . import launch
 from .cpu import reference
+from .formats.lm_head import head_method, load_as_vocabulary
 from .formats.registry import served
 from .formats.repair import install
 
@@ -88,6 +90,27 @@ class NativeFormat(QuantizationConfig):
             method = self._config.get_quant_method(layer, prefix)
         if method is None:
             raise ValueError(f"{prefix}: SGLang has no {self.format.kind} method for {type(layer).__name__}")
+        return self._prepared(method, prefix, experts=experts)
+
+    def get_head_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The same for an ``lm_head``; None where the layer makes its own unquantized method.
+
+        Raises:
+            RuntimeError: the server was started with what a quantized head does not go with.
+        """
+        if self._config is None:
+            return None
+        launch.check_quantized_head(self.format.kind)
+        with reference.pretend_hopper():
+            method = head_method(self._config, layer, prefix)
+        if method is None:
+            raise ValueError(f"{prefix}: SGLang has no {self.format.kind} method for linears")
+        load_as_vocabulary(method, self.format)
+        prepared: LinearMethodBase = self._prepared(method, prefix, experts=False)
+        return prepared
+
+    def _prepared(self, method: Any, prefix: str, *, experts: bool) -> Any:
+        """A method of SGLang's, repaired, and on a CPU with the arithmetic here."""
         method.mixprec_format = self.format
         install(method, self.format, self._served.repairs, "experts" if experts else "linear", prefix)
         if is_cpu():

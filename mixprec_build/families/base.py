@@ -126,6 +126,9 @@ class Family:
     compared: tuple[ComparedFormats, ...] = ()
     moved: tuple[MovedRows, ...] = ()
     """Weights whose rows SGLang moves as it loads them."""
+    quantized_head: bool = False
+    """Whether SGLang's class asks the quantization config how the head is stored: what passes ``quant_config`` to
+    ``ParallelLMHead`` does."""
 
     # Ranks
 
@@ -332,8 +335,12 @@ class Family:
         """Why SGLang has no place for a module in ``fmt``, whatever its shape."""
         if not fmt.quantized:
             return None
+        if role is Role.HEAD and self.quantized_head and not is_for_drafts(name):
+            # SGLang makes the heads of layers for drafts in other classes.
+            return f"mixprec serves no quantized {last_word(name)} of layers for drafts" if layer_prefix(name) else None
         if role in (Role.EMBEDDING, Role.HEAD, Role.ROUTER):
-            return f"mixprec serves no quantized {role.value}"
+            of_model = " of this family of models" if role is Role.HEAD else ""
+            return f"mixprec serves no quantized {role.value}{of_model}"
         reasons = (rule.reason(name, fmt) for rule in self.restrictions)
         return next((reason for reason in reasons if reason is not None), None)
 

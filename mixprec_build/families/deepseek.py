@@ -54,6 +54,7 @@ DEEPSEEK = Family(
     can_be_cut=True,
     cuts={**_COMMON.cuts, "q_b_proj": CutBy.QUERY_HEADS, "kv_b_proj": CutBy.QUERY_HEADS},
     attention_replicas=True,
+    quantized_head=True,
     attention_inputs=_COMMON.attention_inputs | {*_JOINED},
     norms_beside={"q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm"},
 )
@@ -67,5 +68,6 @@ DEEPSEEK_RELATIVES = replace(
     checked=False,
     can_be_cut=False,
     attention_replicas=False,
+    quantized_head=False,
 )  # fmt: skip
 """Models whose classes are built on DeepSeek's, or look into their shared experts as it does."""

@@ -6,4 +6,4 @@ from .base import Family
 
 __all__ = ["LLAMA"]
 
-LLAMA = Family(model_types=frozenset({"llama", "mistral"}), checked=True, can_be_cut=True)
+LLAMA = Family(model_types=frozenset({"llama", "mistral"}), checked=True, can_be_cut=True, quantized_head=True)

@@ -6,7 +6,7 @@ from .base import Family
 
 __all__ = ["QWEN2", "QWEN2_MOE"]
 
-QWEN2 = Family(model_types=frozenset({"qwen2"}), checked=True, can_be_cut=True)
+QWEN2 = Family(model_types=frozenset({"qwen2"}), checked=True, can_be_cut=True, quantized_head=True)
 
 QWEN2_MOE = Family(
     model_types=frozenset({"qwen2_moe"}),
@@ -15,4 +15,5 @@ QWEN2_MOE = Family(
     checked=True,
     can_be_cut=True,
     attention_replicas=True,
+    quantized_head=True,
 )

@@ -6,4 +6,10 @@ from .base import Family
 
 __all__ = ["QWEN3"]
 
-QWEN3 = Family(model_types=frozenset({"qwen3", "qwen3_moe"}), checked=True, can_be_cut=True, attention_replicas=True)
+QWEN3 = Family(
+    model_types=frozenset({"qwen3", "qwen3_moe"}),
+    checked=True,
+    can_be_cut=True,
+    attention_replicas=True,
+    quantized_head=True,
+)

@@ -282,9 +282,10 @@ class Splitter:
         return rank * share, (rank + 1) * share, share
 
     def _uneven(self, name: str, fmt: Format, share: int, size: int, why: str) -> SplitError:
+        part = "rows" if self.family.cuts.get(last_word(name)) is CutBy.VOCABULARY else "heads"
         return SplitError(
-            f"{name} ({fmt.kind}): a rank's heads have {share} of its {size} columns, and {why}; "
-            f"heads cannot be filled up with zeros: use fewer ranks, or another format here{self._advice()}"
+            f"{name} ({fmt.kind}): a rank's {part} have {share} of its {size} columns, and {why}; "
+            f"{part} cannot be filled up with zeros: use fewer ranks, or another format here{self._advice()}"
         )
 
     def _check_tile(self, joined: str, cuts: Sequence[Cut]) -> None:

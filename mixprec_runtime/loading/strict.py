@@ -9,7 +9,7 @@ somewhere, and every element of every parameter must have been written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -23,6 +23,7 @@ from mixprec_build.families.names import layer_of, numbered_part
 from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
 
+from ..formats.lm_head import filled_elements
 from ..formats.registry import served
 from ..native import format_of
 from .ledger import Ledger, LoadError
@@ -54,12 +55,10 @@ def load_strictly(
 
     belongs, ranks = expected_on_this_rank(model), get_parallel().tp_size
     # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
-    padded = {
-        f"{path}.weight": module.shard_indices.num_org_elements * prod(module.weight.shape[1:])
-        for path, module in model.named_modules()
-        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "weight")
-    }
-    lost = [name for name in ledger.unused(ranks) if belongs(name) and not (name in padded and ranks > 1)]
+    vocabularies = {path: m for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
+    padded = {f"{path}.{leaf}": due for path, module in vocabularies.items() for leaf, due in _filled_rows(module)}
+    whole = {name.rpartition(".")[0] for name in padded} if ranks > 1 else set()
+    lost = [name for name in ledger.unused(ranks) if belongs(name) and name.rpartition(".")[0] not in whole]
     empty = may_be_empty(model)
     unfilled = [name for name in ledger.unfilled(padded) if not empty(name)]
     problems = []
@@ -72,6 +71,15 @@ def load_strictly(
     if problems:
         raise LoadError(f"the checkpoint did not reach the model whole: {'; '.join(problems)}")
     return result
+
+
+def _filled_rows(module: Any) -> Iterator[tuple[str, int]]:
+    """Parameters of an embedding or a head, and how many of their elements tensors fill."""
+    fmt = format_of(module)
+    if fmt is not None:
+        yield from filled_elements(module, fmt)
+    elif hasattr(module, "weight"):
+        yield "weight", module.shard_indices.num_org_elements * prod(module.weight.shape[1:])
 
 
 def _listed(names: list[str]) -> str:

@@ -21,7 +21,7 @@ import torch
 from support.formats import dequantize
 from support.serving import QWEN3_MOE
 from support.sglang.harness import build, free_port, last_json, sources
-from support.sglang.mixes import MIXES, RELEASES, Expected, mix
+from support.sglang.mixes import HEADS, MIXES, RELEASES, Expected, mix
 
 import mixprec_runtime.cpu.engine
 from mixprec_build.checkpoint.degree import Degree
@@ -82,6 +82,15 @@ def test_auto_round_beside_fp8_answers_as_transformers(folder: Path, tmp_path: P
     assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
 
 
+def test_quantized_heads_answer_as_transformers(folder: Path, tmp_path: Path) -> None:
+    """Logits come from the method of a linear, on one rank and on two that share the vocabulary."""
+    due = {name: transformers_tokens(folder, name, tmp_path) for name in HEADS}
+    for answer, name in zip(ask(folder, [(mix(folder, name), {}) for name in HEADS]), HEADS, strict=True):
+        assert answer["tokens"] == due[name], name
+    (two,) = ask(folder, [(mix(folder, "head_in_fp8"), {"tp_size": 2})], ranks=2)
+    assert two["tokens"] == due["head_in_fp8"]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "parted"])
 def test_server_info_tells_what_the_weights_weigh(alone: Any, folder: Path, name: str) -> None:
     memory = alone[name]["memory"]
@@ -139,7 +148,7 @@ def transformers_tokens(folder: Path, name: str, scratch: Path) -> list[list[int
 @cache
 def dequantized(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """The weights that a mix's tensors stand for, in float32."""
-    expected = Expected(folder, {**MIXES, **RELEASES}[name])
+    expected = Expected(folder, {**MIXES, **RELEASES, **HEADS}[name])
     out = {}
     for module, tensors in expected.modules().items():
         for leaf in ("bias", "e_score_correction_bias"):

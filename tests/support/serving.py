@@ -268,15 +268,19 @@ def write_sources(
     variants: Iterable[str],
     *,
     skip: Sequence[str] = ("*.kv_b_proj", "*.q_a_proj", "*.kv_a_proj_with_mqa"),
+    head: bool = False,
     shard_bytes: int = 2 << 30,
 ) -> dict[str, Path]:
-    """Writes ``folder/{variant}`` for each of ``variants``; modules that match ``skip`` stay dense."""
+    """Writes ``folder/{variant}`` for each of ``variants``; modules that match ``skip`` stay dense, and ``lm_head``
+    does where ``head`` is not set."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shards = {variant: _Shards(folder / variant, shard_bytes) for variant in variants}
     for name, size in _modules(shape):
         weight = _weight(name, size, device)
         for variant, writer in shards.items():
-            quantized = _is_linear(name) and not any(fnmatchcase(name, pattern) for pattern in skip)
+            quantized = (_is_linear(name) or (head and name == "lm_head")) and not any(
+                fnmatchcase(name, pattern) for pattern in skip
+            )
             store = _VARIANTS[variant][0] if quantized else formats.dense
             for leaf, tensor in store(weight).items():
                 writer.add(name if name.endswith("bias") else f"{name}.{leaf}", tensor)
@@ -284,7 +288,10 @@ def write_sources(
         config = _config(shape)
         quantization = _VARIANTS[variant][1]
         if quantization is not None:
-            config["quantization_config"] = {**quantization, **_left_out(quantization, skip, shape)}
+            left_out = _left_out(quantization, skip, shape)
+            if head:
+                left_out = {key: [name for name in names if name != "lm_head"] for key, names in left_out.items()}
+            config["quantization_config"] = {**quantization, **left_out}
         writer.finish(config)
     return {variant: folder / variant for variant in shards}
 

@@ -40,12 +40,12 @@ VARIANTS = [
 # Checkpoints
 
 
-def sources(folder: Path, shape: Shape, variants: Sequence[str] = VARIANTS) -> dict[str, Path]:
-    """The variants of a model, written once below ``folder``."""
-    home = folder / f"sources-{abs(hash(shape))}"
-    return (
-        {v: home / v for v in variants} if home.exists() else write_sources(home, shape, variants, skip=["*.kv_b_proj"])
-    )
+def sources(folder: Path, shape: Shape, variants: Sequence[str] = VARIANTS, *, head: bool = False) -> dict[str, Path]:
+    """The variants of a model, written once below ``folder``; with ``head``, those of its ``lm_head`` too."""
+    home = folder / f"sources-{abs(hash((shape, head)))}"
+    if home.exists():
+        return {v: home / v for v in variants}
+    return write_sources(home, shape, variants, skip=["*.kv_b_proj"], head=head)
 
 
 def build(paths: Mapping[str, Path], lines: Mapping[str, str], out: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, Shape
 from support.sglang.harness import VARIANTS, build, sources, tensors_of
 
-__all__ = ["EIGHT", "MIXES", "RELEASES", "Expected", "Mix", "mix"]
+__all__ = ["EIGHT", "HEADS", "MIXES", "RELEASES", "Expected", "Mix", "mix"]
 
 # Large enough for four ranks of every format.
 _SIZES = {"hidden": 512, "intermediate": 1024, "expert_intermediate": 512, "heads": 4, "kv_heads": 2, "head_dim": 128}
@@ -179,12 +179,23 @@ RELEASES: Mapping[str, Mix] = {
 }
 
 
+# Those whose lm_head is quantized, too.
+HEADS: Mapping[str, Mix] = {
+    "head_in_fp8": (
+        QWEN3.of(hidden=256, layers=1),
+        {"model.layers.*.self_attn.*": "fp8_channel", "lm_head": "fp8_channel"},
+    ),
+    "head_in_int4": (LLAMA.of(hidden=256, layers=1), {"model.layers.*.mlp.*": "gptq_int4", "lm_head": "gptq_int4"}),
+}
+
+
 def mix(folder: Path, name: str) -> Path:
     """The checkpoint of that name, built once below ``folder``."""
-    out, (shape, lines) = folder / name, {**MIXES, **EIGHT, **RELEASES}[name]
+    out, (shape, lines) = folder / name, {**MIXES, **EIGHT, **RELEASES, **HEADS}[name]
     if out.exists():
         return out
-    return build(sources(folder, shape, VARIANTS if name in MIXES else sorted({"bf16", *lines.values()})), lines, out)
+    variants = VARIANTS if name in MIXES else sorted({"bf16", *lines.values()})
+    return build(sources(folder, shape, variants, head=name in HEADS), lines, out)
 
 
 def variant_of(mix: Mix, module: str) -> str:
@@ -235,7 +246,8 @@ class Expected:
     def __init__(self, folder: Path, mix: Mix, rank: int = 0, tp: int = 1, ep: int = 1):
         self.shape, self._mix, self._rank, self._tp, self._ep = mix[0], mix, rank, tp, ep
         variants = VARIANTS if mix in MIXES.values() else sorted({"bf16", *mix[1].values()})
-        stored = {variant: tensors_of(path) for variant, path in sources(folder, mix[0], variants).items()}
+        paths = sources(folder, mix[0], variants, head="lm_head" in mix[1])
+        stored = {variant: tensors_of(path) for variant, path in paths.items()}
         self._tensors: dict[str, torch.Tensor] = {}
         for module in dict.fromkeys(name.rpartition(".")[0] for name in stored["bf16"]):
             own = stored[self.variant(module)]
@@ -243,7 +255,7 @@ class Expected:
 
     def variant(self, module: str) -> str:
         """Which source a module comes from."""
-        return variant_of(self._mix, module) if _LINEAR.fullmatch(module) else "bf16"
+        return variant_of(self._mix, module) if _LINEAR.fullmatch(module) or module == "lm_head" else "bf16"
 
     def local(self) -> list[int]:
         """The experts of this rank."""

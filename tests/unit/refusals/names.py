@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from support.write import DEEPSEEK, LLAMA
+from support.write import DEEPSEEK, Tiny
 
-from .case import ATTENTION, Case, deepseek, llama, llama_of, moe, moe_of, spec
+from .case import ATTENTION, Case, Spec, deepseek, llama, llama_of, moe, moe_of, sized, spec
+
+
+def deepseek_with_drafts(variant: str) -> dict[str, Spec]:
+    model = sized(DEEPSEEK, mtp=1)
+    return {
+        "bf16": spec(model, "bf16"),
+        "quant": spec(model, variant, also=("*.shared_head.head",), skip=("*.kv_b_proj",)),
+    }
+
+
+OTHER = Tiny("olmo2")
+"""Of a family that was not compared with SGLang's code."""
 
 NEVER_QUANTIZED = {
     "an embedding": Case(
@@ -15,24 +27,34 @@ NEVER_QUANTIZED = {
             "mixprec serves no quantized embedding. Add below line 6: `model.embed_tokens: bf16`",
         ),
     ),
-    "lm_head": Case(
-        llama_of("gptq_int4", also=("lm_head",)),
+    "lm_head of a family that was not checked": Case(
+        {"bf16": spec(OTHER, "bf16"), "quant": spec(OTHER, "gptq_int4", also=("lm_head",))},
         ("lm_head: quant",),
-        ("mixprec serves no quantized lm_head. Change line 6 to `lm_head: bf16`",),
+        ("mixprec serves no quantized lm_head of this family of models. Change line 6 to `lm_head: bf16`",),
     ),
     "lm_head of the default": Case(
-        {"int4": spec(LLAMA, "gptq_int4", also=("lm_head",)), "bf16": spec(LLAMA, "bf16")},
+        {"int4": spec(OTHER, "gptq_int4", also=("lm_head",)), "bf16": spec(OTHER, "bf16")},
         ("model.layers.0.*: int4",),
-        ("from `int4` (the default): mixprec serves no quantized lm_head. Add below line 6: `lm_head: bf16`",),
+        ("from `int4` (the default): mixprec serves no quantized lm_head", "Add below line 6: `lm_head: bf16`"),
         clash=(),
     ),
     "lm_head that another source has, but not under that name": Case(
         # `lm_head: fp8` would be refused: what `fp8` stores there is not quantized.
-        {"int4": spec(LLAMA, "gptq_int4", also=("lm_head",)), "fp8": spec(LLAMA, "fp8_block")},
+        {"int4": spec(OTHER, "gptq_int4", also=("lm_head",)), "fp8": spec(OTHER, "fp8_block")},
         (),
-        ("mixprec serves no quantized lm_head. No source of this recipe can take their place",),
+        ("no quantized lm_head of this family of models. No source of this recipe can take their place",),
         clash=(),
         fixes=0,
+    ),
+    "lm_head in a shape that its kernel does not take": Case(
+        llama_of("awq_int4", sizes={"vocab": 392}, also=("lm_head",)),
+        ("lm_head: quant",),
+        ("its 392 outputs are no multiple of 64, which Marlin needs", "`lm_head: bf16`"),
+    ),
+    "the head of a layer for drafts": Case(
+        deepseek_with_drafts("fp8_channel"),
+        ("model.layers.2.shared_head.head: quant",),
+        ("mixprec serves no quantized head of layers for drafts", "`model.layers.2.shared_head.head: bf16`"),
     ),
     "a router": Case(
         moe_of("fp8_block", also=("*.mlp.gate",)),

@@ -179,15 +179,15 @@ def test_hard_problems_come_alone(tmp_path: Path, run: Run, hard_too: bool) -> N
 
 def test_all_problems_are_told_at_once(tmp_path: Path, run: Run) -> None:
     write_tiny(tmp_path / "bf16", QWEN3_MOE, "bf16")
-    write_tiny(tmp_path / "int4", QWEN3_MOE, "gptq_int4", also=["lm_head"], group_size=16)
+    write_tiny(tmp_path / "int4", QWEN3_MOE, "gptq_int4", also=["model.embed_tokens"], group_size=16)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: bf16\nsources: {bf16: bf16, int4: int4}\nweights:\n"
-        "  model.layers.*.self_attn.k_proj: int4\n  model.layers.*.mlp.experts.*: int4\n  lm_head: int4\n"
+        "  model.layers.*.self_attn.k_proj: int4\n  model.layers.*.mlp.experts.*: int4\n  model.embed_tokens: int4\n"
     )
     refused = run("plan", recipe).err
     assert refused.startswith("mixprec: refused, 4 problems:\n")
-    for part in ("parts of qkv_proj", "group size 16", "no quantized lm_head"):
+    for part in ("parts of qkv_proj", "group size 16", "no quantized embedding"):
         assert part in refused
     recipe.write_text(apply_fixes(recipe, run))
     assert run("plan", recipe).code == 0
