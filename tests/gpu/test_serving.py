@@ -99,11 +99,12 @@ class Server:
         self._sources: dict[Shape, dict[str, Path]] = {}
         self._running: dict[tuple[str, str], Future[dict[str, Any]]] = {}
 
-    def sources(self, shape: Shape, variants: Sequence[str] = VARIANTS) -> dict[str, Path]:
-        """``variants`` are those that the shape allows, said when it is asked for first."""
+    def sources(self, shape: Shape, variants: Sequence[str] = VARIANTS, *, head: bool = False) -> dict[str, Path]:
+        """``variants`` are those that the shape allows, said when it is asked for first; ``head`` likewise, where
+        ``lm_head`` is to be quantized too."""
         if shape not in self._sources:
             folder = self._folder / f"sources-{len(self._sources)}"
-            self._sources[shape] = write_sources(folder, shape, variants)
+            self._sources[shape] = write_sources(folder, shape, variants, head=head)
         return self._sources[shape]
 
     def build(self, shape: Shape, name: str, lines: list[str]) -> Path:
@@ -266,6 +267,20 @@ def test_gptq_that_marlin_has_no_kernel_for_answers_as_its_dequantized_weights(s
     distance = _divergence(server.ask(path, dtype="half", logits=True), server.ask(path, "reference"))
     print(f"\nexllama: KL mean {distance.mean():.2e} max {distance.max():.2e}")
     assert distance.mean() < 1e-3
+
+
+HEADS = ["fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "gptq_int4", "awq_int4", "ct_int4", "ct_fp8_weight"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_quantized_head_answers_as_its_dequantized_weight(server: Server, head: str) -> None:
+    """Alone in its format, so that all of the distance is the head's: of activations rounded to 8 bits, or none."""
+    shape = DENSE.of(layers=2)
+    server.sources(shape, ["bf16", *HEADS], head=True)
+    path = server.build(shape, f"head in {head}", [f"lm_head: {head}"])
+    distance = _divergence(server.ask(path, dtype="bfloat16", logits=True), server.ask(path, "reference"))
+    print(f"\nlm_head in {head}: KL mean {distance.mean():.2e} max {distance.max():.2e}")
+    assert distance.mean() < 5e-3
 
 
 def _native(server: Server, shape: Shape) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:
