@@ -1,1 +1,1 @@
-"""SGLang plugin that serves what `mixprec build` compiles. SGLang finds it by its entry point, ``plugin.register``."""
+"""SGLang plugin that serves checkpoints of `mixprec build`; its entry point is ``plugin.register``."""

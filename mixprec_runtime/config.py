@@ -1,4 +1,4 @@
-"""``--quantization mixprec``: looks a layer up by its name and hands it SGLang's own method for its format."""
+"""``--quantization mixprec``: gives each layer SGLang's own method for the format of its modules."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ __all__ = ["MixPrecConfig"]
 class MixPrecConfig(QuantizationConfig):
     """The quantization of a compiled checkpoint.
 
-    ``from_config`` reads ``quantization_config`` of ``config.json``; :meth:`bind` then tells which modules there are.
+    ``from_config`` reads ``quantization_config`` of ``config.json``; :meth:`bind` must follow, before layers are made.
     """
 
-    # Models look at this attribute of whatever config they are given.
+    # Some of SGLang's models read this attribute of any config.
     weight_block_size = None
 
     def __init__(self, declaration: Declaration | None = None):
         super().__init__()
-        if declaration is None:  # as SGLang makes one for a draft model without quantization_config
+        if declaration is None:  # SGLang does this for a draft model without quantization_config
             raise ValueError(
                 "--quantization mixprec is for checkpoints that mixprec built, and config.json says whether one is: "
                 "leave it out, for draft models of such ones with --speculative-draft-model-quantization unquant"
@@ -49,9 +49,9 @@ class MixPrecConfig(QuantizationConfig):
         self.__dict__ |= model_attributes()
         self.native = {fmt: NativeFormat(fmt) for fmt in declaration.formats.values()}
         self.padded: Mapping[str, tuple[int, int]] = {}
-        """The layers that zeros are added to on this rank; see :func:`.loader.pad`."""
+        """MLP or ``...experts`` that zeros are added to on this rank -> its columns; see :func:`.loading.pad.pad`."""
         self.cache_scales: Mapping[str, Sequence[str]] = {}
-        """Scale of the KV cache in the checkpoint -> the parameters of SGLang's attention that take it."""
+        """Scale of the KV cache in the checkpoint -> the parameters of SGLang's attention that are filled with it."""
         self._mapper: Any = None
         self._family = UNKNOWN
         self._formats: dict[str, Format] | None = None
@@ -60,18 +60,20 @@ class MixPrecConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MixPrecConfig:
-        """Raises :class:`ValueError` for a damaged declaration."""
+        """Parses ``quantization_config``. Raises :class:`ValueError` for a damaged one."""
         try:
             made = cls(Declaration.from_json(config))
         except SourceError as error:
             raise ValueError(f"config.json of this checkpoint: {error}") from error
-        # SGLang adds the model's own, where it has one.
+        # SGLang adds the mapping of the model, where it has one.
         made.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
         return made
 
     def bind(self, modules: Iterable[str], family: Family = UNKNOWN) -> Mapping[str, Format]:
-        """Takes the names of all modules of the checkpoint, as Hugging Face spells them, and the family of the model
-        that SGLang makes; returns their formats."""
+        """Sets the modules of the checkpoint, by their Hugging Face names, and the family of SGLang's model.
+
+        Returns the format of each module.
+        """
         declared = {name: self.declaration.format_of(name) for name in modules}
         mapped = declared if self._mapper is None else self._mapper.apply_dict(declared)
         formats = {**_other_names({**declared, **mapped}), **declared, **mapped}
@@ -92,13 +94,13 @@ class MixPrecConfig(QuantizationConfig):
         return declared
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """SGLang's method for ``layer``, which ``prefix`` names as SGLang does.
+        """Returns SGLang's method for ``layer``; ``prefix`` is SGLang's name of it.
 
         None where the layer makes its own unquantized method: embeddings, attention, dense experts.
 
         Raises:
-            ValueError: parts of one layer are declared in formats that do not go together, or the layer has no
-                quantized method.
+            ValueError: modules of one layer have formats that cannot be served together, or SGLang has no quantized
+                method for the layer.
         """
         from sglang.srt.layers.linear import LinearBase
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -127,10 +129,10 @@ class MixPrecConfig(QuantizationConfig):
         return None
 
     def _members(self, prefix: str) -> dict[str, Format]:
-        """The modules of the checkpoint that one of SGLang's layers holds."""
+        """The modules of the checkpoint that one layer of SGLang consists of."""
         assert self._formats is not None
         parent, _, last = prefix.rpartition(".")
-        # packed_modules_mapping has them for some models only.
+        # packed_modules_mapping is complete for some models only.
         joined = self.packed_modules_mapping.get(last) or self._family.members_of(last)
         names = [prefix, *(f"{parent}.{part}" if parent else part for part in joined)]
         for stored in zip(*map(self._family.stored_names, names), strict=True):
@@ -140,11 +142,12 @@ class MixPrecConfig(QuantizationConfig):
         return self._members_anywhere(prefix, joined)
 
     def _members_anywhere(self, prefix: str, joined: Iterable[str]) -> dict[str, Format]:
-        """The modules of all layers that a name without the layer's number may mean, as models/hunyuan.py tells its
-        layers ``.self_attn.qkv_proj``; empty where there is none.
+        """The modules that a name without the layer's number may mean, in all layers; empty where ``prefix`` has one.
+
+        models/hunyuan.py names every layer's projection ``.self_attn.qkv_proj``.
 
         Raises:
-            ValueError: they are in different formats.
+            ValueError: these modules have different formats.
         """
         assert self._formats is not None
         told = prefix.strip(".")
@@ -166,7 +169,7 @@ class MixPrecConfig(QuantizationConfig):
         return found
 
     def _experts_anywhere(self, prefix: str) -> dict[int, dict[str, Format]]:
-        """As :meth:`_members_anywhere`, for experts: those of one layer, which all others are like."""
+        """As :meth:`_members_anywhere`, for experts: those of one layer, once all layers are known to be alike."""
         told = prefix.strip(".")
         if layer_prefix(f".{told}."):
             return {}
@@ -181,8 +184,10 @@ class MixPrecConfig(QuantizationConfig):
         return layers[0] if layers else {}
 
     def can_fuse_shared_expert(self) -> bool:
-        """Whether SGLang may make shared experts one of the routed ones; models/qwen2_moe.py asks for it. They must be
-        in the one format of all experts of their layer."""
+        """Whether SGLang may append shared experts to the routed ones (asked by models/qwen2_moe.py).
+
+        All experts of each layer must then have one format.
+        """
         for experts, numbered in self._experts.items():
             if last_word(experts) != self._family.experts:
                 continue
@@ -193,27 +198,29 @@ class MixPrecConfig(QuantizationConfig):
         return True
 
     def _shared_experts(self, parent: str) -> dict[str, Format]:
-        """The linears of the shared experts of the MoE block ``parent``."""
+        """The linear modules of the shared experts in the MoE block ``parent``."""
         assert self._formats is not None
         words = [word for projections in self._family.projections for word in projections.words]
         names = [f"{parent}.{mlp}.{word}" for mlp in self._family.shared_experts for word in words]
         return {name: self._formats[name] for name in names if name in self._formats}
 
     def _one_format(self, prefix: str, formats: Mapping[str, Format]) -> Format | None:
-        """The format of a layer's parts; None where the checkpoint has no such layer."""
+        """The one format of a layer's modules; None where the checkpoint has no such layer."""
         if len({fmt.fuses_as for fmt in set(formats.values())}) > 1:
             parts = ", ".join(f"{name} {fmt.kind}" for name, fmt in formats.items())
             raise ValueError(f"{prefix} is one layer to SGLang and needs one format, but the checkpoint has {parts}")
         return next(iter(formats.values()), None)
 
     def _native(self, fmt: Format | None) -> NativeFormat:
-        """Layers that the checkpoint does not have (all of a tied head, say) are made unquantized; that none is
-        left without weights is checked after loading."""
+        """SGLang's config of a format; of the default one for layers that the checkpoint lacks, such as a tied head.
+
+        A check after loading finds layers that were left without weights.
+        """
         return self.native[fmt or self.declaration.formats[self.declaration.default]]
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         formats: dict[int, tuple[Format, Format]] = {}
-        kinds: dict[object, Format] = {}  # BF16 and FP16 experts run together
+        kinds: dict[object, Format] = {}  # BF16 and FP16 share one
         known: dict[Format, Format] = {}
         is_down = self._family.is_down
         found = (self._experts[name] for name in self._family.stored_names(prefix) if name in self._experts)
@@ -241,7 +248,7 @@ class MixPrecConfig(QuantizationConfig):
                 "layer; start it with --disable-shared-experts-fusion"
             )
 
-    # What SGLang asks of every config
+    # The interface of QuantizationConfig
 
     def get_name(self) -> str:
         return METHOD
@@ -252,7 +259,7 @@ class MixPrecConfig(QuantizationConfig):
             dtype for dtype in dtypes if all(dtype in fmt.get_supported_act_dtypes() for fmt in self.native.values())
         ]
 
-    def get_min_capability(self) -> int:  # of the instance, as Fp8Config's is
+    def get_min_capability(self) -> int:  # an instance method, as in Fp8Config
         return max(fmt.get_min_capability() for fmt in self.native.values())
 
     @staticmethod
@@ -267,9 +274,11 @@ class MixPrecConfig(QuantizationConfig):
 
 
 def _other_names(formats: Mapping[str, Format]) -> dict[str, Format]:
-    """What SGLang may call modules that lie inside of a larger model: its classes for decoders tell their layers
-    ``model.layers...``, whatever class they are part of. A name that could mean modules of different formats is left
-    out, so that its layer is refused."""
+    """Other names that SGLang may use for the modules of a decoder inside a larger model.
+
+    SGLang's decoder classes name their layers ``model.layers...`` wherever the decoder is. A name that could mean
+    modules of different formats is left out, so that its layer is refused.
+    """
     found: dict[str, Format] = {}
     ambiguous = set()
     for name, fmt in formats.items():

@@ -1,6 +1,6 @@
 """The GPU that torch sees, as JSON: ``python -m mixprec_runtime.gpu``.
 
-A process of its own: ``mixprec doctor`` starts without torch, and survives a torch that does not import.
+Runs in a separate process, so that ``mixprec doctor`` needs no torch and survives one that cannot be imported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Prints ``{"name", "capability"}`` of the first GPU (capability 90 is a Hopper's), or ``{"missing"}`` with why."""
+    """Prints ``{"name", "capability"}`` of the first GPU (90 is compute capability 9.0), or ``{"missing": why}``."""
     try:
         import torch
     except ImportError:

@@ -1,6 +1,6 @@
-"""Where mixprec looks on while SGLang loads a model: AROUND and AFTER hooks of SGLang's own hook registry.
+"""Hooks in SGLang's hook registry, around the loading of models and in the scheduler.
 
-Each returns at once for models of other quantization methods.
+For models of other quantization methods they only call SGLang's function, and count expert activity where that is on.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Registers the hooks that this process can need: those into modules that it has imported.
+    """Registers hooks into the modules that this process has imported.
 
-    SGLang loads plugins in a worker once the worker's own module is imported. Resolving a hook imports its module,
-    which would cost the processes that load no model seconds.
+    SGLang loads plugins in a worker after the worker's own module. Resolving a hook imports its module, which would
+    cost processes that load no model several seconds.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -62,7 +62,11 @@ def register() -> None:
 def initialize_model(
     original: Callable[..., Module], model_config: Any, load_config: Any, quant_config: Any = None
 ) -> Module:
-    """``_initialize_model``: reads the manifest before layers are made, and checks what is loaded into them after."""
+    """Around ``_initialize_model``: reads the manifest before layers are made; has weights loaded once, and checked.
+
+    Raises:
+        RuntimeError: the checkpoint cannot be served with these arguments, or was changed after building.
+    """
     if not isinstance(quant_config, MixPrecConfig):
         return _counted(original(model_config, load_config, quant_config), model_config)
     if model_config.is_draft_model:
@@ -71,14 +75,14 @@ def initialize_model(
     family = ModelFacts.of_loaded(model_config.hf_config).family
     _check_declared(quant_config.bind(manifest.modules, family), manifest)
     launch.check_arguments()
-    # SGLang's loader has its own place for what it fetches with --download-dir.
+    # With --download-dir, SGLang's loader fetches to a folder of its own.
     elsewhere = fetch is not None and load_config.download_dir is not None
     held = None
     if not elsewhere:
         held = loader.holdings(folder, manifest, fetch, merged=load_config.load_format == "auto")
 
     def leave_to_sglang(reason: str) -> None:
-        if fetch is None or manifest.rest is not None:  # from the hub it fetches merged files itself
+        if fetch is None or manifest.rest is not None:  # SGLang fetches merged files from the hub itself
             loader.require_merged(folder, manifest, reason, on_hub=fetch is not None)
 
     if held is not None:
@@ -116,8 +120,8 @@ def initialize_model(
     return model
 
 
-# Kernels repack weights once they are loaded, experts of several formats have no names in SGLang's model any more, and
-# ranks may hold zeros beside their weights: SGLang's loaders would leave some as they are and others in pieces.
+# After loading, weights are repacked for kernels, experts in several formats have lost their names in SGLang's model,
+# and zeros may have been added: SGLang's loaders would update some parameters and corrupt others.
 _NO_UPDATES = "weights of a checkpoint that mixprec built cannot be updated while they serve; start the server again"
 
 
@@ -126,7 +130,7 @@ def _refuse_update(*_: Any, **__: Any) -> None:
 
 
 def _answer_update(answer: str) -> Callable[..., Any]:
-    """A hook around one of SGLang's ways to update weights; what it raises would end the server."""
+    """A hook that answers a request to update weights with a refusal; an exception would end the server."""
 
     def update(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
         if manager.tp_worker.model_runner.model_config.quantization != METHOD:
@@ -148,7 +152,7 @@ _UPDATES = {
 
 
 def _counted(model: Module, model_config: Any) -> Module:
-    """The model, with counters of expert activity in it where the environment asks for them."""
+    """The model, with counters of expert activity where the environment asks for them."""
     if activity.enabled() and not model_config.is_draft_model:
         from sglang.srt.runtime_context import get_parallel
 
@@ -159,7 +163,7 @@ def _counted(model: Module, model_config: Any) -> Module:
 
 
 def _checkpoint(model_config: Any) -> tuple[Path, Manifest, loader.Fetch | None]:
-    """The checkpoint's folder, its manifest, and, where it is on the hub, what brings more of its files there."""
+    """The checkpoint's folder, its manifest and, for one on the hub, a function that fetches files to the folder."""
     path, fetch = Path(model_config.model_path), None
     try:
         if not path.is_dir():
@@ -171,7 +175,7 @@ def _checkpoint(model_config: Any) -> tuple[Path, Manifest, loader.Fetch | None]
 
 
 def _check_declared(declared: Mapping[str, Format], manifest: Manifest) -> None:
-    """Raises ``RuntimeError`` where config.json declares other formats, or other parameters, than the manifest."""
+    """Raises ``RuntimeError`` where formats, or their parameters, differ between config.json and the manifest."""
     for name, module in manifest.modules.items():
         now, then = declared[name], manifest.formats[module.format]
         if now != then:
@@ -182,8 +186,11 @@ def _check_declared(declared: Mapping[str, Format], manifest: Manifest) -> None:
 
 
 def get_model_architecture(original: Callable[..., Any], model_config: Any) -> Any:
-    """Methods that SGLang does not know get ``QuantMixtralForCausalLM`` (model_loader/utils.py:214), which keeps every
-    expert as separate linears. Ours are FP8 and Marlin's, which it serves as it serves dense experts."""
+    """Around ``get_model_architecture``: has Mixtral made with fused experts.
+
+    For methods that it does not know, SGLang takes ``QuantMixtralForCausalLM`` (model_loader/utils.py:214), whose
+    experts are separate linears; for ``fp8`` it does not.
+    """
     if model_config.quantization != METHOD:
         return original(model_config)
     model_config.quantization = "fp8"
@@ -194,7 +201,7 @@ def get_model_architecture(original: Callable[..., Any], model_config: Any) -> A
 
 
 def ready(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """``Scheduler.__init__``: the model is on its device and about to serve."""
+    """After ``Scheduler.__init__``: begins to count activity, checks where tensors are, and logs their memory."""
     runner = scheduler.tp_worker.model_runner
     activity.begin(runner)
     if runner.model_config.quantization == METHOD:
@@ -205,7 +212,7 @@ def ready(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def add_to_internal_state(output: Any, *_: Any) -> None:
-    """``Scheduler.get_internal_state``, which /server_info and ``Engine.get_server_info`` show."""
+    """After ``Scheduler.get_internal_state``: adds statistics to ``/server_info`` and ``Engine.get_server_info()``."""
     stats = memory.get_mixed_precision_memory_stats()
     if stats:
         output.internal_state[METHOD] = stats

@@ -1,4 +1,7 @@
-"""Arguments of SGLang's that a mixprec checkpoint cannot be served with, refused before anything is loaded."""
+"""Checks SGLang's arguments before anything is loaded.
+
+Each ``check_*`` raises ``RuntimeError`` with the flags to change.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ __all__ = [
 
 
 def check_arguments() -> None:
-    """Raises ``RuntimeError`` with the flags to change."""
+    """Checks the arguments for any compiled checkpoint."""
     _raise(argument_problems(_server_args()))
 
 
 def check_mixed_experts() -> None:
-    """For a layer whose experts differ in format. Raises ``RuntimeError`` with the flags to change."""
+    """Checks the arguments for a layer whose experts differ in format."""
     _raise(mixed_problems(_server_args()))
 
 
 def check_counted_experts() -> None:
-    """For expert activity, of any model. Raises ``RuntimeError`` with the flags to change."""
+    """Checks the arguments for counting expert activity, of any model."""
     args = _server_args()
     if _moves_experts(args) or _places_experts(args):
         raise RuntimeError(
@@ -40,18 +43,20 @@ def check_counted_experts() -> None:
 
 
 def check_experts_elsewhere(kind: str, *, scales_stay: bool = False) -> None:
-    """For experts under expert parallelism in a format that has to be told of ids of -1. Raises ``RuntimeError`` with
-    the flags to change."""
+    """Checks the arguments for experts of ``kind`` on several ranks, whose runner is repaired to skip ids of -1.
+
+    ``scales_stay``: the repair keeps the scales of the experts that the rank began with.
+    """
     args, problems = _server_args(), []
     if scales_stay and getattr(args, "enable_eplb", False):
         problems.append(f"--enable-eplb moves the scales of {kind} experts; leave it out")
-    if _asks_for_lora(args):  # lora/layers.py:1027 makes runners of its own
+    if _asks_for_lora(args):  # lora/layers.py:1027 makes other runners, without the repair
         problems.append(f"--enable-lora and --lora-paths do not go with {kind} experts under --ep-size; leave them out")
     _raise(problems)
 
 
 def check_padded(padded: Mapping[str, Any]) -> None:
-    """For ranks that hold zeros beside their weights. Raises ``RuntimeError`` with the flags to change."""
+    """Checks the arguments where zeros are added to this rank's weights."""
     if padded and _asks_for_lora(_server_args()):
         _raise(["--enable-lora and --lora-paths know no ranks that are filled up with zeros; leave them out"])
 
@@ -79,7 +84,7 @@ def quantized_head_problems(args: Any, kind: str) -> list[str]:
 
 
 def deterministic() -> bool:
-    """Whether a token's answer must not depend on the others of its batch."""
+    """Whether a request's answer must not depend on the other requests of its batch."""
     return bool(getattr(_server_args(), "enable_deterministic_inference", False))
 
 
@@ -107,7 +112,7 @@ def _raise(problems: list[str]) -> None:
 
 
 def argument_problems(args: Any) -> list[str]:
-    """What to change in SGLang's ``ServerArgs`` for any compiled checkpoint."""
+    """One sentence for each flag of ``args`` (``ServerArgs``) that no compiled checkpoint can be served with."""
     problems = []
     if getattr(args, "tokenizer_worker_num", 1) > 1:
         problems.append("--tokenizer-worker-num above 1 starts processes that load no plugins; leave it out")
@@ -135,13 +140,13 @@ def argument_problems(args: Any) -> list[str]:
     return problems
 
 
-# Up to some version before 0.5.23, the kernel writes rows of ids of -1 behind its output
-# (kernels/ops/moe/fused_moe_triton_kernels.py:444 in 0.5.17).
+# In 0.5.17 (kernels/ops/moe/fused_moe_triton_kernels.py:444) the kernel writes rows of ids of -1 behind its output; in
+# 0.5.23 it does not.
 _SUM_ALL_REDUCE = "--enable-fused-moe-sum-all-reduce knows no experts elsewhere; leave it out"
 
 
 def mixed_problems(args: Any) -> list[str]:
-    """What to change where experts of one layer differ in format."""
+    """One sentence for each flag of ``args`` that experts of several formats in one layer cannot be served with."""
     problems = []
     if getattr(args, "moe_runner_backend", "auto") != "auto":
         problems.append(f"--moe-runner-backend {args.moe_runner_backend} is one kernel for all formats; leave it out")

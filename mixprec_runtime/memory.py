@@ -1,4 +1,4 @@
-"""What the weights weigh on this rank, counted from the live model."""
+"""Memory of the weights on this rank, counted from the loaded model."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def get_mixed_precision_memory_stats() -> dict[str, Any]:
     Returns:
         ``weight_mb``, ``bf16_mb`` (what the same weights take in 16 bits), ``memory_saved_mb``,
         ``compression_ratio`` (``bf16_mb / weight_mb``), ``bytes_by_format`` and ``bytes_by_layer`` (keys are layer
-        numbers as text, and ``other``). MB are 2**20 bytes. Empty in a process that serves none, like SGLang's main
-        process: there ask ``Engine.get_server_info()`` or GET ``/server_info``, which have it in
+        numbers as text, and ``other``). MB are 2**20 bytes. Empty in a process without such a model, like SGLang's
+        main process: there ``Engine.get_server_info()`` and GET ``/server_info`` have the same in
         ``internal_states[i]["mixprec"]``.
     """
     return measure(_served[-1]) if _served else {}
 
 
 def serve(model: Module) -> None:
-    """Makes ``model`` the one that is measured, and logs what it weighs."""
+    """Makes ``model`` the one that :func:`get_mixed_precision_memory_stats` measures, and logs its memory."""
     _served[:] = [model]
     stats = measure(model)
     formats = ", ".join(f"{kind} {size / _MIB:.0f} MB" for kind, size in stats["bytes_by_format"].items())
@@ -53,7 +53,7 @@ def serve(model: Module) -> None:
 
 
 def measure(model: Module) -> dict[str, Any]:
-    """The statistics of one model on this rank, as above. Parameters that share memory count once."""
+    """As :func:`get_mixed_precision_memory_stats`, for ``model``. Parameters that share memory count once."""
     by_format: Counter[str] = Counter()
     by_layer: Counter[str] = Counter()
     dense = 0

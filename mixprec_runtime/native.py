@@ -1,8 +1,7 @@
-"""Each storage format as SGLang's own quantization config runs it.
+"""SGLang's own quantization config for each storage format of a checkpoint.
 
-One small config of SGLang's for each distinct format; the methods that it hands out are SGLang's objects, of
-SGLang's classes (its linear layers choose a weight loader by the class's name). Where stock SGLang is wrong, the
-instance is repaired: see :mod:`mixprec_runtime.formats.repair`.
+Methods are instances of SGLang's classes, since its linear layers choose a weight loader by the name of the method's
+class. Where stock SGLang is wrong, the instance is repaired: see :mod:`mixprec_runtime.formats.repair`.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ __all__ = ["NativeFormat", "format_of", "sglang_config"]
 
 
 def format_of(layer: torch.nn.Module) -> Format | None:
-    """The format that :class:`NativeFormat` gave a layer's method; None for a layer without such a method."""
+    """The format of a layer whose method a :class:`NativeFormat` made; None for other layers."""
     fmt: Format | None = getattr(getattr(layer, "quant_method", None), "mixprec_format", None)
     return fmt
 
 
 def sglang_config(fmt: Format) -> QuantizationConfig | None:
-    """SGLang's own config for a format; None for what is not quantized.
+    """SGLang's own config for a format; None for an unquantized one.
 
     Raises:
-        ValueError: SGLang has none.
+        ValueError: SGLang has no config for it.
     """
     return served(fmt).sglang_config(fmt)
 
 
 class NativeFormat(QuantizationConfig):
-    """One format of a checkpoint: hands layers SGLang's method for it, repaired where SGLang is wrong.
+    """One format of a checkpoint: makes SGLang's methods for it, repaired where SGLang is wrong.
 
-    It is the ``quant_config`` of a group of experts, so it answers as SGLang's own config of the format would.
+    As the ``quant_config`` of a group of experts, it has the interface of SGLang's own config.
     """
 
     def __init__(self, fmt: Format):
@@ -61,7 +60,7 @@ class NativeFormat(QuantizationConfig):
             return [torch.bfloat16, torch.half, torch.float32]
         return list(self._config.get_supported_act_dtypes())
 
-    def get_min_capability(self) -> int:  # of the instance, as Fp8Config's is
+    def get_min_capability(self) -> int:  # an instance method, as in Fp8Config
         return 75 if self._config is None else self._config.get_min_capability()
 
     @staticmethod
@@ -76,7 +75,11 @@ class NativeFormat(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | FusedMoEMethodBase | None:
-        """SGLang's method for a linear or a FusedMoE layer; None where a FusedMoE makes its own, for dense experts."""
+        """SGLang's method for a linear or FusedMoE layer; None for dense experts, whose FusedMoE makes its own.
+
+        Raises:
+            ValueError: SGLang has no kernel or method for this layer.
+        """
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
         experts = isinstance(layer, FusedMoE)

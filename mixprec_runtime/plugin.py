@@ -1,7 +1,7 @@
-"""The entry point ``sglang.srt.plugins``: tells SGLang that there is a quantization method called mixprec.
+"""The entry point ``sglang.srt.plugins``: adds the quantization method mixprec to SGLang.
 
-SGLang calls :func:`register` in its main process and in every worker, and only logs what it raises. So it raises
-nothing: a SGLang that does not fit gets a method that says so as soon as a compiled checkpoint is loaded.
+SGLang calls :func:`register` in its main process and in every worker, and only logs exceptions. For an unsupported
+version of SGLang, :func:`register` therefore adds a method that refuses when a compiled checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Adds the method, and hooks into the loading of models. Nothing of it runs for other methods' models."""
+    """Adds the quantization method, and hooks that do nothing for models of other methods."""
     from sglang.srt.layers import quantization
     from sglang.srt.server_args import QUANTIZATION_CHOICES, add_quantization_method_choices
     from sglang.version import __version__ as sglang_version
@@ -45,7 +45,7 @@ def register() -> None:
 
 
 class _Unfit:
-    """Stands where the method would be, and refuses."""
+    """A quantization method that refuses every checkpoint."""
 
     problem: ClassVar[str]
 
