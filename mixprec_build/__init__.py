@@ -5,7 +5,7 @@
     plan = mp.plan("mix.yaml")
     mp.build(plan, "out")
 
-:mod:`mixprec_build.api` documents each function. They are imported when they are first used.
+:mod:`mixprec_build.api` documents each function. Functions and errors are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The console script ``mixprec``. Ctrl-C may come while what it needs is still being imported."""
+"""The console script ``mixprec``; Ctrl-C ends it quietly during imports too."""
 
 __all__ = ["main"]
 

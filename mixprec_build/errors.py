@@ -4,12 +4,12 @@
     ├── RecipeError              the YAML: syntax, an unknown key, a name that matches nothing
     ├── SourceError              a checkpoint: a missing or damaged file, a format that contradicts itself
     │   └── HubError             a checkpoint on the Hugging Face Hub that cannot be reached or read
-    ├── StatsError               expert activity that cannot be read, or is another model's
-    ├── BudgetError              no mix of the sources is as small as the budget asks
+    ├── StatsError               expert activity that cannot be read, or that belongs to another model
+    ├── BudgetError              no mix of the sources fits into the budget
     ├── RefusedError             the recipe and its sources are sound, the mix is not; carries every problem
     ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
-    ├── WriteError               exit code 3: copying failed; nothing was left where the output belongs
-    │   └── InterruptedBuildError  exit code 130: Ctrl-C, or 143: SIGTERM
+    ├── WriteError               exit code 3: copying failed; the output folder was not created
+    │   └── InterruptedBuildError  exit code 130 after Ctrl-C, 143 after SIGTERM
     ├── SplitError               a checkpoint that cannot be cut for so many ranks
     └── VerifyError              a written checkpoint differs from its manifest or its sources
 
@@ -45,7 +45,7 @@ class MixprecError(Exception):
 
 
 class RecipeError(MixprecError):
-    """A recipe that cannot be read. ``path`` and ``line`` (1-based) say where, when they are known.
+    """A recipe that cannot be read. ``path`` and ``line`` (1-based) say where, if known.
 
     ``fix`` is a :class:`~mixprec_build.recipe.fix.RecipeFix` where an edit of the recipe is proposed.
     """
@@ -75,7 +75,7 @@ class StatsError(MixprecError):
 
 
 class BudgetError(MixprecError):
-    """A budget below the smallest mix; the message has its bytes."""
+    """A budget below the size of the smallest mix, which the message states."""
 
 
 class RefusedError(MixprecError):

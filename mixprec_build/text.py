@@ -12,15 +12,12 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 def hide_password(text: str) -> str:
-    """A URL without the user name and password in front of its host; other text as it is."""
+    """Replaces user name and password of a URL by ``***``; returns other text unchanged."""
     return re.sub(r"(:/+).*@", r"\1***@", text, flags=re.DOTALL) if URL.match(text) else text
 
 
-# Untrusted names and words are in all text that is printed: the terminal must see no commands in it.
-
-
 def printable(text: str) -> str:
-    """``text`` with escapes for what is not visible: control characters, line ends, changes of direction."""
+    """Escapes control characters, line ends and changes of direction: untrusted names must not control a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -39,6 +36,6 @@ def counted(number: int, what: str) -> str:
 
 
 def some(words: Sequence[str], most: int = 4) -> str:
-    """The first few, and how many more, for messages."""
+    """Lists the first ``most`` words and counts the others: ``"a, b and 3 more"``."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more

@@ -12,7 +12,7 @@ INSTALL = f"pip install 'sglang>={OLDEST},<={NEWEST}'"
 
 
 def version_problem(version: str) -> str | None:
-    """Why this SGLang does not fit; None if it does."""
+    """Returns a message if this version of SGLang is not supported, else None."""
     from packaging.version import Version
 
     if Version(OLDEST) <= Version(version) <= Version(NEWEST):

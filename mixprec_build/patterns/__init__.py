@@ -1,1 +1,1 @@
-"""Names with wildcards: parsed, matched, folded."""
+"""Names with wildcards: parses them, matches them, and writes many names as few patterns."""

@@ -1,4 +1,4 @@
-"""Folds many names into few patterns, and sorts names as people do."""
+"""Writes many names as few patterns, and sorts names as people do."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ __all__ = ["compress", "natural_key"]
 _T = TypeVar("_T")
 _NUMBER = re.compile(r"(\d{1,15})")  # int() refuses digits without end
 _MAX_FOLDED_NUMBERS = 8
-
-
-# Folding
 
 
 def natural_key(name: str) -> str:
@@ -40,9 +37,10 @@ def _number_key(number: str) -> str:
 
 
 def compress(names: Iterable[str]) -> list[str]:
-    """Patterns that together match exactly ``names``: last words, then numbers innermost first, are folded.
+    """Returns patterns that together match exactly ``names``.
 
-    So 4,512 names become ``model.layers.{0..93}.mlp.experts.{0..15}.{down_proj,gate_proj,up_proj}``.
+    Merges last words, then numbers from the last to the first, so that 4,512 names become
+    ``model.layers.{0..93}.mlp.experts.{0..15}.{down_proj,gate_proj,up_proj}``.
     """
     by_width: dict[int, set[tuple[str, ...]]] = defaultdict(set)
     for name in names:
@@ -67,10 +65,10 @@ def _fold(rows: set[tuple[str, ...]], column: int) -> set[tuple[str, ...]]:
 
 
 def _braces(values: Sequence[str]) -> list[str]:
-    """``values`` as one brace expression, or unchanged where braces cannot say them."""
+    """``values`` as brace expressions, or unchanged where braces cannot express them."""
     if len(values) == 1:
         return list(values)
-    # '007' and '7' are different names: only plain numbers, as long as RANGE reads them, become ranges.
+    # '007' and '7' are different names: only numbers without leading zeros that RANGE can read become ranges.
     if all(re.fullmatch(r"0|[1-9][0-9]{0,5}", v) for v in values):
         numbers = sorted(map(int, values))
         return ["{" + ",".join(_spans(some)) + "}" for some in _chunks(numbers)]
@@ -80,7 +78,7 @@ def _braces(values: Sequence[str]) -> list[str]:
 
 
 def _chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    """As many at a time as one pattern may hold."""
+    """Cuts ``values`` into pieces that fit into one pattern."""
     return (values[at : at + MAX_ALTERNATIVES] for at in range(0, len(values), MAX_ALTERNATIVES))
 
 

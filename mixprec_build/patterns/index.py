@@ -1,8 +1,8 @@
 """Finds which of many patterns match a name, without trying each of them on it.
 
-Most of what a pattern says are whole words between dots: ``model.layers.{0..3}.mlp.*`` has the first four, and
-``*.experts.*.up_proj`` has the last and another one somewhere. Tables of these words leave a few candidates for a
-name, and only those are tried. 2,000 patterns on 48,000 names take half a second instead of more than a minute.
+Most patterns contain complete words between dots: ``model.layers.{0..3}.mlp.*`` the first four,
+``*.experts.*.up_proj`` the last one and another somewhere. Tables of these words leave few candidates for a name, and
+only those are tried. 2,000 patterns on 48,000 names take half a second instead of more than a minute.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .pattern import Pattern, segments_of
 __all__ = ["PatternIndex"]
 
 _Word = Collection[str] | None
-"""What a word of a name may be; None for anything."""
+"""The texts that one word of a name may have; None for any."""
 
 
 class PatternIndex:
-    """Some patterns, by their place in ``patterns``: what :meth:`Pattern.matches` says of each, all at once."""
+    """Matches names against many patterns at once. Results are indices into ``patterns``."""
 
     def __init__(self, patterns: Sequence[Pattern]):
         self._exact: dict[str, list[int]] = defaultdict(list)
@@ -40,7 +40,7 @@ class PatternIndex:
                 places[place][at] = word
             for place, word in enumerate(last):
                 places[-1 - place][at] = word
-        # Of the words in any place that a glob asks for, the one that the fewest globs ask for.
+        # One word is enough to look a glob up by: the one that the fewest globs contain.
         often = Counter(choice for words in inner for word in words for choice in word)
         somewhere: dict[int, _Word] = {
             at: min(words, key=lambda word: sum(often[choice] for choice in word), default=None)
@@ -50,7 +50,7 @@ class PatternIndex:
         self._somewhere = self._table(somewhere)
 
     def _table(self, words: Mapping[int, _Word]) -> tuple[int, dict[str, int]]:
-        """The globs that ask nothing of a word, as bits, and those that may go with each word."""
+        """Bit masks of globs: of those that allow any word, and for each word of those that ask for it."""
         table: dict[str, int] = defaultdict(int)
         free = (1 << len(self._globs)) - 1
         for at, choices in words.items():
@@ -61,7 +61,7 @@ class PatternIndex:
         return free, dict(table)
 
     def matching(self, name: str) -> list[int]:
-        """The numbers of all patterns that match a name, in ascending order."""
+        """The indices of all patterns that match a name, in ascending order."""
         found = [number for number, pattern in self._candidates(name) if pattern.matches(name)]
         return sorted([*self._exact.get(name, ()), *found])
 
@@ -69,7 +69,7 @@ class PatternIndex:
         """:meth:`matching` of each name.
 
         Raises:
-            PatternError: it takes too long, see :class:`MatchBudget`.
+            PatternError: matching takes too long, see :class:`MatchBudget`.
         """
         budget, found = MatchBudget(), {}
         for name in names:
@@ -78,7 +78,7 @@ class PatternIndex:
         return found
 
     def last(self, name: str) -> int | None:
-        """The number of the last pattern that matches a name; None where none does."""
+        """The index of the last pattern that matches a name; None where none does."""
         exact = self._exact.get(name, (-1,))[-1]
         for number, pattern in self._candidates(name):
             if number < exact:
@@ -88,7 +88,7 @@ class PatternIndex:
         return exact if exact >= 0 else None
 
     def _candidates(self, name: str) -> Iterator[tuple[int, Pattern]]:
-        """The globs that may match, the last one first."""
+        """Yields the globs that may match, the last one first."""
         if not self._globs:
             return
         words = name.split(".")
@@ -109,18 +109,18 @@ class PatternIndex:
 
 
 def _words_of(pattern: Pattern) -> tuple[list[_Word], list[_Word], list[_Word]]:
-    """The first words that a name must have to match, the last ones from the end on, and others in any place."""
+    """The words that a matching name begins with, those that it ends with (last first), and those anywhere between."""
     segments = [_runs(segment) for segment in segments_of(pattern.text)]
     alone = len(segments) == 1
     first, last = segments[0][0], segments[-1][-1]
-    # The word that a wildcard follows or precedes goes on there.
+    # A word beside a wildcard is only a part of a name's word.
     first = first if alone and len(segments[0]) == 1 else first[:-1]
     last = last if alone and len(segments[0]) == 1 else last[1:]
     return first, last[::-1], [word for runs in segments for run in runs for word in run[1:-1]]
 
 
 def _runs(segment: Sequence[Words]) -> list[list[_Word]]:
-    """The words between dots of a part of a pattern, parted where it leaves open how many words there are."""
+    """Splits a segment into runs of words between dots; a new run begins where the number of words is open."""
     runs: list[list[_Word]] = [[("",)]]
     for choices in segment:
         if not choices or (len(choices) > 1 and any("." in choice for choice in choices)):
@@ -135,7 +135,7 @@ def _runs(segment: Sequence[Words]) -> list[list[_Word]]:
 
 
 def _joined(first: _Word, then: Collection[str]) -> _Word:
-    """One word of two parts. Two lists of choices are not written out: there may be millions."""
+    """Joins two parts of a word. Two lists of choices are not multiplied out, which may make millions: None instead."""
     if first is None or (len(first) > 1 and len(then) > 1):
         return None
     return [a + b for a in first for b in then]

@@ -1,7 +1,8 @@
-"""Matches a parsed pattern against a name, in time that does not explode.
+"""Matches a parsed pattern against a name in bounded time.
 
-A regex that tries one way after another can take forever on a name that almost matches: it is used where there is one
-way only, which is the case for what people and :func:`~.compress.compress` write."""
+A regex that backtracks can take forever on a name that almost matches. It is used only where there is one way to match,
+as in what people and :func:`~.compress.compress` write; :func:`walk` matches the other patterns.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +15,15 @@ __all__ = ["Words", "by_length", "needs_no_search", "to_regex", "walk"]
 
 
 Words = tuple[str, ...]
-"""A part of a pattern: the words of a pair of braces, a text as the only word, none for ``?``."""
-
-
-# Matching. A regex that tries one way after another can take forever on a name that almost matches: it is used
-# where there is one way only, which is the case for what people and `compress` write.
+"""One part of a pattern: the alternatives in braces, a literal text as the only one, or none for ``?``."""
 
 
 def needs_no_search(segments: Sequence[Sequence[Words]]) -> bool:
-    """Whether each segment matches in one way at most at any place, and those between two stars can be kept where
-    they match first."""
+    """Whether a regex need not backtrack.
+
+    Then each segment matches in at most one way at any place, and one between two stars may stay where it matches
+    first.
+    """
     *before, last = segments
     return (
         all(_matches_one_way(segment, at_end=False) for segment in before)
@@ -33,7 +33,7 @@ def needs_no_search(segments: Sequence[Sequence[Words]]) -> bool:
 
 
 def _matches_one_way(segment: Sequence[Words], *, at_end: bool) -> bool:
-    """No word begins another, or what follows the braces decides between them."""
+    """Whether no alternative is the beginning of another, or the text after the braces decides between them."""
     for i, words in enumerate(segment):
         if not any(longer.startswith(word) for word, longer in pairwise(sorted(words))):
             continue
@@ -46,7 +46,7 @@ def _matches_one_way(segment: Sequence[Words], *, at_end: bool) -> bool:
 
 
 def _ends_first_where_it_starts_first(segment: Sequence[Words]) -> bool:
-    """No match lies within a longer one: to begin later and end earlier it would have to be too short."""
+    """Whether no match lies inside of a longer one, so that the match that begins first also ends first."""
     longest = sum(max(map(len, words), default=1) for words in segment)
     shortest = sum(min(map(len, words), default=1) for words in segment)
     head = segment[0][0][:100] if len(segment[0]) == 1 else ""
@@ -59,7 +59,7 @@ def to_regex(segments: Sequence[Sequence[Words]]) -> str:
     if not others:
         return first
     *between, last = others
-    # What a lookahead has found is not tried again elsewhere; Python has atomic groups from 3.11 on only.
+    # A lookahead never backtracks. It stands in for an atomic group, which Python has only from 3.11 on.
     kept = [rf"(?=(.*?{segment}))\{number}" for number, segment in enumerate(between, start=1)]
     if between and not last:
         kept[-1] = ".*" + between[-1]  # nothing after it can fail, and this is faster
@@ -78,7 +78,7 @@ def by_length(words: Words) -> dict[int, set[str]]:
 
 
 def walk(segments: Sequence[Sequence[Mapping[int, set[str]]]], name: str) -> bool | None:
-    """True for a match, else None. Looks for all ways at once: every place where each part can end."""
+    """Returns True for a match, else None. Follows all ways at once, as the set of positions where a part can end."""
     ends = {0}
     for number, segment in enumerate(segments):
         if number:  # after a star

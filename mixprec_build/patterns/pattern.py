@@ -26,9 +26,9 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 
 MAX_NAME = 256
-"""Longer names are refused where they are read: none is ever matched."""
+"""In characters. Longer names are refused where they are read, so that none is ever matched."""
 
-# Bounds for untrusted patterns; sizes are in characters, braces written out.
+# Bounds for untrusted patterns; sizes are in characters, with braces written out.
 _MAX_STARS = 4
 MAX_ALTERNATIVES = 10_000
 _MAX_SIZE = 200_000
@@ -72,7 +72,7 @@ class Pattern:
         return name == self.text if self.exact else self._match(name) is not None
 
     def greatest(self) -> Iterator[tuple[str, Pattern]]:
-        """The greatest number of each range or list of numbers, and the pattern for that one alone."""
+        """Yields the greatest number of each range or list of numbers, and the pattern with that number only."""
         tokens = _TOKEN.findall(self.text)
         for i, token in enumerate(tokens):
             words = _alternatives(token[1:-1], self.text) if token[0] == "{" else ()
@@ -82,13 +82,13 @@ class Pattern:
 
 
 class PatternReader:
-    """Parses the patterns of one file, which may be untrusted, and bounds what they are together."""
+    """Parses the patterns of one untrusted file, and bounds their number and total size."""
 
     def __init__(self) -> None:
         self._globs = self._size = 0
 
     def read(self, text: str) -> Pattern:
-        """Raises :class:`PatternError` for a malformed pattern, and for one too many."""
+        """Parses one pattern. Raises :class:`PatternError` if it is malformed or exceeds the file's bounds."""
         pattern = Pattern(text)
         if not pattern.exact:
             self._globs += 1
@@ -100,11 +100,8 @@ class PatternReader:
         return pattern
 
 
-# Parsing
-
-
 def segments_of(text: str) -> list[list[Words]]:
-    """What is between the stars: ``"a.*.{b,c}?"`` -> ``[[("a.",)], [(".",), ("b", "c"), ()]]``.
+    """Splits a pattern at its stars: ``"a.*.{b,c}?"`` -> ``[[("a.",)], [(".",), ("b", "c"), ()]]``.
 
     Raises:
         PatternError: ``text`` is malformed.

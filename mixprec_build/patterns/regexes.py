@@ -1,7 +1,7 @@
 """Untrusted regular expressions: those in the configurations of quantizers.
 
-Python's can take longer than anyone waits. Those in use are plain, so what could take long is refused by counting
-ways before any is tried, which bounds one match to seconds.
+Python's ``re`` can backtrack for hours. The expressions in use are plain, so one that could take long is refused: the
+ways in which it can match are counted before it is tried, which bounds a match to seconds.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _REGEX_TOKEN = re.compile(
 
 @lru_cache(maxsize=8192)
 def plain_regex(pattern: str, regex: str) -> re.Pattern[str]:
-    """``regex``, which ``pattern`` is to messages.
+    """Compiles ``regex``, which messages quote as ``pattern``.
 
     Raises:
-        PatternError: it is none, or may take too long.
+        PatternError: it is no regular expression, or may take too long.
     """
     shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
     if len(regex) > _MAX_REGEX or _ways(regex) > _MAX_WAYS:
@@ -48,8 +48,8 @@ def plain_regex(pattern: str, regex: str) -> re.Pattern[str]:
 
 
 def _ways(pattern: str) -> float:
-    """In how many ways, at most, a regex can be laid over a name; infinite where it repeats groups or looks back."""
-    pattern = pattern.removesuffix("$").removesuffix(".*")  # which match whatever is left
+    """Bounds the ways in which a regex can match a name; infinite where it repeats groups or refers back to one."""
+    pattern = pattern.removesuffix("$").removesuffix(".*")  # both match in one way
     ways, repeats, branches = 1, 0, [1]
     at, before = 0, None
     while at < len(pattern):

@@ -1,1 +1,1 @@
-"""Recipe and sources become a plan."""
+"""Makes a plan from a recipe and its sources."""

@@ -1,4 +1,4 @@
-"""What became of every line of the recipe, and of every tensor of its sources."""
+"""Accounts for every line of the recipe, and for every tensor of its sources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["left_out", "notes_on_rules"]
 
 
 def notes_on_rules(chosen: Chosen, sources: Sources) -> Iterator[str]:
-    """Notes on lines that match nothing, never win, or name numbers that no module has."""
+    """Yields notes on lines that match nothing, never win, or name numbers that no module has."""
     for use, names in zip(chosen.uses, chosen.matched, strict=True):
         if not use.matched:
             hint = _why_nothing(use.rule.pattern.text, sources)
@@ -29,12 +29,12 @@ def notes_on_rules(chosen: Chosen, sources: Sources) -> Iterator[str]:
         elif not use.won:
             yield f"{use.rule} never wins: later or exact lines decide all it matches"
         for number, pattern in use.rule.pattern.greatest() if use.matched else ():
-            if not any(map(pattern.matches, reversed(names))):  # great numbers are at the end
+            if not any(map(pattern.matches, reversed(names))):  # the greatest are last
                 yield f"{use.rule}: nothing there has the number {number}"
 
 
 def _why_nothing(glob: str, sources: Sources) -> str:
-    """A hint for a glob that matches nothing; empty where there is none."""
+    """A hint for a glob that matches nothing; may be empty."""
     if glob.endswith(".bias"):
         return "a bias comes with its module"
     dashed = re.search(r"{(\d+)-(\d+)}", glob)
@@ -50,7 +50,7 @@ def _why_nothing(glob: str, sources: Sources) -> str:
 
 
 def left_out(modules: Mapping[str, PlannedModule], default: Source, sources: Sources) -> Iterator[LeftOut]:
-    """The tensors of each source that the output does not hold, by the reason for it."""
+    """Yields the tensors of each source that are not in the output, by reason."""
     kept: dict[str, set[str]] = {name: set() for name in sources.by_name}
     for module in modules.values():
         for planned in module.tensors.values():

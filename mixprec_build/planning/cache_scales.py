@@ -1,4 +1,4 @@
-"""Scales of an FP8 cache of keys and values, which come with the attention whose outputs they are of."""
+"""Adds the scales of an FP8 KV cache, each from the source of its attention."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ __all__ = ["with_cache_scales"]
 def with_cache_scales(
     modules: dict[str, PlannedModule], sources: Sources
 ) -> tuple[dict[str, PlannedModule], list[str]]:
-    """``modules`` with the scales that the source of each attention's keys has, in checkpoint order; and notes where
-    that source has none and another has."""
+    """Adds to ``modules`` the cache scales that the source of each attention's keys has.
+
+    Returns all in checkpoint order, and notes where that source has none and another has.
+    """
     homes: dict[str, PlannedModule | None] = {}
     added: dict[str, PlannedModule] = {}
     offered: dict[str, dict[str, None]] = {}
@@ -55,7 +57,7 @@ def with_cache_scales(
 
 
 def _scales_of(source: Source) -> Mapping[str, CacheScale]:
-    """Bare parameters of one value that are scales of a cache; of none with zero points, which SGLang does not read."""
+    """Parameters of one value that are cache scales. SGLang reads no zero points: attention that has them is left out."""
     found = {}
     for name, module in source.checkpoint.modules.items():
         scale = cache_scale(name)

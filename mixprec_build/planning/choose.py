@@ -1,4 +1,4 @@
-"""Which source each module comes from: by the recipe's lines, and for norms and routers by what they feed."""
+"""Chooses the source of each module: by the recipe's lines, and for norms and routers by what they feed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["Choice", "Chosen", "check_same_model", "choose", "with_followers"]
 
 
 class Choice(NamedTuple):
-    """Where one module comes from. ``rule`` is the line that says so, None for the default."""
+    """The source of one module. ``rule`` is the line that chose it, None for the default."""
 
     source: Source
     rule: Rule | None = None
     follows: bool = False
-    """Whether it comes along with what a norm feeds."""
+    """Whether the modules that a norm feeds decided the source."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,32 +43,32 @@ class Chosen:
     choices: Mapping[str, Choice]
     roles: Mapping[str, Role]
     rules: tuple[tuple[Rule, Source], ...]
-    """The recipe's lines, each with the source it means."""
+    """The recipe's lines, each with its source."""
     uses: tuple[RuleUse, ...]
-    """How many modules these lines match and decide."""
+    """Numbers of modules that each of these lines matches and decides."""
     matched: Sequence[Sequence[str]]
     """The modules that each of these lines matches, in checkpoint order."""
     notes: tuple[str, ...] = ()
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Those that anything comes from, by name."""
+        """The sources that any module comes from, by name."""
         return {choice.source.name: choice.source for choice in self.choices.values()}
 
     def assigned(self, sources: Mapping[str, Source]) -> Chosen:
-        """These modules alone, from these sources, whatever the recipe's lines say."""
+        """A copy with these modules only, each from the source that it is mapped to, whatever the recipe says."""
         return replace(self, choices={name: Choice(source) for name, source in sources.items()})
 
 
 def choose(recipe: Recipe, sources: Sources) -> Chosen:
     """Applies the lines of a recipe to the modules of the default source, and to those that exact lines name.
 
-    Of globs the last that matches decides; an exact name beats every glob. Norms, routers and parameters, which are
-    never quantized, are decided by globs that cover nothing else.
+    The last glob that matches decides; an exact name beats every glob. Norms, routers and parameters, which are never
+    quantized, are decided only by globs that match nothing else.
 
     Raises:
-        RecipeError: an exact name that no source has, or has otherwise than the line says; a word that no source
-            answers to.
+        RecipeError: no source has a module that an exact line names, or its source has it unquantized where the line
+            names a quantized format; no source or several have a format that a line names.
     """
     rules = tuple((rule, sources.resolve(rule.source, recipe, rule.line)) for rule in recipe.rules)
     default = sources.by_name[recipe.default]
@@ -84,7 +84,7 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
     default_first = [default, *sources.by_name.values()]
     roles = {name: sources.family.role_by_name(name) or _role(name, default_first, sources) for name in names}
     fixed = {name for name, role in roles.items() if role.never_quantized}
-    # A glob that covers nothing but norms, routers and the like means them; another one does not.
+    # Only a glob that matches nothing but norms, routers and the like is meant for them.
     means_fixed = {i for i, found in enumerate(matched) if i not in named and found and fixed.issuperset(found)}
     notes = [
         f"{recipe.rules[i]} covers only tensors that are never quantized (norms, routers, parameters): "
@@ -106,7 +106,7 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
 
 
 def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) -> str | None:
-    """The module that an exact line names, which is a promise that must hold; None for a glob."""
+    """The module that an exact line names; None for a glob. Raises :class:`RecipeError` where no source has it."""
     if not rule.pattern.exact:
         return None
 
@@ -128,7 +128,7 @@ def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) 
     if not holders:
         hint, instead = _nearest(name, sources)
         raise error(f"no source has a module {rule.pattern.text}; {hint}", instead)
-    if name in source.checkpoint.modules:  # what is missing is reported with the others that are
+    if name in source.checkpoint.modules:  # else it is reported later, with all modules that are missing
         fmt = source.format_of(name)
         asked = kinds_of_word(rule.source)
         if asked and fmt.kind not in asked and not fmt.quantized:
@@ -146,7 +146,7 @@ def _holders(name: str, sources: Sources) -> list[Source]:
 
 
 def _nearest(name: str, sources: Sources) -> tuple[str, str | None]:
-    """What may have been meant by the name of a module that no source has: a hint, and a pattern for it."""
+    """A hint for the name of a module that no source has, and a pattern to write instead."""
     parent, _, last = name.rpartition(".")
     parts = sources.family.members_of(last)
     if parts:
@@ -159,7 +159,7 @@ def _nearest(name: str, sources: Sources) -> tuple[str, str | None]:
 
 
 def _role(name: str, default_first: Iterable[Source], sources: Sources) -> Role:
-    """The role of a module by what it holds, in the first source that has it in a format that is read."""
+    """The role of a module by its shape and tensors, in the first source that has it in a supported format."""
     for source in default_first:
         fmt = source.known_format(name)
         if fmt is not None:
@@ -169,8 +169,10 @@ def _role(name: str, default_first: Iterable[Source], sources: Sources) -> Role:
 
 
 def check_same_model(chosen: Chosen, sources: Sources, problems: Problems) -> list[str]:
-    """Adds to ``problems`` where the ``config.json`` that the output is served with and those of the sources that are
-    used are of different models. Returns notes on differences that do not count."""
+    """Compares the ``config.json`` that the output is served with and those of the sources that are used.
+
+    Adds to ``problems`` those of different models. Returns notes on differences that do not matter.
+    """
     names = {id(source.checkpoint): f"`{name}`" for name, source in sources.by_name.items()}
     ours = names.get(id(sources.model), f"`model:` ({sources.model.location})")
     notes = []
@@ -191,8 +193,10 @@ def check_same_model(chosen: Chosen, sources: Sources, problems: Problems) -> li
 
 
 def with_followers(chosen: Chosen, folding: Folding, sources: Sources) -> Chosen:
-    """The same, but each norm that no line decides has the values that what it feeds was quantized with, and its
-    router comes along. See :mod:`.folding`."""
+    """Takes norms that no line decides, and their routers, from where the modules that they feed come from.
+
+    Does so only where scales are folded into a norm, see :mod:`.folding`.
+    """
     choices, moved = dict(chosen.choices), dict[str, list[str]]()
 
     def move(names: Iterable[str], to: Source) -> None:

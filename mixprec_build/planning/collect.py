@@ -1,4 +1,4 @@
-"""The modules of the output, with the tensors that they are made of."""
+"""Collects the tensors of every module of the output."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ class Collected:
 
 
 def collect(chosen: Chosen, default: Source, sources: Sources, problems: Problems) -> Collected:
-    """Takes every module from the source that was chosen for it, and adds to ``problems`` what is not there or is of
-    another shape than in ``default``.
+    """Takes every module from the source that was chosen for it.
 
-    A bias that only ``default`` has comes along: packers of quantized formats leave some out. So do the scales of an
-    FP8 KV cache, with attention.
+    Adds biases that only ``default`` has, since packers of quantized formats leave some out, and scales of an FP8 KV
+    cache. Adds to ``problems`` modules that are missing or have another shape than in ``default``.
 
     Raises:
-        SourceError: a module that is needed is damaged or in a format that is not read.
+        SourceError: a module that is needed is damaged or in a format that is not supported.
     """
     modules = {}
     missing: dict[tuple[str, Rule | None], list[str]] = {}
@@ -111,9 +110,9 @@ def _report_missing(
 def without_zero_biases(
     modules: Mapping[str, PlannedModule], default: Source, sources: Sources, reader: ValueReader, problems: Problems
 ) -> dict[str, PlannedModule]:
-    """The same without biases of zeros where ``default`` has none: GPTQ packers write them for every linear.
+    """Drops biases of zeros that ``default`` does not have: GPTQ packers write one for every linear.
 
-    Adds to ``problems`` such a bias that is not zero.
+    Adds to ``problems`` a bias that ``default`` does not have and that is not zero.
     """
     out = dict(modules)
     for name, module in modules.items():

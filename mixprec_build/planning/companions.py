@@ -1,4 +1,4 @@
-"""The files that come along with the model: tokenizer, generation config, chat template, license, ..."""
+"""Files that are copied beside the weights: tokenizer, generation config, chat template, license, ..."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..storage.folder import LocalFolder
 __all__ = ["companion_files"]
 
 
-# Left behind by other tools: they describe the source's quantization, not the output's.
+# Not copied: these describe the source's weights, not the output's.
 _STALE = {"config.json", INDEX, MANIFEST, *DECLARATION_FILES}
 _KEPT_SUFFIXES = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt", ".vocab"}
 _KEPT_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY.md"}
 
 
 def companion_files(model: Checkpoint) -> dict[str, int]:
-    """The files of the model's checkpoint that are copied, never weights, and their bytes; 0 where a hub does not say.
+    """File name -> bytes, of the model's files that are copied, which are never weights. 0 where a hub states no size.
 
     Raises:
         SourceError: one is no regular file, or larger than mixprec reads.

@@ -1,8 +1,8 @@
-"""Whether the output has every weight that the model of its config.json needs.
+"""Checks that the output has every weight that the model of its config.json needs.
 
-SGLang starts with what the allocator left in a parameter that nothing is loaded into. What a config asks for is an
-embedding, a head unless it is tied, every decoder layer with all that layers of its kind have, every expert, and the
-last norm.
+SGLang starts even if nothing is loaded into a parameter, which then has arbitrary values. A model needs an embedding, a
+head unless it is tied, every decoder layer with all modules that layers of its kind have, every expert, and the last
+norm.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ def check_complete(
     offered: Mapping[str, Collection[str]],
     problems: Problems,
 ) -> list[str]:
-    """Adds to ``problems`` what is missing for certain. Returns notes on what looks as if it were.
+    """Adds to ``problems`` what is certainly missing. Returns notes on what may be missing.
 
     Args:
         modules: the planned output.
-        facts: those of the ``config.json`` it is served with.
+        facts: of the ``config.json`` that it is served with.
         offered: source -> the modules that a line may take from it.
     """
     family, notes = facts.family, list[str]()
     _check_ends(modules, facts, offered, problems)
-    # A bare parameter may well be in some layers only: hash tables of experts, biases of routers.
+    # A bare parameter may be in some layers only, such as a hash table of experts or a router's bias.
     stacks = _stacks((name for name, module in modules.items() if "" not in module.tensors), family)
     if stacks:
         stack = max(stacks, key=lambda name: sum(map(len, stacks[name].values())))
         layers, count = stacks[stack], facts.layers
         if count is not None and count <= _MOST_LAYERS:
             _check_layers(stack, layers, count, problems)
-            layers = {number: inner for number, inner in layers.items() if number < count}  # then: layers for drafts
+            layers = {number: inner for number, inner in layers.items() if number < count}  # drafts follow
         notes += _check_peers(stack, layers, offered, family.checked, problems)
         if family.checked and not any(last_word(n) in family.last_norms for n in modules if not _LAYER.fullmatch(n)):
             norm = f"{_parent(stack)}{family.last_norms[0]}"
@@ -68,8 +68,10 @@ def check_complete(
 def check_tied_head(
     modules: Mapping[str, PlannedModule], sources: Sources, reader: ValueReader, problems: Problems
 ) -> None:
-    """Adds to ``problems`` a head of its own that the config.json of ``model:`` ties to the embedding: SGLang would
-    leave it out. One that holds what the embedding holds is left out rightly."""
+    """Adds to ``problems`` a head that the config.json of ``model:`` ties to the embedding but that differs from it.
+
+    SGLang ignores a tied head, which is right only where it equals the embedding.
+    """
     if sources.model.facts.expects_head is not False:
         return
 
@@ -115,7 +117,7 @@ def _check_ends(
         return [m for m in modules.values() if m.role is role and not _is_aside(m.name)]
 
     embeddings, heads = of_role(Role.EMBEDDING), of_role(Role.HEAD)
-    # Under names that nobody here knows: tables of the vocabulary outside of layers.
+    # An embedding or head may have an unknown name: any table of the vocabulary outside of layers counts as one.
     tables = [
         m.name
         for m in modules.values()
@@ -140,7 +142,7 @@ def _check_ends(
 
 
 def _report_lack(what: str, word: str, offered: Mapping[str, Collection[str]], problems: Problems) -> None:
-    """``offered``: source -> the modules that it has. ``word`` ends the name of what is lacking."""
+    """Adds to ``problems`` a missing module whose name ends with ``word``, and the source that has one."""
     having = ((source, name) for source, names in offered.items() for name in names if name.endswith(word))
     source, name = next(having, (None, ""))
     text = f"the model needs {what}, and the mix has none"
@@ -159,7 +161,7 @@ def _parent(stack: str) -> str:
 
 
 def _stacks(names: Iterable[str], family: Family) -> dict[str, dict[int, set[str]]]:
-    """Stacks of layers, towers of images and the like left out: name -> layer -> what it has, experts as one."""
+    """Stack of decoder layers -> layer -> its modules, with all experts as one. Vision towers and drafts are left out."""
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     numbered = re.compile(rf"(^|\.){re.escape(family.experts)}\.\d+\..+")
     for name in names:
@@ -189,8 +191,10 @@ def _check_peers(
     checked: bool,
     problems: Problems,
 ) -> Iterator[str]:
-    """A layer that has less than another one, and nothing in its place, lacks something. Yields notes on those of
-    families that were not checked."""
+    """Adds to ``problems`` layers that lack modules which as many other layers have, and have nothing else instead.
+
+    Yields notes instead where no source has them, in families that were not compared with SGLang.
+    """
     trees = {number: _children(inner) for number, inner in layers.items()}
     kinds: dict[str, dict[frozenset[str], list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, tree in trees.items():
@@ -240,7 +244,7 @@ def _it(places: Collection[str]) -> str:
 
 
 def _children(inner: Iterable[str]) -> dict[str, set[str]]:
-    """Path of a block within a layer -> the names right below it."""
+    """Path of a block within a layer -> the names directly below it."""
     tree: dict[str, set[str]] = defaultdict(set)
     for name in inner:
         parts = name.split(".")

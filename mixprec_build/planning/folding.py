@@ -1,16 +1,17 @@
 """Scales that a quantizer folded into the modules before the ones it quantized.
 
-AWQ, and SmoothQuant for Int8, multiply the inputs of a weight by scales before rounding it, and divide by them
-whatever makes these inputs: the norm before q/k/v or before gate and up, ``v_proj`` before ``o_proj``, ``up_proj``
-before ``down_proj``. The function of the model stays; its modules no longer fit those of another checkpoint. So
+AWQ, and SmoothQuant for Int8, multiply the input channels of a weight by scales before rounding it, and divide the
+module that produces these inputs by them: the norm before q/k/v or before gate and up, ``v_proj`` before ``o_proj``,
+``up_proj`` before ``down_proj``. The model computes the same, but its modules no longer fit those of another
+checkpoint. So
 
-- a norm must have the values that everything it feeds was quantized with. It comes along with these modules where
-  they agree on its values, the router with it; where they do not, the mix is refused.
-- of a pair like ``up_proj`` and ``down_proj`` none may be taken from elsewhere.
+- a norm must have the values that all modules it feeds were quantized with. It is taken from their source where they
+  agree on its values, and the router with it; where they do not, the mix is refused.
+- a pair like ``up_proj`` and ``down_proj`` must come from one source.
 
-Norms show most scales, but not all: llm-compressor folds between linears alone where a family has no norm before
-them. So a pair that is to be parted is compared itself where norms agree. Source of where scales
-go: AutoAWQ 0.2.9, ``awq/models``, ``get_layers_for_scaling``, and ``awq/quantize/scale.py``.
+Norms show most scales, but not all: llm-compressor folds only between linears where a family has no norm before them.
+So a pair from two sources whose norms agree is compared itself. Where scales go is from AutoAWQ 0.2.9: ``awq/models``,
+``get_layers_for_scaling``, and ``awq/quantize/scale.py``.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ __all__ = ["Folding"]
 
 _PAIRS_LOOKED_AT = 16
 _JOINED_LOOKED_AT = 2
-"""Of linears that have to be read with all rows."""
+"""The same for linears of which all rows have to be read."""
 
 
 class Folding:
-    """What the norms of a recipe's sources say about one another.
+    """Compares the norms of a recipe's sources to find folded scales.
 
     Args:
         modules: the names of the model's modules.
@@ -74,7 +75,7 @@ class Folding:
 
     @cached_property
     def _folding(self) -> frozenset[str]:
-        """Sources in formats whose quantizers fold, and those whose weights show that it was done."""
+        """Sources in formats whose quantizers fold scales, and those whose weights show it."""
         sources = self._sources.by_name.values()
         by_format = {
             source.name for source in sources if any(fmt.folds_activation_scales for fmt in source.distinct_formats)
@@ -83,7 +84,7 @@ class Folding:
         return frozenset(by_format | {source.name for source in quantized if self._has_folded(source)})
 
     def _has_folded(self, source: Source) -> bool:
-        """Whether weights of a source are another's times what its norms were divided by."""
+        """Whether weights of a source are another's times the scales that its norms were divided by."""
         looked_at = 0
         for norm, fed in self.fed.items():
             for other in self._sources.by_name.values():
@@ -96,7 +97,7 @@ class Folding:
                     looked_at += 1
                     ours, theirs = self._values(norm, source), self._values(norm, other)
                     if ours is not None and theirs is not None:
-                        # Gemma's norms multiply by one more than they hold.
+                        # Gemma's norms multiply by 1 + weight.
                         ratios = [theirs / ours, (1 + theirs) / (1 + ours)]
                         if any(self._probe.columns_follow(name, source.name, other.name, ratio) for ratio in ratios):
                             return True
@@ -107,7 +108,7 @@ class Folding:
         return a != b and bool({a, b} & self._folding)
 
     def differ(self, norm: str, a: str, b: str) -> bool:
-        """Whether two sources hold different values of a norm; False where one has it not, or not at hand."""
+        """Whether a norm's values differ between two sources; False where one lacks them, or the file with them."""
         if a == b:
             return False
         key = (norm, min(a, b), max(a, b))
@@ -115,7 +116,7 @@ class Folding:
             import numpy as np
 
             values = [self._values(norm, self._sources.by_name[name]) for name in (a, b)]
-            # One rounding to FP16 or BF16 lies between releases of one model, no more.
+            # Releases of one model differ by a rounding to FP16 or BF16 at most.
             self._differ[key] = (
                 values[0] is not None
                 and values[1] is not None
@@ -131,16 +132,16 @@ class Folding:
         return None if values is None else values.astype("float32")
 
     def _are_apart(self, a: str, b: str) -> bool:
-        """Whether one of two sources has folded scales that the other has not, anywhere."""
+        """Whether any norm shows scales that are folded in one of two sources and not in the other."""
         key = (min(a, b), max(a, b))
         if key not in self._apart:
             self._apart[key] = self.between(a, b) and any(self.differ(norm, a, b) for norm in self.fed)
         return self._apart[key]
 
     def follow(self, norm: str, current: str, voters: Iterable[str]) -> str | None:
-        """The source a norm must come from instead of ``current``, for ``voters``: the sources of what it feeds.
+        """The source that a norm must come from instead of ``current``: one of ``voters``, the sources of what it feeds.
 
-        None where it may stay, or where no source satisfies all.
+        None where it may stay, or where they do not agree on its values.
         """
         voters = dict.fromkeys(voters)
         if not any(self.between(current, source) and self.differ(norm, current, source) for source in voters):
@@ -148,9 +149,9 @@ class Folding:
         return next((s for s in voters if not any(self.differ(norm, s, other) for other in voters)), None)
 
     def check(self, modules: Mapping[str, PlannedModule], problems: Problems) -> set[str]:
-        """Adds to ``problems`` what would lose scales, or apply them twice.
+        """Adds to ``problems`` modules whose scales would be lost or applied twice.
 
-        Returns the modules that a fix takes from one source.
+        Returns the modules that the fixes of these problems take from one source.
         """
         self._fixed = set()
         if not self._folding:
@@ -208,7 +209,7 @@ class Folding:
         problems.soft([norm.name], text, *self._from_one_source([norm, *fed], block), code="folded_scales")
 
     def _from_one_source(self, about: list[PlannedModule], block: list[PlannedModule]) -> tuple[Replacement, list[str]]:
-        """All of ``block`` from one source; norms and routers follow where no line says otherwise."""
+        """A fix that takes all of ``block`` from one source, and removes lines for norms and routers of ``about``."""
         for source in by_votes(block, self._sources):
             change = [(m.name, m.rule) for m in block if m.source != source.name]
             lines = {m.rule: None for m in about if m.role.never_quantized and m.rule and m.source != source.name}
@@ -219,7 +220,7 @@ class Folding:
         return Replacement(None), []
 
     def _before(self, name: str, modules: Mapping[str, PlannedModule]) -> PlannedModule | None:
-        """The linear that scales of another one's inputs may be folded into."""
+        """The linear that scales of the inputs of ``name`` may be folded into."""
         candidates = (self._family.scaled_before(name) or "", *self._family.joined_scaled_before(name))
         return next((modules[before] for before in candidates if before in modules), None)
 
@@ -230,7 +231,7 @@ class Folding:
     def _pairs(self, before: PlannedModule, after: PlannedModule) -> bool:
         """Whether scales of ``after``'s inputs can be folded into ``before``: not through grouped-query attention."""
         if self._is_joined(before, after) and len(before.shape) == len(after.shape) == 2:
-            # gate and up; q, k and v of as many heads; the keys and values of each head, which MLA has no fewer of
+            # gate and up; q, k and v of equally many heads; MLA, where each head has keys and values of its own
             return before.shape[0] in (2 * after.shape[1], 3 * after.shape[1]) or self._is_latent(before)
         return before.shape[:1] == after.shape[1:2]
 
@@ -249,12 +250,11 @@ class Folding:
         prefix = layer_prefix(after.name)
         here = any(self.differ(norm, before.source, after.source) for norm in self.fed if layer_prefix(norm) == prefix)
         if not (here or before.format.folds_activation_scales or after.format.folds_activation_scales):
-            return  # a layer that another mix took from elsewhere
+            return  # one source is itself a mix, which has this layer from the other
         self._refuse_pair(before, after, block, problems)
 
     def _is_scaled(self, before: PlannedModule, after: PlannedModule) -> bool:
-        """Whether scales were folded into a linear in one of two sources whose norms agree; a few of its kind are
-        looked at."""
+        """Whether scales were folded into ``before`` in one of two sources whose norms agree. Compares a few of its kind."""
         pair = sorted((before.source, after.source))
         if not {*pair} & self._folding:
             return False
@@ -270,7 +270,7 @@ class Folding:
         return any(seen)
 
     def unseen(self) -> Iterator[str]:
-        """Notes on pairs that :meth:`check` could not compare."""
+        """Yields notes on pairs that :meth:`check` could not compare."""
         for (first, last, source, other), names in self._unseen.items():
             yield (
                 f"{some(compress(names))}: {first} is from `{source}` and {last} from `{other}`, and whether scales "

@@ -1,7 +1,7 @@
-"""Modules whose values a model class of SGLang's moves while it loads them.
+"""Checks modules whose rows a model class of SGLang's permutes while it loads them.
 
-Such a class permutes the rows of ``weight`` and leaves scales, packed words and zero points where they are: it loads
-without an error, and answers nonsense. By reading of ``models/`` in SGLang 0.5.15 to 0.5.23.
+It permutes ``weight`` but not scales, packed words or zero points, so that a quantized module loads without an error
+and computes nonsense. Found by reading ``models/`` of SGLang 0.5.15 to 0.5.23.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["check_moved"]
 
 
 def _limit(move: MovedRows, fmt: Format, head_dim: int | None) -> str | None:
-    """Why a module in ``fmt`` would be loaded wrongly; None where it would not."""
+    """The reason why a module in ``fmt`` would be loaded wrongly; None if there is none."""
     if not fmt.quantized:
         return None
     if move.within_heads and fmt.has_weight:
         beside = (fmt.axes(leaf).n for leaf in fmt.leaves - {fmt.values_leaf, "bias"})
         rows = [axis.per for axis in beside if axis is not None]
-        # One scale for all rows, or scales of whole heads.
+        # A scale for all rows, or for the rows of complete heads, stays right.
         if not rows or (head_dim is not None and all(n % head_dim == 0 for n in rows)):
             return None
     return (
@@ -38,7 +38,7 @@ def _limit(move: MovedRows, fmt: Format, head_dim: int | None) -> str | None:
 
 
 def check_moved(modules: Mapping[str, PlannedModule], sources: Sources, problems: Problems) -> None:
-    """Adds to ``problems`` the modules whose scales SGLang would leave behind."""
+    """Adds to ``problems`` the modules whose scales SGLang would not permute with the weight."""
     facts = sources.model.facts
     moves, head_dim, family = facts.family.moved, facts.head_dim, facts.family
     if not moves:

@@ -1,8 +1,7 @@
-"""Recipe + sources -> :class:`Plan`: which tensor comes from where and lies where. Nothing is written here.
+"""Makes a :class:`Plan`, which says where every tensor comes from and which file it goes to. Writes nothing.
 
-Stages, each of which returns what the next one takes: :mod:`.choose` the source of every module, :mod:`.collect` its
-tensors, check them (:mod:`.complete`, :mod:`.servable` and others), lay them out in files, and account for every line
-and every tensor.
+Each stage returns the input of the next: :mod:`.choose` the source of every module, :mod:`.collect` its tensors, check
+them (:mod:`.complete`, :mod:`.servable` and others), lay them out in files, and account for every line and tensor.
 """
 
 from __future__ import annotations
@@ -44,12 +43,17 @@ def make_plan(
     link: bool = False,
     check_all: bool = False,
 ) -> Plan:
-    """Decides everything and checks it; with ``check_all`` also the weights of every quantized module.
+    """Makes a plan and checks it.
+
+    Args:
+        allow_unservable: plan a mix even if SGLang could not serve it.
+        link: plan links to source files of which every tensor is used.
+        check_all: compare the weights of every quantized module with other sources', not of a sample.
 
     Raises:
-        RecipeError: a name that no source has, a word that no source answers to.
-        SourceError: a module that is needed is damaged or in a format that is not read.
-        RefusedError: the mix cannot be, or SGLang could not serve it and ``allow_unservable`` is not set.
+        RecipeError: a line names a module that no source has, or a format that none or several have.
+        SourceError: a module that is needed is damaged or in a format that is not supported.
+        RefusedError: the mix is impossible, or SGLang could not serve it and ``allow_unservable`` is not set.
     """
     default, problems = sources.by_name[recipe.default], Problems(recipe)
     chosen = choose(recipe, sources)
@@ -61,7 +65,7 @@ def make_plan(
         collected = collect(chosen, default, sources, problems)
         modules = collected.modules
         check_stacked(chosen, sources, problems)
-        if not problems:  # what is missing has been said
+        if not problems:  # else the same modules would be reported twice
             notes_on_checks += check_complete(modules, sources.model.facts, _offered(sources), problems)
         if not problems:
             modules = without_zero_biases(modules, default, sources, reader, problems)
@@ -99,11 +103,11 @@ def make_plan(
 
 
 def plan_modules(chosen: Chosen, recipe: Recipe, sources: Sources) -> Mapping[str, PlannedModule]:
-    """The modules that were chosen, whether SGLang could serve them or not; norms as the recipe says.
+    """Collects the modules that were chosen, whether SGLang could serve them or not. Norms follow no other module.
 
     Raises:
         SourceError: as :func:`make_plan`.
-        RefusedError: for what no server could overcome.
+        RefusedError: the mix is impossible.
     """
     default, problems = sources.by_name[recipe.default], Problems(recipe)
     check_same_model(chosen, sources, problems)
@@ -131,7 +135,7 @@ def _notes_on_sources(default: Source, sources: Sources) -> Iterator[str]:
 
 
 def _offered(sources: Sources) -> dict[str, set[str]]:
-    """Source -> the modules that a line may take from it, those in files that a cache lacks included."""
+    """Source -> the modules that a line may take from it, including those in files that the hub's cache lacks."""
     found = {}
     for name, source in sources.by_name.items():
         has = source.checkpoint.modules.keys() | source.checkpoint.absent.keys()
@@ -142,7 +146,7 @@ def _offered(sources: Sources) -> dict[str, set[str]]:
 def _splitters(
     recipe: Recipe, sources: Sources, modules: Mapping[str, PlannedModule]
 ) -> Iterator[tuple[Splitter, int]]:
-    """The cuts that a recipe asks for, and the bytes of each."""
+    """Yields a splitter for each degree that the recipe asks for, and the bytes that it writes."""
     stored = {name: (module.format, module.stored) for name, module in modules.items()} if recipe.tp else {}
     for tp in recipe.tp:
         try:

@@ -1,9 +1,8 @@
-"""Compares rows of weights between sources: whether they are one model's, and whether scales were folded into them.
+"""Compares rows of weights between sources, to see whether they are one model's and whether scales were folded in.
 
-Only what is on this machine is read, a few hundred rows of a few modules unless all are asked for. Differences are
-measured in steps of the quantized format, which its own tensors tell: rounding to the nearest leaves at most half a
-step, methods that shift errors between weights (GPTQ, AutoRound) about one. What differs by more was not made by
-rounding these weights.
+Reads only files on this machine, and about a hundred rows of a few modules unless all are asked for. Differences are
+measured in steps between the values that a quantized format can store: rounding to the nearest leaves at most half a
+step, methods that shift errors between weights (GPTQ, AutoRound) about one. A larger difference means other weights.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ __all__ = ["WeightProbe", "check_weights"]
 
 _ROWS = 128
 _MOST_BYTES = 512 << 20
-"""Of one tensor that has to be read as a whole."""
+"""Most bytes that are read of one tensor."""
 _SAMPLES = 3
-"""Layers in which modules of one kind are looked at."""
+"""Number of layers in which modules of one kind are compared."""
 _FITS = 12
 """Most rounds in which scales of rows and columns are fitted in turn."""
 _ROUNDING = 2.0**-7
-"""What may lie between two unquantized releases of one weight: a rounding to BF16."""
+"""Relative difference that a rounding to BF16 may make between two unquantized releases of one weight."""
 
 
 class WeightProbe:
-    """Reads rows of modules, dequantized, where their files are here and hold more than a hole."""
+    """Reads rows of modules, dequantized, from files on this machine. Holes of sparse files count as absent."""
 
     def __init__(self, sources: Sources):
         self._sources = sources
@@ -52,12 +51,15 @@ class WeightProbe:
         return self._sources.by_name[source].format_of(name)
 
     def rows(self, source: str, name: str, *, all_rows: bool = False) -> npt.NDArray[np.float32] | None:
-        """The first rows of a weight, ``[rows, K]``; None where they are not at hand."""
+        """The first rows of a weight, or all: ``[rows, K]``; None where they cannot be read."""
         read = self._read(source, name, all_rows)
         return None if read is None else self._dequantize(source, name, read)
 
     def steps(self, source: str, name: str, *, all_rows: bool = False) -> npt.NDArray[np.float32] | None:
-        """How far the next value that the format can hold is from each of :meth:`rows`, ``[rows, K]``."""
+        """The distance from each value of :meth:`rows` to the next one that the format can store, ``[rows, K]``.
+
+        None where it cannot be read, or where values lie across bytes.
+        """
         import numpy as np
 
         read = self._read(source, name, all_rows)
@@ -65,7 +67,7 @@ class WeightProbe:
             return None
         fmt = self._sources.by_name[source].format_of(name)
         leaf, bits = fmt.values_leaf, bits_of(fmt.kind)
-        if 8 % bits:  # values that lie across bytes
+        if 8 % bits:
             return None
         low = np.uint8(sum(1 << at for at in range(0, 8, bits)))
         words = np.ascontiguousarray(read[leaf])
@@ -83,7 +85,7 @@ class WeightProbe:
     ) -> npt.NDArray[np.float32] | None:
         try:
             return self._sources.by_name[source].format_of(name).dequantize(tensors)
-        except (IndexError, ValueError):  # a damaged input order (g_idx), which other checks name
+        except (IndexError, ValueError):  # a damaged g_idx, which other checks report
             return None
 
     def _read(self, source: str, name: str, all_rows: bool) -> dict[str, npt.NDArray[Any]] | None:
@@ -109,7 +111,7 @@ class WeightProbe:
         return found
 
     def _values(self, source: str, info: TensorInfo, rows: int | None) -> npt.NDArray[Any] | None:
-        """A tensor, or so many of its first rows."""
+        """A tensor, or its first ``rows`` rows; None where they cannot be read."""
         import numpy as np
 
         from ..storage.dtypes import numpy_dtype
@@ -125,15 +127,17 @@ class WeightProbe:
             if os.lseek(fd, info.start, os.SEEK_DATA) >= info.start + nbytes:
                 return None
             data = pread_all(fd, nbytes, info.start)
-        except OSError:  # a hole to the end of the file, or a disk that fails: the build will say so
+        except OSError:  # a hole up to the end of the file, or a failing disk, which a build reports
             return None
         finally:
             os.close(fd)
         return np.frombuffer(data, dtype=numpy_dtype(info.dtype)).reshape(shape) if len(data) == nbytes else None
 
     def is_scaled(self, name: str, a: str, b: str, *, all_rows: bool = False) -> bool | None:
-        """Whether one source's rows are multiples of the other's: something was folded into a quarter of them at
-        least. None where they cannot be compared."""
+        """Whether at least a quarter of one source's rows are the other's times a factor, which was then folded in.
+
+        None where they cannot be compared.
+        """
         import numpy as np
 
         ours, theirs = self.rows(a, name, all_rows=all_rows), self.rows(b, name, all_rows=all_rows)
@@ -144,13 +148,15 @@ class WeightProbe:
         power = (theirs * theirs).sum(1)
         factor = (ours * theirs).sum(1) / np.maximum(power, np.finfo(np.float32).tiny)
         rest = np.sqrt(((ours - factor[:, None] * theirs) ** 2).sum(1) / np.maximum(power, np.finfo(np.float32).tiny))
-        # Rounding errors are as often with a row as against it: of K of them, the mean is smaller by the root of K.
+        # Signs of rounding errors are random, so that a factor's error is smaller than theirs by the square root of K.
         noise = 6 * rest / np.sqrt(ours.shape[1])
         return bool(np.quantile(abs(factor - 1) - noise, 0.75) > 4 * _ROUNDING)
 
     def columns_follow(self, name: str, a: str, b: str, ratio: npt.NDArray[Any]) -> bool:
-        """Whether the columns of a weight in source ``a`` are those in ``b`` times ``ratio``, ``[K]``, and not as they
-        are: then ``ratio`` was folded into them. False where they cannot be compared."""
+        """Whether the columns of a weight in ``a`` are those in ``b`` times ``ratio``, ``[K]``, which was then folded in.
+
+        False where they are equal, or cannot be compared.
+        """
         import numpy as np
 
         ours, theirs = self.rows(a, name), self.rows(b, name)
@@ -168,7 +174,10 @@ class WeightProbe:
 def check_weights(
     modules: Mapping[str, PlannedModule], sources: Sources, probe: WeightProbe, *, full: bool = False
 ) -> list[str]:
-    """Notes that name modules whose quantized weights were not made from the unquantized ones of this recipe."""
+    """Returns notes on quantized modules that were not made from the weights that another source has of them.
+
+    Compares a sample of the modules; with ``full`` all rows of each.
+    """
     notes = []
     for name in sources.by_name:
         quantized = [m for m in modules.values() if m.source == name and m.format.quantized]
@@ -200,8 +209,7 @@ def _sample(modules: Iterable[PlannedModule]) -> list[PlannedModule]:
 
 
 def _reference(module: PlannedModule, modules: Mapping[str, PlannedModule], sources: Sources) -> Source | None:
-    """The source whose form of a module is the one to compare with: an unquantized one before others, and of these one
-    that the mix takes most from."""
+    """The source to compare a module with: an unquantized one if possible, and the one that most of the mix is from."""
     used: dict[str, int] = {}
     for other in modules.values():
         used[other.source] = used.get(other.source, 0) + 1
@@ -232,7 +240,7 @@ def _differs(module: PlannedModule, reference: str, probe: WeightProbe, full: bo
         if more is None:
             return False
         allowed = allowed + (more[:count] / 2 if reference_format.rounded else more[:count])
-    # Scales that were folded into a weight's rows and columns are no other weights.
+    # Weights that differ only by scales folded into rows and columns are the same.
     for _ in range(_FITS):
         if _alike(ours, theirs, allowed / 2):
             break
@@ -248,7 +256,7 @@ def _alike(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], allowed: npt.NDArra
 
 
 def _factors(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
-    """What each row (``axis`` 1) or column (0) of ``theirs`` is best multiplied by; scales are not negative."""
+    """Least-squares factors of the rows (``axis`` 1) or columns (0) of ``theirs``, never negative."""
     import numpy as np
 
     power = np.maximum((theirs * theirs).sum(axis, keepdims=True), np.finfo(np.float32).tiny)

@@ -1,4 +1,4 @@
-"""Why a mix is refused, and the smallest edit of the recipe that resolves it."""
+"""Reasons to refuse a mix, each with the smallest edit of the recipe that resolves it."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ CODES = {
     "shared_experts": "SGLang compares shared experts' formats in a way that this mix does not pass",
     "stacked_experts": "all experts of a layer are stored in one tensor, which cannot be taken apart",
 }
-"""What kinds of problems there are, for programs."""
+"""Code of a problem, for programs -> its meaning."""
 
 _NO_SOURCE = "No source of this recipe can take their place: add one that can"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One reason to refuse. ``str()`` of it is a sentence for the user, the fix included."""
+    """One reason to refuse a mix. ``str(problem)`` is the message for the user, the fix included."""
 
     code: str
     """One of :data:`CODES`."""
     text: str
-    """What is wrong, in words."""
+    """The message without names of modules and fix."""
     modules: tuple[str, ...] = ()
-    """Patterns of the modules that it is about, where it is about modules."""
+    """Patterns of the modules concerned, if any."""
     fix: RecipeFix | None = None
     hard: bool = False
-    """Whether it holds whoever serves the checkpoint; the others may be allowed."""
+    """Whether no server could use the mix. Other problems can be allowed."""
     advice: str = ""
-    """How to go on where no edit of the recipe's rules helps."""
+    """Advice where no edit of the recipe's rules helps."""
 
     def __str__(self) -> str:
         about = f"{some(self.modules)}: " if self.modules and not self.hard else ""
@@ -69,16 +69,18 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """``source`` for some modules, by changing the exact lines that name them or by new lines; None if none can."""
+    """Takes modules from another source, by changing the exact lines that name them, or by new lines."""
 
     source: str | None
+    """None if no source can replace the present one."""
     rules: tuple[Rule, ...] = ()
-    """Exact lines that name such modules."""
+    """Exact lines to change."""
     remove: tuple[Rule, ...] = ()
+    """Lines to remove."""
 
     @classmethod
     def of(cls, source: str | None, modules: Iterable[tuple[str, Rule | None]]) -> tuple[Replacement, list[str]]:
-        """For modules with the lines that chose their sources; also which of them need a new line."""
+        """A replacement for modules, each with the line that chose its source; and the modules that need a new line."""
         exact: dict[Rule, None] = {}
         others = []
         for name, rule in modules:
@@ -89,7 +91,7 @@ class Replacement:
         return cls(source, tuple(sorted(exact, key=lambda rule: rule.line))), others
 
     def fix(self, modules: Sequence[str], recipe: Recipe) -> RecipeFix | None:
-        """The edit of ``recipe`` that takes ``modules``, beside those of ``rules``, from the source."""
+        """The edit of ``recipe`` that takes ``modules`` and those named by ``rules`` from the source."""
         if self.source is None:
             return None
         change = [Line(rule.line, rule.pattern.text, self.source) for rule in self.rules]
@@ -97,7 +99,7 @@ class Replacement:
         add = []
         by_text = {rule.pattern.text: rule for rule in recipe.rules}
         for pattern in compress(modules):
-            rule = by_text.get(pattern)  # a line that is there cannot be added
+            rule = by_text.get(pattern)  # a key may be in YAML only once
             if rule is not None and not _is_overruled(rule, modules, recipe):
                 change.append(Line(rule.line, pattern, self.source))
                 continue
@@ -120,7 +122,7 @@ def _is_overruled(rule: Rule, modules: Iterable[str], recipe: Recipe) -> bool:
 
 @dataclass(slots=True)
 class _About:
-    """The modules that one problem is about, and those that its fix takes from elsewhere."""
+    """The modules that one problem concerns, and those whose source its fix changes."""
 
     modules: list[str] = field(default_factory=list)
     change: list[str] = field(default_factory=list)
@@ -146,7 +148,7 @@ class Problems:
         code: str,
         modules: Iterable[str] = (),
     ) -> None:
-        """Adds what no server could overcome. ``replacement`` says which source ``change`` should come from."""
+        """Adds a problem that cannot be allowed. ``replacement`` has the source that ``change`` should come from."""
         self._hard[self._problem(code, text, tuple(compress(modules)), replacement, change, hard=True)] = None
 
     def soft(
@@ -158,13 +160,13 @@ class Problems:
         *,
         code: str,
     ) -> None:
-        """Adds what SGLang could not serve in all of ``modules``; ``replacement`` as in :meth:`hard`."""
+        """Adds a reason why SGLang could not serve ``modules``; ``replacement`` and ``change`` as in :meth:`hard`."""
         about = self._soft.setdefault((code, text, replacement), _About())
         about.modules += modules
         about.change += change
 
     def found(self) -> list[Problem]:
-        """All of them, hard ones first."""
+        """All problems, hard ones first."""
         soft = [
             self._problem(code, text, tuple(compress(about.modules)), replacement, about.change, hard=False)
             for (code, text, replacement), about in self._soft.items()

@@ -1,4 +1,4 @@
-"""Why SGLang could not run a module, a fused group or an expert as stored, and which source could take its place."""
+"""Reasons why SGLang could not run a module, a fused group or an expert as stored, and sources to replace it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def half_only(modules: Mapping[str, tuple[Format, StoredModule]], facts: ModelFacts) -> Iterator[str]:
-    """Remarks on modules of a model that SGLang serves in FP16 only."""
+    """Yields remarks on modules that SGLang serves in FP16 only."""
     family = facts.family
     found: dict[tuple[str, str], list[str]] = {}
     may = [name for name, (fmt, _) in modules.items() if type(fmt).half_only is not Format.half_only]
@@ -60,7 +60,7 @@ def half_only(modules: Mapping[str, tuple[Format, StoredModule]], facts: ModelFa
 
 
 def missing_projections(group: str, parts: Sequence[PlannedModule], family: Family) -> str | None:
-    """What a quantized expert lacks."""
+    """A message on the projections that a quantized expert lacks; None if it lacks none."""
     if not family.is_expert(group) or not any(part.format.quantized for part in parts):
         return None
     words = [last_word(part.name) for part in parts]
@@ -72,7 +72,7 @@ def missing_projections(group: str, parts: Sequence[PlannedModule], family: Fami
 
 
 def format_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader, family: Family) -> list[str]:
-    """Why SGLang could not run a GEMM whose parts share a format."""
+    """Reasons why SGLang could not run a GEMM whose ``parts`` share a format; empty if it can."""
     fmt = parts[0].format
     holder = {tensor.info.name: tensor.source for part in parts for tensor in part.tensors.values()}
 
@@ -84,7 +84,7 @@ def format_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader
 
 
 def decided_groups(names: Iterable[str], family: Family) -> dict[str, list[str]]:
-    """Modules that one source is chosen for: fused groups, and those of an MLP whose formats SGLang compares."""
+    """Groups of modules that get one source: fused groups, with the modules whose formats SGLang compares with theirs."""
     groups = {name: list(members) for name, members in family.fused_groups(names).items()}
     for name in list(groups):
         compared = family.compared_with(name)
@@ -94,7 +94,7 @@ def decided_groups(names: Iterable[str], family: Family) -> dict[str, list[str]]
 
 
 def group_limits(parts: Sequence[PlannedModule], reader: ValueReader, family: Family) -> list[str]:
-    """Why SGLang could not run a group of :func:`decided_groups` that is made of ``parts``; empty where it can."""
+    """Reasons why SGLang could not run ``parts``, a group of :func:`decided_groups`; empty if it can."""
     limits = [limit for p in parts if (limit := family.format_limit(p.name, p.role, p.format)) is not None]
     by_name = {part.name: part for part in parts}
     for group, members in family.fused_groups(by_name).items():
@@ -114,13 +114,13 @@ def group_limits(parts: Sequence[PlannedModule], reader: ValueReader, family: Fa
 
 
 def share_one_format(parts: Iterable[PlannedModule], family: Family) -> bool:
-    """Whether what SGLang fuses among ``parts`` is in one format."""
+    """Whether those of ``parts`` that SGLang runs as one GEMM share a format."""
     by_name = {part.name: part.format.fuses_as for part in parts}
     return all(len({by_name[member] for member in members}) == 1 for members in family.gemms(by_name).values())
 
 
 def replacement(source: str | None, parts: Iterable[PlannedModule]) -> tuple[Replacement, list[str]]:
-    """``parts`` from ``source``, as :meth:`Problems.soft` takes it."""
+    """The arguments ``replacement`` and ``change`` of :meth:`Problems.soft` that take ``parts`` from ``source``."""
     return Replacement.of(source, [(part.name, part.rule) for part in parts])
 
 
@@ -140,14 +140,16 @@ def common_source(
     around: Sequence[PlannedModule] = (),
     other_than: str | None = None,
 ) -> str | None:
-    """A source that could give all of ``parts`` as SGLang can serve them: the commonest among them, or those
-    ``around``, first."""
+    """A source that has all of ``parts`` in a form that SGLang can serve; None if there is none.
+
+    Prefers the one that most of ``around`` come from, or of ``parts`` where ``around`` is empty.
+    """
     others = [source for source in by_votes(around or parts, sources) if source.name != other_than]
     return next((source.name for source in others if can_serve_from(source, parts, sources.family)), None)
 
 
 def by_votes(parts: Iterable[PlannedModule], sources: Sources) -> list[Source]:
-    """All sources, the commonest among ``parts`` first."""
+    """All sources, the one that most of ``parts`` come from first."""
     votes = Counter(part.source for part in parts)
     return sorted(sources.by_name.values(), key=lambda source: -votes[source.name])
 
@@ -163,7 +165,7 @@ def _offers_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: boo
 
 
 def can_serve_from(source: Source, modules: Iterable[PlannedModule], family: Family) -> bool:
-    """Whether all of ``modules`` could come from ``source`` and be served, whatever they are fused of."""
+    """Whether SGLang could serve all of ``modules`` if they came from ``source``."""
     by_name = {module.name: module for module in modules}
     return all(
         _offers_one_gemm(source, [by_name[n] for n in members], family.is_expert(group), family)
@@ -172,18 +174,18 @@ def can_serve_from(source: Source, modules: Iterable[PlannedModule], family: Fam
 
 
 def offers(source: Source, modules: Iterable[str]) -> bool:
-    """Whether a recipe may take all of ``modules`` from ``source``, as what the source's name says they are."""
+    """Whether ``source`` has all of ``modules``; if it is named after a format, in that format."""
     claimed = kinds_of_word(source.name)
     formats = [source.known_format(name) for name in modules]
     return all(fmt is not None and (not claimed or fmt.kind in claimed) for fmt in formats)
 
 
 def origin(module: PlannedModule) -> str:
-    """Where a module comes from and why, for messages."""
+    """The source of a module and the line that chose it, for messages."""
     return f"`{module.source}` ({module.rule or ('what it feeds' if module.follows else 'the default')})"
 
 
 def described(fmt: Format) -> str:
-    """``gptq_int4 (group_size 128, sym true, ...)``: the parameters matter where two of one kind clash."""
+    """``gptq_int4 (group_size 128, sym true, ...)``: parameters tell two formats of one kind apart."""
     parameters = ", ".join(f"{k} {str(v).lower()}" for k, v in fmt.to_json().items() if k != "kind")
     return f"{fmt.kind} ({parameters})" if parameters else fmt.kind

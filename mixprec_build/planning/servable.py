@@ -1,8 +1,7 @@
-"""What SGLang could not serve, found before anything is written.
+"""Finds what SGLang could not serve before anything is written.
 
 SGLang runs q/k/v and gate/up as one GEMM each, with one quantization method; its kernels have shape rules; and some
-modules have no quantized path. A mix that breaks one of these would fail at start-up, or worse, load and answer
-nonsense.
+modules have no quantized path. A mix that breaks a rule would fail at start-up or, worse, load and compute nonsense.
 """
 
 from __future__ import annotations
@@ -68,8 +67,12 @@ def _check_gemm(
     problems: Problems,
     fixed: Set[str],
 ) -> None:
-    """``around``: all parts of the fused group or expert that these are of. ``fixed`` are modules that another
-    problem's fix takes from one source: a second fix would undo it."""
+    """Adds to ``problems`` what prevents one GEMM.
+
+    Args:
+        around: all members of the fused group or expert that has ``parts``.
+        fixed: modules that another problem's fix takes from one source; a second fix would undo it.
+    """
     if len({part.format.fuses_as for part in parts}) > 1:
         what = "gate and up of one expert" if sources.family.is_expert(name) else f"parts of {name.rpartition('.')[2]}"
         owners = "; ".join(f"{last_word(part.name)} is {described(part.format)} from {origin(part)}" for part in parts)
@@ -94,7 +97,7 @@ def _check_never_quantized(parts: Sequence[PlannedModule], sources: Sources, pro
     for module in parts:
         limit = sources.family.format_limit(module.name, module.role, module.format)
         if limit is not None:
-            source = common_source(parts, sources)  # for all: they must share a format still
+            source = common_source(parts, sources)  # for all parts, which must still share a format
             text = f"{described(module.format)} from {origin(module)}: {limit}"
             change = [part for part in parts if part.source != source]
             problems.soft([module.name], text, *replacement(source, change), code="role_limit")
@@ -131,9 +134,9 @@ def _check_compared(
 def check_same_weights(
     modules: Mapping[str, PlannedModule], sources: Sources, folding: Folding, problems: Problems
 ) -> None:
-    """Norms must agree between all sources that weights come from: where they do not, one is another model's.
+    """Adds to ``problems`` sources whose norms differ, which are of different weights.
 
-    Those that scales may be folded into are left to :mod:`.folding`.
+    :mod:`.folding` checks norms that scales may be folded into.
     """
     users = {module.source for module in modules.values() if module.role not in (Role.NORM, Role.PARAMETER)}
     norms = [module for module in modules.values() if module.role is Role.NORM]

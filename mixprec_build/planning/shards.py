@@ -11,13 +11,11 @@ from .types import PlannedModule, PlannedShard, PlannedTensor
 __all__ = ["lay_out"]
 
 
-# Files
-
-
 def lay_out(modules: Mapping[str, PlannedModule], shard_size: int, link: Sources | None) -> list[PlannedShard]:
-    """Shards of at most ``shard_size`` bytes and so many tensors, in checkpoint order; a module is not torn apart.
+    """Fills shards of at most ``shard_size`` bytes (a larger module has one to itself) in checkpoint order.
 
-    With ``link``, source files that are taken over whole become shards of their own.
+    A module lies in one shard, except that with ``link`` source files whose every tensor is used become shards as they
+    are.
     """
     linked: list[tuple[tuple[str, str], list[PlannedTensor]]] = []
     taken: set[tuple[str, str]] = set()
@@ -62,7 +60,7 @@ def _aligned(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
 def _whole_files(
     modules: Mapping[str, PlannedModule], sources: Sources
 ) -> Iterable[tuple[tuple[str, str], list[PlannedTensor]]]:
-    """Source files every tensor of which is in the output, and which readers that want ``pt`` metadata accept."""
+    """Yields source files whose every tensor is in the output, and whose metadata says ``pt``, as some readers require."""
     wanted: dict[tuple[str, str], list[PlannedTensor]] = {}
     for module in modules.values():
         for tensor in module.tensors.values():

@@ -1,4 +1,4 @@
-"""Experts that a source keeps in one tensor a layer, and that no line of a recipe can take from elsewhere."""
+"""Checks experts that a source stores in one tensor a layer, which no line of a recipe can take apart."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ __all__ = ["check_stacked", "why_missing"]
 
 
 def _blocks_of(source: Source, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Module -> its block of experts, of those modules of a source, or of ``names``, that hold all experts of a
-    layer."""
+    """Module that stores all experts of a layer -> its block of experts, among ``names`` or all modules of a source."""
     facts = source.facts
     found = {}
     for name in source.checkpoint.modules if names is None else names:
@@ -49,7 +48,7 @@ def check_stacked(
     sources: Sources,
     problems: Problems,
 ) -> None:
-    """Adds to ``problems`` lines that match such tensors and cannot mean them, and tensors that SGLang cannot load."""
+    """Adds to ``problems`` stacked experts that SGLang cannot load, and lines for experts that cannot apply to them."""
     facts, rules = sources.model.facts, chosen.rules
     names: dict[str, list[str]] = {}
     for name, choice in chosen.choices.items():
@@ -88,7 +87,7 @@ def check_stacked(
 
 
 def _under_another_prefix(source: Source, name: str) -> str | None:
-    """What a module is called in a source that has the same tree of modules below another root."""
+    """The name of a module in a source that puts another prefix before its layers; None where it has no such module."""
     inner = layer_prefix(name)
     if not inner:
         return None
@@ -99,8 +98,10 @@ def _under_another_prefix(source: Source, name: str) -> str | None:
 
 
 def why_missing(source: Source, default: Source, names: Sequence[str], sources: Sources) -> tuple[str, bool]:
-    """Why ``source`` lacks modules, where stacked experts or other prefixes are the reason, as the end of a sentence;
-    and whether it says what to do instead."""
+    """Explains why ``source`` lacks modules, where stacked experts or another prefix are the reason.
+
+    Returns the end of a sentence, and whether it says what to do instead.
+    """
     elsewhere = _under_another_prefix(source, names[0])
     if elsewhere is not None:
         return (

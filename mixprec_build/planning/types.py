@@ -19,7 +19,7 @@ __all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", 
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor of the output: ``info`` is where its bytes lie in ``source``."""
+    """A tensor of the output; ``info`` locates its bytes in ``source``."""
 
     source: str
     info: TensorInfo
@@ -28,7 +28,7 @@ class PlannedTensor(NamedTuple):
 class PlannedModule(NamedTuple):
     """A module of the output. ``rule`` is the recipe line that chose its source, None for the default.
 
-    ``follows`` marks norms and routers that come along with the modules that a norm feeds.
+    ``follows`` marks norms, routers and cache scales that are taken from the source of the modules they belong to.
     """
 
     name: str
@@ -51,16 +51,16 @@ class PlannedModule(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """One file of the output. ``link`` names the source's file where it is taken over whole."""
+    """One file of the output."""
 
     file: str
     tensors: tuple[PlannedTensor, ...]
     link: tuple[str, str] | None = None
-    """(source, file)"""
+    """(source, file) of a source's file that is linked in place of a copy."""
 
     @cached_property
     def header(self) -> bytes:
-        """All before the data section, for a shard that is not linked."""
+        """The bytes before the data section, for a shard that is not linked."""
         return build_header((*tensor.info[:3], tensor.info.nbytes) for tensor in self.tensors)
 
     @property
@@ -68,7 +68,7 @@ class PlannedShard:
         return sum([tensor.info.nbytes for tensor in self.tensors])
 
     def file_bytes(self, sources: Sources) -> int:
-        """The size of the file, header included."""
+        """The size of the file in bytes, header included."""
         if self.link is not None:
             return sources.by_name[self.link[0]].checkpoint.shards[self.link[1]].size
         return len(self.header) + self.data_bytes
@@ -76,7 +76,7 @@ class PlannedShard:
 
 @dataclass(frozen=True, slots=True)
 class RuleUse:
-    """How many modules a line of the recipe matches, and how many it decides."""
+    """Numbers of modules that a line of the recipe matches, and of those whose source it decides."""
 
     rule: Rule
     matched: int
@@ -85,19 +85,19 @@ class RuleUse:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Tensors of a source that the output does not hold, and why."""
+    """Tensors of a source that are not in the output, and the reason."""
 
     source: str
     reason: str
     tensors: int
     nbytes: int
     modules: tuple[str, ...]
-    """Patterns."""
+    """Patterns of the names of their modules."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """All that a build will do."""
+    """All that a build does."""
 
     recipe: Recipe
     sources: Sources
@@ -107,13 +107,13 @@ class Plan:
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
-    """What SGLang could not serve, allowed by the user."""
+    """Reasons why SGLang could not serve it, which the user allowed."""
     presplit: Mapping[str, int] = field(default_factory=dict)
-    """Degree that files are cut for, as ``tp4-ep1`` -> their bytes."""
+    """Degree, as ``tp4-ep1`` -> bytes of the files cut for it."""
 
     @property
     def unservable(self) -> tuple[str, ...]:
-        """The problems in words."""
+        """The problems as sentences."""
         return tuple(map(str, self.problems))
 
     @property
@@ -122,5 +122,5 @@ class Plan:
 
     @property
     def written_bytes(self) -> int:
-        """Of tensors, in the files cut for ranks as well."""
+        """Bytes of tensors in all files, those cut for ranks included."""
         return self.tensor_bytes + sum(self.presplit.values())

@@ -1,1 +1,1 @@
-"""Recipes: read, written, their sources opened."""
+"""Recipes: reads and edits YAML, and opens the sources that it names."""

@@ -1,4 +1,4 @@
-"""Edits of a recipe's text that keep everything else of it: comments, order, blank lines."""
+"""Edits a recipe's text and keeps the rest as it is: comments, order, blank lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Line", "RecipeFix"]
 
 
 class Line(NamedTuple):
-    """``pattern: source`` on a line of a recipe (1-based); 0 for a line that is new."""
+    """``pattern: source`` on a line of a recipe (1-based; 0 for a new line)."""
 
     line: int
     pattern: str
@@ -35,12 +35,12 @@ class RecipeFix:
     """Lines as they are."""
     add: tuple[Line, ...] = ()
     below: int = 0
-    """The line that new ones belong under: the last of the section's; 0 where the section has none."""
+    """The line under which new ones are added: the section's last; 0 where the section has none."""
     section: str = "weights"
     """The section of rules: ``weights``, or ``weight_mapping`` in ``mixed_precision``."""
 
     def sentence(self) -> str:
-        """The edit in words, as in ``"Change line 6 to `a.b: bf16`"``; of many new lines the first eight."""
+        """The edit in words, as in ``"Change line 6 to `a.b: bf16`"``; lists at most eight new lines."""
         steps = [f"change line {line.line} to {line}" for line in self.change]
         steps += [f"take out line {line.line} {line}" for line in self.remove]
         if self.add:
@@ -61,16 +61,17 @@ class RecipeFix:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RecipeFix:
-        """Inverse of :meth:`to_json`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` on nonsense."""
+        """Inverse of :meth:`to_json`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` if ``data`` is malformed."""
         lines = {key: tuple(Line(**line) for line in data[key]) for key in ("change", "remove", "add")}
         return cls(**lines, below=int(data["below"]), section=str(data["section"]))
 
     def apply(self, text: str) -> str:
-        """Edits the text of the recipe that the problem was found in. Edits of several problems go into one call of
-        :meth:`merged`, for each moves the lines of the next.
+        """Returns the edited text of the recipe that the problem was found in.
+
+        Several fixes have to be :meth:`merged` first, for each one moves lines that the next one refers to.
 
         Raises:
-            RecipeError: a line is not one rule and nothing else, as in ``weights: {a: b, c: d}``.
+            RecipeError: a line to edit has more than one rule, as in ``weights: {a: b, c: d}``.
         """
         lines = text.splitlines(keepends=True)
         for line in self.change:
@@ -91,7 +92,7 @@ class RecipeFix:
 
     @classmethod
     def merged(cls, fixes: Iterable[RecipeFix]) -> RecipeFix:
-        """All of them as one edit; what several ask for is done once."""
+        """Combines fixes of one recipe into one edit, without duplicates."""
         fixes = list(fixes)
         both = {
             key: tuple(dict.fromkeys(line for fix in fixes for line in getattr(fix, key)))
@@ -121,7 +122,7 @@ def _rule(line: Line) -> str:
 
 
 def _rule_indent(lines: list[str], number: int) -> str:
-    """The indent of the rule on a line. Raises :class:`RecipeError` where it is not one."""
+    """The indent of a line. Raises :class:`RecipeError` where it is not exactly one rule."""
     line = lines[number - 1].splitlines()[0] if 0 < number <= len(lines) and lines[number - 1] else ""
     import yaml
 

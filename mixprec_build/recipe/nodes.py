@@ -1,7 +1,7 @@
 """YAML nodes that know their line.
 
-YAML is read from its event stream, never through a constructor: no tag is obeyed, no alias expanded, no scalar turned
-into a boolean or a date."""
+They are made from YAML's event stream, never by a constructor: tags and aliases are refused, and scalars stay text.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +23,33 @@ _MAX_WORD = 4096  # as long as a path may be
 
 
 def unknown(what: str, word: str, known: Iterable[str]) -> str:
+    """A message about an unknown ``word``, with the known one that is most like it, or all."""
     known, word = sorted(known), word[:100]
     near = difflib.get_close_matches(word, known, n=1)
     hint = f"did you mean `{near[0]}`?" if near else "known: " + ", ".join(f"`{k}`" for k in known)
     return f"unknown {what} `{word}`; {hint if known else 'there are none'}"
 
 
-# YAML nodes that know their line
-
-
 @dataclass(frozen=True, slots=True)
 class Text:
+    """A scalar. ``line`` of each node is 1-based."""
+
     text: str
     line: int
 
 
 @dataclass(frozen=True, slots=True)
 class List:
+    """A sequence."""
+
     items: list[Node]
     line: int
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
+    """A mapping, in the file's order."""
+
     items: list[tuple[Text, Node]]
     line: int
     index: dict[str, int] = field(default_factory=dict)
@@ -70,17 +74,19 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class NodeReader:
-    """Reads one file and knows its path for the messages."""
+    """Reads one file. Every method raises :class:`RecipeError` with the file's path and the line."""
 
     def __init__(self, path: Path):
         self.path = path
         self._nodes = 0
 
     def error(self, message: str, at: Node | int | None) -> RecipeError:
+        """Returns an error at a node or line."""
         line = at if at is None or isinstance(at, int) else at.line
         return RecipeError(message, path=self.path, line=line)
 
     def parse(self, data: bytes) -> Node:
+        """The root node of the only document in ``data``."""
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -98,9 +104,9 @@ class NodeReader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             at = None if mark is None else mark.line + 1
-            if "nesting" in (error.problem or ""):  # libyaml reads ahead of us, and has a limit of its own
+            if "nesting" in (error.problem or ""):  # libyaml reads ahead and has a limit of its own
                 raise self.error(f"nested deeper than {_MAX_DEPTH} levels", at) from error
-            # `*.mlp: fp8` is an alias to YAML, and one with a bad name.
+            # YAML reads `*.mlp: fp8` as an alias with a bad name.
             hint = "; quote names that start with *" if "alias" in (error.context or "") else ""
             if r"'\t'" in (error.problem or "") or (mark and mark.index < len(text) and text[mark.index] == "\t"):
                 hint = "; a tab: YAML wants spaces"
@@ -141,16 +147,19 @@ class NodeReader:
         return node
 
     def need(self, node: Map, key: str, what: str) -> Node:
+        """The value of a required key; ``what`` explains the key in the message."""
         if key not in node:
             raise self.error(f"`{key}:` is missing: {what}", node)
         return node[key]
 
     def only(self, node: Map, known: set[str], where: str) -> None:
+        """Refuses keys that are not ``known``."""
         for key, _ in node.items:
             if key.text not in known:
                 raise self.error(f"in {where}: {unknown('key', key.text, known)}", key)
 
     def text(self, node: Node) -> Text:
+        """A word or name: not empty, not too long, no URL with a password."""
         if not isinstance(node, Text) or not node.text:
             raise self.error("expected one word or name here", node)
         if len(node.text) > _MAX_WORD:
@@ -160,7 +169,7 @@ class NodeReader:
         return node
 
     def map(self, node: Node | None) -> Map:
-        """A mapping; a missing or empty section is an empty one."""
+        """A mapping, empty for a missing or empty section."""
         if node is None or (isinstance(node, Text) and not node.text):
             return Map([], 1 if node is None else node.line)
         if not isinstance(node, Map):

@@ -1,9 +1,7 @@
-"""YAML -> :class:`Recipe`. The only place that reads YAML.
+"""Reads a recipe from YAML.
 
-Two forms are read, both documented in the README: the native one (``model``, ``sources``, ``default``,
+It has one of two forms, both documented in ``recipes/README.md``: the native one (``model``, ``sources``, ``default``,
 ``weights``, ``output``) and the one under ``mixed_precision:`` (``fp16_path``, ``weight_mapping``, ...).
-YAML is read from its event stream into nodes that know their line, never through a constructor: no tag
-is obeyed, no alias expanded, no scalar turned into a boolean or a date.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ class SourceRef:
 class Rule:
     """One line of ``weights:``: the modules that ``pattern`` matches come from ``source``.
 
-    ``line`` is 0 for one that is not in a file yet.
+    ``line`` is 1-based; 0 for a rule that is not in a file yet.
     """
 
     pattern: Pattern
@@ -62,7 +60,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What the user asked for, checked for form but not yet against any checkpoint."""
+    """A parsed recipe, checked for form but not against any checkpoint."""
 
     path: Path
     model: SourceRef
@@ -74,19 +72,19 @@ class Recipe:
     """Tensor-parallel degrees to cut files for."""
     tp_line: int = 0
     layout: str = "merged"
-    """``merged``, ``presplit`` or ``both``: which files the checkpoint is to have."""
+    """Files of the whole model (``merged``), files cut for ranks (``presplit``), or ``both``."""
     serving: Mapping[str, object] = field(default_factory=dict)
-    """The sections ``inference:`` and ``server:``, read and kept, without influence on the build."""
+    """The sections ``inference:`` and ``server:``, which have no influence on the build."""
     section: str = "weights"
-    """What the recipe calls the section of its rules."""
+    """The name of the section of rules: ``weights`` or ``weight_mapping``."""
 
     @property
     def folder(self) -> Path:
-        """Relative locations start here."""
+        """The folder that relative locations start from."""
         return self.path.parent
 
     def laid_out(self, layout: str) -> Recipe:
-        """The recipe with this layout instead of its own. Raises :class:`RecipeError` where it lacks ``tp`` for it."""
+        """The recipe with another layout. Raises :class:`RecipeError` where the layout needs ``tp`` and it has none."""
         if layout == "merged":
             return replace(self, layout=layout, tp=())
         if not self.tp:
@@ -94,10 +92,10 @@ class Recipe:
         return replace(self, layout=layout)
 
     def globs_matching(self, modules: Iterable[str]) -> dict[str, list[int]]:
-        """Module -> the places in ``rules`` of the patterns with wildcards that match it, in order.
+        """Module -> indices into ``rules`` of the patterns with wildcards that match it, ascending.
 
         Raises:
-            RecipeError: it takes too long.
+            RecipeError: matching takes too long.
         """
         globs = [i for i, rule in enumerate(self.rules) if not rule.pattern.exact]
         try:
@@ -129,7 +127,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _read(path: Path) -> bytes:
-    """The bytes of a recipe, without waiting for more where a file has no end, as those of ``/proc`` may have none."""
+    """Reads a bounded number of bytes: a pipe cannot block this, and a file without end, as in ``/proc``, ends it."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(fd, "rb", buffering=0, closefd=True) as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -150,9 +148,6 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is no size; write 5GB, 512MiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-# The two forms
 
 
 def _native(reader: NodeReader, root: Map) -> Recipe:
@@ -230,10 +225,10 @@ def _rules(reader: NodeReader, section: Map, sources: Mapping[str, SourceRef]) -
     rules, patterns = [], PatternReader()
     for key, value in section.items:
         source = reader.text(value)
-        # A rule may name a format instead of a source; open_sources finds the source that holds it.
+        # A rule may name a format instead of a source; Sources.resolve finds the source that has it.
         if source.text not in sources and not kinds_of_word(source.text):
             raise reader.error(unknown("source", source.text, sources), source)
-        # `X.weight` names the module X also where a source stores X as qweight, qzeros, scales, g_idx.
+        # `X.weight` names the module X, even where a source stores it as qweight, qzeros, scales and g_idx.
         name = key.text.removesuffix(".weight")
         try:
             rules.append(Rule(patterns.read(name), source.text, key.line))
@@ -247,7 +242,7 @@ _NO_TP = "which ranks are files to be cut for? Add to the recipe `output: {tp: [
 
 
 def _output(reader: NodeReader, root: Map) -> tuple[int, tuple[int, ...], int, str]:
-    """``shard_size``, ``tp``, the line of the latter, and ``layout``."""
+    """``shard_size`` in bytes, ``tp``, the line of ``tp``, and ``layout``."""
     output = reader.map(root.get("output"))
     reader.only(output, {"shard_size", "tp", "layout"}, "`output:`")
     size = DEFAULT_SHARD_SIZE

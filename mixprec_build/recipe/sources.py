@@ -1,4 +1,4 @@
-"""The checkpoints of a recipe, opened, with the format of every module detected and claims checked."""
+"""Opens the checkpoints of a recipe, detects the format of every module, and checks sources named after formats."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = ["Sources", "open_sources"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sources:
-    """All that a recipe names: ``model`` gives config and tokenizer, ``by_name`` the weights."""
+    """The opened checkpoints of a recipe: config and tokenizer come from ``model``, weights from ``by_name``."""
 
     model: Checkpoint
     by_name: Mapping[str, Source]
 
     @property
     def family(self) -> Family:
-        """Of the config that the output is served with."""
+        """The family of the config that the output is served with."""
         return self.model.facts.family
 
     def resolve(self, word: str, recipe: Recipe, line: int) -> Source:
-        """The source a rule means: by name, else the one that holds the format the word stands for.
+        """The source that a rule names, or the only one that has modules in the format that it names.
 
         Raises:
-            RecipeError: no source holds it, or several do.
+            RecipeError: no source has that format, or several have.
         """
         if word in self.by_name:
             return self.by_name[word]
@@ -50,11 +50,11 @@ class Sources:
 
 
 def open_sources(recipe: Recipe) -> Sources:
-    """Opens every checkpoint of a recipe once and checks what each is called against what it holds.
+    """Opens every checkpoint of a recipe once, and reads the norms of several sources.
 
     Raises:
-        RecipeError: a source called ``int4`` holds no 4-bit format, and the like.
-        SourceError, HubError: from opening them.
+        RecipeError: a source is named after a format that it does not have, such as ``int4``.
+        SourceError, HubError: a checkpoint cannot be opened.
     """
     locations = {ref.location: ref for ref in (recipe.model, *recipe.sources.values())}
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -68,7 +68,7 @@ def open_sources(recipe: Recipe) -> Sources:
     if len(by_name) > 1:
         is_norm = opened[recipe.model.location].facts.family.is_norm
         for source in by_name.values():
-            # What their norms hold says whether sources are one model, and whether scales are folded into them.
+            # Norms show whether the sources are one model, and whether scales are folded into them.
             norms = (module for name, module in source.checkpoint.modules.items() if is_norm(name))
             source.checkpoint.read_values(tensor for norm in norms for tensor in norm.tensors.values())
     return Sources(opened[recipe.model.location], by_name)
@@ -83,7 +83,7 @@ def _open(ref: SourceRef, recipe: Recipe) -> Checkpoint:
 
 
 def _check_claim(source: Source, recipe: Recipe) -> None:
-    """A source whose name is a format must hold it; any other name claims nothing."""
+    """Refuses a source that is named after a format it does not have; any other name is allowed."""
     claimed = kinds_of_word(source.name)
     if not claimed or source.kinds & claimed:
         return
