@@ -1,1 +1,1 @@
-"""MoE layers whose experts are stored in several formats."""
+"""MoE layers whose experts have several formats."""

@@ -1,10 +1,10 @@
-"""The experts of several formats as one fused MoE, of the kernels that SGLang has for each format.
+"""Computes a layer of several formats as one fused MoE, with SGLang's kernels for each format.
 
-SGLang's fused MoE of one format works on a row for each token and each of its experts: sorts them by expert, multiplies
-by gate and up, activates, multiplies by down, sums each token's. Asked for a group of experts, with ids of -1 for all
-others, it still does everything but the products for all rows, once a group. Here each group's products and
-activations write the rows of its own experts into buffers of all groups, and one sum ends the layer. The kernels, and
-what they are told, are those of SGLang's two runners for one GPU (moe_runner/triton_utils/fused_moe.py,
+SGLang's fused MoE works on a row for each token and each of its experts: it sorts rows by expert, multiplies by gate
+and up, activates, multiplies by down, and sums the rows of each token. Run once for each group, with ids of -1 for
+other groups, only the products skip rows: sorting, activation and sum are repeated for all rows. Here each group has a
+*chain*, its two products, which write the group's rows into buffers that all groups share; the rest is done once.
+Kernels and their arguments are those of SGLang's two runners for one GPU (moe_runner/triton_utils/fused_moe.py,
 fused_moe_triton/fused_marlin_moe.py in 0.5.17).
 """
 
@@ -30,7 +30,7 @@ from .routing import Route
 __all__ = ["Chain", "Chains", "activates", "of", "run"]
 
 
-# Routed ids: tokens times top-k.
+# Up to so many rows (tokens times top-k), tiles are chosen for few rows.
 _FEW = 64
 
 
@@ -39,10 +39,10 @@ class Chain(ABC):
     """The products of one group.
 
     Attributes:
-        info: the group's weights and scales, as SGLang's method for the format gives them to its runner.
-        experts: how many experts the group has.
-        of: how many experts the layer has on this rank; kernels are chosen as for all of them, since a group sees all
-            tokens, of which it gets a share only.
+        info: the group's weights and scales, as SGLang's method for the format passes them to its runner.
+        experts: the number of experts in the group.
+        of: the number of experts of the layer on this rank. Kernels are chosen for these, since the tokens are those of
+            all groups.
     """
 
     info: Any
@@ -52,19 +52,19 @@ class Chain(ABC):
     @property
     @abstractmethod
     def columns(self) -> int:
-        """Columns of the intermediate activations."""
+        """Width of the intermediate activations."""
 
     @abstractmethod
     def tiles(self, x: torch.Tensor, top_k: int) -> dict[str, Any]:
-        """How the kernels cut their work for these activations; ``BLOCK_SIZE_M`` are the rows of a block."""
+        """Tile sizes of the kernels for the input ``x [tokens, hidden]``; ``BLOCK_SIZE_M`` is the rows in a block."""
 
     @abstractmethod
     def up(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
-        """Gate and up: from ``x [tokens, hidden]`` to the group's rows of ``out [tokens * top_k, 2 * columns]``."""
+        """Gate and up: multiplies ``x [tokens, hidden]`` into the group's rows of ``out [tokens * top_k, 2 * columns]``."""
 
     @abstractmethod
     def down(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
-        """Down, times the router's weight: the group's rows, from ``x [tokens * top_k, columns]`` to
+        """Down, times the router's weights: multiplies the group's rows of ``x [tokens * top_k, columns]`` into those of
         ``out [tokens * top_k, hidden]``."""
 
 
@@ -82,7 +82,7 @@ class TritonChain(Chain):
         kind = fused_moe.get_config_dtype_str(
             dtype=x.dtype, use_fp8_w8a8=info.use_fp8_w8a8, use_int8_w8a8=info.use_int8_w8a8
         )
-        # Files of tuned tiles, too, exist for whole layers.
+        # Tuned tiles, too, are looked up by the experts of a layer.
         found: dict[str, Any] = fused_moe.try_get_optimal_moe_config(
             (self.of, *info.w13_weight.shape[1:]),
             (self.of, *info.w2_weight.shape[1:]),
@@ -92,11 +92,11 @@ class TritonChain(Chain):
             block_shape=info.block_shape,
             per_channel_quant=info.per_channel_quant,
         )
-        # Some files of 0.5.23 have a word for SGLang's caller of the kernel (triton_utils/fused_moe.py:487 there).
+        # In 0.5.23, SGLang's caller takes this key out before it calls the kernel (triton_utils/fused_moe.py:487).
         tiles = {key: value for key, value in found.items() if key != "USE_TMA"}
         if len(x) * top_k <= _FEW and not launch.deterministic():
-            # A few blocks for each of few experts: more of them, and more loads under way, than for a whole layer. With
-            # 256 bytes of a row, these fit into the shared memory of all GPUs.
+            # With few rows there are few blocks: narrow tiles and more stages keep more loads in flight. At 256 bytes
+            # of a row, the stages fit into the shared memory of all supported GPUs.
             inputs = min(tiles["BLOCK_SIZE_K"], 256 // info.w13_weight.element_size())
             narrow = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": inputs, "GROUP_SIZE_M": 1}
             return {**tiles, **narrow, "num_warps": 4, "num_stages": 5}
@@ -136,7 +136,7 @@ class MarlinChain(Chain):
         return int(self.info.w2_qweight.shape[1]) * 16
 
     def tiles(self, x: torch.Tensor, top_k: int) -> dict[str, Any]:
-        """fused_marlin_moe.py:231, for all of the layer's experts."""
+        """As fused_marlin_moe.py:231, for all of the layer's experts."""
         for rows in (8, 16, 32, 48, 64):
             if len(x) * top_k / self.of / rows < 0.9:
                 break
@@ -175,8 +175,10 @@ def _adds_atomically(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Chains(NamedTuple):
-    """Those of a layer: the ones that multiply by gate and up, and the ones that multiply by down. They are the same
-    where each expert is in one format."""
+    """The chains of a layer that multiply by gate and up, and those that multiply by down.
+
+    Both are the same list where each expert has one format.
+    """
 
     ups: list[Chain]
     downs: list[Chain]
@@ -187,7 +189,7 @@ class Chains(NamedTuple):
 
 
 def of(layer: Any, dispatch_output: Any) -> Chains:
-    """The chains of a layer's groups; none where a group runs on other kernels than these, or activates otherwise."""
+    """The chains of a layer's groups; empty where a group's kernels or the activation are not supported."""
     made = [(group.projection, chain) for group in layer.groups if (chain := _chain(layer, group, dispatch_output))]
     ups = downs = [chain for half, chain in made if half != "w2"]
     if any(half for half, _ in made):
@@ -197,7 +199,7 @@ def of(layer: Any, dispatch_output: Any) -> Chains:
 
 
 def activates(config: Any) -> bool:
-    """Whether chains activate as a layer with this runner's config does."""
+    """Whether chains support the activation of a runner's config: gated SiLU without limits."""
     limits = config.gemm1_alpha, config.gemm1_clamp_limit
     return config.activation == "silu" and bool(config.is_gated) and limits == (None, None)
 
@@ -211,14 +213,14 @@ def _chain(layer: Any, group: Any, dispatch_output: Any) -> Chain | None:
     if isinstance(info, TritonMoeQuantInfo):
         unfit = info.b13, info.b2, info.w13_zp, info.w2_zp
         others = info.use_mxfp8, info.use_int8_w8a16, info.use_int4_w4a16
-        # Later versions may interleave gate and up, for a kernel that activates as well.
+        # Later versions can interleave gate and up, for a kernel that also activates.
         whole = not any(others) and not getattr(info, "fuse_swiglu_interleaved", False)
         return TritonChain(info, experts, of) if whole and all(one is None for one in unfit) else None
     return None
 
 
 def _quant_info(group: Any, dispatch_output: Any) -> Any:
-    """What the group's own method would give its runner; None where it has no such runner."""
+    """The ``quant_info`` that the group's method passes to its runner; None where it has no such runner."""
     method, scheme = group.quant_method, getattr(group, "scheme", None)
     holders = (method, scheme, getattr(scheme, "kernel", None))
     runner = next((found for holder in holders if (found := getattr(holder, "runner", None)) is not None), None)
@@ -236,7 +238,7 @@ def _quant_info(group: Any, dispatch_output: Any) -> Any:
 
 
 def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
-    """The layer's output for ``x``, both ``[tokens, hidden]``, of ``layer.chains``."""
+    """The layer's output for ``x``, both ``[tokens, hidden]``, by ``layer.chains``, which must not be empty."""
     from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import silu_and_mul
 
     each: Chains = layer.chains
@@ -265,7 +267,7 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
         for chain, route, tiles in ups:
             chain.up(x, up, route, topk, tiles)
         silu_and_mul(up, activated)
-        del up  # with many tokens, these buffers are large
+        del up  # large with many tokens
         down = x.new_empty((rows, x.shape[1]))
         for chain, route, tiles in downs:
             chain.down(activated, down, route, topk, tiles)
@@ -276,14 +278,14 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
 def _work(
     each: Sequence[Chain], x: torch.Tensor, ids: torch.Tensor, numbers: torch.Tensor
 ) -> list[tuple[Chain, Route, dict[str, Any]]]:
-    """With each chain the rows that are its, and how its kernels cut their work."""
+    """Each chain with its rows and its tile sizes."""
     tiles = [chain.tiles(x, ids.shape[1]) for chain in each]
     sizes, blocks = [chain.experts for chain in each], [one["BLOCK_SIZE_M"] for one in tiles]
     return list(zip(each, routing.sort(ids, numbers, sizes, blocks), tiles, strict=True))
 
 
 def _side_by_side(runs: Sequence[Callable[[], None]]) -> None:
-    """At the same time, in a CUDA graph: each alone leaves a GPU idle."""
+    """Runs on parallel streams of a CUDA graph, since with few tokens each leaves most of the GPU idle."""
     main = torch.cuda.current_stream()
     beside = [_side_stream(number) for number in range(1, len(runs))]
     for run, stream in zip(runs[1:], beside, strict=True):
@@ -297,5 +299,5 @@ def _side_by_side(runs: Sequence[Callable[[], None]]) -> None:
 
 @lru_cache
 def _side_stream(number: int) -> torch.cuda.Stream:
-    """One for all layers, which run one after the other."""
+    """A stream that all layers share, since they run one after the other."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The experts of one format of one layer, as a FusedMoE of their own."""
+"""The group of experts of a layer that have one format: a FusedMoE of its own."""
 
 from __future__ import annotations
 
@@ -15,33 +15,32 @@ __all__ = ["ExpertGroup", "keep_one_projection", "only_rank"]
 
 
 class ExpertGroup(FusedMoE):
-    """The experts of one format of one layer on this rank."""
+    """The experts on this rank that have one format, numbered from 0."""
 
     virtual_rank = True
     projection = ""
-    """``w13`` or ``w2`` where it has no more of its experts."""
+    """``w13`` or ``w2`` for a group of these projections only; empty for one of both."""
 
     def weight_loader(
         self, param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int | None
     ) -> None:
-        """Loads by the number within the group; the layer around it knows which expert that is."""
+        """Loads one projection of an expert; ``expert_id`` is its number within the group."""
         self._weight_loader_impl(
             param=param, loaded_weight=loaded_weight, weight_name=weight_name, shard_id=shard_id, expert_id=expert_id
         )
 
 
 def keep_one_projection(group: ExpertGroup, weight: str) -> None:
-    """Lets a group have ``weight`` (``w13`` or ``w2``) of its experts only.
+    """Drops the parameters of a new group that are not of the projection ``weight`` (``w13`` or ``w2``).
 
-    SGLang's methods make, process and hand out both: the other one is there while the method processes, as zeros, and
-    takes no memory before and after.
+    SGLang's methods process both, so the others return as zeros for that call, and take no memory before and after.
     """
     group.projection = weight
     method, other = group.quant_method, "w2_" if weight == "w13" else "w13_"
     process = method.process_weights_after_loading
 
     def take_out() -> dict[str, Parameter]:
-        """Their shapes stay, where nobody who looks for parameters sees them."""
+        """Unregisters the other projection's parameters; views of one zero keep their shapes, for SGLang to read."""
         names = [name for name, value in group._parameters.items() if name.startswith(other) and value is not None]
         taken = {name: group._parameters.pop(name) for name in names}
         for name, parameter in taken.items():
@@ -65,9 +64,9 @@ def keep_one_projection(group: ExpertGroup, weight: str) -> None:
 
 @contextmanager
 def only_rank() -> Iterator[None]:
-    """While a group is made: it is a rank with no others, whatever the layer's expert parallelism.
+    """Turns expert parallelism off while the context lasts, in which a group is made.
 
-    0.5.23 checks ``ParallelContext.override`` against the process groups, which are not meant here.
+    Patches the context, since 0.5.23's ``ParallelContext.override`` compares with the process groups.
     """
     from sglang.srt.runtime_context import get_parallel
 

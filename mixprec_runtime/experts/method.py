@@ -1,13 +1,12 @@
-"""One MoE layer whose experts are stored in several formats.
+"""A MoE layer whose experts have several formats.
 
-The experts of each format are a group: a FusedMoE of their own, whose weights SGLang's method for the format
-creates, loads, repacks and runs. To its group an expert has a number from 0 up; routed ids of other groups become
--1, which is how SGLang marks experts of other expert-parallel ranks, so every kernel skips them. Where SGLang runs all
-groups on kernels that :mod:`.chains` knows, they compute the layer together; elsewhere each group's method runs on all
-tokens, and the outputs are summed.
+The experts of each format are a group: a FusedMoE of its own, whose weights SGLang's method for the format creates,
+loads, repacks and runs. A group numbers its experts from 0; for experts of other groups it gets the id -1, with which
+SGLang marks experts of other expert-parallel ranks, so that every kernel skips them. Where :mod:`.chains` supports the
+kernels of all groups, it computes the layer; elsewhere each group's method runs on all tokens, and outputs are summed.
 
-Experts whose gate and up are in one format and whose down is in another are in two groups, each of which holds one half
-of their weights. Such groups have no output of their own: only chains compute them.
+An expert whose gate and up have another format than its down is in two groups, one for each projection. Such groups
+have no output of their own, so only :mod:`.chains` (on a CPU the reference) can compute them.
 """
 
 from __future__ import annotations
@@ -34,16 +33,15 @@ from .group import ExpertGroup, keep_one_projection, only_rank
 __all__ = ["MixedExpertsMethod"]
 
 
-# By name, as compiled code knows them.
+# By name, which is how the compiled operation refers to a layer.
 _layers: WeakValueDictionary[str, FusedMoE] = WeakValueDictionary()
 
 
 class MixedExpertsMethod(FusedMoEMethodBase):
-    """The method of a FusedMoE layer whose experts differ in format.
+    """The method of a FusedMoE layer whose experts have several formats.
 
     Args:
-        formats: the formats of each routed expert of the layer, by its number in the checkpoint: of gate and up, and of
-            down.
+        formats: routed expert's number in the checkpoint -> the formats of its gate and up, and of its down.
         native: SGLang's configs of these formats.
         prefix: the layer's name.
     """
@@ -67,10 +65,10 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         if any(ups != downs for ups, downs in groups):
             self._refuse_split_experts(layer, groups)
         self._refuse(layer, extra)
-        # Gate and up of an expert, and its down: the number of their group, and their number within it.
+        # (projection, expert) -> its group, and its number within the group.
         place: dict[tuple[str, int], tuple[int, int]] = {}
-        # A row for each group that has the one or the other: local id -> number in the group, or -1. The last column
-        # answers for an id of -1.
+        # A row for each group that has the projection: local id -> number in the group, or -1. Indexing with the id -1
+        # finds the last column.
         numbers: dict[str, list[list[int]]] = {"w13": [], "w2": []}
         layer.groups = ModuleList()
         for g, (ups, downs) in enumerate(groups):
@@ -90,12 +88,12 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         device = next(layer.parameters()).device
         for name, rows in (("up_numbers", numbers["w13"]), ("down_numbers", numbers["w2"])):
             layer.register_buffer(name, torch.tensor(rows, dtype=torch.int32, device=device), persistent=False)
-        layer.chains = None  # known once the layer runs
+        layer.chains = None  # found when the layer first runs
         _layers[self._prefix] = layer
         self._register_placeholders(layer, place)
 
     def _refuse_split_experts(self, layer: FusedMoE, groups: list[GroupMembers]) -> None:
-        """What only chains compute, and they cannot."""
+        """Raises ``ValueError`` where :mod:`.chains` cannot compute experts in two groups."""
         config, unfit = layer.moe_runner_config, ""
         if not chains.activates(config):
             unfit = f"do not go with its activation ({config.activation})"
@@ -138,26 +136,26 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 quant_config=self._native[fmt],
                 prefix=f"{self._prefix}.{fmt.kind}",
                 activation=config.activation,
-                # A runner that works in place would overwrite what the next group reads.
+                # In place, a runner would overwrite the next group's input.
                 inplace=False,
                 routed_scaling_factor=config.routed_scaling_factor,
                 gemm1_alpha=config.gemm1_alpha,
                 gemm1_clamp_limit=config.gemm1_clamp_limit,
                 is_gated=config.is_gated,
             )
-        # The Triton runner filters ids of -1 only where there are more experts than it holds.
+        # The Triton runner skips ids of -1 only where the layer has more experts than the rank.
         group.moe_runner_config.num_experts = experts + 1
         if hasattr(group.quant_method, "enter_torch_compile"):
-            # For torch.compile, which does not see it, the kernels would make way for arithmetic that takes -1 for the
-            # last expert (moe/fused_moe_native.py).
+            # SGLang would replace the kernels by torch code that takes -1 for the last expert
+            # (moe/fused_moe_native.py). The layer is one custom operation, so nothing needs replacing.
             group.quant_method.enter_torch_compile = lambda num_tokens: None
         return group
 
     def _register_placeholders(self, layer: FusedMoE, place: Mapping[tuple[str, int], tuple[int, int]]) -> None:
-        """Models look for parameters of the layer: empty ones pass on what they are given to the expert's group.
+        """Registers empty parameters, whose loaders pass each tensor on to the expert's group.
 
-        There is one for every tensor of every format: Mixtral (models/mixtral.py:448) looks for those of experts of
-        other ranks too, whose formats this rank may have no group of.
+        Models look tensors up among the layer's parameters. Every leaf of every format has one: Mixtral
+        (models/mixtral.py:448) also looks up experts of other ranks, whose formats this rank may lack.
         """
         leaves = {leaf for fmt in registry.FORMATS for leaf in fmt.leaves} - {"", "bias"}
         names = {f"{weight}_{leaf}" for weight in ("w13", "w2") for leaf in leaves}
@@ -189,7 +187,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         self.moe_runner_config = moe_runner_config
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Closes the doors. SGLang goes on to the groups by itself: they are modules with methods of their own."""
+        """Removes the placeholders. SGLang processes the groups too, since they are modules with a method."""
         for name in list(layer._parameters):
             del layer._parameters[name]
 
@@ -206,7 +204,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
     def run(self, layer: Any, dispatch_output: Any) -> torch.Tensor:
         """The layer's output ``[tokens, hidden]``."""
         hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
-        if not len(hidden_states):  # not all of SGLang's runners take none
+        if not len(hidden_states):  # some of SGLang's runners fail without rows
             return torch.empty_like(hidden_states)
         if not len(layer.groups):
             return torch.zeros_like(hidden_states)
@@ -232,7 +230,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 
 @torch.library.custom_op("mixprec::mixed_experts", mutates_args=())
 def _run_by_name(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, name: str) -> torch.Tensor:
-    """A layer as one operation: ``torch.compile`` could follow neither the choice of kernels nor side streams."""
+    """A layer as one operation, since ``torch.compile`` can trace neither the choice of kernels nor side streams."""
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 

@@ -1,6 +1,6 @@
-"""Routed ids as the groups of a mixed layer number and sort their experts, and the sum of what the experts return.
+"""Numbers and sorts routed ids for the groups of a mixed layer, and sums the outputs of experts.
 
-Small kernels of few launches: at few tokens these layers are bound by launches, not by what is computed.
+With few tokens these layers are bound by the number of kernel launches, so each kernel here does several steps.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import triton.language as tl
 __all__ = ["MOST_GROUPS", "Route", "add_up", "numbers_in_groups", "sort", "sum_rows"]
 
 
-# So many numbers of eight bits go into one argument of a kernel.
+# Their block sizes are packed into one 64-bit argument, eight bits each.
 MOST_GROUPS = 8
-# Up to so many routed ids all pairs are compared; up to so many, one program a group sorts them.
+# Up to _FEW routed ids, all pairs are compared; up to _SOME, one program sorts the ids of a group.
 _FEW, _SOME = 128, 4096
 _CHUNK = 2048
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which rows of tokens times top-k a group's kernels work on. All int32.
+    """The rows, of ``tokens * top_k``, that a group's kernels work on. All tensors are int32.
 
     Attributes:
-        numbers: the group's ids, ``[tokens * top_k]``, -1 where an expert is not of the group.
-        positions: rows of ``numbers`` of 0 and more, sorted by them; each expert's are filled up with
-            ``tokens * top_k`` to whole blocks.
+        numbers: each row's expert, as the group numbers it, ``[tokens * top_k]``; -1 for experts of other groups.
+        positions: the rows of this group, sorted by ``numbers``. Each expert's are padded with ``tokens * top_k`` to a
+            multiple of ``block``.
         experts: the expert of each block.
-        count: how many ``positions`` there are, ``[1]``; what comes after them is not written.
-        block: rows of a block.
-        locks: zeros, for kernels that wait for one another.
+        count: the length of ``positions`` with padding, ``[1]``; later elements are uninitialized.
+        block: rows in a block.
+        locks: zeros, with which kernels synchronize their programs.
     """
 
     numbers: torch.Tensor
@@ -45,22 +45,26 @@ class Route:
 
 
 def numbers_in_groups(ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Routed ids ``[tokens, top_k]`` as each group numbers them, ``[groups, tokens, top_k]``, int32.
+    """Routed ids as each group numbers them, ``[groups, tokens, top_k]``, int32.
 
-    ``numbers [groups, experts + 1]``, int32, has -1 for experts of other groups, and in its last column.
+    Args:
+        ids: routed ids of the layer, ``[tokens, top_k]``.
+        numbers: each expert's number in each group, ``[groups, experts + 1]``, int32: -1 for experts of other groups,
+            and in the last column, which the id -1 indexes.
     """
     return numbers[:, ids.long()]
 
 
 def sort(ids: torch.Tensor, numbers: torch.Tensor, sizes: Sequence[int], blocks: Sequence[int]) -> list[Route]:
-    """Numbers and sorts the routed ids of a layer for its groups, on a GPU: for each what SGLang's
-    ``moe_align_block_size`` makes, without blocks for the ids of other groups.
+    """Numbers and sorts the routed ids of a layer for each of its groups, on a GPU.
+
+    As SGLang's ``moe_align_block_size``, without blocks for the ids of other groups.
 
     Args:
         ids: routed ids of the layer, ``[tokens, top_k]``, -1 for experts of other ranks.
         numbers: as for :func:`numbers_in_groups`.
-        sizes: how many experts each group has; up to eight groups.
-        blocks: rows of a block of each group's kernels, multiples of 8.
+        sizes: the number of experts of each group; at most :data:`MOST_GROUPS` groups.
+        blocks: rows in a block of each group's kernels, multiples of 8.
     """
     groups, columns = numbers.shape
     size = ids.numel()
@@ -125,14 +129,14 @@ def _load_numbers(ids, numbers, out, columns, size, group, at):  # type: ignore[
 def _sort_few(  # type: ignore[no-untyped-def]
     ids, numbers, out, columns, positions, experts, counts, locks, size, capacity, words, packed, SIZE: tl.constexpr
 ):
-    """Compares all pairs of ids, which so few of them allow, where SGLang counts, sums and sorts in four launches."""
+    """Sorts by comparing all pairs of ids, in one launch; SGLang takes four."""
     group = tl.program_id(0)
     block = _block(packed, group)
     positions += group * capacity
     experts += group * (capacity // 8)
     at = tl.arange(0, SIZE)
     number = _load_numbers(ids, numbers, out, columns, size, group, at)
-    # Reading again, one id a row and one a column, is cheaper than to turn a vector around.
+    # Loading ids again as a column is cheaper than transposing a vector.
     row = tl.arange(0, SIZE)[:, None]
     other = tl.load(ids + row, row < size, other=-1).to(tl.int32)
     other = tl.load(numbers + group * columns + tl.where(other < 0, columns - 1, other), row < size, other=-1)
@@ -141,7 +145,7 @@ def _sort_few(  # type: ignore[no-untyped-def]
     rank = tl.sum((alike & (row < at[None, :])).to(tl.int32), 0)
     blocks = (tl.sum(alike.to(tl.int32), 0) + block - 1) // block
     first = (rank == 0) & mine
-    # An expert's first block comes after those of all experts of lower numbers.
+    # An expert's blocks come after those of all experts with lower numbers.
     lower = (number[:, None] < number[None, :]) & first[:, None]
     start = tl.sum(tl.where(lower, blocks[:, None], 0), 0)
     total = tl.sum(tl.where(first, blocks, 0), 0)
@@ -156,7 +160,7 @@ def _sort_few(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _histogram(number, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The last bin is for what is not the group's, and stays empty."""
+    """Counts of each number, without -1, which goes to the last bin."""
     found = tl.histogram(tl.where(number < 0, BINS - 1, number), BINS)
     return tl.where(tl.arange(0, BINS) == BINS - 1, 0, found)
 
@@ -165,7 +169,7 @@ def _histogram(number, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
 def _fill(  # type: ignore[no-untyped-def]
     found, positions, experts, counts, locks, size, capacity, words, packed, group, BINS: tl.constexpr
 ):
-    """Where each expert's positions start, of experts that are ``found`` so often; and all but these positions."""
+    """Returns where the positions of each expert start, which has ``found`` rows; writes all else, padding included."""
     block = _block(packed, group)
     bins = tl.arange(0, BINS)
     blocks = (found + block - 1) // block
@@ -201,7 +205,7 @@ def _sort_some(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _count(ids, numbers, out, columns, found, size, CHUNK: tl.constexpr, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many ids of a chunk go to each expert of a group."""
+    """Writes the number of ids in a chunk that go to each expert of a group."""
     chunk, group = tl.program_id(0), tl.program_id(1)
     number = _load_numbers(ids, numbers, out, columns, size, group, chunk * CHUNK + tl.arange(0, CHUNK))
     row = group * (tl.num_programs(0) + 1) + chunk
@@ -212,7 +216,7 @@ def _count(ids, numbers, out, columns, found, size, CHUNK: tl.constexpr, BINS: t
 def _lay_out(  # type: ignore[no-untyped-def]
     found, chunks, positions, experts, counts, locks, size, capacity, words, packed, BINS: tl.constexpr
 ):
-    """The starts are written behind the counts of chunks."""
+    """Sums the counts of chunks; the last row of ``found`` gets the start of each expert's positions."""
     group = tl.program_id(0)
     found += group * (chunks + 1) * BINS
     bins = tl.arange(0, BINS)
@@ -235,10 +239,12 @@ def _scatter(out, found, positions, size, capacity, CHUNK: tl.constexpr, BINS: t
 
 
 def sum_rows(rows: torch.Tensor, ids: torch.Tensor, factor: float) -> torch.Tensor:
-    """``factor`` times the sums ``[tokens, hidden]`` over each token's experts, in float32.
+    """``factor`` times the sum over each token's experts, ``[tokens, hidden]`` in the dtype of ``rows``.
+
+    Sums are accumulated in float32.
 
     Args:
-        rows: what the experts return, ``[tokens, top_k, hidden]``; whatever memory held where an id is -1.
+        rows: outputs of the experts, ``[tokens, top_k, hidden]``; uninitialized where the id is -1.
         ids: routed ids of the layer, ``[tokens, top_k]``.
     """
     tokens, top_k, hidden = rows.shape
@@ -252,7 +258,7 @@ def sum_rows(rows: torch.Tensor, ids: torch.Tensor, factor: float) -> torch.Tens
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum(rows, ids, out, hidden, factor, TOP_K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Reads no row of an expert elsewhere."""
+    """Skips rows whose id is -1."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -263,7 +269,7 @@ def _sum(rows, ids, out, hidden, factor, TOP_K: tl.constexpr, BLOCK: tl.constexp
 
 
 def add_up(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum, rounded once: where there are more than two, in float32."""
+    """The sum of ``outputs``, rounded once: more than two are accumulated in float32."""
     if len(outputs) <= 2:
         return outputs[0] + outputs[1] if len(outputs) == 2 else outputs[0]
     total = outputs[0].float()

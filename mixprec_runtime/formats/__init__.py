@@ -1,1 +1,1 @@
-"""How SGLang serves each storage format: one file a format, of the same name as the compiler's."""
+"""How SGLang serves each storage format: one file for each, with the same name as in ``mixprec_build.formats``."""

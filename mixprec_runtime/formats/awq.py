@@ -28,7 +28,7 @@ class ServedAwq(ServedGrouped[Awq]):
         ),
         ids_of_other_ranks,
     )
-    # AWQ linears ask the model's config in a prefill CUDA graph (marlin_utils.py:921), and their own outside.
+    # In a prefill CUDA graph, AWQ linears read this from the model's config (marlin_utils.py:921).
     model_attributes: ClassVar[Mapping[str, object]] = {"quant_type": AWQMarlinConfig.TYPE_MAP[4]}
 
     def sglang_config(self, fmt: Awq) -> QuantizationConfig:

@@ -1,4 +1,4 @@
-"""How SGLang serves a storage format: what the runtime knows of it beside what the compiler does."""
+"""Base class of the runtime's part of a storage format."""
 
 from __future__ import annotations
 
@@ -19,44 +19,46 @@ F = TypeVar("F", bound=Format)
 
 
 class Served(ABC, Generic[F]):
-    """One storage format, served. Stateless: there is one of each."""
+    """How SGLang serves one storage format. Stateless; the registry has one instance of each subclass."""
 
     format: ClassVar[type[Format]]
-    """The compiler's class, of the same file name."""
+    """The format's class in the compiler."""
     repairs: ClassVar[tuple[Repair, ...]] = ()
-    """What stock SGLang does wrong with it."""
+    """Repairs of SGLang's methods for the format."""
     model_attributes: ClassVar[Mapping[str, object]] = {}
-    """What SGLang reads off the whole model's config in this format's layers."""
+    """Attributes that layers of this format read from the config of the model, not from their own."""
 
     @abstractmethod
     def sglang_config(self, fmt: F) -> QuantizationConfig | None:
-        """SGLang's own config for it; None for what is not quantized.
+        """SGLang's own config for ``fmt``; None for an unquantized format.
 
         Raises:
-            ValueError: SGLang has none.
+            ValueError: SGLang has no config for it.
         """
 
     def check_experts(self, layer: Any, fmt: F, prefix: str) -> None:
-        """Raises ``ValueError`` where a FusedMoE layer's kernels would not run, before SGLang chooses a method."""
+        """Raises ``ValueError`` for a FusedMoE layer that the kernels cannot run, before SGLang chooses a method."""
 
     def values_in(self, name: str, parameter: torch.Tensor, fmt: F) -> int:
-        """How many of the model's weights a parameter holds: none, if scales or orders."""
+        """The number of weights in a parameter: 0 for scales, zero points and input orders."""
         if name.endswith("weight"):
-            # FP8 on Marlin: four weights to a word
+            # FP8 on Marlin has four weights in an int32.
             return parameter.numel() * (4 if parameter.dtype == torch.int32 else 1)
         return 0
 
     def may_be_empty(self, name: str, fmt: F) -> bool:
-        """Whether a parameter needs no tensor: it is made after loading, or files may leave it out."""
+        """Whether a parameter needs no tensor in the files, which may omit it, or it is made after loading."""
         return False
 
     def stored_alike(
         self, fmt: F, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
-        """A format, and tensors of it, that mean what SGLang's parameters of a linear do before kernels repack them.
+        """A format and tensors that the compiler's ``Format.dequantize`` takes, for SGLang's parameters of a linear.
 
-        ``tensors`` are those parameters without the layer's prefix, joined along their outputs; ``widths`` are the
-        outputs of each part, where they are known.
+        Args:
+            fmt: the layer's format.
+            tensors: the parameters by leaf, before kernels repack them; modules are joined along their outputs.
+            widths: the number of outputs of each module, where known.
         """
         return fmt, tensors
 

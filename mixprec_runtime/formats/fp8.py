@@ -1,4 +1,4 @@
-"""FP8: ``Fp8Config``, ``W8A8Fp8Config`` for scales by channel, compressed-tensors' for weights alone."""
+"""FP8: ``Fp8Config``, ``W8A8Fp8Config`` for scales by channel, compressed-tensors for unquantized activations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["ServedFp8"]
 
 
 def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
-    """Activations are scaled token by token instead, with the same weights and weight scales."""
+    """Has activations scaled token by token, with the same weights and weight scales."""
     call.stock(layer, *args, **kwargs)
     if not sees_other_ranks(layer):
         return
@@ -88,7 +88,7 @@ class ServedFp8(ServedScaled[Fp8]):
     ) -> tuple[Format, dict[str, torch.Tensor]]:
         if fmt.granularity != "tensor":
             return super().stored_alike(fmt, tensors, widths)
-        # One scale for each of the joined modules: as many rows as each has outputs.
+        # Joined modules have one scale each: repeat it for every output.
         scale = tensors["weight_scale"].reshape(-1)
         rows = torch.tensor(widths if widths and len(widths) == len(scale) else [len(tensors["weight"])])
         return Fp8("channel"), {**tensors, "weight_scale": scale.repeat_interleave(rows).reshape(-1, 1)}

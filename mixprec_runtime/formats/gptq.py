@@ -130,6 +130,6 @@ class ServedGptq(ServedGrouped[Gptq]):
         self, fmt: Gptq, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
         if not fmt.desc_act:
-            # Counts groups of the whole weight, where scales may be those of this rank.
+            # Its groups are those of the uncut weight; the scales may be those of this rank.
             tensors.pop("g_idx", None)
         return fmt, tensors

@@ -1,4 +1,4 @@
-"""What formats that SGLang runs on its Marlin kernels have in common."""
+"""Base class and repairs of the formats that SGLang runs on its Marlin kernels."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ SOME_MAP = torch.empty(0, dtype=torch.int32)
 
 class ServedGrouped(Served[G]):
     def check_experts(self, layer: Any, fmt: G, prefix: str) -> None:
-        # Where shapes do not fit Marlin, GPTQ goes wrong and AWQ falls back to other kernels
-        # (quantization/awq/awq.py:352), which know no ids of -1.
+        # For shapes that Marlin excludes, GPTQ computes wrong results, and AWQ falls back to kernels that do not skip
+        # ids of -1 (quantization/awq/awq.py:352).
         if not check_moe_marlin_supports_layer(layer, fmt.group_size):
             raise ValueError(
                 f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {layer.hidden_size} and "
@@ -48,7 +48,7 @@ class ServedGrouped(Served[G]):
             )
 
     def may_be_empty(self, name: str, fmt: G) -> bool:
-        # The order of inputs that lie in order is left out.
+        # Without act_order there is no input order to store.
         return name.endswith("g_idx_sort_indices") or (name.endswith("g_idx") and not fmt.act_order)
 
     def values_in(self, name: str, parameter: torch.Tensor, fmt: G) -> int:
@@ -58,7 +58,7 @@ class ServedGrouped(Served[G]):
 
 
 def require_shapes(applies: Callable[[Any], bool], group_size: Callable[[Any], int]) -> Repair:
-    """The repair for linears of formats that :func:`applies`."""
+    """A repair that refuses linears whose shape Marlin excludes, for formats where ``applies`` is true."""
 
     def check(fmt: Format, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
         fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], group_size(fmt))
@@ -77,7 +77,7 @@ def require_shapes(applies: Callable[[Any], bool], group_size: Callable[[Any], i
 
 
 def require_whole_words(applies: Callable[[Any], bool]) -> Repair:
-    """The repair for linears whose outputs are packed in words of eight."""
+    """A repair that refuses ranks whose outputs end inside a packed word of eight."""
 
     def check(fmt: Format, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
         for size in outputs:
@@ -96,10 +96,10 @@ def require_whole_words(applies: Callable[[Any], bool]) -> Repair:
 
 
 def permute_by_groups(module: str, where: str) -> Repair:
-    """The repair for experts of a method whose class finds ``marlin_moe_permute_scales`` in ``module``."""
+    """A repair for experts whose method calls ``marlin_moe_permute_scales`` of the module named ``module``."""
 
     def process_weights_after_loading(call: Call, layer: Any) -> None:
-        found = import_module(module)  # which needs a GPU's libraries
+        found = import_module(module)  # not at the top: it needs a GPU's libraries
         permute = found.marlin_moe_permute_scales
 
         def by_groups(s: torch.Tensor, size_k: int, size_n: int, group_size: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ def permute_by_groups(module: str, where: str) -> Repair:
 
 
 def _create_runner_with_map(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
-    if not get_moe_runner_backend().is_auto():  # asserted, without a word (gptq_kernels.py:360, awq_moe.py:132)
+    if not get_moe_runner_backend().is_auto():  # SGLang asserts it, without a message (gptq_kernels.py:360)
         raise ValueError(f"{call.fmt.kind} experts run on Marlin only: leave out --moe-runner-backend")
     call.stock(layer, *args, **kwargs)
     if sees_other_ranks(layer):
@@ -151,12 +151,12 @@ def _skip_other_ranks(runner: Any) -> None:
 
 
 def sees_other_ranks(layer: Any) -> bool:
-    """Whether routed ids may be -1: those of experts on other ranks, or in other groups of a mixed layer."""
+    """Whether routed ids may be -1, for experts on other ranks or in other groups of a mixed layer."""
     return bool(layer.moe_ep_size > 1 or getattr(layer, "virtual_rank", False))
 
 
 def recast(layer: Any, name: str, dtype: torch.dtype) -> None:
-    """Makes a parameter that nothing was loaded into once more, in ``dtype``."""
+    """Replaces a parameter, before anything is loaded into it, by an uninitialized one of ``dtype``."""
     old = getattr(layer, name)
     if old.dtype != dtype:
         new = Parameter(torch.empty_like(old, dtype=dtype), requires_grad=False)
@@ -166,7 +166,7 @@ def recast(layer: Any, name: str, dtype: torch.dtype) -> None:
 
 @contextmanager
 def shown(layer: Any, **values: Any) -> Iterator[None]:
-    """Attributes of a layer, for the length of one call, as SGLang's code should have read them."""
+    """Sets attributes of a layer while the context lasts, to the values that SGLang's code should have read."""
     before = {name: getattr(layer, name) for name in values}
     layer.__dict__.update(values)
     try:

@@ -1,4 +1,4 @@
-"""SGLang's config of compressed-tensors with one config group, for whatever layer it is asked for."""
+"""SGLang's config of compressed-tensors with one config group for all layers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["OneScheme"]
 
 
 class OneScheme(CompressedTensorsConfig):
-    """compressed-tensors with one config group for whatever layer it is asked for, of weights alone.
+    """A compressed-tensors config whose only config group, for weights, applies to every layer.
 
-    SGLang looks a MoE layer's scheme up by the names of its expert 0; here that is every expert's.
+    SGLang chooses a MoE layer's scheme by the name of its expert 0; here all experts have that scheme.
     """
 
     @classmethod
@@ -27,27 +27,27 @@ class OneScheme(CompressedTensorsConfig):
             {
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized" if packed else "float-quantized",
-                # Not "Linear": SGLang looks for that in the names of its classes, and not all have it.
+                # Not "Linear": SGLang looks for that in the names of its classes, where some lack it.
                 "config_groups": {fmt.kind: {"targets": ["re:.*"], "weights": weights}},
                 "ignore": [],
             }
         )
         if actorder:
-            # Later versions of compressed-tensors read no such configuration any more; SGLang's scheme goes on.
+            # SGLang's scheme supports it, but later versions of compressed-tensors refuse it in a config.
             scheme = made.target_scheme_map["re:.*"]
             scheme["weights"] = scheme["weights"].model_copy(update={"actorder": ActivationOrdering.GROUP})
         return made
 
-    def get_min_capability(self) -> int:  # of the instance, as Fp8Config's is
+    def get_min_capability(self) -> int:  # an instance method, as in Fp8Config
         return 80
 
     def _check_scheme_supported(self, min_capability: int, error: bool = True) -> bool:
-        """SGLang asks a GPU; :meth:`get_min_capability` has answered by then."""
+        """SGLang would ask the GPU again; it has checked :meth:`get_min_capability` by then."""
         return True
 
     def get_linear_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
         weights = self.target_scheme_map["re:.*"]["weights"]
         if weights.type == "float":
-            # 0.5.17 takes FP8 by channels for Int4 where activations are not quantized (compressed_tensors.py:553).
+            # 0.5.17 mistakes FP8 by channels without quantized activations for Int4 (compressed_tensors.py:553).
             return CompressedTensorsW8A16Fp8(strategy=weights.strategy, is_static_input_scheme=False)
         return super().get_linear_scheme(layer, layer_name)

@@ -1,4 +1,4 @@
-"""The formats that are served, and their repairs."""
+"""The table of formats that are served."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SERVED: tuple[Served[Any], ...] = (
     ServedAwq(),
     ServedPacked(),
 )
-"""One for each of the compiler's ``FORMATS``."""
+"""One instance for each class of the compiler's ``FORMATS``."""
 
 
 @contextmanager
 def with_served(one: Served[Any]) -> Iterator[None]:
-    """While it lasts, a format from outside this package is served; the compiler's ``with_format`` reads it."""
+    """Adds a format from outside this package while the context lasts, as ``with_format`` does in the compiler."""
     global SERVED
     before = SERVED
     SERVED = (one, *before)
@@ -44,7 +44,7 @@ def with_served(one: Served[Any]) -> Iterator[None]:
 
 
 def served(fmt: Format) -> Served[Any]:
-    """How SGLang serves a format. Raises ``ValueError`` for one that nothing here serves."""
+    """The entry of :data:`SERVED` for ``fmt``. Raises ``ValueError`` where there is none."""
     for one in SERVED:
         if isinstance(fmt, one.format):
             return one
@@ -52,10 +52,10 @@ def served(fmt: Format) -> Served[Any]:
 
 
 def repairs() -> list[tuple[str, Repair]]:
-    """Every repair with the name of its format."""
+    """All repairs, each with the name of its format."""
     return [(one.format.name, repair) for one in SERVED for repair in one.repairs]
 
 
 def model_attributes() -> dict[str, object]:
-    """What SGLang reads off the whole model's config in layers of any format."""
+    """Attributes that layers of some format read from the config of the model."""
     return {name: value for one in SERVED for name, value in one.model_attributes.items()}

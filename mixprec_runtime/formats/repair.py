@@ -1,7 +1,7 @@
-"""Where stock SGLang is wrong about a format it has, as data; one function installs what a method needs.
+"""Repairs of stock SGLang's mistakes with a format, as data, and the function that installs them.
 
-A repair wraps calls of one method's instance: SGLang's classes stay as they are. Each is inert where a later SGLang
-does the right thing by itself. Line numbers are those of SGLang 0.5.17, below ``python/sglang``.
+A repair wraps calls of one instance of a method; SGLang's classes stay unchanged. Each is inert with a later SGLang
+that is correct. Files and lines are those of SGLang 0.5.17, below ``python/sglang``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _UPSTREAM = "https://github.com/sgl-project/sglang/blob/v0.5.17/python/sglang/"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One of SGLang's calls that a repair goes around."""
+    """The call of a method that a repair wraps."""
 
     stock: Callable[..., Any]
-    """The call as it was; takes the arguments that the repair gets."""
+    """The method's function before this repair; takes the repair's arguments without ``call``."""
     fmt: Any
     """The layer's format."""
     method: QuantizeMethodBase
@@ -38,7 +38,7 @@ Around = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """One thing that stock SGLang does wrong, or says badly."""
+    """One mistake or unclear error of stock SGLang, and how it is repaired."""
 
     name: str
     why: str
@@ -47,14 +47,14 @@ class Repair:
     layer: str
     """``linear`` or ``experts``."""
     applies: Callable[[Any], bool] = lambda fmt: True
-    """Whether a format needs it."""
+    """Whether a layer in this format needs the repair."""
     since: str = ""
-    """The first release that needs it; empty for all that are supported."""
+    """The first release that needs it; empty where all supported ones do."""
     until: str = ""
-    """The first release that is known not to need it any more; empty where none is."""
+    """The first release known not to need it; empty where none is known."""
     check: Callable[[Any, Any, list[int], int, tuple[int, int]], None] | None = None
-    """Runs before a linear's weights are made: takes the format, the layer, the outputs of each part and the inputs on
-    this rank, and ``(N, K)`` of the whole. Raises ``ValueError``."""
+    """Called before a linear's ``create_weights``, with the format, the layer, the outputs of each module on this rank,
+    the inputs on this rank, and ``(N, K)`` of the uncut weight. Raises ``ValueError``."""
     create: Around | None = None
     """Around ``create_weights``."""
     process: Around | None = None
@@ -66,13 +66,13 @@ class Repair:
 
     @property
     def upstream(self) -> str:
-        """A link to the place."""
+        """The URL of :attr:`where` at GitHub."""
         file, _, line = self.where.partition(":")
         return f"{_UPSTREAM}{file}{f'#L{line}' if line else ''}"
 
 
 def install(method: QuantizeMethodBase, fmt: Format, repairs: Iterable[Repair], layer: str, prefix: str) -> None:
-    """Puts the repairs of ``layer``, ``linear`` or ``experts``, around a method's calls, the last one outermost."""
+    """Installs the repairs for ``layer`` (``linear`` or ``experts``) that apply to ``fmt``; the last is outermost."""
     for repair in repairs:
         if repair.layer == layer and repair.applies(fmt):
             if repair.check is not None:
@@ -102,7 +102,7 @@ def _check_first(
 ) -> None:
     create = method.create_weights
 
-    # ReplicatedLinear gives the sizes by position, the others by name.
+    # Named as SGLang names them: ReplicatedLinear passes them by position, other layers by name.
     def create_weights(
         layer: Any,
         input_size_per_partition: int,
@@ -119,7 +119,7 @@ def _check_first(
 
 
 def _name_errors(method: QuantizeMethodBase, fmt: Format, prefix: str) -> None:
-    """SGLang's complaints about shapes do not say which layer they are about, nor what to do."""
+    """Adds the layer's name and advice to errors of ``create_weights``."""
     create = method.create_weights
 
     def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What FP8 and Int8 have in common: scales of blocks, under two names."""
+"""Base class and repairs of FP8 and Int8."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ServedScaled(Served[S]):
     def stored_alike(
         self, fmt: S, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
-        return replace(fmt, scale="", input=""), tensors  # SGLang's parameters have the usual names
+        return replace(fmt, scale="", input=""), tensors  # SGLang's parameters always have the default names
 
 
 def _has_blocks(fmt: Scaled) -> bool:
@@ -38,7 +38,7 @@ def _check_partition(fmt: Scaled, layer: Any, outputs: list[int], inputs: int, w
 
 
 def _answering_to_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
-    """Until the weights are loaded, an empty parameter of that name passes on what it is given."""
+    """A repair that adds an empty parameter ``weight_scale``, which loads its tensor into ``weight_scale_inv``."""
 
     def create_weights(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
         call.stock(layer, *args, **kwargs)
