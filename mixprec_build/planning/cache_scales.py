@@ -57,7 +57,7 @@ def with_cache_scales(
 
 
 def _scales_of(source: Source) -> Mapping[str, CacheScale]:
-    """Parameters of one value that are cache scales. SGLang reads no zero points: attention that has them is left out."""
+    """Parameters of one value that are cache scales, without attention that has zero points, which SGLang ignores."""
     found = {}
     for name, module in source.checkpoint.modules.items():
         scale = cache_scale(name)

@@ -161,7 +161,7 @@ def _parent(stack: str) -> str:
 
 
 def _stacks(names: Iterable[str], family: Family) -> dict[str, dict[int, set[str]]]:
-    """Stack of decoder layers -> layer -> its modules, with all experts as one. Vision towers and drafts are left out."""
+    """Stack of decoder layers -> layer -> its modules, all experts as one. Vision towers and drafts are left out."""
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     numbered = re.compile(rf"(^|\.){re.escape(family.experts)}\.\d+\..+")
     for name in names:

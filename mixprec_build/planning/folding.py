@@ -139,7 +139,7 @@ class Folding:
         return self._apart[key]
 
     def follow(self, norm: str, current: str, voters: Iterable[str]) -> str | None:
-        """The source that a norm must come from instead of ``current``: one of ``voters``, the sources of what it feeds.
+        """The source that a norm must come from instead of ``current``; ``voters`` are the sources of what it feeds.
 
         None where it may stay, or where they do not agree on its values.
         """
@@ -254,7 +254,7 @@ class Folding:
         self._refuse_pair(before, after, block, problems)
 
     def _is_scaled(self, before: PlannedModule, after: PlannedModule) -> bool:
-        """Whether scales were folded into ``before`` in one of two sources whose norms agree. Compares a few of its kind."""
+        """Whether scales were folded into ``before`` in one of two sources whose norms agree, by a few of its kind."""
         pair = sorted((before.source, after.source))
         if not {*pair} & self._folding:
             return False

@@ -153,7 +153,7 @@ class WeightProbe:
         return bool(np.quantile(abs(factor - 1) - noise, 0.75) > 4 * _ROUNDING)
 
     def columns_follow(self, name: str, a: str, b: str, ratio: npt.NDArray[Any]) -> bool:
-        """Whether the columns of a weight in ``a`` are those in ``b`` times ``ratio``, ``[K]``, which was then folded in.
+        """Whether the columns of a weight in ``a`` are those in ``b`` times ``ratio`` ``[K]``, folded in then.
 
         False where they are equal, or cannot be compared.
         """

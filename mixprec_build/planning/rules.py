@@ -84,7 +84,7 @@ def format_limits(name: str, parts: Sequence[PlannedModule], reader: ValueReader
 
 
 def decided_groups(names: Iterable[str], family: Family) -> dict[str, list[str]]:
-    """Groups of modules that get one source: fused groups, with the modules whose formats SGLang compares with theirs."""
+    """Groups of modules that get one source: fused groups, with modules whose formats SGLang compares with theirs."""
     groups = {name: list(members) for name, members in family.fused_groups(names).items()}
     for name in list(groups):
         compared = family.compared_with(name)

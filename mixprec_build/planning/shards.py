@@ -60,7 +60,7 @@ def _aligned(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
 def _whole_files(
     modules: Mapping[str, PlannedModule], sources: Sources
 ) -> Iterable[tuple[tuple[str, str], list[PlannedTensor]]]:
-    """Yields source files whose every tensor is in the output, and whose metadata says ``pt``, as some readers require."""
+    """Yields source files whose every tensor is in the output, and whose metadata says ``pt``, as some readers need."""
     wanted: dict[tuple[str, str], list[PlannedTensor]] = {}
     for module in modules.values():
         for tensor in module.tensors.values():
