@@ -60,11 +60,11 @@ class Chain(ABC):
 
     @abstractmethod
     def up(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
-        """Gate and up: multiplies ``x [tokens, hidden]`` into the group's rows of ``out [tokens * top_k, 2 * columns]``."""
+        """Gate and up: from ``x [tokens, hidden]`` to the group's rows of ``out [tokens * top_k, 2 * columns]``."""
 
     @abstractmethod
     def down(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
-        """Down, times the router's weights: multiplies the group's rows of ``x [tokens * top_k, columns]`` into those of
+        """Down, times the router's weights: from the group's rows of ``x [tokens * top_k, columns]`` to those of
         ``out [tokens * top_k, hidden]``."""
 
 
