@@ -10,7 +10,6 @@ gets none has the mean of its layer's. Needs torch and transformers: `pip instal
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,10 +20,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixprec_build.checkpoint.typed import open_source
-
-_LAYER = re.compile(r"(.*\.layers\.\d+)\..+")
-_EXPERT = re.compile(r"(.*\.layers\.\d+)\..*experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
-_DOWN = ("down_proj", "w2")
+from mixprec_build.families.base import Family
+from mixprec_build.families.names import layer_prefix
 
 
 class Moments:
@@ -50,9 +47,11 @@ class Moments:
         return (total / sum(self._tokens[module] for module in seen)).float()
 
 
-def collect(model: torch.nn.Module, modules: Iterable[str], ids: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
-    """E[x_k²] ``[K]``, float32, for those of a checkpoint's ``modules`` that ``model`` has, over tokens ``ids`` ``[T]``
-    in windows of ``window``.
+def collect(
+    model: torch.nn.Module, modules: Iterable[str], family: Family, ids: torch.Tensor, window: int
+) -> dict[str, torch.Tensor]:
+    """E[x_k²] ``[K]``, float32, for those of a checkpoint's ``modules`` that ``model``, which is of ``family``, has,
+    over tokens ``ids`` ``[T]`` in windows of ``window``.
 
     Raises:
         ValueError: the model keeps its experts in a way that is not known here.
@@ -60,17 +59,18 @@ def collect(model: torch.nn.Module, modules: Iterable[str], ids: torch.Tensor, w
     wanted, moments = set(modules), Moments()
     experts: dict[str, dict[int, dict[str, str]]] = {}
     for name in wanted:
-        if found := _EXPERT.fullmatch(name):
-            experts.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = name
+        if found := family.expert_of(name):
+            block, number, part = found
+            experts.setdefault(layer_prefix(block), {}).setdefault(number, {})[part] = name
     hooks = []
     for name, module in model.named_modules():
-        layer = _LAYER.fullmatch(name)
+        layer = layer_prefix(name)
         if isinstance(module, torch.nn.Linear) and name in wanted:
             hooks.append(module.register_forward_pre_hook(_linear(name, moments)))
-        elif layer and layer[1] in experts and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+        elif layer in experts and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
             if not isinstance(module.gate_up_proj, torch.nn.Parameter):
                 continue  # a dense MLP, whose linears are modules
-            hook = _experts(module, experts[layer[1]], moments)
+            hook = _experts(module, experts[layer], family, moments)
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         with torch.no_grad():
@@ -93,7 +93,7 @@ def _linear(name: str, moments: Moments) -> Callable[..., None]:
     return lambda _, inputs: moments.add(name, inputs[0])
 
 
-def _experts(module: Any, members: dict[int, dict[str, str]], moments: Moments) -> Callable[..., None]:
+def _experts(module: Any, members: dict[int, dict[str, str]], family: Family, moments: Moments) -> Callable[..., None]:
     """For transformers' modules that hold all experts of a layer: ``gate_up_proj [E, 2I, H]``, ``down_proj``
     ``[E, H, I]``."""
     count, hidden, intermediate = module.down_proj.shape
@@ -109,8 +109,8 @@ def _experts(module: Any, members: dict[int, dict[str, str]], moments: Moments) 
                 continue
             x = rows[(chosen == expert).any(-1)]
             gate, up = torch.nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
-            for part, name in members[expert].items():
-                moments.add(name, module.act_fn(gate) * up if part in _DOWN else x)
+            for name in members[expert].values():
+                moments.add(name, module.act_fn(gate) * up if family.is_down(name) else x)
 
     return add
 
@@ -122,11 +122,12 @@ def main(
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to run at most.")] = 65_536,
     window: Annotated[int, typer.Option(help="How many at a time.")] = 2048,
 ) -> None:
-    names = [name for name, module in open_source(model).checkpoint.modules.items() if "weight" in module.tensors]
+    source = open_source(model)
+    names = [name for name, module in source.checkpoint.modules.items() if "weight" in module.tensors]
     ids = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     where = {"device_map": "auto"} if torch.cuda.is_available() else {}
     runs = AutoModelForCausalLM.from_pretrained(model, dtype="auto", **where).eval()
-    found = collect(runs, names, ids[:tokens], window)
+    found = collect(runs, names, source.facts.family, ids[:tokens], window)
     save_file(dict(sorted(found.items())), out)
     print(f"{out}: {len(found):,} modules, {min(tokens, len(ids)):,} tokens")
 

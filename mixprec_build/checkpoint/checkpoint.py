@@ -61,6 +61,8 @@ class Checkpoint:
     """Safetensors files that the index does not list and that are not read."""
     remarks: tuple[str, ...] = ()
     """What the index and its files say differently."""
+    taken_apart: frozenset[str] = frozenset()
+    """Files with tensors that hold all experts of a layer, each of which has tensors of its own here."""
     values: dict[str, bytes] = field(default_factory=dict, repr=False)
     """Tensor -> its first bytes, of those that were read although their files are not on this machine."""
 

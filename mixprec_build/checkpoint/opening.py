@@ -28,6 +28,7 @@ from .beside import BesideFiles
 from .checkpoint import INDEX, REST, Checkpoint, Shard
 from .declaration import METHOD
 from .declared import read_declarations
+from .experts_apart import take_experts_apart
 
 __all__ = ["open_checkpoint", "open_storage"]
 
@@ -97,6 +98,9 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
             files += [tensor.file for name, tensor in tensors.items() if name not in index]
             raise SourceError(f"{remarks[0]}: it or {files[0]} was changed after building", path=f"{location}/{INDEX}")
 
+    apart: frozenset[str] = frozenset()
+    if not compiled:
+        tensors, apart = take_experts_apart(tensors, facts.family, facts.experts)
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if not 0 < len(name) <= MAX_NAME or not name.isprintable() or _NOT_IN_NAMES.search(name):
@@ -104,7 +108,9 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
         module, leaf = split_name(name, leaves)
         parts[module][leaf] = tensor
     modules = {name: StoredModule(name, stored) for name, stored in parts.items()}
-    return Checkpoint(location, storage, facts, declared, tensors, shards, modules, absent, left, remarks)
+    return Checkpoint(
+        location, storage, facts, declared, tensors, shards, modules, absent, left, remarks, taken_apart=apart
+    )
 
 
 def _add_shard(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from .blocks import ATTENTION, MLP, block_fed_by_norm
-from .expected import is_for_drafts
+from .expected import is_for_drafts, tower_of
 from .names import last_word, layer_of, layer_prefix
 from .parts import (
     ComparedFormats,
@@ -89,10 +89,15 @@ class Family:
     routers: frozenset[str] = frozenset({"gate", "router"})
     norms: re.Pattern[str] = re.compile(r".*norm\d?|ln_\w+|norm_f")
     """Matches all of their last words."""
+    parameters: frozenset[str] = frozenset({"conv1d"})
+    """Modules whose weights SGLang's classes never quantize, beside routers and norms."""
     last_norms: tuple[str, ...] = (
         "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm",
     )  # fmt: skip
     """Last words of the one after the last layer."""
+
+    in_some_layers: frozenset[str] = frozenset()
+    """Blocks that some layers have and others, by ``config.json``, have not."""
 
     # Layers for speculative decoding
 
@@ -116,7 +121,7 @@ class Family:
     )
     """Of MLPs and experts; every one that a checkpoint may use."""
     stacked_experts: tuple[StackedExperts, ...] = ()
-    """Tensors that hold all experts of a layer in some releases. They are no modules of their own to a plan."""
+    """Tensors that hold all experts of a layer in some releases; see :mod:`mixprec_build.checkpoint.experts_apart`."""
     shared_experts: tuple[str, ...] = ()
     """What the MLP beside the experts is called where SGLang may make it one more of them."""
 
@@ -206,6 +211,8 @@ class Family:
             return Role.HEAD
         if last in self.routers:
             return Role.ROUTER
+        if last in self.parameters or tower_of(name) is not None:
+            return Role.PARAMETER
         return Role.NORM if self.norms.fullmatch(last) else None
 
     def is_norm(self, name: str) -> bool:
@@ -240,6 +247,14 @@ class Family:
             else:  # DeepSeek-V2-Lite's q_proj has no partners.
                 groups[members[0]] = members
         return groups
+
+    def ragged_end(self, names: Iterable[str]) -> str | None:
+        """The one of a fused linear's parts that may end inside of a block of scales; None where none may."""
+        for name in names:
+            group = self._joined.get(last_word(name))
+            if group is not None and group.ragged_end and last_word(name) == group.members[-1]:
+                return name
+        return None
 
     def members_of(self, joined: str) -> tuple[str, ...]:
         """Last words of the linears that a layer whose last word is ``joined`` is made of; empty for others."""
@@ -292,6 +307,13 @@ class Family:
         there = {*words}
         expected = self.projections_among(there)
         return None if there == {*expected.words} else expected
+
+    def stacked_experts_of(self, name: str) -> StackedExperts | None:
+        """What the tensor ``name`` holds, if it is one of all experts of a layer in this family's releases."""
+        block, _, last = name.rpartition(".")
+        if last_word(block) != self.experts:
+            return None
+        return next((stacked for stacked in self.stacked_experts if stacked.name == last), None)
 
     def place_of(self, name: str) -> tuple[int | None, str]:
         """A module's row and column in a layer map: its decoder layer, which is the first number between dots, and its

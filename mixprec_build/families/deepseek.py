@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
-from .parts import ComparedFormats, CutBy, FusedGroup, Restriction, StoredFormat
+from .parts import ComparedFormats, CutBy, FusedGroup, Restriction, StoredFormat, never_quantized
 
-__all__ = ["DEEPSEEK", "DEEPSEEK_RELATIVES"]
+__all__ = ["DEEPSEEK", "DEEPSEEK_RELATIVES", "DEEPSEEK_V32"]
 
 
 def _needs_unquantized(_: StoredFormat) -> str:
@@ -33,8 +33,9 @@ _COMMON = Family()
 _JOINED = ("q_a_proj", "kv_a_proj_with_mqa")
 
 DEEPSEEK = Family(
-    model_types=frozenset({"deepseek_v2", "deepseek_v3"}),
-    fused=(*_COMMON.fused, FusedGroup("fused_qkv_a_proj_with_mqa", _JOINED)),
+    model_types=frozenset({"deepseek_v2", "deepseek_v3", "kimi_k2"}),
+    architectures=frozenset({"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"}),
+    fused=(*_COMMON.fused, FusedGroup("fused_qkv_a_proj_with_mqa", _JOINED, ragged_end=True)),
     draft_heads=("shared_head.head",),
     shared_experts=("shared_experts",),
     restrictions=(
@@ -59,9 +60,17 @@ DEEPSEEK = Family(
     norms_beside={"q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm"},
 )
 
+DEEPSEEK_V32 = replace(
+    DEEPSEEK,
+    model_types=frozenset({"deepseek_v32"}),
+    architectures=frozenset({"DeepseekV32ForCausalLM"}),
+    restrictions=(*DEEPSEEK.restrictions, never_quantized("indexer.weights_proj")),
+)
+
 DEEPSEEK_RELATIVES = replace(
     DEEPSEEK,
     model_types=frozenset(),
+    architectures=frozenset(),
     alike=(
         "deepseek", "glm4_moe", "glm_moe", "kimi", "mistral_large_3", "dots_vlm", "longcat", "bailing", "axk1",
     ),

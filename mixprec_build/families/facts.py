@@ -153,4 +153,6 @@ def _expects_head(config: Mapping[str, object], classes: tuple[str, ...], family
     tied = config.get("tie_word_embeddings")
     if isinstance(tied, bool):
         return not tied
-    return True if family.checked else False if _TIED_BY_DEFAULT.match(str(config.get("model_type", ""))) else None
+    if _TIED_BY_DEFAULT.match(str(config.get("model_type", ""))):
+        return False
+    return True if family.checked else None

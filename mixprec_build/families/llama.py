@@ -6,4 +6,10 @@ from .base import Family
 
 __all__ = ["LLAMA"]
 
-LLAMA = Family(model_types=frozenset({"llama", "mistral"}), checked=True, can_be_cut=True, quantized_head=True)
+LLAMA = Family(
+    model_types=frozenset({"llama", "mistral"}),
+    architectures=frozenset({"LlamaForCausalLM", "MistralForCausalLM"}),
+    checked=True,
+    can_be_cut=True,
+    quantized_head=True,
+)

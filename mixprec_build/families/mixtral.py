@@ -6,4 +6,9 @@ from .base import Family
 
 __all__ = ["MIXTRAL"]
 
-MIXTRAL = Family(model_types=frozenset({"mixtral"}), checked=True, can_be_cut=True)
+MIXTRAL = Family(
+    model_types=frozenset({"mixtral"}),
+    architectures=frozenset({"MixtralForCausalLM"}),
+    checked=True,
+    can_be_cut=True,
+)

@@ -18,6 +18,7 @@ __all__ = [
     "Role",
     "StackedExperts",
     "StoredFormat",
+    "never_quantized",
 ]
 
 
@@ -53,6 +54,8 @@ class FusedGroup(NamedTuple):
     """The last word of SGLang's layer: ``qkv_proj``."""
     members: tuple[str, ...]
     """Last words of the checkpoint's linears, in the order that their outputs are joined in."""
+    ragged_end: bool = False
+    """Whether the last one may end inside of a block of scales: SGLang cuts the layer for no ranks."""
 
 
 class Projections(NamedTuple):
@@ -93,7 +96,11 @@ class StoredFormat(Protocol):
     """What rules ask of a storage format; see :class:`mixprec_build.formats.base.Format`."""
 
     @property
+    def kind(self) -> str: ...
+    @property
     def quantized(self) -> bool: ...
+    @property
+    def rows_in_fused(self) -> int: ...
     @property
     def has_weight(self) -> bool: ...
     @property
@@ -113,6 +120,11 @@ class Restriction:
     def reason(self, name: str, fmt: StoredFormat) -> str | None:
         there = any(name == module or name.endswith(f".{module}") for module in self.modules)
         return self.limit(fmt) if there and fmt.quantized else None
+
+
+def never_quantized(*modules: str) -> Restriction:
+    """The restriction to no quantized format at all."""
+    return Restriction(modules, lambda _: "SGLang's class for this model makes it without a quantization config")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,17 @@ from .base import Family
 
 __all__ = ["QWEN2", "QWEN2_MOE"]
 
-QWEN2 = Family(model_types=frozenset({"qwen2"}), checked=True, can_be_cut=True, quantized_head=True)
+QWEN2 = Family(
+    model_types=frozenset({"qwen2"}),
+    architectures=frozenset({"Qwen2ForCausalLM"}),
+    checked=True,
+    can_be_cut=True,
+    quantized_head=True,
+)
 
 QWEN2_MOE = Family(
     model_types=frozenset({"qwen2_moe"}),
+    architectures=frozenset({"Qwen2MoeForCausalLM"}),
     routers=Family().routers | {"shared_expert_gate"},
     shared_experts=("shared_expert",),
     checked=True,

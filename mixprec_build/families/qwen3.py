@@ -8,6 +8,7 @@ __all__ = ["QWEN3"]
 
 QWEN3 = Family(
     model_types=frozenset({"qwen3", "qwen3_moe"}),
+    architectures=frozenset({"Qwen3ForCausalLM", "Qwen3MoeForCausalLM"}),
     checked=True,
     can_be_cut=True,
     attention_replicas=True,

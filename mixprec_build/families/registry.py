@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .base import Family
-from .deepseek import DEEPSEEK, DEEPSEEK_RELATIVES
+from .deepseek import DEEPSEEK, DEEPSEEK_RELATIVES, DEEPSEEK_V32
+from .glm import GLM4_MOE, GLM_DSA
+from .kimi import KIMI_K25
 from .llama import LLAMA
 from .llama4 import LLAMA4
+from .minimax import MINIMAX_M2
 from .mixtral import MIXTRAL
 from .moving import GPT2, INTERNLM2, INTERNVL, PERSIMMON
 from .qwen2 import QWEN2, QWEN2_MOE
 from .qwen3 import QWEN3
+from .qwen3_5 import QWEN3_5, QWEN3_5_TEXT
+from .qwen3_next import QWEN3_NEXT
+from .qwen3_vl import QWEN3_VL
 
 __all__ = ["FAMILIES", "checked_types", "cuttable_types", "find_alike", "find_family", "register", "replicated_types"]
 
 FAMILIES: tuple[Family, ...] = (
-    LLAMA, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, DEEPSEEK,
+    LLAMA, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_NEXT, QWEN3_5, QWEN3_5_TEXT,
+    DEEPSEEK, DEEPSEEK_V32, KIMI_K25, GLM4_MOE, GLM_DSA, MINIMAX_M2,
     # not checked
-    DEEPSEEK_RELATIVES, LLAMA4, INTERNLM2, INTERNVL, PERSIMMON, GPT2,
+    DEEPSEEK_RELATIVES, QWEN3_VL, LLAMA4, INTERNLM2, INTERNVL, PERSIMMON, GPT2,
 )  # fmt: skip
 
 

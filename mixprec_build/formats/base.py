@@ -171,6 +171,12 @@ class Format(ABC):
         """Whether SGLang's experts hold the tensor ``leaf`` with its two axes exchanged."""
         return False
 
+    @property
+    def rows_in_fused(self) -> int:
+        """What the outputs of each part of a fused linear must be a multiple of: blocks of scales may not hold rows of
+        two parts."""
+        return 1
+
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         """Why SGLang cannot run a linear fused of ``parts`` (one, when not fused), on one GPU."""
         return []
@@ -191,7 +197,8 @@ class Format(ABC):
         return []
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
-        """As the two above, for what only the values of small tensors tell."""
+        """As the two above, for what only the values of small tensors tell; of an expert, ``parts`` are gate and up, or
+        down."""
         return []
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import lcm
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Format, Kind, Reader, last_word
+from .base import Format, Kind, Reader
 from .config_groups import METHODS
 from .marlin import linear_shape_limits
 from .scaled import Scaled
@@ -74,12 +74,10 @@ class Fp8(Scaled):
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
         if not experts or self.granularity != "tensor":
             return []
-        # fp8.py, Fp8MoEMethod.process_weights_after_loading: w13 has one scale for each expert
-        by_projection = {last_word(part): part for part in parts}
-        pair = [by_projection[p] for p in ("gate_proj", "up_proj", "w1", "w3") if p in by_projection]
 
+        # fp8.py, Fp8MoEMethod.process_weights_after_loading: w13 has one scale for each expert
         def differ(leaf: str) -> bool:
-            scales = [read(part.tensors[leaf]) for part in pair if leaf in part.tensors]
+            scales = [read(part.tensors[leaf]) for part in parts if leaf in part.tensors]
             return len({float(s.reshape(-1)[0]) for s in scales if s is not None}) > 1
 
         limits = []

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import Axes, Axis, Format, FormatError, check_tensor, last_word, only_leaves, shape_text
+from .base import Axes, Axis, Format, FormatError, check_tensor, only_leaves, shape_text
 from .config_groups import Scheme, first_fitting, groups_of
 
 if TYPE_CHECKING:
@@ -220,23 +220,20 @@ class Scaled(Format):
     def filler(self, leaf: str) -> int:
         return int(leaf == self.scale_leaf)
 
+    @property
+    def rows_in_fused(self) -> int:
+        return 1 if self.block is None else self.block[0]
+
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
         limits = []
         for part in parts:
-            n, k = self.shape(part)
+            k = self.shape(part)[1]
             if self.block is not None:
                 # Fp8LinearMethod.validate_block_quant_shapes (BlockInt8LinearMethod.create_weights), and the kernels
                 # that quantize activations block by block
-                block_n, block_k = self.block
-                if k % block_k:
+                if k % self.block[1]:
                     limits.append(
-                        f"its {k} inputs are no multiple of {block_k}, the block activations are quantized in"
-                    )
-                # DeepSeek's q_a_proj and kv_a_proj_with_mqa are one ReplicatedLinear, joined in this order: the
-                # end of the second may be ragged, and is in DeepSeek-V3 (576 outputs).
-                if len(parts) > 1 and n % block_n and last_word(part) != "kv_a_proj_with_mqa":
-                    limits.append(
-                        f"{last_word(part)} has {n} outputs, no multiple of its block {block_n}, and is fused"
+                        f"its {k} inputs are no multiple of {self.block[1]}, the block activations are quantized in"
                     )
             elif self.granularity == "tensor" and len(part.tensors[self.scale_leaf].shape) > 1:
                 limits.append(f"{shape_text(self.scale_leaf, part)} has two dimensions, SGLang loads [] or [1]")

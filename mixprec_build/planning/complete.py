@@ -57,7 +57,7 @@ def check_complete(
         if count is not None and count <= _MOST_LAYERS:
             _check_layers(stack, layers, count, problems)
             layers = {number: inner for number, inner in layers.items() if number < count}  # drafts follow
-        notes += _check_peers(stack, layers, offered, family.checked, problems)
+        notes += _check_peers(stack, layers, offered, family, problems)
         if family.checked and not any(last_word(n) in family.last_norms for n in modules if not _LAYER.fullmatch(n)):
             norm = f"{_parent(stack)}{family.last_norms[0]}"
             problems.hard(f"no source of the mix has the norm after the last layer ({norm})", code="incomplete_model")
@@ -188,7 +188,7 @@ def _check_peers(
     stack: str,
     layers: Mapping[int, set[str]],
     offered: Mapping[str, Collection[str]],
-    checked: bool,
+    family: Family,
     problems: Problems,
 ) -> Iterator[str]:
     """Adds to ``problems`` layers that lack modules which as many other layers have, and have nothing else instead.
@@ -205,7 +205,8 @@ def _check_peers(
         for have, numbers in by_children.items():
             fuller = [other for other in by_children if have < other and len(by_children[other]) >= len(numbers)]
             if fuller:
-                for child in sorted(max(fuller, key=lambda other: len(by_children[other])) - have):
+                more = max(fuller, key=lambda other: len(by_children[other])) - have
+                for child in sorted(more - family.in_some_layers):
                     path = f"{node}.{child}" if node else child
                     lacking.update(dict.fromkeys(f"{stack}.{number}.{path}" for number in numbers))
     if not lacking:
@@ -228,7 +229,7 @@ def _check_peers(
             modules=places,
         )
     rest = [place for place in lacking if place not in elsewhere]
-    if rest and checked:
+    if rest and family.checked:
         problems.hard(
             f"{some(compress(rest))}: no source of the mix has {_it(rest)}, which other layers have; fetch the default "
             "source again, or take a complete one",

@@ -32,6 +32,7 @@ __all__ = [
     "decided_groups",
     "described",
     "format_limits",
+    "fused_rows_limits",
     "group_limits",
     "half_only",
     "missing_projections",
@@ -128,10 +129,22 @@ def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool, fami
     if not fmt.quantized:
         return []
     if not expert:
-        return fmt.linear_limits(parts)
+        return [*fused_rows_limits(fmt, parts, family), *fmt.linear_limits(parts)]
     size = fmt.shape(parts[0])
     hidden, intermediate = size if family.is_down(parts[0].name) else reversed(size)
     return fmt.expert_limits(parts, hidden, intermediate)
+
+
+def fused_rows_limits(fmt: Format, parts: Sequence[StoredModule], family: Family) -> Iterator[str]:
+    """Parts of a fused linear that end inside of a block of scales, where SGLang cannot take them so."""
+    ragged = family.ragged_end(part.name for part in parts)
+    for part in parts if len(parts) > 1 else ():
+        outputs = fmt.shape(part)[0]
+        if outputs % fmt.rows_in_fused and part.name != ragged:
+            yield (
+                f"{last_word(part.name)} has {outputs} outputs, no multiple of its block {fmt.rows_in_fused}, "
+                "and is fused"
+            )
 
 
 def common_source(

@@ -67,6 +67,8 @@ def _whole_files(
             wanted.setdefault((tensor.source, tensor.info.file), []).append(tensor)
     for (source, file), tensors in wanted.items():
         checkpoint = sources.by_name[source].checkpoint
+        if file in checkpoint.taken_apart:
+            continue
         in_file = sum(info.file == file for info in checkpoint.tensors.values())
         metadata = checkpoint.shards[file].metadata
         if in_file == len(tensors) and isinstance(metadata, dict) and metadata.get("format") == "pt":

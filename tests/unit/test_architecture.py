@@ -231,13 +231,6 @@ def test_config_json_is_read_in_one_place() -> None:
                 assert node.attr != "config" or name in WHOLE_CONFIG, f"{name}:{node.lineno}"
 
 
-NAMES_OUTSIDE = {
-    "mixprec_build.formats.fp8": {"gate_proj", "up_proj", "w1", "w3"},
-    "mixprec_build.formats.scaled": {"kv_a_proj_with_mqa"},
-}
-"""Modules' names that stand outside of families."""
-
-
 OTHER_WORDS = {
     "w2",  # a tensor of SGLang's
     "lm_head",  # a setting of GPTQ's
@@ -256,7 +249,7 @@ def test_names_of_modules_stand_in_families() -> None:
         found = {constant.value for constant in constants(name)} & (words - OTHER_WORDS)
         if found and room(name) != "families":
             outside[name] = found
-    assert outside == NAMES_OUTSIDE
+    assert not outside
 
 
 def test_the_page_shows_these_rooms() -> None:

@@ -36,7 +36,7 @@ def of_unknown_class(tensors: Tensors, config: Config) -> None:
 
 
 def renamed(_: Tensors, config: Config) -> None:
-    config |= {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"]}
+    config |= {"model_type": "new_moe", "architectures": ["NewMoeForCausalLM"]}
 
 
 def recipe(folder: Path, lines: str, default: str = "bf16", *, known: bool = False) -> Path:

@@ -17,10 +17,13 @@ import numpy.typing as npt
 import pytest
 from support.oracles import Stated, awq, fp8, fp8_block, gptq, stated, stated_of
 
+from mixprec_build.families.deepseek import DEEPSEEK
+from mixprec_build.families.llama import LLAMA
 from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
+from mixprec_build.planning.rules import fused_rows_limits
 from mixprec_build.storage.header import TensorInfo
 
 Array = npt.NDArray[Any]
@@ -65,7 +68,6 @@ LINEAR: list[tuple[Format, list[Tensors], list[str]]] = [
     (B128, [fp8_block(128, 256)], []),
     (B128, [fp8_block(100, 256)], []),  # alone, the last block of outputs may be partial
     (B128, [fp8_block(128, 200)], ["200 inputs are no multiple of 128"]),  # per_token_group_quant_fp8
-    (B128, [fp8_block(128, 256), fp8_block(100, 256)], ["down_proj has 100 outputs, no multiple of its block 128"]),
     (Fp8("block", "dynamic", (64, 32)), [fp8_block(64, 96, (64, 32)), fp8_block(192, 96, (64, 32))], []),
     (Fp8("block", "static", (128, 128)), [fp8_block(128, 256, input_scale=ONE)], ["block scales with static"]),
     (Fp8("channel"), [fp8(48, 80, (48, 1))], []),
@@ -105,9 +107,14 @@ def test_what_marlin_has_no_kernel_for_runs_in_fp16(fmt: Format, parts: list[Ten
 def test_the_end_of_deepseeks_joined_projections_may_be_ragged() -> None:
     # One output partition to SGLang, which then checks none; the blocks of the first part must end where it ends.
     q_a, kv_a = (stated(fp8_block(n, 256), f"self_attn.{name}") for n, name in QKV_A)
-    assert B128.linear_limits([q_a, kv_a]) == []
+    assert [*fused_rows_limits(B128, [kv_a, q_a], DEEPSEEK)] == []
     ragged = stated(fp8_block(192, 256), q_a.name)
-    check(B128.linear_limits([ragged, kv_a]), ["q_a_proj has 192 outputs, no multiple of its block 128"])
+    message = "q_a_proj has 192 outputs, no multiple of its block 128"
+    check([*fused_rows_limits(B128, [ragged, kv_a], DEEPSEEK)], [message])
+    check([*fused_rows_limits(B128, [q_a, kv_a], LLAMA)], ["kv_a_proj_with_mqa has"])
+    gate, up = (stated(fp8_block(n, 256), f"mlp.{name}") for n, name in ((128, "gate_proj"), (100, "up_proj")))
+    check([*fused_rows_limits(B128, [gate, up], DEEPSEEK)], ["up_proj has 100 outputs, no multiple of its block 128"])
+    assert [*fused_rows_limits(B128, [up], DEEPSEEK)] == []
 
 
 # The format, hidden and intermediate size, and words of each limit.
@@ -228,9 +235,10 @@ def test_g_idx_is_what_the_declaration_makes_of_it() -> None:
 
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
 def test_gate_and_up_of_an_expert_have_one_scale(names: tuple[str, str, str]) -> None:
-    def expert(leaf: str, *values: float) -> dict[str, dict[str, Array]]:
+    def projections(leaf: str, *values: float) -> dict[str, dict[str, Array]]:
+        """Gate and up, or down."""
         arrays: dict[str, dict[str, Array]] = {}
-        for name, value in zip(names, values, strict=True):
+        for name, value in zip(names[:2] if len(values) == 2 else names[2:], values, strict=True):
             scales = {"weight_scale": np.ones((), np.float32), "input_scale": np.ones(1, np.float32)}
             scales[leaf] = np.full_like(scales[leaf], value)
             arrays[f"e.{name}"] = scales
@@ -238,7 +246,9 @@ def test_gate_and_up_of_an_expert_have_one_scale(names: tuple[str, str, str]) ->
 
     fmt = Fp8("tensor", "static")
     for leaf, words in (("weight_scale", "per-tensor scales"), ("input_scale", "input scales")):
-        assert limits(fmt, expert(leaf, 1, 1, 2), experts=True) == []
-        check(limits(fmt, expert(leaf, 1, 2, 1), experts=True), [f"gate and up have different {words}"])
-        assert limits(fmt, expert(leaf, 1, 2, 1), experts=True, unread=[leaf]) == []
-        assert limits(fmt, expert(leaf, 1, 2, 1)) == []  # a linear keeps one for each part
+        assert limits(fmt, projections(leaf, 1, 1), experts=True) == []
+        assert limits(fmt, projections(leaf, 2), experts=True) == []
+        different = projections(leaf, 1, 2)
+        check(limits(fmt, different, experts=True), [f"gate and up have different {words}"])
+        assert limits(fmt, different, experts=True, unread=[leaf]) == []
+        assert limits(fmt, different) == []  # a linear keeps one for each part

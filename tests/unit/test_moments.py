@@ -29,10 +29,11 @@ TOKENS, WINDOW = 40, 16
 )
 def test_moments_are_those_of_each_modules_own_tokens(tmp_path: Path, shape: Shape, block: str) -> None:
     folder = write_sources(tmp_path, shape, ["bf16"])["bf16"]
-    modules = open_source(str(folder)).checkpoint.modules
+    source = open_source(str(folder))
+    modules = source.checkpoint.modules
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(3, 128, (TOKENS,), generator=torch.Generator().manual_seed(0))
-    found = runpy.run_path(str(RECIPE))["collect"](model, modules, ids, WINDOW)
+    found = runpy.run_path(str(RECIPE))["collect"](model, modules, source.facts.family, ids, WINDOW)
 
     seen: dict[str, list[torch.Tensor]] = {}
     for number, layer in enumerate(model.model.layers):

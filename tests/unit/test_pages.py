@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from support.families import TINY
 
 from mixprec_build.cli.app import app
-from mixprec_build.families.registry import checked_types, replicated_types
+from mixprec_build.families.registry import checked_types, cuttable_types, replicated_types
 from mixprec_build.planning.problems import CODES
 
 ROOT = Path(__file__).parents[2]
@@ -60,11 +61,33 @@ def test_every_code_of_a_refusal_is_explained() -> None:
     assert dict(rows) == CODES
 
 
-def test_every_checked_family_is_listed() -> None:
+def families_on_the_page() -> list[tuple[list[str], str, str, str, list[str]]]:
+    """Types, whether cut and with replicas, what was seen, and the tests that are named."""
     section = page("mixprec_runtime/README.md").split("## Families")[1].split("## Versions")[0]
-    rows = re.findall(r"(?m)^\| `(\w+)` \| [\w-]+ \| (yes|no) \|$", section)
-    assert sorted(model_type for model_type, _ in rows) == checked_types()
-    assert {model_type for model_type, replicas in rows if replicas == "yes"} == {*replicated_types()}
+    rows = re.findall(r"(?m)^\| ((?:`\w+` )+)\| [^|]+ \| (yes|no) \| (yes|no) \| (\w+) \| ([^|]+) \|$", section)
+    return [
+        (re.findall(r"`(\w+)`", types), cut, replicas, seen, re.findall(r"`([\w.]+)`", tests))
+        for types, cut, replicas, seen, tests in rows
+    ]
+
+
+def test_every_checked_family_is_listed() -> None:
+    rows = families_on_the_page()
+    assert sorted(model_type for types, *_ in rows for model_type in types) == checked_types()
+    for types, cut, replicas, _, _ in rows:
+        for model_type in types:
+            assert (cut == "yes") == (model_type in cuttable_types()), model_type
+            assert (replicas == "yes") == (model_type in replicated_types()), model_type
+
+
+def test_what_was_seen_of_a_family_is_in_the_test_that_is_named() -> None:
+    loaded = {model.config["model_type"] for model in TINY.values()}
+    for types, _, _, seen, tests in families_on_the_page():
+        assert seen in ("plan", "load", "answer") and tests, types
+        for test in tests:
+            assert test == "gpu" or list((ROOT / "tests").glob(f"*/{test}")), test
+        if "test_families.py" in tests:
+            assert seen == "load" and loaded & {*types}, types
 
 
 def test_every_recipe_is_in_the_gallery() -> None:

@@ -1,0 +1,61 @@
+"""Experts that a release keeps in one tensor a layer, as tensors of their own.
+
+``...experts.gate_up_proj [E, 2I, H]`` is E times gate ``[I, H]`` and up ``[I, H]``, one after the other: each is a
+range of bytes, and is copied as any other tensor is. They get the names of releases that store every expert apart,
+which SGLang's loaders take too. A mix must not hold both: SGLang's loader for Qwen3.5 passes over experts with names
+of their own once it has seen a tensor of all of them (``is_fused_expert`` in ``models/qwen3_5.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ..families.base import Family
+from ..families.parts import StackedExperts
+from ..storage.header import TensorInfo
+
+__all__ = ["take_experts_apart"]
+
+_DTYPES = ("BF16", "F16", "F32")
+"""Of weights without scales, which would have to be taken apart with them."""
+
+
+def take_experts_apart(
+    tensors: Mapping[str, TensorInfo], family: Family, experts: int | None
+) -> tuple[dict[str, TensorInfo], frozenset[str]]:
+    """``tensors`` with those of all experts of a layer replaced by one for each expert's projections, and the files
+    that such ones lie in. ``experts`` is how many a layer has.
+
+    A tensor of another shape or dtype than its family's releases have stays as it is.
+    """
+    if not family.stacked_experts:
+        return dict(tensors), frozenset()
+    found: dict[str, TensorInfo] = {}
+    files = set()
+    for name, tensor in tensors.items():
+        stacked = family.stacked_experts_of(name)
+        if stacked is not None and _can_be_cut(tensor, stacked, experts):
+            files.add(tensor.file)
+            found |= {part.name: part for part in _parts(tensor, stacked)}
+        else:
+            found[name] = tensor
+    return found, frozenset(files)
+
+
+def _can_be_cut(tensor: TensorInfo, stacked: StackedExperts, experts: int | None) -> bool:
+    if stacked.transposed or stacked.interleaved or tensor.dtype not in _DTYPES or len(tensor.shape) != 3:
+        return False
+    return tensor.shape[0] == experts and tensor.shape[1] % len(stacked.parts) == 0 and tensor.nbytes > 0
+
+
+def _parts(tensor: TensorInfo, stacked: StackedExperts) -> Iterator[TensorInfo]:
+    """The weights ``[N, K]`` of all experts, in the order of their bytes."""
+    experts, rows, columns = tensor.shape
+    block = tensor.name.rpartition(".")[0]
+    shape = (rows // len(stacked.parts), columns)
+    nbytes = tensor.nbytes // (experts * len(stacked.parts))
+    start = tensor.start
+    for expert in range(experts):
+        for part in stacked.parts:
+            yield TensorInfo(f"{block}.{expert}.{part}.weight", tensor.dtype, shape, tensor.file, start, nbytes)
+            start += nbytes

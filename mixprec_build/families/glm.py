@@ -1,0 +1,41 @@
+"""GLM-4.5 to 4.7 (``models/glm4_moe.py``), and GLM-5 (the same file's ``GlmMoeDsaForCausalLM``): DeepSeek-V3.2 in all
+but its name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .base import Family
+from .deepseek import DEEPSEEK, DEEPSEEK_V32
+from .parts import Restriction, StoredFormat
+
+__all__ = ["GLM4_MOE", "GLM_DSA"]
+
+GLM4_MOE = Family(
+    model_types=frozenset({"glm4_moe"}),
+    architectures=frozenset({"Glm4MoeForCausalLM"}),
+    draft_heads=DEEPSEEK.draft_heads,
+    shared_experts=DEEPSEEK.shared_experts,
+    compared=DEEPSEEK.compared,
+    checked=True,
+    can_be_cut=True,
+    attention_replicas=True,
+)
+
+
+def _dequantized_wk(fmt: StoredFormat) -> str | None:
+    """deepseek_weight_loader.py, ``_load_fused_indexer_wk``; elsewhere than on NVIDIA's GPUs they are not joined."""
+    if fmt.kind == "fp8_block" and fmt.rows_in_fused == 128:
+        return None
+    return "SGLang joins wk with weights_proj in BF16, and dequantizes for that FP8 in blocks of 128 only"
+
+
+GLM_DSA = replace(
+    DEEPSEEK_V32,
+    can_be_cut=False,
+    attention_replicas=False,
+    in_some_layers=frozenset({"indexer"}),
+    restrictions=(*DEEPSEEK_V32.restrictions, Restriction(("indexer.wk",), _dequantized_wk)),
+    model_types=frozenset({"glm_moe_dsa"}),
+    architectures=frozenset({"GlmMoeDsaForCausalLM"}),
+)

@@ -1,0 +1,21 @@
+"""Kimi-K2.5 to 2.7 (``models/kimi_k25.py``): DeepSeek-V3 under ``language_model.`` beside an encoder of images. Kimi-K2
+and K2-Thinking are DeepSeek-V3 by their class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .deepseek import DEEPSEEK
+
+__all__ = ["KIMI_K25"]
+
+KIMI_K25 = replace(
+    DEEPSEEK,
+    model_types=frozenset({"kimi_k25"}),
+    architectures=frozenset({"KimiK25ForConditionalGeneration"}),
+    embedding="language_model.model.embed_tokens",
+    head="language_model.lm_head",
+    can_be_cut=False,
+    attention_replicas=False,
+    left_out=("language_model.", "model."),
+)

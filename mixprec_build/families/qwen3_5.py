@@ -1,0 +1,45 @@
+"""Qwen3.5 to 3.8, dense and MoE (``models/qwen3_5.py`` and ``models/qwen3_5_text.py``): layers of attention with a gate
+in ``q_proj``, and of a gated delta net, whose projections SGLang joins.
+
+The class takes ``.self_attn`` out of its parameters' names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .base import Family
+from .parts import CutBy, FusedGroup, StackedExperts
+from .qwen2 import QWEN2_MOE
+
+__all__ = ["DELTA_NET", "QWEN3_5", "QWEN3_5_TEXT"]
+
+_COMMON = Family()
+
+DELTA_NET = (
+    FusedGroup("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
+    FusedGroup("in_proj_ba", ("in_proj_b", "in_proj_a")),
+)
+
+QWEN3_5_TEXT = Family(
+    model_types=frozenset({"qwen3_5_text", "qwen3_5_moe_text"}),
+    architectures=frozenset({"Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"}),
+    fused=(*_COMMON.fused, *DELTA_NET),
+    routers=QWEN2_MOE.routers,
+    shared_experts=QWEN2_MOE.shared_experts,
+    stacked_experts=(
+        StackedExperts("gate_up_proj", ("gate_proj", "up_proj")),
+        StackedExperts("down_proj", ("down_proj",)),
+    ),
+    checked=True,
+    cuts={**_COMMON.cuts, "out_proj": CutBy.HEAD_INPUTS},
+    attention_inputs=_COMMON.attention_inputs | {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
+)
+
+QWEN3_5 = replace(
+    QWEN3_5_TEXT,
+    model_types=frozenset({"qwen3_5", "qwen3_5_moe"}),
+    architectures=frozenset({"Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"}),
+    embedding="model.language_model.embed_tokens",
+    renamed=(("model.language_model.", "model."), ("model.visual.", "visual.")),
+)

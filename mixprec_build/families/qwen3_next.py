@@ -1,0 +1,20 @@
+"""Qwen3-Next (``models/qwen3_next.py``): as Qwen3.5, with the delta net's projections joined on disk, head by head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .base import Family
+from .qwen3_5 import DELTA_NET, QWEN3_5_TEXT
+
+__all__ = ["QWEN3_NEXT"]
+
+_JOINED = frozenset(group.name for group in DELTA_NET)
+
+QWEN3_NEXT = replace(
+    QWEN3_5_TEXT,
+    model_types=frozenset({"qwen3_next"}),
+    architectures=frozenset({"Qwen3NextForCausalLM"}),
+    stacked_experts=(),
+    attention_inputs=Family().attention_inputs | _JOINED,
+)

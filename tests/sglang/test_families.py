@@ -1,0 +1,81 @@
+"""Model families: a mix of each tiny model, planned, built, verified, and loaded by SGLang's own class.
+
+Every parameter then holds what SGLang's class itself loads from the dequantized weights of the same mix. That says
+nothing of kernels; the classes whose forward runs on a CPU are asked in ``test_cpu_engine.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.families import TINY
+from support.sglang.families import dense_parameters, dequantized, write_family
+from support.sglang.harness import rank_of, serve
+
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.verify import verify
+
+pytestmark = pytest.mark.usefixtures("sglang")
+
+NOT_LOADED = "g_idx_sort_indices"
+"""Parameters of GPTQ that are made after loading."""
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes for GPUs make streams and ask which GPU there is as they are made."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
+
+
+def build(name: str, folder: Path) -> Path:
+    """The mix of a tiny model, built once below ``folder``."""
+    out = folder / "families" / name / "mix"
+    if out.exists():
+        return out
+    sources = write_family(out.parent, TINY[name])
+    text = [f"model: {sources['bf16']}", "default: bf16", "sources:"]
+    text += [f"  {variant}: {path}" for variant, path in sources.items()]
+    text += ["weights:", *(f"  '{pattern}': {source}" for pattern, source in TINY[name].lines.items())]
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text("\n".join(text))
+    plan = plan_recipe(recipe)
+    assert not [note for note in plan.notes if "is not among the families checked" in note]
+    run_plan(plan, out)
+    assert not verify(out).differences
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "qwen3_vl_moe"])
+def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str) -> None:
+    model = TINY[name]
+    mix = build(name, folder)
+    ours = dict(dense_parameters(serve(mix, **model.options)))
+    theirs = dict(dense_parameters(serve(dequantized(mix, tmp_path / "dense"), **model.options)))
+    ours = {key: value for key, value in ours.items() if not key.endswith(NOT_LOADED)}
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key].shape == value.shape, key
+        # Scales of GPTQ are rounded to BF16 as SGLang loads them.
+        assert (ours[key] - value).abs().max() <= 0.01 * value.abs().max(), key
+
+
+@pytest.mark.parametrize(("name", "ep"), [(name, ep) for name, model in TINY.items() for _, ep in model.degrees])
+def test_a_rank_holds_what_sglangs_own_loader_gives_it(
+    folder: Path, name: str, ep: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second of two ranks: its share of the merged files as mixprec cuts it, and as SGLang's loader does."""
+    mix, options = build(name, folder), TINY[name].options
+    with rank_of(1, 2, ep), caplog.at_level("INFO"):
+        ours = serve(mix, **options)
+        assert "mixprec: read the weights in" in caplog.text, "they were left to SGLang's loader"
+        theirs = dict(serve(mix, load_format="safetensors", **options).named_parameters())
+    for key, parameter in ours.named_parameters():
+        if not key.endswith(NOT_LOADED):
+            assert torch.equal(_bits(parameter.data), _bits(theirs[key].data)), key
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() and tensor.numel() else tensor

@@ -1,0 +1,136 @@
+"""Tiny checkpoints of model families, in BF16, FP8 and Int4, and what SGLang's own class makes of them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from support import formats
+from support.families import STACKED, Tensor, TinyModel, tensors_of
+from support.sglang.harness import tensors_of as stored_tensors
+
+__all__ = ["dense_parameters", "dequantized", "write_family"]
+
+Tensors = dict[str, torch.Tensor]
+
+_QUANTIZED = {
+    "fp8": (formats.fp8_block, formats.fp8_config()),
+    "int4": (formats.gptq, formats.gptq_config()),
+}
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def _values(tensor: Tensor) -> torch.Tensor:
+    """Those of a trained weight, roughly."""
+    generator = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode()))
+    values = torch.randn(tensor.shape, generator=generator)
+    if len(tensor.shape) == 1:
+        return (0.1 * values if tensor.name.endswith("bias") else 1 + values / 8).to(_DTYPES[tensor.dtype])
+    return (values / prod(tensor.shape[1:]) ** 0.5).to(_DTYPES[tensor.dtype])
+
+
+def write_family(folder: Path, model: TinyModel) -> dict[str, Path]:
+    """``folder/bf16`` as the family's releases keep their experts, ``fp8`` and ``int4`` with each one apart."""
+    whole = list(tensors_of(model.config))
+    values = {tensor.name: _values(tensor) for tensor in whole}
+    stacked = STACKED.get(model.config["architectures"][0])
+    _write(folder / "bf16", values if stacked is None else _stacked(values, stacked.transposed), model.config)
+    for variant, (store, quantization) in _QUANTIZED.items():
+        tensors: Tensors = {}
+        left = []
+        for tensor in whole:
+            module = tensor.name.removesuffix(".weight")
+            draft = module.startswith("mtp.")
+            if tensor.linear and not draft and not (variant == "int4" and module.endswith(model.dense)):
+                stored = store(values[tensor.name].float())
+                tensors |= {f"{module}.{leaf}": value for leaf, value in stored.items()}
+            else:
+                tensors[tensor.name] = values[tensor.name]
+                left.append(module)
+        skipped = {"modules_to_not_convert": left} if variant == "fp8" else {}
+        _write(folder / variant, tensors, {**model.config, "quantization_config": {**quantization, **skipped}})
+    return {variant: folder / variant for variant in ("bf16", *_QUANTIZED)}
+
+
+def _stacked(values: Tensors, transposed: bool) -> Tensors:
+    """With all experts of a layer in ``experts.gate_up_proj`` and ``experts.down_proj``."""
+    out: Tensors = {}
+    blocks: dict[str, dict[str, list[torch.Tensor]]] = {}
+    for name, value in values.items():
+        block, found, rest = name.partition(".experts.")
+        if not found or name.startswith("mtp."):
+            out[name] = value
+        else:
+            part = rest.split(".")[1]
+            blocks.setdefault(f"{block}.experts", {}).setdefault(part, []).append(value)
+    for block, parts in blocks.items():
+        pairs = zip(parts["gate_proj"], parts["up_proj"], strict=True)
+        joined = torch.stack([torch.cat(pair) for pair in pairs]), torch.stack(parts["down_proj"])
+        for name, value in zip(("gate_up_proj", "down_proj"), joined, strict=True):
+            out[f"{block}.{name}"] = value.transpose(1, 2) if transposed else value
+    return out
+
+
+def _write(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+_LEAVES = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv")
+
+
+def dequantized(checkpoint: Path, folder: Path) -> Path:
+    """A plain checkpoint of what the weights of a compiled one mean, in BF16."""
+    tensors = stored_tensors(checkpoint)
+    quantized = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _LEAVES}
+    out: Tensors = {}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if module not in quantized or leaf == "bias":
+            out[name] = value
+    for module in quantized:
+        parts = {leaf: tensors[f"{module}.{leaf}"] for leaf in (*_LEAVES, "weight") if f"{module}.{leaf}" in tensors}
+        out[f"{module}.weight"] = formats.dequantize(parts).bfloat16()
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["quantization_config"]
+    _write(folder, out, config)
+    return folder
+
+
+def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter by its name in SGLang's unquantized model, in float32; quantized ones dequantized."""
+    from sglang.srt.layers.linear import LinearBase
+
+    from mixprec_runtime.cpu import reference
+    from mixprec_runtime.formats.registry import served
+    from mixprec_runtime.native import format_of
+
+    for module in list(model.modules()):
+        fmt = format_of(module)
+        if fmt is None or not fmt.quantized:
+            continue
+        turn = reference._dequantize_linear if isinstance(module, LinearBase) else reference._dequantize_experts
+        turn(module, fmt, served(fmt).stored_alike)
+    mixed = {path: module for path, module in model.named_modules() if hasattr(module, "up_numbers")}
+    for path, module in mixed.items():
+        for weight, numbers in (("w13", module.up_numbers), ("w2", module.down_numbers)):
+            groups = [group for group in module.groups if group.projection in ("", weight)]
+            experts = []
+            for expert in range(numbers.shape[1] - 1):  # the last column is for ids of no expert here
+                places = zip(groups, numbers[:, expert].tolist(), strict=True)
+                group, number = next(place for place in places if place[1] >= 0)
+                experts.append(getattr(group, f"{weight}_weight")[number].float())
+            yield f"{path}.{weight}_weight", torch.stack(experts)
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not any(name.startswith(f"{path}.") for path in mixed):
+            yield name, parameter.data.float()
