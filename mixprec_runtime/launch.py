@@ -62,12 +62,12 @@ def check_padded(padded: Mapping[str, Any]) -> None:
 
 
 def check_quantized_head(kind: str) -> None:
-    """For an ``lm_head`` in a quantized format. Raises ``RuntimeError`` with the flags to change."""
+    """Checks the arguments for an ``lm_head`` in a quantized format."""
     _raise(quantized_head_problems(_server_args(), kind))
 
 
 def quantized_head_problems(args: Any, kind: str) -> list[str]:
-    """What to change in SGLang's ``ServerArgs`` for an ``lm_head`` of a quantized ``kind``."""
+    """One sentence for each flag of ``args`` that an ``lm_head`` of the quantized ``kind`` cannot be served with."""
     problems, instead = [], "or build the checkpoint with an unquantized lm_head"
     if getattr(args, "speculative_algorithm", None) not in (None, "NGRAM", "STANDALONE"):
         problems.append(

@@ -96,10 +96,11 @@ class NativeFormat(QuantizationConfig):
         return self._prepared(method, prefix, experts=experts)
 
     def get_head_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
-        """The same for an ``lm_head``; None where the layer makes its own unquantized method.
+        """SGLang's method for an ``lm_head``; None where the layer makes its own unquantized method.
 
         Raises:
-            RuntimeError: the server was started with what a quantized head does not go with.
+            RuntimeError: an argument of the server excludes a quantized head.
+            ValueError: SGLang has no method for linears in this format.
         """
         if self._config is None:
             return None
@@ -113,7 +114,7 @@ class NativeFormat(QuantizationConfig):
         return prepared
 
     def _prepared(self, method: Any, prefix: str, *, experts: bool) -> Any:
-        """A method of SGLang's, repaired, and on a CPU with the arithmetic here."""
+        """Repairs SGLang's ``method``, and on a CPU replaces its arithmetic by the reference."""
         method.mixprec_format = self.format
         install(method, self.format, self._served.repairs, "experts" if experts else "linear", prefix)
         if is_cpu():

@@ -1,4 +1,4 @@
-"""How often each expert runs, counted while serving; what a program may ask of it."""
+"""Counts how often each expert runs while a model is served."""
 
 from .tracker import (
     ExpertActivationTracker,

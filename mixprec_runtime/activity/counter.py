@@ -1,4 +1,4 @@
-"""Counts on the GPU how many tokens each expert got."""
+"""Counts the tokens of each expert on the GPU."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ _ALL_ROWS = 2**31 - 1
 _Key = tuple[int, int]
 
 
-# On the device
-
-
 class ExpertCounter:
-    """Counts ``[layers, experts + 1]``, int64: tokens routed to each expert, and in the last column tokens routed.
+    """Counts tokens by layer and expert.
 
-    ``rows`` is one int32: how many rows of a batch are tokens. Kernels read it when they run, so it may change between
-    two replays of a graph; 0 pauses.
+    Attributes:
+        counts: ``[layers, experts + 1]``, int64: the tokens routed to each expert; in the last column those of a layer.
+        rows: ``[1]``, int32: the number of rows of a batch that are tokens; 0 pauses. Kernels read it when they run, so
+            it may change between replays of a graph.
     """
 
     def __init__(self, layers: dict[int, int], device: torch.device, *, gathered: bool = False):
-        """``layers``: number of each MoE layer -> its routed experts.
+        """Makes a counter of zeros.
 
-        ``gathered``: batches are those of several ranks (data-parallel attention), and what fills them up lies between
-        their tokens. Such rows count as well.
+        Args:
+            layers: number of each MoE layer -> the number of its routed experts.
+            device: the device of routed ids.
+            gathered: whether batches are joined from several ranks (data-parallel attention). Padding then lies between
+                their tokens, and is counted.
         """
         self.layers = dict(sorted(layers.items()))
         self._row_of = {layer: row for row, layer in enumerate(self.layers)}
@@ -43,7 +45,7 @@ class ExpertCounter:
         self.recording, self._gathered = True, gathered
 
     def add(self, layer: int, ids: torch.Tensor) -> None:
-        """Counts the experts ``ids`` ``[rows, k]`` of a layer; ids outside its routed experts are none."""
+        """Counts the routed ids of a layer, ``[rows, k]``; ids of no routed expert are ignored."""
         if self._held is not None:
             self._held.append((self._row_of[layer], ids))
         else:
@@ -51,7 +53,7 @@ class ExpertCounter:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Holds what is added until the end, and counts it in one launch where all layers came, each once."""
+        """Delays counting to the end of the context: in one launch, if each layer came once, in order and alike."""
         self._held = []
         try:
             yield
@@ -65,7 +67,7 @@ class ExpertCounter:
             self._held = None
 
     def _add(self, first: int, ids: torch.Tensor) -> None:
-        """``ids`` ``[layers, rows, k]`` of the layers from the ``first`` row of the counts on."""
+        """Counts ``ids [layers, rows, k]`` in the rows of ``counts`` from ``first`` on."""
         if ids.is_cuda:
             self._launch(first, ids)
             return
@@ -73,7 +75,7 @@ class ExpertCounter:
         for row, chosen in enumerate(ids.long(), start=first):
             valid = there & (chosen >= 0) & (chosen < self.experts[row])
             self.counts[row].index_add_(0, chosen.clamp(0, self._columns - 1).flatten(), valid.flatten().long())
-            # A token once, by its first choice.
+            # Counts each token once, by its first id.
             self.counts[row, -1] += valid[:, 0].sum()
 
     def _launch(self, first: int, ids: torch.Tensor) -> None:
@@ -84,19 +86,20 @@ class ExpertCounter:
             )
 
     def begin(self, rows: int) -> None:
-        """Before a batch of so many tokens is run: an order to the device, which the host does not wait for."""
+        """Sets the number of tokens of the next batch. Asynchronous."""
         wanted = (_ALL_ROWS if self._gathered else rows) if self.recording else 0
         if wanted != self._rows:
             self.rows.fill_(wanted)
             self._rows = wanted
 
     def read(self) -> dict[int, tuple[list[int], int]]:
-        """Layer -> counts of its experts, and tokens."""
+        """Layer -> the counts of its experts, and its tokens. Waits for the device."""
         self._wait()
         found = self.counts.cpu().tolist()
         return {layer: (found[row][: self.layers[layer]], found[row][-1]) for layer, row in self._row_of.items()}
 
     def reset(self) -> None:
+        """Sets all counts to 0. Waits for the device."""
         self._wait()
         self.counts.zero_()
 
@@ -109,7 +112,7 @@ class ExpertCounter:
 def _count(  # type: ignore[no-untyped-def]
     ids, counts, experts, rows, first, columns, size, k, layer_stride, row_stride, column_stride, BLOCK: tl.constexpr
 ):
-    """Programs ``(block of a layer's ids, layer)``; the last of the ``columns`` of a layer's counts is its tokens."""
+    """Grid: ``(blocks of a layer's ids, layers)``."""
     layer = tl.program_id(1)
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, column = number // k, number % k

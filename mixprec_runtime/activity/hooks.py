@@ -1,16 +1,15 @@
-"""Which experts the tokens go to: counted on the device, inside CUDA graphs, without a word to the host.
+"""Counts the tokens of each expert of a served MoE model, compiled by mixprec or not.
 
-Off unless the server starts with ``MIXPREC_EXPERT_ACTIVITY=1``; then it costs two small kernels a batch in the CUDA
-graphs that decode, and one a MoE layer elsewhere. It counts what a router chose of the experts of any MoE model,
-compiled by mixprec or not. Rows that a CUDA graph is filled up with do not count, nor do ids of -1. Of the ranks of
-tensor or expert parallelism the first one counts, since all see all tokens; replicas of data parallelism count for
-themselves.
+On with ``MIXPREC_EXPERT_ACTIVITY=1``. Counting is done on the device, inside CUDA graphs, without synchronization: two
+small kernels a batch in graphs that decode, one a MoE layer elsewhere. Rows that pad a graph and ids of -1 are not
+counted. Ranks of tensor and expert parallelism all see all tokens, so only the first counts; replicas of data
+parallelism count separately.
 
-While it serves, SGLang's own requests control it: ``/start_expert_distribution_record`` forgets and counts from then
-on, ``/stop_expert_distribution_record`` pauses, ``/dump_expert_distribution_record`` writes a JSON file for ``mixprec
-experts`` and ``mixprec suggest``, named by ``MIXPREC_EXPERT_ACTIVITY_FILE``, and forgets. ``Engine`` has methods of
-these names. SGLang's own recorder, where it was asked for, gets the requests as well. What was counted so far is in
-``internal_states[i]["mixprec_expert_activity"]`` of ``/server_info``.
+SGLang's own requests (and the methods of ``Engine`` with their names) control it: ``/start_expert_distribution_record``
+resets and counts, ``/stop_expert_distribution_record`` pauses, ``/dump_expert_distribution_record`` writes a JSON file
+for ``mixprec experts`` and ``mixprec suggest``, named by ``MIXPREC_EXPERT_ACTIVITY_FILE``, and resets. SGLang's
+recorder, where it is on, gets them too. ``internal_states[i]["mixprec_expert_activity"]`` of ``/server_info`` has the
+counts so far.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 SWITCH, FILE = "MIXPREC_EXPERT_ACTIVITY", "MIXPREC_EXPERT_ACTIVITY_FILE"
 STATE = "mixprec_expert_activity"
-"""The key in SGLang's internal state."""
+"""Key of the counts in SGLang's internal state."""
 
 
 def enabled() -> bool:
-    """Whether the environment asks for it. Raises ``RuntimeError`` for a value that is neither yes nor no."""
+    """Whether ``MIXPREC_EXPERT_ACTIVITY`` is on. Raises ``RuntimeError`` for a value that is neither on nor off."""
     value = os.environ.get(SWITCH, "0").lower()
     if value in ("1", "true", "yes", "on"):
         return True
@@ -49,13 +48,13 @@ def enabled() -> bool:
     raise RuntimeError(f"{SWITCH}={value!r}: write 1 or 0")
 
 
-# In SGLang
-
-
 def install(model: Module, *, first_rank: bool, gathered: bool) -> ExpertCounter | None:
-    """Counts for every MoE layer of a model that was just made. Only ``first_rank`` of those that see all tokens does.
+    """Adds a counter to all MoE layers of a new model; None without such layers, or where not ``first_rank``.
 
-    ``gathered``: see :class:`ExpertCounter`.
+    Args:
+        model: the model, before it is compiled or captured.
+        first_rank: whether this rank counts, of those that see the same tokens.
+        gathered: see :class:`ExpertCounter`.
     """
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
@@ -79,7 +78,7 @@ def _counted(layer: Any, forward: Callable[..., Any], counter: ExpertCounter) ->
 
     def forward_and_count(hidden_states: torch.Tensor, topk_output: Any, *args: Any, **kwargs: Any) -> Any:
         ids = getattr(topk_output, "topk_ids", None)
-        if ids is None:  # kernels that choose for themselves
+        if ids is None:  # the kernel does the routing
             raise RuntimeError(
                 f"{SWITCH}: the experts of layer {number} are chosen inside a kernel and cannot be counted; start "
                 "SGLang with --moe-runner-backend triton, or without counting"
@@ -91,7 +90,7 @@ def _counted(layer: Any, forward: Callable[..., Any], counter: ExpertCounter) ->
 
 
 def _in_graphs_together(forward: Callable[..., Any], counter: ExpertCounter) -> Callable[..., Any]:
-    """A model's ``forward``; where a whole run of it is captured in a graph, all layers are counted at its end."""
+    """Wraps a model's ``forward``: while it is captured in a graph, all layers are counted at its end."""
 
     @wraps(forward)
     def forward_and_count(*args: Any, **kwargs: Any) -> Any:
@@ -104,8 +103,7 @@ def _in_graphs_together(forward: Callable[..., Any], counter: ExpertCounter) -> 
 
 
 def begin(runner: Any) -> None:
-    """The model of SGLang's ``ModelRunner`` is about to serve: what was counted while graphs were captured is no
-    activity, and from now on each batch says how many rows it has."""
+    """Begins to count the batches of SGLang's ``ModelRunner``; resets what the capture of graphs counted."""
     counter = tracker.counter
     if counter is None:
         return
@@ -121,7 +119,7 @@ def begin(runner: Any) -> None:
 
 
 def state() -> dict[str, Any] | None:
-    """For ``/server_info``; None in a process that does not count."""
+    """The entry in ``/server_info``; None in a process that does not count."""
     counter = tracker.counter
     if counter is None:
         return None
@@ -135,7 +133,7 @@ def state() -> dict[str, Any] | None:
 
 
 def handle_request(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
-    """``Scheduler.expert_distribution_handle``. Ranks that do not count themselves get the requests as well."""
+    """Around ``Scheduler.expert_distribution_handle``. Called on all ranks, also those that do not count."""
     if not enabled():
         return original(scheduler, request)
     from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
@@ -150,17 +148,17 @@ def handle_request(original: Callable[..., Any], scheduler: Any, request: Any) -
             counter.recording = False
         elif request.action == ExpertDistributionReqType.DUMP_RECORD:
             _dump(_replica(scheduler))
-    # Without its own recorder SGLang raises, which would end the server.
+    # SGLang raises where its recorder is off, which would end the server.
     if "Noop" in type(get_global_expert_distribution_recorder()).__name__:
         return ExpertDistributionReqOutput()
     return original(scheduler, request)
 
 
 def _replica(scheduler: Any) -> str:
-    """What tells the file of this process from those of others that count: ``-dp1`` and the like."""
+    """A suffix that keeps the files of counting processes apart, such as ``-dp1``; empty for the first."""
     from sglang.srt.runtime_context import get_parallel
 
-    ranks = getattr(scheduler, "ps", None) or get_parallel()  # 0.5.23 has them in its context only
+    ranks = getattr(scheduler, "ps", None) or get_parallel()  # 0.5.23 has ranks in its context only
     return "".join(f"-{kind}{rank}" for kind in ("dp", "pp") if (rank := getattr(ranks, f"{kind}_rank", None)))
 
 
@@ -170,7 +168,7 @@ def _dump(replica: str) -> None:
     try:
         tracker.export_stats(path)
     except OSError as error:
-        # The server goes on, and so does counting: nothing is lost.
+        # Counts are kept, so that nothing is lost.
         logger.error("mixprec: cannot write expert activity to %s: %s; set %s", path, error.strerror, FILE)
         return
     logger.info("mixprec: expert activity written to %s", path.absolute())

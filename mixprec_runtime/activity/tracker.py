@@ -1,4 +1,4 @@
-"""What was counted, kept and exported in one process."""
+"""Statistics of expert activity in one process."""
 
 from __future__ import annotations
 
@@ -23,19 +23,15 @@ __all__ = [
 _TOP = 20
 
 
-# In the host
-
-
 class ExpertActivationTracker:
-    """Statistics of expert activity: what the device counted, and what a program records itself.
+    """Statistics of expert activity, of a counter on the device and of calls to ``record_*``. Thread-safe.
 
-    Safe to use from several threads. ``activation_count`` is how often an expert was chosen (once for each token, by
-    the counter), ``total_tokens_processed`` how many tokens it got, ``last_activation_time`` (seconds since 1970) when
-    it was recorded, or when a reading first showed that it had got more.
+    Each expert has ``activation_count`` (the counter adds 1 for each token), ``total_tokens_processed``, and
+    ``last_activation_time`` (seconds since 1970): of the last record, or of the reading that first showed more tokens.
     """
 
     def __init__(self, max_history: int = 1000):
-        """``max_history`` bounds the requests that are remembered."""
+        """``max_history``: how many requests are kept, the latest ones."""
         self._recorded: dict[_Key, list[int]] = {}
         self._times: dict[_Key, float] = {}
         self._seen: dict[_Key, int] = {}
@@ -44,7 +40,7 @@ class ExpertActivationTracker:
         self.counter: ExpertCounter | None = None
 
     def attach(self, counter: ExpertCounter) -> None:
-        """Makes the counter's counts part of the statistics."""
+        """Adds the counts of ``counter`` to the statistics."""
         with self._lock:
             self.counter = counter
             self._seen.clear()
@@ -52,7 +48,7 @@ class ExpertActivationTracker:
     def record_expert_activation(
         self, layer_id: int, expert_id: int, tokens_processed: int = 1, request_id: str | None = None
     ) -> None:
-        """Adds one activation of an expert with so many tokens. ``request_id`` is accepted and not kept."""
+        """Adds one activation of an expert, with ``tokens_processed`` tokens. ``request_id`` is ignored."""
         with self._lock:
             entry = self._recorded.setdefault((layer_id, expert_id), [0, 0])
             entry[0] += 1
@@ -60,7 +56,7 @@ class ExpertActivationTracker:
             self._times[layer_id, expert_id] = time.time()
 
     def record_request(self, request_id: str, input_length: int, output_length: int) -> None:
-        """Remembers the lengths of a request, in tokens."""
+        """Adds a request to the history; lengths are in tokens."""
         with self._lock:
             self._requests.append(
                 {
@@ -73,8 +69,7 @@ class ExpertActivationTracker:
             )
 
     def get_expert_stats(self, layer_id: int | None = None, expert_id: int | None = None) -> dict[str, Any]:
-        """One expert's statistics (empty for one that is not known), or with no arguments all, by
-        ``layer_0_expert_1``."""
+        """The statistics of one expert, empty if unknown; without both ids, of all experts by ``layer_0_expert_1``."""
         with self._lock:
             entries, _ = self._read()
             if layer_id is not None and expert_id is not None:
@@ -82,17 +77,17 @@ class ExpertActivationTracker:
             return {f"layer_{layer}_expert_{expert}": entry for (layer, expert), entry in entries.items()}
 
     def get_top_experts(self, top_k: int = 10) -> list[dict[str, Any]]:
-        """The experts with most activations, busiest first."""
+        """The ``top_k`` experts with most activations, busiest first."""
         with self._lock:
             return _top(self._read()[0], top_k)
 
     def get_layer_stats(self) -> dict[int, dict[str, Any]]:
-        """Layer -> sums over its experts, each expert's, and ``routed_tokens`` where the counter knows them."""
+        """Layer -> sums over its experts, statistics of each expert and, where counted, ``routed_tokens``."""
         with self._lock:
             return _by_layer(*self._read())
 
     def reset_stats(self) -> None:
-        """Forgets all that was counted and recorded."""
+        """Deletes all counts and records."""
         with self._lock:
             self._recorded.clear()
             self._times.clear()
@@ -102,7 +97,7 @@ class ExpertActivationTracker:
                 self.counter.reset()
 
     def snapshot(self) -> dict[str, Any]:
-        """What :meth:`export_stats` writes, of one reading."""
+        """The contents of an exported file, as of now."""
         with self._lock:
             entries, tokens = self._read()
             return {
@@ -114,7 +109,7 @@ class ExpertActivationTracker:
             }
 
     def export_stats(self, path: str | os.PathLike[str]) -> None:
-        """Writes the statistics as JSON, which takes its name when it is whole. Raises ``OSError``."""
+        """Writes the statistics to ``path`` as JSON, atomically. Raises ``OSError``."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")
@@ -126,7 +121,7 @@ class ExpertActivationTracker:
             raise
 
     def _read(self) -> tuple[dict[_Key, dict[str, Any]], dict[int, int]]:
-        """Entries by layer and expert, and tokens by layer."""
+        """Statistics by layer and expert, and tokens by layer."""
         sums = {key: list(entry) for key, entry in self._recorded.items()}
         tokens = {}
         now = time.time()
@@ -173,16 +168,18 @@ tracker = ExpertActivationTracker()
 
 
 def get_expert_activation_stats() -> dict[str, Any]:
-    """The statistics of the model that this process serves, as they are exported; without experts where there is none,
-    as in SGLang's main process: there ask ``Engine.get_server_info()``."""
+    """The statistics of this process, in the form of :func:`export_expert_activation_stats`.
+
+    Without experts in a process that serves no model, like SGLang's main one: there ask ``Engine.get_server_info()``.
+    """
     return tracker.snapshot()
 
 
 def reset_expert_activation_stats() -> None:
-    """Forgets what this process has counted."""
+    """Deletes the statistics of this process."""
     tracker.reset_stats()
 
 
 def export_expert_activation_stats(path: str | os.PathLike[str]) -> None:
-    """Writes the statistics of this process as JSON. Raises ``OSError``."""
+    """Writes the statistics of this process to ``path`` as JSON. Raises ``OSError``."""
     tracker.export_stats(path)

@@ -1,1 +1,1 @@
-"""Stand-ins for machines without a GPU."""
+"""Serving on machines without a GPU, for trying and testing."""

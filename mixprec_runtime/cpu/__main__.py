@@ -1,4 +1,4 @@
-"""``python -m mixprec_runtime.cpu``: serves without a GPU, for a try."""
+"""``python -m mixprec_runtime.cpu``: see :mod:`mixprec_runtime.cpu.engine`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""SGLang on a machine without a GPU: ``python -m mixprec_runtime.cpu --model-path out/ --port 30000``.
+"""Settings of SGLang without a GPU: ``python -m mixprec_runtime.cpu --model-path out/ --port 30000``.
 
-Starts stock ``python -m sglang.launch_server`` with the CPU engine's settings; other arguments go to it unchanged.
-Kernels that SGLang lacks there are replaced by :mod:`mixprec_runtime.cpu.reference`.
+Starts stock ``python -m sglang.launch_server`` with these settings and the arguments that it was given.
+:mod:`mixprec_runtime.cpu.reference` replaces the kernels that SGLang lacks on a CPU.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ ENGINE: dict[str, Any] = {
     "mem_fraction_static": 0.1,
     "max_total_tokens": 4096,
 }
-"""What ``sgl.Engine`` takes to run on a CPU."""
+"""Arguments of ``sgl.Engine`` for a CPU."""
 
 
 def environment(ranks: int = 1) -> dict[str, str]:
-    """This process's environment with what SGLang's CPU engine reads, for ``ranks`` tensor-parallel ranks."""
+    """This process's environment, with the variables of SGLang's CPU engine for ``ranks`` tensor-parallel ranks."""
     site = str(Path(__file__).with_name("site"))
     paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
     several = {
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
-        # Ranks of a torch that brings NCCL would use it, GPU or not; without its library they take gloo.
+        # Without the library of NCCL, ranks use gloo; with it they would use NCCL, GPU or not.
         "SGLANG_NCCL_SO_PATH": os.devnull,
     }
     own = several if ranks > 1 else {}

@@ -1,7 +1,7 @@
-"""A stand-in for SGLang's kernels on machines without a GPU: dequantize once, multiply in the model's dtype.
+"""Replaces SGLang's kernels on machines without a GPU, for trying mixprec and for its tests.
 
-For trying mixprec and for its tests. Weights are created and loaded by SGLang's own methods, as on a GPU; after
-loading they are dequantized by the formats' reference arithmetic, and activations are not quantized.
+SGLang's own methods create and load weights, as on a GPU. After loading, weights are dequantized by the formats'
+reference arithmetic, to be multiplied in the model's dtype by activations that are not quantized.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["announce", "pretend_hopper", "split_experts", "stand_in", "unquantiz
 
 
 StoredAlike = Callable[[Any, dict[str, torch.Tensor], "list[int] | None"], tuple[Format, dict[str, torch.Tensor]]]
-"""What a format's file says of dequantizing SGLang's parameters: ``Served.stored_alike``."""
+"""The method ``Served.stored_alike``."""
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 def announce(logger: logging.Logger) -> None:
-    """Says in the log that this is no way to serve."""
+    """Warns in the log that this server is for trying and testing only."""
     logger.warning(
         "mixprec: NO GPU. Weights are dequantized and multiplied by a reference implementation on the CPU: slow, "
         "uncompressed in memory, and not bit-equal to SGLang's GPU kernels. For trying and testing only."
@@ -43,7 +43,7 @@ def announce(logger: logging.Logger) -> None:
 
 @contextmanager
 def pretend_hopper() -> Iterator[None]:
-    """On a CPU, lets SGLang's configs for Marlin be made, which ask which GPU there is."""
+    """On a CPU, has SGLang's configs for Marlin find a GPU of compute capability 9.0 while the context lasts."""
     if is_cpu():
         with patch.object(marlin_utils, "get_device_capability", lambda *_: (9, 0)):
             yield
@@ -52,18 +52,18 @@ def pretend_hopper() -> Iterator[None]:
 
 
 def stand_in(method: QuantizeMethodBase, fmt: Format, alike: StoredAlike, *, experts: bool) -> None:
-    """Replaces what ``method`` does after loading, and its arithmetic."""
+    """Replaces the arithmetic of ``method`` and its processing after loading."""
     create = method.create_weights
 
     def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:
         if experts:
-            layer.params_dtype = kwargs["params_dtype"]  # linear layers keep it themselves, 0.5.15's FusedMoE does not
+            layer.params_dtype = kwargs["params_dtype"]  # as linear layers do; 0.5.15's FusedMoE does not
         with pretend_hopper():
             create(layer, *args, **kwargs)
 
     method.create_weights = create_weights
     if experts:
-        # 0.5.23 asks which runner was made: none, for a method that computes by itself.
+        # 0.5.23 asks which runner was made; None is for methods without one.
         method.get_moe_runner_backend = lambda layer: None
         method.process_weights_after_loading = lambda layer: _dequantize_experts(layer, fmt, alike)
         method.create_moe_runner = lambda layer, config: setattr(method, "moe_runner_config", config)
@@ -74,14 +74,14 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, alike: StoredAlike, *, exp
 
 
 def unquantized_experts() -> FusedMoEMethodBase:
-    """SGLang's method for dense experts, with the arithmetic here, which takes ids of -1."""
+    """SGLang's method for dense experts, with the reference arithmetic, which skips ids of -1."""
     method = UnquantizedFusedMoEMethod()
     method.apply = _apply_experts
     return method
 
 
 def _dequantize_linear(layer: Any, fmt: Format, alike: StoredAlike) -> None:
-    """Turns all of a layer's parameters but the bias into one dense ``weight [N, K]``."""
+    """Replaces all parameters of a layer but the bias by a dense ``weight [N, K]``."""
     stored = {
         leaf: parameter.data
         for leaf, parameter in layer._parameters.items()
@@ -94,7 +94,7 @@ def _dequantize_linear(layer: Any, fmt: Format, alike: StoredAlike) -> None:
 
 
 def _dequantize_experts(layer: Any, fmt: Format, alike: StoredAlike) -> None:
-    """Turns ``w13_*`` and ``w2_*`` ``[E, ...]`` into dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
+    """Replaces ``w13_*`` and ``w2_*`` ``[E, ...]`` by dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
     for weight, parts in (("w13", 2), ("w2", 1)):
         stored = {
             name.removeprefix(f"{weight}_"): parameter.data
@@ -120,7 +120,7 @@ def _dequantize_experts(layer: Any, fmt: Format, alike: StoredAlike) -> None:
 
 
 def _dequantize(fmt: Format, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """One weight ``[N, K]`` in float32, from the tensors of several modules joined along their outputs."""
+    """The weight ``[N, K]``, float32, of modules that are joined along their outputs."""
     return torch.from_numpy(fmt.dequantize({leaf: _numpy(tensor) for leaf, tensor in tensors.items()}).copy())
 
 
@@ -131,7 +131,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _apply_experts(layer: Any, dispatch_output: Any) -> Any:
-    """A FusedMoE in plain torch. Ids outside ``[0, num_local_experts)`` are experts of other ranks."""
+    """``apply`` of a FusedMoE in plain torch. Ids outside ``[0, num_local_experts)`` are skipped."""
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
     out = _multiply(layer, dispatch_output, lambda expert: (layer.w13_weight[expert], layer.w2_weight[expert]))
@@ -139,7 +139,7 @@ def _apply_experts(layer: Any, dispatch_output: Any) -> Any:
 
 
 def split_experts(layer: Any, dispatch_output: Any) -> torch.Tensor:
-    """The output of a layer some of whose experts have gate and up in another group than down."""
+    """The output ``[tokens, hidden]`` of a layer that has experts with gate and up in another group than down."""
 
     def weight(expert: int, name: str, numbers: torch.Tensor) -> torch.Tensor:
         groups = [group for group in layer.groups if group.projection in ("", name)]
@@ -157,7 +157,7 @@ def split_experts(layer: Any, dispatch_output: Any) -> torch.Tensor:
 def _multiply(
     layer: Any, dispatch_output: Any, weights_of: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 ) -> torch.Tensor:
-    """``weights_of`` an expert on this rank are ``[2I, H]`` and ``[H, I]``.
+    """The weighted sum of experts, ``[tokens, hidden]``; ``weights_of(expert)`` returns ``[2I, H]`` and ``[H, I]``.
 
     ``routed_scaling_factor`` is not applied: on a CPU, models multiply by it themselves (deepseek_v2.py:1011).
     """

@@ -1,9 +1,9 @@
-"""A quantized ``lm_head``: SGLang's method for a linear, in its ``ParallelLMHead``.
+"""A quantized ``lm_head``: gives SGLang's ``ParallelLMHead`` a method for linears.
 
-Logits are what ``quant_method.apply`` returns wherever the method is not one of the unquantized ones
-(``layers/logits_processor.py``, ``should_apply_lm_head_quant_method``), so that every method for linears fits. SGLang's
-configs of most formats hand one to linears alone, and the layer's weight loader knows tensors with a row for each
-entry of the vocabulary only: neither scales of blocks, nor packed columns where the vocabulary is padded.
+SGLang computes logits by the ``apply`` of any quantized method (``layers/logits_processor.py``,
+``should_apply_lm_head_quant_method``), so every method for linears fits. Two things are added here: the configs of most
+formats make methods for linears only; and the layer's weight loader takes tensors with a row for each entry of the
+vocabulary, but neither scales of blocks nor, where the vocabulary is padded, packed columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["filled_elements", "head_method", "load_as_vocabulary"]
 
 
 def head_method(config: QuantizationConfig, layer: Any, prefix: str) -> LinearMethodBase | None:
-    """The method that ``config`` has for a linear of the size of ``layer``, a ``ParallelLMHead`` that is being made."""
+    """The method of ``config`` for a linear of the size of ``layer``, a ``ParallelLMHead`` under construction."""
     from sglang.srt.layers.linear import LinearBase
 
     linear: Any = LinearBase(layer.embedding_dim, layer.num_embeddings_padded)
@@ -29,19 +29,18 @@ def head_method(config: QuantizationConfig, layer: Any, prefix: str) -> LinearMe
     linear.output_size_per_partition = layer.num_embeddings_padded // layer.tp_size
     method: Any = config.get_quant_method(linear, prefix)
     scheme = getattr(linear, "scheme", None)
-    if scheme is not None:  # which methods of AWQ and of compressed-tensors look for in their layer
+    if scheme is not None:  # methods of AWQ and compressed-tensors read it from their layer
         layer.scheme = scheme
     found: LinearMethodBase | None = method
     return found
 
 
 def load_as_vocabulary(method: Any, fmt: Format) -> None:
-    """Has ``method`` make the head's parameters with a loader that knows how each tensor of ``fmt`` is cut by the
-    vocabulary."""
+    """Has ``method`` make the head's parameters with a loader that cuts every tensor of ``fmt`` by the vocabulary."""
     create = method.create_weights
 
     def create_weights(layer: Any, *args: Any, params_dtype: torch.dtype, **kwargs: Any) -> None:
-        layer.params_dtype = params_dtype  # as linears keep it themselves
+        layer.params_dtype = params_dtype  # linear layers set it themselves
         kwargs["weight_loader"] = _loader(layer, fmt)
         create(layer, *args, params_dtype=params_dtype, **kwargs)
 
@@ -49,8 +48,10 @@ def load_as_vocabulary(method: Any, fmt: Format) -> None:
 
 
 def filled_elements(layer: Module, fmt: Format) -> Iterator[tuple[str, int]]:
-    """Each parameter of a head by its leaf, and how many of its elements tensors of the checkpoint fill: the rest
-    stands for entries that the vocabulary is padded with."""
+    """Yields each parameter of a head by its leaf, and how many of its elements are filled from the checkpoint.
+
+    The others belong to entries that pad the vocabulary.
+    """
     axes = _axes(fmt)
     for leaf, parameter in layer.named_parameters(recurse=False):
         axis = axes[leaf][0].n if leaf in axes else None
@@ -60,14 +61,14 @@ def filled_elements(layer: Module, fmt: Format) -> Iterator[tuple[str, int]]:
 
 
 def _axes(fmt: Format) -> dict[str, tuple[Axes, int]]:
-    """SGLang's name of a tensor -> its axes, and what fills it up."""
-    # A name that is another tensor's in SGLang is that one's, as `weight_scale_inv` where it is stored `weight_scale`.
+    """SGLang's name of a tensor -> its axes, and the value of its padding."""
+    # Where two leaves have one name in SGLang, the leaf that is stored under that name wins.
     leaves = sorted(fmt.leaves, key=lambda leaf: fmt.sglang_name(leaf) != leaf)
     return {fmt.sglang_name(leaf): (fmt.axes(leaf), fmt.filler(leaf)) for leaf in leaves}
 
 
 def _part(layer: Any, per: int) -> tuple[int, int]:
-    """From which index to which a rank takes of a tensor with one for ``per`` entries of the vocabulary."""
+    """This rank's range ``(start, stop)`` of an axis with one index for ``per`` entries of the vocabulary."""
     indices = layer.shard_indices
     start, end = indices.org_vocab_start_index, indices.org_vocab_end_index
     return (start // per, -(-end // per)) if end > start else (0, 0)

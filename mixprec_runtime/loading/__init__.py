@@ -1,1 +1,1 @@
-"""A checkpoint reaches the model's parameters, whole."""
+"""Loads a checkpoint into a model's parameters, and checks that it is complete."""

@@ -1,7 +1,7 @@
-"""Scales of an FP8 KV cache on their way to SGLang's attention.
+"""Loads the scales of an FP8 KV cache into SGLang's attention.
 
 Some of SGLang's models make attention without a quantization config (``models/qwen3_moe.py:534`` of 0.5.17), and some
-of their loaders know no scales: parameters for those that a checkpoint has are made here, and filled here.
+of their loaders ignore these scales, so their parameters are made and filled here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def make(model: Module, config: Any, scales: Mapping[str, Sequence[str]]) -> None:
-    """Makes the parameters ``k_scale`` and ``v_scale`` of attention where a checkpoint has them: ``scales`` are its
-    tensors with the parameters that take them."""
+    """Makes the parameters ``k_scale`` and ``v_scale`` of attention layers that lack them.
+
+    ``scales``: tensor of the checkpoint -> the parameters that it fills.
+    """
     from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
     from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -36,7 +38,7 @@ def make(model: Module, config: Any, scales: Mapping[str, Sequence[str]]) -> Non
 def take(
     model: Module, weights: Iterable[tuple[str, torch.Tensor]], scales: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """``weights`` without the scales of the KV cache, which are copied into their parameters."""
+    """Yields ``weights`` without the scales of the KV cache, which it copies into their parameters."""
     parameters = dict(model.named_parameters()) if scales else {}
     for name, tensor in weights:
         if name not in scales:
@@ -46,10 +48,10 @@ def take(
             if parameter in parameters:
                 parameters[parameter].data.copy_(tensor.reshape(()))
             elif any(other.startswith(f"{_attention_of(parameter)}.") for other in parameters):
-                # Where that is not so, it is a layer of another pipeline stage, or one for drafts.
+                # A model without this attention is of another pipeline stage, or has no draft layers.
                 logger.warning("mixprec: SGLang's model has no %s: %s is not loaded", parameter, name)
 
 
 def _attention_of(parameter: str) -> str:
-    """``model.layers.0.self_attn`` of ``model.layers.0.self_attn.attn.k_scale``."""
+    """``model.layers.0.self_attn`` for ``model.layers.0.self_attn.attn.k_scale``."""
     return parameter.rsplit(".", 2)[0]

@@ -1,4 +1,4 @@
-"""Follows tensors while a model loads them: which parameter each was copied into."""
+"""Follows tensors while a model loads them, and records which parameters each was copied into."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ CASTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 class LoadError(RuntimeError):
-    """A checkpoint that did not reach the model whole."""
+    """Raised for a checkpoint that was not loaded completely and correctly."""
 
 
 class Ledger:
-    """What arrived, and where it went.
+    """Records which tensors were read, and which elements of parameters they were copied to.
 
     Args:
         declared: tensor name -> its ``dtype`` (as safetensors writes it) and ``shape``, from the manifest.
@@ -47,15 +47,15 @@ class Ledger:
         self._lock = Lock()
         self.arrived: set[str] = set()
         self.used: Counter[str] = Counter()
-        """How many elements were copied from each tensor."""
+        """Tensor -> the number of its elements that were copied."""
         self._values: dict[str, object] = {}
-        """The value of each tensor of one value that was asked for it."""
+        """Tensor of one element -> its value, where a loader read it by ``item()``."""
 
     def follow(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a checkpoint, watched.
+        """Yields the tensors of a checkpoint as a subclass that reports copies to this ledger.
 
         Raises:
-            LoadError: one is not what the manifest declares.
+            LoadError: a tensor is not in the manifest, or has another dtype or shape there.
         """
         for name, tensor in weights:
             self._check(name, tensor)
@@ -74,10 +74,10 @@ class Ledger:
             )
 
     def copied(self, names: Iterable[str], into: torch.Tensor) -> None:
-        """Notes that ``names`` were written to ``into``, a view of a parameter perhaps.
+        """Records that tensors ``names`` were copied to ``into``, a parameter or a view of one.
 
         Raises:
-            LoadError: the copy changes quantized values.
+            LoadError: the copy casts quantized values.
         """
         storage, size = into.untyped_storage().data_ptr(), into.numel()
         owners = self._by_storage.get(storage)
@@ -91,7 +91,7 @@ class Ledger:
         names = set(names)
         for name in names:
             dtype = DTYPES[self._declared[name].dtype]
-            # Made from a weight and its scales, it is what the weight means: SGLang dequantizes indexer.wk of DSA.
+            # What was made of a weight and its scales is dequantized, as SGLang does with indexer.wk of DSA.
             dequantized = into.dtype in CASTS and not names.isdisjoint(_scales_of(name))
             if dtype != into.dtype and not {dtype, into.dtype} <= CASTS and not dequantized:
                 raise LoadError(
@@ -100,14 +100,14 @@ class Ledger:
                 )
 
     def asked(self, names: Iterable[str], value: object) -> None:
-        """Notes that the one value of a tensor was read, as SGLang does to fill a parameter with it."""
+        """Records that the value of a one-element tensor was read; SGLang then fills a parameter with it."""
         with self._lock:
             for name in names:
                 self.used[name] += 1
                 self._values[name] = value
 
     def _filled(self, name: str) -> bool:
-        """Whether a parameter of one value holds what a tensor of its name was asked for."""
+        """Whether a one-element parameter has the value that was read from a tensor whose name ends as its own."""
         parameter = self._parameters[name]
         if parameter.numel() != 1:
             return False
@@ -116,11 +116,11 @@ class Ledger:
         return any(parameter.item() == torch.tensor(value, dtype=parameter.dtype).item() for value in asked)
 
     def unused(self, ranks: int) -> list[str]:
-        """Tensors of the manifest of which less was copied than one of ``ranks`` takes."""
+        """Tensors of the manifest of which less was copied than the share of one of ``ranks``."""
         return [name for name, t in self._declared.items() if self.used[name] * ranks < prod(t.shape)]
 
     def unfilled(self, due: Mapping[str, int]) -> list[str]:
-        """Parameters of which fewer elements were written than they have, or than ``due`` says for some of them."""
+        """Parameters of which too few elements were written: fewer than ``due`` says, by default fewer than all."""
         return [
             name
             for storage, names in self._by_storage.items()
@@ -135,14 +135,14 @@ def _scales_of(weight: str) -> tuple[str, str]:
 
 
 class _Arriving(torch.Tensor):
-    """A tensor that came from a checkpoint, or was made from such ones.
+    """A tensor that was read from a checkpoint, or made from such tensors.
 
-    Hundreds of thousands of them come by while a model loads, and torch's way to a subclass takes microseconds each
-    time: what weight loaders ask every tensor for is answered by the plain tensor.
+    A model has hundreds of thousands of them, and torch's dispatch to subclasses takes microseconds a call: the methods
+    that weight loaders call for every tensor bypass it.
     """
 
     _origin: tuple[Ledger, tuple[str, ...]]
-    """Who keeps the books, and the tensors of the checkpoint that it was made from."""
+    """The ledger, and the names of the tensors that this one was made from."""
     _plain: torch.Tensor
 
     @classmethod
@@ -159,7 +159,7 @@ class _Arriving(torch.Tensor):
         return self._plain.dim()
 
     def narrow(self, dim: int, start: int, length: int) -> _Arriving:  # type: ignore[override]
-        if start == 0 and length == self._plain.shape[dim]:  # one rank takes all of it
+        if start == 0 and length == self._plain.shape[dim]:  # uncut
             return self
         return _Arriving.of(self._plain.narrow(dim, start, length), self._origin)
 
@@ -186,7 +186,7 @@ class _Arriving(torch.Tensor):
             if copy or not isinstance(result, (torch.Tensor, tuple, list)) or isinstance(result, torch.Size):
                 return result
             origins = [arg._origin for arg in _flat((*args, *(kwargs or {}).values())) if type(arg) is cls]
-            if not origins:  # deeper in an argument than anyone looks
+            if not origins:  # nested too deep for _flat
                 return result
             names = tuple(dict.fromkeys(name for _, names in origins for name in names))
             return _wrapped(result, (origins[0][0], names))

@@ -1,9 +1,9 @@
-"""Each rank reads what it holds, and nothing else, straight into its parameters.
+"""Reads exactly what a rank needs, directly into its parameters.
 
-SGLang's parameters are rectangles of a checkpoint's tensors, laid side by side; which ones is known before a byte is
-read. A rank's own files (``mixprec split``) hold them as they are in memory, in a few large tensors; from merged files
-they are read one by one. Either way threads read, through pinned memory to the GPU. Runs that tensors are not cut for
-here are left to SGLang's loader, which takes tensor after tensor (:mod:`mixprec_runtime.loading.strict`).
+Each of SGLang's parameters consists of rectangles of the checkpoint's tensors, which are computed before anything is
+read. A rank's own files (``mixprec split``) have parameters as they are in memory, in a few large tensors; in merged
+files, each rectangle is read by itself. Threads read, through pinned memory to the GPU. Where mixprec cannot compute
+the rectangles, SGLang's loader reads tensor by tensor (:mod:`mixprec_runtime.loading.strict`).
 """
 
 from __future__ import annotations
@@ -50,26 +50,30 @@ _BUFFER = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What this rank's parameters are to hold, and where that lies."""
+    """The contents of this rank's parameters, and the files to read them from."""
 
     where: str
-    """For messages."""
+    """Names the files in messages."""
     parameters: Mapping[str, Parameter]
     padded: Mapping[str, tuple[int, int]]
-    """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that it holds, zeros among them."""
+    """MLP or ``...experts`` -> its columns ``(native, stored)``; see :func:`.pad.pad`."""
     path_of: Callable[[str], Path]
 
 
 def holdings(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, merged: bool = True) -> Holdings | None:
-    """What this process is to read itself: its own files, else, with ``merged``, its share of the merged ones.
+    """Finds what this rank reads: its own files, else, with ``merged``, its share of the merged ones.
 
-    ``fetch`` brings files of a checkpoint on the hub to ``folder``: those that are to be read, and no others.
+    None where SGLang's loader must read the merged files, because of arguments that change how tensors are cut, or of
+    an unknown family of models.
 
-    None where SGLang's loader is to read the merged files: in runs that tensors are not cut for here, and for families
-    of models that are not known.
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        fetch: downloads files, by their paths, from the hub to ``folder``; called for those to read only.
+        merged: whether the merged files may be read.
 
     Raises:
-        RuntimeError: files are damaged, not those that were built, or cannot be fetched.
+        RuntimeError: files are damaged, changed since the build, or cannot be fetched.
     """
     from sglang.srt.runtime_context import get_parallel, get_server_args
 
@@ -96,7 +100,7 @@ def holdings(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, me
             return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
         if merged and manifest.rest is None:
             names = deque(["config.json", "model.safetensors.index.json", *manifest.shards])
-            names.rotate(-rank)  # each rank begins with another, and finds what others have fetched
+            names.rotate(-rank)  # ranks fetch at the same time: each begins with another file
             bring(names)
             return _share(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
         return None
@@ -105,14 +109,14 @@ def holdings(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, me
 
 
 def _experts_moved() -> bool:
-    """Whether experts start elsewhere than in the checkpoint's order (``--init-expert-location``)."""
+    """Whether experts are not in the checkpoint's order (``--init-expert-location``)."""
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
     metadata = get_global_expert_location_metadata()
     if metadata is None:
         return False
     experts = metadata.physical_to_logical_map_cpu
-    # Models are made with their device as the default one.
+    # The default device is that of the model while it is made.
     return not bool((experts == torch.arange(experts.shape[-1], device=experts.device)).all())
 
 
@@ -124,7 +128,7 @@ def _degree() -> Degree:
 
 
 def _with_head(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
-    """With the ``lm_head`` that the last of several pipeline stages has also where it is tied to the embedding."""
+    """Adds the ``lm_head`` tied to the embedding, which the last of several pipeline stages has as a parameter."""
     from sglang.srt.runtime_context import get_parallel
 
     embedding = parameters.get("model.embed_tokens.weight")
@@ -134,7 +138,7 @@ def _with_head(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
 
 
 def _stored(tensor: TensorInfo) -> Parameter:
-    """A parameter as its tensor is stored, to be read row by row, also where it is of experts."""
+    """A parameter that is stored as one tensor, to be read row by row, also where it is of all experts."""
     if len(tensor.shape) < 3:
         return whole(tensor)
     experts, rows, *columns = tensor.shape
@@ -143,7 +147,7 @@ def _stored(tensor: TensorInfo) -> Parameter:
 
 
 def _share(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, replicated_head: bool) -> Holdings | None:
-    """A rank's share of the merged files, where they are there."""
+    """A rank's share of the merged files; None where a file is missing, or tensors cannot be cut for it."""
     if not all((folder / name).exists() for name in manifest.shards):
         return None
     checkpoint = open_compiled(folder, manifest)
@@ -162,7 +166,7 @@ def _share(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, repli
 
 
 def _changed(checkpoint: Checkpoint, manifest: Manifest) -> str | None:
-    """How the headers of merged files differ from those that were built."""
+    """The first difference of the merged files' headers from those that were built, as a sentence; None if equal."""
     built = {file: entry.checksum for file, entry in manifest.shards.items()}
     headers = {file: shard.header_checksum for file, shard in checkpoint.shards.items()}
     if headers == built:
@@ -181,7 +185,7 @@ def _changed(checkpoint: Checkpoint, manifest: Manifest) -> str | None:
 
 
 def require_merged(folder: Path, manifest: Manifest, because: str, *, on_hub: bool = False) -> None:
-    """Raises ``RuntimeError`` where this run needs the merged files, and they are not there."""
+    """Raises ``RuntimeError`` where merged files are missing; ``because`` says why this run needs them."""
     dropped = manifest.rest is not None
     missing = [name for name in manifest.shards if dropped or not (folder / name).exists()]
     if not missing:
@@ -203,12 +207,12 @@ def require_merged(folder: Path, manifest: Manifest, because: str, *, on_hub: bo
 
 
 def this_run() -> str:
-    """``"tp4-ep1"``."""
+    """The degree of this run, such as ``"tp4-ep1"``."""
     return str(_degree())
 
 
 def mismatch(model: Module, held: Holdings) -> str | None:
-    """Why they are not for the parameters of ``model``: SGLang was started in a way they were not cut for."""
+    """Why ``held`` does not fit the parameters of ``model``, which SGLang may cut in another way; None if it does."""
     if any(getattr(module, "num_fused_shared_experts", 0) for module in model.modules()):
         return "shared experts are apart from routed ones in them: give --disable-shared-experts-fusion"
     parameters, empty = _parameters(model), may_be_empty(model)
@@ -233,7 +237,7 @@ def _parameters(model: Module) -> dict[str, torch.Tensor]:
 
 
 def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
-    """Fills the parameters of ``model``, and calls ``finish``: what it does itself once weights are loaded.
+    """Fills the parameters of ``model`` and returns what ``finish`` does: the model's own steps after loading.
 
     Raises:
         LoadError: a file is damaged, or cannot be read.
@@ -242,10 +246,10 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
     device = next((parameter.device for parameter in parameters.values() if parameter.is_cuda), None)
     taken = [held.parameters[name] for name in parameters if name in held.parameters]
     if device is not None:
-        torch.cuda.synchronize()  # what parameters were made with must not come after what is read
+        torch.cuda.synchronize()  # parameters must be initialized before other streams write to them
 
     def begin() -> None:
-        # A new thread is at GPU 0, and would leave a context there.
+        # The default is GPU 0, where a context would take memory.
         if device is not None:
             torch.cuda.set_device(device)
 
@@ -260,8 +264,8 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
         torch.cuda.synchronize()
     logger.info("mixprec: read %s (%.2f GB)", held.where, sum(parameter.nbytes for parameter in taken) / 1e9)
     result = finish()
-    # Models that derive tensors from the names that they were given have had none (SGLang's model_loader/loader.py:333
-    # asks this of loaders that pass load_weights by).
+    # Some models derive tensors for the names that load_weights got, and it got none: SGLang wants this call of loaders
+    # that do not use load_weights (model_loader/loader.py:333).
     derive = getattr(model, "post_load_weights", None)
     if derive is not None:
         derive()
@@ -269,7 +273,7 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
 
 
 class _Copies(local):
-    """Copies to a device, through two buffers of pinned memory for each thread."""
+    """Fills parameters; those on a GPU through two buffers of pinned memory for each thread."""
 
     def __init__(self, reader: Reader):
         self._reader = reader
@@ -305,7 +309,7 @@ class _Copies(local):
             at += len(chunk)
 
     def _next_buffer(self, nbytes: int) -> np.ndarray[Any, Any]:
-        """The buffer that was used before the last one, once what it held has left it."""
+        """The less recently used buffer, once its copy to the GPU is complete."""
         if len(self._buffers) < 2:
             self._buffers.append((torch.empty(0, dtype=torch.uint8), torch.cuda.Event()))  # type: ignore[no-untyped-call]
         else:

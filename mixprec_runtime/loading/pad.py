@@ -1,4 +1,4 @@
-"""Makes layers as wide as ranks hold them, where zeros are added."""
+"""Makes layers wider, where zeros are added to a rank's share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ __all__ = ["pad"]
 
 
 def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]], family: Family) -> None:
-    """Has SGLang's method make a layer as wide as this rank holds it, where zeros are added.
+    """Has ``method`` make the layer ``prefix`` with added columns, if it is one of ``padded``.
 
-    ``padded``: MLP or ``...experts`` -> columns of a rank as SGLang counts them, and as they are held.
+    ``padded``: MLP or ``...experts`` -> a rank's intermediate columns ``(native, stored)``: as SGLang divides them, and
+    with zeros added up to complete blocks.
     """
     for name in family.served_names(prefix):
         if name in padded:

@@ -1,10 +1,9 @@
-"""Nothing is lost on the way from the checkpoint to the GPU.
+"""Checks that SGLang's loader loads every tensor and fills every parameter.
 
-SGLang's models drop a tensor that finds no parameter, some with a warning and some without a word, and serve
-whatever lay in a parameter that none was loaded into. Here tensors are followed while a model loads them: they
-arrive as a subclass of ``torch.Tensor`` that remembers its names in the checkpoint through every view, cast and
-concatenation, and notes each parameter that it is copied into. Afterwards every tensor must have been copied
-somewhere, and every element of every parameter must have been written.
+SGLang's models drop tensors without a parameter, some silently, and serve uninitialized memory where no tensor was
+loaded. Here tensors are a subclass of ``torch.Tensor`` that keeps their names through views, casts and concatenations,
+and reports each copy into a parameter. After loading, every tensor must have been copied, and every element of every
+parameter must have been written.
 """
 
 from __future__ import annotations
@@ -37,10 +36,16 @@ def load_strictly(
     weights: Iterable[tuple[str, torch.Tensor]],
     declared: Mapping[str, TensorEntry],
 ) -> Any:
-    """``model.load_weights(weights)``, and the check that all of it arrived.
+    """Returns ``load_weights(weights)``, after a check that it was complete.
+
+    Args:
+        model: the model whose parameters are filled.
+        load_weights: its method, or a function around it.
+        weights: names and tensors of the checkpoint's files.
+        declared: the tensors that the manifest lists, by name.
 
     Raises:
-        LoadError: names the tensors that were lost and the parameters that were not filled.
+        LoadError: tensors were lost, changed or cast, or parameters were not filled; the message names them.
     """
     ledger = Ledger(declared, model.named_parameters())
     try:
@@ -54,7 +59,7 @@ def load_strictly(
     from sglang.srt.runtime_context import get_parallel
 
     belongs, ranks = expected_on_this_rank(model), get_parallel().tp_size
-    # Vocabularies are padded: their parameters have rows that no tensor fills, and the last ranks take fewer.
+    # Vocabularies are padded: no tensor fills the padding, and the last ranks take fewer rows than others.
     vocabularies = {path: m for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
     padded = {f"{path}.{leaf}": due for path, module in vocabularies.items() for leaf, due in _filled_rows(module)}
     whole = {name.rpartition(".")[0] for name in padded} if ranks > 1 else set()
@@ -74,7 +79,7 @@ def load_strictly(
 
 
 def _filled_rows(module: Any) -> Iterator[tuple[str, int]]:
-    """Parameters of an embedding or a head, and how many of their elements tensors fill."""
+    """Yields the parameters of an embedding or head, and how many of their elements are filled from the checkpoint."""
     fmt = format_of(module)
     if fmt is not None:
         yield from filled_elements(module, fmt)
@@ -87,12 +92,12 @@ def _listed(names: list[str]) -> str:
 
 
 def may_be_empty(model: Module) -> Callable[[str], bool]:
-    """Tells which parameters need no tensor, by the formats of their layers."""
+    """Returns a predicate for the names of parameters that need no tensor, by the formats of their layers."""
     formats = {path: fmt for path, module in model.named_modules() if (fmt := format_of(module)) is not None}
 
     def empty(parameter: str) -> bool:
         path, _, leaf = parameter.rpartition(".")
-        if leaf in ("k_scale", "v_scale"):  # SGLang tells one that was not filled, and takes the other for both
+        if leaf in ("k_scale", "v_scale"):  # SGLang recognizes one that was not filled, and uses the other for both
             return True
         fmt = formats.get(path)
         return fmt is not None and served(fmt).may_be_empty(leaf, fmt)
@@ -101,7 +106,7 @@ def may_be_empty(model: Module) -> Callable[[str], bool]:
 
 
 def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
-    """Tells which tensors of a checkpoint a model on this rank is meant to take."""
+    """Returns a predicate for the names of tensors that ``model`` must load on this rank."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.runtime_context import get_parallel
 
@@ -121,7 +126,7 @@ def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
             return False
         layer = layer_of(name)
         if layer is None:
-            return bool(get_parallel().pp_size == 1)  # the first and the last stage have what is in no layer
+            return bool(get_parallel().pp_size == 1)  # with stages, only the first or last has it
         if end is not None and not (first <= layer < end):  # of another stage
             return False
         part = numbered_part(name.rpartition(".")[0])
@@ -133,7 +138,9 @@ def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
 
 
 def _has_no_towers(model: Module) -> bool:
-    """Whether SGLang was to serve text only: it sets what would be an encoder of images or sound to None
-    (models/mllama4.py, models/inkling.py), and makes no part of any."""
+    """Whether SGLang serves text only: the attributes of all encoders (of images or sound) are None.
+
+    See models/mllama4.py and models/inkling.py.
+    """
     none = any(value is None and tower_of(f"{name}.weight") for name, value in vars(model).items())
     return none and not any(tower_of(f"{name}.weight") for name, _ in model.named_children())

@@ -1,6 +1,7 @@
-"""First on PYTHONPATH of a SGLang without a GPU: stands in for sgl_kernel, whose library needs a CUDA driver to load.
+"""Replaces sgl_kernel, whose library needs a CUDA driver to load, in processes of SGLang without a GPU.
 
-SGLang's CPU engine imports names of it that it then never calls. Spawned workers find this file by the environment.
+SGLang's CPU engine imports names of it that it never calls. This file's folder is first on PYTHONPATH, which spawned
+workers inherit.
 """
 
 import sys
