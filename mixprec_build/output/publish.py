@@ -161,9 +161,9 @@ def _publish(stage: Stage, *, force: bool) -> None:
             )  # a split would go on in it, under the name of the new one
         try:
             if replaced:
-                root.rename(out.name, waiting)
+                _rename(root, out.name, waiting)
             try:
-                root.rename(payload, out.name)  # also onto an empty folder
+                _rename(root, payload, out.name)  # also onto an empty folder
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise OutputError(f"{out}: something else was put there meanwhile; it was left as it is") from error
@@ -184,3 +184,16 @@ def _publish(stage: Stage, *, force: bool) -> None:
                 raise WriteError(f"{stage.replaced}: holds files that mixprec did not write: {left}")
         except OSError as error:
             raise WriteError(f"{stage.replaced}: {error.strerror}: {left}") from error
+
+
+def _rename(root: OwnedFolder, old: str, new: str) -> None:
+    try:
+        root.rename(old, new)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # Layered file systems (overlay) do not rename folders of the layers below: those of a container's image.
+        raise WriteError(
+            f"{root.path / old}: its file system cannot rename it to {new}, as for a folder of a container's image; "
+            "move it away yourself (copy and remove it), or name another folder"
+        ) from error

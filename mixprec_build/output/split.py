@@ -341,11 +341,12 @@ class _Split:
                         f"`mixprec verify {self._folder}` says which file was changed: bring that again, or remove its "
                         "folder where all ranks of another degree are there"
                     )
-            for tensor, due in built:
-                if checksum_on_disk(self._folder / part, tensor) != due:
-                    raise VerifyError(f"{self._folder / part}: {tensor.name} was miswritten; repeat the command")
             self._check()
-            self._owned.rename(part, file)
+            # Listed as dropped until all are there: also where it is copied, nothing reads a part of it.
+            self._owned.move_file(part, file)
+            for tensor, due in built:
+                if checksum_on_disk(self._folder / file, tensor) != due:
+                    raise VerifyError(f"{self._folder / file}: {tensor.name} was miswritten; repeat the command")
 
         with write_errors(self._folder / RESTORED):
             self._check()

@@ -147,10 +147,12 @@ def take_lock(root: OwnedFolder, out: Path, take_over: bool) -> Lock:
             # Locks of other machines are not always seen on network file systems; what they write is.
             here = locked and (holder.partition(" ")[0] == host or rest.partition("\n")[0] == boot != "")
             if holder and not here and not take_over and (silent := _silence(root, fd, out)) < _SILENCE:
+                same = holder.partition(" ")[0] == host
+                whose = f"another mixprec build ({holder})" if same else f"a mixprec build on another host ({holder})"
+                why = "" if locked else ", and this file system has no locks that tell whether it has ended"
                 raise OutputError(
-                    f"{out}: a mixprec build on another host ({holder}) was writing there {max(0, silent):.0f} seconds "
-                    f"ago; if it has ended, wait until it was silent for {_SILENCE:.0f}, or pass --take-over: what is "
-                    "finished is kept"
+                    f"{out}: {whose} was writing there {max(0, silent):.0f} seconds ago{why}; if it has ended, wait "
+                    f"until it was silent for {_SILENCE:.0f}, or pass --take-over: what is finished is kept"
                 )
             there = root.stat(name)
             if there is not None and there.st_ino == os.fstat(fd).st_ino:

@@ -7,7 +7,9 @@ them through a link, and then acts in the last of them.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from ..errors import OutputError
 __all__ = ["Entry", "OwnedFolder"]
 
 
+_BUFFER = 4 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -111,6 +114,28 @@ class OwnedFolder:
     def rename(self, old: str, new: str) -> None:
         with self._above(old) as source, self._above(new) as target, _named(self.path, new, None):
             os.rename(source[1], target[1], src_dir_fd=source[0], dst_dir_fd=target[0])
+
+    def move_file(self, old: str, new: str) -> None:
+        """Renames a file; where its folders are of two file systems, copies it, syncs the copy and removes ``old``.
+
+        Who reads ``new`` meanwhile may then find a part of it.
+        """
+        try:
+            self.rename(old, new)
+            return
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        with suppress(FileNotFoundError):
+            self.unlink(new)
+        with (
+            os.fdopen(self.open_file(old, os.O_RDONLY), "rb") as source,
+            os.fdopen(self.create(new), "wb") as target,
+        ):
+            shutil.copyfileobj(source, target, _BUFFER)
+            target.flush()
+            os.fsync(target.fileno())
+        self.unlink(old)
 
     def unlink(self, name: str) -> None:
         with self._above(name) as (fd, last), _named(self.path, name, None):
