@@ -50,16 +50,26 @@ _SHARD = re.compile(r"(?P<before>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.
 _NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # beside what cannot be seen; a pattern means something else by these
 
 
-def open_checkpoint(location: str, *, relative_to: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    location: str, *, relative_to: Path | None = None, unread: dict[str, str] | None = None
+) -> Checkpoint:
     """Opens a local folder (relative ones start at ``relative_to``) or a hub id with optional ``@revision``.
+
+    With ``unread`` a file that cannot be read, is missing or contradicts another is noted there with the reason, and
+    what others hold is opened.
 
     Raises:
         SourceError: nothing is there, only pickle files are there, or a file contradicts itself or another.
     """
-    return open_storage(_locate(location, relative_to or Path()), location)
+    return open_storage(_locate(location, relative_to or Path()), location, unread=unread)
 
 
-def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, bytes]] | None = None) -> Checkpoint:
+def open_storage(
+    storage: Files,
+    location: str,
+    headers: Iterable[tuple[str, bytes]] | None = None,
+    unread: dict[str, str] | None = None,
+) -> Checkpoint:
     """:func:`open_checkpoint` of files that are found; of shards that are given by their headers alone with these."""
     config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
     if config is None and _ADAPTER in storage.files:
@@ -77,10 +87,18 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
     left: tuple[str, ...] = ()
     with ThreadPoolExecutor(max_workers=8) as pool:
         if headers is None:
-            names, index = _shard_names(storage, location)
+            names, index = _shard_names(storage, location, unread)
             reader = _HeaderReader(storage, location)
-            for shard, data in zip(names, pool.map(reader.read, names), strict=True):
-                _add_shard(storage, location, shard, data, tensors, shards, None if compiled else index)
+            read = reader.read if unread is None else reader.try_to_read
+            for shard, data in zip(names, pool.map(read, names), strict=True):
+                try:
+                    if isinstance(data, SourceError):
+                        raise data
+                    _add_shard(storage, location, shard, data, tensors, shards, None if compiled else index)
+                except SourceError as error:
+                    if unread is None:
+                        raise
+                    unread[shard] = str(error)
             beside, left = _add_beside(BesideFiles(facts, storage.files, names), reader, tensors, shards)
         else:
             for shard, data in headers:
@@ -89,6 +107,8 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
     remarks: tuple[str, ...] = ()
     leaves = known_leaves()
     if index is not None:
+        if unread:
+            index = {name: shard for name, shard in index.items() if shard not in unread}
         if _offline(storage):
             absent = {split_name(name, leaves)[0]: shard for name, shard in index.items() if shard not in storage.files}
             index = {name: shard for name, shard in index.items() if shard in storage.files}
@@ -96,7 +116,11 @@ def open_storage(storage: Files, location: str, headers: Iterable[tuple[str, byt
         if remarks and compiled:
             files = [shard for name, shard in index.items() if name not in tensors or tensors[name].file != shard]
             files += [tensor.file for name, tensor in tensors.items() if name not in index]
-            raise SourceError(f"{remarks[0]}: it or {files[0]} was changed after building", path=f"{location}/{INDEX}")
+            text = f"{remarks[0]}: it or {files[0]} was changed after building"
+            changed = SourceError(text, path=f"{location}/{INDEX}")
+            if unread is None:
+                raise changed
+            unread[INDEX] = str(changed)
 
     apart: frozenset[str] = frozenset()
     if not compiled:
@@ -227,7 +251,9 @@ def _size(storage: Files, name: str) -> int:
     return storage.fetch([name])[name].stat().st_size if size is None else size
 
 
-def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, str] | None]:
+def _shard_names(
+    storage: Files, location: str, unread: dict[str, str] | None = None
+) -> tuple[list[str], dict[str, str] | None]:
     """The shards of a checkpoint, and the index's tensor -> shard map if there is an index."""
     index = _read_json(storage, location, INDEX, _MAX_INDEX_BYTES, _MAX_INDEX_VALUES)
     if index is not None:
@@ -253,7 +279,10 @@ def _shard_names(storage: Files, location: str) -> tuple[list[str], dict[str, st
                         "this checkpoint has files cut for ranks only: restore the merged ones with "
                         f"`mixprec split {storage.folder.absolute()} --layout both`"
                     )
-                raise SourceError(f"the shard {shard} is missing; {remedy}", path=location)
+                missing = SourceError(f"the shard {shard} is missing; {remedy}", path=location)
+                if unread is None:
+                    raise missing
+                unread[shard] = str(missing)
         return [shard for shard in shards if shard in storage.files], weight_map
     found = [name for name in storage.files if name.endswith(".safetensors")]
     if found and all(name.startswith("adapter_model") for name in found):
@@ -303,6 +332,13 @@ class _HeaderReader:
         if end > len(first):
             first += self.storage.read(name, len(first), end - len(first))
         return first[:end]
+
+    def try_to_read(self, name: str) -> bytes | SourceError:
+        """As :meth:`read`; returns what is wrong instead of raising it."""
+        try:
+            return self.read(name)
+        except SourceError as error:
+            return error
 
     def names(self, file: str, header: bytes) -> list[str]:
         """The tensors that a file's header declares."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -32,12 +32,12 @@ def _is_a_tools(entry: Entry) -> bool:
 
 
 def file_differences(
-    owned: OwnedFolder, manifest: Manifest, checkpoint: Checkpoint, left: Sequence[str]
+    owned: OwnedFolder, manifest: Manifest, checkpoint: Checkpoint, left: Sequence[str], unread: Container[str] = ()
 ) -> Iterator[str]:
     """Every entry that does not belong to the checkpoint, and every listed file that is not as it was written.
 
     Entries are known by themselves, not by what a link points to. Those of tools (:func:`beside`) and what a stopped
-    split ``left`` are no differences.
+    split ``left`` are no differences. The headers of ``unread`` shards are not compared.
     """
     listed = manifest.files
     entries = {entry.name: entry for entry in owned.entries()}
@@ -51,7 +51,7 @@ def file_differences(
             yield f"{name}: missing"
             continue
         try:
-            yield from _file_difference(owned, entries[name], line, checkpoint)
+            yield from _file_difference(owned, entries[name], line, checkpoint, name in unread)
         except SourceError as error:
             yield str(error)
 
@@ -69,7 +69,9 @@ def _link(owned: OwnedFolder, name: str) -> str:
         return f"a {'' if path.exists() else 'dangling '}link to {os.readlink(name, dir_fd=owned.fd)}"
 
 
-def _file_difference(owned: OwnedFolder, entry: Entry, line: FileEntry, checkpoint: Checkpoint) -> Iterator[str]:
+def _file_difference(
+    owned: OwnedFolder, entry: Entry, line: FileEntry, checkpoint: Checkpoint, unread: bool
+) -> Iterator[str]:
     name = entry.name
     path = inside(owned.path, name)  # which refuses links but those within the folder and of the hub's cache
     with source_errors(path):
@@ -86,9 +88,9 @@ def _file_difference(owned: OwnedFolder, entry: Entry, line: FileEntry, checkpoi
         yield f"{name}: {size} bytes, {line.nbytes} were written"
     elif line.shard:
         shard = checkpoint.shards.get(name)
-        if shard is None:
+        if shard is None and not unread:
             yield f"{name}: not in the index"
-        elif shard.header_checksum != line.checksum:
+        elif shard is not None and shard.header_checksum != line.checksum:
             yield f"{name}: its header was changed"
     elif checksum_of_file(path) != line.checksum:
         yield f"{name}: its bytes were changed"

@@ -23,10 +23,11 @@ from .leftovers import unknown_entries
 __all__ = ["differences_of", "rank_differences"]
 
 
-def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
+def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint, complete: bool = True) -> Iterator[str]:
     """Every difference between the per-rank files, what the manifest lists, and the merged tensors.
 
-    Of merged files that were dropped, also in what was kept of them.
+    Of merged files that were dropped, also in what was kept of them. Where the merged tensors are not ``complete``, the
+    files are compared with their own indexes only.
     """
     for name in unknown_entries(folder, manifest, cached=True):
         yield f"{name}: not in the manifest"
@@ -46,6 +47,9 @@ def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -
                 index = read_index(folder, name, entry)
             except VerifyError as error:
                 yield str(error)
+                continue
+            if not complete:
+                yield from differences_of(index)
                 continue
             if degree not in splitters:
                 splitters[degree] = splitter_of(source, degree)

@@ -83,8 +83,9 @@ def split(
     with locked(folder) as (owned, check):
         manifest = read_manifest(folder)
         check()
-        if (found := owned.entry(PRESPLIT)) is not None and not is_ours(found):
-            raise OutputError(f"{folder / PRESPLIT}: is {found.kind}; remove it, ranks' files are written there")
+        with write_errors(folder):
+            if (found := owned.entry(PRESPLIT)) is not None and not is_ours(found):
+                raise OutputError(f"{folder / PRESPLIT}: is {found.kind}; remove it, ranks' files are written there")
         clear_leftovers(owned, manifest, keep=manifest.shards)
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -70,9 +70,9 @@ def verify(
     """Checks files, headers, index and manifest against one another, and every tensor against its source.
 
     ``sources`` has new locations of sources by name. A tensor whose source is gone is compared by checksum. Where the
-    merged files were dropped, tensors are put together from the files of ranks. A file that cannot be read is a
-    difference, and the others are compared all the same. ``watch`` is called with the bytes to be compared, and returns
-    what is called with those that are. Splits and builds refuse or wait meanwhile.
+    merged files were dropped, tensors are put together from the files of ranks. A file that is missing, damaged or
+    cannot be read is a difference, and the others are compared all the same. ``watch`` is called with the bytes to be
+    compared, and returns what is called with those that are. Splits and builds refuse or wait meanwhile.
 
     Raises:
         VerifyError: there is no manifest, or it cannot be read; files of ranks that nothing can be put together from;
@@ -117,7 +117,8 @@ def _verify(
     folder: Path, owned: OwnedFolder, sources: Mapping[str, str], watch: Callable[[int], Progress] | None
 ) -> Verification:
     manifest = read_manifest(folder)
-    checkpoint = open_compiled(folder.absolute(), manifest)
+    unread: dict[str, str] = {}
+    checkpoint = open_compiled(folder.absolute(), manifest, unread)
     if isinstance(checkpoint.storage, CutFolder):
         checkpoint.storage.reader.prepare()
     left = leftovers(folder, manifest)
@@ -125,12 +126,13 @@ def _verify(
     recorded = manifest.tensors()
     progress = None if watch is None else watch(sum(entry.nbytes for entry in recorded.values()))
     differences = [
-        *file_differences(owned, manifest, checkpoint, left),
-        *_structure_differences(manifest, checkpoint),
-        *rank_differences(folder, manifest, checkpoint),
+        *(reason for file, reason in unread.items() if owned.entry(file) is not None),
+        *file_differences(owned, manifest, checkpoint, left, unread),
+        *_structure_differences(manifest, checkpoint, unread),
+        *rank_differences(folder, manifest, checkpoint, not unread),
     ]
     bit_for_bit = 0
-    unread: dict[str, list[str]] = {}
+    sources_unread: dict[str, list[str]] = {}
 
     def check(item: tuple[str, TensorEntry]) -> _Compared:
         name, entry = item
@@ -149,8 +151,8 @@ def _verify(
             if compared.difference is not None:
                 differences.append(compared.difference)
             if compared.unread is not None:
-                unread.setdefault(compared.unread[0], []).append(compared.unread[1])
-    for name, reasons in unread.items():
+                sources_unread.setdefault(compared.unread[0], []).append(compared.unread[1])
+    for name, reasons in sources_unread.items():
         more = f" (and {len(reasons) - 1:,} more tensors)" if len(reasons) > 1 else ""
         gone.append(f"`{name}`: {reasons[0]}{more}")
     texts = (tuple(map(printable, lines)) for lines in (gone, differences, left, beside(owned)))
@@ -184,7 +186,8 @@ def _open_sources(manifest: Manifest, moved: Mapping[str, str]) -> tuple[dict[st
     return opened, gone
 
 
-def _structure_differences(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
+def _structure_differences(manifest: Manifest, checkpoint: Checkpoint, unread: Container[str]) -> Iterator[str]:
+    """``unread``: files that were not opened, whose tensors are known to be missing."""
     if checkpoint.quantization.get("quant_method") != METHOD:
         yield f"config.json: quant_method is not {METHOD}"
     elif checkpoint.quantization.get("formats") != manifest.head["formats"]:
@@ -195,7 +198,7 @@ def _structure_differences(manifest: Manifest, checkpoint: Checkpoint) -> Iterat
                 f"{name}: {info.dtype} {list(info.shape)} in {info.file}, "
                 f"built as {entry.dtype} {list(entry.shape)} in {entry.file}"
             )
-        elif entry is not None:
+        elif entry is not None and entry.file not in unread:
             yield f"{name}: missing from {entry.file}"
         elif info is not None:
             yield f"{name}: in {info.file}, but not in the manifest"

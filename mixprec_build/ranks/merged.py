@@ -49,15 +49,16 @@ def splitter_of(source: Source, degree: Degree, *, replicated_head: bool = False
     return Splitter(modules, source.facts, degree, replicated_head)
 
 
-def open_compiled(folder: Path, manifest: Manifest) -> Checkpoint:
-    """A compiled checkpoint by its headers, also where its merged files were dropped.
+def open_compiled(folder: Path, manifest: Manifest, unread: dict[str, str] | None = None) -> Checkpoint:
+    """A compiled checkpoint by its headers, also where its merged files were dropped. For ``unread`` see
+    :func:`.open_checkpoint`.
 
     Raises:
         VerifyError: what was kept of the merged files is not what was listed.
         SourceError: from opening files.
     """
     if manifest.rest is None:
-        return open_checkpoint(str(folder))
+        return open_checkpoint(str(folder), unread=unread)
     return CutFolder(folder, manifest, manifest.rest).checkpoint
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 from support.llama import write_recipe, write_sources
+from support.plans import planned
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import MixprecError, OutputError
 from mixprec_build.output import verify as verifying
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.locked import locked
+from mixprec_build.output.publish import write
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
 
@@ -214,3 +216,52 @@ def test_where_nothing_can_be_locked_a_change_meanwhile_is_no_difference(
         assert isinstance(error, OutputError) and "another mixprec command changed it" in str(error)
     monkeypatch.undo()
     assert verify(out).differences == ()
+
+
+# Headers that cannot be read
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no JSON": (lambda path: path.write_bytes(path.read_bytes()[:8] + b"!" + path.read_bytes()[9:]), "not valid JSON"),
+    "endless": (lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "header"),
+    "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
+    "missing": (Path.unlink, "missing"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder, a file was written"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_shard_whose_header_is_damaged_is_named_and_the_others_are_compared(
+    mix: Path, tmp_path: Path, kind: str
+) -> None:
+    damage, what = DAMAGED[kind]
+    out = tmp_path / "out"
+    write(planned(mix), out)
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    sound = verify(out)
+    assert len(shards) > 3 and sound.differences == ()
+    with (out / shards[-1]).open("r+b") as file:  # of another one: its last byte
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    damage(out / shards[0])
+    result = verify(out)
+    about = {shard: [text for text in result.differences if shard in text] for shard in shards}
+    assert any(what in text for text in about[shards[0]]), result.differences
+    assert all(shard in (shards[0], shards[-1]) or not texts for shard, texts in about.items()), result.differences
+    assert len(about[shards[0]]) <= 2 and sum("byte" in text for text in about[shards[-1]]) >= 1
+    assert 0 < result.bit_for_bit < sound.bit_for_bit
+
+
+def test_files_of_ranks_are_compared_beside_a_damaged_header(out: Path) -> None:
+    shard = next(out.glob("*.safetensors"))
+    shard.write_bytes(b"\xff" * 8 + shard.read_bytes()[8:])
+    part = next((out / "presplit").rglob("*.safetensors"))
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    differences = verify(out).differences
+    assert any(shard.name in text for text in differences)
+    assert any(str(part) in text and "its bytes were changed" in text for text in differences)

@@ -184,12 +184,12 @@ def empty(out: Path) -> str:
 
 def lose_shard(out: Path) -> str:
     (out / ONE).unlink()
-    return f"{out}: the shard {ONE} is missing; fetch it again"
+    return f"{ONE}: missing"
 
 
 def rename_shard(out: Path) -> str:
     (out / ONE).rename(out / "model-00003-of-00003.safetensors")
-    return f"{out}: the shard {ONE} is missing; fetch it again"
+    return f"model-00003-of-00003.safetensors: not in the manifest\n{ONE}: missing"
 
 
 def swap_shards(out: Path) -> str:

@@ -1,0 +1,298 @@
+"""One command, stopped at each of its file-system calls in turn: the call fails, is the last before a kill, or waits.
+
+    python -m support.campaign RECIPE BUILT FOLDER build ENOSPC,kill 1
+
+goes through a build of ``RECIPE`` into a copy of ``BUILT``, in ``FOLDER``, and prints how many calls there are and how
+it ended at each. It runs as a process of its own, without torch.
+
+What a run leaves must be the output before or the output after it, and the same command must finish it and leave
+nothing else. A state that was finished once is not finished again. A kill before a call that changes nothing on the
+disk leaves what a kill before the next one that does leaves, so only these are killed at.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.errors import MixprecError
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.split import split
+from mixprec_build.output.verify import verify
+from mixprec_build.planning.types import Plan
+
+__all__ = ["COMMANDS", "Campaign"]
+
+_CALLS = (
+    "open", "pwrite", "pread", "preadv", "write", "read", "posix_fallocate", "ftruncate", "lseek", "fstat", "stat",
+    "lstat", "statvfs", "scandir", "listdir", "mkdir", "rmdir", "unlink", "rename", "replace", "link", "readlink",
+    "fsync",
+)  # fmt: skip
+"""Functions of ``os``. One that only closes is not among them: no file system lets that of a folder fail."""
+_CHANGES = {
+    "pwrite", "write", "posix_fallocate", "ftruncate", "mkdir", "rmdir", "unlink", "rename", "replace", "link",
+    "writelines", "flush",
+}  # fmt: skip
+_OF_FILES = ("write", "writelines", "read", "flush")
+_SIGNED = (".out.mixprec/lock", ".out.mixprec/made")
+"""Files that hold numbers of processes and inodes."""
+
+COMMANDS = ("build", "split", "verify")
+
+
+class Campaign:
+    """Copies of one output, each with one run of a command that is stopped somewhere.
+
+    Args:
+        built: the output before.
+        what: the command, one of :data:`COMMANDS`.
+    """
+
+    def __init__(self, recipe: Path, built: Path, folder: Path, what: str):
+        self._plan = plan_recipe(recipe)
+        self._built, self._folder, self._what = built, folder, what
+        self.before = _tree(built)
+        self._finished: set[str] = set()
+        self.wrong: list[str] = []
+        """What did not hold."""
+        out = self._copy("due")
+        with _Calls() as calls:
+            _command(what, self._plan, out)
+        self.calls = calls.made
+        self.changes = calls.changes
+        """The numbers of those that may change something on the disk."""
+        self.due = _tree(out)
+        assert verify(out).differences == ()
+
+    def sweep(self, error: str, step: int = 1) -> Counter[int]:
+        """How the command ends if one of its calls fails with ``error`` (``"kill"``: is never made), each in turn.
+
+        A full disk fails calls that may write something only.
+        """
+        codes: Counter[int] = Counter()
+        points = range(1, self.calls + 1) if error == "EIO" else self.changes
+        for nth in points[::step]:
+            out, case = self._copy(str(nth)), f"{self._what}, {error} at call {nth}"
+            files = _open_files()
+            kills = error == "kill"
+            code = _ended(self._start(out, nth, error)) if kills else self._failing(out, nth, error)
+            codes[code] += 1
+            there = _tree(out) if out.exists() else None
+            self._expect(code == -signal.SIGKILL if kills else code in (0, 1, 2, 3), f"{case}: exit {code}")
+            self._expect(_open_files() == files, f"{case}: a file stays open")
+            if self._what == "build":
+                old_or_new = there in (self.before, self.due) or (code < 0 and there is None)
+                self._expect(old_or_new, f"{case}: neither the old output nor the new one")
+            self._expect(code != 0 or there == self.due, f"{case}: not finished")
+            self._finish(out, case)
+        return codes
+
+    def pairs(self, other: str, count: int) -> Counter[str]:
+        """How the command and ``other`` end if the second runs while the first waits at one of its calls, at ``count``
+        of them."""
+        codes: Counter[str] = Counter()
+        for nth in sorted({1 + i * self.calls // count for i in range(count)}):
+            out, case = self._copy(str(nth)), f"{other} while {self._what} waits at call {nth}"
+            first = self._start(out, nth, "stop")
+            _, status = os.waitpid(first, os.WUNTRACED)
+            self._expect(os.WIFSTOPPED(status), f"{case}: it does not")
+            second = _ended(self._start(out, 0, "none", other))
+            os.kill(first, signal.SIGCONT)
+            code = _ended(first)
+            codes[f"{code} {second}"] += 1
+            self._expect({code, second} <= {0, 2} and 0 in (code, second), f"{case}: exit {code} and {second}")
+            if other == "verify":
+                self._expect(_tree(out) == (self.due if code == 0 else self.before), f"{case}: it is not what it was")
+            if second:  # a build that was refused keeps what it has finished
+                _command(other, self._plan, out)
+            self._finish(out, case, always=True)
+        return codes
+
+    def _expect(self, holds: bool, what: str) -> None:
+        if not holds:
+            self.wrong.append(what)
+
+    def _copy(self, name: str) -> Path:
+        return Path(shutil.copytree(self._built, self._folder / name / "out", copy_function=os.link))
+
+    def _finish(self, out: Path, case: str, *, always: bool = False) -> None:
+        state = _state(out.parent)
+        if always or state not in self._finished:
+            self._finished.add(state)
+            try:
+                _command(self._what, self._plan, out)
+                self._expect(_tree(out) == self.due, f"{case}: another output when it is repeated")
+                left = sorted(path.name for path in out.parent.iterdir())
+                self._expect(left == ["out"], f"{case}: leaves {left}")
+            except MixprecError as error:
+                self._expect(False, f"{case}: when it is repeated: {error}")
+        shutil.rmtree(out.parent)
+
+    def _failing(self, out: Path, nth: int, error: str) -> int:
+        try:
+            with _Calls(nth, error):
+                _command(self._what, self._plan, out)
+        except MixprecError as refusal:
+            return refusal.exit_code
+        except OSError as unnamed:
+            self.wrong.append(f"{self._what}, {error} at call {nth}: a traceback: {unnamed}")
+            return 1
+        return 0
+
+    def _start(self, out: Path, nth: int, error: str, what: str | None = None) -> int:
+        """The number of a process that runs the command, or ``what``."""
+        child = os.fork()
+        if child:
+            return child
+        code = 99  # a traceback
+        try:
+            with _Calls(nth, error):
+                _command(what or self._what, self._plan, out)
+            code = 0
+        except MixprecError as refusal:
+            code = refusal.exit_code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+def _open_files() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def _ended(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+class _Calls:
+    """Counts the file-system calls that this process makes inside of it; the ``nth`` fails, kills or stops it."""
+
+    def __init__(self, nth: int = 0, error: str = "none"):
+        self._nth, self._error = nth, error
+        self._lock = threading.Lock()
+        self.made = 0
+        self.changes: list[int] = []
+        self._real: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> _Calls:
+        for name in _CALLS:
+            self._replace(os, name, self._counted(name, getattr(os, name)))
+        fdopen = os.fdopen
+        self._replace(os, "fdopen", lambda *args, **options: _File(fdopen(*args, **options), self))
+        self._replace(builtins, "open", self._counted("open", io.open))
+        self._replace(io, "open", builtins.open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for place, name, real in reversed(self._real):
+            setattr(place, name, real)
+
+    def _replace(self, place: Any, name: str, value: Any) -> None:
+        self._real.append((place, name, getattr(place, name)))
+        setattr(place, name, value)
+
+    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if name == "open" and isinstance(arguments[0], int):  # a file object of what is open
+                return real(*arguments, **options)
+            flags = arguments[1] if name == "open" and len(arguments) > 1 else 0
+            makes = "w" in flags if isinstance(flags, str) else bool(flags & (os.O_CREAT | os.O_TRUNC))
+            self.count(name in _CHANGES or (name == "open" and makes))
+            return real(*arguments, **options)
+
+        return call
+
+    def count(self, changes: bool) -> None:
+        with self._lock:
+            self.made += 1
+            if changes:
+                self.changes.append(self.made)
+            due = self.made == self._nth
+        if not due:
+            return
+        if self._error == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self._error == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            number = getattr(errno, self._error)
+            raise OSError(number, os.strerror(number))
+
+
+class _File:
+    """A file object whose reads and writes are counted, too."""
+
+    def __init__(self, file: Any, calls: _Calls):
+        self._file, self._calls = file, calls
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_FILES:
+            self._calls.count(name in _CHANGES)
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Any:
+        return iter(self._file)
+
+
+def _command(what: str, plan: Plan, out: Path) -> None:
+    if what == "build":
+        run_plan(plan, out, force=True, jobs=1)
+    elif what == "split":
+        split(out, Degree(2), layout="presplit", jobs=1)
+    else:
+        differences = verify(out).differences
+        assert differences == (), differences
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _state(folder: Path) -> str:
+    """A checksum of all that lies in a folder, but for what a process signs with its own numbers."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        data = path.read_bytes() if path.is_file() and name not in _SIGNED else b""
+        digest.update(f"{name}\0{path.lstat().st_mode}\0{len(data)}\0".encode())
+        digest.update(data)
+    return str(digest.hexdigest())
+
+
+def main() -> None:
+    os.fsync = lambda fd: None  # a process that is killed loses nothing of what it wrote
+    recipe, built, folder, what, errors, step = sys.argv[1:7]
+    campaign = Campaign(Path(recipe), Path(built), Path(folder), what)
+    print(campaign.calls, len(campaign.changes))
+    for error in errors.split(","):
+        if error in COMMANDS:
+            print(json.dumps([error, campaign.pairs(error, int(step))]))
+        else:
+            print(json.dumps([error, campaign.sweep(error, int(step))]))
+    sys.exit("\n".join(campaign.wrong))
+
+
+if __name__ == "__main__":
+    main()
