@@ -81,7 +81,8 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every file-system call of a build and a split fails in turn, or is the last; `make test` takes a few of them.
+# As in `make test`, every file-system call of a build and a split fails in turn, or is the last: with more errors,
+# and more pairs of commands that meet and bits that flip.
 faults: setup
 	MIXPREC_FAULTS=all $(BIN)/python -m pytest tests/unit/test_faults_campaign.py
 

@@ -47,9 +47,12 @@ def mark(root: OwnedFolder, name: str) -> None:
         return
     with suppress(FileNotFoundError):
         root.unlink(f"{name}/made")
-    fd = root.create(f"{name}/made")
     folder = root.stat(name)
-    write_and_close(fd, b"" if folder is None else b"%d %d\n" % (folder.st_ino, os.fstat(fd).st_ino))
+    with os.fdopen(root.create(f"{name}/made"), "wb") as file:
+        if folder is not None:
+            file.write(b"%d %d\n" % (folder.st_ino, os.fstat(file.fileno()).st_ino))
+        file.flush()
+        os.fsync(file.fileno())
     root.sync(name)
     root.sync()
 

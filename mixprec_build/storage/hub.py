@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import HubError
+from .deadline import TooLateError, at_most
 
 __all__ = ["HubRepo", "parse_repo_id"]
 
@@ -83,7 +84,7 @@ class HubRepo:
         from huggingface_hub import HfApi, constants
 
         try:
-            with _hub_errors(repo_id, where):
+            with _hub_errors(repo_id, where), _in_time(0, where):
                 info = HfApi().model_info(
                     repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
                 )
@@ -141,7 +142,7 @@ class HubRepo:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.repo_id, name, revision=self.commit)
-        with _hub_errors(self.repo_id, where) as headers:
+        with _hub_errors(self.repo_id, where) as headers, _in_time(offset + length, where):
             data = _get_range(url, headers, offset, length, where)
         if len(data) < length and size is not None:
             message = f"{_endpoint()} sent {len(data)} of the {length} bytes at {offset}: try again later"
@@ -164,7 +165,7 @@ class HubRepo:
             where = _location(self.repo_id, self.revision, name)
             if path is None:
                 # hf_xet reports failures of its storage servers as RuntimeError
-                with _hub_errors(self.repo_id, where, RuntimeError):
+                with _hub_errors(self.repo_id, where, RuntimeError), _in_time(self.files[name] or 0, where):
                     path = Path(hf_hub_download(self.repo_id, name, revision=self.commit))
             fetched[name] = path
         self._remember_revision()
@@ -261,6 +262,16 @@ def _get_range_once(url: str, headers: dict[str, str], offset: int, length: int,
             if len(body) >= length:
                 break
         return bytes(body[:length])
+
+
+@contextmanager
+def _in_time(nbytes: int, where: str) -> Iterator[None]:
+    """Ends an answer of so many bytes that drips: its pieces come in time, each alone, and never all of them."""
+    try:
+        with at_most(_LONGEST + nbytes / _SLOWEST):
+            yield
+    except TooLateError:
+        raise _UnreachableError(f"{_endpoint()} sends too slowly: try again later", path=where) from None
 
 
 @contextmanager

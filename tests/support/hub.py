@@ -69,6 +69,7 @@ class HubServer:
         cuts: for the next file bodies in order, the bytes after which the connection is closed.
         ignore_range: answer a range request with the whole file, as some mirrors do.
         silent: log requests and answer none, until the server stops.
+        drip: seconds before each byte of a body, where more than none.
     """
 
     def __init__(self) -> None:
@@ -78,6 +79,7 @@ class HubServer:
         self.cuts: list[int] = []
         self.ignore_range = False
         self.silent = False
+        self.drip = 0.0
         self._stopped = threading.Event()
         self._repos: dict[str, _Repo] = {}
         self._blobs: dict[str, Path] = {}
@@ -189,7 +191,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.send_body(body)
+
+    def send_body(self, data: bytes) -> int:
+        for byte in data if self.hub.drip else ():
+            if self.hub._stopped.wait(self.hub.drip):
+                break
+            self.wfile.write(bytes([byte]))
+        return len(data) if self.hub.drip else self.wfile.write(data)
 
     def reply_file(self, request: Request, path: Path, headers: dict[str, str]) -> None:
         size = path.stat().st_size
@@ -220,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
     def send_bytes(self, request: Request, file: BinaryIO, start: int, stop: int) -> None:
         file.seek(start)
         while (left := stop - file.tell()) > 0:
-            request.sent += self.wfile.write(file.read(min(_CHUNK, left)))
+            request.sent += self.send_body(file.read(min(_CHUNK, left)))
 
 
 class _CdnHandler(_Handler):

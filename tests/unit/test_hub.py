@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from mixprec_build.errors import HubError, RefusedError
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.verify import verify
 from mixprec_build.storage import hub as hub_module
+from mixprec_build.storage.deadline import TooLateError, at_most
 from mixprec_build.storage.hub import HubRepo, parse_repo_id
 
 REPO = "org/model"
@@ -631,3 +633,44 @@ def test_an_answer_that_never_ends(hub: HubServer, model: Path, monkeypatch: Pat
     monkeypatch.setattr(module, "_LONGEST", -100.0)
     with pytest.raises(HubError, match="sends too slowly: try again later"):
         repo.read(SHARD, 0, 10)
+
+
+def test_answers_that_drip(hub: HubServer, model: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Each byte comes in time: a listing, a header and a download end all the same, and leave nothing half."""
+    import mixprec_build.storage.hub as module
+
+    hub.add(REPO, model)
+    repo = HubRepo.open(REPO)
+    hub.drip = 0.02
+    monkeypatch.setattr(module, "_LONGEST", 0.3)
+    monkeypatch.setattr(module, "_SLOWEST", 1e9)
+    size = repo.files[SHARD]
+    assert size is not None and size * hub.drip > 10
+    with pytest.raises(HubError, match="sends too slowly: try again later"):
+        HubRepo.open(REPO)
+    with pytest.raises(HubError, match="sends too slowly: try again later"):
+        repo.read(SHARD, 0, size)
+    with pytest.raises(HubError, match=f"{SHARD}: .*sends too slowly: try again later"):
+        repo.fetch([SHARD])
+    assert repo.cached(SHARD) is None and not [*(tmp_path / "home").rglob("*incomplete*")]
+    hub.drip = 0
+    monkeypatch.setattr(module, "_LONGEST", 60.0)
+    assert repo.fetch([SHARD])[SHARD].read_bytes() == (model / SHARD).read_bytes()
+
+
+def test_what_ends_in_time_is_not_interrupted_later() -> None:
+    """Also where it ends just when its time is over."""
+    late = 0
+    for _ in range(300):
+        began = time.monotonic()
+        try:
+            with at_most(0.001):
+                while time.monotonic() < began + 0.001:
+                    pass
+        except TooLateError:
+            late += 1
+    time.sleep(0.05)  # nothing comes up here
+    assert late < 300
+    with suppress(TooLateError), at_most(0.01):
+        while True:
+            pass
