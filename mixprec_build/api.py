@@ -1,6 +1,6 @@
-"""The functions of ``import mixprec_build as mp``: what the commands do, for other programs.
+"""The functions of ``import mixprec_build as mp``, which do for programs what the commands do.
 
-Every function raises subclasses of :class:`~mixprec_build.errors.MixprecError`, whose text is meant for a user.
+They raise subclasses of :class:`~mixprec_build.errors.MixprecError`, whose text is meant for a user.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["build", "inspect", "plan", "split", "suggest", "verify"]
 
 Layout = Literal["merged", "presplit", "both"]
-"""Which files a checkpoint has: those of the whole model, those cut for ranks, or both."""
+"""Which files a checkpoint has: those of the complete model, those cut for ranks, or both."""
 Check = Literal["sample", "full"]
-"""How many quantized modules have their weights compared with unquantized ones."""
+"""Which quantized modules have their weights compared with unquantized ones: a sample, or all."""
 
 
 def plan(
@@ -39,16 +39,16 @@ def plan(
     'gptq_int4'
 
     Args:
-        allow_unservable: plan also what SGLang could not serve; the reasons are then in ``plan.unservable``.
-        link: take source files over whole, by reflink or hard link, where all of a file is wanted.
-        layout: takes the place of the recipe's.
-        check: compare the weights of a ``sample`` of the quantized modules with their unquantized forms, or of all
-            (``full``); what does not agree is in ``plan.notes``.
+        allow_unservable: plan a mix even if SGLang could not serve it; the reasons are then in ``plan.unservable``.
+        link: reflink or hard-link source files whose every tensor is used, instead of copying them.
+        layout: overrides the recipe's.
+        check: compare the weights of a ``sample`` of the quantized modules with unquantized ones, or of all
+            (``full``); differences are in ``plan.notes``.
 
     Raises:
-        RecipeError: the YAML, with its line.
-        SourceError: a checkpoint that cannot be read.
-        RefusedError: the mix cannot be served; it carries every problem.
+        RecipeError: the recipe cannot be read, or asks for what no source has.
+        SourceError: a checkpoint cannot be read.
+        RefusedError: the mix cannot be served; ``problems`` has every reason.
     """
     from .output.build import plan_recipe
 
@@ -70,7 +70,7 @@ def build(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Compiles a recipe, or a plan of :func:`plan`, into the folder ``out``, which appears whole or not at all.
+    """Compiles a recipe, or a plan of :func:`plan`, into the folder ``out``, which appears complete or not at all.
 
     >>> mp.build("mix.yaml", "out").name
     'mixprec_manifest.json'
@@ -78,17 +78,17 @@ def build(
     Args:
         force: replace an ``out`` that mixprec wrote before.
         take_over: continue a stopped build, even one that another machine began.
-        allow_unservable, link, layout, check: as for :func:`plan`; the last two are for recipes only.
+        allow_unservable, link, layout, check: as for :func:`plan`; the last two only with a recipe.
         jobs: copying threads; up to 8 by default.
-        progress: called with the bytes just done, from any thread; in all they are ``plan.written_bytes``.
+        progress: called with the bytes just done, from any thread; they add up to ``plan.written_bytes`` at most.
 
     Returns:
         The path of the manifest.
 
     Raises:
         RecipeError, SourceError, RefusedError: as :func:`plan`.
-        OutputError: ``out`` holds something else, overlaps a source, or is in use.
-        WriteError: the disk is full or fails. The same call goes on with what was finished.
+        OutputError: ``out`` has other files in it, overlaps a source, or is in use.
+        WriteError: the disk is full or fails. The same call continues after the files that are finished.
     """
     from .output.build import run_plan
     from .planning.types import Plan
@@ -108,17 +108,17 @@ def build(
 
 
 def inspect(checkpoint: str | PathLike[str]) -> dict[str, Any]:
-    """Says what a checkpoint holds, by its headers: a compiled one or any other, a folder or a hub id.
+    """Describes a checkpoint by its headers: a compiled one or any other, by its folder or hub id.
 
     >>> sorted(entry["name"] for entry in mp.inspect("out")["formats"])
     ['bf16', 'fp8_block', 'gptq_int4']
 
     Returns:
-        What ``mixprec inspect --json`` prints: ``formats`` with modules, parameters and bytes of each, ``layers`` with
-        a map of them, and of a compiled checkpoint its ``sources`` and ``manifest_checksum``.
+        The data that ``mixprec inspect --json`` prints: ``formats`` with modules, parameters and bytes of each,
+        ``layers`` with the formats in each, and for a compiled checkpoint ``sources`` and ``manifest_checksum``.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the checkpoint cannot be read.
         VerifyError: its manifest was changed.
     """
     from .ranks.on_disk import open_on_disk
@@ -139,8 +139,11 @@ def verify(
     ()
 
     Args:
-        sources: source -> where it has moved to. Tensors of sources that are gone are compared by checksum.
-        progress: called with the bytes just compared.
+        sources: name of a source -> its new location. Tensors of sources that are gone are compared by checksum.
+        progress: called with the bytes just compared, from any thread.
+
+    Returns:
+        All differences found, and how many tensors were compared in which way.
 
     Raises:
         VerifyError: there is no manifest, or it was changed.
@@ -171,7 +174,7 @@ def split(
         tp: tensor-parallel ranks; None with ``layout="merged"``.
         ep: expert-parallel ranks among them.
         dp: replicas of attention among them (``--enable-dp-attention``).
-        ranks: cut these only; all by default.
+        ranks: cut only these; all by default.
         layout: ``presplit`` drops the merged files afterwards, ``both`` keeps or restores them, ``merged`` restores
             them and drops the files of ranks.
         jobs: copying threads; up to 8 by default.
@@ -180,8 +183,8 @@ def split(
         The folders of the ranks.
 
     Raises:
-        SplitError: it cannot be cut like that.
-        VerifyError: ``folder`` is no compiled checkpoint.
+        SplitError: the checkpoint cannot be cut for these ranks.
+        VerifyError: ``folder`` is not a compiled checkpoint, or was changed.
         OutputError, WriteError: as :func:`build`.
     """
     from .checkpoint.degree import Degree
@@ -213,22 +216,26 @@ def suggest(
     True
 
     Args:
-        recipe: names the sources to choose from; its lines decide what cannot be chosen.
+        recipe: names the sources to choose from; its lines decide modules that have no choice.
         budget: bytes of the files to be written, as a number or as in ``"140GB"``.
-        out: where the recipe is written; nowhere by default.
-        force: replace an ``out`` that is there.
+        out: the recipe to write; none by default.
+        force: replace an ``out`` that exists.
         stats: files of expert activity, added up.
-        moments: second moments of the modules' inputs (safetensors).
-        objective: ``weight``, ``relative``, ``output`` or ``relative-output``; the last by default where there are
-            moments, else ``relative``.
-        pins: ``(pattern, source)``: this source there.
-        floors: ``(pattern, format)``: no format of fewer bits there.
-        errors: where measured errors are kept; ``~/.cache/mixprec`` by default.
-        jobs: measuring threads.
+        moments: a file of second moments of the modules' inputs (safetensors).
+        objective: ``weight``, ``relative``, ``output`` or ``relative-output``; the last by default with moments, else
+            ``relative``.
+        pins: ``(pattern, source)``: the only source for these modules.
+        floors: ``(pattern, format)``: no format of fewer bits for these modules.
+        errors: a file that stores measured errors; below ``~/.cache/mixprec`` by default.
+        allow_unservable: as for :func:`plan`.
+        jobs: measuring threads; one a CPU by default.
+
+    Returns:
+        The plan of the mix, its bytes and loss, and the alternatives.
 
     Raises:
-        BudgetError: no mix is as small; the message has the smallest.
-        OutputError: ``out`` is there, or cannot be written.
+        BudgetError: no mix fits into the budget; the message states the smallest.
+        OutputError: ``out`` exists, or cannot be written.
         RecipeError, SourceError, StatsError, RefusedError: see their docstrings.
     """
     from .recipe.recipe import load_recipe, parse_size

@@ -40,7 +40,7 @@ app = typer.Typer(
 
 
 def _with_json_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, which prints errors as JSON as well where it is asked for JSON."""
+    """Makes a command print errors as JSON, too, if it is called with ``--json``."""
 
     @wraps(command)
     def run(**options: Any) -> None:
@@ -74,10 +74,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 class _Stop:
-    """Handles Ctrl-C and SIGTERM: the first ends the command in order, as KeyboardInterrupt.
+    """Handles Ctrl-C and SIGTERM: the first raises KeyboardInterrupt, which ends the command in order.
 
-    What comes after it ends the process at once, as a kill would: whatever is being written survives that, and to end
-    in order may mean to wait for a disk.
+    A second one ends the process at once, since an orderly end may have to wait for a disk. What is being written
+    survives that as it survives a kill.
     """
 
     number = 0
@@ -111,10 +111,10 @@ def main() -> None:
 
 
 def _ended(stop: _Stop) -> tuple[object, str]:
-    """Runs the command; returns its exit code and what is to be said of its end."""
+    """Runs the command; returns its exit code and the message to end with."""
     try:
         app(prog_name="mixprec")
-    except SystemExit as ended:  # of every command that did not fail, and of one that Ctrl-C ended
+    except SystemExit as ended:  # after a command that did not fail, and after Ctrl-C
         return ended.code, "interrupted" if stop.number else ""
     except OutputLostError as error:
         return error.exit_code, error.message
@@ -132,5 +132,5 @@ def _ended(stop: _Stop) -> tuple[object, str]:
 
 
 def _printable(text: str) -> str:
-    """Without characters that would command the terminal: a message may quote an untrusted file."""
+    """Escapes control characters but line ends: a message may quote an untrusted file."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

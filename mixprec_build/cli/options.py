@@ -10,13 +10,13 @@ import typer
 
 
 class Allowed(str, Enum):
-    """What ``--allow`` lets pass."""
+    """Values of ``--allow``."""
 
     UNSERVABLE = "unservable"
 
 
 class Layout(str, Enum):
-    """Which files a compiled checkpoint has."""
+    """Values of ``--layout``: which files a compiled checkpoint has."""
 
     MERGED = "merged"
     PRESPLIT = "presplit"
@@ -34,7 +34,7 @@ Link = Annotated[bool, typer.Option("--link", help="Reflink or hard-link source 
 
 
 class Checked(str, Enum):
-    """How many quantized modules have their weights compared with unquantized ones."""
+    """Values of ``--check``: which quantized modules have their weights compared with unquantized ones."""
 
     SAMPLE = "sample"
     FULL = "full"

@@ -41,6 +41,7 @@ def plan_from(
     layout: Layout | None = None,
     check: Checked = Checked.SAMPLE,
 ) -> Plan:
+    """Plans a recipe by the options of a command."""
     from ..output.build import no_garbage_collection, plan_recipe
 
     wanted = None if layout is None else layout.value
@@ -52,12 +53,12 @@ def plan_from(
             layout=wanted,
             check_all=check is Checked.FULL,
         )
-        gc.freeze()  # its million objects stay until the end, and need not be searched for garbage, at exit neither
+        gc.freeze()  # its million objects live until the end: no search for garbage among them, not even at exit
     return plan
 
 
 def show_plan_notes(plan: Plan, as_json: bool, shown: Plan | None = None) -> None:
-    """Prints them, but for those that ``shown`` has, too."""
+    """Prints a plan's notes and problems to standard error, except those that ``shown`` has."""
     if as_json:
         return
     for note in plan.notes:

@@ -18,7 +18,7 @@ __all__ = ["console", "print_json", "progress_bar"]
 
 @contextmanager
 def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Progress]:
-    """A progress bar with bytes and rate on standard error, where that is a terminal."""
+    """Shows a progress bar on standard error; yields the function to call with the bytes just done."""
     if quiet or not total:
         yield lambda _: None
         return
@@ -32,14 +32,15 @@ def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Progress]:
 
 
 def console(stderr: bool = False) -> Console:
+    """A console on standard output or standard error."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    # Piped output is for other programs: wide enough that nothing is folded.
+    # Piped output is for other programs: wide enough that no cell is broken.
     return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
 
 
 def print_json(facts: object) -> None:
-    """Prints JSON in which text that could command a terminal, or turn its direction, is escaped."""
+    """Prints JSON with control characters and changes of direction escaped."""
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))

@@ -1,4 +1,4 @@
-"""Standard output and error that are closed, full, or no longer read by anyone."""
+"""Standard output and standard error that may be closed, full, or no longer read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["OutputLostError", "finish_output", "open_streams"]
 
 
 class OutputLostError(Exception):
-    """Standard output takes nothing more. No ``OSError``, which a command might take for one of its own."""
+    """Standard output cannot be written. Not an ``OSError``, which a command might take for one of its own files."""
 
     def __init__(self, cause: OSError):
-        """A reader that went away, as ``head`` does, is no reason for a message."""
+        """The message is empty where a reader went away, as ``head`` does."""
         gone = cause.errno == errno.EPIPE
         self.message = "" if gone else f"standard output: {cause.strerror}; the command itself may have succeeded"
         self.exit_code = 141 if gone else 3
@@ -38,7 +38,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Errors(io.TextIOWrapper):
-    """Where not even errors can be printed, the exit code has to do."""
+    """Standard error. Where it cannot be written, the exit code has to do."""
 
     def write(self, text: str, /) -> int:
         with suppress(OSError):
@@ -53,8 +53,8 @@ class _Errors(io.TextIOWrapper):
 def open_streams() -> None:
     """Makes standard output and error safe to print to.
 
-    A path need not be text, and a terminal need not know every letter: both are escaped. A stream that was closed, as
-    daemons close it, is opened on ``/dev/null``: the next file would get its number, and what is printed.
+    Characters that cannot be encoded are escaped. A closed stream, as daemons have, is opened on ``/dev/null``: else
+    the next file would get its number, and what is printed.
     """
     for fd in range(3):
         try:

@@ -1,6 +1,6 @@
-"""`mixprec doctor`: can this machine serve, and can it serve this checkpoint? Answered before a long launch fails.
+"""``mixprec doctor``: checks that this machine can serve, or serve one checkpoint, before a long launch fails.
 
-Works without SGLang and without a GPU, whose absence is then what it reports.
+Works without SGLang and without a GPU, and then reports that they are missing.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """``capability`` is 90 for a Hopper GPU."""
+    """``capability`` is ten times the compute capability: 90 for Hopper."""
 
     name: str
     capability: int
 
 
 def examine(out: Path | None = None) -> list[Finding]:
-    """Everything that serving needs, and with ``out`` what serving that compiled checkpoint needs."""
+    """Checks all that serving needs; with ``out``, also that this GPU can serve that compiled checkpoint."""
     gpu, missing = _find_gpu()
     findings = [*_versions(), *_plugin()]
     if gpu is None:
@@ -96,7 +96,7 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _find_gpu() -> tuple[Gpu | None, str]:
-    """The GPU, or why there is none; asked of torch in a process of its own, which may as well fail to import it."""
+    """The GPU, or the reason why there is none. Asks torch in another process, since importing it may fail."""
     command = [sys.executable, "-m", "mixprec_runtime.gpu"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
@@ -120,7 +120,7 @@ def _needs(kind: Kind) -> str:
 
 
 def _unfit(kind: Kind, gpu: Gpu | None) -> str:
-    """Why a GPU has no kernel for a format; empty where it has one."""
+    """The reason why a GPU has no kernel for a format; empty if there is none."""
     if gpu is None or not kind.kernels or kind.least <= gpu.capability <= (kind.most or gpu.capability):
         return ""
     return f"needs {_needs(kind)}, this GPU has {gpu.capability / 10}"
@@ -155,7 +155,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
 
 
 def _differences(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Finding]:
-    """Tensors whose headers are not as the manifest says; `mixprec verify` compares their bytes."""
+    """Reports tensors whose headers differ from the manifest; ``mixprec verify`` compares their bytes."""
     declared = manifest.tensors()
     stored = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     changed = [name for name, t in declared.items() if stored.get(name) != (t.dtype, t.shape)]

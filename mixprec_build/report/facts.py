@@ -1,4 +1,4 @@
-"""What a checkpoint or a plan holds, as plain data for ``--json``."""
+"""Describes a checkpoint or a plan as plain data, for ``--json``."""
 
 from __future__ import annotations
 
@@ -51,11 +51,8 @@ class _Stored(NamedTuple):
     nbytes: int
 
 
-# Facts
-
-
 def plan_facts(plan: Plan) -> dict[str, Any]:
-    """What ``mixprec plan --json`` prints."""
+    """The data that ``mixprec plan --json`` prints."""
     counts = Counter(module.source for module in plan.modules.values())
     nbytes: Counter[str] = Counter()
     for shard in plan.shards:
@@ -92,7 +89,10 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
-    """What ``mixprec inspect --json`` prints, for a compiled checkpoint or any other."""
+    """The data that ``mixprec inspect --json`` prints, for a compiled checkpoint or any other.
+
+    ``folder`` has the manifest, if there is one.
+    """
     stored, family = [], source.facts.family
     unread: dict[str, list[str]] = {}
     for name, module in source.checkpoint.modules.items():
@@ -141,7 +141,7 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def _stacked(source: Source) -> Iterator[str]:
-    """A remark on experts that are stored in one tensor a layer, which the layer map does not show."""
+    """Yields remarks on experts that are stored in one tensor a layer, which the layer map does not show."""
     modules, facts = source.checkpoint.modules, source.facts
     found: dict[str, list[str]] = defaultdict(list)
     for name, module in modules.items():
@@ -189,7 +189,7 @@ def _facts(modules: Collection[_Module], family: Family) -> dict[str, Any]:
 
 
 def _layer_map(modules: Collection[_Module], names: Mapping[Format, str], family: Family) -> list[dict[str, Any]]:
-    """For each decoder layer, projection -> format name -> how many modules; an expert counts once."""
+    """For each decoder layer, projection -> format name -> number of modules; an expert counts once."""
     layers: dict[int, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     experts = [module for module in modules if module.role is Role.EXPERT]
     ups = {m.name.rpartition(".")[0]: names[m.format] for m in experts if not family.is_down(m.name)}

@@ -1,6 +1,6 @@
-"""Pictures: a heat map of expert activity (PNG, HTML, terminal) and the frontier of loss against bytes (PNG).
+"""Draws a heat map of expert activity (PNG, HTML, terminal) and the frontier of loss against bytes (PNG).
 
-PNGs are drawn by matplotlib, which the extra ``plot`` brings; the others need nothing.
+PNGs need matplotlib, which the extra ``plot`` installs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Grid = npt.NDArray[np.float64]
 
 
 def check_picture(path: Path, *, page: bool = False) -> None:
-    """Raises :class:`OutputError` where no picture can be drawn to ``path``; ``page`` ones may be HTML, too."""
+    """Raises :class:`OutputError` where no picture can be drawn to ``path``; ``page`` allows HTML, too."""
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
     if path.is_dir():
@@ -114,9 +114,6 @@ def _save(figure: Any, path: Path) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-# Without a library
-
-
 def _color(value: float, most: float) -> tuple[int, int, int]:
     at = min(1.0, value / most) if most else 0.0
     color = _DARK + (_MIDDLE - _DARK) * 2 * at if at < 0.5 else _MIDDLE + (_LIGHT - _MIDDLE) * (2 * at - 1)
@@ -125,7 +122,7 @@ def _color(value: float, most: float) -> tuple[int, int, int]:
 
 
 def _html(activity: Activity) -> str:
-    """One page, self-contained; every cell says its numbers."""
+    """A self-contained page; each cell has its numbers in its title."""
     layers, grid = _grid(activity)
     most = float(np.nanmax(grid))
     rows = []
@@ -153,7 +150,7 @@ def _html(activity: Activity) -> str:
 
 
 def show_heatmap(activity: Activity, console: Console) -> None:
-    """Blocks in the terminal, two layers a line; experts side by side share a block where there are too many."""
+    """Prints blocks, two layers a line; neighbouring experts share a block where there are too many."""
     from rich.text import Text
 
     layers, grid = _grid(activity)

@@ -1,4 +1,4 @@
-"""Facts as tables for a terminal."""
+"""Prints facts as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["show_activity", "show_errors", "show_findings", "show_inspect", "show_plan", "show_suggestion"]
 
 
-# What a terminal shows at most; --json has all of it.
+# Bounds of what is printed; --json has everything.
 _MAX_LINES = 1000
 _MAX_LINE = 10_000
 _MAX_NAMES = 500
 _MAX_COLUMNS = 40
-
-
-# Tables
 
 
 def show_plan(facts: Mapping[str, Any], console: Console) -> None:
@@ -103,7 +100,7 @@ def show_errors(errors: Iterable[WeightError], against: str, console: Console, m
 
 
 def show_suggestion(facts: Mapping[str, Any], console: Console) -> None:
-    """Prints the facts: what was taken from where, and the frontier with this mix and the uniform ones on it."""
+    """Prints the facts of a suggestion: the sources chosen, and the frontier with this mix and the uniform ones."""
     shares = _table("source", "modules", "bytes", "share of the loss", title="Chosen")
     for entry in facts["sources"]:
         share = entry["loss"] / facts["loss"] if facts["loss"] else 0.0
@@ -190,7 +187,7 @@ def _show_formats(facts: Mapping[str, Any], console: Console) -> None:
 
 
 def _show_layers(facts: Mapping[str, Any], console: Console) -> None:
-    """Rows are layers, equal neighbours folded; columns are projections, those that never differ folded."""
+    """Prints the layer map: a row for each run of equal layers, a column for each set of equal projections."""
     layers = [(row["layer"], {k: _cell(v) for k, v in row["projections"].items()}) for row in facts["layers"]]
     if not layers:
         return
@@ -249,7 +246,7 @@ def _show_notes(facts: Mapping[str, Any], console: Console) -> None:
 
 
 def show_findings(findings: Iterable[tuple[str, str, str]], console: Console) -> None:
-    """What `mixprec doctor` found: ``(status, subject, text)``, with the status ``ok``, ``warn`` or ``fail``."""
+    """Prints what ``mixprec doctor`` found: ``(status, subject, text)``; the status is ``ok``, ``warn`` or ``fail``."""
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for status, subject, text in findings:
         _say(f"{status:4}  {subject}: {text}", console, style=styles[status], soft_wrap=True)
@@ -259,7 +256,7 @@ def _say(line: str, console: Console, *, style: str = "", soft_wrap: bool = Fals
     from rich.text import Text
 
     shown = line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}..."
-    # What another program reads is not folded.
+    # Lines that another program reads are not broken.
     console.print(Text(printable(shown), style), soft_wrap=soft_wrap or not console.is_terminal)
 
 

@@ -1,5 +1,7 @@
-"""Expert activity: how many tokens each routed expert of each layer got, as the runtime exports it and as
-SGLang's own recorder dumps it; and how evenly they are spread."""
+"""Reads expert activity: how many tokens were routed to each expert of each layer, and how evenly they are spread.
+
+The files are those that the runtime exports (JSON) and dumps of SGLang's own recorder.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ __all__ = ["Activity", "Balance", "activity_facts", "balance_of", "gini", "read_
 
 _MAX_BYTES = 1 << 30
 _MAX_VALUES = 8_000_000
-_MAX_LAYERS, _MAX_EXPERTS = 4096, 65536  # of any model; an id beyond is damage, and would take memory
+_MAX_LAYERS, _MAX_EXPERTS = 4096, 65536  # an id beyond is damage, and would take memory
 _MAX_CELLS = 1 << 20  # layers times experts; DeepSeek-V3 has 58 x 256
 _MAX_COUNT = 1 << 42  # so that no sum of a file's counts overflows
 _NO_TORCH = 4
@@ -36,14 +38,14 @@ _Counts = npt.NDArray[np.int64]
 class Activity:
     """``counts[layer]`` ``[E]``: tokens that were routed to each expert. A token counts once for each of its experts.
 
-    ``tokens[layer]`` is how many tokens the layer's router saw; layers of which no file says it are missing.
+    ``tokens[layer]`` is the number of tokens that the layer's router saw; layers where it is unknown are missing.
     """
 
     counts: Mapping[int, _Counts]
     tokens: Mapping[int, int]
 
     def merged(self, other: Activity) -> Activity:
-        """The sum of both. A layer's tokens are known where both know them."""
+        """The sum of both. The tokens of a layer are known if all that count it know them."""
         counts = dict(self.counts)
         for layer, more in other.counts.items():
             mine = counts.get(layer, np.zeros(0, np.int64))
@@ -60,9 +62,9 @@ class Activity:
         return Activity(dict(sorted(counts.items())), dict(sorted(known.items())))
 
     def frequency(self, layer: int, expert: int, top_k: int) -> float:
-        """The share of a layer's tokens that an expert gets, at least half a token: what was not seen may yet come.
+        """The share of a layer's tokens routed to an expert, plus half a token: an unused one may yet get some.
 
-        Shares do not change where every rank's counts were added up, as SGLang's recorder does.
+        Sums over ranks, as SGLang's recorder dumps them, have the same shares.
         """
         counts = self.counts[layer]
         total = float(counts.sum())
@@ -84,9 +86,6 @@ def read_activity(paths: Iterable[Path]) -> Activity:
     return merged
 
 
-# Our own files
-
-
 _ENTRIES = "objects with layer_id, expert_id, and total_tokens_processed or activation_count"
 
 
@@ -105,7 +104,7 @@ def _read_json(path: Path) -> Activity:
 
 
 def _of_json(data: object, path: Path) -> Activity:
-    """Raises :class:`ValueError` in words."""
+    """Raises :class:`ValueError` with a message for the user."""
     if not isinstance(data, dict) or "expert_stats" not in data:
         raise ValueError(f"`expert_stats` is missing, which maps names to {_ENTRIES}")
     found: dict[int, dict[int, int]] = {}
@@ -115,7 +114,7 @@ def _of_json(data: object, path: Path) -> Activity:
             given = [key for key in ("total_tokens_processed", "activation_count") if key in entry]
             if not given:
                 raise ValueError("`total_tokens_processed` is missing, and `activation_count` as well")
-            # What a batch of tokens was recorded as once has its tokens in the former.
+            # `activation_count` may count batches; `total_tokens_processed` counts tokens.
             count = next(filter(None, (_number(entry, key, _MAX_COUNT) for key in given)), 0)
         except ValueError as error:
             raise ValueError(f"{brief(name)} in `expert_stats`: {error}") from error
@@ -135,7 +134,7 @@ def _of_json(data: object, path: Path) -> Activity:
 
 
 def _objects(data: Mapping[str, Any], key: str, what: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """The objects that ``data[key]`` holds by name; none where there is no such key."""
+    """The objects of ``data[key]`` by name; none where there is no such key."""
     section = data.get(key, {})
     if not isinstance(section, dict) or not all(isinstance(entry, dict) for entry in section.values()):
         raise ValueError(f"`{key}` must map {what}")
@@ -158,11 +157,8 @@ def _check_size(cells: int) -> None:
         )
 
 
-# SGLang's recorder
-
-
 def _read_dump(path: Path) -> Activity:
-    """torch reads it, in a process of its own; see ``mixprec_runtime/recorder.py``, whose exit codes these are."""
+    """Reads a dump with torch in another process, ``mixprec_runtime/recorder.py``, which defines the exit codes."""
     if not path.is_file():
         raise StatsError(f"{path}: no such file")
     command = [sys.executable, "-m", "mixprec_runtime.recorder", str(path.absolute()), str(_MAX_CELLS)]
@@ -179,7 +175,7 @@ def _read_dump(path: Path) -> Activity:
             raise ValueError(f"counts that are negative, or {_MAX_COUNT} and more")
     except ValueError as error:
         raise StatsError(f"{path}: no dump of SGLang's expert distribution recorder: {error!s:.300}") from error
-    # Dense layers have a row as well, of zeros.
+    # Dense layers have rows of zeros.
     return _checked(Activity({layer: row.astype(np.int64) for layer, row in enumerate(counts) if row.any()}, {}), path)
 
 
@@ -187,9 +183,6 @@ def _checked(activity: Activity, path: Path) -> Activity:
     if not any(counts.any() for counts in activity.counts.values()):
         raise StatsError(f"{path}: counts no expert at all; record while the server answers requests")
     return activity
-
-
-# Balance
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +196,11 @@ class Balance:
     top_coverage: float
     """Share of the busiest tenth of the experts (rounded up)."""
     unused: int
-    """Experts without a token."""
+    """Number of experts without a token."""
 
 
 def balance_of(counts: _Counts) -> Balance:
-    """Of counts ``[E]``."""
+    """The balance of counts ``[E]``."""
     total = int(counts.sum())
     if not total:
         return Balance(0.0, 0.0, 0.0, len(counts))
@@ -225,12 +218,12 @@ def gini(counts: _Counts) -> float:
 
 
 def activity_facts(activity: Activity, top: int) -> dict[str, Any]:
-    """What ``mixprec experts --json`` prints. ``top`` experts are listed."""
+    """The data that ``mixprec experts --json`` prints, with the ``top`` busiest experts."""
     flat = np.concatenate(list(activity.counts.values()))
     total = int(flat.sum())
     of = np.repeat(list(activity.counts), list(map(len, activity.counts.values())))
     numbers = np.concatenate([np.arange(len(row)) for row in activity.counts.values()])
-    busiest = np.argsort(-flat, kind="stable")[:top]  # of equal ones the first
+    busiest = np.argsort(-flat, kind="stable")[:top]  # stable: of equal ones the first
     layers = []
     for layer, counts in activity.counts.items():
         balance = balance_of(counts)

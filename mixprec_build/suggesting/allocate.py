@@ -35,18 +35,18 @@ __all__ = ["Suggestion", "Uniform", "suggest"]
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """All from one source, where it can be; elsewhere what the base has, or loses least."""
+    """A mix that is all from one source where possible; elsewhere from the base recipe's, or from the best one."""
 
     source: str
     nbytes: int
     loss: float
     elsewhere: int
-    """Groups that it cannot give."""
+    """Number of groups that the source does not have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Suggestion:
-    """The mix that was chosen, and what it was chosen from. Bytes are those of files, headers included."""
+    """The mix that was chosen, and its alternatives. Bytes are those of files, headers included."""
 
     plan: Plan
     request: Request
@@ -61,6 +61,7 @@ class Suggestion:
     notes: tuple[str, ...]
 
     def picked(self) -> Iterable[tuple[Group, Option]]:
+        """Yields each group with the option that was chosen for it."""
         for group, pick in zip(self.groups, self.solution.picks, strict=True):
             yield group, group.options[group.allowed[pick]]
 
@@ -74,11 +75,15 @@ def suggest(
     jobs: int | None = None,
     watch: Callable[[int], Progress] | None = None,
 ) -> Suggestion:
-    """Measures, weighs and chooses. ``watch`` is told the bytes to be measured and gives what to call on the way.
+    """Measures what each choice loses, and picks the mix of least loss within the budget.
+
+    Args:
+        jobs: measuring threads.
+        watch: called with the bytes to be measured; returns the function that is called with bytes as they are done.
 
     Raises:
-        BudgetError: the smallest mix is larger than the budget; with its bytes.
-        RecipeError: a pin or floor that matches nothing or cannot be.
+        BudgetError: the smallest mix is larger than the budget.
+        RecipeError: a pin or floor matches nothing or cannot be met.
         SourceError, StatsError, RefusedError: see their docstrings.
     """
     objective = request.objective or (Objective.RELATIVE_OUTPUT if request.moments else Objective.RELATIVE)
@@ -144,9 +149,6 @@ def _over_budget(smallest: int, budget: int) -> BudgetError:
     )
 
 
-# What each choice loses
-
-
 def _weighed(
     choices: Choices,
     frequencies: Mapping[str, float],
@@ -178,7 +180,7 @@ def _weighed(
         wanted, cache, moments=request.moments, jobs=jobs, progress=None if watch is None else watch(total)
     )
     powers = {name: distortion for (name, _), distortion in measured.items()}
-    # Signal: of one dense module, and of a projection over all experts of its layer.
+    # The signal of an expert's projection is summed over all experts of its layer.
     signal: Counter[tuple[int | None, str]] = Counter()
     for group in choices.groups:
         for member in group.members:
@@ -258,9 +260,6 @@ def _check_activity(activity: Activity, experts: Mapping[int | None, int], choic
         choices.notes.append(
             f"the activity does not cover layers {some(list(map(str, missing)))}: their experts count alike"
         )
-
-
-# What else there would be
 
 
 def _uniform(source: str, groups: Sequence[Group], choices: Choices, beside: int) -> Uniform:

@@ -1,7 +1,7 @@
-"""What there is to choose from when a mix is suggested: groups of modules, and the sources that could give each.
+"""Lists the choices of a suggested mix: groups of modules, and the sources that each group could come from.
 
-An option is left out, with the reason, where SGLang could not run it, where it could not be cut for the ranks that the
-base asks for, and where a pin or a floor says otherwise. What has no options stays as the base has it.
+An option is left out, with the reason, if SGLang could not run it, if it could not be cut for the ranks of the base
+recipe, or if a pin or a floor excludes it. Modules without options stay as in the base recipe.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["Choices", "Group", "Option", "Request"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of :func:`suggest`. ``budget`` is the bytes of the files to be written, headers included."""
+    """Arguments of :func:`~.allocate.suggest`. ``budget`` is in bytes of the files to be written, headers included."""
 
     budget: int
     objective: Objective | None = None
@@ -47,10 +47,10 @@ class Request:
     activity: Activity | None = None
     moments: Moments | None = None
     pins: Sequence[tuple[str, str]] = ()
-    """``(pattern, source)``; as in recipes an exact name beats a glob, and of globs the last. One that matches a part
-    of a group means all of it."""
+    """``(pattern, source)``. As in recipes, an exact name beats a glob and the last matching glob decides. A pin that
+    matches one member of a group applies to all."""
     floors: Sequence[tuple[str, str]] = ()
-    """``(pattern, format)``: no format of fewer bits. A pin below one is refused."""
+    """``(pattern, format)``: no format of fewer bits. A pin below a floor is refused."""
     allow_unservable: bool = False
 
 
@@ -68,18 +68,18 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Modules that are decided together."""
+    """Modules that get one source."""
 
     name: str
     members: tuple[str, ...]
     column: str
-    """The same for all groups of one place in the layers: ``self_attn.qkv_proj``, ``experts``."""
+    """Its place within a layer, the same in all layers: ``self_attn.qkv_proj``, ``experts``."""
     layer: int | None
     options: tuple[Option, ...]
     allowed: tuple[int, ...]
-    """Numbers of the options that pins, floors and ``output: {tp}`` leave."""
+    """Indices of the options that pins, floors and ``output: {tp}`` allow."""
     reason: str = ""
-    """Why there is no choice; empty where there is."""
+    """The reason why only one option is allowed; empty if several are."""
     frequency: float = 1.0
     power: float = 0.0
     """‖W‖² of the group's weights."""
@@ -89,14 +89,14 @@ _ALTERNATIVES = (Role.LINEAR, Role.EXPERT)
 
 
 class Choices:
-    """The groups with their options, and the modules that stay as the base has them."""
+    """The groups with their options, and the modules that stay as in the base recipe."""
 
     def __init__(self, recipe: Recipe, sources: Sources, request: Request):
         self.recipe, self.sources, self._family = recipe, sources, sources.family
         self.notes: list[str] = []
         chosen = choose(recipe, sources)
         self.base = plan_modules(chosen, recipe, sources)
-        # A line for what the default source lacks has to name it, and a choice is written in globs.
+        # Choices are written as globs, which apply only to modules that the default source has.
         held = sources.by_name[recipe.default].checkpoint.modules
         names = [n for n, m in self.base.items() if m.role in _ALTERNATIVES and len(m.shape) == 2 and n in held]
         self.by_source: dict[str, Mapping[str, PlannedModule]] = {}
@@ -105,7 +105,7 @@ class Choices:
             self.by_source[name] = plan_modules(chosen.assigned(dict.fromkeys(mine, source)), recipe, sources)
         self.groups: list[Group] = []
         self.kept: dict[str, list[str]] = {}
-        """Why no source can be chosen -> linears that stay as the base has them for it."""
+        """Reason why no source can be chosen -> linears that therefore stay as in the base recipe."""
         self._cuttable: set[object] = set()
         with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
             if not request.allow_unservable:
@@ -127,9 +127,9 @@ class Choices:
         self._keep_dtypes_apart()
 
     def _check_same_weights(self, reader: ValueReader) -> None:
-        """Before hours of measuring: are all sources that can be chosen one model's?"""
+        """Refuses sources of different weights before hours of measuring."""
         problems = Problems(self.recipe)
-        # Asked of no modules: where sources are mixed module by module, norms must not even hold folded scales.
+        # Without modules no difference counts as folded scales: sources with these cannot be mixed module by module.
         folding = Folding((), self.sources, reader)
         norms = {n: m for n, m in self.base.items() if m.role is Role.NORM}
         for mine in self.by_source.values():
@@ -151,7 +151,7 @@ class Choices:
                 continue
             limit = self._cut_limit(parts)
             if limit is not None:
-                reasons.append(f"from `{source}`: {limit.replace(layer_prefix(name), '')}")  # the same in all layers
+                reasons.append(f"from `{source}`: {limit.replace(layer_prefix(name), '')}")  # one reason for all layers
                 continue
             kind = min((part.format.kind for part in parts), key=bits_of)
             options.append(Option(source, kind, sum(part.nbytes for part in parts)))
@@ -168,10 +168,8 @@ class Choices:
         kinds = sorted({fmt.kind for fmt in formats if fmt is not None})
         return f"`{source}` does not hold it" if None in formats else f"`{source}` holds it as {', '.join(kinds)}"
 
-    # What stays as the base has it
-
     def _check_fixed(self, request: Request, reader: ValueReader) -> None:
-        """Before hours of measuring: can it be served, and cut for the ranks that the base asks for?"""
+        """Refuses fixed modules that cannot be served, or cut for the recipe's ranks, before hours of measuring."""
         problems = Problems(self.recipe)
         if not request.allow_unservable:
             check_servable(self.fixed, self.sources, reader, Folding((), self.sources, reader), problems)
@@ -183,7 +181,7 @@ class Choices:
             raise RecipeError(limit, path=self.recipe.path, line=self.recipe.tp_line)
 
     def _fixed_rules(self, free: Collection[str]) -> tuple[Rule, ...]:
-        """The base's lines for it; of a line that also matches what is chosen here, what is left."""
+        """The base recipe's lines for fixed modules. A line that also matches others is narrowed to the fixed ones."""
         decided: dict[Rule, list[str]] = {}
         for name, module in self.fixed.items():
             if module.rule is not None:
@@ -198,21 +196,19 @@ class Choices:
                 continue
             source = self.sources.by_name[self.fixed[names[0]].source]
             if source.name == self.recipe.default:
-                # What comes from there anyway needs a line only below one that says otherwise.
+                # Modules of the default source need a line only below another one that matches them.
                 names = [name for name in names if any(other.pattern.matches(name) for other in rules)]
             rules += [
                 Rule(_as_glob_unless_offered(pattern, source), source.name, rule.line) for pattern in compress(names)
             ]
         return tuple(rules)
 
-    # Files cut for ranks
-
     def _cut_limit(self, modules: Iterable[PlannedModule]) -> str | None:
-        """Why they cannot be cut for all degrees of the base's ``output: {tp}``."""
+        """The reason why modules cannot be cut for all degrees of ``output: {tp}``; None if they can."""
         if not self.recipe.tp:
             return None
         stored = {module.name: (module.format, module.stored) for module in modules}
-        # Experts are many and alike.
+        # Thousands of experts are alike: one of each kind is checked.
         key = tuple(
             (last_word(name), self._family.is_expert(name.rpartition(".")[0]), fmt, leaf, tensor.dtype, tensor.shape)
             for name, (fmt, module) in stored.items()
@@ -229,14 +225,17 @@ class Choices:
         return None
 
     def _keep_dtypes_apart(self) -> None:
-        """A rank's file holds a layer's experts of one format in one tensor: leaves no options that differ in dtype."""
+        """Leaves out options that differ in dtype from other experts of their layer and format.
+
+        A rank's file stores these experts in one tensor.
+        """
         if not self.recipe.tp:
             return
         homes: dict[tuple[str, object], tuple[str, object]] = {}
         fixed = self._family.fused_groups(name for name, module in self.fixed.items() if module.role is Role.EXPERT)
         for name, members in fixed.items():
             self._dtypes_beside(homes, name, [self.fixed[member] for member in members])
-        # Those with the least choice first: pins have their say.
+        # Groups with the fewest options first, so that pins decide.
         for at in sorted(range(len(self.groups)), key=lambda at: len(self.groups[at].allowed)):
             group = self.groups[at]
             if group.column != EXPERTS_COLUMN:
@@ -267,7 +266,10 @@ class Choices:
     def _dtypes_beside(
         self, homes: dict[tuple[str, object], tuple[str, object]], name: str, parts: Sequence[PlannedModule]
     ) -> str | None:
-        """The source of an expert in the same layer and format with other dtypes; ``homes`` has the first of each."""
+        """The source of an expert of the same layer and format with other dtypes; None if there is none.
+
+        Records in ``homes`` the first expert of each layer and format.
+        """
         by_name, found = {part.name: part for part in parts}, {}
         for gemm, members in self._family.gemms(by_name).items():
             mine = [by_name[member] for member in members]
@@ -280,8 +282,6 @@ class Choices:
                 return homes[key][0]
         homes |= {key: home for key, home in found.items() if key not in homes}
         return None
-
-    # Pins and floors
 
     def _limit(self, request: Request) -> None:
         pins = [_Wish(pattern, word, "--pin", self) for pattern, word in request.pins]
@@ -335,17 +335,18 @@ class Choices:
             )
         return replace(group, allowed=tuple(mine), reason=f"asked for by {pin}")
 
-    # References
-
     def reference(self, name: str) -> Source:
-        """The unquantized source of a module, the base's default before others; else the one of the most bits."""
+        """The source whose weights of a module count as exact: unquantized if possible, else of the most bits.
+
+        Prefers the default source.
+        """
         default = self.sources.by_name[self.recipe.default]
         holders = [s for s in (default, *self.sources.by_name.values()) if s.known_format(name) is not None]
         return max(holders, key=lambda source: min(16, bits_of(source.format_of(name).kind)))
 
 
 class _Wish:
-    """``--pin`` or ``--min-format``, one of them."""
+    """One ``--pin`` or ``--min-format``."""
 
     def __init__(self, pattern: str, word: str, flag: str, choices: Choices):
         self.word, self._flag = word, flag
@@ -373,8 +374,7 @@ class _Wish:
 
 
 def _as_glob_unless_offered(pattern: str, source: Source) -> Pattern:
-    """``pattern`` for a line; a name that ``source`` does not hold as what it is called, as a glob: an exact name would
-    promise that."""
+    """``pattern`` for a line. A name that ``source`` does not offer becomes a glob, since a line with it is refused."""
     parsed = Pattern(pattern)
     if not parsed.exact or offers(source, [pattern]):
         return parsed

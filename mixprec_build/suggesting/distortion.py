@@ -1,8 +1,7 @@
-"""How far a module's stored weights are from a reference's, measured: the distortion that a format costs.
+"""Measures how far a module's stored weights are from a reference's.
 
-Modules are read one at a time and dequantized a few rows at a time, in threads, so memory stays at what is being read.
-What was measured is kept in a file, a line for each module and source, written as soon as it is known: a stopped run
-goes on where it was, and another budget measures nothing twice.
+Each thread reads one module at a time and dequantizes a few rows at a time, which bounds memory. Results are appended
+to a file, a line for each module and source: a stopped run continues, and another budget measures nothing twice.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ __all__ = ["Distortion", "DistortionCache", "Moments", "default_cache", "measure
 
 
 _VERSION = 1
-"""Of what is measured; another number and all is measured anew."""
+"""Part of every key of the cache: after a change of it everything is measured again."""
 _CHUNK = 2 << 20
 """Values dequantized at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Distortion:
-    """What a module loses in one source, against the reference. ``W`` is ``[N, K]``, ``Δ`` is ``Ŵ − W``.
+    """The error of a module in one source against the reference. ``W`` is ``[N, K]``, ``Δ`` is ``Ŵ − W``.
 
     With inputs ``x`` of second moments ``m_k = E[x_k²]`` and no correlation between them, ``E‖Δx‖² = Σ_k m_k ‖Δ_k‖²``
     over the columns ``Δ_k``: the diagonal of the layer-wise error that GPTQ minimises (Frantar et al., 2022).
@@ -60,7 +59,7 @@ class Distortion:
 class Moments:
     """Second moments of the inputs of linears: a safetensors file of ``module name -> float [K]``, ``E[x_k²]``.
 
-    For an expert the mean is over the tokens that were routed to it. A ``.weight`` at the end of a name is read over.
+    For an expert the mean is over the tokens that were routed to it. A ``.weight`` at the end of a name is ignored.
     """
 
     def __init__(self, path: Path):
@@ -71,10 +70,10 @@ class Moments:
         self._tensors: Mapping[str, TensorInfo] = {name.removesuffix(".weight"): t for name, t in tensors.items()}
 
     def of(self, module: str, inputs: int) -> npt.NDArray[np.float64]:
-        """``[K]``.
+        """The moments of a module's inputs, float64 ``[K]``.
 
         Raises:
-            SourceError: the file has none for the module, of another length, or that are no sums of squares.
+            SourceError: the file has none for the module, or some of another length, negative or not finite.
         """
         info = self._tensors.get(module)
         if info is None:
@@ -103,14 +102,14 @@ def default_cache() -> Path:
 
 
 class DistortionCache:
-    """What was measured before: JSON lines, each appended by one write, so that a kill tears the last one at most.
+    """Measured distortions in a file of JSON lines. Each is appended by one write: a kill can damage only the last.
 
-    A line is found again by what it was measured on: path, size, header and time of change of the files (on the hub:
+    A line's key stands for what was measured: path, size, header and modification time of the files (on the hub:
     repository and commit), the tensors' places in them, and the moments' values.
     """
 
     def __init__(self, path: Path | None):
-        """``path`` of None keeps nothing. Raises :class:`SourceError` where the file cannot be used."""
+        """Without a ``path`` nothing is stored. Raises :class:`SourceError` where the file cannot be used."""
         self._path, self._lock = path, Lock()
         self._known: dict[str, Distortion] = {}
         self._fd: int | None = None
@@ -130,7 +129,7 @@ class DistortionCache:
             self.close()
             raise SourceError("holds no measured errors; name another file with --errors", path=path)
         for line in data.splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # torn by a kill, or by another program
+            with suppress(ValueError, TypeError, KeyError):  # damaged by a kill, or by another program
                 entry = json.loads(line)
                 key = entry.pop("key")
                 self._known[key] = Distortion(**entry)
@@ -166,12 +165,12 @@ def measure(
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[tuple[str, str], Distortion]:
-    """``(module, source's name)`` -> its distortion.
+    """Measures modules. Returns ``(module, source's name)`` -> its distortion.
 
     Args:
-        modules: name -> its reference and the other sources that hold it.
-        jobs: threads; each holds one module as its sources store it, and some megabytes.
-        progress: called with the bytes of the sources' modules that are done, references not counted.
+        modules: name -> its reference, and the other sources that have it.
+        jobs: threads. Each has one module of all its sources in memory.
+        progress: called with the stored bytes of modules that are done, those of references not counted.
 
     Raises:
         SourceError: naming module and file, where a weight cannot be read, differs in shape or is no number.
@@ -211,7 +210,7 @@ def measure(
 
 
 def _run(work: Callable[..., None], items: Iterable[tuple[Any, ...]], jobs: int) -> None:
-    """In threads, a few items ahead; the first failure stops what has not begun."""
+    """Runs ``work`` on items in threads, with a bounded queue; the first failure cancels what has not begun."""
     pending: set[Future[None]] = set()
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         try:
@@ -245,7 +244,7 @@ def _distortions(
     align = math.lcm(exact.align, *(rows.align for rows in rounded))
     outputs, inputs = exact.shape
     step = max(1, _CHUNK // (align * inputs)) * align
-    # Columns' squares in float64: a sum over many rows keeps its digits.
+    # Sums over many rows need float64.
     power = np.zeros(inputs)
     errors = [np.zeros(inputs) for _ in rounded]
     for start in range(0, outputs, step):
@@ -269,7 +268,7 @@ def _distortions(
 
 
 class _Rows:
-    """A module of one source, read as it is stored, of which some outputs at a time are dequantized."""
+    """A module of one source, in memory as it is stored; :meth:`read` dequantizes some of its outputs."""
 
     def __init__(self, source: Source, name: str):
         self._name, self._format = name, source.format_of(name)
@@ -292,12 +291,12 @@ class _Rows:
         try:
             with np.errstate(all="ignore"):
                 return self._format.dequantize(parts)
-        except (IndexError, ValueError) as error:  # a g_idx that points nowhere, say
+        except (IndexError, ValueError) as error:  # a damaged g_idx, for example
             raise SourceError(f"{self._name} cannot be dequantized: {error}", path=self.where) from error
 
 
 def _widened(tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """BF16 and FP8 in float32, by steps that numpy takes without Python's lock; ml_dtypes' own casts hold it."""
+    """Converts BF16 and FP8 to float32 by numpy operations that release Python's lock; ml_dtypes' casts keep it."""
     if tensor.dtype.name == "bfloat16":
         return (tensor.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     if tensor.dtype.itemsize == 1 and tensor.dtype.kind not in "?iu":
@@ -311,7 +310,7 @@ def _byte_values(dtype: np.dtype[Any]) -> npt.NDArray[np.float32]:
 
 
 class _Keys:
-    """Names what is measured by where its bytes lie and what they are known to be."""
+    """Makes the keys of the cache."""
 
     def __init__(self) -> None:
         self._files: dict[tuple[int, str], str] = {}
@@ -330,7 +329,7 @@ class _Keys:
         return digest.hexdigest()
 
     def _file(self, source: Source, file: str) -> str:
-        """A hub's file is what its commit says. A local one is told by its path, size, header and time of change."""
+        """Identifies a file: on the hub by its commit, else by its path, size, header and modification time."""
         key = (id(source.checkpoint), file)
         if key not in self._files:
             checkpoint = source.checkpoint

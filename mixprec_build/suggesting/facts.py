@@ -1,4 +1,4 @@
-"""What :func:`.allocate.suggest` chose, as plain data for ``--json``."""
+"""A suggestion as plain data, for ``--json``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["suggestion_facts"]
 
 
 _POINTS = 13
-"""Of the frontier, in a table."""
-
-
-# Facts
+"""Number of points of the frontier to show."""
 
 
 def suggestion_facts(suggestion: Suggestion) -> dict[str, Any]:
-    """What ``mixprec suggest --json`` prints. Bytes are those of files; losses are in the objective's unit."""
+    """The data that ``mixprec suggest --json`` prints. Losses are in the objective's unit.
+
+    Bytes are those of files, except that those of ``sources`` are of the tensors chosen.
+    """
     sources: dict[str, dict[str, Any]] = {}
     for group, option in suggestion.picked():
         entry = sources.setdefault(option.source, {"groups": 0, "modules": 0, "bytes": 0, "loss": 0.0})

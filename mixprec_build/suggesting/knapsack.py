@@ -1,11 +1,10 @@
-"""The multiple-choice knapsack: one choice of each group, the least loss in all, within a budget.
+"""The multiple-choice knapsack: picks one choice of each group for the least total loss within a budget.
 
-Lagrangian relaxation puts a price on a byte; at the price where the budget is spent, each group for itself takes what
-is cheapest in loss plus price, and what that sums to is a lower bound of any solution's loss (Kellerer, Pferschy,
-Pisinger, *Knapsack Problems*, 2004, chapter 11). A choice whose reduced loss is larger than what is left between the
-bound and a known solution is in no better one. The few that remain are gone through by dynamic programming over
-states that no other state beats in both cost and loss, so that the answer is the best there is, or the bound says how
-far from it the answer can be at most.
+Lagrangian relaxation puts a price on a byte. At the price that spends just the budget, each group takes the choice of
+least loss plus price, and their sum is a lower bound of any solution's loss (Kellerer, Pferschy, Pisinger, *Knapsack
+Problems*, 2004, chapter 11). A choice whose reduced loss is larger than the gap between this bound and a known solution
+is in no better one. Dynamic programming searches the few that remain, over states that no other state beats in both
+cost and loss. The result is optimal, or the bound says how far from optimal it can be at most.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["Frontier", "Solution", "frontier", "solve"]
 
 
 _MAX_CORE = 500
-"""Groups that are gone through; those whose choices are the closest calls."""
+"""Most groups that are searched: those whose two best choices are closest."""
 _MAX_STATES = 20_000
 
 _Ints = npt.NDArray[np.int64]
@@ -41,7 +40,7 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """How much larger than the best the loss can be at most, as a share of it: 0 for a proven optimum."""
+        """The share of the loss by which it can exceed the optimum at most: 0 for a proven optimum."""
         return (self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
 
 
@@ -58,7 +57,7 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
 
     Args:
         costs: of each group's choices; not negative.
-        losses: as many for each group, finite.
+        losses: of the same choices; finite.
 
     Raises:
         ValueError: even the cheapest choices cost more than the budget.
@@ -83,7 +82,7 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
 
 
 def frontier(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> Frontier:
-    """What the relaxation can reach: no solution lies below the line through these points."""
+    """The frontier of the relaxation: no solution lies below the line through its points."""
     steps = _Steps.of(costs, losses)
     cost = np.concatenate([[0], np.cumsum(steps.cost)]) + steps.base_cost.sum()
     # Added up from the least loss backwards: small losses are not lost in a large sum.
@@ -107,7 +106,7 @@ def _solution(
 class _Steps:
     """Steps along each group's lower convex hull, those that save most loss for their cost first.
 
-    Within a group the ratio falls from step to step: any first few of the list are whole ways from the cheapest.
+    Within a group the ratio falls from step to step, so the first steps of the list take each group's steps in order.
     """
 
     groups: int
@@ -116,7 +115,7 @@ class _Steps:
     last_loss: _Floats
     group: _Ints
     pick: _Ints
-    """Where a step leads."""
+    """The choice that a step leads to."""
     cost: _Ints
     ratio: _Floats
 
@@ -151,7 +150,7 @@ class _Steps:
         return [int(pick) for pick in picks]
 
     def filled(self, taken: int, room: int) -> list[int]:
-        """The first ``taken`` steps, then whatever of the others still fits."""
+        """The picks after the first ``taken`` steps and those of the others that still fit."""
         picks = self.applied(slice(taken))
         room -= int(self.cost[:taken].sum())
         closed: set[int] = set()
@@ -180,7 +179,7 @@ def _hull(cost: Sequence[int], loss: Sequence[float]) -> list[int]:
 
 
 def _table(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> tuple[_Ints, _Floats]:
-    """``[G, C]``; groups of fewer choices are filled up with ones that are never taken."""
+    """Costs and losses, ``[G, C]``; the loss is infinite where a group has fewer choices."""
     wide = max(map(len, costs))
     cost = np.zeros((len(costs), wide), np.int64)
     loss = np.full((len(costs), wide), np.inf)
@@ -206,7 +205,7 @@ class _Core:
         self._bound, self._known = bound, known
         self._picks = reduced.argmin(axis=1)
         room = known.loss - bound
-        # The closest calls first. Any solution with a choice that is left out loses at least its reduced loss.
+        # The closest rivals first. A solution with a rival that is left out exceeds the bound by its reduced loss.
         rival = np.where(np.arange(reduced.shape[1]) == self._picks[:, None], np.inf, reduced).min(axis=1)
         order = np.argsort(rival, kind="stable")
         order = order[: int(np.searchsorted(rival[order], room))]
@@ -236,7 +235,7 @@ class _Core:
             cost = (self._cost[g, options][:, None] + cost).reshape(-1)
             loss = (self._loss[g, options][:, None] + loss).reshape(-1)
             unspent = np.maximum(0, self._budget - cost - high)
-            # What this state's solutions lose at least: the rest at the price, and what cannot be spent any more.
+            # Lower bound of a state's solutions: the groups to come at the price, and that of budget left unspent.
             least_loss = loss + self._price * (cost + unspent - self._budget) + to_come
             keep = np.flatnonzero((cost + low <= self._budget) & (least_loss < self._known.loss))
             keep = keep[np.lexsort((loss[keep], cost[keep]))]
@@ -251,7 +250,7 @@ class _Core:
             trail.append((parent[keep], choice[keep]))
             if not len(keep):
                 break
-        # With no close calls at all nothing was looked at: the known solution is as good as the bound.
+        # Nothing was left to search, or no better solution was found.
         if not trail or len(trail) < len(self._core) or not len(cost):
             return list(self._known.picks), max(self._bound, self._proven)
         at = int(loss.argmin())

@@ -1,4 +1,4 @@
-"""The lines of a suggested recipe, with the reasons for each block of them."""
+"""Writes the lines of a suggested recipe, in blocks with a comment that has the reasons."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ from .knapsack import Solution
 __all__ = ["recipe_lines"]
 
 
-# The lines of the recipe
-
-
 def recipe_lines(
     groups: Sequence[Group], solution: Solution, choices: Choices
 ) -> tuple[tuple[str, tuple[Rule, ...]], ...]:
-    """For each column what most of it is, in one line, then the others; every line matches what it means only."""
+    """Blocks of ``(comment, rules)``: for each column first the source of most groups, then the exceptions."""
     default = choices.recipe.default
     blocks: list[tuple[str, tuple[Rule, ...]]] = []
     if choices.rules:
@@ -52,7 +49,7 @@ def _patterns(column: str, groups: Sequence[Group]) -> list[str]:
 
 
 def _comment(column: str, mine: Sequence[tuple[Group, Option]], of: int, solution: Solution) -> str:
-    """What a block holds and why."""
+    """Describes a block: its size, its share of the loss, and the reasons."""
     options = [option for _, option in mine]
     kinds = ", ".join(sorted({option.kind for option in options}))
     nbytes = sum(option.nbytes for option in options)

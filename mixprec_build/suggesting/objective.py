@@ -1,4 +1,4 @@
-"""What ``mixprec suggest`` keeps small."""
+"""The loss that ``mixprec suggest`` minimizes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ __all__ = ["Objective"]
 
 
 class Objective(str, Enum):
-    """What is added up over modules and kept small. ``f`` is the share of tokens that a module runs for: 1 for dense
-    ones, an expert's share of its layer's tokens from ``--stats``, ``top_k / experts`` without.
+    """The loss of a module; the sum over modules is minimized.
+
+    ``f`` is the share of tokens that a module runs for: 1 for a dense one; for an expert its share of the layer's
+    tokens from ``--stats``, or ``top_k / experts`` without.
 
     ============================  ===================================================================================
     ``weight``                    ``f ‖Δ‖²``. Large weights count most, whatever they are multiplied with.
@@ -19,8 +21,8 @@ class Objective(str, Enum):
     ``relative-output``           ``f Σ_k m_k ‖Δ_k‖² / Σ_k m_k ‖W_k‖²``: noise to signal of the module's output.
     ============================  ===================================================================================
 
-    For experts the signal is that of all experts of a layer together (a sum over them, weighted by ``f``), for it is
-    their sum that the next layer sees: noise of an expert whose output is small is small.
+    For experts the divisor is summed over all experts of a layer, weighted by ``f``, because the next layer sees the
+    sum of their outputs.
     """
 
     WEIGHT = "weight"

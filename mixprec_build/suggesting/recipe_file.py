@@ -1,4 +1,4 @@
-"""What :func:`.allocate.suggest` chose, as a recipe."""
+"""Writes a suggestion as a recipe."""
 
 from __future__ import annotations
 
@@ -27,11 +27,8 @@ _MEASURES = {
 }
 
 
-# The recipe
-
-
 def check_target(out: Path, base: Path, *, force: bool) -> None:
-    """Raises :class:`OutputError` where :func:`write_recipe` would in the end."""
+    """Raises :class:`OutputError` where :func:`write_recipe` would, before hours of measuring."""
     if out.exists() and base.exists() and out.samefile(base):
         raise OutputError(f"{out}: is the recipe with the sources to choose from; name another file")
     if out.exists() and not force:
@@ -44,7 +41,7 @@ def write_recipe(suggestion: Suggestion, out: Path, *, force: bool = False) -> N
     """Writes the recipe under its name by one rename.
 
     Raises:
-        OutputError: there is such a file and ``force`` is not set, or it cannot be written.
+        OutputError: ``out`` exists and ``force`` is not set, or it cannot be written.
     """
     check_target(out, suggestion.plan.recipe.path, force=force)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
@@ -57,7 +54,7 @@ def write_recipe(suggestion: Suggestion, out: Path, *, force: bool = False) -> N
 
 
 def recipe_text(suggestion: Suggestion, folder: Path) -> str:
-    """The recipe as it is written into ``folder``, which relative locations of sources then start at."""
+    """The text of the recipe for a file in ``folder``, which relative locations of sources then start from."""
     recipe = suggestion.plan.recipe
     lines = [f"# {line}".rstrip() for line in _head(suggestion)]
     lines += ["", f"model: {_location(recipe, recipe.model.location, folder)}", "sources:"]
@@ -108,7 +105,7 @@ def _location(recipe: Recipe, location: str, folder: Path) -> str:
     """A source's location, seen from another folder."""
     path = Path(location).expanduser()
     if not path.is_absolute() and (recipe.folder / path).is_dir():
-        # What `..` means after a link is not to be seen in its name; a source that is itself a link stays one.
+        # Links above the source are resolved, for `..` after one means its target's parent; a source may be a link.
         full = recipe.folder / path
         named = path.name not in ("", "..")
         place = Path(os.path.realpath(full.parent if named else full), path.name if named else "")
