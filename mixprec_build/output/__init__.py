@@ -1,1 +1,1 @@
-"""A plan becomes files; files are cut and compared."""
+"""Writes the files of a plan, cuts them for ranks, and compares them with their sources."""

@@ -27,10 +27,10 @@ def plan_recipe(
     layout: str | None = None,
     check_all: bool = False,
 ) -> Plan:
-    """Reads a recipe, opens its sources by their headers and decides everything. Writes nothing.
+    """Reads a recipe, opens its sources by their headers and makes a plan. Writes nothing.
 
-    ``layout`` takes the place of the recipe's. ``check_all`` compares the weights of all quantized modules with their
-    unquantized forms, instead of a sample.
+    ``layout`` overrides the recipe's. ``check_all`` compares the weights of all quantized modules with unquantized
+    ones, instead of a sample.
 
     Raises:
         RecipeError, SourceError, RefusedError: see their docstrings.
@@ -55,10 +55,10 @@ def run_plan(
     progress: Progress | None = None,
     replanned: Callable[[Plan], object] | None = None,
 ) -> Path:
-    """Fetches what is missing, checks the values that only headers were known of, and writes ``out``.
+    """Writes the files of a plan into ``out``. Returns the path of the manifest.
 
-    ``take_over`` goes on from what a build on another machine left. ``replanned`` is given the plan that is followed,
-    where these values made another one. Returns the path of the manifest.
+    Source files that are not on this machine are fetched first, and their values are checked by planning again;
+    ``replanned`` is called with the new plan. ``take_over`` continues what a build on another machine left.
 
     Raises:
         OutputError, SourceError, RefusedError, WriteError: see their docstrings.
@@ -73,7 +73,7 @@ def run_plan(
         if any(source.checkpoint.storage.cached(file) is None for file in source.checkpoint.shards)
     ]
     if away:
-        # Scales and zero points of a hub's files can be looked at only now.
+        # Values in a hub's files, such as scales and zero points, can be checked only now.
         fetch(plan)
         allow_unservable = allow_unservable or bool(plan.unservable)
         plan = make_plan(plan.recipe, plan.sources, allow_unservable=allow_unservable, link=link)
@@ -84,7 +84,7 @@ def run_plan(
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Planning makes a million small objects that all stay: looking for garbage among them takes a third longer."""
+    """Turns garbage collection off: planning makes a million objects that all stay, and would take a third longer."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The files beside the weights: config, index, manifest, and what comes with the model."""
+"""Writes the files beside the weights: config, index, manifest, tokenizer and the like."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ __all__ = ["manifest_head", "module_entries", "write_companions", "write_file"]
 
 
 def manifest_head(plan: Plan, folder: Path, files: Mapping[str, FileEntry]) -> dict[str, Any]:
-    """The manifest's sections but the modules.
+    """The sections of the manifest other than ``modules``.
 
-    The build's shards lie in ``folder``; ``files`` are its other files.
+    Args:
+        folder: where the build's shards are.
+        files: the build's other files.
     """
     names = name_formats(module.format for module in plan.modules.values())
     return {
@@ -52,7 +54,7 @@ def manifest_head(plan: Plan, folder: Path, files: Mapping[str, FileEntry]) -> d
 
 
 def module_entries(plan: Plan, checksums: Mapping[tuple[str, str], str]) -> Iterator[tuple[str, ModuleEntry]]:
-    """The manifest's modules, one at a time; ``checksums`` are those of ``(source, tensor)``."""
+    """Yields the manifest's modules. ``checksums``: ``(source, tensor)`` -> hexadecimal xxh3_128."""
     names = name_formats(module.format for module in plan.modules.values())
     shard_of = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     for module in plan.modules.values():
@@ -78,11 +80,8 @@ def _shard_entry(path: Path) -> dict[str, object]:
         return {"bytes": os.fstat(file.fileno()).st_size, "header": checksum_of(header)}
 
 
-# The files beside the weights
-
-
 def write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -> dict[str, FileEntry]:
-    """Writes config, index and what comes with the model; returns what the manifest lists of them."""
+    """Writes config, index and copies of the ``companions``; returns their entries of the manifest."""
     config = without_declarations(plan.sources.model.facts.config)
     config["quantization_config"] = quantization_config({name: m.format for name, m in plan.modules.items()})
     weight_map = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
@@ -99,11 +98,8 @@ def _json(data: object) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-# Disk
-
-
 def write_file(path: Path, chunks: Iterable[bytes]) -> FileEntry:
-    """Writes a new file as its bytes come, and syncs it; returns what the manifest lists of it."""
+    """Writes chunks to a new file and syncs it; returns its entry of the manifest. Raises :class:`WriteError`."""
     digest, size = xxhash.xxh3_128(), 0
     with write_errors(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

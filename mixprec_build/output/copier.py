@@ -35,7 +35,7 @@ from .stage import Stage
 __all__ = ["Copier"]
 
 
-# Stays in a core's second-level cache between read, hash and write: 4 MiB took four times as long.
+# Small enough to stay in a core's second-level cache between read, hash and write: 4 MiB took four times as long.
 _BUFFER = 256 << 10
 _WRITEBACK = 16 << 20
 _FICLONE = 0x40049409  # linux/fs.h
@@ -43,7 +43,7 @@ _FICLONE = 0x40049409  # linux/fs.h
 
 @dataclass(slots=True)
 class _Output:
-    """A shard being written. Its file is synced and closed by whoever finishes its last batch."""
+    """A shard being written. The thread that finishes its last batch syncs and closes its file."""
 
     shard: PlannedShard
     path: Path
@@ -57,7 +57,7 @@ class _Output:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Tensors that follow one another in a shard, from the byte ``start`` on; no fd where only to be hashed."""
+    """Consecutive tensors of a shard, from the byte ``start`` on. Without ``write`` they are only hashed."""
 
     output: _Output
     write: bool
@@ -84,7 +84,7 @@ class Copier:
         """Copies everything with ``jobs`` threads; returns ``(source, tensor)`` -> hexadecimal xxh3_128.
 
         Raises:
-            SourceError: a source cannot be read or is not what was planned with.
+            SourceError: a source cannot be read, or has changed since it was planned.
             WriteError: the disk fails.
         """
         with ExitStack() as stack:
@@ -101,12 +101,12 @@ class Copier:
 
     def _close_unfinished(self) -> None:
         for fd in self._unfinished:
-            with suppress(OSError):  # what is in them is thrown away, and an error is told already
+            with suppress(OSError):  # their contents are thrown away, and the first error is reported
                 os.close(fd)
 
     @contextmanager
     def _source(self, key: tuple[str, str], path: Path) -> Iterator[int]:
-        """An open source file whose header is still the one that was planned with, before and after."""
+        """Opens a source file. Raises :class:`SourceError` if it changed since it was planned, or while it was open."""
         checkpoint = self._plan.sources.by_name[key[0]].checkpoint
         shard = checkpoint.shards[key[1]]
         fd = open_regular(path)
@@ -128,7 +128,7 @@ class Copier:
                 os.close(fd)
 
     def _batches(self) -> Iterator[_Batch]:
-        """All batches, shard by shard; a shard's file is created when its first batch is due."""
+        """Yields all batches, shard by shard; a shard's file is created just before its first batch."""
         for shard in self._plan.shards:
             if shard.file in self._stage.finished:
                 self._take_over(shard)
@@ -157,7 +157,7 @@ class Copier:
         check_space(self._stage.folder.parent, need + max(0, sum(self._plan.presplit.values()) - there))
 
     def _can_link(self, shard: PlannedShard) -> bool:
-        """Whether a shard is to be a link and can be one here; tried out, under its own name."""
+        """Whether a shard is planned as a link and can be one on this file system, which is tried."""
         if shard.link is None:
             return False
         path = self._stage.payload / shard.file
@@ -168,7 +168,7 @@ class Copier:
         return linked
 
     def _key(self, shard: PlannedShard) -> str:
-        """Stands for all that a shard's bytes depend on: its header, and the ranges and states of its sources."""
+        """A digest of all that a shard's bytes depend on: its header, and the ranges and states of its sources."""
         digest = xxhash.xxh3_128(shard.header)
         states = {key: self._state(*key) for key in dict.fromkeys((t.source, t.info.file) for t in shard.tensors)}
         for tensor in shard.tensors:
@@ -234,7 +234,7 @@ class Copier:
         self._write(batch, buffer[:filled], batch.start)
 
     def _stream(self, batch: _Batch, buffer: memoryview) -> None:
-        """A tensor of any size, through the buffer."""
+        """Copies one tensor of any size through the buffer."""
         (tensor,) = batch.tensors
         digest = xxhash.xxh3_128()
         for at in range(0, tensor.info.nbytes, _BUFFER):
@@ -291,7 +291,7 @@ class Copier:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """A reflink if the file system can, else a hard link, else False."""
+    """Makes a reflink or, where the file system cannot, a hard link. Returns whether it made one."""
     real = source.resolve()
     try:
         with real.open("rb") as old, target.open("xb") as new:

@@ -18,11 +18,11 @@ __all__ = ["beside", "file_differences"]
 
 
 _TOOLS = {".git": True, ".cache": True, ".huggingface": True, ".gitattributes": False, ".gitignore": False}
-"""What git and the hub's downloads put beside a checkpoint -> whether it is a folder."""
+"""Name of an entry that git or the hub's downloads put beside a checkpoint -> whether it is a folder."""
 
 
 def beside(owned: OwnedFolder) -> list[str]:
-    """The entries of git and of the hub's downloads: they do not belong to the checkpoint, and nothing reads them."""
+    """Names of the entries of git and of the hub's downloads, which do not belong to the checkpoint."""
     return [entry.name for entry in owned.entries() if _is_a_tools(entry)]
 
 
@@ -34,10 +34,10 @@ def _is_a_tools(entry: Entry) -> bool:
 def file_differences(
     owned: OwnedFolder, manifest: Manifest, checkpoint: Checkpoint, left: Sequence[str], unread: Container[str] = ()
 ) -> Iterator[str]:
-    """Every entry that does not belong to the checkpoint, and every listed file that is not as it was written.
+    """Yields entries that do not belong to the checkpoint, and listed files that are not as they were written.
 
-    Entries are known by themselves, not by what a link points to. Those of tools (:func:`beside`) and what a stopped
-    split ``left`` are no differences. The headers of ``unread`` shards are not compared.
+    Links are not followed to tell what an entry is. Entries of tools (:func:`beside`) and those that a stopped split
+    ``left`` are no differences. The headers of ``unread`` shards are not compared.
     """
     listed = manifest.files
     entries = {entry.name: entry for entry in owned.entries()}
@@ -57,7 +57,7 @@ def file_differences(
 
 
 def _what(owned: OwnedFolder, entry: Entry) -> str:
-    """``"a FIFO, "``; nothing for files and folders, and for a link also where it leads."""
+    """The kind of an entry for messages, ``"a FIFO, "``; empty for files and folders; with its target for a link."""
     if entry.is_file or entry.is_folder:
         return ""
     return f"{_link(owned, entry.name) if stat.S_ISLNK(entry.mode) else entry.kind}, "
@@ -73,7 +73,7 @@ def _file_difference(
     owned: OwnedFolder, entry: Entry, line: FileEntry, checkpoint: Checkpoint, unread: bool
 ) -> Iterator[str]:
     name = entry.name
-    path = inside(owned.path, name)  # which refuses links but those within the folder and of the hub's cache
+    path = inside(owned.path, name)  # refuses links, except within the folder and into the hub's cache
     with source_errors(path):
         mode = entry.mode
         if stat.S_ISLNK(mode):

@@ -1,4 +1,4 @@
-"""What a stopped split left behind, and what in ``presplit`` is not mixprec's."""
+"""Finds what a stopped split left behind, and entries of ``presplit`` that are not mixprec's."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["clear_leftovers", "leftovers", "unknown_entries"]
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[str]:
-    """What a stopped split left behind, of all that is there: nothing reads it."""
+    """Names of entries that a stopped split left behind. Nothing reads them."""
     with write_errors(folder), OwnedFolder.open(folder) as owned:
         return _leftovers(owned, manifest)
 
 
 def unknown_entries(folder: Path, manifest: Manifest, *, cached: bool = False) -> list[str]:
-    """What lies in ``presplit`` at any depth that neither a build nor a split puts there.
+    """Names of entries in ``presplit``, at any depth, that neither a build nor a split puts there.
 
-    With ``cached`` a file may also be a link as the hub's cache makes them.
+    With ``cached`` a link into the hub's cache counts as a file.
     """
     with write_errors(folder), OwnedFolder.open(folder) as owned:
 
@@ -48,7 +48,7 @@ def unknown_entries(folder: Path, manifest: Manifest, *, cached: bool = False) -
 
 
 def _as_cached(folder: Path, entry: Entry) -> Entry:
-    """A link of the hub's cache as the file that it stands for; anything else as it is."""
+    """A link into the hub's cache as the file that it stands for; any other entry as it is."""
     if stat.S_ISLNK(entry.mode):
         with suppress(SourceError, OSError):
             return Entry(entry.name, inside(folder, entry.name).stat().st_mode)
@@ -56,7 +56,7 @@ def _as_cached(folder: Path, entry: Entry) -> Entry:
 
 
 def clear_leftovers(owned: OwnedFolder, manifest: Manifest, keep: Collection[str] = ()) -> None:
-    """Removes what a stopped split left, but for ``keep``, and for ranks, which another machine may have cut."""
+    """Removes what a stopped split left, except ``keep`` and files of ranks, which another machine may have cut."""
     with write_errors(owned.path):
         for name in _leftovers(owned, manifest):
             if parse_folder(name) is None and name not in keep:
@@ -80,7 +80,7 @@ def _leftovers(owned: OwnedFolder, manifest: Manifest) -> list[str]:
 
 
 def _presplit(owned: OwnedFolder) -> Iterator[Entry]:
-    """``presplit``, if it is there, and what lies in those of its folders that are mixprec's."""
+    """Yields ``presplit``, if it exists, and what is in those of its folders that are mixprec's."""
     root = owned.entry(PRESPLIT)
     if root is not None:
         yield root

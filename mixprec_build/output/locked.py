@@ -1,4 +1,4 @@
-"""Which commands may be at work in a compiled checkpoint at the same time."""
+"""Locks a compiled checkpoint while a command reads or changes it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ __all__ = ["locked"]
 def locked(
     folder: Path, *, shared: bool = False, wait_for_readers: bool = False
 ) -> Iterator[tuple[OwnedFolder, Callable[[], None]]]:
-    """Locks a checkpoint: one split at a time, for each lists its ranks in the same manifest, and none while a build
-    replaces it.
+    """Locks a checkpoint, which one split or build at a time may change.
 
-    With ``shared`` others may read it meanwhile, and none may change it; with ``wait_for_readers`` those that read it
-    are waited for. Yields the folder, open, and a function that raises :class:`OutputError` once it is no longer there
-    by its name.
+    With ``shared`` others may read it meanwhile, but none may change it. With ``wait_for_readers`` it waits for those
+    that read it instead of raising. Yields the opened folder, and a function that raises :class:`OutputError` if its
+    name is now another folder's.
 
     Raises:
         VerifyError: there is no such folder.
-        OutputError: another command is at work in it.
+        OutputError: another command is using it.
     """
     with write_errors(folder):
         try:
@@ -43,7 +42,7 @@ def locked(
         raise OutputError(f"{folder}: was replaced meanwhile; what is there now was left as it is")
 
     try:
-        with suppress(OSError):  # network file systems lock no folders: what is left is the check
+        with suppress(OSError):  # a network file system may lock no folders: then only the check remains
             _lock(fd, folder, shared, wait_for_readers)
         check()
         yield OwnedFolder(folder, fd), check

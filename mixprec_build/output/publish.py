@@ -1,7 +1,7 @@
-"""Plan -> files. Obeys; decides nothing.
+"""Writes the files of a plan.
 
 Everything is written into a hidden folder beside the output (:mod:`.stage`), synced, and renamed: the output appears
-whole or not at all, and a build that was stopped goes on where it was.
+complete or not at all, and a build that was stopped can be continued.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["fetch", "write"]
 
 
 def fetch(plan: Plan) -> dict[tuple[str, str], Path]:
-    """Brings the source files a plan needs to this machine: ``(source, file)`` -> path."""
+    """Downloads the source files that a plan needs and this machine lacks. Returns ``(source, file)`` -> path."""
     needed: dict[str, set[str]] = {name: set() for name in plan.sources.by_name}
     for shard in plan.shards:
         for tensor in shard.tensors:
@@ -42,8 +42,8 @@ def fetch(plan: Plan) -> dict[tuple[str, str], Path]:
     paths = {}
     for source, shards in needed.items():
         storage = plan.sources.by_name[source].checkpoint.storage
-        # With these in the cache the same recipe plans and builds again without the hub, but where scales may be folded
-        # into norms of other shards.
+        # With these in the cache the same recipe can be built again without the hub, unless scales may be folded into
+        # norms in other shards.
         described_by = {"config.json", "quantize_config.json", INDEX} & storage.files.keys()
         fetched = storage.fetch(sorted(shards | described_by))
         paths.update({(source, file): fetched[file] for file in shards})
@@ -59,8 +59,11 @@ def write(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the checkpoint and returns the path of its manifest. ``progress`` is called with bytes done, of the plan's
-    ``written_bytes``. ``take_over`` goes on from what a build on another machine left, see :meth:`.Stage.open`.
+    """Writes the checkpoint and returns the path of its manifest.
+
+    Args:
+        take_over: continue what a build on another machine left, see :meth:`.Stage.open`.
+        progress: called with bytes as they are done, of the plan's ``written_bytes``.
 
     Raises:
         OutputError: ``out`` is in use.
@@ -70,7 +73,7 @@ def write(
     check_output(plan, out, force=force)
     paths = fetch(plan)
     companions = plan.sources.model.storage.fetch(companion_files(plan.sources.model))
-    # `.` has no name of its own to put another folder beside.
+    # The stage is named after the output, and `.` has no name.
     target = out.resolve()
     with write_errors(out):
         made = [folder for folder in target.parents if not folder.exists()]
@@ -79,7 +82,7 @@ def write(
             # A build that was killed while it replaced an output may have left that output in the stage.
             check_output(plan, out, force=force)
             try:
-                with write_errors(out):  # all that no step names itself
+                with write_errors(out):  # errors that no step reports itself
                     _fill(stage, plan, paths, companions, jobs, progress or (lambda _: None))
                     check_output(plan, out, force=force)
                     _publish(stage, force=force)
@@ -107,7 +110,7 @@ def _fill(
     jobs: int | None,
     progress: Progress,
 ) -> None:
-    """Makes the payload of a stage the whole checkpoint, and syncs it."""
+    """Completes the checkpoint in the stage's payload, and syncs it."""
     stage.expect([*companions, "config.json", INDEX, MANIFEST, f".{MANIFEST}.new"])
     checksums = Copier(plan, paths, stage, progress).run(jobs or min(8, os.cpu_count() or 1))
     files = write_companions(plan, stage.payload, companions)
@@ -117,8 +120,8 @@ def _fill(
     with OwnedFolder.open(stage.payload, follow=False) as payload:
         for entry in payload.entries("presplit") if degrees else [Entry("presplit", stat.S_IFDIR)]:
             if entry.name.rpartition("/")[2] not in map(str, degrees):
-                payload.remove(entry.name, is_ours)  # of another recipe's build, which was stopped
-    # The merged files are dropped after the last of them, the one that they could be restored from.
+                payload.remove(entry.name, is_ours)  # of a stopped build of another recipe
+    # The smallest degree is cut last: merged files are dropped with it, and can be restored from it.
     for degree in sorted(degrees, key=lambda degree: -degree.tp):
         layout = plan.recipe.layout if degree.tp == min(plan.recipe.tp) else "both"
         split(
@@ -134,7 +137,7 @@ def _fill(
 
 @contextmanager
 def _stage(target: Path, out: Path, take_over: bool) -> Iterator[Stage]:
-    """The opened stage; :class:`OutputError` where the output's folder cannot even be begun."""
+    """Opens the stage. Raises :class:`OutputError` where the folder of the output cannot be written."""
     with ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ def _stage(target: Path, out: Path, take_over: bool) -> Iterator[Stage]:
 
 
 def _publish(stage: Stage, *, force: bool) -> None:
-    """The finished folder takes its name by one rename; a folder it replaces goes first, and last of all away."""
+    """Renames the finished folder to the output. A folder that it replaces is moved away before, and removed after."""
     out, root, replaced = stage.out, stage.root, False
     payload, waiting = stage.inner("out"), stage.inner("replaced")
     with write_errors(out), ExitStack() as stack:
@@ -158,7 +161,7 @@ def _publish(stage: Stage, *, force: bool) -> None:
             replaced = True
             stack.enter_context(
                 locked(out, wait_for_readers=True)
-            )  # a split would go on in it, under the name of the new one
+            )  # else a running split would write into the new one, which has its name
         try:
             if replaced:
                 _rename(root, out.name, waiting)

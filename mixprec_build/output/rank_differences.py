@@ -24,10 +24,10 @@ __all__ = ["differences_of", "rank_differences"]
 
 
 def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint, complete: bool = True) -> Iterator[str]:
-    """Every difference between the per-rank files, what the manifest lists, and the merged tensors.
+    """Yields every difference between the files of ranks, what the manifest lists, and the merged tensors.
 
-    Of merged files that were dropped, also in what was kept of them. Where the merged tensors are not ``complete``, the
-    files are compared with their own indexes only.
+    Where merged files were dropped, what was kept of them is compared as well. Where the merged tensors are not
+    ``complete``, the files are compared with their own indexes only.
     """
     for name in unknown_entries(folder, manifest, cached=True):
         yield f"{name}: not in the manifest"
@@ -59,7 +59,7 @@ def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint, c
 def differences_of(
     index: RankIndex, parameters: Sequence[Parameter] | None = None, reader: Reader | None = None
 ) -> Iterator[str]:
-    """Between a folder's files and its index, and, where given, the parameters that it is to hold."""
+    """Yields differences between a folder's files and its index and, if given, the parameters that it should have."""
     try:
         stored = open_rank(index)
         changed = changed_headers(index)
@@ -76,7 +76,7 @@ def differences_of(
             continue
         try:
             difference = _difference(index, parameter, tensor, reader)
-        except SourceError as error:  # the others are compared all the same
+        except SourceError as error:  # the others can still be compared
             difference = str(error)
         if difference is not None:
             yield difference

@@ -1,8 +1,8 @@
-"""``mixprec split``: which files a compiled checkpoint has, merged ones, those of its ranks, or both.
+"""``mixprec split``: changes which files a compiled checkpoint has: merged ones, files of ranks, or both.
 
-Files are written, synced and listed in the manifest before others are dropped, and dropped files are no longer listed
-before the first is removed: what the manifest lists is whole at any moment. What a split that was stopped leaves beside
-that is read by nothing, and the same command removes or finishes it.
+New files are written, synced and listed in the manifest before others are dropped, and files leave the manifest before
+the first of them is removed, so that all files in the manifest are complete at any moment. Nothing reads what a stopped
+split leaves beside them, and the same command removes or finishes it.
 """
 
 from __future__ import annotations
@@ -66,16 +66,21 @@ def split(
     shard_size: int = DEFAULT_SHARD_SIZE,
     watch: Callable[[Splitter | None, int], Progress] | None = None,
 ) -> list[Path]:
-    """Writes the files of ``ranks`` (all of them) of a compiled checkpoint and lists them in its manifest.
+    """Writes files of ranks of a compiled checkpoint and lists them in its manifest. Returns the folders of the ranks.
 
-    Ranks that are there already are left as they are; where headers or sizes tell that they are damaged, they are
-    written again. With the layout ``presplit`` the merged files are dropped then, with ``both`` they are restored where
-    they were, with ``merged`` the files of all ranks are dropped and none written. ``watch`` is given the cut and the
-    bytes to be written, and gives what is called as they are. Returns the folders of all ranks asked for.
+    Ranks that exist stay as they are, unless their headers or sizes show damage.
+
+    Args:
+        layout: ``presplit`` drops the merged files afterwards, ``both`` keeps or restores them, ``merged`` restores
+            them and drops the files of all ranks.
+        ranks: cut only these; all by default.
+        shard_size: most bytes of a file.
+        watch: called with the splitter (None without ``degree``) and the bytes to be written; returns the function
+            that is called with bytes as they are done.
 
     Raises:
         VerifyError: ``folder`` is no compiled checkpoint, or merged files that were restored are not what was built.
-        SplitError: it cannot be cut like that, or has not the files to do it with.
+        SplitError: the checkpoint cannot be cut for ``degree``, or lacks files that are needed for it.
         OutputError: another split or a build is writing there.
         WriteError: the disk is full, fails, or forbids it.
         InterruptedBuildError: Ctrl-C.
@@ -90,7 +95,7 @@ def split(
         source = Source.of("", open_compiled(folder, manifest))
         with reader_of(source.checkpoint) as reader:
             try:
-                with write_errors(folder):  # all that no step names itself
+                with write_errors(folder):  # errors that no step reports itself
                     return _Split(folder, owned, manifest, source, reader, shard_size, jobs, check).run(
                         degree, layout, ranks, watch
                     )
@@ -104,7 +109,7 @@ class _StoppedError(Exception):
 
 
 class _Split:
-    """The steps of one :func:`split`. ``manifest`` is always that on the disk."""
+    """The steps of one :func:`split`. ``_manifest`` is always the one on the disk."""
 
     def __init__(
         self,
@@ -118,7 +123,7 @@ class _Split:
         check: Callable[[], None],
     ):
         self._check = check
-        """Raises where the folder is another one; before each change of it."""
+        """Raises if the folder was replaced; called before each change of it."""
         self._folder, self._owned, self._manifest = folder, owned, manifest
         self._source, self._reader = source, reader
         self._shard_size, self._jobs = shard_size, jobs or min(8, os.cpu_count() or 1)
@@ -150,7 +155,7 @@ class _Split:
         splitter = None if degree is None else splitter_of(self._source, degree)
         missing = [rank for rank, name in zip(wanted, names, strict=True) if name not in whole_ranks]
         heads = self._heads(splitter, missing) if splitter is not None and missing else {}
-        # Ranks that a stopped split had finished are taken over; those that were listed are damaged.
+        # Ranks that a stopped split finished are taken over. Missing ones that are listed are damaged.
         entries = {
             name: line
             for name, head in heads.items()
@@ -185,12 +190,11 @@ class _Split:
         return [self._folder / name for name in names]
 
     def _whole_ranks(self) -> list[str]:
-        """The ranks that are listed and there, as far as headers and sizes tell."""
+        """The listed ranks whose headers and sizes show no damage."""
         return [name for name, line in self._manifest.ranks.items() if damage(self._folder, name, line) is None]
 
     def _list(self, ranks: Mapping[str, RankEntry], rest: RankEntry | None) -> None:
-        """Lists these ranks, and what is kept of dropped files: the new manifest takes the old one's place by one
-        rename."""
+        """Lists these ranks, and what is kept of dropped files, in a manifest that replaces the old by one rename."""
         manifest = self._manifest.listing(ranks, rest)
         fresh = f".{MANIFEST}.new"
         self._check()
@@ -207,7 +211,7 @@ class _Split:
         self._manifest = manifest
 
     def _heads(self, splitter: Splitter, ranks: Iterable[int]) -> dict[str, dict[str, Any]]:
-        """What the index of each rank begins with: all that its files depend on."""
+        """The beginning of each rank's index, which has all that the rank's files depend on."""
         entry = self._manifest.files.get("config.json")
         config = None if entry is None else entry.checksum
         digest = xxhash.xxh3_128(f"{__version__} {self._shard_size} {config}".encode(errors="backslashreplace"))
@@ -244,10 +248,10 @@ class _Split:
         self._watch(done)
 
     def _keep_rest(self, fresh: Collection[str]) -> None:
-        """Writes and lists what only the merged files hold: from here on they are not needed.
+        """Writes and lists what only the merged files contain, so that these can be dropped.
 
-        Before that, all that is to replace them is read back from the disk and compared with them, and they with what
-        was built. ``fresh`` are ranks that were cut just now; one that differs is removed.
+        First reads the merged files back from the disk and compares them with what was built, and the files of ranks
+        with them. ``fresh`` are ranks that were cut just now; one that differs is removed.
         """
         self._check()
         checkpoint = self._source.checkpoint
@@ -308,7 +312,7 @@ class _Split:
         return read_index(self._folder, name, self._manifest.ranks[name])
 
     def _absent(self) -> dict[str, list[tuple[TensorInfo, str]]]:
-        """The merged files that are not there whole, and what they hold."""
+        """The merged files that are missing or damaged, and their contents."""
         return {file: built for file, built in self._built().items() if not self._is_whole(file, built)}
 
     def _is_whole(self, file: str, built: Sequence[tuple[TensorInfo, str]]) -> bool:
@@ -318,7 +322,7 @@ class _Split:
         return all(checksum_on_disk(path, tensor) == due for tensor, due in built)
 
     def _built(self) -> dict[str, list[tuple[TensorInfo, str]]]:
-        """What each merged file holds from its first byte to its last, and the checksums that it was built with."""
+        """The contents of each merged file, header and tensors in order, with the checksums they were built with."""
         checkpoint, entries = self._source.checkpoint, self._manifest.tensors()
         built = {
             file: [(header_tensor(file, shard.header_bytes), self._manifest.files[file].checksum)]

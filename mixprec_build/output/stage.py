@@ -1,15 +1,15 @@
-"""The hidden folder a build is written in, beside its output, and what survives there when a build is stopped.
+"""The hidden folder beside its output that a build writes into, and what survives there when a build is stopped.
 
     .out.mixprec/
-        lock        locked (flock) by the build that is writing, and naming it: host, pid, boot, a word of its own
-        made        says that this folder was made here by mixprec: a folder that came with a download is not used
-        names       the files that builds write into out/: others there are somebody else's, and stay
+        lock        locked (flock) by the build that is writing, and names it: host, pid, boot, a random word
+        made        shows that mixprec made this folder here: one that came with a download is not used
+        names       the files that builds write into out/; others there are not mixprec's, and stay
         journal     a line for each finished shard: its key and its tensors' checksums, with a checksum of the line
-        out/        the checkpoint, renamed to its final name when it is whole
+        out/        the checkpoint, renamed to its final name when it is complete
         replaced/   the output that is being replaced: put back as long as out/ is still here, else removed
 
-A shard enters the journal only when its bytes and its name are on the disk. Its key stands for everything that
-its bytes depend on, so the next build takes over a shard only where it would write the same one.
+A shard enters the journal only when its bytes and its name are on the disk. Its key is a digest of everything that its
+bytes depend on, so the next build takes over a shard only where it would write the same one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FinishedShard:
     key: str
     nbytes: int
     checksums: Mapping[str, str]
-    """By tensor."""
+    """Name of a tensor -> hexadecimal xxh3_128."""
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Stage:
 
     out: Path
     root: OwnedFolder
-    """The folder of ``out``, by which everything is reached."""
+    """The folder that ``out`` is in; everything is opened relative to it."""
     lock: Lock
     finished: dict[str, FinishedShard] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
@@ -65,12 +65,12 @@ class Stage:
 
     @property
     def payload(self) -> Path:
-        """Where the checkpoint grows."""
+        """The folder that becomes the output."""
         return self.folder / "out"
 
     @property
     def replaced(self) -> Path:
-        """Where an output that is being replaced waits to be removed."""
+        """The place of an output that is being replaced, until it is removed."""
         return self.folder / "replaced"
 
     @property
@@ -85,13 +85,13 @@ class Stage:
     @classmethod
     @contextmanager
     def open(cls, out: Path, *, take_over: bool = False) -> Iterator[Stage]:
-        """The stage of ``out``, new or left by an earlier build, for one build at a time.
+        """Opens and locks the stage of ``out``, new or left by an earlier build.
 
-        Leaving it removes it, unless shards are finished in it that the next build can take over. ``take_over`` takes
-        it from a build on another machine, which may still be writing, and one that was not made here.
+        At the end it is removed, unless the next build can take over finished shards. With ``take_over`` it may also be
+        one that was not made here, or that a build on another machine may still be writing.
 
         Raises:
-            OutputError: another build is writing to ``out``, or the stage is somebody else's.
+            OutputError: another build is writing to ``out``, or the stage is not this user's mixprec's.
             OSError: the folder cannot be written.
         """
         with OwnedFolder.open(out.parent) as root:
@@ -110,14 +110,14 @@ class Stage:
 
     @classmethod
     def tidy(cls, out: Path) -> None:
-        """Removes what a build left that was stopped when its output was already in place."""
+        """Removes the stage of a build that was stopped after its output was in place."""
         with suppress(OSError, OutputError), OwnedFolder.open(out.parent) as root:
             if root.entry(stage_name(out)) is not None:
                 with cls.open(out):
                     pass
 
     def record(self, shard: str, key: str, checksums: Mapping[str, str]) -> None:
-        """Notes a shard as finished. Its data must have been synced."""
+        """Writes a finished shard, whose data must have been synced, into the journal."""
         self.check()
         self.root.sync(self.inner("out"))
         entry = FinishedShard(key, (self.payload / shard).stat().st_size, checksums)
@@ -133,7 +133,7 @@ class Stage:
             raise OutputError(f"{self.out}: another build has taken over {self.folder}; nothing more was written there")
 
     def kept(self, shards: int) -> str:
-        """What a stopped build leaves and how to go on, for its message."""
+        """The part of a stopped build's message that says what is left and how to continue."""
         if self.published:
             left = self.root.entry(self.inner("replaced"))
             rest = f"; the next build into {self.out} removes {self.replaced}, what it replaced"
@@ -147,7 +147,7 @@ class Stage:
         """Notes the names of files before they are written into the payload.
 
         Raises:
-            OutputError: something else is there.
+            OutputError: the payload has an entry that no build wrote.
         """
         if not self.names.issuperset(names):
             self.names.update(names)
@@ -155,7 +155,7 @@ class Stage:
         self.refuse_others()
 
     def refuse_others(self) -> None:
-        """Raises :class:`OutputError` where the payload holds what no build has written."""
+        """Raises :class:`OutputError` where the payload has an entry that no build wrote."""
         for entry in self.root.below(self.inner("out"), self._is_mine):
             if not self._is_mine(entry):
                 raise OutputError(
@@ -164,11 +164,11 @@ class Stage:
                 )
 
     def keep(self, keys: Mapping[str, str]) -> None:
-        """Forgets finished shards that this build, whose shards have ``keys``, would not write the same."""
+        """Forgets finished shards that this build would write differently. ``keys``: file -> key of its shard now."""
         self.expect(keys)
         kept = {shard: entry for shard, entry in self.finished.items() if self._is_kept(shard, entry, keys)}
         if kept != self.finished:
-            # Before anything else is written under the names it forgets: the build whose they were may come back.
+            # Before files of these names are written again: the build that wrote them may come back.
             self.finished = kept
             self._replace("journal", b"".join(_line(shard, entry) for shard, entry in kept.items()))
         self._drop_unfinished()
@@ -180,7 +180,7 @@ class Stage:
         return state is not None and stat.S_ISREG(state.st_mode) and state.st_size == entry.nbytes
 
     def _replace(self, name: str, data: bytes) -> None:
-        """Writes a file of the stage, which is the old one or the new one at any moment."""
+        """Replaces a file of the stage by one rename."""
         fresh = self.inner(f"{name}.new")
         with suppress(FileNotFoundError):
             self.root.unlink(fresh)
@@ -218,7 +218,7 @@ class Stage:
         self.names.update(self.finished)
 
     def _read_journal(self) -> None:
-        """A line that was cut short or garbled ends the journal: what follows was never promised."""
+        """Reads the journal up to the first line that is incomplete or garbled, and cuts it off there."""
         data = self._read("journal")
         whole = 0
         for line in data.splitlines(keepends=True):
@@ -237,7 +237,7 @@ class Stage:
                 os.close(fd)
 
     def discard_replaced(self) -> bool:
-        """Removes the output that was replaced; whether nothing is left of it."""
+        """Removes the output that was replaced. Returns whether nothing is left of it."""
         return remove_output(self.root, self.inner("replaced"))
 
     def _is_mine(self, entry: Entry) -> bool:
@@ -248,7 +248,7 @@ class Stage:
         return (name in self.names and entry.is_file) or is_ours(Entry(name, entry.mode))
 
     def _drop_unfinished(self) -> None:
-        """All but finished shards and the folder of files cut for ranks, which say themselves what they are."""
+        """Removes the payload's files except finished shards, and files cut for ranks, which have their own index."""
         for entry in self.root.entries(self.inner("out")):
             if entry.is_file and self._is_mine(entry) and entry.name.rpartition("/")[2] not in self.finished:
                 self.root.unlink(entry.name)
@@ -270,7 +270,7 @@ class Stage:
         if left:
             self.lock.release()
             return
-        # The lock goes last: who opens it until then finds it locked.
+        # The lock goes last, so that a build that opens it before finds it locked.
         for part in ("made", "lock"):
             with suppress(FileNotFoundError):
                 self.root.unlink(self.inner(part))
@@ -278,9 +278,9 @@ class Stage:
 
 
 def remove_output(root: OwnedFolder, name: str) -> bool:
-    """Removes a checkpoint's folder, file by file as its manifest lists them; whether nothing is left of it.
+    """Removes the files that a checkpoint's manifest lists, and its folder. Returns whether nothing is left of it.
 
-    Its manifest goes last, so that a removal that was stopped can go on.
+    The manifest goes last, so that a removal that was stopped can be continued.
     """
     entry = root.entry(name)
     if entry is None:

@@ -1,4 +1,4 @@
-"""Whose a stage is: made here by this user's mixprec, and locked by one build at a time."""
+"""Checks that a stage was made here by this user's mixprec, and locks it for one build at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["Lock", "beating", "mark", "stage_name", "take_lock", "write_and_clos
 
 
 _BEAT = 30.0
-"""Seconds between signs of life of a build: it touches its lock."""
+"""Seconds after which a running build touches its lock again."""
 _SILENCE = 150.0
-"""After so many without one, a build on another machine is taken for dead."""
+"""Seconds without a touch after which a build on another machine counts as dead."""
 
 
 def stage_name(out: Path) -> str:
@@ -38,11 +38,8 @@ def write_and_close(fd: int, data: bytes) -> None:
         os.fsync(fd)
 
 
-# Whose it is
-
-
 def mark(root: OwnedFolder, name: str) -> None:
-    """Notes in a new stage that it was made here."""
+    """Writes into a new stage that it was made here."""
     if _is_marked(root, name):
         return
     with suppress(FileNotFoundError):
@@ -58,7 +55,7 @@ def mark(root: OwnedFolder, name: str) -> None:
 
 
 def _is_marked(root: OwnedFolder, name: str) -> bool:
-    """Whether a folder's mark names the folder's inode and its own: no archive and no repository can bring those."""
+    """Whether a folder's mark names the folder's inode and its own, which no archive or download can reproduce."""
     folder = root.stat(name)
     try:
         fd = root.open_file(f"{name}/made", os.O_RDONLY)
@@ -88,7 +85,7 @@ def _require_own(root: OwnedFolder, out: Path, take_over: bool) -> None:
 
 
 def _uid_of_new_files(root: OwnedFolder, out: Path) -> int:
-    """The owner of what this process writes there: a network file system may make it another than the process's."""
+    """The owner of files that this process creates there, which a network file system may map to another user."""
     name = f"{stage_name(out)}.probe"
     with suppress(FileNotFoundError):
         root.unlink(name)
@@ -100,25 +97,23 @@ def _uid_of_new_files(root: OwnedFolder, out: Path) -> int:
         root.unlink(name)
 
 
-# The lock
-
-
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """A locked lock file; its name is looked up again wherever it matters whether it is still this build's."""
+    """A locked lock file. Another build may take it over: :meth:`is_signed` tells whether it is still this one's."""
 
     root: OwnedFolder
     name: str
     fd: int
     text: bytes
-    """What this build writes into it."""
+    """The text that identifies this build."""
 
     def sign(self) -> None:
+        """Writes this build's text into the file."""
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, self.text, 0)
 
     def is_signed(self) -> bool:
-        """Whether the lock there is this one, and no other build has signed it."""
+        """Whether the file of this name is still the locked one, and no other build has signed it."""
         state = self.root.stat(self.name)
         return (
             state is not None
@@ -127,11 +122,16 @@ class Lock:
         )
 
     def release(self) -> None:
+        """Empties the file, so that another machine's build need not wait."""
         os.ftruncate(self.fd, 0)
 
 
 def take_lock(root: OwnedFolder, out: Path, take_over: bool) -> Lock:
-    """Makes the stage's folder, where it is not there, and locks it."""
+    """Locks the stage, whose folder is made if necessary.
+
+    Raises:
+        OutputError: another build is writing there, or the stage was not made here by this user's mixprec.
+    """
     name = f"{stage_name(out)}/lock"
     host, boot = socket.gethostname(), _boot()
     text = f"{host} pid {os.getpid()}\n{boot}\n{secrets.token_hex(8)}\n".encode()
@@ -147,7 +147,7 @@ def take_lock(root: OwnedFolder, out: Path, take_over: bool) -> Lock:
                 raise OutputError(f"{root.path / name}: is no file that mixprec wrote; remove it")
             locked = _flock(fd, out)
             holder, _, rest = _text(fd).partition("\n")
-            # Locks of other machines are not always seen on network file systems; what they write is.
+            # A network file system may not show locks of other machines, but it shows what these write.
             here = locked and (holder.partition(" ")[0] == host or rest.partition("\n")[0] == boot != "")
             if holder and not here and not take_over and (silent := _silence(root, fd, out)) < _SILENCE:
                 same = holder.partition(" ")[0] == host
@@ -167,7 +167,7 @@ def take_lock(root: OwnedFolder, out: Path, take_over: bool) -> Lock:
 
 
 def _flock(fd: int, out: Path) -> bool:
-    """Locks a file; whether its file system can."""
+    """Locks a file. Returns whether its file system can. Raises :class:`OutputError` if another build has locked it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -181,7 +181,7 @@ def _flock(fd: int, out: Path) -> bool:
 
 
 def _text(fd: int) -> str:
-    """What a lock file says, ``""`` if nothing; after a power loss it may hold zero bytes instead of a name."""
+    """The text of a lock file, without the zero bytes that it may have after a power loss."""
     return os.pread(fd, 400, 0).strip(b"\0").decode(errors="replace")
 
 
@@ -195,7 +195,7 @@ def _silence(root: OwnedFolder, fd: int, out: Path) -> float:
 
 
 def _boot() -> str:
-    """A word for this start of this machine's kernel, the same in all of its containers; ``""`` where it has none."""
+    """The id of this machine's boot, the same in all of its containers; ``""`` where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -204,7 +204,7 @@ def _boot() -> str:
 
 @contextmanager
 def beating(lock: Lock) -> Iterator[None]:
-    """Touches a lock now and then, for builds on other machines."""
+    """Touches a lock regularly, to show builds on other machines that this one is running."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -213,7 +213,7 @@ def beating(lock: Lock) -> Iterator[None]:
                 os.utime(lock.fd)
 
     thread = threading.Thread(target=beat, daemon=True)
-    with suppress(RuntimeError):  # no memory for it: the build's own threads will say so
+    with suppress(RuntimeError):  # no memory for it, which the build's own threads will report
         thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Refuses an output folder that holds something else."""
+"""Refuses an output folder that has other files in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_output"]
 
 
 def check_output(plan: Plan, out: Path, *, force: bool) -> None:
-    """Refuses an output folder that holds something else or overlaps a source. Raises :class:`OutputError`."""
+    """Raises :class:`OutputError` if an output folder has other files in it, or overlaps a source."""
     try:
         if out.is_symlink():
             raise OutputError(f"{out}: is a link; name the folder itself")
@@ -54,15 +54,14 @@ def _check_overlap(plan: Plan, out: Path) -> None:
 
 
 def _foreign(out: Path) -> set[str]:
-    """The names in a folder that its manifest does not list and no stopped split left there; all of them where it has
-    no manifest."""
+    """The names in a folder that neither its manifest lists nor a stopped split left; all if it has no manifest."""
     with OwnedFolder.open(out, follow=False) as owned:
         entries = owned.entries()
     there = {entry.name for entry in entries}
     try:
         manifest = read_manifest(out)
         known = {MANIFEST, f".{MANIFEST}.new", *manifest.files}
-        # A folder in the place of a file is somebody else's, and so is a link: a file is written under each name.
+        # mixprec writes a regular file under each of these names: a folder or a link is somebody else's.
         ours = {entry.name for entry in entries if entry.is_file and entry.name in known}
         return there - ours - {"presplit"} | {*unknown_entries(out, manifest)}
     except VerifyError:

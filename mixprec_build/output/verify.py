@@ -1,4 +1,4 @@
-"""Does a compiled checkpoint equal its sources, bit for bit; and how far are its weights from FP16?"""
+"""Compares a compiled checkpoint with its manifest and, bit for bit, with its sources."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _BUFFER = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The outcome: how tensors were compared, and every difference found."""
+    """The outcome: how many tensors were compared in which way, and every difference found."""
 
     bit_for_bit: int
     by_checksum: int
     gone: tuple[str, ...]
-    """Sources that could not be opened or lack tensors, with the reason: these were compared by checksum."""
+    """Sources that could not be read or lack tensors, with the reason. Their tensors were compared by checksum."""
     differences: tuple[str, ...]
     leftovers: tuple[str, ...] = ()
     """Files of a split that was stopped. Nothing reads them."""
@@ -52,10 +52,10 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class _Compared:
-    """What came of comparing one tensor."""
+    """The outcome for one tensor."""
 
     direct: bool = False
-    """Whether its bytes were compared with its source's; else with its checksum."""
+    """Whether its bytes were compared with its source's, not its checksum with the manifest's."""
     difference: str | None = None
     unread: tuple[str, str] | None = None
     """A source that could not be read, and why."""
@@ -69,25 +69,28 @@ def verify(
 ) -> Verification:
     """Checks files, headers, index and manifest against one another, and every tensor against its source.
 
-    ``sources`` has new locations of sources by name. A tensor whose source is gone is compared by checksum. Where the
-    merged files were dropped, tensors are put together from the files of ranks. A file that is missing, damaged or
-    cannot be read is a difference, and the others are compared all the same. ``watch`` is called with the bytes to be
-    compared, and returns what is called with those that are. Splits and builds refuse or wait meanwhile.
+    A tensor whose source is gone is compared by checksum. Where the merged files were dropped, tensors are put together
+    from the files of ranks. A file that is missing, damaged or cannot be read is a difference, and the others are still
+    compared. Splits and builds refuse or wait meanwhile.
+
+    Args:
+        sources: name of a source -> its new location.
+        watch: called with the bytes to be compared; returns the function that is called with bytes as they are done.
 
     Raises:
-        VerifyError: there is no manifest, or it cannot be read; files of ranks that nothing can be put together from;
-            a source of ``sources`` has not the tensors that were taken from it.
-        SplitError: merged files were dropped, and not all ranks were ever cut.
+        VerifyError: there is no manifest, or it cannot be read; merged files cannot be put together from damaged files
+            of ranks; a new location of a source lacks tensors that were taken from it.
+        SplitError: merged files were dropped, and files of ranks are missing.
         SourceError: the checkpoint itself cannot be opened.
         OutputError: another command is changing the checkpoint.
     """
     if not (folder / MANIFEST).exists():
-        read_manifest(folder)  # says so
+        read_manifest(folder)  # raises
     with locked(folder, shared=True) as (owned, check):
         before = owned.stat(MANIFEST)
 
         def require_unchanged(cause: MixprecError | None = None) -> None:
-            """Where the file system keeps no lock, another command may have been at work all the same."""
+            """Raises if another command changed the checkpoint, as it can where the file system has no locks."""
             try:
                 check()
                 if _version(owned.stat(MANIFEST)) == _version(before):
@@ -109,7 +112,7 @@ def verify(
 
 
 def _version(state: os.stat_result | None) -> tuple[int, ...]:
-    """Another one for every manifest that a command puts into the place of one."""
+    """Differs between any two manifests that were put into one place."""
     return () if state is None else (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
 
 
@@ -138,7 +141,7 @@ def _verify(
         name, entry = item
         try:
             result = _compare(checkpoint, checkpoint.tensors[name], entry, opened.get(entry.source))
-        except SourceError as error:  # of the checkpoint's own file: the others are compared all the same
+        except SourceError as error:  # of the checkpoint's own file; the others can still be compared
             result = _Compared(difference=str(error))
         if progress is not None:
             progress(entry.nbytes)
@@ -250,10 +253,10 @@ def _compare(checkpoint: Checkpoint, info: TensorInfo, entry: TensorEntry, sourc
 
 
 def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
-    """A tensor's bytes, a few MiB at a time."""
+    """Yields a tensor's bytes, a few MiB at a time."""
     if isinstance(checkpoint.storage, CutFolder):
         reader = checkpoint.storage.reader
-        # As bytes: views are compared byte by byte, ten times as slow.
+        # As bytes: memory views are compared byte by byte, which takes ten times as long.
         yield from map(bytes, contents(reader.parameter(info), reader.files))
         return
     with _opened(checkpoint, info) as read:
@@ -263,7 +266,7 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
 
 @contextmanager
 def _opened(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[Callable[[int, int], bytes]]:
-    """Reads so many bytes of a tensor, from a byte of it on."""
+    """Opens a tensor's file; yields a function that returns bytes of the tensor for a start and a length."""
     path = checkpoint.storage.cached(info.file)
     if path is None:
         path = checkpoint.storage.fetch([info.file])[info.file]

@@ -1,4 +1,4 @@
-"""How far quantized weights are from unquantized ones."""
+"""Measures how far quantized weights are from unquantized ones."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class WeightError:
 
 
 def comparable(checkpoint: Source, reference: Source) -> dict[str, Format]:
-    """The quantized modules of a checkpoint, where each is there unquantized in another.
+    """The quantized modules of a checkpoint and their formats, if ``reference`` has all of them unquantized.
 
     Raises:
-        VerifyError: the reference lacks a module, holds it quantized itself, or in another shape.
+        VerifyError: the reference lacks a module, or has it quantized or in another shape.
     """
     quantized = {name: fmt for name, fmt in checkpoint.formats.items() if isinstance(fmt, Format) and fmt.quantized}
     for name, fmt in quantized.items():
@@ -47,7 +47,7 @@ def comparable(checkpoint: Source, reference: Source) -> dict[str, Format]:
 def weight_errors(
     checkpoint: Source, reference: Source, progress: Callable[[str], None] | None = None
 ) -> Iterator[WeightError]:
-    """The relative error of each quantized module against the same module of an unquantized checkpoint.
+    """Yields the relative error of each quantized module against the same module of an unquantized checkpoint.
 
     Raises:
         VerifyError: the two are not :func:`comparable`.
@@ -56,7 +56,7 @@ def weight_errors(
         if progress is not None:
             progress(name)
         exact, ours = _dequantized(reference, name), _dequantized(checkpoint, name)
-        with np.errstate(all="ignore"):  # weights may be infinite or no numbers: then so is the result
+        with np.errstate(all="ignore"):  # weights may be infinite or NaN: then so is the result
             norm = float(np.linalg.norm(exact))
             distance = float(np.linalg.norm(exact - ours))
         yield WeightError(name, fmt.kind, distance / norm if norm else distance)
@@ -66,6 +66,6 @@ def _dequantized(source: Source, name: str) -> npt.NDArray[np.float32]:
     try:
         with np.errstate(all="ignore"):
             return source.dequantize(name)
-    except (IndexError, ValueError, MemoryError) as error:  # a g_idx that points nowhere, say
+    except (IndexError, ValueError, MemoryError) as error:  # a damaged g_idx, for example
         where = source.checkpoint.location
         raise VerifyError(f"{where}: {name} cannot be dequantized: {error}") from error

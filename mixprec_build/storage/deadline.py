@@ -1,4 +1,4 @@
-"""A bound on the time that another library's function may take."""
+"""Bounds the time that another library's function may take."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["TooLateError", "at_most"]
 
 
 class TooLateError(BaseException):
-    """The time is over. No ``Exception``: libraries that try again after those must not catch it."""
+    """The time is over. Not an ``Exception``, which libraries catch to try again."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises :class:`TooLateError` in the body once the time is over, at its next step in Python.
+    """Raises :class:`TooLateError` in the body, at its next step in Python, once the time is over.
 
-    So a body that waits for one byte after another ends, and cleans up after itself as on Ctrl-C; one that waits for a
-    single answer needs a timeout of its own beside this.
+    This ends a body that receives one byte after another, which cleans up as after Ctrl-C. A body that waits for a
+    single answer needs a timeout of its own.
     """
     thread, lock = ctypes.c_ulong(threading.get_ident()), threading.Lock()
     running = [True]
@@ -38,5 +38,5 @@ def at_most(seconds: float) -> Iterator[None]:
         timer.cancel()
         with lock:
             running.clear()
-        # What was raised and has not come up yet, if anything.
+        # Takes back an exception that has not been raised yet.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)

@@ -1,4 +1,4 @@
-"""Files on this machine: opened without surprises, read and written whole, with errors that name them."""
+"""Opens, reads and writes files on this machine, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux;
 
 
 def pwrite_all(fd: int, data: memoryview, at: int) -> None:
+    """Writes all of ``data`` to a file from the byte ``at`` on."""
     while data:
         done = os.pwrite(fd, data, at)
         data, at = data[done:], at + done
 
 
 def start_writeback(fd: int) -> None:
-    """Has the kernel start writing a file's dirty pages: the disk works while the copy goes on, not after it."""
+    """Asks the kernel to start writing a file's dirty pages, so that the disk works while the copy goes on."""
     if _sync_file_range is not None:
         _sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # SYNC_FILE_RANGE_WRITE, fcntl.h
 
 
 def check_space(folder: Path, need: int) -> None:
-    """Reports a disk that is too small before hours of copying. Raises :class:`WriteError`."""
+    """Raises :class:`WriteError` if fewer than ``need`` bytes are free where ``folder`` is."""
     with write_errors(folder):
         disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
@@ -57,6 +58,7 @@ def check_space(folder: Path, need: int) -> None:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
+    """Turns an ``OSError`` into a :class:`WriteError` with its file, or ``path``, and what to do about it."""
     try:
         yield
     except OSError as error:
@@ -69,13 +71,13 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 MAX_FILE_BYTES = 256 << 20
-"""Of a file that is no safetensors file: a tokenizer, a manifest, ..."""
+"""Most bytes of a file other than safetensors: a tokenizer, a manifest, ..."""
 _CHUNK = 4 << 20
 
 
 @contextmanager
 def source_errors(path: Path) -> Iterator[None]:
-    """What the system says of a file that is read, as :class:`SourceError` with the file's name."""
+    """Turns an ``OSError`` into a :class:`SourceError` that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -83,7 +85,7 @@ def source_errors(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> int:
-    """Opens a regular file for reading; a FIFO, device or folder is refused instead of waited for."""
+    """Opens a regular file for reading. Raises :class:`SourceError` for any other, without waiting for a FIFO."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -99,7 +101,7 @@ def open_regular(path: Path) -> int:
 
 
 def open_size(path: Path) -> int:
-    """The bytes of a regular file, which can be opened. Raises :class:`SourceError`."""
+    """The size in bytes of a regular file. Raises :class:`SourceError` if it cannot be opened."""
     fd = open_regular(path)
     with source_errors(path):
         try:
@@ -109,7 +111,7 @@ def open_size(path: Path) -> int:
 
 
 def pread_all(fd: int, length: int, offset: int) -> bytes:
-    """These bytes of a file, fewer only where it ends: one ``pread`` gives no more than 2 GiB."""
+    """Reads ``length`` bytes of a file, fewer only where it ends. One ``pread`` reads 2 GiB at most."""
     parts = []
     while length > 0 and (data := os.pread(fd, length, offset)):
         parts.append(data)
@@ -118,7 +120,7 @@ def pread_all(fd: int, length: int, offset: int) -> bytes:
 
 
 def pread_into(fd: int, window: memoryview, offset: int) -> int:
-    """Fills ``window`` with these bytes of a file; how many there were is less than its length only where it ends."""
+    """Fills ``window`` from a file. Returns the number of bytes read, less than its length only where the file ends."""
     done = 0
     while done < len(window) and (got := os.preadv(fd, [window[done:]], offset + done)):
         done += got
@@ -126,7 +128,7 @@ def pread_into(fd: int, window: memoryview, offset: int) -> int:
 
 
 def read_regular(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """A whole small file. Raises :class:`SourceError`, also for what would never end or is larger than ``limit``."""
+    """Reads a small file. Raises :class:`SourceError` if it is larger than ``limit`` or not a regular file."""
     fd = open_regular(path)
     with source_errors(path):
         try:
@@ -151,7 +153,7 @@ def checksum_of_file(path: Path, limit: int = MAX_FILE_BYTES) -> str:
 
 
 def read_chunks(path: Path, limit: int = MAX_FILE_BYTES) -> Iterator[bytes]:
-    """A file's bytes, a few MiB at a time. Raises as :func:`checksum_of_file`."""
+    """Yields a file's bytes, a few MiB at a time. Raises as :func:`checksum_of_file`."""
     fd = open_regular(path)
     try:
         with source_errors(path):
@@ -170,10 +172,10 @@ def read_chunks(path: Path, limit: int = MAX_FILE_BYTES) -> Iterator[bytes]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a checkpoint's file. A file may be a link within the folder, or as the hub's cache makes them.
+    """The path of a checkpoint's file, which may be a link within the folder or into the blobs of the hub's cache.
 
     Raises:
-        SourceError: it is a link to anywhere else, to a file of the user's perhaps, or a folder of its name is a link.
+        SourceError: it is a link to anywhere else, such as a file of the user's, or a folder in ``name`` is a link.
     """
     path = folder / name
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
@@ -191,7 +193,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts a folder's entries on the disk."""
+    """Syncs a folder's entries to the disk."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors: how many bits each takes, and numpy's name for it."""
+"""The dtypes of safetensors, with their bits and numpy dtypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DTYPE_BITS", "numpy_dtype"]
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """A safetensors dtype as numpy knows it, with ml_dtypes for BF16 and FP8."""
+    """The numpy dtype for a safetensors dtype, from ml_dtypes for BF16 and FP8. Raises :class:`SourceError` if none."""
     import numpy as np
 
     if dtype in _NATIVE:

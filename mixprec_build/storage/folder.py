@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: the interface, and a folder on this machine."""
+"""The interface to a checkpoint's files, and its implementation for a folder on this machine."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ __all__ = ["Files", "LocalFolder"]
 
 
 class Files(Protocol):
-    """Where a checkpoint's files are: a local folder or a hub repository."""
+    """A checkpoint's files, in a local folder or a hub repository. Methods raise :class:`SourceError`."""
 
     @property
     def files(self) -> Mapping[str, int | None]:
         """Name -> size in bytes."""
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """Exactly these bytes of a file."""
+        """``length`` bytes of a file from ``offset`` on."""
 
     def cached(self, name: str) -> Path | None:
-        """The file on this machine, if it is here."""
+        """The path of the file, if it is on this machine."""
 
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
-        """Brings the files to this machine."""
+        """Downloads files that are not on this machine. Returns name -> path."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalFolder:
     """A checkpoint in a folder, or a snapshot in the hub's cache (whose files are links into ``blobs/``).
 
-    A file that is a link to elsewhere is listed, and refused when it is asked for.
+    A file that is a link to elsewhere is listed, but reading it raises.
     """
 
     folder: Path
@@ -43,6 +43,7 @@ class LocalFolder:
 
     @classmethod
     def open(cls, folder: Path) -> LocalFolder:
+        """Lists the files of a folder. Raises :class:`SourceError` if it cannot be read."""
         try:
             files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.exists() and not p.is_dir()}
         except OSError as error:

@@ -36,7 +36,7 @@ MAX_HEADER_BYTES = 32 << 20
 _MAX_TENSORS = 300_000
 _MAX_METADATA = 100_000
 MOST_TENSORS = 150_000
-"""Written to one file, whose header then has some 26 MB."""
+"""Most tensors that are written to one file, whose header then has some 26 MB."""
 _MAX_JSON_VALUES = 4_000_000  # a tensor takes 13
 _PAGE = 4096
 _json_text = json.JSONEncoder(ensure_ascii=False).encode
@@ -54,10 +54,10 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[bytes, int]:
-    """What :func:`parse_header` takes of a file on this machine: its first ``8 + N`` bytes, and its size.
+    """Reads what :func:`parse_header` needs: the first ``8 + N`` bytes of a file, and its size in bytes.
 
     Raises:
-        SourceError: it is no regular file, or none of safetensors.
+        SourceError: it is not a regular file, or not a safetensors file.
     """
     fd = open_regular(path)
     with source_errors(path):
@@ -69,7 +69,7 @@ def read_header(path: Path) -> tuple[bytes, int]:
 
 
 def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) -> tuple[dict[str, TensorInfo], object]:
-    """Tensors in the order of their data, and ``__metadata__``, from the first ``8 + N`` bytes of a file.
+    """Parses the first ``8 + N`` bytes of a file. Returns tensors in the order of their data, and ``__metadata__``.
 
     Raises:
         SourceError: naming ``path`` and, where one is at fault, the tensor.
@@ -135,7 +135,7 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
 
 
 def header_length(first8: bytes, *, path: Path | str, file_size: int) -> int:
-    """``N`` of a file from its first eight bytes, checked against the file's size."""
+    """``N`` of a file from its first eight bytes. Raises :class:`SourceError` if it does not fit the file's size."""
     length = int.from_bytes(first8, "little")
     if first8 == b"version ":
         raise SourceError("a Git LFS pointer, not the file that it stands for; fetch it with `git lfs pull`", path=path)
@@ -154,7 +154,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> by
 
     Padded with spaces so that the data section starts on a page boundary, as the format allows.
     """
-    # Pieced together: a dictionary of all entries would take many times the memory of their text.
+    # Joined as text: a dictionary of all entries would take many times the memory.
     out = bytearray(8) + b'{"__metadata__":{"format":"pt"}'
     at = 0
     for name, dtype, shape, nbytes in tensors:

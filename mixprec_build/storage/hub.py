@@ -1,11 +1,10 @@
-"""Checkpoints on the Hugging Face Hub: their headers are read in place, their files fetched when needed.
+"""Checkpoints on the Hugging Face Hub: headers are read in place, files are downloaded when needed.
 
-A plan needs ``config.json``, the index and the headers of the safetensors files: some kilobytes of a
-repository of hundreds of gigabytes. `HubRepo.open` lists a repository, `HubRepo.read` reads byte ranges of
-its files, and only `HubRepo.fetch` downloads. All three hold to one commit, whatever is pushed meanwhile.
+A plan needs ``config.json``, the index and the headers of the safetensors files: some kilobytes of a repository of
+hundreds of gigabytes. `HubRepo.open` lists a repository, `HubRepo.read` reads byte ranges of its files, and only
+`HubRepo.fetch` downloads. All three use one commit, whatever is pushed meanwhile.
 
-huggingface_hub takes a third of a second to import, so it is imported where it is used: a build from
-local folders never pays for it.
+huggingface_hub takes a third of a second to import, so it is imported where it is used, never for local folders.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ _TRANSIENT = (429, 500, 502, 503, 504)
 _WAITS = (1, 2, 4)  # seconds before a request whose connection broke is sent again
 _CHUNK = 1 << 16
 _BROKEN = (ValueError, RecursionError, TypeError, KeyError, AttributeError)
-"""What huggingface_hub raises of answers that are no JSON, or JSON of another kind, or of names it takes for none."""
+"""Errors of huggingface_hub for answers that are not JSON or have another shape, and for names that it refuses."""
 _LONGEST = 60.0
 _SLOWEST = 20_000
-"""An answer may take a minute, and a second for each so many bytes."""
+"""An answer may take ``_LONGEST`` seconds, plus a second for every ``_SLOWEST`` bytes."""
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
@@ -64,12 +63,12 @@ class HubRepo:
     repo_id: str
     revision: str | None  # as the user wrote it; None is the branch main
     commit: str  # what the revision stood for when the repository was opened
-    files: Mapping[str, int | None]  # name -> bytes; opened from the cache: only the files that it holds
-    offline: str | None = None  # why the cache was opened and not the Hub; None when the Hub answered
+    files: Mapping[str, int | None]  # name -> bytes; only cached files if the cache was opened
+    offline: str | None = None  # the reason why the cache was opened and not the Hub; None when the Hub answered
 
     @classmethod
     def open(cls, repo_id: str, revision: str | None = None) -> HubRepo:
-        """List a repository and resolve its revision to a commit, without downloading anything.
+        """Lists a repository and resolves its revision to a commit, without downloading anything.
 
         The cache answers when HF_HUB_OFFLINE is set, and when the Hub cannot be reached or fails.
 
@@ -117,8 +116,7 @@ class HubRepo:
     def read(self, name: str, offset: int, length: int) -> bytes:
         """``length`` bytes of a file from ``offset`` on, fewer only where the file ends.
 
-        They come from the cached copy if there is one, else from the Hub by an HTTP range request. Nothing
-        is downloaded.
+        They come from the cached copy if there is one, else from the Hub by an HTTP range request, and are not cached.
 
         Raises:
             HubError: no such file, no access to it, or the Hub fails, cannot be reached or sends too little.
@@ -150,7 +148,7 @@ class HubRepo:
         return data
 
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
-        """Download the files that the cache does not hold, and return where each one lies in it.
+        """Downloads files that are not in the cache. Returns name -> path in the cache.
 
         Raises:
             HubError: no such file, no access to it, or the download fails. Files that arrived stay cached.
@@ -180,12 +178,12 @@ class HubRepo:
         raise HubError(f"no such file in the repository at commit {self.commit}", path=where)
 
     def _remember_revision(self) -> None:
-        """Let the revision resolve to this commit offline; a download at a commit does not record that."""
+        """Lets the revision resolve to this commit offline; a download at a commit does not record that."""
         revision = self.revision or "main"
         if self.offline is not None or revision == self.commit:
             return
         ref = _cache_folder(self.repo_id) / "refs" / revision
-        # a cache that is shared read-only serves its files all the same
+        # a read-only cache can still be used
         with suppress(OSError):
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(self.commit)
@@ -228,13 +226,13 @@ def _list_files(snapshot: Path) -> dict[str, int | None]:
 
 
 def _get_range(url: str, headers: dict[str, str], offset: int, length: int, where: str) -> bytes:
-    """The bytes of a range request, asked for again while the connection breaks."""
+    """Requests a range of bytes, several times if the connection breaks."""
     for wait in _WAITS:
         try:
             return _get_range_once(url, headers, offset, length, where)
         except _http_error() as error:
             response = getattr(error, "response", None)
-            if response is not None:  # an answer, if a bad one: _stream has repeated what may be repeated
+            if response is not None:  # an error response, which _stream has already retried if it may be
                 response.close()  # http_backoff leaves the last one open
                 raise
             time.sleep(wait)
@@ -247,7 +245,7 @@ def _get_range_once(url: str, headers: dict[str, str], offset: int, length: int,
     with _stream(url, headers | extra) as (response, chunks):
         _http().hf_raise_for_status(response)
         skip = 0
-        if response.status_code == 200:  # Range was ignored: read up to the bytes, and hang up after them
+        if response.status_code == 200:  # Range was ignored: skip to the bytes, and close after them
             skip = offset
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             message = f"{_endpoint()} sent other bytes than those at {offset}: check HF_ENDPOINT"
@@ -266,7 +264,7 @@ def _get_range_once(url: str, headers: dict[str, str], offset: int, length: int,
 
 @contextmanager
 def _in_time(nbytes: int, where: str) -> Iterator[None]:
-    """Ends an answer of so many bytes that drips: its pieces come in time, each alone, and never all of them."""
+    """Ends an answer of ``nbytes`` bytes that arrives too slowly, though each of its pieces arrives in time."""
     try:
         with at_most(_LONGEST + nbytes / _SLOWEST):
             yield
@@ -276,7 +274,7 @@ def _in_time(nbytes: int, where: str) -> Iterator[None]:
 
 @contextmanager
 def _stream(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[bytes]]]:
-    """A response and the pieces of its body as they arrive, through huggingface_hub's session and retries."""
+    """Yields a response and the pieces of its body as they arrive, with huggingface_hub's session and retries."""
     from huggingface_hub import constants
 
     http = _http()
@@ -296,14 +294,14 @@ def _stream(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[b
 
 
 def _http() -> Any:
-    """huggingface_hub's HTTP functions: what they are and return differs between its releases."""
+    """huggingface_hub's HTTP functions, untyped because they differ between its releases."""
     import huggingface_hub.utils
 
     return huggingface_hub.utils
 
 
 def _http_error() -> type[Exception]:
-    """The base of what huggingface_hub's HTTP library raises.
+    """The base class of the errors of huggingface_hub's HTTP library.
 
     The library is requests before huggingface_hub 1.0, httpx in 1.x, httpx2 in 2.x.
     """
@@ -316,7 +314,7 @@ def _http_error() -> type[Exception]:
 
 @contextmanager
 def _hub_errors(repo_id: str, where: str, *more: type[Exception]) -> Iterator[dict[str, str]]:
-    """The headers to send to the Hub; what a request of the body raises becomes a `HubError`."""
+    """Yields the headers to send to the Hub; errors of requests in the body become a `HubError`."""
     expected: tuple[type[Exception], ...] = (OSError, *_BROKEN, _http_error(), *more)
     token = ""
     try:
@@ -332,10 +330,10 @@ def _hub_errors(repo_id: str, where: str, *more: type[Exception]) -> Iterator[di
 
 
 def _explain(error: Exception, repo_id: str, where: str, token: str) -> HubError:
-    """What a failed request means to the user, and what to do about it."""
+    """The error that says what a failed request means to the user, and what to do about it."""
     from huggingface_hub import errors
 
-    # hf_hub_download covers why the Hub did not answer with "not found in the cache"
+    # hf_hub_download hides the reason why the Hub did not answer behind "not found in the cache"
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     hub, reason = _endpoint(), _reason(error, token)
@@ -394,7 +392,7 @@ def _reason(error: BaseException, token: str) -> str:
 
 
 def _endpoint() -> str:
-    """HF_ENDPOINT as it may be shown: without the password it may hold."""
+    """HF_ENDPOINT without a password, for messages."""
     from huggingface_hub import constants
 
     url = urlsplit(constants.ENDPOINT)

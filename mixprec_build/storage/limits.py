@@ -1,4 +1,4 @@
-"""Bounds on what an untrusted file may make a reader do."""
+"""Bounds the memory and time that an untrusted file may cost."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["load_json"]
 
 
 def load_json(data: bytes, most: int, **hooks: Any) -> Any:
-    """The JSON of an untrusted file, if it has no more than ``most`` values: each may take 100 bytes of memory.
+    """Parses JSON from an untrusted file, if it has no more than ``most`` values: each may take 100 bytes of memory.
 
     Raises:
-        ValueError: it has more, or is no JSON in UTF-8.
+        ValueError: it has more values, or is not JSON in UTF-8.
         RecursionError: it is nested too deeply.
     """
     # Every value but the first comes after one of these bytes.

@@ -14,7 +14,7 @@ __all__ = ["StoredModule", "split_name"]
 def split_name(tensor: str, leaves: Set[str]) -> tuple[str, str]:
     """``"a.b.qweight"`` -> ``("a.b", "qweight")``; a parameter like ``"a.A_log"`` is a module of its own.
 
-    ``leaves`` are the last words of the names of tensors that are parts of modules.
+    ``leaves`` are the last words of names of tensors that belong to modules.
     """
     module, _, leaf = tensor.rpartition(".")
     return (module, intern(leaf)) if leaf in leaves and module else (tensor, "")

@@ -1,8 +1,8 @@
 """Files below a folder that mixprec owns: opened, renamed and removed by descriptor, never through a link.
 
-A checkpoint or a stage folder may come from somebody else, with links in it. A check of a path and then an action on it
-leaves time to put a link between the two, so each action here opens the folders above its target one by one, none of
-them through a link, and then acts in the last of them.
+A checkpoint or a stage folder may come from somebody else, with links in it, and between a check of a path and an
+action on it a link can be put there. So each action opens the folders above its target one by one, never through a
+link, and acts in the last of them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class OwnedFolder:
     """An open folder. Names are relative to it, with ``/`` between folders and without ``..``.
 
     Every method raises :class:`OutputError` where a folder of a name, or a file that is to be opened, is a link, and
-    ``OSError`` with the path for what else the system refuses.
+    ``OSError`` with the path for other failures.
     """
 
     path: Path
@@ -90,18 +90,18 @@ class OwnedFolder:
             return os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=fd)
 
     def stat(self, name: str) -> os.stat_result | None:
-        """The state of an entry, of a link its own; None where there is none."""
+        """The state of an entry, without following a link; None where there is none."""
         with suppress(FileNotFoundError), self._above(name) as (fd, last), _named(self.path, name, None):
             return os.stat(last, dir_fd=fd, follow_symlinks=False)
         return None
 
     def entry(self, name: str) -> Entry | None:
-        """What has this name; None where there is nothing."""
+        """The entry of this name; None where there is none."""
         state = self.stat(name)
         return None if state is None else Entry(name, state.st_mode)
 
     def make_folder(self, name: str) -> None:
-        """Makes a folder and those above it; those that are there are left as they are."""
+        """Makes a folder and those above it, where they do not exist."""
         parts = PurePosixPath(name).parts
         for depth in range(1, len(parts) + 1):
             part = "/".join(parts[:depth])
@@ -142,12 +142,12 @@ class OwnedFolder:
             os.unlink(last, dir_fd=fd)
 
     def sync(self, name: str = ".") -> None:
-        """Puts a folder's entries on the disk."""
+        """Syncs a folder's entries to the disk."""
         with self._folder(name) as fd, _named(self.path, name, None):
             os.fsync(fd)
 
     def entries(self, name: str = ".") -> list[Entry]:
-        """What lies in a folder, sorted by name; nothing where there is none, or something else."""
+        """The entries of a folder, sorted by name; none if there is no such folder."""
         with suppress(FileNotFoundError, NotADirectoryError), self._folder(name) as fd:
             found = []
             with _named(self.path, name, None), os.scandir(fd) as there:
@@ -159,16 +159,16 @@ class OwnedFolder:
         return []
 
     def below(self, name: str, mine: Callable[[Entry], bool]) -> Iterator[Entry]:
-        """What lies in a folder and in those folders below it that are ``mine``, each before what it holds."""
+        """Yields the entries of a folder and of folders below it that are ``mine``, each folder before its entries."""
         for entry in self.entries(name):
             yield entry
             if entry.is_folder and mine(entry):
                 yield from self.below(entry.name, mine)
 
     def remove(self, name: str, mine: Callable[[Entry], bool]) -> bool:
-        """Removes a file or a folder, of a folder only what is ``mine``; whether nothing is left of it.
+        """Removes an entry if it is ``mine``, with those below it that are. Returns whether nothing is left of it.
 
-        A folder that holds something else stays, with that.
+        A folder with other entries stays, with these.
         """
         entry = self.entry(name)
         return entry is None or self._remove(entry, mine)
@@ -215,14 +215,14 @@ class OwnedFolder:
 
 
 def _close(fd: int) -> None:
-    """Closes a folder: nothing was written through it that an error could be about."""
+    """Closes a folder. An error does not matter, for nothing was written through it."""
     with suppress(OSError):
         os.close(fd)
 
 
 @contextmanager
 def _named(root: Path, name: str, opened: tuple[int, str] | None) -> Iterator[None]:
-    """Gives errors the whole path; where ``opened`` (a folder and a name in it) is a link, says that."""
+    """Puts the full path into errors. Raises :class:`OutputError` if ``opened``, a name in a folder, is a link."""
     try:
         yield
     except OSError as error:

@@ -21,10 +21,10 @@ Progress = Callable[[int], None]
 
 
 def run_all(tasks: Sequence[Callable[[], None]], jobs: int, stop: threading.Event, out: Path) -> None:
-    """Runs tasks in ``jobs`` threads, at most :data:`MOST_JOBS`. Where one fails, and on Ctrl-C, sets ``stop`` and
-    waits for all that have begun.
+    """Runs tasks in ``jobs`` threads, at most :data:`MOST_JOBS`.
 
-    It waits through any number of Ctrl-C: the files that they write to are closed next.
+    If one fails, and on Ctrl-C, sets ``stop`` and waits for all that have begun. More Ctrl-C do not end the wait, for
+    the caller then closes the files that these tasks write to.
 
     Raises:
         WriteError: no thread can be started.
@@ -56,7 +56,7 @@ def run_all(tasks: Sequence[Callable[[], None]], jobs: int, stop: threading.Even
             stop.set()
             waiting = True
             while waiting:
-                # Not for their futures: Ctrl-C while a thread is started leaves none.
+                # Futures cannot tell: after Ctrl-C while a thread was started there is none.
                 with suppress(KeyboardInterrupt), idle:
                     idle.wait_for(lambda: not working)
                     waiting = False
