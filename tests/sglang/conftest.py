@@ -1,4 +1,4 @@
-"""These tests need SGLang; a GPU they do not need."""
+"""Fixtures of tests that need SGLang, but no GPU."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from support.run import environment
 
-# Not "sglang" alone: this folder's name, too, is one that Python can import.
+# Not "sglang" alone, by which Python could import this folder.
 if importlib.util.find_spec("sglang.srt") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    # Its subprocesses import what the tests import.
+    # For subprocesses of the tests.
     os.environ |= environment()
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where checkpoints are built that several tests read."""
+    """The folder of checkpoints that several tests read."""
     return tmp_path_factory.mktemp("checkpoints")
 
 

@@ -1,4 +1,4 @@
-"""The counter of expert activity: in layers, beside SGLang's own recorder, and while the real engine serves."""
+"""The counter of expert activity: in layers, compared with SGLang's own recorder, and in the real engine."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_requests_of_sglang_control_it(served: dict[str, Any], folder: Path) -> 
     assert served["paused"] == {**first, "recording": False}
     assert served["started"]["recording"] and not any(map(sum, served["started"]["counts"].values()))
     assert not any(map(sum, served["dumped"]["counts"].values()))
-    # What was dumped is the third asking alone, which was as the first.
+    # The dump has the third round of prompts only, which is like the first.
     dumped = read_activity([folder / "qwen3_moe.json"])
     assert {str(layer): counts.tolist() for layer, counts in dumped.counts.items()} == first["counts"]
     assert {str(layer): tokens for layer, tokens in dumped.tokens.items()} == first["routed_tokens"]
@@ -118,7 +118,7 @@ def test_requests_of_sglang_control_it(served: dict[str, Any], folder: Path) -> 
 
 
 def test_sglangs_recorder_counts_the_same(served: dict[str, Any], folder: Path) -> None:
-    """Its own dump of the same asking, read by `mixprec experts`."""
+    """SGLang's own dump of the same round, read by `mixprec experts`."""
     (dump,) = (folder / "dumps").glob("expert_distribution_recorder_*.pt")
     theirs, ours = read_activity([dump]), read_activity([folder / "qwen3_moe.json"])
     assert {layer: counts.tolist() for layer, counts in theirs.counts.items()} == {
@@ -225,7 +225,7 @@ print(json.dumps([plain.read(), one_by_one.read(), together.read()]))
 
 
 def test_the_kernel_counts_as_torch() -> None:
-    """Triton's interpreter runs it without a GPU."""
+    """Runs the kernel in Triton's interpreter, without a GPU."""
     plain, *kernels = last_json(run_python(INTERPRETED, TRITON_INTERPRET="1"))
     assert kernels == [plain, plain]
     assert all(sum(counts) and tokens for counts, tokens in plain.values())
@@ -254,7 +254,7 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         enabled()
 
 
-# The tracker that engineers know
+# The tracker
 
 
 @pytest.mark.usefixtures("sglang")

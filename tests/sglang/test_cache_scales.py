@@ -1,4 +1,4 @@
-"""Scales of an FP8 KV cache reach SGLang's attention, by each loader and in each of its models."""
+"""Both loaders load scales of an FP8 KV cache into the attention of all models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = {"llama": LLAMA, "mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE, "deepseek"
 
 
 def with_scales(source: Path, home: Path, names: tuple[str, ...], layers: int) -> Path:
-    """A copy of a checkpoint with these scales in each attention: 0.25 in the first layer, 0.5 in the second, ..."""
+    """A copy of a checkpoint with scales in each attention: 0.25 in the first layer, 0.5 in the second, and so on."""
     shutil.copytree(source, home)
     tensors = tensors_of(home)
     for layer in range(layers):

@@ -1,7 +1,7 @@
-"""The chains of a mixed layer with SGLang's GEMMs replaced by what they are documented to compute, row for row.
+"""The chains of a mixed layer, with SGLang's GEMMs replaced by what they are documented to compute.
 
-SGLang's own are on GPUs (tests/gpu/test_experts.py); here it is seen, under each version, that they are called as they
-want to be, that rows go where they belong, and which layers chains are for.
+Shows, with each version of SGLang, that GEMMs are called with the right arguments, that rows get to the right places,
+and which layers chains support. tests/gpu/test_experts.py has SGLang's own GEMMs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HIDDEN, COLUMNS, TOP_K = 64, 32, 3
 SIZES = (5, 3)
 
 
-# Triton asks for this as it is imported.
+# Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_with_tritons_interpreter runs it")
 pytestmark = pytest.mark.usefixtures("sglang")
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("sglang")
 
 @pytest.mark.skipif(INTERPRETED, reason="it is")
 def test_with_tritons_interpreter() -> None:
-    """What needs the kernels that sort and sum."""
+    """Runs the tests that need the kernels for sorting and summing."""
     environment = {**mixprec_runtime.cpu.engine.environment(), "TRITON_INTERPRET": "1"}
     options = ["-o", "filterwarnings=default", "-p", "no:cacheprovider", "-k", "rows_go"]
     command = [sys.executable, "-m", "pytest", *options, __file__]
@@ -46,7 +46,7 @@ def test_with_tritons_interpreter() -> None:
 
 
 class Method:
-    """As SGLang's methods: gives its runner what it knows of the weights."""
+    """A method that passes its ``info`` to its runner, as SGLang's methods do."""
 
     def __init__(self, backend: str, info: Any):
         from sglang.srt.layers.moe import MoeRunnerConfig
@@ -66,7 +66,7 @@ def weights(experts: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def layer_of(triton: Any, marlin: Any, **config: Any) -> Any:
-    """A layer of two groups, 9 experts on this rank, one of no group and the others in turn of the first and second."""
+    """A layer of 9 experts on this rank: one in no group, the others alternating between two groups."""
     from sglang.srt.layers.moe import MoeRunnerConfig
 
     numbers = torch.full((2, 10), -1, dtype=torch.int32)
@@ -85,8 +85,10 @@ def layer_of(triton: Any, marlin: Any, **config: Any) -> Any:
 
 
 def infos() -> tuple[Any, Any, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """What the two methods know, and the weights of the groups. Packed ones are only shapes: the stand-in looks them
-    up."""
+    """The ``quant_info`` of two methods, and the weights of both groups.
+
+    Packed weights have shapes only: the stand-in kernel looks weights up.
+    """
     from sglang.srt.layers.moe.moe_runner.marlin import MarlinMoeQuantInfo
     from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
 
@@ -114,7 +116,7 @@ def dispatched(tokens: int) -> Any:
 
 
 def product(given: Any, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, block: int, top_k: int) -> None:
-    """``given``: positions, experts, count, and the router's weights where rows are multiplied by them."""
+    """``given``: positions, experts and count of a route, and the router's weights if rows are multiplied by them."""
     positions, experts, count, weighted = given
     rows = out.view(-1, weight.shape[1])
     for start in range(0, int(count), block):
@@ -126,7 +128,7 @@ def product(given: Any, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, torch.Tensor]], None]:
-    """Puts the stand-ins in place; ``packed``: the weights that Marlin's stand for, by their address."""
+    """Returns a function that installs stand-in kernels; its ``packed`` has the weights of Marlin's, by address."""
     from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
@@ -238,8 +240,8 @@ def test_layers_that_chains_are_not_for(change: dict[str, Any], config: dict[str
 
 
 def test_tuned_tiles_suit_the_kernel_and_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all files that SGLang has: no word that its kernel does not know, and for few ids no more shared memory than
-    the smallest GPU's 99 KiB (of the stages, one less is held)."""
+    """Reads all files of tiles: their keys are parameters of the kernel, and with few ids the tiles of all stages but
+    one fit into the smallest GPU's 99 KiB of shared memory."""
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
     from mixprec_runtime import launch
@@ -271,14 +273,16 @@ def test_tuned_tiles_suit_the_kernel_and_every_gpu(monkeypatch: pytest.MonkeyPat
     assert chain.tiles(torch.zeros(4, 8), TOP_K) == chain.tiles(torch.zeros(400, 8), TOP_K)
 
 
-# On a CPU the others' methods go other ways, or ask which GPU there is.
+# Methods of other formats take other code paths on a CPU, or need a GPU.
 HALVES = ["fp8_block", "fp8_channel", "int8_channel", "int8_block", "gptq_int4", "gptq_int8", "awq_int4"]
 
 
 @pytest.mark.parametrize("kind", HALVES)
 def test_sglangs_own_methods_give_chains_halves_of_experts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No stand-ins for the methods, only for Marlin's repacking, which needs a GPU: they process what they are told to
-    hold, and what they hand out has the shapes of both halves."""
+    """SGLang's own methods process a group of one projection, and pass the shapes of both on to chains.
+
+    Only Marlin's repacking, which needs a GPU, is replaced.
+    """
     from sglang.srt.hardware_backend.gpu.quantization import awq_kernels, gptq_kernels
     from sglang.srt.layers.quantization import marlin_utils
 

@@ -1,4 +1,4 @@
-"""Stock SGLang on a CPU, end to end: it answers with the tokens that transformers finds for the same weights."""
+"""Stock SGLang on a CPU, end to end: it generates the same tokens as transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mixprec_build.output.split import split
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [400, 30, 2, 77, 5]]
 TOKENS = 12
 
-# One process answers for several checkpoints: most of a start is imports.
+# One process serves several checkpoints, since most of a start is imports.
 ASK = """
 import json, sys
 import sglang
@@ -65,7 +65,7 @@ def ask(folder: Path, jobs: list[tuple[Path, dict[str, Any]]], ranks: int = 1) -
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
-    """What engines of one rank answer."""
+    """The answers of engines of one rank, by the name of the mix."""
     names = ["llama", "qwen3_moe", "parted"]
     return dict(zip(names, ask(folder, [(mix(folder, name), {}) for name in names]), strict=True))
 
@@ -108,7 +108,7 @@ def test_two_ranks_answer_as_transformers(folder: Path, tmp_path: Path, name: st
 
 @pytest.mark.parametrize(("name", "experts"), [("parted", 1), ("mixtral", 2)])
 def test_two_ranks_answer_from_their_own_files(folder: Path, tmp_path: Path, name: str, experts: int) -> None:
-    """As from the merged ones, which are gone."""
+    """The answers are those from the merged files, which are removed."""
     out = Path(shutil.copytree(mix(folder, name), tmp_path / "out"))
     split(out, Degree(2, experts), layout="presplit")
     options = {"tp_size": 2, "ep_size": experts}
@@ -147,7 +147,7 @@ def transformers_tokens(folder: Path, name: str, scratch: Path) -> list[list[int
 
 @cache
 def dequantized(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The weights that a mix's tensors stand for, in float32."""
+    """The dequantized weights of a mix, in float32."""
     expected = Expected(folder, {**MIXES, **RELEASES, **HEADS}[name])
     out = {}
     for module, tensors in expected.modules().items():
@@ -163,7 +163,7 @@ def dequantized(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def word(token: int) -> str:
-    """Letters only: some tokenizers of transformers' take numbers apart."""
+    """A word of letters only, since some tokenizers of transformers split numbers."""
     return "".join(chr(ord("a") + digit) for digit in (token // 26, token % 26))
 
 
@@ -213,7 +213,7 @@ class Server:
 
     def stop(self) -> None:
         if self.process.poll() is None:
-            # The session is this test's own: the server and its workers.
+            # The process group is that of the server and its workers.
             os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(30)
@@ -258,7 +258,7 @@ def test_more_tokenizer_workers_are_refused(folder: Path, tmp_path: Path) -> Non
 
 
 def test_two_nodes_need_only_the_files_of_their_ranks(folder: Path, tmp_path: Path) -> None:
-    """Each has a folder of its own, with no merged files."""
+    """Each node has a folder of its own, without merged files."""
     meeting = f"127.0.0.1:{free_port()}"
     nodes = []
     for node in range(2):

@@ -1,4 +1,4 @@
-"""No parameter is left as the allocator made it: of a vocabulary, only the rows that pad it."""
+"""No parameter stays uninitialized, but for the rows that pad a vocabulary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_vocabulary_that_nothing_fills_stops_the_server(
     save_file(tensors, first, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, first.name)}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with patch("mixprec_build.planning.planner.check_complete"):  # which would refuse it
+    with patch("mixprec_build.planning.planner.check_complete"):  # the compiler would refuse it
         checkpoint = build({"bf16": source}, {}, tmp_path / "out")
     with pytest.raises(RuntimeError, match=rf"{module}\.weight: parameters that were not filled"):
         serve(checkpoint, load_format=load_format)

@@ -1,4 +1,4 @@
-"""What strict loading counts as filled."""
+"""Parameters that strict loading accepts as filled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("sglang")
 
 @pytest.mark.parametrize("fill", [True, False])
 def test_a_parameter_of_one_value_may_be_filled_with_it(fill: bool) -> None:
-    """As default_weight_loader does it (Gemma-4's layer_scalar, Apertus' activations)."""
+    """default_weight_loader fills it so (Gemma-4's layer_scalar, Apertus' activations)."""
     from mixprec_build.checkpoint.manifest import TensorEntry
     from mixprec_runtime.loading.ledger import Ledger
 

@@ -1,4 +1,4 @@
-"""Layers of SGLang's find their modules by whatever name they are told; what SGLang does on purpose is no loss."""
+"""SGLang's layers find their modules under all names that it uses; tensors that it skips on purpose are not missed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_name_that_may_mean_two_modules_is_none() -> None:
 
 
 def test_a_name_without_the_layers_number_is_served_in_one_format_and_refused_in_two() -> None:
-    """models/hunyuan.py, whose layers are all told ``.self_attn.qkv_proj``."""
+    """models/hunyuan.py names the projection ``.self_attn.qkv_proj`` in all layers."""
     assert set(bound(decoder("model.", (BLOCK, BLOCK)))._members(".self_attn.qkv_proj").values()) == {BLOCK}
     with pytest.raises(ValueError, match=r"tells this layer that it is '.self_attn.qkv_proj', without its number"):
         bound(decoder("model."))._members(".self_attn.qkv_proj")
@@ -83,7 +83,7 @@ def test_a_shared_expert_is_fused_in_the_routed_ones_format_alone(shared: Format
 
 
 def test_fp8_that_sglang_dequantizes_is_in_no_wrong_format() -> None:
-    """``indexer.wk`` of GLM-5 and DeepSeek-V3.2, which lies in ``wk_weights_proj`` in BF16."""
+    """``indexer.wk`` of GLM-5 and DeepSeek-V3.2, which SGLang loads into ``wk_weights_proj`` in BF16."""
     from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
 
     from mixprec_build.checkpoint.manifest import TensorEntry

@@ -1,4 +1,4 @@
-"""Where stock SGLang is wrong about a format, shown on its own classes, and what mixprec makes of it."""
+"""Each mistake of stock SGLang with a format, shown on its own classes, and mixprec's repair."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stage(sglang: None) -> None:
 
 
 def stock(kind: str) -> Any:
-    """SGLang's own config, as it would make it of a checkpoint of one format."""
+    """SGLang's own config, as for a checkpoint of one format."""
     from mixprec_runtime.native import sglang_config
 
     return sglang_config(FORMATS[kind])
@@ -75,7 +75,7 @@ def test_repairs_are_listed_with_a_place_that_sglang_has() -> None:
     for _, repair in listed:
         assert repair.layer in ("linear", "experts") and len(repair.why) > 20
         assert any((repair.check, repair.create, repair.process, repair.runner, repair.run))
-        # The places named are 0.5.17's; other versions may keep a file in another folder.
+        # Places are those of 0.5.17; other versions may have a file in another folder.
         place = Path(repair.where.partition(":")[0])
         assert any(home.rglob(place.name)), repair.where
         if sglang.__version__ == "0.5.17":
@@ -109,12 +109,12 @@ def test_scales_are_of_the_models_dtype_and_zero_points_whole_numbers(dtype: tor
     layer = experts_of(ours("gptq_int4"), dtype)
     assert {layer.w13_scales.dtype, layer.w2_scales.dtype} == {dtype}
     assert {layer.w13_qzeros.dtype, layer.w2_qzeros.dtype} == {torch.int32}
-    # Marlin multiplies with activations of the scales' dtype only.
+    # Marlin supports only activations in the dtype of the scales.
     assert experts_of(stock("gptq_int4"), dtype).w13_scales.dtype == torch.half
 
 
 def test_scales_are_permuted_by_their_layers_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On four ranks an expert of 512 has 128 columns each: one group. Its inputs are two groups all the same."""
+    """On four ranks, 512 columns of an expert are 128 on each, one group; its inputs are still two groups."""
     from sglang.srt.hardware_backend.gpu.quantization import gptq_kernels
     from sglang.srt.layers.quantization.marlin_utils import marlin_moe_permute_scales
 
@@ -158,7 +158,7 @@ def test_experts_that_marlin_has_no_kernel_for_are_refused(kind: str) -> None:
 
 
 def test_experts_that_triton_has_no_kernel_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Ampere, where linears in FP8 run on Marlin."""
+    """As on Ampere, where linears in FP8 run on Marlin."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     with pytest.raises(ValueError, match=rf"{PREFIX} \(fp8_block\): Triton multiplies.*compute capability 8.9"):
@@ -186,7 +186,7 @@ SHARED = {kind: FORMATS[kind] for kind in ("bf16", "fp8_block", "fp8_channel", "
 
 @pytest.mark.parametrize("gate", [*SHARED, *WEIGHTS_ONLY])
 def test_shared_experts_are_refused_where_sglang_stops(gate: str) -> None:
-    """What DeepSeek's layers ask of the two methods (models/deepseek_v2.py:799)."""
+    """DeepSeek's layers read these attributes of the two methods (models/deepseek_v2.py:799)."""
     from mixprec_runtime.native import NativeFormat
 
     formats = {**SHARED, **WEIGHTS_ONLY}
@@ -209,7 +209,7 @@ def test_shared_experts_are_refused_where_sglang_stops(gate: str) -> None:
 
 
 def test_awq_scales_are_permuted_by_their_layers_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for GPTQ; here the one group of w2's inputs must go on being one."""
+    """As for GPTQ; the single group of w2's inputs must stay one."""
     from sglang.srt.hardware_backend.gpu.quantization import awq_kernels
     from sglang.srt.layers.quantization.marlin_utils import marlin_moe_permute_scales
 
@@ -254,7 +254,7 @@ def test_a_rank_that_would_cut_a_word_of_outputs_is_refused_by_name() -> None:
 
 
 def test_what_is_read_off_the_models_config_in_prefill_graphs() -> None:
-    """AWQ's linears read there what they read off their own config elsewhere; no other code reads anything."""
+    """Only AWQ linears read the model's config, and only what they otherwise read from their own."""
     import sglang.srt
 
     readers = [
@@ -271,7 +271,7 @@ def test_what_is_read_off_the_models_config_in_prefill_graphs() -> None:
 
 
 def test_packed_experts_keep_nothing_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes are whole numbers until they are loaded, and input orders that nothing is loaded into are not made."""
+    """Shapes are integers, and removed after loading; unused input orders are empty."""
     from sglang.srt.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16_moe as scheme
 
     layer, untouched = experts_of(ours("ct_int4")), experts_of(packed_stock())
@@ -285,14 +285,14 @@ def test_packed_experts_keep_nothing_that_nobody_reads(monkeypatch: pytest.Monke
 
 
 def packed_stock() -> Any:
-    """SGLang's own config of such a checkpoint, on a machine without a GPU."""
+    """SGLang's own config of compressed-tensors, on a machine without a GPU."""
     config = stock("ct_int4")
     config.target_scheme_map = {"Linear": config.target_scheme_map["re:.*"]}
     return config
 
 
 def test_packed_experts_are_of_one_scheme_whatever_their_number() -> None:
-    """Stock SGLang reads a layer's scheme off its expert 0: targets that name others do not help it."""
+    """Stock SGLang finds a layer's scheme by the name of expert 0, whatever the targets name."""
     config = stock("ct_int4")
     config.target_scheme_map = {f"re:{PREFIX}.1": config.target_scheme_map["re:.*"]}
     with pytest.raises(ValueError, match="Unable to find matching target"):
@@ -339,14 +339,14 @@ def test_packed_experts_leave_out_ids_of_other_ranks(monkeypatch: pytest.MonkeyP
     shared.scheme.is_k_full = True
     assert shared.quant_method.apply(shared, None).expert_map is not None
     assert runner is not None
-    # A group of a mixed layer is a rank like any other.
+    # A group of a mixed layer counts as a rank.
     mixed = experts_of(mixed_config(type(ours("bf16")), ["bf16", "ct_int4"]))
     group = mixed.groups[1]
     assert group.quant_method.apply(group, None).expert_map is not None
 
 
 class Runner:
-    """What SGLang's runner is given."""
+    """Records what SGLang's runner gets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         from sglang.srt.layers.moe import MoeRunner
@@ -435,7 +435,7 @@ def config_of(kind: str, prefix: str) -> Any:
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 96), (384, 120)])
 def test_a_shape_that_marlin_has_no_kernel_for_is_refused_by_name(kind: str, inputs: int, outputs: int) -> None:
     prefix = "model.layers.7.mlp.down_proj"
-    linear(stock(kind), prefix, inputs, outputs)  # its kernel would be wrong, or crash, or take FP16 alone
+    linear(stock(kind), prefix, inputs, outputs)  # accepted, though its kernel would be wrong, crash, or need FP16
     with pytest.raises(ValueError, match=rf"{prefix} \({kind}\):.*fewer tensor-parallel ranks"):
         linear(config_of(kind, prefix), prefix, inputs, outputs)
 
@@ -474,12 +474,12 @@ def test_gptq_that_marlin_has_no_kernel_for_goes_to_exllama_in_fp16() -> None:
 def test_a_rank_that_would_cut_an_fp8_block_is_refused_by_name(
     part: int, outputs: list[int], whole: tuple[int, int]
 ) -> None:
-    """Where a layer's ranks are not the server's, as under data-parallel attention, stock SGLang does not see it."""
+    """Stock SGLang misses it where a layer has fewer ranks than the server, as under data-parallel attention."""
     prefix = "model.layers.7.self_attn.o_proj"
 
     def create(config: Any) -> None:
         layer = torch.nn.Module()
-        layer.tp_group = None  # 0.5.23 asks it
+        layer.tp_group = None  # read by 0.5.23
         method = config.get_quant_method(linear(config, prefix, 256, 256), prefix)
         sizes = {"input_size": whole[0], "output_size": whole[1], "params_dtype": torch.bfloat16}
         method.create_weights(layer, part, outputs, weight_loader=None, **sizes)

@@ -1,4 +1,4 @@
-"""Arguments that a compiled checkpoint cannot be served with, and what the weights on a rank weigh."""
+"""Arguments that a compiled checkpoint cannot be served with, and the memory of weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_arguments_that_experts_elsewhere_do_not_go_with() -> None:
 
 
 def test_weights_are_not_updated_while_they_serve(folder: Path) -> None:
-    """Neither by a model's own loader, nor by a request, which is answered: what a hook raised would end the server."""
+    """A model's loader refuses; a request is answered with a refusal, since an exception would end the server."""
     from sglang.srt.managers import io_struct
     from sglang.srt.managers.scheduler_components import weight_updater
 
@@ -146,7 +146,7 @@ def test_memory_is_the_sum_of_what_was_loaded(folder: Path, rank: int, tp: int) 
         if isinstance(module, LinearBase):
             kind = expected.variant(expected.parts(path)[0])
             kind = {"ct_fp8_block": "fp8_block", "ct_fp8_weight": "fp8_channel"}.get(kind, kind)
-            # What tells group sizes and orders apart is no other kind.
+            # Suffixes of variants (group sizes, orders) are not part of the kind.
             by_format["_".join(kind.split("_")[:2])] += bytes_of(expected.linear(path))
     rest = bytes_of(held) - by_format.total()
     assert stats["bytes_by_format"] == {**by_format, "bf16": by_format["bf16"] + rest}

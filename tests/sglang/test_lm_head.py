@@ -1,4 +1,4 @@
-"""A quantized ``lm_head`` reaches SGLang's ``ParallelLMHead`` and means what its tensors do, also cut for ranks."""
+"""A quantized ``lm_head`` is loaded into SGLang's ``ParallelLMHead``, also cut for ranks."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ METHODS = {
     "ct_int8": "CompressedTensorsLinearMethod",
 }
 PADDED = ("fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "ct_fp8_block")
-"""Those whose kernels take the rows that a vocabulary is padded with, whatever it has."""
+"""Variants whose kernels support a padded vocabulary of any size."""
 
 
 def with_head(folder: Path, variant: str, shape: Shape = SHAPE) -> Path:
-    """A checkpoint whose head alone is quantized, built once."""
+    """A checkpoint in which only the head is quantized, built once."""
     out = folder / f"head-{shape.vocab}-{variant}"
     if not out.exists():
         variants = METHODS if shape.vocab == ROWS else PADDED
@@ -65,7 +65,7 @@ def held(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def meant(layer: Any) -> torch.Tensor:
-    """The weight that the layer's parameters stand for, ``[rows of this rank, hidden]``."""
+    """The dequantized weight of the layer, ``[rows of this rank, hidden]``."""
     fmt = format_of(layer)
     assert fmt is not None
     reference._dequantize_linear(layer, fmt, served(fmt).stored_alike)
@@ -76,7 +76,7 @@ def meant(layer: Any) -> torch.Tensor:
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("variant", METHODS)
 def test_each_rank_has_its_rows(folder: Path, tmp_path: Path, variant: str, tp: int) -> None:
-    """By SGLang's loader, from a share of the merged files, and from files of its own."""
+    """Loads by SGLang's loader, from a share of the merged files, and from the rank's own files."""
     checkpoint = with_head(folder, variant)
     due = expected(checkpoint)
     own = checkpoint
@@ -98,7 +98,7 @@ def test_each_rank_has_its_rows(folder: Path, tmp_path: Path, variant: str, tp: 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("variant", PADDED)
 def test_rows_that_pad_the_vocabulary_are_zero(folder: Path, tmp_path: Path, variant: str, tp: int) -> None:
-    """504 entries are 512 rows in SGLang; with blocks, the last scale is of a block that ends there."""
+    """SGLang pads 504 entries to 512 rows; with blocks, the last scale is of a smaller block."""
     checkpoint = with_head(folder, variant, SHAPE.of(vocab=504))
     due = torch.zeros(ROWS, SHAPE.hidden)
     due[:504] = expected(checkpoint)
@@ -112,7 +112,7 @@ def test_rows_that_pad_the_vocabulary_are_zero(folder: Path, tmp_path: Path, var
 
 
 def expected(checkpoint: Path) -> torch.Tensor:
-    """The head's weight, ``[vocabulary, hidden]``, by the tests' own arithmetic."""
+    """The head's weight, ``[vocabulary, hidden]``, dequantized by the tests."""
     parts = (name.rpartition(".") for name in tensors_of(checkpoint))
     leaves = [leaf for module, _, leaf in parts if module == "lm_head"]
     return dequantize({leaf: tensors_of(checkpoint)[f"lm_head.{leaf}"] for leaf in leaves}).float()
@@ -139,7 +139,7 @@ def test_a_head_that_lacks_scales_stops_the_server(folder: Path, tmp_path: Path)
 
 
 def test_a_rank_whose_rows_end_inside_a_block_is_refused(folder: Path, tmp_path: Path) -> None:
-    """640 rows are five blocks, and two ranks have two and a half."""
+    """640 rows are five blocks, two and a half on each of two ranks."""
     checkpoint = with_head(folder, "fp8_block", SHAPE.of(vocab=640))
     with pytest.raises(Exception, match=r"a rank.s rows have 320 of its 640") as raised:
         split(Path(shutil.copytree(checkpoint, tmp_path / "own")), Degree(2))

@@ -1,4 +1,4 @@
-"""Experts of one layer in several formats: SGLang's FusedMoE, grouped by mixprec, with the arithmetic of a CPU."""
+"""Experts of one layer in several formats: groups of SGLang's FusedMoE, with the CPU's reference arithmetic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN, INTERMEDIATE, TOP_K = 256, 128, 3
 
 @pytest.fixture(autouse=True)
 def cpu(sglang: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The stand-ins for SGLang's kernels are in use."""
+    """Replaces SGLang's kernels by the CPU's reference."""
     from mixprec_runtime import native
     from mixprec_runtime.cpu import reference as stand_ins
     from mixprec_runtime.experts import method as experts
@@ -30,7 +30,7 @@ def cpu(sglang: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def routed(tokens: int, experts: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Activations, experts that differ within a token, and their weights."""
+    """Activations, routed ids (different ones for a token), and their weights."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, HIDDEN, generator=generator)
     ids = torch.stack([torch.randperm(experts, generator=generator)[:TOP_K] for _ in range(tokens)])
@@ -60,7 +60,7 @@ def test_two_formats_compute_what_the_experts_stand_for(first: str, second: str)
     x, ids, topk = routed(64, 8)
     out = run(layer, x, ids, topk)
     assert close(out, reference(x, ids, topk, weights))
-    # Were a group's experts in another order, or left out, it would be far off.
+    # With experts in another order the result is far off.
     swapped = {(7 - expert, shard): weight for (expert, shard), weight in weights.items()}
     assert not close(out, reference(x, ids, topk, swapped))
 
@@ -76,7 +76,7 @@ def test_gate_and_up_may_be_in_another_format_than_down(up: str, down: str) -> N
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_half_a_group_takes_half_the_memory(kind: str) -> None:
-    """Before weights are loaded, and after they are processed."""
+    """The memory before weights are loaded, and after they are processed."""
     other = "bf16" if kind != "bf16" else "fp8_block"
     whole, half = bare_layer(mixed(kind, other), 2), bare_layer(mixed(f"{kind}/{other}", other), 2)
     up = {n: p.shape for n, p in whole.groups[0].named_parameters() if n.startswith("w13_")}
@@ -115,7 +115,7 @@ def test_a_layer_is_one_operation_to_torch_compile(groups: list[tuple[str, int]]
 
 
 def test_groups_keep_their_kernels_under_torch_compile() -> None:
-    """Before SGLang compiles a model it asks all parts for arithmetic that compiles, which knows no ids of -1."""
+    """SGLang would replace kernels by code that torch.compile can trace, which does not skip ids of -1."""
     from sglang.srt.compilation.torch_compile_decoration import _to_torch
 
     layer, weights = layer_of(("bf16", 3), ("gptq_int4", 5))
@@ -196,8 +196,7 @@ for tokens, top_k, experts in shapes:
 
 
 def test_ids_are_numbered_and_sorted_for_all_groups_at_once() -> None:
-    """As SGLang's moe_align_block_size documents its result, without what is not of the group; the Triton kernels are
-    interpreted here."""
+    """Compares with the documentation of SGLang's moe_align_block_size, in Triton's interpreter."""
     done = run_python(SORT, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
 
@@ -224,7 +223,7 @@ for kernel in (routing._sort_few, routing._sort_some, routing._count, routing._l
 
 
 def test_the_kernels_compile_for_hopper() -> None:
-    """What the interpreter lets pass, the compiler may not."""
+    """Compiles the kernels, since Triton's interpreter accepts code that its compiler does not."""
     done = run_python(COMPILE)
     assert done.returncode == 0, done.stderr
 
@@ -251,7 +250,7 @@ def test_rows_of_experts_elsewhere_are_not_summed() -> None:
 def test_the_sum_of_many_groups_is_rounded_once() -> None:
     from mixprec_runtime.experts.routing import add_up
 
-    # In BF16, 256 + 1 is 256 again: twice.
+    # In BF16, 256 + 1 is rounded to 256.
     parts = [torch.full((4,), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
     assert add_up(parts).tolist() == [258.0] * 4
     assert add_up(parts).dtype == torch.bfloat16
@@ -344,7 +343,7 @@ def test_tensor_parallel_ranks_add_up_to_the_layer() -> None:
     torch.testing.assert_close(total, run(whole, x, ids, topk), rtol=1e-4, atol=1e-4)
 
 
-# Doors
+# Placeholder parameters
 
 
 def open_door(layer: Any, name: str, tensor: torch.Tensor, shard: str, expert: int) -> None:

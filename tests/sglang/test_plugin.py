@@ -138,7 +138,7 @@ def test_models_of_other_methods_are_left_alone(folder: Path) -> None:
 @pytest.mark.usefixtures("sglang")
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_is_damaged_is_refused_in_words(folder: Path, tmp_path: Path, seed: int) -> None:
-    """What SGLang is told of a checkpoint: values of any kind at any place of config.json and the manifest."""
+    """Puts hostile values at random places of config.json and the manifest."""
     from mixprec_runtime import hooks
     from mixprec_runtime.config import MixPrecConfig
     from mixprec_runtime.loading import loader
@@ -152,7 +152,7 @@ def test_whatever_is_damaged_is_refused_in_words(folder: Path, tmp_path: Path, s
                 declared = json.loads((checkpoint / CONFIG).read_text())["quantization_config"]
                 assert declared["quant_method"] == "mixprec"
             except (ValueError, LookupError, TypeError, RecursionError, AssertionError):
-                continue  # and so SGLang does not come to the plugin
+                continue  # SGLang then does not call the plugin
             try:
                 config = MixPrecConfig.from_config(declared)
                 path, manifest, _ = hooks._checkpoint(model)

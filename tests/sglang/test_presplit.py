@@ -1,4 +1,4 @@
-"""What a rank's own files hold is, bit for bit, what SGLang's loading of the merged files leaves in its parameters."""
+"""Parameters loaded from a rank's own files equal, bit for bit, those that SGLang loads from the merged files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ SERVED = [
 def test_a_rank_serves_its_share_of_merged_files_and_its_own(
     folder: Path, tmp_path: Path, name: str, degree: Degree
 ) -> None:
-    """Of its own it reads no others: the merged ones are gone then."""
+    """The merged files are removed before it reads its own."""
     merged = mix(folder, name)
     out = shutil.copytree(merged, tmp_path / "out")
     split(out, degree, layout="presplit")
@@ -147,7 +147,7 @@ print(json.dumps([used.called, sums]))
 
 
 def test_a_rank_fetches_from_the_hub_what_it_reads(folder: Path, tmp_path: Path) -> None:
-    """Its own files where it has some, else all merged ones; without the hub it finds them in the cache."""
+    """Fetches its own files if there are any, else all merged ones, and finds them in the cache without the hub."""
     out = shutil.copytree(mix(folder, "qwen3"), tmp_path / "out")
     split(out, Degree(2))
     own = {f"{Degree(2).folder(1)}/{path.name}" for path in (out / Degree(2).folder(1)).glob("*.safetensors")}
@@ -167,7 +167,7 @@ def test_a_rank_fetches_from_the_hub_what_it_reads(folder: Path, tmp_path: Path)
 
 
 def test_shared_experts_that_sglang_fuses_are_read_by_sglang(folder: Path, tmp_path: Path, caplog: Any) -> None:
-    """They are one more routed expert then; where only SGLang's loader is left out, the flag is named."""
+    """Fused, they are one more routed expert, which rank files lack; without merged files, the error names the flag."""
     out = shutil.copytree(mix(folder, "qwen3_moe"), tmp_path / "out")
     model, config = make(out)
     held = loader.holdings(out, read_manifest(out))
@@ -180,7 +180,7 @@ def test_shared_experts_that_sglang_fuses_are_read_by_sglang(folder: Path, tmp_p
 
 
 def test_layers_that_sglang_cuts_otherwise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zeros must not be added to what a rank has all of: SGLang's loader reads it, or the option is refused."""
+    """No zeros are added to uncut layers: SGLang's loader reads them, or the option is refused."""
     shape = DEEPSEEK.of(hidden=512, intermediate=384, expert_intermediate=384, heads=4, layers=2)
     lines = {"model.layers.0.mlp.*": "fp8_block", "model.layers.1.mlp.shared_experts.*": "fp8_block"}
     out = build(sources(folder, shape, ["bf16", "fp8_block"]), lines, tmp_path / "out")
@@ -192,19 +192,19 @@ def test_layers_that_sglang_cuts_otherwise(folder: Path, tmp_path: Path, monkeyp
             make(out)
         monkeypatch.delenv("SGLANG_SHARED_EXPERT_TP1")
         with patch.object(loader, "load") as used, pytest.raises(ValueError, match="192"):
-            serve(out, tp_size=2, moe_dense_tp_size=1)  # its shared experts are for two ranks, still
+            serve(out, tp_size=2, moe_dense_tp_size=1)  # the files have its shared experts cut for two ranks
         assert not used.called
 
 
 def options(degree: Degree) -> dict[str, Any]:
-    """What SGLang's arguments say of attention in replicas."""
+    """SGLang's arguments for replicas of attention."""
     if degree.dp == 1:
         return {}
     return {"tp_size": degree.tp, "dp_size": degree.dp, "enable_dp_attention": True}
 
 
 def read(checkpoint: Path, **arguments: Any) -> torch.nn.Module:
-    """Served without SGLang's loader."""
+    """Loads a checkpoint, and checks that SGLang's loader was not used."""
     with patch.object(loader, "load", wraps=loader.load) as used:
         model = serve(checkpoint, **arguments)
     assert used.called
@@ -212,7 +212,7 @@ def read(checkpoint: Path, **arguments: Any) -> torch.nn.Module:
 
 
 def test_merged_files_serve_ranks_whose_share_ends_inside_a_block(folder: Path, tmp_path: Path) -> None:
-    """SGLang's loader refuses them. What is added are zeros: columns of gate and up, and the rows of down they meet."""
+    """SGLang's loader refuses them. Zeros are added to the outputs of gate and up, and to the inputs of down."""
     shape = QWEN3_MOE.of(hidden=256, expert_intermediate=384, heads=4, kv_heads=2, head_dim=128)
     lines = {"model.layers.*.experts.*": "fp8_block", "model.layers.1.mlp.experts.{0,5}.*": "gptq_int4"}
     out = build(sources(folder, shape, ["bf16", "fp8_block", "gptq_int4"]), lines, tmp_path / "narrow")
@@ -265,7 +265,7 @@ def test_experts_that_start_elsewhere_are_loaded_by_sglang(folder: Path, tmp_pat
 
 
 def test_a_share_is_found_whatever_device_the_model_is_made_on(folder: Path) -> None:
-    """A device that nothing can be computed on."""
+    """Makes the model on a device without arithmetic."""
     out, shape = mix(folder, "qwen3_moe"), MIXES["qwen3_moe"][0]
     with experts_at([list(range(shape.experts))] * shape.layers), torch.device("meta"):
         assert loader.holdings(out, read_manifest(out)) is not None
@@ -289,7 +289,7 @@ def experts_at(places: list[list[int]]) -> Iterator[None]:
 
 
 def test_experts_are_read_row_by_row() -> None:
-    """Of a rank's file, in which all experts of a layer are one tensor: buffers stay small."""
+    """In a rank's file, all experts of a layer are one tensor; buffers must stay small."""
     stored = TensorInfo("w13", "BF16", (4, 64, 32), "file", 0, 4 * 64 * 64)
     sizes: list[int] = []
 
@@ -307,7 +307,7 @@ def test_experts_are_read_row_by_row() -> None:
 def test_a_buffer_is_not_used_again_before_it_was_copied(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What goes to a GPU, with events that know what a buffer held when they were recorded."""
+    """Copies to a GPU, simulated: events record the contents of buffers."""
     waits = 0
 
     class Event:
@@ -338,7 +338,7 @@ def test_a_buffer_is_not_used_again_before_it_was_copied(
             copies._through_buffers(into, parameter)
             if due[name].dtype == DTYPES[parameter.dtype]:
                 assert torch.equal(into, bits(due[name]).reshape(-1)), name
-        # Ranks may have parameters elsewhere, which others fill.
+        # A parameter on another kind of device is filled without a buffer.
         copies.fill(torch.empty(parameter.shape, dtype=DTYPES[parameter.dtype], device="meta"), parameter)
     assert waits > 100 and len(copies._buffers) == 2
 
@@ -360,7 +360,7 @@ def test_a_run_that_no_files_are_for_is_told_which_there_are(folder: Path, tmp_p
 
 
 def test_files_for_layers_made_in_another_way_are_not_read(folder: Path, tmp_path: Path, caplog: Any) -> None:
-    """Then the merged ones are, and the log says why; without them the server stops."""
+    """The merged files are read instead, and the log says why; without them the server stops."""
     out = shutil.copytree(mix(folder, "qwen3"), tmp_path / "out")
     split(out, Degree(2))
     due = parameters(serve(mix(folder, "qwen3")))
@@ -370,7 +370,7 @@ def test_files_for_layers_made_in_another_way_are_not_read(folder: Path, tmp_pat
     parameter.data = parameter.data[:-1]
     reason = f"{name} is "
     with rank_of(0, 2), pytest.raises(Exception, match="size"):
-        load(model, config)  # SGLang's own loader, which does not fit either
+        load(model, config)  # by SGLang's own loader, which fails as well
     assert reason in caplog.text and due
     with rank_of(0, 2):
         model, config = make(out)
@@ -381,7 +381,7 @@ def test_files_for_layers_made_in_another_way_are_not_read(folder: Path, tmp_pat
 
 
 def test_a_rank_reads_its_own_bytes_once(folder: Path, tmp_path: Path) -> None:
-    """As the kernel counts what this process reads, page cache included."""
+    """Counted by the operating system for this process, page cache included."""
     out = shutil.copytree(mix(folder, "qwen3_moe"), tmp_path / "out")
     split(out, Degree(2))
     for rank in range(2):
@@ -403,7 +403,7 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Also what models derive from their parameters once these are loaded, as DeepSeek's do."""
+    """All tensors of a model, with those that it derives after loading, as DeepSeek does."""
     derived = {
         f"{path}.{name}": value
         for path, module in model.named_modules()

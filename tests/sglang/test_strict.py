@@ -1,4 +1,4 @@
-"""A checkpoint reaches SGLang's model whole, or the server stops and says which tensor did not."""
+"""A checkpoint is loaded completely, or the server stops and names the tensor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint whose files were changed after it was built."""
+    """Returns a function that copies a built checkpoint and changes its files."""
 
     def copy(name: str, edit: Callable[[Tensors], object] | None = None, **config: Any) -> Path:
         out = shutil.copytree(mix(folder, name), tmp_path / name)
@@ -76,7 +76,7 @@ GONE = [
 @pytest.mark.parametrize(("name", "gone"), GONE)
 def test_a_tensor_that_is_not_in_the_files_stops_the_server(copy: Any, name: str, gone: str, load_format: str) -> None:
     checkpoint = copy(name, lambda tensors: tensors.pop(gone))
-    # DeepSeek joins q_a_proj and kv_a_proj once it has both: then what it kept of the other is lost, too.
+    # DeepSeek loads q_a_proj and kv_a_proj when it has both, so without one the other is lost, too.
     with pytest.raises(RuntimeError, match=rf"{gone}.*not in its files"):
         serve(checkpoint, load_format=load_format)
 
@@ -107,7 +107,7 @@ def test_a_tensor_of_another_dtype_or_shape_stops_the_server(
 
 
 def swap(shard: Path, first: str, second: str) -> None:
-    """Gives two tensors of a file each other's bytes, by its header."""
+    """Swaps the offsets of two tensors in a file's header."""
     data = shard.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
@@ -171,7 +171,7 @@ def test_a_parameter_that_is_filled_by_half_stops_the_server(folder: Path) -> No
 
 
 def test_a_quantized_tensor_that_is_loaded_into_another_dtype_stops_the_server(folder: Path) -> None:
-    """Without mixprec SGLang casts FP8 codes to BF16, forgets their scales, and answers."""
+    """Without mixprec, SGLang casts FP8 to BF16, ignores the scales, and serves."""
     model, config = make(mix(folder, "llama"), load_format="safetensors")
     layer = model.model.layers[1].self_attn.o_proj
     layer.weight.data = layer.weight.data.to(torch.bfloat16)
@@ -179,7 +179,7 @@ def test_a_quantized_tensor_that_is_loaded_into_another_dtype_stops_the_server(f
         load(model, config)
 
 
-# What is declared
+# Declarations
 
 
 def declaration(checkpoint: Path) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def test_a_changed_manifest_stops_the_server(copy: Any) -> None:
         make(checkpoint)
 
 
-# What SGLang leaves out for good reasons
+# Tensors that SGLang skips on purpose
 
 
 def custom(folder: Path, tmp_path: Path, name: str, edit: Callable[[Tensors], object], **config: Any) -> Path:
@@ -262,7 +262,7 @@ def test_a_head_that_is_stored_although_tied_is_not_missed(folder: Path, tmp_pat
 
 
 def serve_every_way(checkpoint: Path) -> None:
-    """By SGLang's loader, from the merged files and from those of a rank alone."""
+    """Loads by SGLang's loader, from merged files, and from a rank's own files."""
     serve(checkpoint, load_format="safetensors")
     with patch.object(hooks, "load_strictly", side_effect=AssertionError("left to SGLang's loader")):
         serve(checkpoint)
@@ -287,7 +287,7 @@ def test_layers_for_speculation_are_not_missed(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("load_format", ["auto", "safetensors"])
 def test_an_input_order_may_be_left_out_beside_others(folder: Path, tmp_path: Path, load_format: str) -> None:
-    """Where inputs are in order, ``g_idx`` says nothing; it must not be missed because another layer needs its own."""
+    """``g_idx`` of inputs in order may be missing, although another layer needs its own."""
     shape = LLAMA.of(hidden=512, intermediate=1024, heads=4, kv_heads=2, head_dim=128, layers=2)
     paths = sources(folder, shape, ["bf16", "gptq_int4", "gptq_int4_act"])
     without = shutil.copytree(paths["gptq_int4"], tmp_path / "without")

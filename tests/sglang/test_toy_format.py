@@ -1,4 +1,4 @@
-"""A format from outside in SGLang's layers: a class of the compiler's, one of the runtime's, and nothing else."""
+"""A format from outside in SGLang's layers, which needs only a class for the compiler and one for the runtime."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mixprec_build.output.build import plan_recipe, run_plan
 pytestmark = pytest.mark.usefixtures("sglang", "registered")
 
 REPAIRED: list[str] = []
-"""What the format's repair was called for."""
+"""The kinds that the format's repair was called for."""
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def registered(sglang: None) -> Iterator[None]:
 
 
 def made() -> Any:
-    """The format's half of the runtime: its config and method, which SGLang does not have."""
+    """The runtime's class for the format, with a config and method that SGLang lacks."""
     from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
     from sglang.srt.utils import set_weight_attrs
 
@@ -107,7 +107,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-# The columns of two ranks are filled up with zeros, which SGLang's own loader (safetensors) does not do.
+# On two ranks zeros are added to columns, which SGLang's own loader (safetensors) cannot do.
 @pytest.mark.parametrize(
     ("rank", "ranks", "load_format"), [(0, 1, "auto"), (0, 1, "safetensors"), (0, 2, "auto"), (1, 2, "auto")]
 )

@@ -1,9 +1,9 @@
-"""The same tests under other versions of SGLang: folders with an unpacked SGLang in MIXPREC_SGLANG_VERSIONS.
+"""Runs these tests with other versions of SGLang, unpacked in the folders of MIXPREC_SGLANG_VERSIONS.
 
     pip download --no-deps sglang==0.5.15.post1 && unzip -d site *.whl
     MIXPREC_SGLANG_VERSIONS=$PWD/site python -m pytest tests/sglang/test_versions.py
 
-What else SGLang needs is taken from the environment of these tests.
+SGLang's dependencies are those of the environment of these tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mixprec_build.versions import version_problem
 
 HERE = Path(__file__).parent
 SITES = [Path(site) for site in os.environ.get("MIXPREC_SGLANG_VERSIONS", "").split(os.pathsep) if site]
-# An engine of each version would take minutes.
+# These start engines, which would take minutes with each version.
 LEFT_OUT = {"test_versions.py", "test_cpu_engine.py", "test_activity.py"}
 
 

@@ -1,4 +1,4 @@
-"""What loading leaves in each parameter, mixprec's and SGLang's own, is, bit for bit, what the sources' tensors say."""
+"""Each loaded parameter equals the sources' tensors bit for bit, with mixprec's loader and SGLang's own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def same(path: str, layer: torch.nn.Module, expected: dict[str, torch.Tensor]) -
     held = {name: tensor for name, tensor in parameters_of(layer).items() if "sort_indices" not in name}
     assert held.keys() == expected.keys(), path
     for name, tensor in expected.items():
-        # Scales of GPTQ are FP16 in the files, and rounded once to the model's dtype.
+        # Scales of GPTQ are FP16 in the files, and rounded once, to the model's dtype.
         assert torch.equal(bits(held[name]), bits(tensor.to(held[name].dtype))), f"{path}.{name}"
 
 

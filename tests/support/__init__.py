@@ -1,1 +1,1 @@
-"""What tests share: models and checkpoints in small, packers of formats, runners, servers. tests/README.md is a map."""
+"""Helpers that tests share: small checkpoints, packers of formats, runners, servers. tests/README.md lists them."""

@@ -1,4 +1,4 @@
-"""What lies in a folder: files by path, tensors by name, as the safetensors library reads them."""
+"""Contents of a folder: files by path; tensors by name, read by the safetensors library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["file_tensors", "folder_tensors", "tree"]
 
 
 def file_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Name -> dtype, shape and bytes of each tensor of a file, as the safetensors library reads them."""
+    """Name -> dtype, shape and bytes of each tensor of a safetensors file."""
     out = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
@@ -24,12 +24,12 @@ def file_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def folder_tensors(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """As :func:`file_tensors`, over all of a folder's files."""
+    """As :func:`file_tensors`, for all safetensors files of a folder."""
     return {name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in file_tensors(path).items()}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative path."""
+    """Relative path -> contents of every file below a folder."""
     return dict(_walk(folder))
 
 

@@ -1,11 +1,10 @@
-"""One packer a format: a weight ``[N, K]`` in float32 -> the tensors that a checkpoint stores it as, by leaf.
+"""A packer for each format: a weight ``[N, K]`` in float32 -> the tensors that it is stored as, by leaf.
 
     tensors = gptq(weight, bits=4, group_size=128)      # {"qweight": ..., "qzeros": ..., "scales": ..., "g_idx": ...}
     weight = dequantize(tensors)                        # [N, K], in float32
 
-Values are rounded to nearest, whatever finds better ones in the format's own quantizer: only the storage is real.
-Written with torch alone, never with the code under test; on a GPU where the weight is on one. Beside a packer stands
-what ``quantization_config`` says of its format.
+Values are rounded to nearest, not chosen as by the format's own quantizer; only the layout is real. Written with torch
+and without the code under test, on the device of the weight. ``*_config`` functions make the ``quantization_config``.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def fp8_channel(weight: torch.Tensor, *, scale_dtype: torch.dtype = torch.float3
 
 
 def fp8_tensor(weight: torch.Tensor, *, scale: float | None) -> Tensors:
-    """FP8 with one scale: ``scale``, as in checkpoints that fuse gate and up, or (None) the weight's own."""
+    """FP8 with one scale: ``scale``, as in checkpoints that fuse gate and up, or computed from the weight for None."""
     one = weight.abs().amax() / 448 if scale is None else torch.tensor(scale, device=weight.device)
     return {"weight": _to_fp8(weight, one), "weight_scale": one}
 
@@ -86,13 +85,13 @@ def int8_channel(weight: torch.Tensor) -> Tensors:
 
 
 def fp8_config(block: tuple[int, int] | None = (128, 128), activations: str = "dynamic") -> Config:
-    """Of ``fp8_block``; without ``block`` that of ``fp8_tensor``."""
+    """The config of ``fp8_block``; without ``block``, of ``fp8_tensor``."""
     config: Config = {"quant_method": "fp8", "activation_scheme": activations}
     return config if block is None else {**config, "weight_block_size": list(block)}
 
 
 def compressed_config(strategy: str, kind: str = "float") -> Config:
-    """Of ``fp8_channel`` and, with ``kind="int"``, ``int8_channel``: compressed-tensors' words."""
+    """The config of ``fp8_channel`` or, with ``kind="int"``, ``int8_channel``, as compressed-tensors writes it."""
     weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
     inputs = {"num_bits": 8, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
     return {
@@ -118,8 +117,8 @@ def gptq(
 ) -> Tensors:
     """AutoGPTQ's layout: along inputs, lowest bits first; ``group_size`` -1 is one group.
 
-    ``g_idx`` ``[K]`` is the group of each input, in order where it is None. In ``layout`` ``gptq`` zero points are
-    stored less one, in ``gptq_v2`` as they are.
+    ``g_idx [K]`` is the group of each input; None for inputs in order. Zero points are stored minus one in ``layout``
+    ``gptq``, as they are in ``gptq_v2``.
     """
     n, k = weight.shape
     size = k if group_size == -1 else group_size
@@ -151,12 +150,12 @@ def _per_group(inputs: torch.Tensor, group: torch.Tensor, groups: int, which: st
 def gptq_config(
     bits: int = 4, group_size: int = 128, *, sym: bool = True, desc_act: bool = False, layout: str | None = None
 ) -> Config:
-    """``layout`` is said where it is not None, as by GPTQModel."""
+    """The config; ``layout``, as GPTQModel writes it, is left out where None."""
     config: Config = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act}
     return config if layout is None else {**config, "checkpoint_format": layout}
 
 
-# In a word of AWQ's, from the lowest bits up, lie the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
+# The order of eight outputs in a word of AWQ, from the lowest bits.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -184,7 +183,7 @@ def packed(
 ) -> Tensors:
     """compressed-tensors' ``pack-quantized``: along inputs, offset by half the range; ``group_size`` -1 is one group.
 
-    With ``g_idx`` ``[K]`` the groups are of other inputs than neighbours, and ``weight_g_idx`` says which.
+    ``g_idx [K]`` is the group of each input, stored as ``weight_g_idx``; None for inputs in order.
     """
     n, k = weight.shape
     size, middle = k if group_size == -1 else group_size, 1 << (bits - 1)
@@ -228,21 +227,21 @@ def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
     """``[R, C]`` values -> ``[R, C * bits / 32]`` words in int32, lowest bits first."""
     parts = values.to(torch.int64).reshape(len(values), -1, 32 // bits)
     words = (parts << torch.arange(0, 32, bits, device=values.device)).sum(2)
-    # Words of which the highest bit is set are negative numbers.
+    # As int32, words whose highest bit is set are negative.
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
-# And back
+# Dequantization
 
 
 def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight ``[N, K]`` that the tensors of a module stand for, in float32.
+    """The dequantized weight ``[N, K]`` of a module's tensors, in float32.
 
-    SGLang rounds the scales of packed weights to the dtype of the model, ``scales``.
+    Scales of packed weights are first rounded to the dtype ``scales``, as SGLang does to the model's.
     """
     if "qweight" in tensors:
         factors = tensors["scales"].to(scales).float()
-        if tensors["qweight"].shape[1] != factors.shape[1]:  # AWQ's words go along outputs
+        if tensors["qweight"].shape[1] != factors.shape[1]:  # AWQ packs along outputs
             q, zeros = _awq_values(tensors["qweight"]), _awq_values(tensors["qzeros"])
             size = len(q) // len(zeros)
             return ((q - zeros.repeat_interleave(size, 0)) * factors.repeat_interleave(size, 0)).t().contiguous()

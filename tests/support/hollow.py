@@ -1,16 +1,15 @@
-"""Checkpoints without weights: real names, shapes and dtypes, and a hole where the data would be.
+"""Checkpoints with real names, shapes and dtypes, but holes in the files instead of data.
 
     write_hollow(folder, "Qwen3-235B-A22B", "gptq_int4")
     write_hollow(folder, "DeepSeek-V3", "fp8_block", layers=4, experts=8)
 
-A folder written here has what an HF checkpoint has: ``config.json``, shards and their index, and stand-ins
-for the tokenizer and generation files. Every shard has a complete safetensors header; its data section is
-a hole (``truncate``), so a checkpoint of 470 GB takes a few megabytes of disk. Whatever reads headers
-(``inspect``, ``plan``) sees the real model; whatever reads data sees zeros.
+A checkpoint has ``config.json``, shards with complete headers, their index, and placeholders for the tokenizer and
+generation files. The data of a shard is a hole (``truncate``), so a checkpoint of 470 GB takes a few megabytes of disk:
+``inspect`` and ``plan`` see the real model, readers of data see zeros.
 
-Three tables describe everything. A *family* function lists the modules of an architecture with their
-unquantized shapes, a *layout* function says which tensors a linear layer of one format is stored as, and
-``_release`` says in which dtypes a variant was published. ``bf16``, ``fp8_block`` of Qwen3 and DeepSeek,
+A *family* function lists the modules of an architecture with their unquantized shapes, a *layout* function the tensors
+that a linear of one format is stored as, and ``_release`` the dtypes of a published variant. ``bf16``, ``fp8_block`` of
+Qwen3 and DeepSeek,
 ``fp8_channel`` of Llama 3.3 and ``gptq_int4`` of Qwen3 follow published checkpoints; the other pairs follow
 the tools that write them.
 """
@@ -271,9 +270,9 @@ class Module(NamedTuple):
     """A module before any quantization.
 
     ``shape`` is its weight's: ``[N, K]`` of a linear layer, ``[vocab, hidden]`` of an embedding, ``[N]`` of
-    a norm. ``linear`` marks the layers that quantized checkpoints quantize; routers, embeddings, ``lm_head``
-    and ``eh_proj`` are never among them. ``bias_name`` is the suffix of a second tensor ``[N]``, if there is
-    one; without a ``bias_dtype`` it has the dtype of what is not quantized.
+    a norm. ``linear`` is set for layers that are quantized in quantized checkpoints, never for routers, embeddings,
+    ``lm_head`` and ``eh_proj``. ``bias_name`` is the suffix of a second tensor ``[N]``, if there is one; its dtype is
+    ``bias_dtype``, or that of unquantized tensors.
     """
 
     shape: Shape
@@ -293,7 +292,7 @@ def _mlp(prefix: str, hidden: int, intermediate: int) -> Modules:
 
 
 def _grouped_query_attention(prefix: str, config: Config) -> Modules:
-    """q_proj [Q, hidden], k_proj and v_proj [KV, hidden], o_proj [hidden, Q], with KV fewer heads than Q."""
+    """q_proj [Q, hidden], k_proj and v_proj [KV, hidden], o_proj [hidden, Q]; KV has fewer heads than Q."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim", hidden // heads)
     queries, keys = heads * head_dim, config["num_key_value_heads"] * head_dim
@@ -336,7 +335,7 @@ def _dense_family(config: Config, mtp: bool) -> Modules:
 
 
 def _qwen3_moe_family(config: Config, mtp: bool) -> Modules:
-    """Qwen3-MoE: every layer has a router [experts, hidden] and its experts, none is shared."""
+    """Qwen3-MoE: a router [experts, hidden] and routed experts in every layer."""
     hidden = config["hidden_size"]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
@@ -396,7 +395,7 @@ def _modules(config: Config, mtp: bool) -> Modules:
 
 
 # --------------------------------------------------------------------------------------------------------
-# Variants: which tensors a module is stored as, and what config.json says of it
+# Variants: the tensors of a module, and the ``quantization_config``
 # --------------------------------------------------------------------------------------------------------
 
 
@@ -404,8 +403,8 @@ def _modules(config: Config, mtp: bool) -> Modules:
 class Release:
     """How one variant of one model is published.
 
-    ``dense`` is the dtype of what is not quantized, ``scale`` that of the scales, and ``mtp`` says whether
-    the layers after ``num_hidden_layers`` are there: quantizers drop them, because transformers does.
+    ``dense`` is the dtype of unquantized tensors, ``scale`` that of scales. ``mtp`` is whether layers after
+    ``num_hidden_layers`` are there; quantizers drop them, because transformers does.
     """
 
     dense: str = "BF16"
@@ -500,7 +499,7 @@ def _fp8_channel_config(config: Config) -> Config:
 
 
 def _gptq_int4_config(config: Config) -> Config:
-    """What AutoGPTQ writes. It names no module that it left alone; only the tensors tell."""
+    """AutoGPTQ's config, which does not list the unquantized modules."""
     return {
         "bits": 4,
         "checkpoint_format": "gptq",
@@ -517,7 +516,7 @@ def _gptq_int4_config(config: Config) -> Config:
 
 
 def _auto_round_int4_config(config: Config) -> Config:
-    """What AutoRound writes, with settings of their own for the routers."""
+    """AutoRound's config, with separate settings for the routers."""
     routers = [name for name, _ in _modules(config, mtp=False) if name.endswith("mlp.gate")]
     return {
         "autoround_version": "0.6.0",
@@ -568,8 +567,8 @@ def _release(model: str, variant: str) -> Release:
 def hollow_config(model: str, variant: str, *, layers: int | None = None, experts: int | None = None) -> Config:
     """``config.json`` of ``model`` in ``variant``, with ``layers`` hidden layers and ``experts`` experts.
 
-    A shrunk model stays consistent: DeepSeek keeps at least one MoE layer, its expert groups still divide
-    its experts, and no more experts are picked for a token than there are.
+    A smaller model stays consistent: DeepSeek keeps a MoE layer, its expert groups divide its experts, and a token is
+    routed to no more experts than there are.
     """
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
@@ -614,7 +613,7 @@ def _shrink_experts(config: Config, experts: int) -> None:
 def hollow_tensors(
     model: str, variant: str, *, layers: int | None = None, experts: int | None = None
 ) -> Iterator[Tensor]:
-    """Every tensor of ``model`` in ``variant``, in the order of the state dict."""
+    """All tensors of ``model`` in ``variant``, in the order of the state dict."""
     config = hollow_config(model, variant, layers=layers, experts=experts)
     release, layout = _release(model, variant), VARIANTS[variant].layout
 
@@ -639,10 +638,10 @@ def write_hollow(
     experts: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write ``model`` in ``variant`` to ``folder``, which is made if need be, and return ``folder``.
+    """Write ``model`` in ``variant`` to ``folder``, which is made if needed, and return ``folder``.
 
-    ``layers`` and ``experts`` shrink the model, ``shard_bytes`` (logical bytes) sets how often it is cut.
-    There is always an index, also for a single shard.
+    ``layers`` and ``experts`` make the model smaller; ``shard_bytes`` is the most that a shard has, holes included. A
+    single shard has an index, too.
     """
     config = hollow_config(model, variant, layers=layers, experts=experts)
     tensors = hollow_tensors(model, variant, layers=layers, experts=experts)
@@ -682,7 +681,7 @@ def _cut(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
 
 
 def _write_shard(path: Path, tensors: Iterable[Tensor]) -> int:
-    """Write a header and a hole of the right size; return the bytes of the hole."""
+    """Write a header and a hole for its data; return the size of the hole in bytes."""
     entries = ['"__metadata__":{"format":"pt"}']
     start = 0
     for tensor in sorted(tensors, key=lambda tensor: (_DTYPE_ORDER[tensor.dtype], tensor.name)):

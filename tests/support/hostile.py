@@ -1,7 +1,7 @@
-"""Sound JSON documents with hostile values in them, for fuzzing and for tests that draw at random.
+"""Puts hostile values into valid JSON documents, for fuzzing and for tests with random choices.
 
-Bytes that are mutated at random hardly ever become a checkpoint. Here choices say where in a document to put which
-value, or what to take away.
+Bytes that are mutated at random are hardly ever parsed as a checkpoint. Here choices select where a document gets which
+value, or loses one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Drawn:
 
 
 DEEP: Any = json.loads("[" * 70 + "]" * 70)
-DEEPER = "a list in a list in a list ..."  # which only text can be: see dump()
+DEEPER = "a list in a list in a list ..."  # only possible as text: see dump()
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 8, 128, 1 << 31, 1 << 63, 10**400, 0.5, -0.0, float("nan"), float("inf"),
@@ -66,7 +66,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def changed(document: Any, choices: Choices) -> Any:
-    """A copy of a document in which some values are replaced, added, or gone."""
+    """A copy of a document with some values replaced, added or removed."""
     document = json.loads(json.dumps(document))
     for _ in range(choices.ConsumeIntInRange(1, 4)):
         _change(document, choices)
@@ -95,16 +95,16 @@ def dump(document: Any) -> bytes:
 
 
 def sealed(text: bytes) -> bytes:
-    """A manifest with the checksum that its last line holds."""
+    """The text of a manifest with the checksum in its last line."""
     text = re.sub(rb', "manifest_%s": "[^"]*"}$' % CHECKSUM.encode(), b"}", text)
     text = text[:-1] + b", "
     return text + f' "manifest_{CHECKSUM}": "{checksum_of(text)}"\n}}\n'.encode()
 
 
 class Hostile:
-    """One file of a checkpoint changed for as long as the context lasts; the manifest vouches for what is changed.
+    """Changes one of ``files`` of a checkpoint (JSON, or the header of a safetensors file) while the context lasts.
 
-    ``file`` is one of ``files``: a JSON file, or a safetensors file, whose header is changed.
+    The manifest gets the new checksums. ``file`` is the file chosen.
     """
 
     def __init__(self, folder: Path, choices: Choices, files: Sequence[str] = ()):

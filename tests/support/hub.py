@@ -1,9 +1,8 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1, for tests of what mixprec reads and downloads.
 
-It speaks the part of the HTTP API that huggingface_hub uses for models: repository listings by branch, tag
-or commit, the file tree, and ``resolve``. As on the Hub, large files (``*.safetensors``) redirect to a
-content network, here a second port under another name of this machine, with a signed URL. Every request is
-logged, and faults can be switched on.
+It has the part of the HTTP API that huggingface_hub uses for models: repository listings by branch, tag or commit, the
+file tree, and ``resolve``. As on the Hub, large files (``*.safetensors``) redirect to a signed URL of a CDN, here a
+second port under another host name. Requests are logged, and faults can be injected.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _CHUNK = 1 << 16
 
 @dataclass
 class Request:
-    """One line of the log. ``sent`` counts the bytes of the body, final once ``done`` is set."""
+    """A logged request. ``sent`` is the number of bytes of the body, final once ``done`` is set."""
 
     method: str
     path: str
@@ -44,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """A canned answer, in place of the one that the stand-in would give."""
+    """An answer that replaces the server's own."""
 
     status: int
     body: bytes = b""
@@ -64,12 +63,12 @@ class HubServer:
 
     Attributes:
         requests: the log of all requests; see also `log`.
-        tokens: the access tokens of accounts that exist; others are answered with 401.
-        answers: canned answers to the next requests about repositories, in order.
-        cuts: for the next file bodies in order, the bytes after which the connection is closed.
-        ignore_range: answer a range request with the whole file, as some mirrors do.
-        silent: log requests and answer none, until the server stops.
-        drip: seconds before each byte of a body, where more than none.
+        tokens: valid access tokens; others are answered with 401.
+        answers: answers to the next requests about repositories, in order.
+        cuts: for the next bodies of files, in order, the number of bytes after which the connection is closed.
+        ignore_range: answer a range request with the complete file, as some mirrors do.
+        silent: log requests without answering them.
+        drip: seconds before each byte of a body; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -86,7 +85,7 @@ class HubServer:
         self._hub = self._serve(_HubHandler)
         self._cdn = self._serve(_CdnHandler)
         self.url = f"http://127.0.0.1:{self._hub.server_port}"
-        # a name of its own: some releases of huggingface_hub go by the host alone to tell the Hub from a CDN
+        # another host name, by which some releases of huggingface_hub distinguish the Hub from a CDN
         self.cdn_url = f"http://localhost:{self._cdn.server_port}"
 
     def _serve(self, handler: type[_Handler]) -> ThreadingHTTPServer:
@@ -121,7 +120,7 @@ class HubServer:
     ) -> str:
         """Commit the files of a folder, point ``refs`` (by default the branch main) at it; return the commit.
 
-        ``readers`` makes the repository private, or with ``gated`` its files, to the holders of these tokens.
+        With ``readers``, only these tokens may read the repository; with ``gated``, its files.
         """
         digest = hashlib.sha1()
         for path in _walk(folder):
@@ -135,7 +134,7 @@ class HubServer:
         return commit
 
     def log(self, fragment: str = "") -> list[Request]:
-        """The requests about repositories whose path holds ``fragment``, once they are over."""
+        """The requests about repositories whose path contains ``fragment``, once they are complete."""
         known = [request for request in self.requests if _ABOUT_REPOS.match(request.path)]
         chosen = [request for request in known if fragment in request.path]
         if not all(request.done.wait(10) for request in chosen):
@@ -233,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _CdnHandler(_Handler):
-    """The content network: files by their hash, to whoever has a signed URL."""
+    """The CDN: files by their hash, for signed URLs."""
 
     def answer(self, request: Request) -> None:
         url = urlsplit(self.path)
@@ -269,7 +268,7 @@ class _HubHandler(_Handler):
         repo = self.hub._repos.get(repo_id)
         known = repo is not None and (repo.readers is None or request.token in repo.readers)
         if repo is None or not (known or repo.gated):
-            # the Hub does not tell what is private from what is missing
+            # the Hub answers alike for private and for missing repositories
             status = 401 if request.token is None else 404
             self.refuse(status, "RepoNotFound", "Repository not found")
         elif files and not known:

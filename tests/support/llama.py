@@ -1,10 +1,10 @@
-"""A Llama of two layers in three formats, complete enough for transformers to load: milliseconds to write.
+"""A Llama of two layers in three formats, which transformers can load and which is written in milliseconds.
 
     sources = write_sources(tmp_path)         # tmp_path/{bf16,fp8,int4}
     recipe = write_recipe(tmp_path / "mix.yaml")
 
-The three are one model: FP8 and Int4 are rounded from the BF16 weights, so that their errors mean something.
-Written with torch and the safetensors library, never with the code under test.
+FP8 and Int4 are rounded from the BF16 weights, so that errors can be compared. Written with torch and the safetensors
+library, without the code under test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["COMPANIONS", "CONFIG", "LEFT_BEHIND", "LINEARS", "write_recipe", "wr
 
 Tensors = dict[str, torch.Tensor]
 
-HIDDEN = 128  # the least that Marlin and FP8 blocks take
+HIDDEN = 128  # the smallest size that Marlin and FP8 blocks allow
 VOCAB = 64
 LINEARS = tuple(f"self_attn.{x}_proj" for x in "qkvo") + tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 
@@ -47,7 +47,7 @@ CONFIG: Mapping[str, object] = {
     "an_unknown_key": {"kept": ["as", "it", "is", "é", 1e-05]},
 }
 
-# What comes with a model's weights and goes along with it; bytes that no JSON writer would produce.
+# Files that a build copies; bytes that no JSON writer would produce.
 COMPANIONS: Mapping[str, bytes] = {
     "tokenizer.json": b'{"version" :  "1.0", "text": "\xe2\x96\x81"}',
     "tokenizer_config.json": b'{"chat_template": null}\r\n',
@@ -59,7 +59,7 @@ COMPANIONS: Mapping[str, bytes] = {
     "LICENSE": b"as you like\n",
 }
 
-# What lies there too and must not: it describes other files than those of the output, or runs when it is read.
+# Files that a build must not copy: they describe files that the output lacks, or run code when loaded.
 LEFT_BEHIND: Mapping[str, bytes] = {
     "README.md": b"# The source",
     "quantize_config.json": b'{"bits": 3}',
@@ -75,14 +75,14 @@ _QUANTIZATION = {"fp8": formats.fp8_config(), "int4": formats.gptq_config(group_
 
 
 def write_sources(folder: Path, **changes: Any) -> dict[str, Path]:
-    """``folder/{bf16,fp8,int4}``; ``changes`` as for :func:`write_tiny`."""
+    """Writes ``folder/{bf16,fp8,int4}``; ``changes`` are arguments of :func:`write_tiny`."""
     return {variant: write_tiny(folder / variant, variant, **changes) for variant in ("bf16", "fp8", "int4")}
 
 
 def write_tiny(folder: Path, variant: str = "bf16", *, shards: int = 2, seed: int = 0, experts: int = 0) -> Path:
-    """One checkpoint: ``bf16``, ``fp8`` (128 x 128 blocks) or ``int4`` (GPTQ, groups of 64).
+    """Writes a checkpoint: ``bf16``, ``fp8`` (128 x 128 blocks) or ``int4`` (GPTQ, groups of 64).
 
-    With ``experts``, the last layer has a router and as many experts instead of its MLP.
+    With ``experts``, the last layer has a router and so many experts instead of an MLP.
     """
     folder.mkdir(parents=True)
     config = dict(CONFIG)
@@ -114,7 +114,7 @@ def write_recipe(
     sources: Iterable[str] = ("bf16", "fp8", "int4"),
     shard_size: str | None = "1MiB",
 ) -> Path:
-    """A recipe beside the sources: attention in FP8, the MLPs in Int4, the rest in BF16."""
+    """Writes a recipe beside the sources: attention in FP8, MLPs in Int4, the rest in BF16."""
     if weights is None:
         weights = {"model.layers.*.self_attn.*": "fp8", "model.layers.*.mlp.*": "int4"}
     lines = ["model: ./bf16", "default: bf16", "sources:", *(f"  {name}: ./{name}" for name in sources)]

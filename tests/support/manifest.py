@@ -1,4 +1,4 @@
-"""Changes manifests and seals them again, as no accident does."""
+"""Changes manifests and makes their checksums valid again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["rewrite_manifest", "sealed"]
 
 
 class _Raw(NamedTuple):
-    """A module's entry, whatever is in it."""
+    """A module's entry with any contents."""
 
     entry: Any
 
@@ -22,14 +22,14 @@ class _Raw(NamedTuple):
 
 
 def sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The bytes of a manifest's file from its JSON, with the checksum that vouches for them."""
+    """The bytes of a manifest's file, with a valid checksum, from its JSON."""
     head = {key: value for key, value in manifest.items() if key not in ("modules", f"manifest_{CHECKSUM}")}
     modules: Any = ((name, _Raw(entry)) for name, entry in manifest["modules"].items())
     return b"".join(dump_manifest(head, modules))
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Applies ``change`` to the manifest's JSON."""
+    """Applies ``change`` to the manifest's JSON, and writes it with a valid checksum."""
     path = folder / MANIFEST
     manifest = json.loads(path.read_bytes())
     change(manifest)

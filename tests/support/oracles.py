@@ -1,8 +1,7 @@
-"""What the tests of the formats stand on: auto-gptq's packers, and modules stated by dtype and shape.
+"""References for the tests of formats: auto-gptq's packers, and modules described by dtypes and shapes.
 
-auto-gptq 0.7.1 is the reference for GPTQ's layout, but ``import auto_gptq`` wants libraries of 2024. Its two
-packers written in plain torch need none of them, so they are imported alone, with bare namespaces where their
-packages would be.
+auto-gptq 0.7.1 is the reference for GPTQ's layout, but ``import auto_gptq`` needs libraries of 2024. Its two packers in
+plain torch do not, so their modules are imported without the packages around them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SAFETENSORS_DTYPE = {numpy_dtype(dtype): dtype for dtype in ("F32", "F16", "BF1
 
 
 def auto_gptq_packers() -> tuple[type[Any], type[Any]]:
-    """``QuantLinear`` of ``qlinear_cuda``, which heeds ``g_idx``, and of ``qlinear_cuda_old``, which does not."""
+    """``QuantLinear`` of ``qlinear_cuda``, which uses ``g_idx``, and of ``qlinear_cuda_old``, which ignores it."""
     spec = find_spec("auto_gptq")
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError("auto-gptq is not installed; `make setup` installs it without its requirements")
@@ -40,7 +39,7 @@ def auto_gptq_packers() -> tuple[type[Any], type[Any]]:
         namespace.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
         sys.modules[name] = namespace
     for kernels in ("autogptq_cuda_64", "autogptq_cuda_256"):
-        # Built for a CUDA runtime of 2024; None makes their import fail, and the packers then do without.
+        # They need a CUDA runtime of 2024; None makes their import fail, which the packers handle.
         sys.modules[kernels] = None  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,7 +49,7 @@ def auto_gptq_packers() -> tuple[type[Any], type[Any]]:
 
 
 def stated(tensors: Mapping[str, Stated], name: str = "model.layers.0.mlp.down_proj") -> StoredModule:
-    """A module of which only the header is known."""
+    """A module with the dtypes and shapes of a header, without data."""
     infos = {}
     for leaf, (dtype, shape) in tensors.items():
         full = f"{name}.{leaf}" if leaf else name
@@ -59,12 +58,12 @@ def stated(tensors: Mapping[str, Stated], name: str = "model.layers.0.mlp.down_p
 
 
 def stated_of(arrays: Mapping[str, np.ndarray[Any, Any]], name: str = "model.layers.0.mlp.down_proj") -> StoredModule:
-    """The module that these arrays are stored as."""
+    """A module with the dtypes and shapes of these arrays."""
     return stated({leaf: (_SAFETENSORS_DTYPE[array.dtype], array.shape) for leaf, array in arrays.items()}, name)
 
 
 def gptq(n: int, k: int, *, bits: int = 4, group_size: int = 128, **changed: Stated | None) -> dict[str, Stated]:
-    """The tensors of a GPTQ linear; ``changed`` replaces, adds or (None) takes away."""
+    """The tensors of a GPTQ linear; ``changed`` replaces, adds or (None) removes tensors."""
     pack, groups = 32 // bits, 1 if group_size == -1 else -(-k // group_size)
     tensors: dict[str, Stated | None] = {
         "qweight": ("I32", (k // pack, n)),
@@ -87,7 +86,7 @@ def awq(n: int, k: int, *, group_size: int = 128, **changed: Stated | None) -> d
 
 
 def awq_words(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """``[R, C]`` 4-bit values as AutoAWQ packs them, ``[R, C / 8]``: one value at a time, as its packer does it."""
+    """Packs 4-bit values ``[R, C]`` into words ``[R, C / 8]``, one value at a time as AutoAWQ's packer."""
     rows, columns = values.shape
     words = np.zeros((rows, columns // 8), np.int64)
     for row in range(rows):
@@ -98,7 +97,7 @@ def awq_words(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def packed(n: int, k: int, *, bits: int = 4, group_size: int = 128, **changed: Stated | None) -> dict[str, Stated]:
-    """The tensors of a linear that compressed-tensors packed; ``changed`` as for :func:`gptq`."""
+    """The tensors of a linear in compressed-tensors' packed format; ``changed`` as for :func:`gptq`."""
     tensors: dict[str, Stated | None] = {
         "weight_packed": ("I32", (n, k * bits // 32)),
         "weight_scale": ("BF16", (n, 1 if group_size == -1 else -(-k // group_size))),
@@ -108,7 +107,7 @@ def packed(n: int, k: int, *, bits: int = 4, group_size: int = 128, **changed: S
 
 
 def config_group(*targets: str, kind: str = "int", activations: dict[str, Any] | None = None, **weights: Any) -> Any:
-    """A config group of compressed-tensors; ``weights`` as its ``QuantizationArgs``."""
+    """A config group of compressed-tensors; ``weights`` are its ``QuantizationArgs``."""
     args = {"num_bits": 4, "type": kind, "symmetric": True, "dynamic": False, "strategy": "group", **weights}
     return {"targets": list(targets) or ["Linear"], "weights": args, "input_activations": activations}
 

@@ -1,4 +1,4 @@
-"""Plans of many small steps, for tests that stop a build or a split between any two of them."""
+"""Builds and splits of many small steps, for tests that stop them between two steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["cut", "planned"]
 
 
 def planned(recipe: Path) -> Plan:
-    """A plan of several shards, smaller than a recipe may ask for, copied in many small steps, and cut for two."""
+    """A plan for two ranks with many small steps: its shards are smaller than a recipe may ask for."""
     copier._BUFFER = 10_000
     small = replace(load_recipe(recipe), shard_size=40_000, tp=(2,), layout="both")
     return make_plan(small, open_sources(small))
 
 
 def cut(out: Path, jobs: int = 2) -> None:
-    """For two ranks, and one: a degree that its recipe does not ask for."""
+    """Splits ``out`` for two ranks and for one; the recipe asks for two only."""
     split(out, Degree(1), jobs=jobs, shard_size=100_000)

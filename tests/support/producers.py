@@ -1,12 +1,12 @@
-"""Checkpoints in small whose tensors are what a producer writes: AutoRound, GPTQModel, AutoAWQ, Quark, ModelOpt,
-llm-compressor, and the vendors of FP8 models.
+"""Small checkpoints with the tensors of a producer: AutoRound, GPTQModel, AutoAWQ, Quark, ModelOpt, llm-compressor, and
+vendors of FP8 models.
 
     checkpoint = Checkpoint(qwen3_moe(), {"*_proj": NVFP4})
     checkpoint.write(folder, real_config("nvidia-qwen3-235b-nvfp4"))
 
-A skeleton is the modules of a model family under the names of its releases, with few layers, two experts and sizes
-that every group, block and kernel takes. A storage is how a producer stores a linear ``[N, K]``: its tensors by leaf.
-The weights follow from names alone, so that what is read can be compared with what was stored.
+A :class:`Skeleton` has the modules of a model family, named as in its releases, with few layers, two experts, and sizes
+that fit all groups, blocks and kernels. A :class:`Storage` makes the tensors that a producer stores for a linear.
+Weights depend on names only, so that what is read can be compared with what was stored.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ Tensors = dict[str, Array]
 Config = dict[str, Any]
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
-"""Configurations of released checkpoints, whole but for what says nothing of weights."""
+"""Configurations of released checkpoints, without the entries that do not concern weights."""
 
 HIDDEN, INTERMEDIATE, QUERIES, KEYS, VOCAB, EXPERTS = 256, 256, 256, 128, 256, 2
 
@@ -102,16 +102,16 @@ def real_config(name: str) -> Config:
 
 @dataclass(frozen=True)
 class Storage:
-    """How one producer stores a linear, and what that is to a reader."""
+    """How a producer stores a linear, and how mixprec must read it."""
 
     store: Callable[[Array], Tensors]
-    """``[N, K]`` in float32 -> its tensors by leaf; of experts in one tensor ``[E, N, K]``."""
+    """A weight ``[N, K]`` in float32 -> its tensors by leaf; ``[E, N, K]`` for all experts in one tensor."""
     kind: str = ""
-    """The kind it is read as; empty where it is not read."""
+    """The kind that it is read as; empty where it is refused."""
     named: str = ""
-    """A word that its refusal must hold, where it is not read."""
+    """A word that the refusal must contain."""
     error: float = 0.0
-    """At most this far from the weight, as a relative norm."""
+    """The largest allowed relative error of the dequantized weight, as a norm."""
 
 
 def _e8m0(scale: Array) -> Array:
@@ -126,7 +126,7 @@ def _groups(weight: Array, size: int) -> Array:
 
 
 def _nibbles(weight: Array) -> Array:
-    """Two FP4 codes a byte, ``[..., K / 2]``: signs and exponents only, for formats that are not read."""
+    """Two FP4 codes in a byte, ``[..., K / 2]``: only signs and exponents, since no test reads the values."""
     codes = (np.signbit(weight) << 3 | 2).astype(np.uint8)
     packed: Array = codes[..., ::2] | codes[..., 1::2] << 4
     return packed
@@ -137,7 +137,7 @@ def _fp8(weight: Array, scale: Array) -> Array:
 
 
 def _blocks(weight: Array, block: tuple[int, int] = (128, 128)) -> tuple[Array, Array]:
-    """FP8 values and one scale a block, of a weight whose sizes are multiples of the block."""
+    """FP8 values and a scale for each block of a weight whose sizes are multiples of the block."""
     *experts, n, k = weight.shape
     grid = abs(weight).reshape(*experts, n // block[0], block[0], k // block[1], block[1])
     scale = (grid.max(axis=(-3, -1)) / 448).astype(np.float32)
@@ -164,7 +164,7 @@ def _fp8_e8m0(leaf: str) -> Callable[[Array], Tensors]:
 
 
 def _fp8_tensor(*, static: bool) -> Callable[[Array], Tensors]:
-    # One scale, as producers equalize it over what engines fuse.
+    # One scale, since producers equalize it for modules that engines fuse.
     return partial(VARIANTS["fp8_tensor"].store, activations="static" if static else "dynamic", scale=1 / 2048)
 
 
@@ -178,7 +178,7 @@ def _mxfp8(leaf: str) -> Callable[[Array], Tensors]:
 
 
 def _nvfp4(*, activations: bool) -> Callable[[Array], Tensors]:
-    """ModelOpt's: ``weight_scale_2`` multiplies the scales of groups."""
+    """ModelOpt's layout: scales of groups are multiplied by ``weight_scale_2``."""
 
     def store(weight: Array) -> Tensors:
         scale = (_groups(weight, 16) / 6 * 2688).clip(0, 448).astype(ml_dtypes.float8_e4m3fn)
@@ -190,7 +190,7 @@ def _nvfp4(*, activations: bool) -> Callable[[Array], Tensors]:
 
 
 def _ct_nvfp4(*, activations: bool) -> Callable[[Array], Tensors]:
-    """compressed-tensors': the scales of groups are divided by ``weight_global_scale``."""
+    """compressed-tensors' layout: scales of groups are divided by ``weight_global_scale``."""
 
     def store(weight: Array) -> Tensors:
         scale = (_groups(weight, 16) / 6 * 2688).clip(0, 448).astype(ml_dtypes.float8_e4m3fn)
@@ -218,7 +218,7 @@ def _gpt_oss(weight: Array) -> Tensors:
 
 
 def _w4afp8(weight: Array) -> Tensors:
-    """TensorRT-LLM's: signed nibbles, inputs in groups of 128."""
+    """TensorRT-LLM's layout: signed nibbles, groups of 128 inputs."""
     scale = _groups(weight, 128) / 7
     q = (weight / scale.repeat(128, axis=1)).round().clip(-8, 7).astype(np.int8)
     packed = (q[:, ::2] & 15 | q[:, 1::2] << 4).astype(np.int8)
@@ -243,7 +243,7 @@ def _gptq(group_size: int = 128, *, order: bool = True, **options: Any) -> Calla
 
 
 def _gptq_3bit(weight: Array) -> Tensors:
-    """32 values in three words, along inputs (weights) and along outputs (zero points)."""
+    """Three words for 32 values, along inputs (weights) or outputs (zero points)."""
     n, k = weight.shape
     return {
         "qweight": np.zeros((k // 32 * 3, n), np.int32),
@@ -262,7 +262,7 @@ def _awq(group_size: int = 128) -> Callable[[Array], Tensors]:
 
 
 def _quark_awq(weight: Array) -> Tensors:
-    """AutoAWQ's order of nibbles, but each in two's complement: Quark's ``pack_method: reorder``."""
+    """Quark's ``pack_method: reorder``: AutoAWQ's order of nibbles, in two's complement."""
     unsigned: Tensors = VARIANTS["awq_int4"].store(weight)
     flipped = np.uint32(0x88888888)  # the sign bit of each nibble
     return {
@@ -321,7 +321,7 @@ class Part(NamedTuple):
     name: str
     shape: tuple[int, ...]
     bare: bool = False
-    """Whether it is a parameter with no leaf of its own (``A_log``, experts in one tensor)."""
+    """Whether the tensor's name has no leaf (``A_log``, experts in one tensor)."""
     bias: bool = False
 
 
@@ -331,12 +331,12 @@ class Skeleton:
 
     parts: Sequence[Part]
     config: Mapping[str, Any]
-    """``config.json``, as far as it says how large the model is."""
+    """The entries of ``config.json`` for the model's size."""
     nested: bool = False
-    """Whether the sizes stand in ``text_config``."""
+    """Whether the sizes are in ``text_config``."""
     layers: int = 2
     draft: int | None = None
-    """The number that a layer for multi-token prediction has in the release, if it follows the others."""
+    """The release's number of the layer for multi-token prediction, if that follows the others."""
 
 
 def _sizes(layers: int, **more: Any) -> Config:
@@ -399,8 +399,7 @@ def qwen3_moe(layers: int = 2) -> Skeleton:
 
 
 def minimax(layers: int = 2, *, family: str = "minimax_m2", prefix: str = "", dense: int = 0) -> Skeleton:
-    """MiniMax-M2 and M3, whose experts are called as Mixtral's are; ``prefix`` is that of the model with a vision
-    tower."""
+    """MiniMax-M2 and M3, with Mixtral's names of experts; ``prefix`` is for a model with a vision tower."""
     parts = [*_ends(f"{prefix}model", f"{prefix}lm_head")]
     for layer in range(layers):
         at = f"{prefix}model.layers.{layer}"
@@ -427,9 +426,9 @@ def deepseek(
     draft: int | None = None,
     vision: bool = False,
 ) -> Skeleton:
-    """DeepSeek-V3 and its descendants (V3.2 and GLM-5 with ``indexers`` in those layers, Kimi-K2.5 with ``prefix``).
+    """DeepSeek-V3 and its descendants: V3.2 and GLM-5 (``indexers``: the layers with one), Kimi-K2.5 (``prefix``).
 
-    The first layer is dense; ``draft`` is the number of the layer for multi-token prediction in the release.
+    The first layer is dense; ``draft`` is the release's number of the layer for multi-token prediction.
     """
     rank, latent = 128, 128
     parts = [*_ends(f"{prefix}model", f"{prefix}lm_head")]
@@ -492,7 +491,7 @@ def deepseek_v4(layers: int = 2) -> Skeleton:
 
 
 def kimi_k3(layers: int = 2) -> Skeleton:
-    """Kimi-K3: linear attention of its own (KDA), full attention in the last layer of these."""
+    """Kimi-K3: linear attention (KDA), and full attention in the last layer."""
     prefix = "language_model.model"
     parts = [*_ends(prefix, "language_model.lm_head")]
     for layer in range(layers):
@@ -515,9 +514,9 @@ def kimi_k3(layers: int = 2) -> Skeleton:
 def qwen3_5(
     layers: int = 2, *, experts: str = "", draft: bool = True, vision: bool = True, full: Iterable[int] = (1,)
 ) -> Skeleton:
-    """Qwen3.5 and later: linear attention (GDN) but for the layers of ``full``; ``mtp.*`` where there is a draft.
+    """Qwen3.5 and later: full attention in the layers ``full``, linear attention (GDN) in others; a draft is ``mtp.*``.
 
-    ``experts`` is ``each`` for an expert a module, ``fused`` for all experts of a layer in one tensor, or empty.
+    ``experts``: ``each`` for separate modules, ``fused`` for all experts of a layer in one tensor; empty for none.
     """
     parts = [*_ends("model.language_model")]
     places = [(f"model.language_model.layers.{layer}", layer in set(full)) for layer in range(layers)]
@@ -601,7 +600,7 @@ def gpt_oss(layers: int = 2) -> Skeleton:
 
 
 def llama4(layers: int = 2) -> Skeleton:
-    """Llama 4: experts in every other layer, all in one tensor that lies transposed."""
+    """Llama 4: experts in every other layer, in one transposed tensor."""
     prefix = "language_model.model"
     parts = [*_ends(prefix, "language_model.lm_head")]
     for layer in range(layers):
@@ -641,7 +640,7 @@ def step3(layers: int = 2) -> Skeleton:
 
 
 def weight_of(name: str, shape: tuple[int, ...]) -> Array:
-    """The values of a module in float32, which BF16 holds exactly: norms near one, all else near zero."""
+    """A module's weight in float32, with values that BF16 has exactly: near 1 for norms, else near 0."""
     values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32) / 16
     rounded = (1 + values if len(shape) == 1 and name.endswith("norm") else values).astype(ml_dtypes.bfloat16)
     exact: Array = rounded.astype(np.float32)
@@ -650,16 +649,16 @@ def weight_of(name: str, shape: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A skeleton whose modules are stored as the first pattern that matches says, and in BF16 where none does."""
+    """A skeleton, with patterns of modules and their storage: the first match counts, and BF16 is for the others."""
 
     skeleton: Skeleton
     stored: Mapping[str, Storage] = field(default_factory=dict)
     kv_scales: Sequence[str] = ()
-    """Scales of the KV cache in each attention, such as ``k_proj.k_scale``."""
+    """Names of KV cache scales in each attention, such as ``k_proj.k_scale``."""
     beside: Mapping[str, str] = field(default_factory=dict)
-    """File -> pattern of the modules that it holds, which the index does not list."""
+    """File -> pattern of its modules, which the index does not list."""
     edit: Callable[[Config], None] | None = None
-    """Changes ``{"config": ..., "hf_quant_config": ...}`` once it is shrunk."""
+    """Changes ``{"config": ..., "hf_quant_config": ...}`` in the size of the skeleton."""
 
     def storage(self, name: str) -> Storage:
         return next((storage for pattern, storage in self.stored.items() if fnmatchcase(name, pattern)), BF16)
@@ -679,7 +678,7 @@ class Checkpoint:
             tensors = storage.store(weight)
             if part.bias:
                 tensors["bias"] = np.zeros(part.shape[0], ml_dtypes.bfloat16)
-            # Leaves of what is no module begin with an underscore or are empty, and go on with the name.
+            # Names of tensors without a module continue with the leaf, which is empty or begins with an underscore.
             found[part.name] = {
                 part.name + (leaf if leaf[:1] in ("", "_") else f".{leaf}"): value for leaf, value in tensors.items()
             }
@@ -694,7 +693,7 @@ class Checkpoint:
         return [parent for parent, _, leaf in names if leaf in last and not parent.startswith("mtp.")]
 
     def write(self, folder: Path, real: Mapping[str, Any] | None = None) -> Path:
-        """Writes it to ``folder``, with the configuration of a release shrunk to its size; returns ``folder``."""
+        """Writes the checkpoint to ``folder``, with a release's configuration in its size; returns ``folder``."""
         folder.mkdir(parents=True)
         files = self.shrunk(real or {})
         for name, content in files.items():
@@ -713,7 +712,7 @@ class Checkpoint:
         return folder
 
     def shrunk(self, real: Mapping[str, Any]) -> Config:
-        """``config.json`` and ``hf_quant_config.json`` of a release with this skeleton's sizes."""
+        """``config.json`` and ``hf_quant_config.json`` of a release, with this skeleton's sizes."""
         text = json.dumps({key: value for key, value in real.items() if value is not None})
         if self.skeleton.draft is not None:
             text = re.sub(rf"\blayers\.{self.skeleton.draft}\b", f"layers.{self.skeleton.layers}", text)

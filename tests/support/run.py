@@ -1,10 +1,9 @@
-"""One runner of the command line: in this process, and in one of its own.
+"""Runs the command line in this process, or Python in a new one.
 
     code = call("split", out, "--tp", 2)
     ended = run_python("-m", "mixprec_build", "verify", str(out))
 
-A test that reads what was printed takes the fixture ``mixprec`` of ``tests/unit/conftest.py``, which returns
-:class:`Ended`.
+Tests that read the output use the fixture ``mixprec`` of ``tests/unit/conftest.py``, which returns :class:`Ended`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ __all__ = ["Ended", "Run", "at_most", "call", "cpu_seconds", "environment", "inv
 
 
 class Ended(NamedTuple):
-    """How a command ended and what it printed."""
+    """The exit code and output of a command."""
 
     code: object
     out: str
@@ -34,11 +33,11 @@ class Ended(NamedTuple):
 
 
 Run = Callable[..., Ended]
-"""Runs the command with the arguments that it is called with."""
+"""The type of the fixture ``mixprec``, which runs the command with its arguments."""
 
 
 def call(*arguments: object) -> object:
-    """The exit code of the command, run in this process as its console script would."""
+    """Runs the command in this process, as its console script does; returns the exit code."""
     # Not at the top: the fuzzer imports the compiler itself, instrumented.
     from mixprec_build.cli.app import main
 
@@ -51,22 +50,24 @@ def call(*arguments: object) -> object:
 
 
 def invoke(*arguments: object, **variables: str) -> Any:
-    """What typer's own runner says of the command: exit code, output, and the exception that ``main`` makes a message
-    of; ``variables`` are set while it runs."""
+    """Runs the command with typer's runner; returns exit code, output and the exception that ``main`` would print.
+
+    ``variables`` are environment variables for the run.
+    """
     from mixprec_build.cli.app import app
 
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env=variables)
 
 
 def environment(*folders: Path, **variables: str) -> dict[str, str]:
-    """This process's variables, and PYTHONPATH with ``folders`` and the folder of this package first."""
+    """This process's environment, with ``folders`` and the folder of this package first in PYTHONPATH."""
     paths = [*map(str, folders), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError where the main thread waits for something that never comes."""
+    """Raises TimeoutError in the main thread once the context has lasted so long."""
 
     def late(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError
@@ -83,14 +84,14 @@ def at_most(seconds: int) -> Iterator[None]:
 def run_python(
     *arguments: str, cwd: Path | None = None, under: Sequence[str] = (), timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, away from the hub; ``under`` is a command that runs it."""
+    """Runs a new interpreter without access to the hub; ``under`` is a command that starts it."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
     command = [*under, sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
 
 
 def cpu_seconds(*arguments: str) -> float:
-    """User and system time of a fresh interpreter."""
+    """User and system time of a new interpreter, in seconds."""
     before = os.times()
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
     after = os.times()

@@ -1,9 +1,9 @@
-"""Checkpoints that SGLang and transformers can run, of any size, in every format: made by torch, on a GPU if there is.
+"""Checkpoints of any size, in every format, that SGLang and transformers can run.
 
     sources = write_sources(folder, QWEN3_MOE, ["bf16", "fp8_block", "gptq_int4"])   # {"bf16": folder/bf16, ...}
 
-All variants are roundings of the same random weights, whose spread is that of trained ones (with a few strong
-input channels), so that logits mean something and errors of formats can be compared. Nothing here uses mixprec.
+All variants are rounded from the same random weights. These are distributed as trained ones, with a few strong input
+channels, so that errors of formats can be compared. Made by torch, on a GPU if there is one, without mixprec.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ QWEN3_MOE = Shape("qwen3_moe", "Qwen3MoeForCausalLM", experts=8)
 MIXTRAL = Shape("mixtral", "MixtralForCausalLM", experts=8)
 DEEPSEEK = Shape("deepseek_v3", "DeepseekV3ForCausalLM", experts=8)
 
-# DeepSeek's attention: low ranks, and heads of two parts. SGLang's kernels know the sizes of V2 and V3.
+# DeepSeek's attention: low ranks, and heads of two parts, in the sizes of V2 and V3 that SGLang's kernels support.
 _RANK, _KV_RANK, _ROPE, _NOPE, _VALUE = 256, 512, 64, 128, 128
 
 
@@ -184,7 +184,7 @@ def _weight(name: str, shape: tuple[int, ...], device: str) -> torch.Tensor:
 
 
 def _in_another_order(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """Groups of ``size`` inputs as activation order leaves them: ``[K]``."""
+    """The group of each input under activation order, ``[K]``, in groups of ``size``."""
     k = weight.shape[1]
     group = torch.empty(k, dtype=torch.long)
     group[torch.randperm(k, generator=torch.Generator().manual_seed(k))] = torch.arange(k) // size
@@ -223,7 +223,7 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
     "bf16": (formats.dense, None),
     "fp8_block": (formats.fp8_block, formats.fp8_config()),
     "fp8_channel": (formats.fp8_channel, formats.compressed_config("channel")),
-    # One scale for all: gate and up of an expert must share theirs.
+    # One scale for all modules, since gate and up of an expert must share theirs.
     "fp8_tensor": (partial(formats.fp8_tensor, scale=0.5 / 448), formats.fp8_config(None)),
     "int8_channel": (formats.int8_channel, formats.compressed_config("channel", "int")),
     "int8_block": (formats.int8_block, {**formats.fp8_config(), "quant_method": "blockwise_int8"}),
@@ -257,7 +257,7 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
 
 
 def quantize(weight: torch.Tensor, variant: str) -> tuple[Tensors, torch.Tensor]:
-    """A weight ``[N, K]`` in a format, and what that stands for, in float32."""
+    """The tensors of a weight ``[N, K]`` in a format, and the dequantized weight in float32."""
     tensors = _VARIANTS[variant][0](weight)
     return tensors, formats.dequantize(tensors, torch.bfloat16)
 
@@ -271,8 +271,10 @@ def write_sources(
     head: bool = False,
     shard_bytes: int = 2 << 30,
 ) -> dict[str, Path]:
-    """Writes ``folder/{variant}`` for each of ``variants``; modules that match ``skip`` stay dense, and ``lm_head``
-    does where ``head`` is not set."""
+    """Writes ``folder/{variant}`` for each of ``variants``.
+
+    Modules that match ``skip`` stay dense, and so does ``lm_head`` unless ``head`` is set.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shards = {variant: _Shards(folder / variant, shard_bytes) for variant in variants}
     for name, size in _modules(shape):
@@ -297,22 +299,22 @@ def write_sources(
 
 
 def _left_out(quantization: Mapping[str, Any], skip: Sequence[str], shape: Shape) -> dict[str, Any]:
-    """How a release says which modules it leaves alone, so that SGLang serves it natively too."""
+    """The entries of a config that list unquantized modules, as releases write them and SGLang reads them."""
     if quantization["quant_method"] == "awq":
-        # Parts of names: with their dots, so that `gate` is not taken for a part of `gate_proj`.
+        # SGLang looks for these in names: the dots keep `gate` from matching `gate_proj`.
         return {"modules_to_not_convert": ["lm_head", "mlp.gate.", *(f".{pattern[2:]}" for pattern in skip)]}
     if quantization["quant_method"] == "compressed-tensors":
         return {"ignore": [*quantization["ignore"], *(f"re:.*{pattern.removeprefix('*')}$" for pattern in skip)]}
     skipped = [name for name, _ in _modules(shape) if any(fnmatchcase(name, pattern) for pattern in skip)]
     if quantization["quant_method"] != "fp8" or not skipped:
         return {}
-    # SGLang asks for the fused name, which it knows of no parts of.
+    # SGLang looks up the fused name, whose parts it does not know.
     fused = {name.replace(".q_a_proj", ".fused_qkv_a_proj_with_mqa") for name in skipped if ".q_a_proj" in name}
     return {"modules_to_not_convert": [*skipped, *sorted(fused)]}
 
 
 class _Shards:
-    """Writes tensors to safetensors files as they come, and an index."""
+    """Writes a stream of tensors to safetensors files, and their index."""
 
     def __init__(self, folder: Path, most: int):
         self._folder, self._most = folder, most

@@ -1,4 +1,4 @@
-"""A storage format that the packages do not have, as a package of its own would bring it, and checkpoints in it."""
+"""A storage format that another package might add, and checkpoints in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GROUP = 32
 
 @dataclass(frozen=True, slots=True)
 class Toy(Format):
-    """Four bits a value, two inputs in each byte of ``codes [N, K/2]``, the first in its lower half, plus 8, with
+    """Int4: ``codes U8 [N, K/2]`` with two values in a byte, the first in the lower bits, offset by 8; and scales
     ``steps F16 [N, K/group]``."""
 
     name: ClassVar[str] = "Toy"
@@ -73,7 +73,7 @@ class Toy(Format):
         return Axes(n=Axis(0), k=inputs.get(leaf))
 
     def tile(self, *, experts: bool) -> tuple[int, int]:
-        return 48, self.group  # 48 does not divide a rank's 64 columns: they are filled up
+        return 48, self.group  # 48 does not divide a rank's 64 columns, so zeros are added
 
     def filler(self, leaf: str) -> int:
         return 0x88 if leaf == "codes" else 0
@@ -98,7 +98,7 @@ def _declared(quantization: Quantization) -> Toy:
 
 
 def write_mix(folder: Path) -> Path:
-    """``folder/{bf16,toy}``, and a recipe that takes some of both."""
+    """Writes ``folder/{bf16,toy}`` and a recipe that mixes them."""
     write_tiny(folder / "bf16")
     write_toy(folder / "bf16", folder / "toy")
     path = folder / "mix.yaml"
@@ -110,7 +110,7 @@ def write_mix(folder: Path) -> Path:
 
 
 def write_toy(dense: Path, folder: Path, group: object = GROUP) -> None:
-    """The linears of a checkpoint rounded to nearest, the rest as it is."""
+    """Writes a checkpoint with the linears of ``dense`` rounded to nearest, the rest unchanged."""
     folder.mkdir()
     config = json.loads((dense / "config.json").read_text())
     quantization = {"quant_method": "toy", "group": group}

@@ -4,12 +4,11 @@
     write_tiny(folder, QWEN3_MOE, "gptq_int4", group_size=64)
     write_tiny(folder, DEEPSEEK, "fp8_block", skip=["*.kv_b_proj"])
 
-The weights of a :class:`Tiny` follow from its fields alone, so that its variants are quantizations of the same
-weights: norms, routers, embeddings and biases are equal in all of them, linears are rounded to nearest and
-dequantize to what ``bf16`` holds, within the format's error. Every size is a multiple of what SGLang's kernels
-ask for, and no linear is square by accident: a transposed one is noticed.
+The fields of a :class:`Tiny` determine its weights, so that all variants are of the same model: norms, routers,
+embeddings and biases are equal, and linears are rounded to nearest. Sizes are multiples of what SGLang's kernels
+require, and no linear is square by accident, so that a transposed one is noticed.
 
-What a test wants broken it breaks in ``edit``, which gets the tensors and ``config.json`` before they are written.
+``edit`` gets the tensors and ``config.json`` before they are written, for tests of broken checkpoints.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class Tiny:
-    """A model: ``family`` is its ``model_type``; two with different seeds are fine-tunes of one another."""
+    """A model. ``family`` is its ``model_type``; another ``seed`` makes a fine-tune of the same model."""
 
     family: str
     layers: int = 2
@@ -68,9 +67,9 @@ class Tiny:
     kv_heads: int = 2
     attention_bias: bool = False
     mtp: int = 0
-    """Layers for multi-token prediction after the last one (DeepSeek)."""
+    """The number of layers for multi-token prediction, after the last one (DeepSeek)."""
     gain: float = 1.0
-    """The standard deviation of linears' weights, a power of two; 1/16 makes a model whose logits mean something."""
+    """The standard deviation of linears' weights, a power of two; with 1/16, logits differ enough to be compared."""
     seed: int = 0
 
 
@@ -91,7 +90,7 @@ class _Module(NamedTuple):
 
 
 def _modules(model: Tiny) -> Iterator[_Module]:
-    """Every module in the order of the state dict; ``linear`` ones are what quantizers quantize."""
+    """Yields every module in the order of the state dict; quantizers quantize those with ``linear`` set."""
     deepseek = model.family.startswith("deepseek")
     yield _Module("model.embed_tokens", (model.vocab, model.hidden))
     for layer in range(model.layers + model.mtp):
@@ -168,7 +167,7 @@ def _config(model: Tiny) -> Config:
 
 
 def _weight(model: Tiny, module: _Module) -> Array:
-    """Values that BF16 holds exactly, in float32: the same for every variant."""
+    """The module's weight in float32, with values that BF16 has exactly; the same for every variant."""
     rng = np.random.default_rng([model.seed, zlib.crc32(module.name.encode())])
     values = rng.standard_normal(module.shape, dtype=np.float32)
     if len(module.shape) == 1:
@@ -178,7 +177,7 @@ def _weight(model: Tiny, module: _Module) -> Array:
     return values.astype(BF16).astype(np.float32)
 
 
-# Scales of activations, folded into what comes before
+# Activation scales folded into preceding weights
 
 
 def _folded(model: Tiny, spread: float) -> dict[str, Array]:
@@ -211,7 +210,7 @@ def _folded(model: Tiny, spread: float) -> dict[str, Array]:
 
 
 def folded_factors(model: Tiny, spread: float) -> dict[str, Array]:
-    """Module -> what each value of its weight was multiplied by, where scales were folded."""
+    """Module -> the factors of its weight's values, where scales were folded."""
     before = {module.name: _weight(model, module) for module in _modules(model)}
     return {name: weight / before[name] for name, weight in _folded(model, spread).items()}
 
@@ -224,13 +223,13 @@ def _dense(dtype: npt.DTypeLike, weight: Array) -> Tensors:
 
 
 def _as_arrays(weight: Array, packer: Callable[..., dict[str, torch.Tensor]], **options: Any) -> Tensors:
-    """What a packer makes of a weight."""
+    """The tensors of a packer of :mod:`support.formats`, as arrays."""
     tensors = packer(torch.from_numpy(np.ascontiguousarray(weight, np.float32)), **options)
     return {leaf: _as_array(tensor) for leaf, tensor in tensors.items()}
 
 
 def _as_array(tensor: torch.Tensor) -> Array:
-    # Of these two NumPy knows no dtype of its own.
+    # NumPy has no dtype of its own for these two.
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(BF16)
     if tensor.dtype == torch.float8_e4m3fn:
@@ -248,7 +247,7 @@ def _fp8_channel(weight: Array, activations: str = "dynamic") -> Tensors:
 
 
 def _fp8_tensor(weight: Array, activations: str = "dynamic", scale: float | None = 1 / 64) -> Tensors:
-    """``scale`` is the same for every module, as in checkpoints that fuse gate and up; None takes each one's own."""
+    """``scale`` is common to all modules, as in checkpoints that fuse gate and up; None computes one for each."""
     return _as_arrays(weight, formats.fp8_tensor, scale=scale) | _input_scale(activations)
 
 
@@ -267,7 +266,7 @@ def _gptq_int4(
     n, k = weight.shape
     g_idx = None
     if desc_act:
-        # One order for all linears of a width: those fused share their input, and its order.
+        # One order for all linears of a width, since fused ones share their input.
         groups = np.arange(k, dtype=np.int32) // (k if group_size == -1 else group_size)
         g_idx = torch.from_numpy(np.random.default_rng(k).permutation(groups))
     made = _as_arrays(weight, formats.gptq, group_size=group_size, sym=sym, g_idx=g_idx, layout=layout)
@@ -302,7 +301,7 @@ def _ct_config(group_size: int = 128) -> Config:
 
 
 class _Variant(NamedTuple):
-    """How a linear is stored, what config.json says of it, and the dtype of what is not quantized."""
+    """A packer of linears, the ``quantization_config``, and the dtype of unquantized tensors."""
 
     store: Callable[..., Tensors]
     config: Callable[..., Config] | None
@@ -329,9 +328,9 @@ def tiny_tensors(
 ) -> Tensors:
     """Every tensor of ``model`` in ``variant``.
 
-    ``also`` and ``skip`` are patterns of modules that are quantized besides the linears, or not; ``fold`` is how far
-    scales are spread that are folded into norms and other linears before, as by AWQ. ``options`` are
-    the parameters of the variant: ``block``, ``activations``, ``scale``, ``group_size``, ``sym``, ``desc_act``,
+    ``also`` and ``skip`` are patterns of modules to quantize besides the linears, and of linears not to quantize.
+    ``fold`` is the spread of scales that are folded into preceding norms and linears, as by AWQ.
+    ``options`` are the variant's: ``block``, ``activations``, ``scale``, ``group_size``, ``sym``, ``desc_act``,
     ``layout``, ``zero_bias``.
     """
     chosen = VARIANTS[variant]
@@ -359,7 +358,7 @@ def write_tiny(
     shards: int = 1,
     **options: Any,
 ) -> Path:
-    """Writes a checkpoint to ``folder``, which is made, and returns ``folder``. For ``options`` see above."""
+    """Writes a checkpoint to the new ``folder``; returns ``folder``. ``options`` as for :func:`tiny_tensors`."""
     tensors = tiny_tensors(model, variant, **options)
     config = _config(model)
     describe = VARIANTS[variant].config
@@ -378,7 +377,7 @@ def write_tiny(
 
 
 def _write_weights(folder: Path, tensors: Tensors, shards: int) -> None:
-    # save_file takes memory as it lies: a transposed view would be written in the wrong order.
+    # save_file ignores strides: a transposed view would be written in the wrong order.
     tensors = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in tensors.items()}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,1 +1,1 @@
-"""What tests with the real SGLang share: its models and layers in this process, servers in another."""
+"""Helpers for tests with the real SGLang: models and layers in this process, servers in another."""

@@ -1,11 +1,11 @@
-"""Serves one checkpoint with stock SGLang in this process and prints what it answers, as JSON on the last line.
+"""Serves a checkpoint with stock SGLang and prints its answers as JSON on the last line.
 
     export PYTHONPATH=tests
     python -m support.sglang.ask MODEL '{"dtype": "bfloat16", "logits": true, "engine": {"tp_size": 2}}'
 
-Greedy tokens and their logprobs for fixed prompts; on demand the whole distribution at every position of the
-prompts, and tokens a second, once for each line on standard input; and memory. SGLang is not told of mixprec: its
-plugin is found, or not needed.
+Answers are greedy tokens and their logprobs for fixed prompts, and memory; on demand the distribution at every position
+of the prompts, and tokens a second, once for each line on standard input. Nothing here mentions mixprec: SGLang finds
+its plugin, or serves without it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUIET = {
     "disable_radix_cache": True,
     "random_seed": 0,
 }
-# Engines that run compiled code, at two places.
+# Arguments of engines that compile, for decoding and for prefill.
 COMPILED = {
     # SGLang 0.5.17 compiles no Qwen3-MoE, of any format, whose KV cache is in BF16: Dynamo fails at an assertion of
     # its rotary embedding's (layers/rotary_embedding/base.py:244).
@@ -43,8 +43,7 @@ def prompts(vocab: int, count: int, length: int) -> list[list[int]]:
 
 
 def answer(engine: Any, ids: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """One prompt after the other: how requests that arrive together are batched is a matter of timing, and kernels
-    add in another order for another batch."""
+    """Answers prompts one by one: results depend on the batch, and how concurrent requests are batched on timing."""
     greedy = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     out = [engine.generate(input_ids=prompt, sampling_params=greedy, return_logprob=True) for prompt in ids]
     return {
@@ -92,7 +91,7 @@ def speed(engine: Any, vocab: int) -> dict[str, float]:
 
 
 def recorded(engine: Any, ids: list[list[int]]) -> list[list[int]]:
-    """Tokens that SGLang's own recorder counted, ``[layer][expert]``, while it generated one token for each prompt."""
+    """The counts of SGLang's own recorder, ``[layer][expert]``, for one token after each prompt."""
     import torch
 
     engine.start_expert_distribution_record()
@@ -127,7 +126,7 @@ def main() -> None:
     if options.get("record"):
         result["recorded"] = recorded(engine, ids)
     if options.get("speed"):
-        # Whoever asked says when: engines side by side are measured in turns.
+        # A line on standard input starts a measurement, so that two engines are measured in turns.
         speed(engine, vocab)
         print("ready", flush=True)
         for _ in sys.stdin:

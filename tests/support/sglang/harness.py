@@ -1,7 +1,7 @@
-"""SGLang's own models in this process, on any rank of any tensor or expert parallelism, without a GPU.
+"""SGLang's own models in this process, as on any rank of tensor or expert parallelism, without a GPU.
 
-SGLang takes its GPU code paths here, on tensors of the CPU: only its ``SGLANG_USE_CPU_ENGINE`` asks for others. So
-layers are made and filled as on a GPU; that ends where kernels begin, with the processing after loading.
+Without ``SGLANG_USE_CPU_ENGINE``, SGLang takes the code paths of a GPU here, with tensors on the CPU: layers are made
+and filled as on a GPU, up to the processing after loading, which needs kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VARIANTS = [
 
 
 def sources(folder: Path, shape: Shape, variants: Sequence[str] = VARIANTS, *, head: bool = False) -> dict[str, Path]:
-    """The variants of a model, written once below ``folder``; with ``head``, those of its ``lm_head`` too."""
+    """The variants of a model, written once below ``folder``; ``head``: with a quantized ``lm_head``."""
     home = folder / f"sources-{abs(hash((shape, head)))}"
     if home.exists():
         return {v: home / v for v in variants}
@@ -49,10 +49,10 @@ def sources(folder: Path, shape: Shape, variants: Sequence[str] = VARIANTS, *, h
 
 
 def build(paths: Mapping[str, Path], lines: Mapping[str, str], out: Path) -> Path:
-    """Compiles a mix of sources; ``lines`` are those below ``weights:``."""
+    """Compiles a mix of sources; ``lines`` are the entries of ``weights:``."""
     from mixprec_build.output.build import plan_recipe, run_plan
 
-    # Sources must not be named as a format that they do not hold.
+    # A source must not have the name of a format that it lacks.
     text = [f"model: {paths['bf16']}", "sources:", *(f"  from_{name}: {path}" for name, path in paths.items())]
     text += ["default: from_bf16", "weights:", *(f"  '{name}': from_{variant}" for name, variant in lines.items())]
     recipe = out.with_suffix(".yaml")
@@ -62,7 +62,7 @@ def build(paths: Mapping[str, Path], lines: Mapping[str, str], out: Path) -> Pat
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, as the safetensors library reads them."""
+    """All tensors of a checkpoint, read by the safetensors library."""
     from safetensors.torch import load_file
 
     return {name: t for path in sorted(checkpoint.glob("*.safetensors")) for name, t in load_file(path).items()}
@@ -72,14 +72,14 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def run_python(code: str, *arguments: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter with what SGLang needs of the environment to run without a GPU."""
+    """Runs a new interpreter, with the environment that SGLang needs without a GPU."""
     environment = {**mixprec_runtime.cpu.engine.environment(), **variables}
     command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> Any:
-    """What a process printed on its last line."""
+    """The JSON on the last line of a process's output."""
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -88,7 +88,7 @@ def last_json(done: subprocess.CompletedProcess[str]) -> Any:
 
 
 def stand_ins() -> None:
-    """For modules that SGLang imports names of, and never calls here."""
+    """Registers empty modules from which SGLang imports names that it does not call here."""
     runpy.run_path(str(Path(mixprec_runtime.cpu.engine.__file__).with_name("site") / "sitecustomize.py"))
     vllm, ops = types.ModuleType("vllm"), types.ModuleType("vllm._custom_ops")
     vllm.__path__ = []
@@ -97,11 +97,11 @@ def stand_ins() -> None:
 
 
 def start() -> None:
-    """What SGLang's workers do before they make a model: plugins, process groups of one rank."""
+    """Loads plugins and makes process groups of one rank, as SGLang's workers do before they make a model."""
     stand_ins()
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
     from sglang.srt.layers.quantization import marlin_utils
-    from sglang.srt.model_loader import loader  # noqa: F401  (its hooks go into modules that are imported)
+    from sglang.srt.model_loader import loader  # noqa: F401  (hooks are registered for imported modules)
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import get_parallel
 
@@ -127,7 +127,7 @@ def server_args(path: Path | str, **options: Any) -> Any:
 
 
 class Changed:
-    """Arguments as SGLang made them, some of them changed after its own checks."""
+    """``ServerArgs`` with values that are changed after SGLang's own checks."""
 
     def __init__(self, args: Any, **values: Any):
         self._args = args
@@ -141,13 +141,12 @@ def publish(args: Any) -> None:
     from sglang.srt.layers.moe import initialize_moe_config
 
     importlib.import_module("sglang.srt.server_args").set_global_server_args_for_scheduler(args)
-    # 0.5.23's takes none: it reads what was published.
+    # In 0.5.23 it has no parameter, and reads the published arguments.
     initialize_moe_config(*[args][: len(inspect.signature(initialize_moe_config).parameters)])
 
 
 def _ranks(rank: int, tp: int, ep: int, dp: int = 1) -> dict[str, int]:
-    """What ``get_parallel()`` says on one of ``tp`` ranks, of which ``ep`` share the experts out and ``dp`` parts
-    have all of the attention."""
+    """The values of ``get_parallel()`` on one of ``tp`` ranks, with ``ep`` parts of experts and ``dp`` of attention."""
     moe_tp, attn_tp = tp // ep, tp // dp
     return {
         "tp_size": tp, "tp_rank": rank, "attn_tp_size": attn_tp, "attn_tp_rank": rank % attn_tp,
@@ -159,20 +158,20 @@ def _ranks(rank: int, tp: int, ep: int, dp: int = 1) -> dict[str, int]:
 
 @contextmanager
 def rank_of(rank: int, tp: int, ep: int = 1, dp: int = 1) -> Iterator[None]:
-    """This process passes for one of several ranks while layers are made and loaded."""
+    """Has this process take the place of one of several ranks while the context lasts."""
     from sglang.srt.layers import dp_attention
     from sglang.srt.runtime_context import get_flags, get_parallel
 
     parallel = get_parallel()
     values: dict[str, Any] = dict(_ranks(rank, tp, ep, dp))
-    for kind, group_rank, size in (  # 0.5.23's layers ask their group
+    for kind, group_rank, size in (  # in 0.5.23, layers read their group
         ("tp", rank, tp),
         ("attn_tp", values["attn_tp_rank"], tp // dp),
         ("moe_ep", values["moe_ep_rank"], ep),
         ("moe_tp", values["moe_tp_rank"], tp // ep),
     ):
         values[f"{kind}_group"] = _Group(getattr(parallel, f"{kind}_group"), group_rank, size)
-    # 0.5.15 has it in the module.
+    # 0.5.15 has the flag in the module.
     old = hasattr(dp_attention, "_ENABLE_DP_ATTENTION_FLAG")
     where, flag = (dp_attention, "_ENABLE_DP_ATTENTION_FLAG") if old else (get_flags().dp, "enabled")
     with patch.dict(parallel._overrides, values), patch.object(where, flag, dp > 1):
@@ -181,20 +180,20 @@ def rank_of(rank: int, tp: int, ep: int = 1, dp: int = 1) -> Iterator[None]:
 
 @contextmanager
 def stage_of(rank: int, stages: int) -> Iterator[None]:
-    """This process passes for one of several pipeline stages."""
+    """Has this process take the place of one of several pipeline stages while the context lasts."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
     group = _Group(parallel.pp_group, rank, stages)
-    # 0.5.23 has it in its context only.
+    # 0.5.23 has the group in its context only.
     known = patch.object(parallel_state, "_PP", group) if hasattr(parallel_state, "_PP") else nullcontext()
     with known, patch.dict(parallel._overrides, {"pp_size": stages, "pp_rank": rank, "pp_group": group}):
         yield
 
 
 class _Group:
-    """A process group of one rank that says it is one of several."""
+    """A process group of one rank, with the rank and size of a larger one."""
 
     def __init__(self, group: Any, rank: int, size: int):
         self._group, self.rank_in_group, self.world_size = group, rank, size
@@ -205,9 +204,9 @@ class _Group:
 
 
 def make(checkpoint: Path, dtype: str = "bfloat16", **options: Any) -> tuple[torch.nn.Module, Any]:
-    """The model that SGLang makes of a checkpoint, empty, and its ``ModelConfig``. ``options`` are ServerArgs'.
+    """SGLang's model for a checkpoint, before loading, and its ``ModelConfig``. ``options`` are of ``ServerArgs``.
 
-    With ``load_format="safetensors"`` SGLang's own loader reads merged files, tensor by tensor.
+    With ``load_format="safetensors"``, SGLang's own loader will read the merged files, tensor by tensor.
     """
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
@@ -221,14 +220,14 @@ def make(checkpoint: Path, dtype: str = "bfloat16", **options: Any) -> tuple[tor
     before = torch.get_default_dtype()
     torch.set_default_dtype(config.dtype)
     try:
-        # Looked up where SGLang's loaders look it up, with mixprec's hook around it.
+        # Read from the module, which has mixprec's hook around it.
         return loader._initialize_model(config, how, quantization), config
     finally:
         torch.set_default_dtype(before)
 
 
 def load(model: torch.nn.Module, config: Any) -> None:
-    """Loads a checkpoint's files as SGLang does, up to the processing after."""
+    """Loads a checkpoint's files as SGLang does, without the processing after loading."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader.loader import DefaultModelLoader
 
@@ -243,10 +242,10 @@ def serve(checkpoint: Path, **options: Any) -> torch.nn.Module:
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A layer's own parameters that hold something."""
+    """The parameters of a layer that are not empty, without those of its submodules."""
     return {name: p.data for name, p in module.named_parameters(recurse=False) if p.numel()}
 
 
 def groups_of(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The layers that hold a MoE layer's weights: itself, or one for each format."""
+    """The layers with a MoE layer's weights: itself, or a group for each format."""
     yield from getattr(layer, "groups", [layer])

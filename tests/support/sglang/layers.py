@@ -1,4 +1,4 @@
-"""One FusedMoE layer of SGLang's, made by mixprec from a declaration: no model, no server.
+"""Single FusedMoE layers of SGLang's, made by mixprec without a model or server.
 
 start_sglang()
 layer, weights = make_layer([("fp8_block", 16), ("gptq_int4", 112)], hidden=2048, intermediate=768)
@@ -44,7 +44,7 @@ Weights = dict[tuple[int, str], torch.Tensor]
 
 
 def start_sglang(port: int = 29511) -> None:
-    """What a layer needs around it: arguments, and process groups of one rank."""
+    """Sets up what a layer needs: server arguments, and process groups of one rank."""
     import sglang.srt.server_args as arguments
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
     from sglang.srt.layers.moe import initialize_moe_config
@@ -73,15 +73,15 @@ def make_layer(
     seed: int = 0,
     **options: Any,
 ) -> tuple[torch.nn.Module, Weights]:
-    """A loaded layer with its experts in these formats, in this order, and the weights it stands for, in float32.
+    """A loaded layer whose experts have these formats, in this order, and their dequantized weights in float32.
 
-    ``config`` is SGLang's own quantization config, for a layer without mixprec.
+    ``config``: SGLang's own quantization config, for a layer without mixprec.
     """
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     from mixprec_runtime.config import MixPrecConfig
 
-    # "fp8_block/gptq_int4" is gate and up in the one format, and down in the other.
+    # "fp8_block/gptq_int4": gate and up in the first format, down in the second.
     kinds = [kind for kind, count in groups for _ in range(count)]
     if config is None:
         config = mixed_config(MixPrecConfig, kinds)

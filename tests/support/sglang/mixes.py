@@ -1,6 +1,6 @@
-"""The checkpoints that these tests serve, and where in SGLang's models each of their tensors belongs.
+"""The checkpoints that these tests serve, and the expected contents of SGLang's parameters.
 
-Written down from what the formats and models are, without mixprec: the tests compare with it.
+Written from the definitions of formats and models, without mixprec.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.6.mlp.experts.5.*": "ct_int4",
         },
     ),
-    "parted": (  # gate and up of an expert in another format than its down
+    "parted": (  # experts with gate and up in another format than down
         QWEN3_MOE.of(**_SIZES, layers=3),
         {
             "model.layers.0.mlp.experts.*": "fp8_block",
@@ -137,7 +137,7 @@ MIXES: Mapping[str, Mix] = {
 }
 
 
-# Large enough for eight ranks, which are more than there are key-value heads.
+# Large enough for eight ranks, more than there are key-value heads.
 _FOR_EIGHT = {"hidden": 256, "intermediate": 1024, "expert_intermediate": 1024, "heads": 8, "kv_heads": 2}
 EIGHT: Mapping[str, Mix] = {
     "llama_8": (
@@ -170,7 +170,7 @@ EIGHT: Mapping[str, Mix] = {
 }
 
 
-# What people put together from releases of several producers.
+# Mixes of releases of several producers.
 RELEASES: Mapping[str, Mix] = {
     "auto_round_in_fp8": (
         QWEN3_MOE.of(**_SIZES),
@@ -179,7 +179,7 @@ RELEASES: Mapping[str, Mix] = {
 }
 
 
-# Those whose lm_head is quantized, too.
+# Mixes with a quantized lm_head.
 HEADS: Mapping[str, Mix] = {
     "head_in_fp8": (
         QWEN3.of(hidden=256, layers=1),
@@ -199,7 +199,7 @@ def mix(folder: Path, name: str) -> Path:
 
 
 def variant_of(mix: Mix, module: str) -> str:
-    """Which source's format a linear module has: by the last line that matches."""
+    """The variant of a linear module: that of the last line that matches."""
     found = "bf16"
     for line, variant in mix[1].items():
         if any(fnmatchcase(module, pattern) for pattern in _patterns(line)):
@@ -216,7 +216,7 @@ def _patterns(line: str) -> list[str]:
     return [line.replace(braces[0], str(number)) for number in numbers]
 
 
-# What SGLang joins. The parts are in the order in which its GEMM has them.
+# Layers that SGLang joins from modules, in the order of its GEMM.
 _PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -226,22 +226,22 @@ _EXPERT_PARTS = {
     "mixtral": {"w13": ("w1", "w3"), "w2": ("w2",)},
     "": {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)},
 }
-_LINEAR = re.compile(r"(?!.*\.kv_b_proj$).*(_proj|_with_mqa|\.w[123])")  # what the sources hold quantized
+_LINEAR = re.compile(r"(?!.*\.kv_b_proj$).*(_proj|_with_mqa|\.w[123])")  # quantized in the sources
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2")
 _WHOLE = ("gate", "fused_qkv_a_proj_with_mqa")
 
-# Leaf -> which axis runs over a module's outputs, which over its inputs.
+# Leaf -> the axes of the module's outputs and inputs.
 _AXES = {
     "weight": (0, 1), "weight_scale_inv": (0, 1), "weight_scale": (0, 1), "bias": (0, None),
     "qweight": (1, 0), "qzeros": (1, 0), "scales": (1, 0), "g_idx": (None, 0),
     "weight_packed": (0, 1), "weight_zero_point": (0, 1), "weight_g_idx": (None, 0), "weight_shape": (None, None),
 }  # fmt: skip
-# One kernel, two names for its scales.
+# Variants that differ in the names of scales only have one format.
 _SAME = {"ct_fp8_block": "fp8_block"}
 
 
 class Expected:
-    """What the parameters of a model must hold on one of ``tp`` ranks, of which ``ep`` share the experts out."""
+    """The expected contents of a model's parameters on a rank of tensor (``tp``) and expert parallelism (``ep``)."""
 
     def __init__(self, folder: Path, mix: Mix, rank: int = 0, tp: int = 1, ep: int = 1):
         self.shape, self._mix, self._rank, self._tp, self._ep = mix[0], mix, rank, tp, ep
@@ -254,18 +254,20 @@ class Expected:
             self._tensors |= {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] == module}
 
     def variant(self, module: str) -> str:
-        """Which source a module comes from."""
+        """The variant that a module comes from."""
         return variant_of(self._mix, module) if _LINEAR.fullmatch(module) or module == "lm_head" else "bf16"
 
     def local(self) -> list[int]:
-        """The experts of this rank."""
+        """The numbers of this rank's experts."""
         each = self.shape.experts // self._ep
         first = self._rank // (self._tp // self._ep) * each
         return list(range(first, first + each))
 
     def groups(self, layer: str, *, everywhere: bool = False) -> list[tuple[str, list[int], list[int]]]:
-        """This rank's experts of a layer, or those of all ranks, by format in the order of their numbers: the ones
-        whose gate and up are in it, and the ones whose down is, apart where they are not the same."""
+        """For each format of a layer, the experts with gate and up in it, and those with down in it.
+
+        Two entries where these differ. Experts are those of this rank, or of all ranks.
+        """
         halves: dict[str, tuple[list[int], list[int]]] = {}
         parts = _EXPERT_PARTS.get(self.shape.family, _EXPERT_PARTS[""])
         for expert in range(self.shape.experts) if everywhere else self.local():
@@ -287,7 +289,7 @@ class Expected:
         return self._joined(self.parts(layer), layer.rpartition(".")[2], self._tp, self._rank)
 
     def experts(self, layer: str, ups: list[int], downs: list[int]) -> dict[str, torch.Tensor]:
-        """Stacked tensors of the gates and ups, and of the downs, of these experts, which share a format."""
+        """The stacked tensors ``w13_*`` of the experts ``ups``, and ``w2_*`` of ``downs``, which share a format."""
         tp = self._tp // self._ep
         out = {}
         for weight, parts in _EXPERT_PARTS.get(self.shape.family, _EXPERT_PARTS[""]).items():
@@ -300,7 +302,7 @@ class Expected:
             for leaf in each[0]:
                 stacked = torch.stack([_bytes(tensors[leaf]) for tensors in each]).view(each[0][leaf].dtype)
                 if leaf in ("weight_packed", "weight_scale") and "weight_packed" in each[0]:
-                    stacked = stacked.transpose(1, 2)  # which SGLang's loader does
+                    stacked = stacked.transpose(1, 2)  # as SGLang's loader does
                 scalars = leaf == "weight_scale" and each[0][leaf].numel() == len(parts)
                 out[f"{weight}_{leaf}"] = stacked.squeeze(-1) if scalars else stacked
         return out
@@ -315,7 +317,7 @@ class Expected:
             if cut[0].dim() == 0:
                 out[name] = torch.stack(cut)
             elif outputs is None:
-                out[name] = cut[-1]  # the parts' input orders are one; of their shapes SGLang keeps one
+                out[name] = cut[-1]  # the modules have one input order, and SGLang keeps one of their shapes
             else:
                 out[name] = torch.cat([_bytes(t) for t in cut], outputs).view(cut[0].dtype)
         return out
@@ -326,7 +328,7 @@ class Expected:
         if tensor.dim() == 0 or last in _WHOLE:
             return tensor
         if last in _ROW_PARALLEL:
-            # With desc_act, inputs of any group may be on any rank.
+            # With desc_act, a rank's inputs may be of any group.
             act = self.variant(name.rpartition(".")[0]).endswith("_act") and leaf in (
                 "scales",
                 "qzeros",
@@ -342,7 +344,7 @@ class Expected:
         return tensor.chunk(tp, outputs)[rank]
 
     def modules(self) -> dict[str, dict[str, torch.Tensor]]:
-        """All tensors, uncut, by module and leaf."""
+        """All uncut tensors by module and leaf."""
         out: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in self._tensors.items():
             module, _, leaf = name.rpartition(".")
@@ -356,5 +358,5 @@ class Expected:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """FP8 knows neither cat nor stack in every torch."""
+    """The bytes of FP8, for which some versions of torch lack cat and stack."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

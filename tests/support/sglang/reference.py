@@ -1,6 +1,6 @@
-"""What transformers says about the dequantized weights of a checkpoint, in float32: the distribution that serving
-it should come near. ``PYTHONPATH=tests python -m support.sglang.reference MODEL`` prints JSON as
-``ask`` does.
+"""The distribution that transformers computes with a checkpoint's dequantized weights in float32, as a reference.
+
+``PYTHONPATH=tests python -m support.sglang.reference MODEL`` prints JSON as ``ask`` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from support.sglang.ask import prompts
 
 
 def write_dense(checkpoint: Path, folder: Path) -> None:
-    """Writes a checkpoint's weights to ``folder`` in float32."""
+    """Writes a checkpoint's dequantized weights to ``folder`` in float32."""
     source = open_source(str(checkpoint))
     tensors = {}
     for name, module in source.checkpoint.modules.items():
@@ -35,8 +35,7 @@ def write_dense(checkpoint: Path, folder: Path) -> None:
 
 
 def round_activations(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Has the linears of ``model`` that ``checkpoint`` holds in FP8 by channels round what they multiply to FP8, with a
-    scale for each token."""
+    """Has linears of ``model`` round their input to FP8, with a scale for each token, if stored in FP8 by channels."""
     source = open_source(str(checkpoint))
 
     def rounded(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
