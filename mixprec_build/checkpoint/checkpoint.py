@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..errors import SourceError
 from ..families.facts import ModelFacts
-from ..storage.disk import open_regular, pread_all
 from ..storage.folder import Files, LocalFolder
 from ..storage.header import TensorInfo
 from ..storage.module import StoredModule
+from ..storage.reader import FileReader
 from .declared import Declared
 
 if TYPE_CHECKING:
@@ -97,12 +94,8 @@ class Checkpoint:
 
     def read(self, tensor: TensorInfo) -> np.ndarray:
         """A tensor's values, ``shape`` as stored; BF16 and FP8 as ml_dtypes types."""
-        import numpy as np
-
-        from ..storage.dtypes import numpy_dtype
-
-        data = self.storage.read(tensor.file, tensor.start, tensor.nbytes)
-        return np.frombuffer(data, dtype=numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+        with self.storage.reader() as reader:
+            return reader.array(tensor)
 
     def read_values(self, tensors: Iterable[TensorInfo]) -> None:
         """Reads the first values of tensors whose files are on an online hub only, for :class:`ValueReader`."""
@@ -120,51 +113,20 @@ class Checkpoint:
 
 
 class ValueReader:
-    """Reads the first values of small tensors of several checkpoints, where they are here or were read ahead.
-
-    A sparse file with nothing but a header is enough to plan with: what lies in a hole is not read.
-    """
+    """Reads the first values of small tensors of several checkpoints, where they are here or were read ahead."""
 
     LIMIT = 64 << 10
 
     def __init__(self, checkpoints: Mapping[str, Checkpoint]):
-        self._checkpoints = checkpoints
-        self._open: dict[tuple[str, str], int | None] = {}
+        self._readers = {name: FileReader(c.storage.cached, ahead=c.values) for name, c in checkpoints.items()}
 
     def __enter__(self) -> ValueReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._open.values():
-            if fd is not None:
-                os.close(fd)
+        for reader in self._readers.values():
+            reader.close()
 
     def read(self, checkpoint: str, tensor: TensorInfo) -> np.ndarray | None:
         """The first values of a tensor, flat, up to 64 KiB; None where they are not here."""
-        import numpy as np
-
-        from ..storage.dtypes import numpy_dtype
-
-        key = (checkpoint, tensor.file)
-        if key not in self._open:
-            path = self._checkpoints[checkpoint].storage.cached(tensor.file)
-            self._open[key] = None if path is None else open_regular(path)
-        fd = self._open[key]
-        if fd is None:
-            ahead = self._checkpoints[checkpoint].values.get(tensor.name)
-            return None if ahead is None else np.frombuffer(ahead, dtype=numpy_dtype(tensor.dtype))
-        if not tensor.nbytes:
-            return None
-        path_text = self._checkpoints[checkpoint].path_of(tensor.file)
-        want = min(tensor.nbytes, self.LIMIT)
-        try:
-            if os.lseek(fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.nbytes:
-                return None
-            data = pread_all(fd, want, tensor.start)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole from here to the end
-                return None
-            raise SourceError(f"cannot read {tensor.name!r}: {error.strerror}", path=path_text) from error
-        if len(data) != want:
-            raise SourceError(f"ends inside {tensor.name}; fetch the file again", path=path_text)
-        return np.frombuffer(data, dtype=numpy_dtype(tensor.dtype))
+        return self._readers[checkpoint].first_values(tensor, min(tensor.nbytes, self.LIMIT))

@@ -23,12 +23,12 @@ from ..storage.disk import (
     check_space,
     open_regular,
     pread_all,
-    pread_into,
     pwrite_all,
     source_errors,
     start_writeback,
     write_errors,
 )
+from ..storage.reader import read_tensor
 from ..storage.threads import MOST_JOBS, Progress, run_all
 from .stage import Stage
 
@@ -228,7 +228,7 @@ class Copier:
         filled = 0
         for tensor in batch.tensors:
             window = buffer[filled : filled + tensor.info.nbytes]
-            self._read(tensor, 0, window)
+            self._read(tensor, window)
             self._note(tensor, xxhash.xxh3_128_hexdigest(window))
             filled += tensor.info.nbytes
         self._write(batch, buffer[:filled], batch.start)
@@ -239,7 +239,7 @@ class Copier:
         digest = xxhash.xxh3_128()
         for at in range(0, tensor.info.nbytes, _BUFFER):
             window = buffer[: min(_BUFFER, tensor.info.nbytes - at)]
-            self._read(tensor, at, window)
+            self._read(tensor, window, at)
             digest.update(window)
             self._write(batch, window, batch.start + at)
             if self._failed.is_set():
@@ -257,17 +257,10 @@ class Copier:
                 start_writeback(output.fd)
         self._progress(len(data))
 
-    def _read(self, tensor: PlannedTensor, at: int, window: memoryview) -> None:
+    def _read(self, tensor: PlannedTensor, window: memoryview, at: int = 0) -> None:
         """Fills ``window`` from the byte ``at`` of a tensor on."""
-        fd = self._sources[tensor.source, tensor.info.file]
-        try:
-            got = pread_into(fd, window, tensor.info.start + at)
-        except OSError as error:
-            path = self._paths[tensor.source, tensor.info.file]
-            raise SourceError(f"cannot read {tensor.info.name}: {error.strerror}", path=path) from error
-        if got < len(window):
-            path = self._paths[tensor.source, tensor.info.file]
-            raise SourceError(f"ends inside {tensor.info.name}; fetch the file again", path=path)
+        key = tensor.source, tensor.info.file
+        read_tensor(self._sources[key], self._paths[key], tensor.info, window, at)
 
     def _note(self, tensor: PlannedTensor, checksum: str) -> None:
         self._checksums[tensor.source, tensor.info.name] = checksum

@@ -12,12 +12,13 @@ from ..checkpoint.degree import Degree, rank_of
 from ..checkpoint.manifest import CHECKSUM, Manifest
 from ..checkpoint.typed import Source
 from ..errors import SourceError, VerifyError
-from ..ranks.assemble import Reader, contents, whole
-from ..ranks.files import RankIndex, changed_headers, checksum_on_disk, open_rank, read_index
-from ..ranks.merged import reader_of, splitter_of
+from ..ranks.assemble import contents, whole
+from ..ranks.files import RankIndex, changed_headers, open_rank, read_index
+from ..ranks.merged import splitter_of
 from ..ranks.pieces import Parameter
 from ..ranks.splitter import Splitter
 from ..storage.header import TensorInfo
+from ..storage.reader import TensorReader, checksum_on_disk
 from .leftovers import unknown_entries
 
 __all__ = ["differences_of", "rank_differences"]
@@ -40,7 +41,7 @@ def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint, c
         return
     source = Source.of("", checkpoint)
     splitters: dict[Degree, Splitter] = {}
-    with reader_of(checkpoint) as reader:
+    with checkpoint.storage.reader() as reader:
         for name, entry in manifest.ranks.items():
             degree, rank = rank_of(name)
             try:
@@ -57,7 +58,7 @@ def rank_differences(folder: Path, manifest: Manifest, checkpoint: Checkpoint, c
 
 
 def differences_of(
-    index: RankIndex, parameters: Sequence[Parameter] | None = None, reader: Reader | None = None
+    index: RankIndex, parameters: Sequence[Parameter] | None = None, reader: TensorReader | None = None
 ) -> Iterator[str]:
     """Yields differences between a folder's files and its index and, if given, the parameters that it should have."""
     try:
@@ -82,7 +83,7 @@ def differences_of(
             yield difference
 
 
-def _difference(index: RankIndex, parameter: Parameter, tensor: TensorInfo, reader: Reader | None) -> str | None:
+def _difference(index: RankIndex, parameter: Parameter, tensor: TensorInfo, reader: TensorReader | None) -> str | None:
     where = f"{parameter.name} in {index.folder / tensor.file}"
     if (tensor.dtype, tensor.shape) != (parameter.dtype, parameter.shape):
         return f"{where}: {tensor.dtype} {list(tensor.shape)}, cut as {parameter.dtype} {list(parameter.shape)}"

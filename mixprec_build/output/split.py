@@ -28,16 +28,15 @@ from ..checkpoint.manifest import (
 from ..checkpoint.typed import Source
 from ..errors import InterruptedBuildError, OutputError, SplitError, VerifyError
 from ..families.parts import Role
-from ..ranks.assemble import Reader, whole, write_parameters
-from ..ranks.files import RankIndex, checksum_on_disk, damage, finished, read_index, write_rank
+from ..ranks.assemble import whole, write_parameters
+from ..ranks.files import RankIndex, damage, finished, read_index, write_rank
 from ..ranks.layout import PRESPLIT, RESTORED, is_ours
 from ..ranks.merged import (
-    Rebuilt,
+    CutFolder,
     Rectangle,
     header_tensor,
     in_no_rank,
     open_compiled,
-    reader_of,
     smallest_complete_degree,
     splitter_of,
 )
@@ -47,6 +46,7 @@ from ..recipe.recipe import DEFAULT_SHARD_SIZE
 from ..storage.disk import check_space, inside, write_errors
 from ..storage.header import TensorInfo
 from ..storage.owned import OwnedFolder
+from ..storage.reader import TensorReader, checksum_on_disk
 from ..storage.threads import Progress, run_all
 from ..versions import __version__
 from .leftovers import clear_leftovers
@@ -93,7 +93,7 @@ def split(
                 raise OutputError(f"{folder / PRESPLIT}: is {found.kind}; remove it, ranks' files are written there")
         clear_leftovers(owned, manifest, keep=manifest.shards)
         source = Source.of("", open_compiled(folder, manifest))
-        with reader_of(source.checkpoint) as reader:
+        with source.checkpoint.storage.reader() as reader:
             try:
                 with write_errors(folder):  # errors that no step reports itself
                     return _Split(folder, owned, manifest, source, reader, shard_size, jobs, check).run(
@@ -117,7 +117,7 @@ class _Split:
         owned: OwnedFolder,
         manifest: Manifest,
         source: Source,
-        reader: Reader,
+        reader: TensorReader,
         shard_size: int,
         jobs: int | None,
         check: Callable[[], None],
@@ -166,22 +166,23 @@ class _Split:
             for name, head in heads.items()
             if splitter is not None and name not in entries
         }
-        rebuilt = self._reader if isinstance(self._reader, Rebuilt) else None
-        if rebuilt is not None:
-            rebuilt.prepare()
-        restore = {} if rebuilt is None or layout == "presplit" else self._absent()
+        storage = self._source.checkpoint.storage
+        dropped = isinstance(storage, CutFolder)
+        if isinstance(storage, CutFolder):
+            storage.prepare()
+        restore = self._absent() if dropped and layout != "presplit" else {}
         need = sum(p.nbytes for plan in plans.values() for p in plan)
         need += sum(tensor.nbytes for built in restore.values() for tensor, _ in built)
         check_space(self._folder, need)
         if watch is not None:
             self._watch = watch(splitter, need)
 
-        if rebuilt is not None and layout != "presplit":
-            self._restore(rebuilt, restore)
+        if dropped and layout != "presplit":
+            self._restore(restore)
         if heads:
             self._cut(heads, plans, entries)
         if layout == "presplit":
-            if rebuilt is None:
+            if not dropped:
                 self._keep_rest(plans)
             self._check()
             clear_leftovers(self._owned, self._manifest)
@@ -334,11 +335,11 @@ class _Split:
             built[tensor.file].append((tensor, entries[tensor.name].checksum))
         return built
 
-    def _restore(self, rebuilt: Rebuilt, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
+    def _restore(self, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
         def write(file: str) -> None:
             built, part = files[file], f"{RESTORED}/{file}"
-            parameters = [rebuilt.parameter(tensor) for tensor, _ in built]
-            written = write_parameters(self._owned.create(part), b"", parameters, rebuilt.files, self._progress)
+            parameters = [whole(tensor) for tensor, _ in built]
+            written = write_parameters(self._owned.create(part), b"", parameters, self._reader, self._progress)
             for (parameter, checksum), (_, due) in zip(written, built, strict=True):
                 if checksum != due:
                     raise VerifyError(

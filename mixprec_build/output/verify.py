@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,10 @@ from ..checkpoint.manifest import MANIFEST, Manifest, TensorEntry, read_manifest
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MixprecError, OutputError, SourceError, VerifyError
 from ..patterns.compress import compress
-from ..ranks.assemble import contents
-from ..ranks.merged import CutFolder, open_compiled, reader_of
-from ..storage.disk import open_regular, pread_all
+from ..ranks.merged import CutFolder, open_compiled
 from ..storage.header import TensorInfo
 from ..storage.owned import OwnedFolder
+from ..storage.reader import FileReader, TensorReader
 from ..storage.threads import Progress
 from ..text import printable, some
 from .file_differences import beside, file_differences
@@ -30,9 +29,6 @@ from .locked import locked
 from .rank_differences import rank_differences
 
 __all__ = ["Verification", "verify"]
-
-
-_BUFFER = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +119,7 @@ def _verify(
     unread: dict[str, str] = {}
     checkpoint = open_compiled(folder.absolute(), manifest, unread)
     if isinstance(checkpoint.storage, CutFolder):
-        checkpoint.storage.reader.prepare()
+        checkpoint.storage.prepare()
     left = leftovers(folder, manifest)
     opened, gone = _open_sources(manifest, sources)
     recorded = manifest.tensors()
@@ -137,18 +133,24 @@ def _verify(
     bit_for_bit = 0
     sources_unread: dict[str, list[str]] = {}
 
-    def check(item: tuple[str, TensorEntry]) -> _Compared:
-        name, entry = item
-        try:
-            result = _compare(checkpoint, checkpoint.tensors[name], entry, opened.get(entry.source))
-        except SourceError as error:  # of the checkpoint's own file; the others can still be compared
-            result = _Compared(difference=str(error))
-        if progress is not None:
-            progress(entry.nbytes)
-        return result
+    with ExitStack() as stack:
+        reader = stack.enter_context(checkpoint.storage.reader())
+        readers = {name: stack.enter_context(_fetching(source)) for name, source in opened.items()}
 
-    there = [item for item in recorded.items() if item[0] in checkpoint.tensors]
-    with reader_of(checkpoint), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        def check(item: tuple[str, TensorEntry]) -> _Compared:
+            name, entry = item
+            origin = opened[entry.source].tensors.get(name) if entry.source in opened else None
+            theirs = None if origin is None else (readers[entry.source], origin)
+            try:
+                result = _compare(reader, checkpoint.tensors[name], entry, theirs)
+            except SourceError as error:  # of the checkpoint's own file; the others can still be compared
+                result = _Compared(difference=str(error))
+            if progress is not None:
+                progress(entry.nbytes)
+            return result
+
+        there = [item for item in recorded.items() if item[0] in checkpoint.tensors]
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)))
         for compared in pool.map(check, there):
             bit_for_bit += compared.direct
             if compared.difference is not None:
@@ -207,41 +209,40 @@ def _structure_differences(manifest: Manifest, checkpoint: Checkpoint, unread: C
             yield f"{name}: in {info.file}, but not in the manifest"
 
 
-def _compare(checkpoint: Checkpoint, info: TensorInfo, entry: TensorEntry, source: Checkpoint | None) -> _Compared:
+def _fetching(source: Checkpoint) -> FileReader:
+    """Reads the files of a source, which are fetched first where they are on the hub."""
+    storage = source.storage
+    return FileReader(lambda file: storage.cached(file) or storage.fetch([file])[file])
+
+
+def _compare(
+    reader: TensorReader, info: TensorInfo, entry: TensorEntry, source: tuple[FileReader, TensorInfo] | None
+) -> _Compared:
     """Compares a tensor with its source's bytes, or by checksum where that lacks it or cannot be read.
 
     Raises:
         SourceError: the checkpoint's own file cannot be read.
     """
     where = f"{info.name} in {info.file}"
-    origin = None if source is None else source.tensors.get(info.name)
+    if source is not None and (source[1].dtype, source[1].shape) != (info.dtype, info.shape):
+        theirs = f"{source[1].dtype} {list(source[1].shape)} in its source"
+        return _Compared(True, f"{where}: {info.dtype} {list(info.shape)}, {theirs}")
     unread: tuple[str, str] | None = None
     first: int | None = None
     digest = xxhash.xxh3_128()
-    with ExitStack() as stack:
-        read: Callable[[int, int], bytes] | None = None
-        if source is not None and origin is not None:
-            if (origin.dtype, origin.shape) != (info.dtype, info.shape):
-                theirs = f"{origin.dtype} {list(origin.shape)} in its source"
-                return _Compared(True, f"{where}: {info.dtype} {list(info.shape)}, {theirs}")
+    at = 0
+    for mine in reader.chunks(info):
+        digest.update(mine)
+        if source is not None and first is None:
             try:
-                read = stack.enter_context(_opened(source, origin))
+                original = source[0].read(source[1], at, len(mine))
             except SourceError as error:
-                unread = entry.source, str(error)
-        at = 0
-        for mine in _chunks(checkpoint, info):
-            digest.update(mine)
-            if read is not None and first is None:
-                try:
-                    theirs_bytes = read(at, len(mine))
-                except SourceError as error:
-                    read, unread = None, (entry.source, str(error))
-                else:
-                    if mine != theirs_bytes:
-                        pairs = enumerate(zip(mine, theirs_bytes, strict=True))
-                        first = at + next(i for i, (a, b) in pairs if a != b)
-            at += len(mine)
-    direct = read is not None
+                source, unread = None, (entry.source, str(error))
+            else:
+                if mine != original:
+                    first = at + next(i for i, (a, b) in enumerate(zip(mine, original, strict=True)) if a != b)
+        at += len(mine)
+    direct = source is not None
     intact = digest.hexdigest() == entry.checksum
     if first is not None and intact:
         changed = f"{info.name}: source `{entry.source}` has changed since the build (byte {first})"
@@ -250,38 +251,3 @@ def _compare(checkpoint: Checkpoint, info: TensorInfo, entry: TensorEntry, sourc
         at_byte = f"byte {first} is not its source's" if first is not None else "its checksum is not the manifest's"
         return _Compared(direct, f"{where}: {at_byte}", unread)
     return _Compared(direct, None, unread)
-
-
-def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
-    """Yields a tensor's bytes, a few MiB at a time."""
-    if isinstance(checkpoint.storage, CutFolder):
-        reader = checkpoint.storage.reader
-        # As bytes: memory views are compared byte by byte, which takes ten times as long.
-        yield from map(bytes, contents(reader.parameter(info), reader.files))
-        return
-    with _opened(checkpoint, info) as read:
-        for at in range(0, info.nbytes, _BUFFER):
-            yield read(at, min(_BUFFER, info.nbytes - at))
-
-
-@contextmanager
-def _opened(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[Callable[[int, int], bytes]]:
-    """Opens a tensor's file; yields a function that returns bytes of the tensor for a start and a length."""
-    path = checkpoint.storage.cached(info.file)
-    if path is None:
-        path = checkpoint.storage.fetch([info.file])[info.file]
-    fd = open_regular(path)
-
-    def read(at: int, want: int) -> bytes:
-        try:
-            data = pread_all(fd, want, info.start + at)
-        except OSError as error:
-            raise SourceError(f"cannot read {info.name}: {error.strerror}", path=path) from error
-        if len(data) != want:
-            raise SourceError(f"ends inside {info.name}", path=path)
-        return data
-
-    try:
-        yield read
-    finally:
-        os.close(fd)

@@ -7,15 +7,14 @@ step, methods that shift errors between weights (GPTQ, AutoRound) about one. A l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from ..formats.registry import bits_of
 from ..patterns.compress import compress
-from ..storage.disk import open_regular, pread_all
 from ..storage.header import TensorInfo
+from ..storage.reader import FileReader
 from ..text import some
 
 if TYPE_CHECKING:
@@ -111,27 +110,15 @@ class WeightProbe:
         return found
 
     def _values(self, source: str, info: TensorInfo, rows: int | None) -> npt.NDArray[Any] | None:
-        """A tensor, or its first ``rows`` rows; None where they cannot be read."""
-        import numpy as np
-
-        from ..storage.dtypes import numpy_dtype
-
+        """A tensor, or its first ``rows`` rows; None where they are not at hand."""
         nbytes, shape = info.nbytes, info.shape
         if rows is not None and shape and shape[0]:
             nbytes, shape = info.nbytes // shape[0] * min(rows, shape[0]), (min(rows, shape[0]), *shape[1:])
-        path = self._sources.by_name[source].checkpoint.storage.cached(info.file)
-        if path is None or not 0 < nbytes <= _MOST_BYTES:
+        if not 0 < nbytes <= _MOST_BYTES:
             return None
-        fd = open_regular(path)
-        try:
-            if os.lseek(fd, info.start, os.SEEK_DATA) >= info.start + nbytes:
-                return None
-            data = pread_all(fd, nbytes, info.start)
-        except OSError:  # a hole up to the end of the file, or a failing disk, which a build reports
-            return None
-        finally:
-            os.close(fd)
-        return np.frombuffer(data, dtype=numpy_dtype(info.dtype)).reshape(shape) if len(data) == nbytes else None
+        with FileReader(self._sources.by_name[source].checkpoint.storage.cached) as reader:
+            values = reader.first_values(info, nbytes)
+        return None if values is None else values.reshape(shape)
 
     def is_scaled(self, name: str, a: str, b: str, *, all_rows: bool = False) -> bool | None:
         """Whether at least a quarter of one source's rows are the other's times a factor, which was then folded in.

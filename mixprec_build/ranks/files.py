@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import Degree
 from ..checkpoint.manifest import CHECKSUM, Manifest, RankEntry, checksum_of
 from ..errors import OutputError, SourceError, VerifyError
-from ..storage.disk import inside, open_regular, read_regular, source_errors, write_errors
+from ..storage.disk import inside, read_regular, write_errors
 from ..storage.dtypes import DTYPE_BITS
 from ..storage.header import MOST_TENSORS, TensorInfo, build_header, parse_header, read_header
 from ..storage.limits import load_json
 from ..storage.owned import OwnedFolder
+from ..storage.reader import TensorReader
 from ..storage.threads import Progress
-from .assemble import BUFFER, Reader, write_parameters
+from .assemble import write_parameters
 from .layout import is_ours
 from .pieces import Parameter
 
@@ -38,7 +37,6 @@ __all__ = [
     "RankIndex",
     "changed_headers",
     "check_headers",
-    "checksum_on_disk",
     "damage",
     "finished",
     "open_rank",
@@ -86,7 +84,7 @@ def write_rank(
     root: OwnedFolder,
     name: str,
     head: Mapping[str, Any],
-    reader: Reader,
+    reader: TensorReader,
     parameters: Sequence[Parameter],
     shard_size: int,
     progress: Progress | None,
@@ -257,18 +255,3 @@ def damage(folder: Path, name: str, listed: RankEntry) -> str | None:
     except (SourceError, VerifyError) as error:
         return str(error)
     return None
-
-
-def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:
-    """Of a tensor's bytes; of as many as there are where the file ends before."""
-    digest = xxhash.xxh3_128()
-    fd = open_regular(path)
-    try:
-        at, end = tensor.start, tensor.start + tensor.nbytes
-        with source_errors(path):
-            while at < end and (data := os.pread(fd, min(BUFFER, end - at), at)):
-                digest.update(data)
-                at += len(data)
-    finally:
-        os.close(fd)
-    return str(digest.hexdigest())

@@ -13,6 +13,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from ..checkpoint.checkpoint import REST, Checkpoint
 from ..checkpoint.degree import Degree, parse_folder
 from ..checkpoint.manifest import Manifest, RankEntry, checksum_of
@@ -20,22 +22,20 @@ from ..checkpoint.opening import open_checkpoint, open_storage
 from ..checkpoint.typed import Source
 from ..errors import SourceError, SplitError, VerifyError
 from ..formats.base import Format
-from ..storage.disk import inside
 from ..storage.folder import LocalFolder
 from ..storage.header import MAX_HEADER_BYTES, TensorInfo, header_length
-from .assemble import Array, FileReader, Reader, contents, fill, whole
+from ..storage.reader import FileReader, TensorReader
+from .assemble import contents, fill, whole
 from .files import damage, open_rank, read_index, read_rank
 from .pieces import Parameter, Piece
 from .splitter import Splitter
 
 __all__ = [
     "CutFolder",
-    "Rebuilt",
     "Rectangle",
     "header_tensor",
     "in_no_rank",
     "open_compiled",
-    "reader_of",
     "smallest_complete_degree",
     "splitter_of",
 ]
@@ -60,12 +60,6 @@ def open_compiled(folder: Path, manifest: Manifest, unread: dict[str, str] | Non
     if manifest.rest is None:
         return open_checkpoint(str(folder), unread=unread)
     return CutFolder(folder, manifest, manifest.rest).checkpoint
-
-
-def reader_of(checkpoint: Checkpoint) -> Reader:
-    """Reads the merged tensors of a compiled checkpoint."""
-    storage = checkpoint.storage
-    return storage.reader if isinstance(storage, CutFolder) else FileReader(storage.cached)
 
 
 def smallest_complete_degree(folder: Path, names: Iterable[str]) -> Degree:
@@ -125,9 +119,13 @@ def _cover(ranges: Iterable[tuple[int, int]], end: int) -> bool:
 
 
 class CutFolder:
-    """The storage of a checkpoint whose merged files were dropped: tensors come from the files of its ranks."""
+    """The storage of a checkpoint whose merged files were dropped.
+
+    Their tensors are put together from the ranks of one degree, and from the rest.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, rest: RankEntry):
+        self._folder, self._manifest = folder, manifest
         self._local = LocalFolder.open(folder)
         self._merged = {name: entry.nbytes for name, entry in manifest.shards.items()}
         self.files: Mapping[str, int | None] = {**self._local.files, **self._merged}
@@ -135,17 +133,16 @@ class CutFolder:
             stored = open_rank(read_index(folder, REST, rest))
         except SourceError as error:
             raise VerifyError(str(error)) from error
-        kept = {name: _placed(REST, tensor) for name, tensor in stored.items()}
-        self.checkpoint = open_storage(self, str(folder), self._headers(folder, manifest, kept))
-        self.reader = Rebuilt(folder, manifest, self.checkpoint, kept)
-        self._tensors = {(t.file, t.start, t.nbytes): t for t in self.checkpoint.tensors.values()}
+        self._kept = {name: _placed(REST, tensor) for name, tensor in stored.items()}
+        """The rest, by name."""
+        self._lock = Lock()
+        self._parts: dict[str, tuple[Piece, ...]] = {}
+        """Tensor -> where its rectangles lie in the files, and in the tensor."""
+        self.checkpoint = open_storage(self, str(folder), self._headers())
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """Of the merged files, whole tensors only."""
-        if name not in self._merged:
-            return self._local.read(name, offset, length)
-        tensor = self._tensors[name, offset, length]
-        return b"".join(contents(self.reader.parameter(tensor), self.reader.files))
+        """Not of the merged files, of which :meth:`reader` reads the tensors."""
+        return self._local.read(name, offset, length)
 
     def cached(self, name: str) -> Path | None:
         return None if name in self._merged else self._local.cached(name)
@@ -153,41 +150,24 @@ class CutFolder:
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
         return self._local.fetch(names)
 
-    def _headers(self, folder: Path, manifest: Manifest, kept: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
+    def reader(self) -> TensorReader:
+        """Reads the merged tensors, and the merged files' headers (:func:`header_tensor`)."""
+        return _Rebuilt(self, FileReader(self._local.cached))
+
+    def _headers(self) -> Iterator[tuple[str, bytes]]:
         """The merged files' headers, as they were."""
-        with FileReader(lambda file: inside(folder, file)) as reader:
+        with FileReader(self._local.cached) as reader:
             for file, size in self._merged.items():
-                tensor = kept.get(header_tensor(file, 0).name)
-                where = f"{folder / REST}: the header of {file}"
+                tensor = self._kept.get(header_tensor(file, 0).name)
+                where = f"{self._folder / REST}: the header of {file}"
                 if tensor is None or tensor.dtype != "U8" or tensor.nbytes > MAX_HEADER_BYTES:
                     raise VerifyError(f"{where} is missing; bring the folder again")
-                data = b"".join(contents(whole(tensor), reader))
-                if checksum_of(data) != manifest.files[file].checksum:
+                data = reader.read(tensor, 0, tensor.nbytes)
+                if checksum_of(data) != self._manifest.files[file].checksum:
                     raise VerifyError(f"{where} was changed; bring the folder again")
                 if 8 + header_length(data[:8], path=where, file_size=size) != len(data):
                     raise VerifyError(f"{where} is damaged; build the checkpoint again")
                 yield file, data
-
-
-class Rebuilt(Reader):
-    """The merged tensors, put together as they are read: from the ranks of one degree, and from the rest.
-
-    ``kept`` is the rest, by name.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint, kept: Mapping[str, TensorInfo]):
-        self._folder, self._manifest, self._checkpoint, self._kept = folder, manifest, checkpoint, kept
-        self.files = FileReader(lambda file: inside(folder, file))
-        """What :meth:`parameter` is read from."""
-        self._lock = Lock()
-        self._parts: dict[str, tuple[Piece, ...]] = {}
-        """Tensor -> where its rectangles lie in the files, and in the tensor."""
-
-    def close(self) -> None:
-        self.files.close()
-
-    def rows(self, piece: Piece, first: int, into: Array) -> None:
-        fill(into, first, self.parameter(piece.tensor).bands(), self.files)
 
     def parameter(self, tensor: TensorInfo) -> Parameter:
         """A merged tensor, or a merged file's header, as pieces of the files."""
@@ -207,7 +187,7 @@ class Rebuilt(Reader):
 
     def _find(self) -> dict[str, tuple[Piece, ...]]:
         degree = self._degree()
-        splitter = splitter_of(Source.of("", self._checkpoint), degree)
+        splitter = splitter_of(Source.of("", self.checkpoint), degree)
         found: dict[str, dict[Rectangle, Piece]] = {}
         for rank in range(degree.tp):
             stored = self._open(degree, rank)
@@ -223,8 +203,8 @@ class Rebuilt(Reader):
                     # Of ranks that hold the same the first.
                     found.setdefault(piece.tensor.name, {}).setdefault((piece.rows, piece.columns), back)
         parts = {name: tuple(pieces.values()) for name, pieces in found.items()}
-        headers = (header_tensor(file, shard.header_bytes) for file, shard in self._checkpoint.shards.items())
-        for tensor in (*in_no_rank(self._checkpoint.tensors.values(), found), *headers):
+        headers = (header_tensor(file, shard.header_bytes) for file, shard in self.checkpoint.shards.items())
+        for tensor in (*in_no_rank(self.checkpoint.tensors.values(), found), *headers):
             kept = self._kept.get(tensor.name)
             if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
                 raise SplitError(f"{tensor.name}: neither in the files of {degree} nor in {self._folder / REST}")
@@ -250,6 +230,25 @@ class Rebuilt(Reader):
             return {name: _placed(degree.folder(rank), tensor) for name, tensor in open_rank(index).items()}
         except SourceError as error:
             raise VerifyError(str(error)) from error
+
+
+class _Rebuilt(TensorReader):
+    """Reads merged tensors out of the files of ranks."""
+
+    def __init__(self, storage: CutFolder, files: FileReader):
+        self._storage, self._files = storage, files
+
+    def close(self) -> None:
+        self._files.close()
+
+    def read_into(self, tensor: TensorInfo, window: memoryview, at: int = 0) -> None:
+        parameter = self._storage.parameter(tensor)
+        rows = np.frombuffer(window, f"u{parameter.itemsize}").reshape(-1, parameter.blocks[2])
+        fill(rows, at // rows.strides[0], parameter.bands(), self._files)
+
+    def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
+        # As bytes: views are compared byte by byte, ten times as slow.
+        return map(bytes, contents(self._storage.parameter(tensor), self._files))
 
 
 def _placed(folder: str, tensor: TensorInfo) -> TensorInfo:

@@ -21,6 +21,7 @@ __all__ = [
     "inside",
     "open_regular",
     "open_size",
+    "opened",
     "pread_all",
     "pread_into",
     "pwrite_all",
@@ -100,14 +101,21 @@ def open_regular(path: Path) -> int:
         raise
 
 
-def open_size(path: Path) -> int:
-    """The size in bytes of a regular file. Raises :class:`SourceError` if it cannot be opened."""
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Opens a regular file for reading, and closes it. Raises :class:`SourceError`, also where reading it fails."""
     fd = open_regular(path)
     with source_errors(path):
         try:
-            return os.fstat(fd).st_size
+            yield fd
         finally:
             os.close(fd)
+
+
+def open_size(path: Path) -> int:
+    """The size in bytes of a regular file. Raises :class:`SourceError` if it cannot be opened."""
+    with opened(path) as fd:
+        return os.fstat(fd).st_size
 
 
 def pread_all(fd: int, length: int, offset: int) -> bytes:
@@ -129,15 +137,15 @@ def pread_into(fd: int, window: memoryview, offset: int) -> int:
 
 def read_regular(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """Reads a small file. Raises :class:`SourceError` if it is larger than ``limit`` or not a regular file."""
-    fd = open_regular(path)
-    with source_errors(path):
-        try:
-            size = os.fstat(fd).st_size
-            if size > limit:
-                raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
-            return pread_all(fd, size, 0)
-        finally:
-            os.close(fd)
+    with opened(path) as fd:
+        return pread_all(fd, _size_within(limit, fd, path), 0)
+
+
+def _size_within(limit: int, fd: int, path: Path) -> int:
+    size = os.fstat(fd).st_size
+    if size > limit:
+        raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
+    return size
 
 
 def checksum_of_file(path: Path, limit: int = MAX_FILE_BYTES) -> str:
@@ -154,21 +162,14 @@ def checksum_of_file(path: Path, limit: int = MAX_FILE_BYTES) -> str:
 
 def read_chunks(path: Path, limit: int = MAX_FILE_BYTES) -> Iterator[bytes]:
     """Yields a file's bytes, a few MiB at a time. Raises as :func:`checksum_of_file`."""
-    fd = open_regular(path)
-    try:
-        with source_errors(path):
-            size = os.fstat(fd).st_size
-            if size > limit:
-                raise SourceError(f"{size} bytes; at most {limit} are read", path=path)
-            at = 0
-            while at < size:
-                data = pread_all(fd, min(_CHUNK, size - at), at)
-                if not data:
-                    raise SourceError("was cut short while it was read; start again", path=path)
-                yield data
-                at += len(data)
-    finally:
-        os.close(fd)
+    with opened(path) as fd:
+        at, size = 0, _size_within(limit, fd, path)
+        while at < size:
+            data = pread_all(fd, min(_CHUNK, size - at), at)
+            if not data:
+                raise SourceError("was cut short while it was read; start again", path=path)
+            yield data
+            at += len(data)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import SourceError
-from .disk import inside, open_regular, pread_all
+from .disk import inside, opened, pread_all
+from .reader import FileReader, TensorReader
 
 __all__ = ["Files", "LocalFolder"]
 
@@ -29,6 +29,9 @@ class Files(Protocol):
 
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
         """Downloads files that are not on this machine. Returns name -> path."""
+
+    def reader(self) -> TensorReader:
+        """Reads the tensors of the files, wherever these are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +55,8 @@ class LocalFolder:
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         path = inside(self.folder, name)
-        fd = open_regular(path)
-        try:
+        with opened(path) as fd:
             data = pread_all(fd, length, offset)
-        except OSError as error:
-            raise SourceError(f"read error: {error.strerror}", path=path) from error
-        finally:
-            os.close(fd)
         if len(data) != length:
             raise SourceError(f"ends at byte {offset + len(data)}, {offset + length} were expected", path=path)
         return data
@@ -68,3 +66,6 @@ class LocalFolder:
 
     def fetch(self, names: Iterable[str]) -> dict[str, Path]:
         return {name: inside(self.folder, name) for name in names}
+
+    def reader(self) -> TensorReader:
+        return FileReader(self.cached)

@@ -16,7 +16,7 @@ from sys import intern
 from typing import NamedTuple, NoReturn
 
 from ..errors import SourceError
-from .disk import open_regular, pread_all, source_errors
+from .disk import opened, pread_all
 from .dtypes import DTYPE_BITS
 from .limits import load_json
 
@@ -59,13 +59,9 @@ def read_header(path: Path) -> tuple[bytes, int]:
     Raises:
         SourceError: it is not a regular file, or not a safetensors file.
     """
-    fd = open_regular(path)
-    with source_errors(path):
-        try:
-            size = os.fstat(fd).st_size
-            return pread_all(fd, 8 + header_length(pread_all(fd, 8, 0), path=path, file_size=size), 0), size
-        finally:
-            os.close(fd)
+    with opened(path) as fd:
+        size = os.fstat(fd).st_size
+        return pread_all(fd, 8 + header_length(pread_all(fd, 8, 0), path=path, file_size=size), 0), size
 
 
 def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) -> tuple[dict[str, TensorInfo], object]:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from ..errors import HubError
 from .deadline import TooLateError, at_most
+from .reader import FileReader
 
 __all__ = ["HubRepo", "parse_repo_id"]
 
@@ -168,6 +169,10 @@ class HubRepo:
             fetched[name] = path
         self._remember_revision()
         return fetched
+
+    def reader(self) -> FileReader:
+        """Reads tensors from the cached copies of their files, else by range requests."""
+        return FileReader(self.cached, self.read)
 
     def _require(self, name: str) -> None:
         if name in self.files:

@@ -25,9 +25,8 @@ import xxhash
 from ..checkpoint.typed import Source
 from ..errors import SourceError
 from ..formats.base import Format
-from ..storage.disk import open_regular, pread_all
-from ..storage.dtypes import numpy_dtype
 from ..storage.header import TensorInfo, parse_header, read_header
+from ..storage.reader import FileReader
 
 __all__ = ["Distortion", "DistortionCache", "Moments", "default_cache", "measure"]
 
@@ -84,12 +83,8 @@ class Moments:
             )
         if info.shape != (inputs,):
             raise SourceError(f"{module} is {list(info.shape)}, the module has {inputs} inputs", path=self._path)
-        fd = open_regular(self._path)
-        try:
-            data = pread_all(fd, info.nbytes, info.start)
-        finally:
-            os.close(fd)
-        moments = np.frombuffer(data, numpy_dtype(info.dtype)).astype(np.float64)
+        with FileReader(lambda _: self._path) as reader:
+            moments = reader.array(info).astype(np.float64)
         if not (np.isfinite(moments).all() and (moments >= 0).all()):
             raise SourceError(f"{module} has values that are negative or no numbers", path=self._path)
         return moments

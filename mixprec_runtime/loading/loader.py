@@ -27,12 +27,13 @@ from mixprec_build.checkpoint.degree import Degree, parse_folder
 from mixprec_build.checkpoint.manifest import Manifest
 from mixprec_build.checkpoint.typed import Source
 from mixprec_build.errors import MixprecError, SplitError, VerifyError
-from mixprec_build.ranks.assemble import FileReader, Reader, contents, whole
+from mixprec_build.ranks.assemble import contents, whole
 from mixprec_build.ranks.files import INDEX, check_headers, open_rank, read_rank
 from mixprec_build.ranks.merged import open_compiled, splitter_of
 from mixprec_build.ranks.pieces import Parameter
 from mixprec_build.storage.disk import inside
 from mixprec_build.storage.header import TensorInfo
+from mixprec_build.storage.reader import FileReader, TensorReader
 
 from .ledger import CASTS, DTYPES, LoadError
 from .strict import expected_on_this_rank, may_be_empty
@@ -275,7 +276,7 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
 class _Copies(local):
     """Fills parameters; those on a GPU through two buffers of pinned memory for each thread."""
 
-    def __init__(self, reader: Reader):
+    def __init__(self, reader: TensorReader):
         self._reader = reader
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._stream: torch.cuda.Stream | None = None

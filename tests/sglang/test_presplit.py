@@ -34,9 +34,9 @@ from support.sglang.mixes import EIGHT, MIXES, mix
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.checkpoint.manifest import read_manifest
 from mixprec_build.output.split import split
-from mixprec_build.ranks.assemble import FileReader, Reader, contents
-from mixprec_build.ranks.pieces import Piece
+from mixprec_build.ranks.assemble import contents
 from mixprec_build.storage.header import TensorInfo
+from mixprec_build.storage.reader import FileReader, TensorReader
 from mixprec_runtime import launch
 from mixprec_runtime.loading import loader
 from mixprec_runtime.loading.ledger import DTYPES
@@ -293,11 +293,14 @@ def test_experts_are_read_row_by_row() -> None:
     stored = TensorInfo("w13", "BF16", (4, 64, 32), "file", 0, 4 * 64 * 64)
     sizes: list[int] = []
 
-    class Zeros(Reader):
+    class Zeros(TensorReader):
         def close(self) -> None: ...
 
-        def rows(self, piece: Piece, first: int, into: Any) -> None:
-            sizes.append(into.nbytes)
+        def read_into(self, tensor: TensorInfo, window: memoryview, at: int = 0) -> None:
+            sizes.append(len(window))
+
+        def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
+            raise NotImplementedError
 
     for chunk in contents(loader._stored(stored), Zeros(), most=512):
         assert len(chunk) == 512

@@ -12,26 +12,31 @@ import numpy as np
 import pytest
 
 from mixprec_build.errors import SourceError
-from mixprec_build.ranks import assemble as rankfiles
-from mixprec_build.ranks.assemble import FileReader, Reader, contents, whole
+from mixprec_build.ranks.assemble import contents, whole
 from mixprec_build.ranks.files import _shards
 from mixprec_build.ranks.pieces import Parameter, Piece
+from mixprec_build.storage import reader as storage_reader
 from mixprec_build.storage.header import TensorInfo, build_header, parse_header
+from mixprec_build.storage.reader import FileReader, TensorReader
 
 Array = np.ndarray[Any, Any]
 
 
-class Memory(Reader):
-    """Tensors of two axes."""
+class Memory(TensorReader):
+    """Tensors of two axes, which are read by rows."""
 
     def __init__(self, tensors: dict[str, Array]):
         self._tensors = tensors
 
     def close(self) -> None: ...
 
-    def rows(self, piece: Piece, first: int, into: Array) -> None:
-        assert into.flags.c_contiguous and into.shape[1] == piece.width
-        into[...] = self._tensors[piece.tensor.name][first : first + len(into)]
+    def read_into(self, tensor: TensorInfo, window: memoryview, at: int = 0) -> None:
+        stored = self._tensors[tensor.name]
+        assert at % stored.strides[0] == len(window) % stored.strides[0] == 0
+        window[:] = stored.tobytes()[at : at + len(window)]
+
+    def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
+        raise NotImplementedError
 
 
 def cuts(draw: random.Random, size: int) -> Iterator[tuple[int, int]]:
@@ -97,7 +102,7 @@ def test_no_more_files_stay_open_than_may(tmp_path: Path) -> None:
     with FileReader(lambda file: tmp_path / file) as reader:
         for number in (*range(200), *range(200)):
             assert b"".join(contents(whole(tensors[number]), reader)) == bytes([number]) * 1000
-        assert open_below(tmp_path) == rankfiles._MOST_OPEN == 64
+        assert open_below(tmp_path) == storage_reader._MOST_OPEN == 64
         tensors[0] = tensors[0]._replace(file="gone")
         with pytest.raises(SourceError, match="gone: cannot open it"):
             b"".join(contents(whole(tensors[0]), reader))
@@ -107,7 +112,7 @@ def test_no_more_files_stay_open_than_may(tmp_path: Path) -> None:
 
 def test_no_file_is_closed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More threads than files may be open: each reads what is in its own."""
-    monkeypatch.setattr(rankfiles, "_MOST_OPEN", 2)
+    monkeypatch.setattr(storage_reader, "_MOST_OPEN", 2)
     tensors = files(tmp_path, 20)
     draw = random.Random(0)
     order = [draw.randrange(20) for _ in range(4000)]

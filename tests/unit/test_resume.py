@@ -23,7 +23,6 @@ from support.plans import cut, planned
 from support.run import environment
 
 from mixprec_build.errors import InterruptedBuildError, OutputError, SourceError, WriteError
-from mixprec_build.output import copier
 from mixprec_build.output.publish import write
 from mixprec_build.output.stage import Stage
 from mixprec_build.output.verify import verify
@@ -31,6 +30,7 @@ from mixprec_build.planning.companions import companion_files
 from mixprec_build.planning.planner import make_plan
 from mixprec_build.recipe.recipe import load_recipe
 from mixprec_build.recipe.sources import open_sources
+from mixprec_build.storage import reader
 
 # Runs builds (or splits of a build that is there) in which the nth system call that changes the disk is the last: the
 # process is killed before it, and with "power" what was never synced is lost, too: data, and new names in folders.
@@ -404,7 +404,7 @@ def test_a_read_error_keeps_what_is_finished(mix: Path, tmp_path: Path, monkeypa
 def test_out_of_memory_keeps_what_is_finished(
     mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = copier.pread_into, 0
+    real, calls = reader.pread_into, 0
 
     def failing(fd: int, window: memoryview, at: int) -> int:
         nonlocal calls
@@ -414,7 +414,7 @@ def test_out_of_memory_keeps_what_is_finished(
         return real(fd, window, at)
 
     with monkeypatch.context() as patch, pytest.raises(WriteError) as caught:
-        patch.setattr(copier, "pread_into", failing)
+        patch.setattr(reader, "pread_into", failing)
         write(planned(mix), tmp_path / "out", jobs=1)
     assert re.search(r"out: out of memory; \d of 12 files are finished and kept in ", str(caught.value))
     with monkeypatch.context() as patch, pytest.raises(WriteError, match="can't start new thread; try --jobs 1; "):

@@ -19,6 +19,7 @@ from mixprec_build.errors import RecipeError, SourceError
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
+from mixprec_build.ranks.merged import open_compiled
 from mixprec_build.report.doctor import examine
 
 from .compiled import MODELS, SMALL, built
@@ -37,6 +38,11 @@ def test_what_is_merged_again_is_what_was_built(folder: Path, tmp_path: Path, na
     out = Path(shutil.copytree(merged, tmp_path / "out"))
     split(out, first, layout="presplit")
     assert not list(out.glob("*.safetensors")) and len(list(merged.glob("*.safetensors"))) > 1
+    checkpoint, opened = open_compiled(out, read_manifest(out)), open_compiled(merged, read_manifest(merged))
+    assert checkpoint.tensors.keys() == opened.tensors.keys()
+    for tensor in opened.tensors.values():
+        values, stored = checkpoint.read(tensor), opened.read(tensor)
+        assert (values.dtype, values.shape, values.tobytes()) == (stored.dtype, stored.shape, stored.tobytes())
     result = verify(out)
     assert result.differences == () and result.leftovers == () and result.bit_for_bit > 0
 

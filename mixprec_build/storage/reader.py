@@ -1,0 +1,207 @@
+"""Reads tensors: from safetensors files that are on this machine or elsewhere, with one set of errors.
+
+What a checkpoint's files are (:class:`~mixprec_build.storage.folder.Files`) says which reader its tensors need.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Self
+
+import xxhash
+
+from ..errors import SourceError
+from .disk import open_regular, pread_all, pread_into
+from .dtypes import numpy_dtype
+from .header import TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["BUFFER", "FileReader", "TensorReader", "checksum_on_disk", "read_tensor"]
+
+
+BUFFER = 4 << 20
+"""Bytes of a tensor that are read at a time."""
+_MOST_OPEN = 64  # of the files that a process may have open, 1,024 as a rule
+
+
+class TensorReader(ABC):
+    """Reads tensors, wherever their bytes come from. May be shared by threads.
+
+    Every method raises :class:`SourceError`, with the file's and the tensor's name, where bytes cannot be read or are
+    not there.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes the files that are open; one that is read afterwards is opened again."""
+
+    @abstractmethod
+    def read_into(self, tensor: TensorInfo, window: memoryview, at: int = 0) -> None:
+        """Fills ``window`` with rows of a tensor: with its bytes from ``at`` on, where one of them begins."""
+
+    @abstractmethod
+    def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
+        """A tensor's bytes in order, some :data:`BUFFER` at a time."""
+
+    def array(self, tensor: TensorInfo) -> np.ndarray:
+        """A tensor's values, ``shape`` as stored; BF16 and FP8 as ml_dtypes types."""
+        import numpy as np
+
+        out = np.empty(tensor.shape, numpy_dtype(tensor.dtype))
+        if tensor.nbytes:
+            self.read_into(tensor, out.reshape(-1).view(np.uint8).data)
+        return out
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    fd: int
+    path: Path
+    readers: int = 0
+    """Threads that read from it now."""
+
+
+class FileReader(TensorReader):
+    """Reads from safetensors files. Those that were read last stay open.
+
+    Args:
+        path_of: a tensor's ``file`` -> where it is on this machine; None where it is elsewhere.
+        elsewhere: reads so many bytes of such a file, as ``(file, offset, length)``.
+        ahead: tensor -> its first bytes, of those that were read although their files are elsewhere.
+    """
+
+    def __init__(
+        self,
+        path_of: Callable[[str], Path | None],
+        elsewhere: Callable[[str, int, int], bytes] | None = None,
+        ahead: Mapping[str, bytes] | None = None,
+    ):
+        self._path_of, self._elsewhere, self._ahead = path_of, elsewhere, {} if ahead is None else ahead
+        self._open: dict[str, _OpenFile] = {}
+        """The one that was asked for last is the last."""
+        self._lock = Lock()
+
+    def close(self) -> None:
+        for opened in self._open.values():
+            os.close(opened.fd)
+        self._open.clear()
+
+    def read_into(self, tensor: TensorInfo, window: memoryview, at: int = 0) -> None:
+        with self._reading(tensor.file) as opened:
+            if opened is None:
+                window[:] = self._from_elsewhere(tensor, at, len(window))
+            else:
+                read_tensor(opened.fd, opened.path, tensor, window, at)
+
+    def read(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
+        """``nbytes`` of a tensor from the byte ``at`` of it on."""
+        with self._reading(tensor.file) as opened:
+            if opened is None:
+                return self._from_elsewhere(tensor, at, nbytes)
+            try:
+                data = pread_all(opened.fd, nbytes, tensor.start + at)
+            except OSError as error:
+                raise _unread(tensor, opened.path, error) from error
+            if len(data) < nbytes:
+                raise _unread(tensor, opened.path)
+            return data
+
+    def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
+        for at in range(0, tensor.nbytes, BUFFER):
+            yield self.read(tensor, at, min(BUFFER, tensor.nbytes - at))
+
+    def first_values(self, tensor: TensorInfo, nbytes: int) -> np.ndarray | None:
+        """The values in the first ``nbytes`` of a tensor, flat; None where it is empty, or they are not at hand.
+
+        A sparse file with nothing but a header is enough to plan with: what lies in a hole is not read.
+        """
+        import numpy as np
+
+        with self._reading(tensor.file) as opened:
+            if opened is None:
+                data = self._ahead.get(tensor.name)
+            else:
+                data = self.read(tensor, 0, nbytes) if tensor.nbytes and not _is_hole(tensor, opened) else None
+        return None if data is None else np.frombuffer(data, dtype=numpy_dtype(tensor.dtype))
+
+    def _from_elsewhere(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
+        if self._elsewhere is None:
+            raise SourceError(f"{tensor.file} is not on this machine")
+        data = self._elsewhere(tensor.file, tensor.start + at, nbytes)
+        if len(data) < nbytes:
+            raise _unread(tensor, tensor.file)
+        return data
+
+    @contextmanager
+    def _reading(self, file: str) -> Iterator[_OpenFile | None]:
+        """An open file, which is not closed meanwhile; None where it is elsewhere."""
+        with self._lock:
+            opened = self._open.pop(file, None)
+            if opened is None and (path := self._path_of(file)) is not None:
+                self._make_room()
+                opened = _OpenFile(open_regular(path), path)
+            if opened is not None:
+                self._open[file] = opened
+                opened.readers += 1
+        try:
+            yield opened
+        finally:
+            if opened is not None:
+                with self._lock:
+                    opened.readers -= 1
+
+    def _make_room(self) -> None:
+        idle = [file for file, opened in self._open.items() if not opened.readers]
+        for file in idle[: max(0, len(self._open) - _MOST_OPEN + 1)]:
+            os.close(self._open.pop(file).fd)
+
+
+def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:
+    """The hexadecimal xxh3_128 of a tensor in the file that is at ``path`` now."""
+    digest = xxhash.xxh3_128()
+    with FileReader(lambda _: path) as reader:
+        for chunk in reader.chunks(tensor):
+            digest.update(chunk)
+    return str(digest.hexdigest())
+
+
+def read_tensor(fd: int, path: Path, tensor: TensorInfo, window: memoryview, at: int = 0) -> None:
+    """Fills ``window`` from an open file with a tensor's bytes from the byte ``at`` of it on.
+
+    Raises:
+        SourceError: they cannot be read, or the file at ``path`` ends before.
+    """
+    try:
+        got = pread_into(fd, window, tensor.start + at)
+    except OSError as error:
+        raise _unread(tensor, path, error) from error
+    if got < len(window):
+        raise _unread(tensor, path)
+
+
+def _unread(tensor: TensorInfo, path: Path | str, error: OSError | None = None) -> SourceError:
+    what = f"ends inside {tensor.name}; fetch the file again"
+    return SourceError(what if error is None else f"cannot read {tensor.name}: {error.strerror}", path=path)
+
+
+def _is_hole(tensor: TensorInfo, opened: _OpenFile) -> bool:
+    """Whether nothing of a tensor was ever written."""
+    try:
+        return os.lseek(opened.fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.nbytes
+    except OSError as error:
+        return error.errno == errno.ENXIO  # nothing but a hole from here to the end; any other comes again in reading
