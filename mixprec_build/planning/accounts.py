@@ -30,7 +30,7 @@ def notes_on_rules(chosen: Chosen, sources: Sources) -> Iterator[str]:
             yield f"{use.rule} never wins: later or exact lines decide all it matches"
         for number, pattern in use.rule.pattern.greatest() if use.matched else ():
             if not any(map(pattern.matches, reversed(names))):  # the greatest are last
-                yield f"{use.rule}: nothing there has the number {number}"
+                yield f"{use.rule}: no module that it matches has the number {number}"
 
 
 def _why_nothing(glob: str, sources: Sources) -> str:

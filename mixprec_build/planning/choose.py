@@ -88,7 +88,7 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
     means_fixed = {i for i, found in enumerate(matched) if i not in named and found and fixed.issuperset(found)}
     notes = [
         f"{recipe.rules[i]} covers only tensors that are never quantized (norms, routers, parameters): "
-        f"{len(matched[i])} are copied as they are there"
+        f"{len(matched[i])} are copied from that source as they are"
         for i in sorted(means_fixed)
     ]
     won = Counter[int]()
@@ -216,8 +216,8 @@ def with_followers(chosen: Chosen, folding: Folding, sources: Sources) -> Chosen
         routers = [name for name in free if name != norm]
         move([n for n in routers if folding.differ(norm, choices[n].source.name, home.name)], home)
     notes = [
-        f"{some(compress(names))}: from `{name}`, as what these norms feed: it has scales of activations folded into "
-        "them"
+        f"{some(compress(names))}: from `{name}` like the modules that these norms feed, because it has scales of "
+        "activations folded into the norms"
         for name, names in moved.items()
     ]
     return replace(chosen, choices=choices, notes=(*chosen.notes, *notes))

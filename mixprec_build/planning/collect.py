@@ -101,8 +101,8 @@ def _report_missing(
         return
     holders = [s.name for s in sources.by_name.values() if offers(s, names)]
     replacement, new = Replacement.of(holders[0] if holders else None, [(name, rule) for name in names])
-    by = f"by {rule}" if rule is not None else "by default"
-    text = f"`{source.name}` has no {some(patterns)} ({counted(len(names), 'module')}), which come from there {by}"
+    taken = f"which {rule} takes from it" if rule is not None else "which are taken from it by default"
+    text = f"`{source.name}` has no {some(patterns)} ({counted(len(names), 'module')}), {taken}"
     why, resolved = why_missing(source, default, names, sources)
     problems.hard(text + why, None if resolved else replacement, new, code="missing_module", modules=names)
 

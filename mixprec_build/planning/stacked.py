@@ -105,8 +105,8 @@ def why_missing(source: Source, default: Source, names: Sequence[str], sources: 
     elsewhere = _under_another_prefix(source, names[0])
     if elsewhere is not None:
         return (
-            f": there they stand under another prefix, {names[0]} is {elsewhere}. It is another class of the same "
-            "model: take a release of it whose names are alike"
+            f": its names begin with another prefix, {names[0]} is {elsewhere} there. It was saved from another class "
+            "of the same model; take a release with the same names"
         ), True
     what = "keeps all experts of a layer in one tensor"
     if any(names[0].startswith(f"{block}.") for block in {*_blocks_of(source).values()}):

@@ -98,4 +98,4 @@ def _check_claim(source: Source, recipe: Recipe) -> None:
 
 
 def _describe(source: Source) -> str:
-    return ", ".join(sorted(source.kinds)) or "nothing that is read"
+    return ", ".join(sorted(source.kinds)) or "no format that is supported"

@@ -158,7 +158,7 @@ class Choices:
         if not options:
             self.kept.setdefault("; ".join(reasons), []).extend(members)
             return
-        reason = "no other source can give it: " + "; ".join(reasons) if len(options) == 1 and reasons else ""
+        reason = "no other source can be chosen: " + "; ".join(reasons) if len(options) == 1 and reasons else ""
         layer, column = self._family.place_of(name)
         column = EXPERTS_COLUMN if self._family.is_expert(name) else column
         self.groups.append(Group(name, members, column, layer, tuple(options), tuple(range(len(options))), reason))
@@ -297,9 +297,7 @@ class Choices:
             covered = [name for name in self.base if wish.pattern.matches(name)]
             hint = "; see `mixprec inspect` for names"
             if covered:
-                what = (
-                    "among them linears that no source can give" if kept & {*covered} else "norms, routers, embeddings"
-                )
+                what = "among them linears that have no choice" if kept & {*covered} else "norms, routers, embeddings"
                 hint = f"; the {len(covered)} it matches ({what}) stay as the base has them"
             raise RecipeError(f"{wish} matches no module that has a choice{hint}")
 
@@ -311,7 +309,7 @@ class Choices:
             below |= {i: floor for i in allowed if bits_of(group.options[i].kind) < bits}
             allowed = [i for i in allowed if i not in below]
             if not allowed:
-                raise RecipeError(f"{floor}: no source gives {group.name} in as many bits; {_offers(group)}")
+                raise RecipeError(f"{floor}: no source has {group.name} in as many bits; {_offers(group)}")
             if len(allowed) == 1 and len(group.options) > 1:
                 reason = f"asked for by {floor}"
         matching = [pin for pin in pins if pin.matches(group)]
@@ -326,7 +324,7 @@ class Choices:
         mine = [i for i, option in enumerate(group.options) if option.source == pin.word]
         if not mine:
             why = f". {group.reason}" if group.reason else ""
-            raise RecipeError(f"{pin}: `{pin.word}` cannot give {group.name}; {_offers(group)}{why}")
+            raise RecipeError(f"{pin}: `{pin.word}` cannot be chosen for {group.name}; {_offers(group)}{why}")
         if mine[0] in below:
             kind = group.options[mine[0]].kind
             raise RecipeError(

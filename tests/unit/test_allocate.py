@@ -170,7 +170,7 @@ def test_what_no_source_holds_as_its_name_says_stays(tmp_path: Path, weights: st
         assert f"{kept}: as in base.yaml, for no source can be chosen: `fp8` holds it as bf16; `int4` holds" in str(
             suggestion.notes
         )
-    with pytest.raises(RecipeError, match="among them linears that no source can give"):
+    with pytest.raises(RecipeError, match="among them linears that have no choice"):
         chosen(base, 1 << 40, pins=[(kept, "fp8")])
 
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_cut_for_the_bases_ranks_is_not_offered(tmp_path: Path) -
     assert (plan.recipe.tp, plan.recipe.layout, plan.recipe.shard_size) == ((2, 4), "presplit", 2_000_000)
     assert set(plan.presplit) == {"tp2-ep1", "tp4-ep1"}
     assert sources_of(plan, "o_proj") == {"bf16"} and sources_of(plan, "mlp") == {"int4"}
-    assert "# 2 of them: no other source can give it: from `fp8`: tp 4: " in recipe_text(suggestion, tmp_path)
+    assert "# 2 of them: no other source can be chosen: from `fp8`: tp 4: " in recipe_text(suggestion, tmp_path)
     (reason,) = {group.reason for group in suggestion.groups if group.column == "self_attn.o_proj"}
     assert "from `fp8`: tp 4: self_attn.o_proj (fp8_block): a rank's heads have 64 of its 256 columns" in reason
     base.write_text(base.read_text().replace("tp: [2, 4], layout: presplit", "tp: 2"))
@@ -411,7 +411,7 @@ def test_a_pin_that_later_ones_decide_against_is_noted(moe: Path) -> None:
 
 
 def test_a_pin_to_what_cannot_be_served(deepseek: Path) -> None:
-    with pytest.raises(RecipeError, match=r"`int4` cannot give .*kv_b_proj; it can be bf16 from `bf16`"):
+    with pytest.raises(RecipeError, match=r"`int4` cannot be chosen for .*kv_b_proj; it can be bf16 from `bf16`"):
         chosen(deepseek, 1 << 40, pins=[("*kv_b_proj", "int4")])
 
 

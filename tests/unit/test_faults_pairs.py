@@ -131,6 +131,6 @@ def test_a_source_under_another_prefix_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as refused:
         plan_of(tmp_path, {"*.down_proj": "q"})
     assert (
-        "there they stand under another prefix, model.layers.0.mlp.down_proj is "
-        "model.language_model.layers.0.mlp.down_proj"
+        "its names begin with another prefix, model.layers.0.mlp.down_proj is "
+        "model.language_model.layers.0.mlp.down_proj there"
     ) in str(refused.value)

@@ -31,7 +31,7 @@ def test_the_last_of_two_thousand_patterns_wins(tmp_path: Path) -> None:
     assert plan.modules["model.layers.0.mlp.up_proj"].source == "fp8"
     assert plan.modules["model.layers.1.mlp.up_proj"].source == "bf16"
     assert [use.matched for use in plan.rules] == [3, *[0] * 1_998]
-    assert any("nothing there has the number 7" in note for note in plan.notes)
+    assert any("no module that it matches has the number 7" in note for note in plan.notes)
 
 
 def test_patterns_that_would_take_too_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,8 @@ def test_a_norm_comes_along_with_what_it_feeds(llama: Path) -> None:
     }
     assert plan.modules["model.layers.0.input_layernorm"].format.kind == "fp16"
     assert list(plan.notes) == [
-        "model.layers.0.input_layernorm, model.layers.1.post_attention_layernorm: from `awq`, as what these norms "
-        "feed: it has scales of activations folded into them"
+        "model.layers.0.input_layernorm, model.layers.1.post_attention_layernorm: from `awq` like the modules that "
+        "these norms feed, because it has scales of activations folded into the norms"
     ]
 
 

@@ -124,14 +124,14 @@ def test_modules_are_in_natural_order(tmp_path: Path) -> None:
             "*layernorm: fp8",
             [
                 "line 7 `*layernorm: fp8` covers only tensors that are never quantized (norms, routers, parameters): "
-                "4 are copied as they are there"
+                "4 are copied from that source as they are"
             ],
         ),
         (
             "*.mlp.gate: int4",
             [
                 "line 7 `*.mlp.gate: int4` covers only tensors that are never quantized (norms, routers, parameters): "
-                "2 are copied as they are there"
+                "2 are copied from that source as they are"
             ],
         ),
         (
@@ -141,7 +141,7 @@ def test_modules_are_in_natural_order(tmp_path: Path) -> None:
         ("*.experts.*: int4\n*.experts.0.*: fp8", []),
         (
             "model.layers.{0..8}.*.experts.{1,0}.*: int4",
-            ["line 7 `model.layers.{0..8}.*.experts.{1,0}.*: int4`: nothing there has the number 8"],
+            ["line 7 `model.layers.{0..8}.*.experts.{1,0}.*: int4`: no module that it matches has the number 8"],
         ),
         ("model.layers.{7..8}.*: fp8", ["line 7 `model.layers.{7..8}.*: fp8` matches nothing"]),
         (

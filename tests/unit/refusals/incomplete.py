@@ -11,8 +11,8 @@ MISSING = {
         {"fp8": spec(sized(DEEPSEEK, mtp=1), "fp8_block", skip=("*.kv_b_proj",)), "int4": spec(DEEPSEEK, "gptq_int4")},
         ("model.layers.*.mlp.experts.*: int4",),
         (
-            "`int4` has no model.layers.2.mlp.experts.{0..3}.{down_proj,gate_proj,up_proj} (12 modules), which come "
-            "from there by line 6 `model.layers.*.mlp.experts.*: int4`",
+            "`int4` has no model.layers.2.mlp.experts.{0..3}.{down_proj,gate_proj,up_proj} (12 modules), which "
+            "line 6 `model.layers.*.mlp.experts.*: int4` takes from it",
             "Add below line 6: `model.layers.2.mlp.experts.{0..3}.{down_proj,gate_proj,up_proj}: fp8`",
         ),
         hard=True,
