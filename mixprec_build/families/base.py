@@ -78,6 +78,8 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     """Beginnings of names in the checkpoint, and what they are among SGLang's parameters:
     ``("model.language_model.", "model.")``. The first that fits counts."""
+    dropped: tuple[str, ...] = ()
+    """Words that SGLang's class takes out of the names of its parameters."""
     left_out: tuple[str, ...] = ("model.",)
     """Beginnings of parameters' names that a class of SGLang's may leave out of what it tells its layers they are
     called (models/mixtral.py:291 in 0.5.17)."""
@@ -377,9 +379,10 @@ class Family:
 
     def sglang_name(self, name: str) -> str:
         """What a module or layer of the checkpoint is called among SGLang's parameters."""
-        for stored, served in self.renamed:
-            if name.startswith(stored):
-                return served + name[len(stored) :]
+        found = (served + name[len(stored) :] for stored, served in self.renamed if name.startswith(stored))
+        name = next(found, name)
+        for word in self.dropped:
+            name = name.replace(f".{word}.", ".")
         return name
 
     def served_names(self, told: str) -> tuple[str, ...]:

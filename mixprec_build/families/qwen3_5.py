@@ -24,6 +24,7 @@ DELTA_NET = (
 QWEN3_5_TEXT = Family(
     model_types=frozenset({"qwen3_5_text", "qwen3_5_moe_text"}),
     architectures=frozenset({"Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"}),
+    dropped=("self_attn",),
     fused=(*_COMMON.fused, *DELTA_NET),
     routers=QWEN2_MOE.routers,
     shared_experts=QWEN2_MOE.shared_experts,

@@ -130,7 +130,8 @@ def _notes_on_sources(default: Source, sources: Sources) -> Iterator[str]:
     if not default.facts.family.checked:
         yield (
             f"model_type {default.facts.model_type!r} is not among the families checked against SGLang "
-            f"({', '.join(checked_types())}); the common rules for fused projections are used"
+            f"({', '.join(checked_types())}); the common rules are used for what it fuses and leaves unquantized. "
+            "`mixprec doctor` compares what is built with the SGLang that is installed"
         )
 
 

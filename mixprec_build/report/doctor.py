@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.declaration import METHOD, Declaration
@@ -149,9 +150,37 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         stored = {name: (formats[name], module) for name, module in checkpoint.modules.items() if name in formats}
         problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.facts)]
     yield from problems
+    yield from _model_class(out)
     if not problems:
         modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())
         yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}{options}")
+
+
+def _model_class(out: Path) -> Iterator[Finding]:
+    """What SGLang's class for the model makes of the checkpoint; asked in a process of its own, without weights."""
+    if _version("sglang") is None:
+        return
+    asked = _ask(out)
+    if "missing" in asked:
+        yield Finding("warn", "model class", f"could not be asked what it makes of this checkpoint: {asked['missing']}")
+        return
+    for serious, text in asked["disagreements"]:
+        yield Finding("fail" if serious else "warn", "model class", text)
+    if not asked["disagreements"]:
+        rules = "this family" if asked["checked"] else "models that mixprec has no family for"
+        text = f"{asked['model']} takes all {asked['tensors']:,} tensors, unquantized, as the rules for {rules} say"
+        yield Finding("ok", "model class", text)
+
+
+def _ask(out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "mixprec_runtime.asking", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        return {"missing": last[:300]}
+    return found
 
 
 def _differences(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Finding]:

@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import TINY
-from support.sglang.families import dense_parameters, dequantized, write_family
+from support.sglang.families import dense_parameters, dequantized, family_mix
 from support.sglang.harness import rank_of, serve
-
-from mixprec_build.output.build import plan_recipe, run_plan
-from mixprec_build.output.verify import verify
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -30,28 +27,10 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
 
 
-def build(name: str, folder: Path) -> Path:
-    """The mix of a tiny model, built once below ``folder``."""
-    out = folder / "families" / name / "mix"
-    if out.exists():
-        return out
-    sources = write_family(out.parent, TINY[name])
-    text = [f"model: {sources['bf16']}", "default: bf16", "sources:"]
-    text += [f"  {variant}: {path}" for variant, path in sources.items()]
-    text += ["weights:", *(f"  '{pattern}': {source}" for pattern, source in TINY[name].lines.items())]
-    recipe = out.with_suffix(".yaml")
-    recipe.write_text("\n".join(text))
-    plan = plan_recipe(recipe)
-    assert not [note for note in plan.notes if "is not among the families checked" in note]
-    run_plan(plan, out)
-    assert not verify(out).differences
-    return out
-
-
 @pytest.mark.parametrize("name", [name for name in TINY if name != "qwen3_vl_moe"])
 def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str) -> None:
     model = TINY[name]
-    mix = build(name, folder)
+    mix = family_mix(folder, name)
     ours = dict(dense_parameters(serve(mix, **model.options)))
     theirs = dict(dense_parameters(serve(dequantized(mix, tmp_path / "dense"), **model.options)))
     ours = {key: value for key, value in ours.items() if not key.endswith(NOT_LOADED)}
@@ -67,7 +46,7 @@ def test_a_rank_holds_what_sglangs_own_loader_gives_it(
     folder: Path, name: str, ep: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second of two ranks: its share of the merged files as mixprec cuts it, and as SGLang's loader does."""
-    mix, options = build(name, folder), TINY[name].options
+    mix, options = family_mix(folder, name), TINY[name].options
     with rank_of(1, 2, ep), caplog.at_level("INFO"):
         ours = serve(mix, **options)
         assert "mixprec: read the weights in" in caplog.text, "they were left to SGLang's loader"

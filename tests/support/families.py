@@ -180,6 +180,17 @@ def _qwen3_5_mlp(p: str, c: Config) -> Tensors:
     yield from _linear(f"{p}mlp.shared_expert_gate", 1, hidden, linear=False)
 
 
+def _qwen2_moe(config: Config) -> Tensors:
+    def layers() -> Tensors:
+        for layer in range(config["num_hidden_layers"]):
+            at = f"model.layers.{layer}."
+            yield from _attention(f"{at}self_attn.", config, bias=True, norms="none")
+            yield from _qwen3_5_mlp(at, config)
+            yield from _layer_norms(at, config["hidden_size"])
+
+    yield from _around("model.", config, layers())
+
+
 def _qwen3_5_layers(p: str, c: Config, *, joined: bool) -> Tensors:
     for layer, kind in enumerate(c["layer_types"]):
         at = f"{p}layers.{layer}."
@@ -313,6 +324,7 @@ def _minimax_m2(config: Config) -> Tensors:
 
 
 _FAMILIES: Mapping[str, Callable[[Config], Tensors]] = {
+    "Qwen2MoeForCausalLM": _qwen2_moe,
     "Qwen3_5ForConditionalGeneration": _qwen3_5,
     "Qwen3_5MoeForConditionalGeneration": _qwen3_5,
     "Qwen3NextForCausalLM": _qwen3_next,
@@ -408,6 +420,14 @@ def _qwen3_5_config(architecture: str, model_type: str, **text: Any) -> Config:
 
 
 TINY: Mapping[str, TinyModel] = {
+    "qwen2_moe": TinyModel(
+        {
+            **{key: value for key, value in _DECODER.items() if key != "head_dim"}, **_SHARED_EXPERT, **_OUTER,
+            "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "num_attention_heads": 2, "num_key_value_heads": 2, "qkv_bias": True,
+        },
+        {"*.self_attn.*": "fp8", **_EXPERT_LINES, "*.shared_expert.*": "int4"}, degrees=((2, 1), (2, 2)),
+    ),
     "qwen3_5": TinyModel(
         _qwen3_5_config("Qwen3_5ForConditionalGeneration", "qwen3_5"),
         {"*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", "*.mlp.*": "int4", "*.layers.1.mlp.*": "fp8"},

@@ -30,7 +30,9 @@ __all__ = [
     "QWEN3",
     "QWEN3_MOE",
     "Shape",
+    "config_of",
     "quantize",
+    "tensors_of",
     "write_sources",
 ]
 
@@ -160,6 +162,17 @@ def _config(shape: Shape) -> dict[str, Any]:
     if shape.family in ("llama", "qwen3", "qwen3_moe"):
         config |= {"head_dim": shape.head_dim, "attention_bias": False}
     return config
+
+
+def tensors_of(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of an unquantized checkpoint and its shape."""
+    for name, size in _modules(shape):
+        yield name if name.endswith("bias") else f"{name}.weight", size
+
+
+def config_of(shape: Shape) -> dict[str, Any]:
+    """Its ``config.json``."""
+    return _config(shape)
 
 
 def _is_linear(name: str) -> bool:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from support import formats
-from support.families import STACKED, Tensor, TinyModel, tensors_of
+from support.families import STACKED, TINY, Tensor, TinyModel, tensors_of
 from support.sglang.harness import tensors_of as stored_tensors
 
-__all__ = ["dense_parameters", "dequantized", "write_family"]
+__all__ = ["dense_parameters", "dequantized", "family_mix", "write_family"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -134,3 +134,24 @@ def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
     for name, parameter in model.named_parameters():
         if parameter.numel() and not any(name.startswith(f"{path}.") for path in mixed):
             yield name, parameter.data.float()
+
+
+def family_mix(folder: Path, name: str) -> Path:
+    """The mix of a tiny model, planned, built and verified once below ``folder``."""
+    from mixprec_build.output.build import plan_recipe, run_plan
+    from mixprec_build.output.verify import verify
+
+    out = folder / "families" / name / "mix"
+    if out.exists():
+        return out
+    sources = write_family(out.parent, TINY[name])
+    text = [f"model: {sources['bf16']}", "default: bf16", "sources:"]
+    text += [f"  {variant}: {path}" for variant, path in sources.items()]
+    text += ["weights:", *(f"  '{pattern}': {source}" for pattern, source in TINY[name].lines.items())]
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text("\n".join(text))
+    plan = plan_recipe(recipe)
+    assert not [note for note in plan.notes if "is not among the families checked" in note]
+    run_plan(plan, out)
+    assert not verify(out).differences
+    return out

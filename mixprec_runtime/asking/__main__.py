@@ -1,0 +1,83 @@
+"""``python -m mixprec_runtime.asking OUT``: a compiled checkpoint beside the class that serves it, as JSON.
+
+Runs in a separate process, for ``mixprec doctor``. Prints ``{"model", "tensors", "checked", "disagreements"}``, the
+last a list of ``[serious, text]``, or ``{"missing": why}``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mixprec_build.checkpoint.manifest import Manifest, read_manifest
+from mixprec_build.errors import MixprecError
+from mixprec_build.ranks.on_disk import open_on_disk
+
+__all__ = ["examine", "main"]
+
+
+def _tensors(manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """The tensors of the same model unquantized."""
+    for name, module in manifest.modules.items():
+        quantized = manifest.formats[module.format].quantized
+        if quantized:
+            yield f"{name}.weight", "BF16", tuple(module.shape)
+        for tensor, entry in module.tensors.items():
+            if not quantized or tensor == f"{name}.bias":
+                yield tensor, entry.dtype, entry.shape
+
+
+def examine(out: Path) -> dict[str, object]:
+    """What is printed of a compiled checkpoint."""
+    from . import machine
+    from .answer import ask
+    from .comparison import Module, compare
+
+    manifest = read_manifest(out)
+    facts = open_on_disk(str(out)).facts
+    tensors = list(_tensors(manifest))
+    names: dict[str, list[str]] = {name: [] for name in manifest.modules}
+    for tensor, _, _ in tensors:
+        module, _, leaf = tensor.rpartition(".")
+        if module in names:
+            names[module].append(leaf)
+        else:
+            names[tensor].append("")
+    modules = {
+        name: Module(tuple(entry.shape), tuple(names[name]), manifest.formats[entry.format].quantized)
+        for name, entry in manifest.modules.items()
+    }
+    machine.prepare()
+    with TemporaryDirectory() as folder:
+        answer = ask(machine.model_config(facts.config, Path(folder)), tensors)
+    return {
+        "model": answer.model,
+        "tensors": len(tensors),
+        "checked": facts.names_family and facts.family.checked,
+        "disagreements": compare(answer, facts, modules),
+    }
+
+
+def main() -> None:
+    """Prints what :func:`examine` finds, whatever SGLang prints before."""
+    from .machine import restart_without_gpu
+
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "sglang")):
+        print(json.dumps({"missing": "SGLang is not installed here"}))
+        return
+    restart_without_gpu(sys.argv[1:])
+    try:
+        found = examine(Path(sys.argv[1]))
+    except MixprecError as error:
+        found = {"missing": str(error)}
+    except Exception as error:  # SGLang's, of all kinds, for models that it has no class for among them
+        found = {"missing": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Makes SGLang's class for a model on the meta device, and lets it load tensors that have names and shapes only.
+
+No weight is read and no memory is taken: the class's own ``__init__`` says which layers it offers to quantization, its
+own ``load_weights`` which parameter each tensor of a checkpoint goes into, whatever tables the class keeps for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+from ..loading.ledger import DTYPES
+
+__all__ = ["Answer", "ask"]
+
+_MOVING = frozenset({"transpose", "permute", "t", "flip", "roll", "index_select", "gather", "movedim"})
+"""Operations that leave a tensor's values in other places."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a class makes of a checkpoint's tensors, unquantized."""
+
+    model: str
+    """The class."""
+    parameters: frozenset[str]
+    offered: frozenset[str]
+    """Layers that ask their quantization config for a method."""
+    reached: Mapping[str, frozenset[str]]
+    """Tensor of the checkpoint -> the parameters that it is copied into, of those that are copied anywhere."""
+    moved: frozenset[str]
+    """Tensors whose values change places on the way."""
+    stopped: str | None
+    """What ended the loading before all tensors had come by."""
+
+
+class _Recorder(QuantizationConfig):
+    """Answers for unquantized layers, and notes which ones ask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed_modules_mapping: dict[str, list[str]] = {}
+        self.layers: set[int] = set()
+        self._kept: list[torch.nn.Module] = []
+        """So that no other layer gets the number of one that is gone."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from sglang.srt.layers.linear import LinearBase
+
+        self.layers.add(id(layer))
+        self._kept.append(layer)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def get_name(self) -> str:
+        return "asking"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.half, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> _Recorder:
+        return cls()
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+
+class _Copies:
+    """Which tensor was copied into which parameter's memory."""
+
+    def __init__(self) -> None:
+        self.into: dict[str, set[int]] = {}
+        self.moved: set[str] = set()
+        self.asked: set[str] = set()
+        """Tensors whose one value was read, as SGLang does to fill a parameter with it."""
+
+    def note(self, tensor: _Named, into: torch.Tensor) -> None:
+        storage = into.untyped_storage()._cdata
+        for name in tensor._names:
+            self.into.setdefault(name, set()).add(storage)
+        if tensor._moved:
+            self.moved.update(tensor._names)
+
+
+class _Named(torch.Tensor):
+    """A tensor without values that knows the tensors of the checkpoint that it was made from."""
+
+    _copies: _Copies
+    _names: tuple[str, ...]
+    _moved: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, copies: _Copies, names: tuple[str, ...], moved: bool) -> _Named:
+        named = tensor.as_subclass(cls)
+        named._copies, named._names, named._moved = copies, names, moved
+        return named
+
+    def _copy_to(self, into: torch.Tensor) -> torch.Tensor:
+        """Notes the copy, which is not made: the parameter may be on a device with memory. Raises as it would."""
+        torch.broadcast_to(self, into.shape)
+        self._copies.note(self, into)
+        return into
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.copy_ and type(args[0]) is not cls and type(args[1]) is cls:
+                return args[1]._copy_to(args[0])
+            if func is torch.Tensor.__setitem__ and type(args[0]) is not cls and type(args[2]) is cls:
+                args[2]._copy_to(args[0][args[1]])
+                return None
+            if func is torch.Tensor.item:
+                args[0]._copies.asked.update(args[0]._names)
+                return 1.0
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, torch.Tensor | tuple | list) or isinstance(result, torch.Size):
+                return result
+            sources = list(_named((*args, *(kwargs or {}).values())))
+            if not sources:
+                return result
+            names = tuple(dict.fromkeys(name for source in sources for name in source._names))
+            moved = func.__name__ in _MOVING or any(source._moved for source in sources)
+            return _wrapped(result, sources[0]._copies, names, moved)
+
+
+def _named(values: Iterable[Any]) -> Iterator[_Named]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _named(value)
+        elif type(value) is _Named:
+            yield value
+
+
+def _wrapped(result: Any, copies: _Copies, names: tuple[str, ...], moved: bool) -> Any:
+    if isinstance(result, torch.Tensor):
+        return _Named.of(result, copies, names, moved)
+    if type(result) in (tuple, list):
+        return type(result)(_wrapped(value, copies, names, moved) for value in result)
+    return result
+
+
+def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Answer:
+    """What the class for SGLang's ``model_config`` makes of ``tensors``: each one's name, dtype (as safetensors writes
+    it) and shape.
+
+    Process groups and the server's arguments must be there, as in one of SGLang's workers.
+    """
+    from sglang.srt.model_loader.utils import get_model_architecture
+
+    model_class, _ = get_model_architecture(model_config)
+    recorder, copies = _Recorder(), _Copies()
+    with _default_dtype(model_config.dtype), torch.device("meta"):
+        model = model_class(config=model_config.hf_config, quant_config=recorder)
+    weights = (
+        (name, _Named.of(torch.empty(shape, dtype=DTYPES[dtype], device="meta"), copies, (name,), False))
+        for name, dtype, shape in tensors
+    )
+    stopped = None
+    try:
+        model.load_weights(weights)
+    except Exception as error:  # of all kinds: what classes do once weights are loaded needs values
+        stopped = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.untyped_storage()._cdata, []).append(name)
+    reached = {
+        name: frozenset(parameter for storage in into for parameter in owners.get(storage, ()))
+        for name, into in copies.into.items()
+    }
+    # Of those that were read, a parameter of the same last words is filled.
+    for name in copies.asked - reached.keys():
+        words = name.split(".")[-3:]
+        filled = [parameter for owned in owners.values() for parameter in owned if parameter.split(".")[-3:] == words]
+        reached[name] = frozenset(filled)
+    offered = frozenset(path for path, module in model.named_modules() if id(module) in recorder.layers)
+    parameters = frozenset(name for name, _ in model.named_parameters())
+    return Answer(model_class.__name__, parameters, offered, reached, frozenset(copies.moved), stopped)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

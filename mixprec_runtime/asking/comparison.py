@@ -1,0 +1,162 @@
+"""Compares what SGLang's class makes of a checkpoint with what the model's family says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from mixprec_build.families.base import Family
+from mixprec_build.families.expected import is_buffer, left_out_of_builds, tower_of
+from mixprec_build.families.facts import ModelFacts
+from mixprec_build.families.names import last_word
+from mixprec_build.families.parts import Role
+from mixprec_build.patterns.compress import compress
+from mixprec_build.text import some
+
+from .answer import Answer
+
+__all__ = ["Disagreement", "Module", "compare"]
+
+
+class Module(NamedTuple):
+    """A module of the checkpoint as it is offered to the class."""
+
+    shape: tuple[int, ...]
+    leaves: tuple[str, ...]
+    """Last words of its tensors, empty for a bare parameter."""
+    quantized: bool
+    """Whether it may be quantized: all linears of a family, or those that are in one checkpoint."""
+
+
+class Disagreement(NamedTuple):
+    """Where the class and the family differ."""
+
+    serious: bool
+    """Whether a server could not load the checkpoint."""
+    text: str
+
+
+class _Any:
+    """A quantized format that SGLang's models have no reason of their own to refuse."""
+
+    kind = "any"
+    quantized = True
+    has_weight = True
+    rows_in_fused = 1
+    row_join_limit = None
+
+    def shared_experts_limit(self, down: object) -> None:
+        return None
+
+
+def compare(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) -> list[Disagreement]:
+    """Where they disagree: tensors that the class drops, parameters that none fills, linears that it joins, names or
+    leaves unquantized otherwise than the family says."""
+    family = facts.family
+    roles = {name: family.role_of(name, module.shape, module.leaves) for name, module in modules.items()}
+    lost = [*_lost(answer, facts, modules)]
+    found = [Disagreement(answer.stopped is None, text) for text in _dropped(answer, lost)]
+    if answer.stopped is None:
+        found += [Disagreement(True, text) for text in _unfilled(answer)]
+    found += [Disagreement(False, text) for text in _misplaced(answer, family, modules, roles)]
+    found += [Disagreement(True, text) for text in _not_offered(answer, family, modules, roles)]
+    found += [Disagreement(True, text) for text in _moved(answer, family, modules, roles)]
+    return found
+
+
+def _tensors(name: str, module: Module) -> Iterator[str]:
+    return (f"{name}.{leaf}" if leaf else name for leaf in module.leaves)
+
+
+def _lost(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) -> Iterator[str]:
+    """Tensors that are copied nowhere and should be."""
+    names = [tensor for name, module in modules.items() for tensor in _tensors(name, module)]
+    # A server that is to answer text only makes no encoders.
+    without_towers = not any(tower_of(name) is not None for name in answer.reached)
+    for name in names:
+        if name in answer.reached or is_buffer(name) or left_out_of_builds(name):
+            continue
+        tied = facts.tied_embeddings and name.startswith(f"{facts.family.head}.")
+        if tied or facts.family.is_draft(name, facts.layers) or (without_towers and tower_of(name) is not None):
+            continue
+        yield name
+
+
+def _dropped(answer: Answer, lost: list[str]) -> Iterator[str]:
+    if lost and answer.stopped is not None:
+        yield f"{answer.model} could not load {some(compress(lost))} here: {answer.stopped}"
+    elif lost:
+        yield f"{answer.model} has no parameter for {some(compress(lost))}"
+
+
+def _unfilled(answer: Answer) -> Iterator[str]:
+    filled = {parameter for parameters in answer.reached.values() for parameter in parameters}
+    empty = sorted(answer.parameters - filled)
+    if empty:
+        yield f"nothing of the checkpoint goes into {some(compress(empty))} of {answer.model}"
+
+
+def _layers_of(family: Family, modules: Iterable[str]) -> dict[str, str]:
+    """Module -> the layer of SGLang's that the family says it is in."""
+    layers = {}
+    singles = []
+    for name in modules:
+        expert = family.expert_of(name)
+        if expert is None:
+            singles.append(name)
+        else:
+            layers[name] = family.sglang_name(expert[0])
+    for joined, members in family.joined_groups(singles).items():
+        layers |= dict.fromkeys(members, family.sglang_name(joined))
+    return layers
+
+
+def _reached_layers(answer: Answer, name: str, module: Module) -> set[str]:
+    return {
+        parameter.rpartition(".")[0]
+        for tensor in _tensors(name, module)
+        for parameter in answer.reached.get(tensor, ())
+    }
+
+
+def _misplaced(
+    answer: Answer, family: Family, modules: Mapping[str, Module], roles: Mapping[str, Role]
+) -> Iterator[str]:
+    compared = [name for name, role in roles.items() if role is not Role.PARAMETER]
+    wrong: dict[str, list[str]] = {}
+    for name, layer in _layers_of(family, compared).items():
+        reached = _reached_layers(answer, name, modules[name])
+        head = family.sglang_name(family.head)
+        if (reached and layer not in reached) or reached - {layer, head}:
+            wrong.setdefault(f"{last_word(sorted(reached)[0])}, and not into {last_word(layer)}", []).append(name)
+    for where, names in wrong.items():
+        yield f"{answer.model} loads {some(compress(names))} into {where} as the rules for this model say"
+
+
+def _not_offered(
+    answer: Answer, family: Family, modules: Mapping[str, Module], roles: Mapping[str, Role]
+) -> Iterator[str]:
+    never = []
+    for name, role in roles.items():
+        if role not in (Role.LINEAR, Role.EXPERT) or not modules[name].quantized:
+            continue
+        layers = _reached_layers(answer, name, modules[name])
+        if layers and not layers & answer.offered and family.format_limit(name, role, _Any()) is None:
+            never.append(name)
+    if never:
+        unquantized = "without a quantization config: they can be served unquantized"
+        yield f"{answer.model} makes {some(compress(never))} {unquantized}"
+
+
+def _moved(answer: Answer, family: Family, modules: Mapping[str, Module], roles: Mapping[str, Role]) -> Iterator[str]:
+    moved = [
+        name
+        for name, role in roles.items()
+        if role in (Role.LINEAR, Role.EXPERT)
+        and modules[name].quantized
+        and any(tensor in answer.moved for tensor in _tensors(name, modules[name]))
+        and not any(move.modules.fullmatch(name) for move in family.moved)
+    ]
+    if moved:
+        unquantized = "as it loads them: they can be served unquantized"
+        yield f"{answer.model} moves values of {some(compress(moved))} {unquantized}"
