@@ -146,14 +146,14 @@ class _Split:
         names = [] if degree is None else [degree.folder(rank) for rank in wanted]
         if degree is not None:
             self._owned.entries(f"{PRESPLIT}/{degree}")  # refuses a link
-        whole_ranks = self._whole_ranks()
+        intact = self._intact_ranks()
         if layout == "presplit":
-            smallest_complete_degree(self._folder, [*whole_ranks, *names])
+            smallest_complete_degree(self._folder, [*intact, *names])
         roles = map(self._source.facts.family.role_by_name, self._source.checkpoint.modules)
         if degree is not None and degree.ep > 1 and Role.EXPERT not in roles:
             raise SplitError(f"{self._folder}: its model has no experts; leave out --ep")
         splitter = None if degree is None else splitter_of(self._source, degree)
-        missing = [rank for rank, name in zip(wanted, names, strict=True) if name not in whole_ranks]
+        missing = [rank for rank, name in zip(wanted, names, strict=True) if name not in intact]
         heads = self._heads(splitter, missing) if splitter is not None and missing else {}
         # Ranks that a stopped split finished are taken over. Missing ones that are listed are damaged.
         entries = {
@@ -190,7 +190,7 @@ class _Split:
             self._drop_ranks()
         return [self._folder / name for name in names]
 
-    def _whole_ranks(self) -> list[str]:
+    def _intact_ranks(self) -> list[str]:
         """The listed ranks whose headers and sizes show no damage."""
         return [name for name, line in self._manifest.ranks.items() if damage(self._folder, name, line) is None]
 
@@ -260,16 +260,16 @@ class _Split:
             shard = checkpoint.shards.get(file)
             if shard is None or shard.header_checksum != entry.checksum:
                 raise VerifyError(f"{self._folder / file}: its header was changed; build the checkpoint again")
-        degree = smallest_complete_degree(self._folder, self._whole_ranks())
+        degree = smallest_complete_degree(self._folder, self._intact_ranks())
         splitter = splitter_of(self._source, degree)
         parameters = {degree.folder(rank): splitter.parameters(rank) for rank in range(degree.tp)}
         self._compare_merged("build the checkpoint again")
         self._run(lambda name: self._compare_rank(name, parameters[name], name in fresh), parameters)
-        held: dict[str, set[Rectangle]] = {}
+        in_ranks: dict[str, set[Rectangle]] = {}
         for piece in (piece for rank in parameters.values() for parameter in rank for piece in parameter.pieces):
-            held.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
+            in_ranks.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
         headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
-        rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), held), *headers)]
+        rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), in_ranks), *headers)]
         check_space(self._folder, sum(p.nbytes for p in rest))
         self._check()
         kept = write_rank(self._owned, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
@@ -301,7 +301,7 @@ class _Split:
         built = self._built()
 
         def compare(file: str) -> None:
-            if not self._is_whole(file, built[file]):
+            if not self._is_intact(file, built[file]):
                 raise VerifyError(
                     f"{self._folder / file}: is not as it was built, `mixprec verify {self._folder}` says where; "
                     f"nothing was dropped: {remedy}"
@@ -314,9 +314,9 @@ class _Split:
 
     def _absent(self) -> dict[str, list[tuple[TensorInfo, str]]]:
         """The merged files that are missing or damaged, and their contents."""
-        return {file: built for file, built in self._built().items() if not self._is_whole(file, built)}
+        return {file: built for file, built in self._built().items() if not self._is_intact(file, built)}
 
-    def _is_whole(self, file: str, built: Sequence[tuple[TensorInfo, str]]) -> bool:
+    def _is_intact(self, file: str, built: Sequence[tuple[TensorInfo, str]]) -> bool:
         path = inside(self._folder, file)
         if not path.is_file() or path.stat().st_size != self._manifest.files[file].nbytes:
             return False

@@ -220,7 +220,7 @@ class Stage:
     def _read_journal(self) -> None:
         """Reads the journal up to the first line that is incomplete or garbled, and cuts it off there."""
         data = self._read("journal")
-        whole = 0
+        valid = 0
         for line in data.splitlines(keepends=True):
             digest, _, text = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or xxhash.xxh3_128_hexdigest(text).encode() != digest:
@@ -228,11 +228,11 @@ class Stage:
             entry = json.loads(text)
             shard = entry.pop("shard")
             self.finished[shard] = FinishedShard(**entry)
-            whole += len(line)
-        if whole < len(data):
+            valid += len(line)
+        if valid < len(data):
             fd = self.root.open_file(self.inner("journal"), os.O_WRONLY)
             try:
-                os.ftruncate(fd, whole)
+                os.ftruncate(fd, valid)
             finally:
                 os.close(fd)
 

@@ -174,11 +174,11 @@ class Folding:
         modules: Mapping[str, PlannedModule],
         problems: Problems,
     ) -> None:
-        held_by = dict.fromkeys(module.source for module in (norm, *fed))
-        for name in held_by:
+        used = dict.fromkeys(module.source for module in (norm, *fed))
+        for name in used:
             checkpoint = self._sources.by_name[name].checkpoint
             shard = checkpoint.absent.get(norm.name)
-            if shard is not None and any(self.between(name, other) for other in held_by):
+            if shard is not None and any(self.between(name, other) for other in used):
                 repository = checkpoint.location.partition("@")[0]
                 problems.hard(
                     f"`{name}` is read from the cache, which lacks {shard}: scales may be folded into {norm.name} "

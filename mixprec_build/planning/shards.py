@@ -20,7 +20,7 @@ def lay_out(modules: Mapping[str, PlannedModule], shard_size: int, link: Sources
     linked: list[tuple[tuple[str, str], list[PlannedTensor]]] = []
     taken: set[tuple[str, str]] = set()
     if link is not None:
-        linked = list(_whole_files(modules, link))
+        linked = list(_files_used_completely(modules, link))
         taken = {(t.source, t.info.name) for _, tensors in linked for t in tensors}
     bins: list[list[PlannedTensor]] = []
     room = 0
@@ -57,7 +57,7 @@ def _aligned(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
     return sorted(tensors, key=odd)
 
 
-def _whole_files(
+def _files_used_completely(
     modules: Mapping[str, PlannedModule], sources: Sources
 ) -> Iterable[tuple[tuple[str, str], list[PlannedTensor]]]:
     """Yields source files whose every tensor is in the output, and whose metadata says ``pt``, as some readers need."""

@@ -44,9 +44,9 @@ class Sources:
         holders = [s for s in self.by_name.values() if s.kinds & kinds_of_word(word)]
         if len(holders) == 1:
             return holders[0]
-        held = ", ".join(f"`{s.name}` holds {_describe(s)}" for s in self.by_name.values())
+        found = ", ".join(f"`{s.name}` holds {_describe(s)}" for s in self.by_name.values())
         what = "no source holds" if not holders else "several sources hold"
-        raise RecipeError(f"{what} `{word}`: {held}; name a source", path=recipe.path, line=line)
+        raise RecipeError(f"{what} `{word}`: {found}; name a source", path=recipe.path, line=line)
 
 
 def open_sources(recipe: Recipe) -> Sources:

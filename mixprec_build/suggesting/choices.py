@@ -97,8 +97,8 @@ class Choices:
         chosen = choose(recipe, sources)
         self.base = plan_modules(chosen, recipe, sources)
         # Choices are written as globs, which apply only to modules that the default source has.
-        held = sources.by_name[recipe.default].checkpoint.modules
-        names = [n for n, m in self.base.items() if m.role in _ALTERNATIVES and len(m.shape) == 2 and n in held]
+        in_default = sources.by_name[recipe.default].checkpoint.modules
+        names = [n for n, m in self.base.items() if m.role in _ALTERNATIVES and len(m.shape) == 2 and n in in_default]
         self.by_source: dict[str, Mapping[str, PlannedModule]] = {}
         for name, source in sources.by_name.items():
             mine = [n for n in names if offers(source, [n])]
