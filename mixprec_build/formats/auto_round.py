@@ -1,7 +1,9 @@
 """AutoRound's configuration: how it stores a module, in the layouts of GPTQ and AWQ.
 
-``packing_format`` says in which: ``auto_round:auto_gptq`` is GPTQ's with zero points minus one, ``auto_round`` the
-same with zero points as they are, ``auto_round:auto_awq`` AutoAWQ's; none of them writes ``g_idx``. ``extra_config``
+``packing_format`` says in which: ``auto_round:auto_gptq`` is GPTQ's with zero points minus one, ``auto_round`` and
+``auto_round:gptqmodel`` the same with zero points as they are, ``auto_round:auto_awq`` AutoAWQ's; most are without
+``g_idx``. Of symmetric weights the zero points themselves tell which of the two it is (:meth:`.gptq.Gptq.as_stored`):
+versions of AutoRound differ in what they call by one word. ``extra_config``
 has other settings for single modules, by their names or by regular expressions that match whole names; 16 bits stand
 for unquantized. Which modules are quantized is read off their tensors: ``block_name_to_quantize`` is not looked at.
 
@@ -49,8 +51,9 @@ _MAX_REGEXES = 4096
 # What packs into GPTQ's layout: the words of ``packing_format`` and, before it came, of ``backend`` -> its layout.
 _GPTQ = {
     "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_gptq": "gptq", "gptq": "gptq", "auto": "gptq",
-    "gptq:marlin": "gptq", "marlin": "gptq", "auto_round:gptqmodel": "gptq",
-    "auto_round": "gptq_v2",
+    "gptq:marlin": "gptq", "marlin": "gptq",
+    "auto_round": "gptq_v2", "auto_round:gptqmodel": "gptq_v2", "gptqmodel": "gptq_v2",
+    **{f"auto_round:{kernel}": "gptq_v2" for kernel in ("exllamav2", "triton", "tritonv2", "torch", "marlin")},
 }  # fmt: skip
 _AWQ = frozenset({"auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq", "awq:marlin"})
 

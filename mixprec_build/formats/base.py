@@ -201,6 +201,11 @@ class Format(ABC):
         down."""
         return []
 
+    def as_stored(self, module: StoredModule, read: Reader) -> Format:
+        """This format, or what the values of small tensors show it to be where a configuration says otherwise and no
+        header tells."""
+        return self
+
     @property
     def has_weight(self) -> bool:
         """Whether SGLang's linears of it have a parameter ``weight``, which its models of DeepSeek look for."""

@@ -45,6 +45,8 @@ __all__ = ["Dynamic", "Gptq"]
 
 
 _MAX_OVERRIDES = 4096
+_OTHER = {"gptq": "gptq_v2", "gptq_v2": "gptq"}
+"""Each layout's counterpart."""
 _KEYS = {
     "bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "dynamic", "pack_dtype", "static_groups",
     "true_sequential", "damp_percent", "damp_auto_increment", "meta", "dataset", "tokenizer", "quantizer", "method",
@@ -224,17 +226,7 @@ class Gptq(Grouped):
 
         limits = []
         if self.sym:
-            # Marlin takes the zero point of a symmetric weight for granted.
-            due = (1 << (self.bits - 1)) - (self.layout == "gptq")
-            word = np.uint32(sum(due << (self.bits * i) for i in range(self.pack)))
-            for part in parts:
-                qzeros = read(part.tensors["qzeros"])
-                if qzeros is not None and (qzeros.view(np.uint32) != word).any():
-                    limits.append(
-                        f"declared symmetric ({self.layout}), for which every word of qzeros is {word:#010x}, but they "
-                        "hold other zero points: its configuration is wrong, and SGLang would not look at them"
-                    )
-                    break
+            limits += self._zero_point_limits([read(part.tensors["qzeros"]) for part in parts], parts, experts=experts)
         if not self.desc_act:
             for part in parts:
                 order = read(part.tensors["g_idx"]) if "g_idx" in part.tensors else None
@@ -250,12 +242,59 @@ class Gptq(Grouped):
             limits += [f"{limit} (desc_act)" for limit in self._order_limits(parts, read, experts=experts)]
         return limits
 
+    def _zero_point_limits(
+        self, stored: Sequence[npt.NDArray[Any] | None], parts: Sequence[StoredModule], *, experts: bool
+    ) -> list[str]:
+        """For symmetric weights, whose zero points Marlin takes for granted; ``stored`` are their ``qzeros``."""
+        known = [words for words in stored if words is not None]
+        layouts = {self._layout_of(words) for words in known}
+        if None in layouts:
+            word = self._symmetric_word(self.layout)
+            return [
+                f"declared symmetric ({self.layout}), for which every word of qzeros is {word:#010x}, but they hold "
+                "other zero points: its configuration is wrong, and SGLang would not look at them"
+            ]
+        if len(layouts) > 1:
+            return ["its parts store zero points in two ways (gptq and gptq_v2), and SGLang may read them in one"]
+        if layouts - {self.layout} and not experts and self.half_only(parts):
+            return [
+                f"its zero points are stored as by {_OTHER[self.layout]}, not by {self.layout} as declared, and "
+                "SGLang's slower GPTQ kernel, which alone takes its shape, would read them off by one"
+            ]
+        return []
+
+    def as_stored(self, module: StoredModule, read: Reader) -> Format:
+        """With the layout that zero points of symmetric weights are stored in, whatever is declared: AutoRound and
+        GPTQModel have changed what they call it."""
+        words = read(module.tensors["qzeros"]) if self.sym else None
+        layout = None if words is None else self._layout_of(words)
+        return self if layout in (None, self.layout) else replace(self, layout=layout)
+
+    def _symmetric_word(self, layout: str) -> np.uint32:
+        """The word of ``qzeros`` whose zero points are all half of the range."""
+        import numpy as np
+
+        zero = (1 << (self.bits - 1)) - (layout == "gptq")
+        return np.uint32(sum(zero << (self.bits * i) for i in range(self.pack)))
+
+    def _layout_of(self, words: npt.NDArray[Any]) -> str | None:
+        """The layout in which these ``qzeros`` are those of a symmetric weight; None where they are in none."""
+        import numpy as np
+
+        unsigned = words.view(np.uint32)
+        return next((layout for layout in _OTHER if (unsigned == self._symmetric_word(layout)).all()), None)
+
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        """Of symmetric weights the zero points are taken for granted, as kernels do: :meth:`value_limits` looks at
+        them."""
         import numpy as np
 
         q = unpack(tensors["qweight"].T, self.bits).T  # [K, N]
-        zeros = unpack(tensors["qzeros"], self.bits)  # [G, N]
-        if self.layout == "gptq":
+        if self.sym:
+            zeros = np.full(tensors["scales"].shape, 1 << (self.bits - 1), np.int32)
+        else:
+            zeros = unpack(tensors["qzeros"], self.bits)  # [G, N]
+        if not self.sym and self.layout == "gptq":
             # Modulo 2^bits: a zero point of 0 is stored as all ones.
             zeros = (zeros + 1) & ((1 << self.bits) - 1)
         k = q.shape[0]

@@ -30,6 +30,7 @@ from .rules import half_only, offers
 from .servable import check_servable
 from .shards import lay_out
 from .stacked import check_stacked
+from .stored import as_stored
 from .types import Plan, PlannedModule
 
 __all__ = ["make_plan", "plan_modules"]
@@ -69,6 +70,8 @@ def make_plan(
             notes_on_checks += check_complete(modules, sources.model.facts, _offered(sources), problems)
         if not problems:
             modules = without_zero_biases(modules, default, sources, reader, problems)
+            modules, remarks = as_stored(modules, reader)
+            notes_on_checks += remarks
             check_tied_head(modules, sources, reader, problems)
             check_servable(modules, sources, reader, folding, problems)
             check_moved(modules, sources, problems)

@@ -1,15 +1,18 @@
-"""References for the tests of formats: auto-gptq's packers, and modules described by dtypes and shapes.
+"""References for the tests of formats: packers of auto-gptq and auto-round, and modules described by dtypes and shapes.
 
 auto-gptq 0.7.1 is the reference for GPTQ's layout, but ``import auto_gptq`` needs libraries of 2024. Its two packers in
-plain torch do not, so their modules are imported without the packages around them.
+plain torch do not, so their modules are imported without the packages around them. So are those of auto-round 0.16.1,
+whose package needs all that quantizing takes.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -46,6 +49,30 @@ def auto_gptq_packers() -> tuple[type[Any], type[Any]]:
         heeding = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda")
         old = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda_old")
     return heeding.QuantLinear, old.QuantLinear
+
+
+def auto_round_packer() -> Callable[[str], Any]:
+    """auto-round's own choice of the class that packs a 4-bit symmetric layer, by its word for the packing."""
+    spec = find_spec("auto_round")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError("auto-round is not installed; `make setup` installs it without its requirements")
+    folder, export = Path(spec.submodule_search_locations[0]), "auto_round.export.export_to_autoround"
+    for name in ("auto_round", "auto_round.utils", "auto_round.export", export, "auto_round.export.export_to_awq"):
+        namespace = ModuleType(name)
+        namespace.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+        sys.modules[name] = namespace
+    sys.modules["auto_round.utils"].get_packing_device = lambda device=None: "cpu"  # type: ignore[attr-defined]
+    # Of the module that chooses, which imports the rest of auto-round, the function that does.
+    path = folder / "export" / "export_to_autoround" / "export.py"
+    choosing = "dynamic_import_quant_linear_for_packing"
+    (function,) = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name == choosing
+    ]
+    known: dict[str, Any] = {"functools": functools, "__package__": export, "SUPPORTED_FORMATS": ()}
+    exec(compile(ast.Module([function], []), str(path), "exec"), known)
+    return lambda word: known[choosing](word, 4, 128, True)
 
 
 def stated(tensors: Mapping[str, Stated], name: str = "model.layers.0.mlp.down_proj") -> StoredModule:

@@ -121,11 +121,6 @@ KERNELS = {
             "declared symmetric (gptq), for which every word of qzeros is 0x77777777, but they hold other zero points",
         ),
     ),
-    "zero points of another layout": Case(
-        llama_of("gptq_int4", lambda _, config: config["quantization_config"].update(checkpoint_format="gptq_v2")),
-        ("*.o_proj: quant",),
-        ("declared symmetric (gptq_v2), for which every word of qzeros is 0x88888888",),
-    ),
     "orders of q, k, v": Case(
         llama_of("gptq_int4", backwards(f"{ATTENTION}.v_proj"), desc_act=True, group_size=32),
         ("*.self_attn.*: quant",),
