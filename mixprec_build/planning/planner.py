@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..checkpoint.checkpoint import INDEX, ValueReader
+from ..checkpoint.declared import differences
 from ..checkpoint.degree import Degree
 from ..checkpoint.typed import Source
 from ..errors import RecipeError, RefusedError, SplitError
@@ -17,6 +18,7 @@ from ..formats.registry import kinds_of_word
 from ..ranks.splitter import Splitter
 from ..recipe.recipe import Recipe
 from ..recipe.sources import Sources
+from ..text import some
 from .accounts import left_out, notes_on_rules
 from .choose import Chosen, check_same_model, choose, with_followers
 from .collect import collect, without_zero_biases
@@ -124,10 +126,27 @@ def plan_modules(chosen: Chosen, recipe: Recipe, sources: Sources) -> Mapping[st
     return modules
 
 
+def _notes_on_declarations(source: Source) -> Iterator[str]:
+    """On declarations of a source that say different things of its quantization."""
+    declared = source.checkpoint.declared
+    for other in declared[1:]:
+        if differ := "; ".join(differences(declared[0], other)):
+            yield (
+                f"`{source.name}`: {declared[0].described} and {other.described} declare its quantization differently "
+                f"({differ}); each module is read by the one that its tensors agree with"
+            )
+
+
 def _notes_on_sources(default: Source, sources: Sources) -> Iterator[str]:
     for source in sources.by_name.values():
         index = source.checkpoint.path_of(INDEX)
         yield from (f"`{source.name}`: {index} {remark}" for remark in source.checkpoint.remarks)
+        if source.checkpoint.left_aside:
+            yield (
+                f"`{source.name}`: {some(source.checkpoint.left_aside)} beside the files that the index lists: not "
+                "read, as neither config.json names them nor SGLang reads them"
+            )
+        yield from _notes_on_declarations(source)
         if source.checkpoint.offline is not None:
             yield f"`{source.name}` is read from the cache: {source.checkpoint.offline}"
     if not default.facts.family.checked:
