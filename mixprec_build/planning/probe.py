@@ -8,12 +8,11 @@ step, methods that shift errors between weights (GPTQ, AutoRound) about one. A l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import lcm
+from math import lcm, prod
 from typing import TYPE_CHECKING, Any
 
 from ..formats.registry import bits_of
 from ..patterns.compress import compress
-from ..storage.header import TensorInfo
 from ..storage.reader import FileReader
 from ..text import some
 
@@ -97,28 +96,20 @@ class WeightProbe:
         if not all_rows:
             rows = min(rows, -(-_ROWS // unit) * unit)
         found = {}
-        for leaf, info in module.tensors.items():
-            if leaf == "bias":
-                continue
-            axis = axes[leaf]
-            count = None if axis is None or not info.shape else -(-rows // axis.per)
-            dim = 0 if axis is None else axis.dim
-            values = self._values(source, info, count if dim == 0 else None)
-            if values is None:
-                return None
-            found[leaf] = values if count is None or dim == 0 else values[:, :count]
-        return found
-
-    def _values(self, source: str, info: TensorInfo, rows: int | None) -> npt.NDArray[Any] | None:
-        """A tensor, or its first ``rows`` rows; None where they are not at hand."""
-        nbytes, shape = info.nbytes, info.shape
-        if rows is not None and shape and shape[0]:
-            nbytes, shape = info.nbytes // shape[0] * min(rows, shape[0]), (min(rows, shape[0]), *shape[1:])
-        if not 0 < nbytes <= _MOST_BYTES:
-            return None
         with FileReader(self._sources.by_name[source].checkpoint.storage.cached) as reader:
-            values = reader.first_values(info, nbytes)
-        return None if values is None else values.reshape(shape)
+            for leaf, info in module.tensors.items():
+                if leaf == "bias":
+                    continue
+                axis, shape = axes[leaf], [*info.shape]
+                if axis is not None and shape:
+                    shape[axis.dim] = min(shape[axis.dim], -(-rows // axis.per))
+                first = (*shape[:1], *info.shape[1:])  # rows on the disk, one after the other
+                nbytes = info.nbytes // max(1, prod(info.shape)) * prod(first)
+                values = reader.first_values(info, nbytes) if 0 < nbytes <= _MOST_BYTES else None
+                if values is None:
+                    return None
+                found[leaf] = values.reshape(first)[tuple(map(slice, shape))] if shape else values.reshape(())
+        return found
 
     def is_scaled(self, name: str, a: str, b: str, *, all_rows: bool = False) -> bool | None:
         """Whether at least a quarter of one source's rows are the other's times a factor, which was then folded in.
