@@ -1,1 +1,1 @@
-"""An opened checkpoint, each module with its format; what a compiled one declares."""
+"""Opens checkpoints and detects the format of each module; declaration and manifest of compiled ones."""

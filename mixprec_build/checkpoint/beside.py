@@ -1,8 +1,8 @@
-"""Safetensors files that a checkpoint's index does not list, and which of them belong to the checkpoint.
+"""Decides which of the safetensors files that an index does not list belong to the checkpoint.
 
 Layers for multi-token prediction (MTP) often come in a file of their own (``mtp.safetensors``,
 ``model_mtp.safetensors``, ``model_extra_tensors.safetensors``) that not every release lists. Other files are copies of
-the whole model under other names (``consolidated.safetensors``), or adapters.
+the model under other names (``consolidated.safetensors``), or adapters.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class BesideFiles:
         known = set(listed)
         self._facts = facts
         self.candidates = sorted(file for file in files if file.endswith(".safetensors") and file not in known)
-        """Names of the files; a reader opens their headers."""
+        """Safetensors files that the index does not list."""
         self._named = facts.file_names(".safetensors") if self.candidates else set()
 
     def certain(self, file: str) -> bool:
-        """Whether a file belongs to the checkpoint, whatever it holds."""
+        """Whether a file belongs to the checkpoint, whatever its tensors are."""
         return file in self._named or (file == _READ_BY_SGLANG and self._sglang_reads_it())
 
     def _sglang_reads_it(self) -> bool:
@@ -59,6 +59,6 @@ class BesideFiles:
         return self._facts.draft_layers > 0 and not any(is_draft(name, self._facts) for name in tensors)
 
     def holds_draft(self, tensors: Iterable[str]) -> bool:
-        """Whether these are tensors of such layers alone."""
+        """Whether all of these are tensors of layers for multi-token prediction."""
         names = list(tensors)
         return bool(names) and all(is_draft(name, self._facts) for name in names)

@@ -1,4 +1,4 @@
-"""An opened checkpoint: names, dtypes, shapes and byte ranges, known from its headers alone."""
+"""An opened checkpoint: names, dtypes, shapes and byte ranges, from its headers alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Checkpoint", "ValueReader"]
 
 INDEX = "model.safetensors.index.json"
 REST = "presplit/rest"
-"""What a compiled checkpoint keeps of merged files that were dropped."""
+"""The folder of what a compiled checkpoint keeps of merged files that were dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,18 @@ class Shard:
 
     size: int
     header_bytes: int
-    """With the eight bytes of its length: where the data section starts."""
+    """The eight bytes of the length included: where the data section starts."""
     header_checksum: str
     metadata: object
     modified: int | None
-    """When its file was last changed (ns), where that is on this machine: the plan rests on its values too."""
+    """Time of modification in ns, if the file is on this machine: a plan depends on values in it, too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """An opened checkpoint.
 
-    ``declared`` is what it says of its quantization, in all places; empty for a plain model.
+    ``declared`` has its declarations of quantization; empty for an unquantized model.
     """
 
     location: str
@@ -57,15 +57,15 @@ class Checkpoint:
     left_aside: tuple[str, ...] = ()
     """Safetensors files that the index does not list and that are not read."""
     remarks: tuple[str, ...] = ()
-    """What the index and its files say differently."""
+    """Differences between the index and its files."""
     taken_apart: frozenset[str] = frozenset()
-    """Files with tensors that hold all experts of a layer, each of which has tensors of its own here."""
+    """Files with tensors of all experts of a layer; ``tensors`` has one for each expert instead."""
     values: dict[str, bytes] = field(default_factory=dict, repr=False)
-    """Tensor -> its first bytes, of those that were read although their files are not on this machine."""
+    """Tensor -> its first bytes, of those that were read from the hub because their files are not on this machine."""
 
     @property
     def quantization(self) -> Mapping[str, object]:
-        """The declaration that counts where several disagree and the tensors do not tell; empty without any."""
+        """The settings of the first declaration; empty without any."""
         return self.declared[0].quantization if self.declared else {}
 
     @property
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @property
     def offline(self) -> str | None:
-        """Why the cache answered for the hub; None when it did not have to."""
+        """The reason why the cache was opened instead of the hub; None when it was not."""
         return getattr(self.storage, "offline", None)
 
     @property
@@ -89,7 +89,7 @@ class Checkpoint:
         return str(self.storage.folder.resolve()) if isinstance(self.storage, LocalFolder) else None
 
     def path_of(self, file: str) -> str:
-        """How messages name a file of this checkpoint."""
+        """The name of a file of this checkpoint in messages."""
         return f"{self.location}/{file}"
 
     def read(self, tensor: TensorInfo) -> np.ndarray:
@@ -98,7 +98,7 @@ class Checkpoint:
             return reader.array(tensor)
 
     def read_values(self, tensors: Iterable[TensorInfo]) -> None:
-        """Reads the first values of tensors whose files are on an online hub only, for :class:`ValueReader`."""
+        """Reads the first values of tensors whose files are only on the hub, for :class:`ValueReader`."""
         if isinstance(self.storage, LocalFolder) or self.offline is not None:
             return
         wanted = [tensor for tensor in tensors if tensor.name not in self.values]
@@ -113,7 +113,7 @@ class Checkpoint:
 
 
 class ValueReader:
-    """Reads the first values of small tensors of several checkpoints, where they are here or were read ahead."""
+    """Reads the first values of tensors of several checkpoints, on this machine or read ahead from a hub."""
 
     LIMIT = 64 << 10
 
@@ -128,5 +128,5 @@ class ValueReader:
             reader.close()
 
     def read(self, checkpoint: str, tensor: TensorInfo) -> np.ndarray | None:
-        """The first values of a tensor, flat, up to 64 KiB; None where they are not here."""
+        """The first values of a tensor, flat, up to 64 KiB; None where they are not on this machine."""
         return self._readers[checkpoint].first_values(tensor, min(tensor.nbytes, self.LIMIT))

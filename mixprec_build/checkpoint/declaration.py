@@ -42,7 +42,7 @@ class Declaration:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Declaration:
-        """Raises :class:`SourceError` for another version or a damaged declaration."""
+        """Parses a declaration. Raises :class:`SourceError` for another version or a damaged one."""
         from ..formats.registry import format_from_json
 
         if config.get("version") != VERSION:
@@ -61,7 +61,7 @@ class Declaration:
         return cls(formats, rules, default)
 
     def format_of(self, module: str) -> Format:
-        """Raises :class:`SourceError` when the patterns take too long."""
+        """The format of a module. Raises :class:`SourceError` when the patterns take too long."""
         try:
             with self._budget:
                 line = self._index.last(module)
@@ -84,7 +84,7 @@ def name_formats(formats: Iterable[Format]) -> dict[Format, str]:
 def quantization_config(modules: Mapping[str, Format]) -> dict[str, object]:
     """The declaration of a checkpoint whose modules have these formats (in checkpoint order)."""
     names = name_formats(modules.values())
-    # The commonest unquantized format, so that norms and embeddings need no line.
+    # The most frequent unquantized format, so that norms and embeddings need no line.
     counts = Counter(modules.values())
     default = max(names, key=lambda fmt: (not fmt.quantized, counts[fmt]))
     by_format: dict[Format, list[str]] = {fmt: [] for fmt in names if fmt != default}

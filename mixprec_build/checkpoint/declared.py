@@ -1,7 +1,7 @@
-"""Where a checkpoint says how its weights are quantized, and what it says there, in one spelling.
+"""Reads what a checkpoint declares of its quantization, in one spelling.
 
-Read in this order; SGLang takes the first that is there (``model_loader/weight_utils.py``, ``get_quant_config``, and
-``configs/model_config.py``, ``_parse_quant_hf_config``, of 0.5.17):
+Places in the order in which they are read; SGLang takes the first that exists (``model_loader/weight_utils.py``,
+``get_quant_config``, and ``configs/model_config.py``, ``_parse_quant_hf_config``, of 0.5.17):
 
 1. ``quantization_config`` of ``config.json``;
 2. that of a part of it, such as ``text_config``: models with a vision tower keep their decoder's there;
@@ -9,8 +9,8 @@ Read in this order; SGLang takes the first that is there (``model_loader/weight_
 4. ``hf_quant_config.json``: ModelOpt's, whose keys stand in ``quantization``;
 5. ``quantize_config.json``: GPTQ's, and ``quant_config.json``: AutoAWQ's.
 
-Those that say something else than the first are kept: a file may be left over from another release of the model, and
-only the tensors tell which of the two is right.
+Declarations that differ from the first are kept, too: a file may be left over from another release of the model, and
+only the tensors show which one is right.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _METHOD_OF_FILE = {MODELOPT_FILE: "modelopt", "quantize_config.json": "gptq", "q
 _KEYS = ("quantization_config", "compression_config")
 _ENCODERS = ("vision", "visual", "audio", "speech", "video")
 
-# What several tools call one setting: the word that is read here, and the others.
+# Name of a setting -> what other tools call it.
 _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "bits": ("w_bit", "wbits"),
     "group_size": ("q_group_size", "groupsize"),
@@ -49,13 +49,13 @@ class Declared:
     quantization: Mapping[str, object]
     file: str
     place: str
-    """The keys that lead to it in the file, such as ``text_config.quantization_config``; empty for a whole file."""
+    """The keys that lead to it in the file, such as ``text_config.quantization_config``; empty if it is all of it."""
     spelled: tuple[str, ...] = ()
-    """The keys believed here, where a declaration says one thing under two names and they differ."""
+    """The keys that this reading uses, where a declaration has two names of a setting with different values."""
 
     @property
     def described(self) -> str:
-        """For messages."""
+        """Its place, for messages."""
         at = f"`{self.place}` of {self.file}" if self.place else self.file
         return f"{at} ({', '.join(f'`{key}`' for key in self.spelled)})" if self.spelled else at
 
@@ -63,14 +63,17 @@ class Declared:
 def read_declarations(
     config: Mapping[str, object], read: Callable[[str], Mapping[str, object] | None], path: str
 ) -> tuple[Declared, ...]:
-    """Every declaration of a checkpoint, the one that counts first; none of a checkpoint that is not quantized.
+    """Reads all declarations of a checkpoint, in the order above; none if it is not quantized.
 
-    ``read`` returns the content of a file beside ``config.json``, or None where there is none; ``path`` is what
-    messages call the checkpoint. Settings come in one spelling: ``quant_method`` in lower case and always there where
-    anything tells it, ``bits``, ``group_size`` and ``desc_act`` under these names, ModelOpt's keys at the top.
+    Settings are in one spelling: ``quant_method`` in lower case, inferred if missing; ``bits``, ``group_size`` and
+    ``desc_act`` under these names; ModelOpt's keys at the top.
+
+    Args:
+        read: returns the content of a file beside ``config.json``, or None where there is none.
+        path: the checkpoint's name in messages.
 
     Raises:
-        SourceError: a declaration is no JSON object.
+        SourceError: a declaration is not a JSON object.
     """
     found: list[Declared] = []
     for place, block in _blocks(config):
@@ -92,7 +95,7 @@ def read_declarations(
 
 
 def differences(one: Declared, other: Declared) -> list[str]:
-    """Settings of both that differ, as ``"group_size 128 and 64"``."""
+    """Settings that both have and that differ, as ``"group_size 128 and 64"``."""
     both = [key for key in one.quantization if key in other.quantization]
     return [
         f"{key} {brief(one.quantization[key])} and {brief(other.quantization[key])}"
@@ -102,7 +105,7 @@ def differences(one: Declared, other: Declared) -> list[str]:
 
 
 def without_declarations(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without any declaration, in whichever of its parts."""
+    """``config`` without declarations, in all of its parts."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -113,11 +116,8 @@ def without_declarations(config: Mapping[str, Any]) -> dict[str, Any]:
     return stripped
 
 
-# Where declarations stand
-
-
 def _blocks(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """``(place, block)`` of all declarations in ``config.json``; those of vision and audio encoders last."""
+    """Yields ``(place, block)`` of all declarations in ``config.json``, those of vision and audio encoders last."""
     if config.get("quantization_config") is not None:
         yield "quantization_config", config["quantization_config"]
     decoders: list[tuple[str, object]] = []
@@ -139,12 +139,12 @@ def _blocks(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 def _of_file(data: Mapping[str, object], file: str, path: str) -> Mapping[str, object]:
-    """The settings that a file beside ``config.json`` holds."""
+    """The settings in a file beside ``config.json``."""
     if file == MODELOPT_FILE and "quantization" in data:
         inner = data["quantization"]
         if not isinstance(inner, Mapping):
             raise SourceError("`quantization` is not an object", path=f"{path}/{file}")
-        if inner.get("quant_algo") is None:  # a model that ModelOpt left as it was, with or without a cache in FP8
+        if inner.get("quant_algo") is None:  # an unquantized model, perhaps with an FP8 KV cache
             return {}
         outer = {key: value for key, value in data.items() if key != "quantization"}
         return {"quant_method": "modelopt", **inner, **outer}
@@ -152,11 +152,8 @@ def _of_file(data: Mapping[str, object], file: str, path: str) -> Mapping[str, o
     return data if method is None or data.get("quant_method") is not None else {**data, "quant_method": method}
 
 
-# One spelling
-
-
 def _spelled(block: Mapping[str, object], file: str, place: str) -> list[Declared]:
-    """A declaration in one spelling; two where it says one thing under two names and these differ."""
+    """A declaration in one spelling; two readings where it has two names of a setting with different values."""
     settings: dict[str, object] = dict(block)
     method = settings.get("quant_method")
     if isinstance(method, str):
@@ -183,7 +180,7 @@ def _spelled(block: Mapping[str, object], file: str, place: str) -> list[Declare
 
 
 def _method_of(settings: Mapping[str, object]) -> str | None:
-    """The method of a declaration that does not name it."""
+    """Infers the method of a declaration that does not name it."""
     producer = settings.get("producer")
     maker = producer.get("name") if isinstance(producer, Mapping) else None
     if settings.get("quant_algo") is not None or maker == "modelopt":
@@ -196,5 +193,5 @@ def _method_of(settings: Mapping[str, object]) -> str | None:
 
 
 def _adds_nothing(quantization: Mapping[str, object], other: Mapping[str, object]) -> bool:
-    """Whether all that ``quantization`` says is said in ``other``, too."""
+    """Whether ``other`` has all settings of ``quantization``."""
     return all(key in other and other[key] == value for key, value in quantization.items())

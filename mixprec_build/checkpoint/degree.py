@@ -1,4 +1,4 @@
-"""How many ranks a checkpoint is cut for, and the folders that their files lie in."""
+"""Degrees of parallelism that a checkpoint is cut for, and the folders of its ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Degree:
 
     @classmethod
     def parse(cls, text: str) -> Degree:
-        """Reads what ``str`` gives. Raises :class:`ValueError` for any other text."""
+        """Inverse of ``str``. Raises :class:`ValueError` for any other text."""
         found = re.fullmatch(r"tp(\d{1,6})-ep(\d{1,6})(?:-dp(\d{1,6}))?", text, re.ASCII)
         if not found:
             raise ValueError(f"{text!r} is no degree")
@@ -43,21 +43,23 @@ class Degree:
 
     @property
     def moe_tp(self) -> int:
+        """The number of ranks that share an expert."""
         return self.tp // self.ep
 
     @property
     def attention_tp(self) -> int:
+        """The number of ranks that share a replica of attention."""
         return self.tp // self.dp
 
     @property
     def options(self) -> str:
-        """What SGLang is started with for it."""
+        """The options to start SGLang with."""
         experts = f" --ep-size {self.ep}" if self.ep > 1 else ""
         attention = f" --dp {self.dp} --enable-dp-attention" if self.dp > 1 else ""
         return f"--tp {self.tp}{experts}{attention}"
 
     def folder(self, rank: int) -> str:
-        """Where a rank's files lie in a checkpoint."""
+        """The folder of a rank's files in a checkpoint."""
         return f"presplit/{self}/rank-{rank}-of-{self.tp}"
 
 

@@ -19,7 +19,7 @@ __all__ = ["detect"]
 
 
 def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
-    """The format of each module of a checkpoint, or why it has none that is read: only used ones matter."""
+    """The format of each module, or an error if it has no supported one, which matters only if the module is used."""
     if checkpoint.quantization.get("quant_method") == METHOD:
         return _detect_compiled(checkpoint)
     declared = checkpoint.declared or (Declared({}, "config.json", ""),)
@@ -27,8 +27,8 @@ def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
     known: dict[object, Format | FormatError] = {}
     found = {}
     for name, module in checkpoint.modules.items():
-        # Modules whose tensors are alike, and of which declarations tell the same, are looked at once: experts are, by
-        # thousands. Of bare parameters, names tell buffers.
+        # Modules with equal tensors and equal settings are checked once: thousands of experts are alike. Bare
+        # parameters are checked one by one, since buffers are known by their names.
         alike = tuple([(leaf, t.dtype, t.shape) for leaf, t in module.tensors.items()])
         what = name if "" in module.tensors else (alike, *[told_by_name(name, said) for _, said in readings])
         if what not in known:
@@ -38,7 +38,7 @@ def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
 
 
 def _detect_compiled(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
-    """The same of a checkpoint that mixprec built."""
+    """The same for a checkpoint that mixprec built."""
     try:
         declaration = Declaration.from_json(checkpoint.quantization)
     except SourceError as error:
@@ -54,15 +54,17 @@ def _detect_compiled(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
 
 
 def _recognise(module: StoredModule, readings: list[tuple[Declared, Quantization]]) -> Format | FormatError:
-    """The format by the declaration that the module's tensors agree with; by none of them, what is wrong with the
-    first."""
+    """The format by the one declaration that the module's tensors agree with.
+
+    Returns an error if they agree with none, or with several that differ.
+    """
     fitting: dict[Format, Declared] = {}
     errors = []
     for declared, quantization in readings:
         try:
             fitting.setdefault(recognise(module, quantization), declared)
         except FormatError as error:
-            errors.append(error.with_traceback(None))  # which would keep all that was at hand, for every module
+            errors.append(error.with_traceback(None))  # which would keep its frames, for every module
     if not fitting:
         return errors[0]
     (fmt, first), *others = fitting.items()

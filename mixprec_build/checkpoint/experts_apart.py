@@ -1,9 +1,9 @@
-"""Experts that a release keeps in one tensor a layer, as tensors of their own.
+"""Takes tensors of all experts of a layer, as some releases store them, apart into tensors of single experts.
 
 ``...experts.gate_up_proj [E, 2I, H]`` is E times gate ``[I, H]`` and up ``[I, H]``, one after the other: each is a
-range of bytes, and is copied as any other tensor is. They get the names of releases that store every expert apart,
-which SGLang's loaders take too. A mix must not hold both: SGLang's loader for Qwen3.5 passes over experts with names
-of their own once it has seen a tensor of all of them (``is_fused_expert`` in ``models/qwen3_5.py``).
+range of bytes, which can be copied like any other tensor. They get the names of releases that store single experts,
+which SGLang's loaders accept, too. A mix must not have both: SGLang's loader for Qwen3.5 skips single experts once it
+has seen a tensor of all of them (``is_fused_expert`` in ``models/qwen3_5.py``).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..storage.header import TensorInfo
 __all__ = ["take_experts_apart"]
 
 _DTYPES = ("BF16", "F16", "F32")
-"""Of weights without scales, which would have to be taken apart with them."""
+"""Unquantized dtypes: scales would have to be taken apart with their weights."""
 
 
 def take_experts_apart(
     tensors: Mapping[str, TensorInfo], family: Family, experts: int | None
 ) -> tuple[dict[str, TensorInfo], frozenset[str]]:
-    """``tensors`` with those of all experts of a layer replaced by one for each expert's projections, and the files
-    that such ones lie in. ``experts`` is how many a layer has.
+    """Replaces tensors of all experts of a layer by one for each projection of an expert.
 
-    A tensor of another shape or dtype than its family's releases have stays as it is.
+    Returns the tensors, and the files that the replaced ones are in. ``experts`` is the number of experts in a layer. A
+    tensor of another shape or dtype than its family's releases have stays as it is.
     """
     if not family.stacked_experts:
         return dict(tensors), frozenset()
@@ -49,7 +49,7 @@ def _can_be_cut(tensor: TensorInfo, stacked: StackedExperts, experts: int | None
 
 
 def _parts(tensor: TensorInfo, stacked: StackedExperts) -> Iterator[TensorInfo]:
-    """The weights ``[N, K]`` of all experts, in the order of their bytes."""
+    """Yields the weights ``[N, K]`` of all experts, in the order of their bytes."""
     experts, rows, columns = tensor.shape
     block = tensor.name.rpartition(".")[0]
     shape = (rows // len(stacked.parts), columns)

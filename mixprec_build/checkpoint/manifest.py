@@ -1,6 +1,6 @@
 """``mixprec_manifest.json``, version 1: every file, module and tensor of a build with its source and checksum.
 
-It is read and checked once, into :class:`Manifest`; what reads a compiled checkpoint is given that.
+It is parsed and checked once, into :class:`Manifest`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 
 MANIFEST = "mixprec_manifest.json"
 CHECKSUM = "xxh3_128"
-"""The algorithm of all checksums, and the key that they stand under."""
+"""The algorithm of all checksums, and their key in the JSON."""
 
 _MAX_BYTES = 128 << 20
 _MAX_VALUES = 8_000_000  # a tensor takes 19
@@ -65,7 +65,7 @@ class TensorEntry(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorEntry:
-        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` on nonsense."""
+        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` if ``data`` is malformed."""
         sizes = data["shape"]
         if type(sizes) is not list:
             raise TypeError(f"shape is {type(sizes).__name__}")
@@ -134,7 +134,7 @@ class Manifest:
     """The manifest of a compiled checkpoint."""
 
     head: Mapping[str, Any]
-    """All sections but the modules, as JSON: what this version does not know is kept when it is written again."""
+    """All sections but the modules, as JSON. Unknown keys are kept when the manifest is written again."""
     modules: Mapping[str, ModuleEntry]
     sources: Mapping[str, SourceEntry]
     formats: Mapping[str, Format]
@@ -142,9 +142,9 @@ class Manifest:
     ranks: Mapping[str, RankEntry]
     """By folder, as ``presplit/tp4-ep1/rank-0-of-4``."""
     rest: RankEntry | None
-    """What is kept of merged files that were dropped."""
+    """The folder of what is kept of merged files that were dropped; None where they were not."""
     checksum: str
-    """Over all of the manifest, and so over the checksum of every tensor: equal ones are equal checkpoints."""
+    """Of the manifest, which has the checksums of all tensors: equal ones mean equal checkpoints."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -179,12 +179,12 @@ class Manifest:
 
     @property
     def shards(self) -> dict[str, FileEntry]:
-        """The safetensors files of the whole model, whether they were dropped or not."""
+        """The merged files, whether they were dropped or not."""
         return {name: entry for name, entry in self.files.items() if entry.shard}
 
     @property
     def unservable(self) -> list[str]:
-        """What SGLang could not serve, allowed when it was built."""
+        """Reasons why SGLang could not serve it, which were allowed when it was built."""
         return list(self.head.get("unservable", []))
 
     def tensors(self) -> dict[str, TensorEntry]:
@@ -194,7 +194,7 @@ class Manifest:
     def differences(
         self, stored: Mapping[str, TensorInfo]
     ) -> Iterator[tuple[str, TensorEntry | None, TensorInfo | None]]:
-        """Where headers tell of other tensors: a name, its entry, and what headers say; None for what is missing."""
+        """Yields tensors whose headers differ from the manifest: name, entry and header, None for a missing one."""
         recorded = self.tensors()
         for name, entry in recorded.items():
             info = stored.get(name)
@@ -204,7 +204,7 @@ class Manifest:
             yield name, None, stored[name]
 
     def listing(self, ranks: Mapping[str, RankEntry], rest: RankEntry | None) -> Manifest:
-        """The manifest with these folders of ranks; with ``rest``, one whose merged files were dropped."""
+        """A copy of the manifest with these folders of ranks, and with ``rest`` if merged files were dropped."""
         head = {key: value for key, value in self.head.items() if key not in ("presplit", "layout", "rest")}
         ranks = dict(sorted(ranks.items()))
         if ranks:
@@ -214,7 +214,7 @@ class Manifest:
         return replace(self, head=head, ranks=ranks, rest=rest)
 
     def dump(self) -> Iterator[bytes]:
-        """As :func:`dump_manifest`."""
+        """Yields its text, as :func:`dump_manifest`."""
         return dump_manifest(self.head, self.modules.items())
 
 
@@ -223,14 +223,11 @@ def checksum_of(data: bytes | memoryview) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
-# Writing
-
-
 def dump_manifest(head: Mapping[str, Any], modules: Iterable[tuple[str, ModuleEntry]]) -> Iterator[bytes]:
-    """JSON with one module a line, piece by piece: a manifest of 100,000 tensors stays readable and diffable.
+    """Yields pieces of JSON with one module a line, so that a manifest of 100,000 tensors stays readable and diffable.
 
-    Its last line holds the checksum of all before it, so that a manifest that was damaged does not pass for
-    a checkpoint that was. Modules are asked for one at a time: all at once would take more memory than the build.
+    Its last line has the checksum of all before it, so that a damaged manifest is not taken for a damaged checkpoint.
+    Modules are taken one at a time: all at once would need more memory than the build.
     """
     digest = xxhash.xxh3_128()
     for text in _manifest_text(head, modules):
@@ -262,14 +259,11 @@ def _seal(checksum: str) -> bytes:
     return f' "{_SEAL_KEY}": "{checksum}"\n}}\n'.encode()
 
 
-# Reading
-
-
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a compiled checkpoint, every field that is used checked for its type.
+    """Reads the manifest of a compiled checkpoint and checks the types of its fields.
 
     Raises:
-        VerifyError: there is none, or none that is whole.
+        VerifyError: there is none, or it is damaged, was changed, or is of another version.
     """
     path = hide_password(str(folder / MANIFEST))
     if not (folder / MANIFEST).exists():
@@ -298,7 +292,7 @@ def _module(data: Any, formats: Mapping[str, Format]) -> ModuleEntry:
     tensors = _object(_object(data, "a module")["tensors"], "tensors")
     for entry in tensors.values():
         if type(entry) is not TensorEntry:
-            TensorEntry.from_json(_object(entry, "an entry"))  # says what it lacks
+            TensorEntry.from_json(_object(entry, "an entry"))  # raises, and says what it lacks
             raise ValueError("an entry has more than a tensor's keys")
     if data["format"] not in formats:
         raise ValueError(f"format {brief(data['format'])} is not declared")
@@ -312,7 +306,7 @@ def _source(data: Any) -> SourceEntry:
 
 
 def _file(name: str, data: Any) -> FileEntry:
-    pure = PureWindowsPath(name)  # also takes backslashes and drives for what they are
+    pure = PureWindowsPath(name)  # recognises backslashes and drives as well
     if pure.anchor or ".." in pure.parts:
         raise ValueError(f"the file {name[:200]!r} is not in this folder")
     entry = _object(data, "an entry")

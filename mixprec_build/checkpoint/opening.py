@@ -1,6 +1,6 @@
-"""A Hugging Face checkpoint, opened by its headers alone: names, dtypes, shapes, byte ranges.
+"""Opens a Hugging Face checkpoint by its headers alone: names, dtypes, shapes, byte ranges.
 
-Weights are never mapped into memory and never read here beyond what is asked for by :meth:`Checkpoint.read`.
+Weights are never mapped into memory, and are read only by :meth:`Checkpoint.read`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _IS_ADAPTER = (
     "merge_and_unload().save_pretrained(...)"
 )
 _SHARD = re.compile(r"(?P<before>.*)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
-_NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # beside what cannot be seen; a pattern means something else by these
+_NOT_IN_NAMES = re.compile(r"[ *?{}\[\]]")  # nor what is invisible; these are special in patterns
 
 
 def open_checkpoint(
@@ -55,8 +55,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens a local folder (relative ones start at ``relative_to``) or a hub id with optional ``@revision``.
 
-    With ``unread`` a file that cannot be read, is missing or contradicts another is noted there with the reason, and
-    what others hold is opened.
+    With ``unread`` a file that cannot be read, is missing or contradicts another is recorded there with the reason, and
+    the other files are opened.
 
     Raises:
         SourceError: nothing is there, only pickle files are there, or a file contradicts itself or another.
@@ -70,7 +70,7 @@ def open_storage(
     headers: Iterable[tuple[str, bytes]] | None = None,
     unread: dict[str, str] | None = None,
 ) -> Checkpoint:
-    """:func:`open_checkpoint` of files that are found; of shards that are given by their headers alone with these."""
+    """Opens a checkpoint whose files are found. ``headers``: (file, header) of its shards, instead of reading them."""
     config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
     if config is None and _ADAPTER in storage.files:
         raise SourceError(_IS_ADAPTER, path=location)
@@ -146,7 +146,7 @@ def _add_shard(
     shards: dict[str, Shard],
     index: Mapping[str, str] | None = None,
 ) -> None:
-    """Adds what the header of a file declares; of a tensor that two files hold, what ``index`` says is meant."""
+    """Adds the tensors in the header of a file. A tensor in two files is taken from the one that ``index`` names."""
     size = _size(storage, shard)
     found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
     for name in found.keys() & tensors.keys():
@@ -160,7 +160,7 @@ def _add_shard(
         raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
     file = storage.cached(shard)
     modified = None if file is None else file.stat().st_mtime_ns
-    # Of a writer's remarks, which may take as much memory as the headers of all tensors, what is asked for.
+    # Only `format` is needed of the metadata, which may take as much memory as the headers of all tensors.
     kept = {"format": metadata["format"]} if isinstance(metadata, dict) and "format" in metadata else None
     shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), kept, modified)
 
@@ -168,7 +168,7 @@ def _add_shard(
 def _add_beside(
     files: BesideFiles, reader: _HeaderReader, tensors: dict[str, TensorInfo], shards: dict[str, Shard]
 ) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Adds those files beside the listed ones that belong to the checkpoint; returns them, and those that do not."""
+    """Adds files that the index does not list and that belong to the checkpoint; returns these, and the others."""
     added: list[str] = []
     left: list[str] = []
     lacks_draft = bool(files.candidates) and files.lacks_draft(tensors)
@@ -184,7 +184,7 @@ def _add_beside(
 
 
 def _offline(storage: Files) -> bool:
-    """Whether a hub's cache answers for the hub: it may hold some shards and not others."""
+    """Whether a hub's cache was opened instead of the hub: it may lack some shards."""
     return getattr(storage, "offline", None) is not None
 
 
@@ -232,7 +232,7 @@ def _read_json(
     if not isinstance(data, dict):
         raise SourceError("not a JSON object", path=path)
     if _deeper_than(_MAX_JSON_DEPTH, data):
-        # Who prints or writes it would run out of stack.
+        # Printing or writing it would run out of stack.
         raise SourceError(f"nested deeper than {_MAX_JSON_DEPTH} levels", path=path)
     return data
 
@@ -262,7 +262,7 @@ def _shard_names(
             raise SourceError("`weight_map` must map tensor names to file names", path=f"{location}/{INDEX}")
         shards = sorted(set(weight_map.values()))
         for shard in shards:
-            pure = PureWindowsPath(shard)  # also takes backslashes and drives for what they are
+            pure = PureWindowsPath(shard)  # recognises backslashes and drives as well
             if pure.anchor or pure.drive or len(pure.parts) != 1 or PurePosixPath(shard).suffix != ".safetensors":
                 raise SourceError(
                     f"names the file {shard!r}, which is no shard in this folder", path=f"{location}/{INDEX}"
@@ -305,7 +305,7 @@ def _shard_names(
 
 
 def _are_all_shards(files: Iterable[str]) -> bool:
-    """Whether files are all of those that their names count: ``model-00001-of-00002.safetensors`` and so on."""
+    """Whether files are all that their names count, as ``model-00001-of-00002.safetensors`` does."""
     parts = [_SHARD.fullmatch(file) for file in files]
     counted = {(part["before"], int(part["count"])) for part in parts if part is not None}
     if None in parts or len(counted) != 1:
@@ -315,13 +315,14 @@ def _are_all_shards(files: Iterable[str]) -> bool:
 
 
 class _HeaderReader:
-    """Reads what comes before the data section of shards, for several threads at a time."""
+    """Reads the headers of shards. May be shared by threads."""
 
     def __init__(self, storage: Files, location: str):
         self.storage, self.location = storage, location
         self._lock, self._total = Lock(), 0
 
     def read(self, name: str) -> bytes:
+        """The bytes before the data section of a shard."""
         size = _size(self.storage, name)
         first = self.storage.read(name, 0, min(size, _FIRST_READ))
         end = 8 + header_length(first[:8], path=f"{self.location}/{name}", file_size=size)
@@ -334,7 +335,7 @@ class _HeaderReader:
         return first[:end]
 
     def try_to_read(self, name: str) -> bytes | SourceError:
-        """As :meth:`read`; returns what is wrong instead of raising it."""
+        """As :meth:`read`, but returns an error instead of raising it."""
         try:
             return self.read(name)
         except SourceError as error:
@@ -356,8 +357,10 @@ def _bad_name(tensor: TensorInfo, location: str) -> SourceError:
 def _check_index(
     index: Mapping[str, str], tensors: Mapping[str, TensorInfo], beside: frozenset[str], path: str
 ) -> Iterator[str]:
-    """Remarks on what the index and its files say differently; those ``beside`` are not its. The files are believed:
-    SGLang loads all that is in them."""
+    """Yields remarks on differences between the index and its files; those ``beside`` it are not its own.
+
+    What the files have counts: SGLang loads all of it.
+    """
     absent = [name for name in index if name not in tensors]
     moved = [name for name, shard in index.items() if name in tensors and tensors[name].file != shard]
     unlisted = [name for name in tensors.keys() - index.keys() if tensors[name].file not in beside]

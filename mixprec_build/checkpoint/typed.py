@@ -24,21 +24,22 @@ __all__ = ["Source", "open_source"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """One checkpoint of a recipe."""
+    """One checkpoint of a recipe, with the formats of its modules."""
 
     name: str
     location: str
     line: int
-    """Of the recipe; 0 outside any."""
+    """The line of the recipe that names it; 0 where none does."""
     checkpoint: Checkpoint
     formats: Mapping[str, Format | FormatError]
     distinct_formats: frozenset[Format]
-    """All that are read."""
+    """Those of ``formats`` that are supported."""
     kinds: frozenset[str]
-    """Kinds of its quantized formats; of its unquantized ones where it has no others."""
+    """Kinds of its quantized formats, or of its unquantized ones if it has no others."""
 
     @classmethod
     def of(cls, name: str, checkpoint: Checkpoint, line: int = 0) -> Source:
+        """Detects the formats of a checkpoint's modules."""
         formats = detect(checkpoint)
         held = frozenset(fmt for fmt in {*formats.values()} if isinstance(fmt, Format))
         kinds = {fmt.kind for fmt in held if fmt.quantized} or {fmt.kind for fmt in held}
@@ -46,19 +47,20 @@ class Source:
 
     @property
     def facts(self) -> ModelFacts:
-        """What its ``config.json`` says."""
+        """The facts of its ``config.json``."""
         return self.checkpoint.facts
 
     def module(self, name: str) -> StoredModule | None:
+        """The tensors of a module; None where there is no such module."""
         return self.checkpoint.modules.get(name)
 
     def known_format(self, name: str) -> Format | None:
-        """The format of a module; None where the source lacks the module, or its format is not read."""
+        """The format of a module; None where the source lacks the module, or its format is not supported."""
         found = self.formats.get(name)
         return None if isinstance(found, FormatError) else found
 
     def format_of(self, name: str) -> Format:
-        """Raises :class:`SourceError` for a module whose format is not read."""
+        """The format of a module. Raises :class:`SourceError` if it is not supported."""
         found = self.formats[name]
         if isinstance(found, FormatError):
             first = next(iter(self.checkpoint.modules[name].tensors.values()))
