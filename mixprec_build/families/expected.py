@@ -1,14 +1,28 @@
-"""Which tensors of a checkpoint SGLang's models do not take: the one rule of the planner and of strict loading.
+"""What SGLang's models take of a checkpoint: the one rule of the planner, of files for ranks and of strict loading.
 
-What the planner takes along beyond that must reach a parameter, or the server stops.
+A plan must have all that a model needs, and what is expected of a build must reach a parameter, or the server stops.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Protocol
 
-__all__ = ["is_buffer", "is_for_drafts", "left_out_of_builds", "tower_of"]
+from .names import layer_of
 
+__all__ = [
+    "is_buffer",
+    "is_expected",
+    "is_for_drafts",
+    "is_tied_head",
+    "layers_due",
+    "left_out_of_builds",
+    "ties_head",
+    "tower_of",
+]
+
+
+_MOST_LAYERS = 10_000
 
 _BUFFERS = (".inv_freq", ".cos_cached", ".sin_cached")
 _CACHE_SCALE = re.compile(r".+\.([kvq]_scale|kv_scale|[kv]_zero_point|[kvq]_proj\.(output_scale|[kv]_scale))")
@@ -20,6 +34,54 @@ _TOWER = re.compile(
     r"(vision|visual|audio|speech|vit|image|vision_\w+|visual_\w+|audio_\w+|speech_\w+|vit_\w+|image_\w+|"
     r"multi_modal_projector|mm_projector|multimodal_projector)\..+"
 )
+
+
+class _Family(Protocol):
+    @property
+    def head(self) -> str: ...
+    def is_draft(self, name: str, layers: int | None) -> bool: ...
+
+
+class _Model(Protocol):
+    """What is asked of :class:`.facts.ModelFacts`."""
+
+    @property
+    def family(self) -> _Family: ...
+    @property
+    def layers(self) -> int | None: ...
+    @property
+    def tied_embeddings(self) -> bool: ...
+    @property
+    def expects_head(self) -> bool | None: ...
+
+
+def is_expected(name: str, model: _Model, layers: range | None = None) -> bool:
+    """Whether a model takes a tensor of its checkpoint; of numbered layers with ``layers`` these alone.
+
+    Towers are taken where the server makes them, see :func:`tower_of`.
+    """
+    if is_buffer(name) or left_out_of_builds(name) is not None or is_tied_head(name, model):
+        return False
+    if model.family.is_draft(name, model.layers):
+        return False
+    layer = layer_of(name)
+    return layer is None or layers is None or layer in layers
+
+
+def layers_due(model: _Model) -> range | None:
+    """The numbers of the layers that a model needs, all of them; what comes after is for drafts. None where its
+    ``config.json`` has no number that can be."""
+    return None if model.layers is None or model.layers > _MOST_LAYERS else range(model.layers)
+
+
+def ties_head(model: _Model) -> bool:
+    """Whether the model's head is its embedding, so that SGLang loads none."""
+    return model.tied_embeddings or model.expects_head is False
+
+
+def is_tied_head(name: str, model: _Model) -> bool:
+    """Whether a module or tensor is the head of a model that ties it to the embedding."""
+    return ties_head(model) and (name == model.family.head or name.startswith(f"{model.family.head}."))
 
 
 def is_buffer(name: str) -> bool:

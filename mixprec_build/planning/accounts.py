@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from ..checkpoint.typed import Source
-from ..families.expected import left_out_of_builds
+from ..families.expected import is_tied_head, left_out_of_builds
 from ..formats.registry import leaves
 from ..patterns.compress import compress
 from ..recipe.sources import Sources
@@ -77,6 +77,6 @@ def _why_left_out(
         return f"zero biases that `{default.name}` does not have"
     if module is not None:
         return f"taken from `{module.source}`"
-    if default.facts.tied_embeddings and tensor.name.startswith(f"{sources.family.head}."):
+    if is_tied_head(tensor.name, default.facts):
         return "tied to the embedding"
     return f"not in the model as `{default.name}` has it"

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..families.base import Family
+from ..families.expected import layers_due, ties_head
 from ..families.facts import ModelFacts
 from ..families.names import last_word, numbered_part
 from ..families.parts import Role
@@ -31,7 +32,7 @@ __all__ = ["check_complete", "check_tied_head"]
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*(?:layers|h|blocks|block))\.(?P<number>\d+)\.(?P<inner>.+)")
 _BESIDE_THE_DECODER = re.compile(r"(^|\.|_)(mtp|visual|vision|audio|speech|image|encoder|tower|draft|eagle)", re.I)
 _BUFFER = re.compile(r"(.+\.)?(inv_freq|cos_cached|sin_cached|masked_bias|[kvq]_scale|kv_scale|[kvq]_zero_point)")
-_MOST_LAYERS, _MOST_EXPERTS = 10_000, 65_536
+_MOST_EXPERTS = 65_536
 
 
 def check_complete(
@@ -53,10 +54,10 @@ def check_complete(
     stacks = _stacks((name for name, module in modules.items() if "" not in module.tensors), family)
     if stacks:
         stack = max(stacks, key=lambda name: sum(map(len, stacks[name].values())))
-        layers, count = stacks[stack], facts.layers
-        if count is not None and count <= _MOST_LAYERS:
-            _check_layers(stack, layers, count, problems)
-            layers = {number: inner for number, inner in layers.items() if number < count}  # drafts follow
+        layers, due = stacks[stack], layers_due(facts)
+        if due is not None:
+            _check_layers(stack, layers, due, problems)
+            layers = {number: inner for number, inner in layers.items() if number in due}
         notes += _check_peers(stack, layers, offered, family, problems)
         if family.checked and not any(last_word(n) in family.last_norms for n in modules if not _LAYER.fullmatch(n)):
             norm = f"{_parent(stack)}{family.last_norms[0]}"
@@ -72,7 +73,7 @@ def check_tied_head(
 
     SGLang ignores a tied head, which is right only where it equals the embedding.
     """
-    if sources.model.facts.expects_head is not False:
+    if not ties_head(sources.model.facts) or sources.model.facts.expects_head is None:
         return
 
     def first(role: Role) -> PlannedModule | None:
@@ -173,12 +174,12 @@ def _stacks(names: Iterable[str], family: Family) -> dict[str, dict[int, set[str
     return stacks
 
 
-def _check_layers(stack: str, layers: Mapping[int, set[str]], count: int, problems: Problems) -> None:
-    missing = [f"{stack}.{number}" for number in range(count) if number not in layers]
+def _check_layers(stack: str, layers: Mapping[int, set[str]], due: range, problems: Problems) -> None:
+    missing = [f"{stack}.{number}" for number in due if number not in layers]
     if missing:
         problems.hard(
-            f"config.json says num_hidden_layers {count}, and the mix has nothing of {some(compress(missing))}; point "
-            "`default:` to a checkpoint that has all layers, or `model:` to the config.json of this one",
+            f"config.json says num_hidden_layers {len(due)}, and the mix has nothing of {some(compress(missing))}; "
+            "point `default:` to a checkpoint that has all layers, or `model:` to the config.json of this one",
             code="incomplete_model",
             modules=missing,
         )

@@ -30,6 +30,7 @@ from ..checkpoint.degree import Degree
 from ..errors import SplitError
 from ..families.base import Family
 from ..families.cache_scales import CacheScale, cache_scale, parameters_of
+from ..families.expected import ties_head
 from ..families.expert_groups import expert_groups
 from ..families.facts import ModelFacts
 from ..families.names import last_word, layer_prefix
@@ -128,7 +129,7 @@ class Splitter:
     def parameters(self, rank: int) -> list[Parameter]:
         """All that ``rank`` holds, in checkpoint order."""
         out: list[Parameter] = []
-        tied = self.facts.tied_embeddings and self.family.embedding in self.modules
+        tied = ties_head(self.facts) and self.family.embedding in self.modules
         for joined, members in self.family.joined_groups(self.singles).items():
             if (scale := cache_scale(joined)) is not None:
                 out += self._cache_scales(joined, scale)

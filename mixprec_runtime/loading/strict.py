@@ -16,7 +16,7 @@ import torch
 from torch.nn import Module
 
 from mixprec_build.checkpoint.manifest import TensorEntry
-from mixprec_build.families.expected import is_buffer, left_out_of_builds, tower_of
+from mixprec_build.families.expected import is_expected, tower_of
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.names import layer_of, numbered_part
 from mixprec_build.patterns.compress import compress
@@ -111,24 +111,17 @@ def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
     from sglang.srt.runtime_context import get_parallel
 
     facts = ModelFacts.of_loaded(getattr(model, "config", None))
-    family = facts.family
     inner: Any = getattr(model, "model", model)
-    first, end = getattr(inner, "start_layer", 0), getattr(inner, "end_layer", facts.layers)
+    end = getattr(inner, "end_layer", facts.layers)
+    stage = None if end is None else range(getattr(inner, "start_layer", 0), end)
     without_towers = _has_no_towers(model)
     moe = {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
 
     def belongs(name: str) -> bool:
-        if is_buffer(name) or left_out_of_builds(name):
+        if not is_expected(name, facts, stage) or (without_towers and tower_of(name) is not None):
             return False
-        if (facts.tied_embeddings and name == f"{family.head}.weight") or family.is_draft(name, facts.layers):
-            return False
-        if without_towers and tower_of(name) is not None:
-            return False
-        layer = layer_of(name)
-        if layer is None:
+        if layer_of(name) is None:
             return bool(get_parallel().pp_size == 1)  # with stages, only the first or last has it
-        if end is not None and not (first <= layer < end):  # of another stage
-            return False
         part = numbered_part(name.rpartition(".")[0])
         if part is not None and part[0] in moe:
             return bool(moe[part[0]]._map_global_expert_id_to_local_expert_id(part[1]) >= 0)

@@ -291,7 +291,7 @@ def main() -> None:
             print(json.dumps([error, campaign.pairs(error, int(step))]))
         else:
             print(json.dumps([error, campaign.sweep(error, int(step))]))
-    sys.exit("\n".join(campaign.wrong))
+    sys.exit("\n".join(campaign.wrong) or 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ from support.write import LLAMA, Config, Tensors, write_tiny
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.families.cache_scales import cache_scale
-from mixprec_build.families.expected import is_buffer, is_for_drafts, left_out_of_builds
+from mixprec_build.families.expected import (
+    is_buffer,
+    is_expected,
+    is_for_drafts,
+    is_tied_head,
+    layers_due,
+    left_out_of_builds,
+)
+from mixprec_build.families.facts import ModelFacts
 from mixprec_build.output.build import plan_recipe
 from mixprec_build.ranks.splitter import Splitter
 
@@ -93,3 +101,36 @@ def test_what_sglang_has_no_place_for_is_left_out_with_a_line(tmp_path: Path, wo
 def test_layers_for_drafts_are_known_by_their_names(name: str, drafts: bool) -> None:
     assert is_for_drafts(name) is drafts
     assert left_out_of_builds(name) is None and not is_buffer(name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_rule_says_what_a_model_takes(tied: bool) -> None:
+    """The planner, files for ranks and strict loading ask it."""
+    facts = ModelFacts.of(
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "num_hidden_layers": 4,
+            "tie_word_embeddings": tied,
+        }
+    )
+    stage = range(2, 4)
+    expected = {
+        "model.embed_tokens.weight": (True, True),
+        "lm_head.weight": (not tied, not tied),
+        "model.norm.weight": (True, True),
+        "model.layers.0.mlp.up_proj.weight": (True, False),
+        "model.layers.3.mlp.up_proj.weight": (True, True),
+        "model.layers.4.mlp.up_proj.weight": (False, False),  # a layer for drafts
+        "mtp.fc.weight": (False, False),
+        "model.layers.3.self_attn.rotary_emb.inv_freq": (False, False),
+        "model.layers.3.self_attn.k_scale": (False, False),
+        "visual.blocks.0.attn.qkv.weight": (True, True),
+    }
+    assert {n: (is_expected(n, facts), is_expected(n, facts, stage)) for n in expected} == expected
+    assert layers_due(facts) == range(4) and is_tied_head("lm_head", facts) is tied
+
+
+def test_a_family_that_ties_its_head_where_nothing_is_said() -> None:
+    facts = ModelFacts.of({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "num_hidden_layers": 99_999})
+    assert is_tied_head("lm_head.weight", facts) and layers_due(facts) is None
