@@ -74,8 +74,8 @@ def layer_of(triton: Any, marlin: Any, **config: Any) -> Any:
     numbers[1, torch.tensor([1, 3, 5])] = torch.arange(3, dtype=torch.int32)
     kernel = SimpleNamespace(runner=Method("marlin", marlin).runner)
     groups = [
-        SimpleNamespace(num_local_experts=5, half="", quant_method=Method("triton", triton)),
-        SimpleNamespace(num_local_experts=3, half="", quant_method=None, scheme=SimpleNamespace(kernel=kernel)),
+        SimpleNamespace(num_local_experts=5, projection="", quant_method=Method("triton", triton)),
+        SimpleNamespace(num_local_experts=3, projection="", quant_method=None, scheme=SimpleNamespace(kernel=kernel)),
     ]
     groups[1].quant_method = SimpleNamespace(apply=lambda layer, given: kernel.runner.run(given, marlin))
     made = MoeRunnerConfig(activation="silu", is_gated=True, routed_scaling_factor=2.5, **config)
@@ -184,13 +184,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, torch.Tensor
 
 
 @interpreted
-@pytest.mark.parametrize("parted", [False, True])
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("capturing", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 60, 1500])
 def test_rows_go_through_the_chain_of_their_group(
-    tokens: int, capturing: bool, parted: bool, kernels: Any, monkeypatch: pytest.MonkeyPatch
+    tokens: int, capturing: bool, split: bool, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``parted``: all gates and ups of the first group, all downs of the second, and three experts of five in each."""
+    """``split``: all gates and ups of the first group, all downs of the second, and three experts of five in each."""
     from mixprec_runtime.experts import chains
 
     triton, marlin, dense = infos()
@@ -198,19 +198,19 @@ def test_rows_go_through_the_chain_of_their_group(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(chains, "_side_by_side", lambda runs: [run() for run in reversed(runs)])
     layer, given = layer_of(triton, marlin), dispatched(tokens)
-    if parted:
-        layer.groups[0].half, layer.groups[1].half = "w13", "w2"
+    if split:
+        layer.groups[0].projection, layer.groups[1].projection = "w13", "w2"
         layer.up_numbers = layer.down_numbers = layer.up_numbers[1:]
         given.topk_output.topk_ids[(given.topk_output.topk_ids % 2 == 0) | (given.topk_output.topk_ids > 5)] = -1
     layer.chains = chains.of(layer, given)
     kinds = [chains.TritonChain, chains.MarlinChain]
     each = layer.chains
-    assert [type(c) for c in each.ups] + [type(c) for c in each.downs] == (kinds if parted else kinds * 2)
-    assert each.parted is parted
+    assert [type(c) for c in each.ups] + [type(c) for c in each.downs] == (kinds if split else kinds * 2)
+    assert each.split is split
     out = chains.run(layer, given.hidden_states, given.topk_output)
     due = torch.zeros_like(given.hidden_states, dtype=torch.float64)
     x, topk = given.hidden_states.double(), given.topk_output
-    pairs = [(dense[0][0], dense[1][1])] if parted else dense
+    pairs = [(dense[0][0], dense[1][1])] if split else dense
     for group, (up, down) in enumerate(pairs):
         for expert, number in enumerate(layer.up_numbers[group].tolist()):
             token, choice = ((topk.topk_ids == expert) & torch.tensor(number >= 0)).nonzero(as_tuple=True)
@@ -302,7 +302,7 @@ def test_sglangs_own_methods_give_chains_halves_of_experts(kind: str, monkeypatc
     monkeypatch.setattr(marlin_utils, "get_device_capability", lambda *_: (9, 0))
     other = "int8_channel" if kind != "int8_channel" else "fp8_channel"
     layer, _ = make_layer([(f"{kind}/{other}", 3), (kind, 2)], hidden=256, intermediate=128, top_k=TOP_K)
-    assert [group.half for group in layer.groups] == ["w13", "w2", "w2"]
+    assert [group.projection for group in layer.groups] == ["w13", "w2", "w2"]
     held = [{name.partition("_")[0] for name, _ in group.named_parameters()} for group in layer.groups]
     assert held == [{"w13"}, {"w2"}, {"w2"}]
     given = dispatched(4)._replace(hidden_states=torch.zeros(4, 256, dtype=torch.bfloat16))
@@ -311,4 +311,4 @@ def test_sglangs_own_methods_give_chains_halves_of_experts(kind: str, monkeypatc
     assert {chain.columns for chain in found.ups + found.downs} == {128}
     layer, _ = make_layer([(kind, 3), (other, 2)], hidden=256, intermediate=128, top_k=TOP_K)
     found = chains.of(layer, given)
-    assert [chain.experts for chain in found.ups] == [3, 2] and not found.parted
+    assert [chain.experts for chain in found.ups] == [3, 2] and not found.split
