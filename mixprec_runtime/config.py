@@ -150,14 +150,14 @@ class MixPrecConfig(QuantizationConfig):
             ValueError: these modules have different formats.
         """
         assert self._formats is not None
-        told = prefix.strip(".")
-        if layer_prefix(f".{told}"):
+        short = prefix.strip(".")
+        if layer_prefix(f".{short}"):
             return {}
         if self._by_last_word is None:
             self._by_last_word = defaultdict(list)
             for name in self._formats:
                 self._by_last_word[last_word(name)].append(name)
-        parent, _, last = told.rpartition(".")
+        parent, _, last = short.rpartition(".")
         found = {
             name: self._formats[name]
             for word in (last, *joined)
@@ -165,22 +165,22 @@ class MixPrecConfig(QuantizationConfig):
             if name.endswith(f".{parent}.{word}" if parent else f".{word}")
         }
         if len({fmt.fuses_as for fmt in found.values()}) > 1:
-            raise ValueError(_untold(prefix, found))
+            raise ValueError(_ambiguous_name(prefix, found))
         return found
 
     def _experts_anywhere(self, prefix: str) -> dict[int, dict[str, Format]]:
         """As :meth:`_members_anywhere`, for experts: those of one layer, once all layers are known to be alike."""
-        told = prefix.strip(".")
-        if layer_prefix(f".{told}."):
+        short = prefix.strip(".")
+        if layer_prefix(f".{short}."):
             return {}
-        last = last_word(told) or self._family.experts
+        last = last_word(short) or self._family.experts
         layers = [
             self._experts[name]
             for name in self._experts
-            if last_word(name) == self._family.experts == last and f".{name}".endswith(f".{told}" if told else "")
+            if last_word(name) == self._family.experts == last and f".{name}".endswith(f".{short}" if short else "")
         ]
         if any(layer != layers[0] for layer in layers):
-            raise ValueError(_untold(prefix, [name for name in self._experts if last_word(name) == last]))
+            raise ValueError(_ambiguous_name(prefix, [name for name in self._experts if last_word(name) == last]))
         return layers[0] if layers else {}
 
     def can_fuse_shared_expert(self) -> bool:
@@ -230,9 +230,9 @@ class MixPrecConfig(QuantizationConfig):
                 if fmt not in known:
                     known[fmt] = kinds.setdefault(fmt.fuses_as, fmt)
             self._one_format(f"{prefix}.{expert}", {p: fmt for p, fmt in parts.items() if not is_down(p)})
-            by_half = {is_down(part): known[fmt] for part, fmt in parts.items()}
-            some = next(iter(by_half.values()))
-            formats[expert] = by_half.get(False, some), by_half.get(True, some)
+            by_projection = {is_down(part): known[fmt] for part, fmt in parts.items()}
+            some = next(iter(by_projection.values()))
+            formats[expert] = by_projection.get(False, some), by_projection.get(True, some)
         if getattr(layer, "num_fused_shared_experts", 0):
             self._check_fused_shared_experts(prefix.rpartition(".")[0], kinds)
         if len(kinds) > 1:
@@ -288,7 +288,7 @@ def _other_names(formats: Mapping[str, Format]) -> dict[str, Format]:
     return {name: fmt for name, fmt in found.items() if name not in ambiguous}
 
 
-def _untold(prefix: str, modules: Iterable[str]) -> str:
+def _ambiguous_name(prefix: str, modules: Iterable[str]) -> str:
     return (
         f"SGLang's model tells this layer that it is {prefix!r}, without its number, and the checkpoint has "
         f"{some(compress(modules))} in several formats: store them all in one format to serve this model"

@@ -76,18 +76,18 @@ def initialize_model(
     _check_declared(quant_config.bind(manifest.modules, family), manifest)
     launch.check_arguments()
     # With --download-dir, SGLang's loader fetches to a folder of its own.
-    elsewhere = fetch is not None and load_config.download_dir is not None
-    held = None
-    if not elsewhere:
-        held = loader.holdings(folder, manifest, fetch, merged=load_config.load_format == "auto")
+    own_folder = fetch is not None and load_config.download_dir is not None
+    share = None
+    if not own_folder:
+        share = loader.rank_share(folder, manifest, fetch, merged=load_config.load_format == "auto")
 
     def leave_to_sglang(reason: str) -> None:
         if fetch is None or manifest.rest is not None:  # SGLang fetches merged files from the hub itself
             loader.require_merged(folder, manifest, reason, on_hub=fetch is not None)
 
-    if held is not None:
-        quant_config.padded = held.padded
-        launch.check_padded(held.padded)
+    if share is not None:
+        quant_config.padded = share.padded
+        launch.check_padded(share.padded)
     else:
         leave_to_sglang(f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
@@ -97,12 +97,12 @@ def initialize_model(
 
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
         model.load_weights = _refuse_update  # type: ignore[assignment]
-        if held is not None:
-            unfit = loader.mismatch(model, held)
+        if share is not None:
+            unfit = loader.mismatch(model, share)
             if unfit is None:
-                return loader.load(model, held, lambda: load_weights(iter(()), *args, **kwargs))
-            reason = f"{held.where} are not for this run ({unfit})"
-            if held.padded:
+                return loader.load(model, share, lambda: load_weights(iter(()), *args, **kwargs))
+            reason = f"{share.where} are not for this run ({unfit})"
+            if share.padded:
                 raise RuntimeError(
                     f"{reason}; at {loader.this_run()} zeros are added to them, so nothing else can be read"
                 )

@@ -118,5 +118,5 @@ class NativeFormat(QuantizationConfig):
         method.mixprec_format = self.format
         install(method, self.format, self._served.repairs, "experts" if experts else "linear", prefix)
         if is_cpu():
-            reference.stand_in(method, self.format, self._served.stored_alike, experts=experts)
+            reference.stand_in(method, self.format, self._served.as_stored, experts=experts)
         return method

@@ -41,30 +41,30 @@ class ExpertCounter:
         self.experts = torch.tensor(list(self.layers.values()), dtype=torch.int32, device=device)
         self.rows = torch.full((1,), _ALL_ROWS, dtype=torch.int32, device=device)
         self._rows = _ALL_ROWS
-        self._held: list[tuple[int, torch.Tensor]] | None = None
+        self._delayed: list[tuple[int, torch.Tensor]] | None = None
         self.recording, self._gathered = True, gathered
 
     def add(self, layer: int, ids: torch.Tensor) -> None:
         """Counts the routed ids of a layer, ``[rows, k]``; ids of no routed expert are ignored."""
-        if self._held is not None:
-            self._held.append((self._row_of[layer], ids))
+        if self._delayed is not None:
+            self._delayed.append((self._row_of[layer], ids))
         else:
             self._add(self._row_of[layer], ids[None])
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Delays counting to the end of the context: in one launch, if each layer came once, in order and alike."""
-        self._held = []
+        self._delayed = []
         try:
             yield
-            alike = len({ids.shape for _, ids in self._held}) == 1
-            if alike and [row for row, _ in self._held] == list(range(len(self.layers))):
-                self._add(0, torch.stack([ids for _, ids in self._held]))
+            alike = len({ids.shape for _, ids in self._delayed}) == 1
+            if alike and [row for row, _ in self._delayed] == list(range(len(self.layers))):
+                self._add(0, torch.stack([ids for _, ids in self._delayed]))
             else:
-                for row, ids in self._held:
+                for row, ids in self._delayed:
                     self._add(row, ids[None])
         finally:
-            self._held = None
+            self._delayed = None
 
     def _add(self, first: int, ids: torch.Tensor) -> None:
         """Counts ``ids [layers, rows, k]`` in the rows of ``counts`` from ``first`` on."""

@@ -27,8 +27,8 @@ from mixprec_build.formats.base import Format
 __all__ = ["announce", "pretend_hopper", "split_experts", "stand_in", "unquantized_experts"]
 
 
-StoredAlike = Callable[[Any, dict[str, torch.Tensor], "list[int] | None"], tuple[Format, dict[str, torch.Tensor]]]
-"""The method ``Served.stored_alike``."""
+AsStored = Callable[[Any, dict[str, torch.Tensor], "list[int] | None"], tuple[Format, dict[str, torch.Tensor]]]
+"""The method ``Served.as_stored``."""
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -51,7 +51,7 @@ def pretend_hopper() -> Iterator[None]:
         yield
 
 
-def stand_in(method: QuantizeMethodBase, fmt: Format, alike: StoredAlike, *, experts: bool) -> None:
+def stand_in(method: QuantizeMethodBase, fmt: Format, as_stored: AsStored, *, experts: bool) -> None:
     """Replaces the arithmetic of ``method`` and its processing after loading."""
     create = method.create_weights
 
@@ -65,11 +65,11 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, alike: StoredAlike, *, exp
     if experts:
         # 0.5.23 asks which runner was made; None is for methods without one.
         method.get_moe_runner_backend = lambda layer: None
-        method.process_weights_after_loading = lambda layer: _dequantize_experts(layer, fmt, alike)
+        method.process_weights_after_loading = lambda layer: _dequantize_experts(layer, fmt, as_stored)
         method.create_moe_runner = lambda layer, config: setattr(method, "moe_runner_config", config)
         method.apply = _apply_experts
     else:
-        method.process_weights_after_loading = lambda layer: _dequantize_linear(layer, fmt, alike)
+        method.process_weights_after_loading = lambda layer: _dequantize_linear(layer, fmt, as_stored)
         method.apply = lambda layer, x, bias=None: F.linear(x, layer.weight, bias)
 
 
@@ -80,20 +80,20 @@ def unquantized_experts() -> FusedMoEMethodBase:
     return method
 
 
-def _dequantize_linear(layer: Any, fmt: Format, alike: StoredAlike) -> None:
+def _dequantize_linear(layer: Any, fmt: Format, as_stored: AsStored) -> None:
     """Replaces all parameters of a layer but the bias by a dense ``weight [N, K]``."""
     stored = {
         leaf: parameter.data
         for leaf, parameter in layer._parameters.items()
         if leaf != "bias" and parameter is not None and parameter.numel()
     }
-    weight = _dequantize(*alike(fmt, stored, getattr(layer, "logical_widths", None)))
+    weight = _dequantize(*as_stored(fmt, stored, getattr(layer, "logical_widths", None)))
     for leaf in [leaf for leaf in layer._parameters if leaf != "bias"]:
         del layer._parameters[leaf]
     layer.register_parameter("weight", Parameter(weight.to(layer.params_dtype), requires_grad=False))
 
 
-def _dequantize_experts(layer: Any, fmt: Format, alike: StoredAlike) -> None:
+def _dequantize_experts(layer: Any, fmt: Format, as_stored: AsStored) -> None:
     """Replaces ``w13_*`` and ``w2_*`` ``[E, ...]`` by dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
     for weight, parts in (("w13", 2), ("w2", 1)):
         stored = {
@@ -110,7 +110,7 @@ def _dequantize_experts(layer: Any, fmt: Format, alike: StoredAlike) -> None:
             widths = [stored["weight"].shape[1] // parts] * parts
         dense = torch.stack(
             [
-                _dequantize(*alike(fmt, {leaf: tensor[expert] for leaf, tensor in stored.items()}, widths))
+                _dequantize(*as_stored(fmt, {leaf: tensor[expert] for leaf, tensor in stored.items()}, widths))
                 for expert in range(layer.num_local_experts)
             ]
         )

@@ -191,9 +191,9 @@ class Chains(NamedTuple):
 def of(layer: Any, dispatch_output: Any) -> Chains:
     """The chains of a layer's groups; empty where a group's kernels or the activation are not supported."""
     made = [(group.projection, chain) for group in layer.groups if (chain := _chain(layer, group, dispatch_output))]
-    ups = downs = [chain for half, chain in made if half != "w2"]
-    if any(half for half, _ in made):
-        downs = [chain for half, chain in made if half != "w13"]
+    ups = downs = [chain for projection, chain in made if projection != "w2"]
+    if any(projection for projection, _ in made):
+        downs = [chain for projection, chain in made if projection != "w13"]
     known = len(made) == len(layer.groups) and max(len(ups), len(downs)) <= routing.MOST_GROUPS
     return Chains(ups, downs) if known and activates(layer.moe_runner_config) else Chains([], [])
 
@@ -214,8 +214,8 @@ def _chain(layer: Any, group: Any, dispatch_output: Any) -> Chain | None:
         unfit = info.b13, info.b2, info.w13_zp, info.w2_zp
         others = info.use_mxfp8, info.use_int8_w8a16, info.use_int4_w4a16
         # Later versions can interleave gate and up, for a kernel that also activates.
-        whole = not any(others) and not getattr(info, "fuse_swiglu_interleaved", False)
-        return TritonChain(info, experts, of) if whole and all(one is None for one in unfit) else None
+        supported = not any(others) and not getattr(info, "fuse_swiglu_interleaved", False)
+        return TritonChain(info, experts, of) if supported and all(one is None for one in unfit) else None
     return None
 
 
@@ -226,15 +226,15 @@ def _quant_info(group: Any, dispatch_output: Any) -> Any:
     runner = next((found for holder in holders if (found := getattr(holder, "runner", None)) is not None), None)
     if runner is None:
         return None
-    given: list[Any] = []
+    passed: list[Any] = []
 
     def keep(dispatch_output: Any, quant_info: Any, config: Any) -> StandardCombineInput:
-        given.append(quant_info)
+        passed.append(quant_info)
         return StandardCombineInput(hidden_states=dispatch_output.hidden_states)
 
     with patch.object(runner, "fused_func", keep):
         method.apply(group, dispatch_output)
-    return given[0] if given else None
+    return passed[0] if passed else None
 
 
 def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
@@ -245,14 +245,14 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
     ids = topk.topk_ids
     tokens, top_k = ids.shape
     rows, columns = tokens * top_k, each.ups[0].columns
-    ups = downs = _work(each.ups, x, ids, layer.up_numbers)
+    ups = downs = _routed(each.ups, x, ids, layer.up_numbers)
     if each.split:
-        downs = _work(each.downs, x, ids, layer.down_numbers)
+        downs = _routed(each.downs, x, ids, layer.down_numbers)
     up, activated = x.new_empty((rows, 2 * columns)), x.new_empty((rows, columns))
     if torch.cuda.is_current_stream_capturing():
         down = x.new_empty((rows, x.shape[1]))
 
-        def whole(chain: Chain, route: Route, tiles: dict[str, Any]) -> None:
+        def run_chain(chain: Chain, route: Route, tiles: dict[str, Any]) -> None:
             chain.up(x, up, route, topk, tiles)
             silu_and_mul(up, activated, expert_ids=route.numbers, expert_step=1)
             chain.down(activated, down, route, topk, tiles)
@@ -262,7 +262,7 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
             silu_and_mul(up, activated)
             _side_by_side([partial(chain.down, activated, down, route, topk, tiles) for chain, route, tiles in downs])
         else:
-            _side_by_side([partial(whole, *one) for one in ups])
+            _side_by_side([partial(run_chain, *one) for one in ups])
     else:
         for chain, route, tiles in ups:
             chain.up(x, up, route, topk, tiles)
@@ -275,7 +275,7 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
     return routing.sum_rows(down.view(tokens, top_k, -1), ids, factor)
 
 
-def _work(
+def _routed(
     each: Sequence[Chain], x: torch.Tensor, ids: torch.Tensor, numbers: torch.Tensor
 ) -> list[tuple[Chain, Route, dict[str, Any]]]:
     """Each chain with its rows and its tile sizes."""

@@ -60,8 +60,8 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        here = {e: layer._map_global_expert_id_to_local_expert_id(e) for e in self._formats}
-        groups = expert_groups(self._formats, [expert for expert, local in here.items() if local >= 0])
+        local_ids = {e: layer._map_global_expert_id_to_local_expert_id(e) for e in self._formats}
+        groups = expert_groups(self._formats, [expert for expert, local in local_ids.items() if local >= 0])
         if any(ups != downs for ups, downs in groups):
             self._refuse_split_experts(layer, groups)
         self._refuse(layer, extra)
@@ -76,7 +76,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 row = [-1] * (num_experts + 1)
                 for i, expert in enumerate(members):
                     place[weight, expert] = g, i
-                    row[here[expert]] = i
+                    row[local_ids[expert]] = i
                 numbers[weight] += [row] if members else []
             fmt = self._formats[ups[0]][0] if ups else self._formats[downs[0]][1]
             made = self._group(
@@ -97,7 +97,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         config, unfit = layer.moe_runner_config, ""
         if not chains.activates(config):
             unfit = f"do not go with its activation ({config.activation})"
-        if max(sum(map(bool, half)) for half in zip(*groups, strict=True)) > routing.MOST_GROUPS:
+        if max(sum(map(bool, members)) for members in zip(*groups, strict=True)) > routing.MOST_GROUPS:
             unfit = f"cannot be in more than {routing.MOST_GROUPS} formats"
         if unfit:
             raise ValueError(

@@ -50,7 +50,7 @@ class Served(ABC, Generic[F]):
         """Whether a parameter needs no tensor in the files, which may omit it, or it is made after loading."""
         return False
 
-    def stored_alike(
+    def as_stored(
         self, fmt: F, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
         """A format and tensors that the compiler's ``Format.dequantize`` takes, for SGLang's parameters of a linear.

@@ -14,7 +14,7 @@ from mixprec_build.formats.fp8 import Fp8
 
 from .. import launch
 from .base import no_kernel
-from .marlin import require_shapes, sees_other_ranks
+from .marlin import may_get_negative_ids, require_shapes
 from .one_scheme import OneScheme
 from .repair import Call, Repair
 from .scaled import BLOCK_REPAIRS, ServedScaled
@@ -25,7 +25,7 @@ __all__ = ["ServedFp8"]
 def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
     """Has activations scaled token by token, with the same weights and weight scales."""
     call.stock(layer, *args, **kwargs)
-    if not sees_other_ranks(layer):
+    if not may_get_negative_ids(layer):
         return
     launch.check_experts_elsewhere("fp8_tensor", scales_stay=True)
     runner: Any = call.method.runner
@@ -83,11 +83,11 @@ class ServedFp8(ServedScaled[Fp8]):
                 f"{least[0]}.{least[1]} on; build the checkpoint with another format for them"
             )
 
-    def stored_alike(
+    def as_stored(
         self, fmt: Fp8, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
         if fmt.granularity != "tensor":
-            return super().stored_alike(fmt, tensors, widths)
+            return super().as_stored(fmt, tensors, widths)
         # Joined modules have one scale each: repeat it for every output.
         scale = tensors["weight_scale"].reshape(-1)
         rows = torch.tensor(widths if widths and len(widths) == len(scale) else [len(tensors["weight"])])

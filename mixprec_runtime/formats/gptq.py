@@ -14,14 +14,14 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.gptq import Gptq
 
 from .base import no_kernel
-from .marlin import ServedGrouped, ids_of_other_ranks, recast, shown
+from .marlin import ServedGrouped, changed_attributes, ids_of_other_ranks, recast
 from .repair import Call, Repair
 
 __all__ = ["ServedGptq"]
 
 
-def _fall_back_to_exllama(fmt: Gptq, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
-    fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], fmt.group_size)
+def _fall_back_to_exllama(fmt: Gptq, layer: Any, outputs: list[int], inputs: int, uncut: tuple[int, int]) -> None:
+    fits, why = check_marlin_supports_shape(sum(outputs), inputs, uncut[1], fmt.group_size)
     if fits:
         return
     if not fmt.fits_untiled(outputs, inputs):
@@ -60,7 +60,7 @@ def _create_scales(
     params_dtype: torch.dtype,
     **kwargs: Any,
 ) -> None:
-    with shown(layer, moe_tp_size=1):
+    with changed_attributes(layer, moe_tp_size=1):
         call.stock(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
     for weight in ("w13", "w2"):
         recast(layer, f"{weight}_scales", params_dtype)
@@ -68,7 +68,7 @@ def _create_scales(
 
 
 def _permute_scales(call: Call, layer: Any) -> None:
-    with shown(layer, intermediate_size_per_partition=layer.hidden_size):
+    with changed_attributes(layer, intermediate_size_per_partition=layer.hidden_size):
         call.stock(layer)
     for name in ("w13_qzeros", "w2_qzeros"):
         layer._parameters.pop(name, None)
@@ -126,7 +126,7 @@ class ServedGptq(ServedGrouped[Gptq]):
             full_config=settings,
         )
 
-    def stored_alike(
+    def as_stored(
         self, fmt: Gptq, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
         if not fmt.desc_act:

@@ -20,20 +20,20 @@ from .base import Served
 from .repair import ADVICE, Call, Repair
 
 __all__ = [
-    "SOME_MAP",
+    "PLACEHOLDER_MAP",
     "ServedGrouped",
+    "changed_attributes",
     "ids_of_other_ranks",
+    "may_get_negative_ids",
     "permute_by_groups",
     "recast",
     "require_shapes",
     "require_whole_words",
-    "sees_other_ranks",
-    "shown",
 ]
 
 G = TypeVar("G", bound=Grouped)
 
-SOME_MAP = torch.empty(0, dtype=torch.int32)
+PLACEHOLDER_MAP = torch.empty(0, dtype=torch.int32)
 
 
 class ServedGrouped(Served[G]):
@@ -60,8 +60,8 @@ class ServedGrouped(Served[G]):
 def require_shapes(applies: Callable[[Any], bool], group_size: Callable[[Any], int]) -> Repair:
     """A repair that refuses linears whose shape Marlin excludes, for formats where ``applies`` is true."""
 
-    def check(fmt: Format, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
-        fits, why = check_marlin_supports_shape(sum(outputs), inputs, whole[1], group_size(fmt))
+    def check(fmt: Format, layer: Any, outputs: list[int], inputs: int, uncut: tuple[int, int]) -> None:
+        fits, why = check_marlin_supports_shape(sum(outputs), inputs, uncut[1], group_size(fmt))
         if not fits:
             raise ValueError(str(why))
 
@@ -79,7 +79,7 @@ def require_shapes(applies: Callable[[Any], bool], group_size: Callable[[Any], i
 def require_whole_words(applies: Callable[[Any], bool]) -> Repair:
     """A repair that refuses ranks whose outputs end inside a packed word of eight."""
 
-    def check(fmt: Format, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
+    def check(fmt: Format, layer: Any, outputs: list[int], inputs: int, uncut: tuple[int, int]) -> None:
         for size in outputs:
             if size % 8:
                 raise ValueError(f"a rank would hold {size} outputs of a part, no multiple of 8.")
@@ -124,7 +124,7 @@ def _create_runner_with_map(call: Call, layer: Any, *args: Any, **kwargs: Any) -
     if not get_moe_runner_backend().is_auto():  # SGLang asserts it, without a message (gptq_kernels.py:360)
         raise ValueError(f"{call.fmt.kind} experts run on Marlin only: leave out --moe-runner-backend")
     call.stock(layer, *args, **kwargs)
-    if sees_other_ranks(layer):
+    if may_get_negative_ids(layer):
         _skip_other_ranks(layer.scheme.kernel.runner)
 
 
@@ -144,13 +144,13 @@ def _skip_other_ranks(runner: Any) -> None:
 
     def run_with_map(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:
         if quant_info.expert_map is None:
-            quant_info.expert_map = SOME_MAP
+            quant_info.expert_map = PLACEHOLDER_MAP
         return run(dispatch_output, quant_info, *args, **kwargs)
 
     runner.run = run_with_map
 
 
-def sees_other_ranks(layer: Any) -> bool:
+def may_get_negative_ids(layer: Any) -> bool:
     """Whether routed ids may be -1, for experts on other ranks or in other groups of a mixed layer."""
     return bool(layer.moe_ep_size > 1 or getattr(layer, "virtual_rank", False))
 
@@ -165,7 +165,7 @@ def recast(layer: Any, name: str, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def shown(layer: Any, **values: Any) -> Iterator[None]:
+def changed_attributes(layer: Any, **values: Any) -> Iterator[None]:
     """Sets attributes of a layer while the context lasts, to the values that SGLang's code should have read."""
     before = {name: getattr(layer, name) for name in values}
     layer.__dict__.update(values)

@@ -14,13 +14,13 @@ from mixprec_build.formats.packed import Packed
 
 from .. import launch
 from .marlin import (
-    SOME_MAP,
+    PLACEHOLDER_MAP,
     ServedGrouped,
+    may_get_negative_ids,
     permute_by_groups,
     recast,
     require_shapes,
     require_whole_words,
-    sees_other_ranks,
 )
 from .one_scheme import OneScheme
 from .repair import Call, Repair
@@ -71,16 +71,16 @@ def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
     if not get_moe_runner_backend().is_auto():
         raise ValueError(f"{call.fmt.kind} experts run on Marlin: leave out --moe-runner-backend")
     call.stock(layer, *args, **kwargs)
-    if sees_other_ranks(layer):
+    if may_get_negative_ids(layer):
         launch.check_experts_elsewhere(call.fmt.kind)
 
 
 def _run_with_map(call: Call, layer: Any, dispatch_output: Any) -> Any:
     scheme = layer.scheme
-    if not sees_other_ranks(layer) or not scheme.runner.runner_backend.is_marlin():
+    if not may_get_negative_ids(layer) or not scheme.runner.runner_backend.is_marlin():
         return call.stock(layer, dispatch_output)
     info = scheme.get_marlin_quant_info(layer)
-    info.expert_map = SOME_MAP
+    info.expert_map = PLACEHOLDER_MAP
     return scheme.runner.run(dispatch_output, info)
 
 

@@ -21,7 +21,7 @@ S = TypeVar("S", bound=Scaled)
 
 
 class ServedScaled(Served[S]):
-    def stored_alike(
+    def as_stored(
         self, fmt: S, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
         return replace(fmt, scale="", input=""), tensors  # SGLang's parameters always have the default names
@@ -31,20 +31,20 @@ def _has_blocks(fmt: Scaled) -> bool:
     return fmt.block is not None
 
 
-def _check_partition(fmt: Scaled, layer: Any, outputs: list[int], inputs: int, whole: tuple[int, int]) -> None:
-    for size, all_of_it, step in zip((sum(outputs), inputs), whole, fmt.block or (1, 1), strict=True):
-        if size < all_of_it and size % step:
-            raise ValueError(f"a rank would hold {size} of {all_of_it}, no multiple of its block of {step}.")
+def _check_partition(fmt: Scaled, layer: Any, outputs: list[int], inputs: int, uncut: tuple[int, int]) -> None:
+    for size, full, step in zip((sum(outputs), inputs), uncut, fmt.block or (1, 1), strict=True):
+        if size < full and size % step:
+            raise ValueError(f"a rank would hold {size} of {full}, no multiple of its block of {step}.")
 
 
-def _answering_to_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
+def _alias_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
     """A repair that adds an empty parameter ``weight_scale``, which loads its tensor into ``weight_scale_inv``."""
 
     def create_weights(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
         call.stock(layer, *args, **kwargs)
         for prefix in prefixes:
             alias = Parameter(torch.empty(0), requires_grad=False)
-            alias.weight_loader = _passing_on(layer, f"{prefix}weight_scale_inv")  # type: ignore[attr-defined]
+            alias.weight_loader = _loader_of(layer, f"{prefix}weight_scale_inv")  # type: ignore[attr-defined]
             layer.register_parameter(f"{prefix}weight_scale", alias)
 
     def process_weights_after_loading(call: Call, layer: Any) -> None:
@@ -65,7 +65,7 @@ def _answering_to_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
     )
 
 
-def _passing_on(layer: Any, name: str) -> Callable[..., None]:
+def _loader_of(layer: Any, name: str) -> Callable[..., None]:
     def load(_: Parameter, loaded_weight: torch.Tensor, *shard: Any, **expert: Any) -> None:
         parameter = layer._parameters[name]
         parameter.weight_loader(parameter, loaded_weight, *shard, **expert)
@@ -83,6 +83,6 @@ BLOCK_REPAIRS = (
         applies=_has_blocks,
         check=_check_partition,
     ),
-    _answering_to_weight_scale("linear", ("",)),
-    _answering_to_weight_scale("experts", ("w13_", "w2_")),
+    _alias_weight_scale("linear", ("",)),
+    _alias_weight_scale("experts", ("w13_", "w2_")),
 )

@@ -38,7 +38,7 @@ from mixprec_build.storage.reader import FileReader, TensorReader
 from .ledger import CASTS, DTYPES, LoadError
 from .strict import expected_on_this_rank, may_be_empty
 
-__all__ = ["Fetch", "Holdings", "holdings", "load", "mismatch", "require_merged", "this_run"]
+__all__ = ["Fetch", "Share", "load", "mismatch", "rank_share", "require_merged", "this_run"]
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ _BUFFER = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Holdings:
+class Share:
     """The contents of this rank's parameters, and the files to read them from."""
 
     where: str
@@ -61,7 +61,7 @@ class Holdings:
     path_of: Callable[[str], Path]
 
 
-def holdings(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, merged: bool = True) -> Holdings | None:
+def rank_share(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, merged: bool = True) -> Share | None:
     """Finds what this rank reads: its own files, else, with ``merged``, its share of the merged ones.
 
     None where SGLang's loader must read the merged files, because of arguments that change how tensors are cut, or of
@@ -89,21 +89,21 @@ def holdings(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, me
         return None
     try:
         own = degree.folder(rank)
-        bring: Fetch = fetch or (lambda _: None)
+        download: Fetch = fetch or (lambda _: None)
         if own in manifest.ranks:
-            bring([f"{own}/{INDEX}"])
+            download([f"{own}/{INDEX}"])
         index = read_rank(folder, manifest, degree, rank)
         if index is not None:
-            bring([f"{own}/{file}" for file in index.files])
+            download([f"{own}/{file}" for file in index.files])
             files = index.folder
             check_headers(index)
             stored = _with_head({name: _stored(tensor) for name, tensor in open_rank(index).items()})
-            return Holdings(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
+            return Share(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
         if merged and manifest.rest is None:
             names = deque(["config.json", "model.safetensors.index.json", *manifest.shards])
             names.rotate(-rank)  # ranks fetch at the same time: each begins with another file
-            bring(names)
-            return _share(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
+            download(names)
+            return _of_merged(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
         return None
     except MixprecError as error:
         raise RuntimeError(str(error)) from error
@@ -147,7 +147,7 @@ def _stored(tensor: TensorInfo) -> Parameter:
     return Parameter(tensor.name, tensor.dtype, tensor.shape, whole(flat).pieces, experts=True)
 
 
-def _share(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, replicated_head: bool) -> Holdings | None:
+def _of_merged(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, replicated_head: bool) -> Share | None:
     """A rank's share of the merged files; None where a file is missing, or tensors cannot be cut for it."""
     if not all((folder / name).exists() for name in manifest.shards):
         return None
@@ -163,7 +163,7 @@ def _share(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, repli
         return None
     padded = {name: (share.native, share.columns) for name, share in splitter.padded.items()}
     where = f"the weights in {folder} of rank {rank} of {degree}"
-    return Holdings(where, parameters, padded, lambda file: inside(folder, file))
+    return Share(where, parameters, padded, lambda file: inside(folder, file))
 
 
 def _changed(checkpoint: Checkpoint, manifest: Manifest) -> str | None:
@@ -212,13 +212,13 @@ def this_run() -> str:
     return str(_degree())
 
 
-def mismatch(model: Module, held: Holdings) -> str | None:
-    """Why ``held`` does not fit the parameters of ``model``, which SGLang may cut in another way; None if it does."""
+def mismatch(model: Module, share: Share) -> str | None:
+    """Why ``share`` does not fit the parameters of ``model``, which SGLang may cut in another way; None if it does."""
     if any(getattr(module, "num_fused_shared_experts", 0) for module in model.modules()):
         return "shared experts are apart from routed ones in them: give --disable-shared-experts-fusion"
     parameters, empty = _parameters(model), may_be_empty(model)
     for name, parameter in parameters.items():
-        stored = held.parameters.get(name)
+        stored = share.parameters.get(name)
         if stored is None:
             if empty(name):
                 continue
@@ -229,7 +229,7 @@ def mismatch(model: Module, held: Holdings) -> str | None:
         if dtype != parameter.dtype and not {dtype, parameter.dtype} <= CASTS:
             return f"{name} is {stored.dtype} in them and {parameter.dtype} in SGLang"
     belongs = expected_on_this_rank(model)
-    extra = sorted(filter(belongs, held.parameters.keys() - parameters.keys()))
+    extra = sorted(filter(belongs, share.parameters.keys() - parameters.keys()))
     return f"SGLang has no {extra[0]}" if extra else None
 
 
@@ -237,7 +237,7 @@ def _parameters(model: Module) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.numel()}
 
 
-def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
+def load(model: Module, share: Share, finish: Callable[[], Any]) -> Any:
     """Fills the parameters of ``model`` and returns what ``finish`` does: the model's own steps after loading.
 
     Raises:
@@ -245,7 +245,7 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
     """
     parameters = _parameters(model)
     device = next((parameter.device for parameter in parameters.values() if parameter.is_cuda), None)
-    taken = [held.parameters[name] for name in parameters if name in held.parameters]
+    taken = [share.parameters[name] for name in parameters if name in share.parameters]
     if device is not None:
         torch.cuda.synchronize()  # parameters must be initialized before other streams write to them
 
@@ -255,7 +255,7 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
             torch.cuda.set_device(device)
 
     try:
-        with FileReader(held.path_of) as reader, ThreadPoolExecutor(_THREADS, initializer=begin) as pool:
+        with FileReader(share.path_of) as reader, ThreadPoolExecutor(_THREADS, initializer=begin) as pool:
             copies = _Copies(reader)
             largest_first = sorted(taken, key=lambda parameter: -parameter.nbytes)
             list(pool.map(lambda parameter: copies.fill(parameters[parameter.name], parameter), largest_first))
@@ -263,7 +263,7 @@ def load(model: Module, held: Holdings, finish: Callable[[], Any]) -> Any:
         raise LoadError(str(error)) from error
     if device is not None:
         torch.cuda.synchronize()
-    logger.info("mixprec: read %s (%.2f GB)", held.where, sum(parameter.nbytes for parameter in taken) / 1e9)
+    logger.info("mixprec: read %s (%.2f GB)", share.where, sum(parameter.nbytes for parameter in taken) / 1e9)
     result = finish()
     # Some models derive tensors for the names that load_weights got, and it got none: SGLang wants this call of loaders
     # that do not use load_weights (model_loader/loader.py:333).

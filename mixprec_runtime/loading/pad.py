@@ -31,7 +31,7 @@ def _check_native(name: str, columns: set[int], native: int) -> None:
         )
 
 
-def _pad_linear(method: Any, name: str, native: int, held: int, *, inputs: bool) -> None:
+def _pad_linear(method: Any, name: str, native: int, stored: int, *, inputs: bool) -> None:
     create = method.create_weights
 
     def create_weights(
@@ -45,11 +45,11 @@ def _pad_linear(method: Any, name: str, native: int, held: int, *, inputs: bool)
     ) -> None:
         _check_native(name, {input_size_per_partition} if inputs else set(output_partition_sizes), native)
         if inputs:
-            input_size = input_size // native * held
-            layer.input_size_per_partition = input_size_per_partition = held
+            input_size = input_size // native * stored
+            layer.input_size_per_partition = input_size_per_partition = stored
         else:
-            output_size = output_size // native * held
-            output_partition_sizes = [held] * len(output_partition_sizes)
+            output_size = output_size // native * stored
+            output_partition_sizes = [stored] * len(output_partition_sizes)
             layer.output_partition_sizes = output_partition_sizes
             layer.output_size_per_partition = sum(output_partition_sizes)
         create(layer, input_size_per_partition, output_partition_sizes, input_size, output_size, *args, **kwargs)
@@ -57,14 +57,14 @@ def _pad_linear(method: Any, name: str, native: int, held: int, *, inputs: bool)
     method.create_weights = create_weights
 
 
-def _pad_experts(method: Any, name: str, native: int, held: int) -> None:
+def _pad_experts(method: Any, name: str, native: int, stored: int) -> None:
     create = method.create_weights
 
     def create_weights(layer: Any, *, intermediate_size_per_partition: int, **kwargs: Any) -> None:
         _check_native(name, {intermediate_size_per_partition}, native)
-        layer.intermediate_size_per_partition = held
+        layer.intermediate_size_per_partition = stored
         if getattr(layer.moe_runner_config, "intermediate_size_per_partition", None) is not None:
-            layer.moe_runner_config.intermediate_size_per_partition = held
-        create(layer=layer, intermediate_size_per_partition=held, **kwargs)
+            layer.moe_runner_config.intermediate_size_per_partition = stored
+        create(layer=layer, intermediate_size_per_partition=stored, **kwargs)
 
     method.create_weights = create_weights

@@ -62,8 +62,8 @@ def load_strictly(
     # Vocabularies are padded: no tensor fills the padding, and the last ranks take fewer rows than others.
     vocabularies = {path: m for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
     padded = {f"{path}.{leaf}": due for path, module in vocabularies.items() for leaf, due in _filled_rows(module)}
-    whole = {name.rpartition(".")[0] for name in padded} if ranks > 1 else set()
-    lost = [name for name in ledger.unused(ranks) if belongs(name) and name.rpartition(".")[0] not in whole]
+    cut = {name.rpartition(".")[0] for name in padded} if ranks > 1 else set()
+    lost = [name for name in ledger.unused(ranks) if belongs(name) and name.rpartition(".")[0] not in cut]
     empty = may_be_empty(model)
     unfilled = [name for name in ledger.unfilled(padded) if not empty(name)]
     problems = []

@@ -170,7 +170,7 @@ def fuzz_patterns(data: bytes) -> None:
     names = [choices.ConsumeUnicodeNoSurrogates(30), "a" * 200, NAME]
     with suppress(patterns.PatternError):
         pattern = patterns.Pattern(text)
-        segments = [[match.by_length(words) for words in segment] for segment in patterns._parse(text)]
+        segments = [[match.by_length(words) for words in segment] for segment in patterns.segments_of(text)]
         for name in names:
             assert pattern.matches(name) == bool(match.walk(segments, name)), "two ways to match disagree"
     folded = [patterns.Pattern(text) for text in compress.compress([NAME, *filter(str.isidentifier, names)])]

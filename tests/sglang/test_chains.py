@@ -274,11 +274,11 @@ def test_tuned_tiles_suit_the_kernel_and_every_gpu(monkeypatch: pytest.MonkeyPat
 
 
 # Methods of other formats take other code paths on a CPU, or need a GPU.
-HALVES = ["fp8_block", "fp8_channel", "int8_channel", "int8_block", "gptq_int4", "gptq_int8", "awq_int4"]
+ONE_PROJECTION = ["fp8_block", "fp8_channel", "int8_channel", "int8_block", "gptq_int4", "gptq_int8", "awq_int4"]
 
 
-@pytest.mark.parametrize("kind", HALVES)
-def test_sglangs_own_methods_give_chains_halves_of_experts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ONE_PROJECTION)
+def test_sglangs_own_methods_pass_one_projection_to_chains(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's own methods process a group of one projection, and pass the shapes of both on to chains.
 
     Only Marlin's repacking, which needs a GPU, is replaced.

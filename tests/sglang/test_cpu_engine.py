@@ -66,11 +66,11 @@ def ask(folder: Path, jobs: list[tuple[Path, dict[str, Any]]], ranks: int = 1) -
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
     """The answers of engines of one rank, by the name of the mix."""
-    names = ["llama", "qwen3_moe", "parted"]
+    names = ["llama", "qwen3_moe", "split_experts"]
     return dict(zip(names, ask(folder, [(mix(folder, name), {}) for name in names]), strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "parted"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "split_experts"])
 def test_the_engine_answers_as_transformers(alone: Any, folder: Path, tmp_path: Path, name: str) -> None:
     assert alone[name]["tokens"] == transformers_tokens(folder, name, tmp_path)
 
@@ -91,7 +91,7 @@ def test_quantized_heads_answer_as_transformers(folder: Path, tmp_path: Path) ->
     assert two["tokens"] == due["head_in_fp8"]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "parted"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "split_experts"])
 def test_server_info_tells_what_the_weights_weigh(alone: Any, folder: Path, name: str) -> None:
     memory = alone[name]["memory"]
     # The reference of a CPU keeps dequantized weights, in the model's dtype.
@@ -106,7 +106,7 @@ def test_two_ranks_answer_as_transformers(folder: Path, tmp_path: Path, name: st
     assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "experts"), [("parted", 1), ("mixtral", 2)])
+@pytest.mark.parametrize(("name", "experts"), [("split_experts", 1), ("mixtral", 2)])
 def test_two_ranks_answer_from_their_own_files(folder: Path, tmp_path: Path, name: str, experts: int) -> None:
     """The answers are those from the merged files, which are removed."""
     out = Path(shutil.copytree(mix(folder, name), tmp_path / "out"))
@@ -262,7 +262,7 @@ def test_two_nodes_need_only_the_files_of_their_ranks(folder: Path, tmp_path: Pa
     meeting = f"127.0.0.1:{free_port()}"
     nodes = []
     for node in range(2):
-        out = Path(shutil.copytree(mix(folder, "parted"), tmp_path / f"node-{node}"))
+        out = Path(shutil.copytree(mix(folder, "split_experts"), tmp_path / f"node-{node}"))
         split(out, Degree(2), ranks=[node])
         for file in out.glob("*.safetensors"):
             file.unlink()
@@ -276,4 +276,4 @@ def test_two_nodes_need_only_the_files_of_their_ranks(folder: Path, tmp_path: Pa
     finally:
         for server in nodes:
             server.stop()
-    assert answers == transformers_tokens(folder, "parted", tmp_path)
+    assert answers == transformers_tokens(folder, "split_experts", tmp_path)

@@ -37,7 +37,7 @@ def decoder(prefix: str, formats: tuple[Format, ...] = (BLOCK, BF16)) -> dict[st
 
 
 @pytest.mark.parametrize(
-    ("stored", "prefixes", "told"),
+    ("stored", "prefixes", "served"),
     [
         ("language_model.model.", {"language_model.layers.": "language_model.model.layers."}, "model."),  # Kimi-K2.5
         ("language_model.", {"language_model.layers.": "language_model.model.layers."}, "model."),  # its NVFP4
@@ -50,14 +50,14 @@ def decoder(prefix: str, formats: tuple[Format, ...] = (BLOCK, BF16)) -> dict[st
         ("model.", None, ""),  # Mixtral
     ],
 )
-def test_a_decoder_in_a_larger_model(stored: str, prefixes: dict[str, str] | None, told: str) -> None:
+def test_a_decoder_in_a_larger_model(stored: str, prefixes: dict[str, str] | None, served: str) -> None:
     config = bound(decoder(stored), prefixes)
-    assert set(config._members(f"{told}layers.0.self_attn.qkv_proj").values()) == {BLOCK}
-    assert set(config._members(f"{told}layers.1.self_attn.o_proj").values()) == {BF16}
-    assert config._members(f"{told}layers.2.self_attn.o_proj") == {}
+    assert set(config._members(f"{served}layers.0.self_attn.qkv_proj").values()) == {BLOCK}
+    assert set(config._members(f"{served}layers.1.self_attn.o_proj").values()) == {BF16}
+    assert config._members(f"{served}layers.2.self_attn.o_proj") == {}
 
 
-def test_a_name_that_may_mean_two_modules_is_none() -> None:
+def test_a_name_that_may_mean_two_modules_finds_none() -> None:
     config = bound(decoder("language_model.model.", (BLOCK,)) | decoder("model.language_model.", (CHANNEL,)))
     assert config._members("model.layers.0.self_attn.o_proj") == {}
     assert set(config._members("language_model.model.layers.0.self_attn.o_proj").values()) == {BLOCK}
@@ -110,13 +110,13 @@ def test_fp8_that_sglang_dequantizes_is_in_no_wrong_format() -> None:
 
 @pytest.mark.parametrize("made", [False, True])
 def test_towers_that_sglang_was_told_to_skip(made: bool) -> None:
-    from mixprec_runtime.loading.strict import here
+    from mixprec_runtime.loading.strict import expected_on_this_rank
 
     model = torch.nn.Module()
     model.language_model = torch.nn.Linear(1, 1)
     model.vision_model = torch.nn.Linear(1, 1) if made else None
     model.multi_modal_projector = None
-    belongs = here(model)
+    belongs = expected_on_this_rank(model)
     assert belongs("vision_model.blocks.0.attn.weight") is made
     assert belongs("multi_modal_projector.linear_1.weight") is made
     assert belongs("language_model.model.norm.weight")

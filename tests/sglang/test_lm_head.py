@@ -68,7 +68,7 @@ def meant(layer: Any) -> torch.Tensor:
     """The dequantized weight of the layer, ``[rows of this rank, hidden]``."""
     fmt = format_of(layer)
     assert fmt is not None
-    reference._dequantize_linear(layer, fmt, served(fmt).stored_alike)
+    reference._dequantize_linear(layer, fmt, served(fmt).as_stored)
     weight: torch.Tensor = layer.weight.data
     return weight.float()
 

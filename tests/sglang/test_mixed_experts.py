@@ -75,13 +75,13 @@ def test_gate_and_up_may_be_in_another_format_than_down(up: str, down: str) -> N
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_half_a_group_takes_half_the_memory(kind: str) -> None:
+def test_a_group_of_one_projection_takes_no_memory_for_the_other(kind: str) -> None:
     """The memory before weights are loaded, and after they are processed."""
     other = "bf16" if kind != "bf16" else "fp8_block"
-    whole, half = bare_layer(mixed(kind, other), 2), bare_layer(mixed(f"{kind}/{other}", other), 2)
-    up = {n: p.shape for n, p in whole.groups[0].named_parameters() if n.startswith("w13_")}
-    assert {n: p.shape for n, p in half.groups[0].named_parameters()} == up
-    unseen = [value for name, value in vars(half.groups[0]).items() if name.startswith("w2_") and value is not None]
+    both, one = bare_layer(mixed(kind, other), 2), bare_layer(mixed(f"{kind}/{other}", other), 2)
+    up = {n: p.shape for n, p in both.groups[0].named_parameters() if n.startswith("w13_")}
+    assert {n: p.shape for n, p in one.groups[0].named_parameters()} == up
+    unseen = [value for name, value in vars(one.groups[0]).items() if name.startswith("w2_") and value is not None]
     assert unseen and sum(value.untyped_storage().nbytes() for value in unseen) < 100
     loaded, _ = layer_of((f"{kind}/{other}", 2), (other, 2))
     assert {name for name, _ in loaded.groups[0].named_parameters()} == {"w13_weight"}
@@ -346,18 +346,18 @@ def test_tensor_parallel_ranks_add_up_to_the_layer() -> None:
 # Placeholder parameters
 
 
-def open_door(layer: Any, name: str, tensor: torch.Tensor, shard: str, expert: int) -> None:
+def load_placeholder(layer: Any, name: str, tensor: torch.Tensor, shard: str, expert: int) -> None:
     door = layer._parameters[name]
     door.weight_loader(door, tensor, f"experts.{name}", shard_id=shard, expert_id=expert)
 
 
-def test_a_door_leads_to_one_expert_of_one_group() -> None:
+def test_a_placeholder_loads_one_expert_of_one_group() -> None:
     layer = bare_layer(mixed("fp8_block", "gptq_int4", "fp8_block", "gptq_int4"), 4)
     for group in layer.groups:
         for parameter in group.parameters():
             parameter.data.zero_()
     tensors, _ = quantize(torch.randn(INTERMEDIATE, HIDDEN), "gptq_int4")
-    open_door(layer, "w13_qweight", tensors["qweight"], "w3", 3)
+    load_placeholder(layer, "w13_qweight", tensors["qweight"], "w3", 3)
     marlin = layer.groups[1].w13_qweight
     assert torch.equal(marlin[1, :, INTERMEDIATE:], tensors["qweight"])
     assert not marlin[0].any() and not marlin[1, :, :INTERMEDIATE].any()
@@ -368,10 +368,10 @@ def test_a_door_leads_to_one_expert_of_one_group() -> None:
 def test_a_tensor_of_another_format_stops_the_load(expert: int, name: str, kind: str) -> None:
     layer = bare_layer(mixed("fp8_block", "gptq_int4"), 2)
     with pytest.raises(ValueError, match=rf"{PREFIX}\.{expert} is declared {kind}.*{name}"):
-        open_door(layer, name, torch.zeros(1), "w2" if name.startswith("w2") else "w1", expert)
+        load_placeholder(layer, name, torch.zeros(1), "w2" if name.startswith("w2") else "w1", expert)
 
 
-def test_doors_close_after_loading() -> None:
+def test_placeholders_are_removed_after_loading() -> None:
     layer, _ = layer_of(("bf16", 1), ("fp8_block", 2))
     assert not dict(layer.named_parameters(recurse=False))
     assert {name.split(".")[0] for name, _ in layer.named_parameters()} == {"groups"}
@@ -395,7 +395,7 @@ def test_layers_that_groups_cannot_be(options: dict[str, Any], message: str) -> 
         bare_layer(mixed("fp8_block", "gptq_int4"), experts, **options)
 
 
-def test_what_parted_experts_do_not_go_with() -> None:
+def test_layers_that_split_experts_cannot_be_in() -> None:
     with pytest.raises(ValueError, match=rf"{PREFIX}: experts whose gate and up.*with its activation \(gelu\)"):
         bare_layer(mixed("fp8_block/bf16", "bf16"), 2, activation="gelu")
     kinds = list(FORMATS)[:9]

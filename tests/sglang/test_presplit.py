@@ -170,7 +170,7 @@ def test_shared_experts_that_sglang_fuses_are_read_by_sglang(folder: Path, tmp_p
     """Fused, they are one more routed expert, which rank files lack; without merged files, the error names the flag."""
     out = shutil.copytree(mix(folder, "qwen3_moe"), tmp_path / "out")
     model, config = make(out)
-    held = loader.holdings(out, read_manifest(out))
+    held = loader.rank_share(out, read_manifest(out))
     assert held is not None and loader.mismatch(model, held) is None
     model.model.layers[0].mlp.experts.num_fused_shared_experts = 1
     assert "give --disable-shared-experts-fusion" in str(loader.mismatch(model, held))
@@ -268,7 +268,7 @@ def test_a_share_is_found_whatever_device_the_model_is_made_on(folder: Path) -> 
     """Makes the model on a device without arithmetic."""
     out, shape = mix(folder, "qwen3_moe"), MIXES["qwen3_moe"][0]
     with experts_at([list(range(shape.experts))] * shape.layers), torch.device("meta"):
-        assert loader.holdings(out, read_manifest(out)) is not None
+        assert loader.rank_share(out, read_manifest(out)) is not None
 
 
 @contextmanager
@@ -332,7 +332,7 @@ def test_a_buffer_is_not_used_again_before_it_was_copied(
     out = shutil.copytree(mix(folder, "qwen3_moe"), tmp_path / "out")
     with rank_of(1, 2):
         due = parameters(serve(out))
-        held = loader.holdings(out, read_manifest(out))
+        held = loader.rank_share(out, read_manifest(out))
     assert held is not None
     with FileReader(held.path_of) as reader:
         copies = loader._Copies(reader)

@@ -120,7 +120,7 @@ def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
         if fmt is None or not fmt.quantized:
             continue
         turn = reference._dequantize_linear if isinstance(module, LinearBase) else reference._dequantize_experts
-        turn(module, fmt, served(fmt).stored_alike)
+        turn(module, fmt, served(fmt).as_stored)
     mixed = {path: module for path, module in model.named_modules() if hasattr(module, "up_numbers")}
     for path, module in mixed.items():
         for weight, numbers in (("w13", module.up_numbers), ("w2", module.down_numbers)):

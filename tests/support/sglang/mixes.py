@@ -87,7 +87,7 @@ MIXES: Mapping[str, Mix] = {
             "model.layers.6.mlp.experts.5.*": "ct_int4",
         },
     ),
-    "parted": (  # experts with gate and up in another format than down
+    "split_experts": (  # experts with gate and up in another format than down
         QWEN3_MOE.of(**_SIZES, layers=3),
         {
             "model.layers.0.mlp.experts.*": "fp8_block",
@@ -228,7 +228,7 @@ _EXPERT_PARTS = {
 }
 _LINEAR = re.compile(r"(?!.*\.kv_b_proj$).*(_proj|_with_mqa|\.w[123])")  # quantized in the sources
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2")
-_WHOLE = ("gate", "fused_qkv_a_proj_with_mqa")
+_REPLICATED = ("gate", "fused_qkv_a_proj_with_mqa")
 
 # Leaf -> the axes of the module's outputs and inputs.
 _AXES = {
@@ -325,7 +325,7 @@ class Expected:
     def _cut(self, name: str, leaf: str, last: str, tp: int, rank: int) -> torch.Tensor:
         tensor = self._tensors[name]
         outputs, inputs = _AXES[leaf]
-        if tensor.dim() == 0 or last in _WHOLE:
+        if tensor.dim() == 0 or last in _REPLICATED:
             return tensor
         if last in _ROW_PARALLEL:
             # With desc_act, a rank's inputs may be of any group.
@@ -334,8 +334,8 @@ class Expected:
                 "qzeros",
                 "weight_scale",
             )
-            whole = inputs is None or act or tensor.shape[inputs] == 1  # one scale for all inputs
-            return tensor if whole else tensor.chunk(tp, inputs)[rank]
+            uncut = inputs is None or act or tensor.shape[inputs] == 1  # one scale for all inputs
+            return tensor if uncut else tensor.chunk(tp, inputs)[rank]
         if outputs is None:
             return tensor
         if ".k_proj" in name or ".v_proj" in name:
