@@ -1,1 +1,1 @@
-"""What a model is: roles, fused groups, experts, by family."""
+"""Model families: roles of modules, fused groups, experts."""

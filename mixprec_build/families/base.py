@@ -1,7 +1,7 @@
 """A model family: names of its modules, what SGLang makes of them, and how it cuts them for ranks.
 
-Names are those of Hugging Face checkpoints. What a family does not say is as in Llama: most decoders are. Rules go by
-the last words of names, so that they hold wherever a decoder lies in a larger model.
+Names are those of Hugging Face checkpoints. Defaults are those of Llama, which most decoders share. Rules go by the
+last words of names, so that they also apply to a decoder inside of a larger model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .parts import (
 __all__ = ["EXPERTS_COLUMN", "Family"]
 
 EXPERTS_COLUMN = "experts"
-"""What a layer map calls the experts of a layer, all of them."""
+"""The column of all experts in a layer map."""
 
 _CUTS = {
     "q_proj": CutBy.QUERY_HEADS, "k_proj": CutBy.KEY_VALUE_HEADS, "v_proj": CutBy.KEY_VALUE_HEADS,
@@ -44,7 +44,7 @@ _ATTENTION_NORMS = (
 _MLP_NORMS = (
     "pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "ffn_norm", "ln_2", "norm2",
     "final_layer_norm", "pre_ff_layernorm", "post_mixer_norm",
-    *_ATTENTION_NORMS,  # of blocks side by side, which one norm feeds both
+    *_ATTENTION_NORMS,  # one norm feeds both blocks where they run in parallel
 )  # fmt: skip
 _LINEARS_BEFORE = {
     "o_proj": "v_proj", "wo": "wv", "out_proj": "v_proj",
@@ -58,16 +58,16 @@ _JOINED_BEFORE = {
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One family, or several that are alike. Compared by identity; the fields are all there is to say."""
+    """The description of one family, or of several that are alike. Compared by identity."""
 
     model_types: frozenset[str] = frozenset()
     """``model_type`` of its ``config.json``; empty in the rules for unknown models."""
     architectures: frozenset[str] = frozenset()
-    """Names of its model classes, which count before ``model_type``, as they do to SGLang."""
+    """Names of its model classes, which have precedence over ``model_type``, as in SGLang."""
     alike: tuple[str, ...] = ()
-    """Beginnings of both, in small letters, of models that are of no family here and follow these rules."""
+    """Prefixes of both, in lower case, of models without a family here that follow these rules."""
     checked: bool = False
-    """Whether its names and groups were compared with SGLang's model code; a plan notes those that were not."""
+    """Whether its names and groups were compared with SGLang's model code; if not, a plan has a note."""
 
     # Where the decoder is
 
@@ -76,13 +76,13 @@ class Family:
     head: str = "lm_head"
     """The name of the head that may be tied to the embedding."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Beginnings of names in the checkpoint, and what they are among SGLang's parameters:
+    """Prefixes of names in the checkpoint, and those of SGLang's parameters in their place:
     ``("model.language_model.", "model.")``. The first that fits counts."""
     dropped: tuple[str, ...] = ()
-    """Words that SGLang's class takes out of the names of its parameters."""
+    """Words that SGLang's class drops from the names of its parameters."""
     left_out: tuple[str, ...] = ("model.",)
-    """Beginnings of parameters' names that a class of SGLang's may leave out of what it tells its layers they are
-    called (models/mixtral.py:291 in 0.5.17)."""
+    """Prefixes of parameters' names that a class of SGLang's may omit from the name that it passes to its layers
+    (models/mixtral.py:291 in 0.5.17)."""
 
     # Roles, by the last word
 
@@ -96,18 +96,17 @@ class Family:
     last_norms: tuple[str, ...] = (
         "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm",
     )  # fmt: skip
-    """Last words of the one after the last layer."""
+    """Last words of the norm after the last layer."""
 
     in_some_layers: frozenset[str] = frozenset()
-    """Blocks that some layers have and others, by ``config.json``, have not."""
+    """Blocks that only some layers have, by ``config.json``."""
 
     # Layers for speculative decoding
 
     drafts: tuple[str, ...] = ()
-    """Beginnings of the names of their modules, beside the usual ones (``mtp.``) and layers that are numbered past the
-    last."""
+    """Prefixes of the names of their modules, beside ``mtp.`` and layers that are numbered past the last."""
     draft_heads: tuple[str, ...] = ()
-    """Ends of the names of heads in them."""
+    """Ends of the names of their heads."""
 
     # What SGLang joins
 
@@ -121,11 +120,11 @@ class Family:
         Projections("gate_proj", "up_proj", "down_proj"),
         Projections("w1", "w3", "w2"),
     )
-    """Of MLPs and experts; every one that a checkpoint may use."""
+    """Projections of MLPs and experts, in every spelling that a checkpoint may use."""
     stacked_experts: tuple[StackedExperts, ...] = ()
-    """Tensors that hold all experts of a layer in some releases; see :mod:`mixprec_build.checkpoint.experts_apart`."""
+    """Tensors of all experts of a layer in some releases; see :mod:`mixprec_build.checkpoint.experts_apart`."""
     shared_experts: tuple[str, ...] = ()
-    """What the MLP beside the experts is called where SGLang may make it one more of them."""
+    """Names of the MLP beside the experts, if SGLang may run it as one more of them."""
 
     # What SGLang does not run
 
@@ -142,28 +141,28 @@ class Family:
     can_be_cut: bool = False
     """Whether ``cuts`` were compared with SGLang's model code."""
     cuts: Mapping[str, CutBy] = field(default_factory=lambda: _CUTS)
-    """Last word -> how ranks share such a module; others are whole on every rank, but for projections of MLPs."""
+    """Last word -> how ranks share such a module. Others are complete on every rank, except projections of MLPs."""
     attention_replicas: bool = False
     """Whether SGLang can keep its attention in replicas (``--enable-dp-attention``)."""
 
     # What makes a linear's inputs
 
     attention_norms: tuple[str, ...] = _ATTENTION_NORMS
-    """Names in a layer of the norm before attention: the first that a model has."""
+    """Names within a layer of the norm before attention; the first that a model has counts."""
     attention_inputs: frozenset[str] = frozenset({"q_proj", "k_proj", "v_proj"})
-    """Linears that it feeds, beside others that stand at the start of a block of attention."""
+    """Linears that it feeds, beside others at the start of a block of attention."""
     mlp_norms: tuple[str, ...] = _MLP_NORMS
-    """The same of the norm before the MLP; it feeds routers, and what ``projections`` has but ``down``."""
+    """The same for the norm before the MLP, which feeds routers, gate and up."""
     norms_beside: Mapping[str, str] = field(default_factory=dict)
     """Last word of a linear -> that of the norm of the same parent that feeds it."""
     linears_before: Mapping[str, str] = field(default_factory=lambda: _LINEARS_BEFORE)
     """Last word of a linear -> that of the linear whose outputs, one for one, become its inputs. ``up`` and ``down``
-    of MLPs are such pairs anyway."""
+    of MLPs are always such a pair."""
     joined_before: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _JOINED_BEFORE)
-    """The same of linears of whose outputs some become its inputs: ``up`` in ``gate_up_proj``, ``v`` in others. A model
-    has one of them at most."""
+    """The same for linears of whose outputs only some become its inputs: ``up`` in ``gate_up_proj``, ``v`` in others. A
+    model has one of them at most."""
 
-    # Looked up by name, for each of a hundred thousand modules
+    # Made once, for they are looked up for each of a hundred thousand modules
 
     @cached_property
     def _expert(self) -> re.Pattern[str]:
@@ -203,7 +202,7 @@ class Family:
         return self.role_by_name(name) or (Role.PARAMETER if len(shape) < 2 or "" in leaves else Role.LINEAR)
 
     def role_by_name(self, name: str) -> Role | None:
-        """The role of the module ``name``, where the name says it."""
+        """The role of the module ``name``, if its name determines it; None if its shape does."""
         last = last_word(name)
         if self._expert.fullmatch(name):
             return Role.EXPERT
@@ -221,7 +220,7 @@ class Family:
         return self.norms.fullmatch(last_word(name)) is not None
 
     def is_draft(self, name: str, layers: int | None) -> bool:
-        """Whether a module or tensor is for speculative decoding only; ``layers`` is how many the model has."""
+        """Whether a module or tensor is for speculative decoding only; ``layers``: how many the model has."""
         layer = layer_of(name)
         past_the_last = layer is not None and layers is not None and layer >= layers
         return past_the_last or is_for_drafts(name) or (bool(self.drafts) and name.startswith(self.drafts))
@@ -229,7 +228,7 @@ class Family:
     # Fused groups
 
     def fused_groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """SGLang's name of each fused module or expert -> its members among ``names``; single linears stay alone."""
+        """SGLang's name of each fused module or expert -> its members among ``names``; others are groups of one."""
         expert_of, joined = self._expert.fullmatch, self._joined
         groups: dict[str, list[str]] = {}
         for name in names:
@@ -240,7 +239,7 @@ class Family:
         return groups
 
     def joined_groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """As :meth:`fused_groups`, under the names of SGLang's layers and in the order that it joins their parts in."""
+        """As :meth:`fused_groups`, with members in SGLang's order; a group of one has the name of its member."""
         groups = {}
         for joined, members in self.fused_groups(names).items():
             if len(members) > 1:
@@ -251,7 +250,7 @@ class Family:
         return groups
 
     def ragged_end(self, names: Iterable[str]) -> str | None:
-        """The one of a fused linear's parts that may end inside of a block of scales; None where none may."""
+        """The part of a fused linear that may end inside of a block of scales; None where none may."""
         for name in names:
             group = self._joined.get(last_word(name))
             if group is not None and group.ragged_end and last_word(name) == group.members[-1]:
@@ -263,7 +262,7 @@ class Family:
         return next((group.members for group in self.fused if group.name == joined), ())
 
     def gemms(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """What must be in one format: :meth:`gemms_of` all groups of :meth:`fused_groups`."""
+        """The members of each GEMM, which must share a format: :meth:`gemms_of` all groups of :meth:`fused_groups`."""
         return {
             gemm: members
             for group, fused in self.fused_groups(names).items()
@@ -271,8 +270,10 @@ class Family:
         }
 
     def gemms_of(self, group: str, members: list[str]) -> dict[str, list[str]]:
-        """What must be in one format of a group of :meth:`fused_groups`: all of it, but of an expert gate and up apart
-        from down, under ``...experts.7.w13`` and ``.w2``."""
+        """The GEMMs of a group of :meth:`fused_groups`, each of which must share a format.
+
+        That is the group itself; for an expert, gate and up as ``...experts.7.w13`` and down as ``.w2``.
+        """
         if not self.is_expert(group):
             return {group: members}
         out: dict[str, list[str]] = {}
@@ -300,26 +301,28 @@ class Family:
         return (found[2], int(found[3]), found[4]) if found else None
 
     def projections_among(self, words: Iterable[str]) -> Projections:
-        """Those that one MLP or expert has, of which ``words`` are some: the ones that share most with them."""
+        """The projections of one MLP or expert, which has ``words``: those that share most with them."""
         there = {*words}
         return max(self.projections, key=lambda trio: len(there.intersection(trio.words)))
 
     def missing_of(self, words: Iterable[str]) -> Projections | None:
-        """The projections that an expert needs, if ``words`` are not just these."""
+        """The projections that an expert needs; None if ``words`` are exactly these."""
         there = {*words}
         expected = self.projections_among(there)
         return None if there == {*expected.words} else expected
 
     def stacked_experts_of(self, name: str) -> StackedExperts | None:
-        """What the tensor ``name`` holds, if it is one of all experts of a layer in this family's releases."""
+        """The description of the tensor ``name``, if it has all experts of a layer in this family's releases."""
         block, _, last = name.rpartition(".")
         if last_word(block) != self.experts:
             return None
         return next((stacked for stacked in self.stacked_experts if stacked.name == last), None)
 
     def place_of(self, name: str) -> tuple[int | None, str]:
-        """A module's row and column in a layer map: its decoder layer, which is the first number between dots, and its
-        name within the layer, experts folded into one."""
+        """A module's row and column in a layer map.
+
+        They are its decoder layer, the first number between dots, and its name within the layer, one for all experts.
+        """
         prefix = layer_prefix(name)
         if not prefix:
             return None, name
@@ -331,7 +334,7 @@ class Family:
     # Norms and what they feed
 
     def norms_before(self, name: str) -> tuple[str, ...]:
-        """Names of the norm that feeds a module, if it is one that a norm feeds: the first that the model has."""
+        """Names of the norm that feeds a module, of which the first that the model has counts; none if no norm does."""
         parent, _, last = name.rpartition(".")
         if last in self.norms_beside:
             return (f"{parent}.{self.norms_beside[last]}",)
@@ -343,12 +346,12 @@ class Family:
         return tuple([prefix + norm for norm in norms]) if prefix else ()
 
     def scaled_before(self, name: str) -> str | None:
-        """The linear that a scaling of this linear's inputs can be folded into."""
+        """The linear that scales of this linear's inputs can be folded into; None where there is none."""
         parent, _, last = name.rpartition(".")
         return f"{parent}.{self._linears_before[last]}" if last in self._linears_before else None
 
     def joined_scaled_before(self, name: str) -> Iterator[str]:
-        """Names of linears, of which a model may have one, into some of whose outputs such a scaling can be folded."""
+        """Yields names of linears, of which a model has one at most, into some of whose outputs they can be folded."""
         parent, _, last = name.rpartition(".")
         for joined in self.joined_before.get(last, ()):
             yield f"{parent}.{joined}"
@@ -356,7 +359,7 @@ class Family:
     # What SGLang does not run
 
     def format_limit(self, name: str, role: Role, fmt: StoredFormat) -> str | None:
-        """Why SGLang has no place for a module in ``fmt``, whatever its shape."""
+        """The reason why a module cannot be served in ``fmt``, whatever its shape; None if there is none."""
         if not fmt.quantized:
             return None
         if role is Role.HEAD and self.quantized_head and not is_for_drafts(name):
@@ -378,7 +381,7 @@ class Family:
     # SGLang's names
 
     def sglang_name(self, name: str) -> str:
-        """What a module or layer of the checkpoint is called among SGLang's parameters."""
+        """The name of a module or layer of the checkpoint among SGLang's parameters."""
         found = (served + name[len(stored) :] for stored, served in self.renamed if name.startswith(stored))
         name = next(found, name)
         for word in self.dropped:
@@ -386,12 +389,11 @@ class Family:
         return name
 
     def served_names(self, told: str) -> tuple[str, ...]:
-        """What a layer may be called among SGLang's parameters whose own name for itself is ``told``, likeliest
-        first."""
+        """Names that a layer may have among SGLang's parameters, likeliest first, if its class calls it ``told``."""
         return (told, *(beginning + told for beginning in self.left_out))
 
     def stored_names(self, told: str) -> Iterator[str]:
-        """The same of its name in the checkpoint."""
+        """Yields names that such a layer may have in the checkpoint."""
         for served in self.served_names(told):
             yield served
             for stored, beginning in self.renamed:

@@ -1,4 +1,4 @@
-"""In which block of a layer a linear stands, for linears of names that no family lists."""
+"""Finds linears at the start of a block, whose names no family lists."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ _INSIDE = re.compile(
 
 
 def block_fed_by_norm(block: str, last: str) -> str | None:
-    """``ATTENTION`` or ``MLP`` for a linear ``last`` at the start of a block, which stands at ``block`` in its layer:
-    the layer's norm before that block feeds it. None for others."""
+    """``ATTENTION`` or ``MLP`` if the linear ``last`` is at the start of ``block``, so that the layer's norm feeds it.
+
+    ``block`` is the block's name within the layer. None for other linears.
+    """
     if _INSIDE.fullmatch(last):
         return None
     return MLP if _MLP_BLOCK.fullmatch(block) else ATTENTION if _ATTENTION_BLOCK.fullmatch(block) else None

@@ -1,4 +1,4 @@
-"""Scales of an FP8 cache of keys and values: how producers call them, and which of SGLang's parameters take them.
+"""Scales of an FP8 KV cache: their names in checkpoints, and SGLang's parameters for them.
 
 llm-compressor calls them ``self_attn.k_scale`` and ``.v_scale``, ModelOpt ``self_attn.k_proj.k_scale``, Quark
 ``self_attn.k_proj.output_scale``, AutoFP8 has one ``self_attn.kv_scale`` for both. SGLang 0.5.17 has parameters
@@ -31,7 +31,7 @@ class CacheScale(NamedTuple):
 
 
 def cache_scale(name: str) -> CacheScale | None:
-    """What a tensor of that name is the scale of; None for all others, and for scales that SGLang does not take."""
+    """Parses the name of a cache scale; None for other names, and for scales that SGLang does not load."""
     if not name.endswith("_scale"):
         return None
     found = _SCALE.fullmatch(name)
@@ -42,12 +42,12 @@ def cache_scale(name: str) -> CacheScale | None:
 
 
 def home_of(attention: str, modules: Collection[str]) -> str | None:
-    """The module whose outputs are cached, keys or what both are computed from; None where it is not there."""
+    """The module that computes an attention's keys, perhaps with its values; None where there is none."""
     names = (f"{attention}.{last}" for last in ("k_proj", "kv_a_proj_with_mqa", "qkv_proj"))
     return next((name for name in names if name in modules), None)
 
 
 def parameters_of(scale: CacheScale, modules: Collection[str]) -> list[str]:
-    """SGLang's parameters for a scale in a model with ``modules``: of latent attention they are elsewhere."""
+    """SGLang's parameters for a scale in a model with ``modules``; latent attention has them elsewhere."""
     latent = f"{scale.attention}.kv_a_proj_with_mqa" in modules
     return [f"{scale.attention}.{'attn_mqa' if latent else 'attn'}.{leaf}" for leaf in scale.leaves]

@@ -79,4 +79,4 @@ DEEPSEEK_RELATIVES = replace(
     attention_replicas=False,
     quantized_head=False,
 )  # fmt: skip
-"""Models whose classes are built on DeepSeek's, or look into their shared experts as it does."""
+"""Models whose classes are built on DeepSeek's, or compare the formats of shared experts as it does."""

@@ -1,4 +1,4 @@
-"""The experts of one layer by format."""
+"""Groups the experts of one layer by format."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ __all__ = ["GroupMembers", "expert_groups"]
 
 
 class GroupMembers(NamedTuple):
-    """The experts of one layer on one rank whose gate and up, and whose down, are in one format."""
+    """Experts of one layer on one rank whose gate and up (``ups``), and whose down (``downs``), are in one format."""
 
     ups: list[int]
     downs: list[int]
 
 
 def expert_groups(formats: Mapping[int, tuple[object, object]], here: Iterable[int]) -> list[GroupMembers]:
-    """The experts of one layer on one rank by format, in the order that formats come up; ``formats`` are those of gate
-    and up, and of down.
+    """Groups the experts ``here``, those of one layer on one rank, by format, in the order of first use.
 
-    Where these are not the same experts, they are two groups: SGLang's layers hold as many of the one as of the other.
+    ``formats``: expert -> the format of gate and up, and that of down. Where different experts have a format in gate
+    and up than in down, these are two groups, since SGLang's layers have as many of the one as of the other.
     """
     ups: dict[object, list[int]] = {}
     downs: dict[object, list[int]] = {}

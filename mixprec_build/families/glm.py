@@ -1,5 +1,6 @@
-"""GLM-4.5 to 4.7 (``models/glm4_moe.py``), and GLM-5 (the same file's ``GlmMoeDsaForCausalLM``): DeepSeek-V3.2 in all
-but its name."""
+"""GLM-4.5 to 4.7 (``models/glm4_moe.py``), and GLM-5 (the same file's ``GlmMoeDsaForCausalLM``), which is like
+DeepSeek-V3.2.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ GLM4_MOE = Family(
 
 
 def _dequantized_wk(fmt: StoredFormat) -> str | None:
-    """deepseek_weight_loader.py, ``_load_fused_indexer_wk``; elsewhere than on NVIDIA's GPUs they are not joined."""
+    """deepseek_weight_loader.py, ``_load_fused_indexer_wk``; only on NVIDIA's GPUs they are joined."""
     if fmt.kind == "fp8_block" and fmt.rows_in_fused == 128:
         return None
     return "SGLang joins wk with weights_proj in BF16, and dequantizes for that FP8 in blocks of 128 only"

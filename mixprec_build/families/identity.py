@@ -1,8 +1,8 @@
-"""Whether two config.json are of one model: what in them changes the function, and what does not.
+"""Compares two config.json to see whether they are of one model.
 
-The config.json of ``model:`` is what SGLang builds the model from, whatever the weights were made for. Here it is
-compared with that of each source: a key that is known to change the function must agree, one that is known not to may
-differ, and any other that differs is said.
+SGLang builds the model from the config.json of ``model:``, whatever the weights were made for. A key that is known to
+change what the model computes must agree with that of each source, one that is known not to may differ, and any other
+difference is noted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FUNCTION = (
     "use_sliding_window", "attention_chunk_size", "no_rope_layers", "num_kv_shared_layers", "alibi", "parallel_attn",
 )  # fmt: skip
 
-# Keys that do not: what a run decides, what only training or one library reads, and what the weights themselves say.
+# Keys that do not: settings of a run, of training or of one library, and facts that the weights show.
 _HARMLESS = frozenset(
     {
         "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "name_or_path",
@@ -57,7 +57,7 @@ _HARMLESS = frozenset(
     }
 )  # fmt: skip
 
-# What a key stands for where a config.json leaves it out or says null.
+# Values of keys that are missing or null.
 _DEFAULTS: Mapping[str, object] = {
     "attention_bias": False, "mlp_bias": False, "clip_qkv": None, "attn_logit_softcapping": None, "alibi": False,
     "final_logit_softcapping": None, "sliding_window": None, "use_sliding_window": False, "num_kv_shared_layers": 0,
@@ -67,7 +67,7 @@ _DEFAULTS: Mapping[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that two config.json say differently. ``counts`` where it is known to change the function."""
+    """One difference of two config.json. ``counts``: whether it is known to change what the model computes."""
 
     key: str
     ours: object
@@ -79,17 +79,17 @@ class Difference:
 
 
 def config_differences(ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[Difference]:
-    """What differs between two config.json, those keys first that change the function.
+    """The differences between two config.json, those first that change what the model computes.
 
-    Sizes of the vocabulary and the tying of the head are left to what the weights say; ``model_type`` is a name, and
-    other words for one architecture are common.
+    The size of the vocabulary and a tied head are left out, which the weights show. ``model_type`` never counts: one
+    architecture may have several.
     """
     ours, theirs = _flat(ours), _flat(theirs)
     found = [Difference(key, a, b, counts=True) for key in _FUNCTION for a, b in _both(key, ours, theirs) if a != b]
     ours_rope, theirs_rope = _rope(ours), _rope(theirs)
     for key in dict.fromkeys((*ours_rope, *theirs_rope)):
         a, b = ours_rope.get(key), theirs_rope.get(key)
-        # What is left out has a default that depends on the family; a type of scaling that is left out is none.
+        # A missing value has a default that depends on the family; only a missing type of scaling always means none.
         if a != b and a is not None and b is not None:
             found.append(Difference(key, a, b, counts=True))
     rest = (ours.keys() & theirs.keys()) - _HARMLESS - set(_FUNCTION) | ({"model_type"} & ours.keys() & theirs.keys())
@@ -109,11 +109,11 @@ def _flat(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _both(key: str, ours: Mapping[str, object], theirs: Mapping[str, object]) -> Iterator[tuple[object, object]]:
-    """The two values of a key, where both are known."""
+    """Yields the two values of a key, if both are known."""
     if key not in ours and key not in theirs:
         return
     values = [config.get(key, _DEFAULTS.get(key)) for config in (ours, theirs)]
-    # Families have defaults of their own for the others. A window that is left out is Mistral's, not none.
+    # Other keys have defaults that depend on the family. A missing window is Mistral's default, not none.
     known = [
         value is not None or (key in _DEFAULTS and (key in config or key != "sliding_window"))
         for value, config in zip(values, (ours, theirs), strict=True)
@@ -123,8 +123,10 @@ def _both(key: str, ours: Mapping[str, object], theirs: Mapping[str, object]) ->
 
 
 def _rope(config: Mapping[str, object]) -> dict[str, object]:
-    """How positions are encoded, as transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``)
-    spell it: the path of each setting -> its value."""
+    """Settings of position encodings, path -> value.
+
+    transformers 4 spells them ``rope_theta`` and ``rope_scaling``, transformers 5 ``rope_parameters``.
+    """
     found: dict[str, object] = {}
     given: dict[str, object] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -147,7 +149,7 @@ def _rope(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """A value without the keys of its objects that are null, which say what leaving them out says."""
+    """A value without the null entries of its objects, which mean the same as missing ones."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):

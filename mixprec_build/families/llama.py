@@ -1,4 +1,4 @@
-"""Llama and Mistral, as SGLang has them in ``models/llama.py`` and ``models/mistral.py``: the common rules, no more."""
+"""Llama and Mistral (``models/llama.py`` and ``models/mistral.py``): the common rules only."""
 
 from __future__ import annotations
 

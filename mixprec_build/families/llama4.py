@@ -1,4 +1,4 @@
-"""Llama 4, as far as loading it goes: the rest is as in unknown models."""
+"""Llama 4, whose rows SGLang permutes while loading; the rest is as in unknown models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""MiniMax-M2 (``models/minimax_m2.py``): Mixtral's names for experts, and norms over all heads, which are
-cut with them."""
+"""MiniMax-M2 (``models/minimax_m2.py``): Mixtral's names of experts, and norms over all heads, cut with these."""
 
 from __future__ import annotations
 

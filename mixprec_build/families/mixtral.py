@@ -1,4 +1,4 @@
-"""Mixtral: experts ``block_sparse_moe.experts.N.{w1,w2,w3}``, which the common rules know."""
+"""Mixtral: experts ``block_sparse_moe.experts.N.{w1,w2,w3}``, which the common rules have."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Families of which no more is known here than what SGLang's classes move in them as they load.
+"""Families of which only the rows that SGLang's classes move while loading are known here.
 
-By reading of ``models/`` in SGLang 0.5.15 to 0.5.23.
+Found by reading ``models/`` of SGLang 0.5.15 to 0.5.23.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of modules as far as they are alike in all families: numbered layers, numbered experts."""
+"""Parses names of modules as all families have them: numbered layers, numbered experts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Qwen3-VL, dense and MoE (``models/qwen3_vl.py`` and ``models/qwen3_vl_moe.py``): Qwen3 beside an encoder of
-images."""
+"""Qwen3-VL, dense and MoE (``models/qwen3_vl.py`` and ``models/qwen3_vl_moe.py``): Qwen3 with a vision tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All model families, and which one a model is of."""
+"""All model families, and the search for that of a model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def find_family(model_type: object, architectures: Iterable[str] = ()) -> Family
 
 
 def find_alike(words: Iterable[str]) -> Family | None:
-    """The family whose rules models follow that are called as one of ``words``; None where there is none."""
+    """The family whose rules a model follows by its ``words``, types or classes; None where there is none."""
     small = [word.lower() for word in words]
     return next((f for f in FAMILIES if f.alike and any(word.startswith(f.alike) for word in small)), None)
 

@@ -1,4 +1,4 @@
-"""Experts of which a checkpoint keeps all of a layer in one tensor."""
+"""Finds tensors of all experts of a layer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ __all__ = ["block_of_stacked"]
 
 
 def block_of_stacked(family: Family, name: str, shapes: Iterable[tuple[int, ...]], experts: int | None) -> str | None:
-    """The block of experts, ``model.layers.3.mlp.experts``, that the module ``name`` is a projection of; None of all
-    others.
+    """The block, ``model.layers.3.mlp.experts``, whose experts are all in the module ``name``; None for other modules.
 
     Args:
         shapes: those of the module's tensors. A stacked projection is ``[E, N, K]`` or ``[E, K, N]``.
-        experts: how many a layer has.
+        experts: the number of experts in a layer.
     """
     if not layer_prefix(name) or not any(len(shape) == 3 and min(shape) > 1 for shape in shapes):
         return None

@@ -1,4 +1,4 @@
-"""The rules for models of no family here."""
+"""The rules for unknown models."""
 
 from __future__ import annotations
 
@@ -16,5 +16,4 @@ UNKNOWN = replace(
     routers=DEEPSEEK_RELATIVES.routers | QWEN2_MOE.routers,
     shared_experts=(*DEEPSEEK_RELATIVES.shared_experts, *QWEN2_MOE.shared_experts),
 )
-"""Those of all families, where they do not contradict one another: latent attention, say, is in models of many names.
-"""
+"""The rules of all families where they do not contradict one another: latent attention is in models of many names."""

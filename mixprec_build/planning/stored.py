@@ -1,4 +1,4 @@
-"""Formats that values of tensors show, where a source's configuration says otherwise and headers do not tell."""
+"""Corrects formats by the values of tensors, where a configuration is wrong and headers do not show it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["as_stored"]
 
 
 def as_stored(modules: Mapping[str, PlannedModule], reader: ValueReader) -> tuple[dict[str, PlannedModule], list[str]]:
-    """The modules, each in the format that it is stored in, and notes on those that are declared in another."""
+    """Returns the modules with the formats that their values show, and notes on those declared in another."""
     found = dict(modules)
     changed: dict[tuple[str, str, str], list[str]] = {}
     for name, module in modules.items():

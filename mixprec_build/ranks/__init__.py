@@ -1,1 +1,1 @@
-"""A checkpoint cut for ranks, and put together again."""
+"""Cuts checkpoints for ranks, and puts merged files together again."""

@@ -1,4 +1,4 @@
-"""A parameter's bytes, put together from rectangles of stored tensors as they are read."""
+"""Assembles a parameter's bytes from rectangles of stored tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 def write_parameters(
     fd: int, header: bytes, parameters: Sequence[Parameter], reader: TensorReader, progress: Progress | None
 ) -> Iterator[tuple[Parameter, str]]:
-    """Writes a new file and closes it; yields each parameter with its checksum as it is written. Synced at the end."""
+    """Writes, syncs and closes a new file; yields each parameter with its checksum after it is written."""
     try:
         os.posix_fallocate(fd, 0, len(header) + sum(p.nbytes for p in parameters))
         pwrite_all(fd, memoryview(header), 0)
@@ -45,9 +45,6 @@ def write_parameters(
         os.close(fd)
 
 
-# What is written, in pieces
-
-
 def _new(nbytes: int) -> Array:
     return np.empty(nbytes, np.uint8)
 
@@ -62,9 +59,9 @@ def whole(tensor: TensorInfo) -> Parameter:
 def contents(
     parameter: Parameter, reader: TensorReader, *, most: int = BUFFER, allocate: Callable[[int], Array] = _new
 ) -> Iterator[memoryview]:
-    """A parameter's bytes in order, ``most`` at a time, or what one row takes where that is more.
+    """Yields a parameter's bytes in order, at most ``most`` at a time, or one row where that is larger.
 
-    ``allocate`` gives so many bytes of memory, once for each chunk, and after the chunk before has been dealt with.
+    ``allocate`` returns so many bytes of memory for a chunk; it is called after the chunk before has been used.
     """
     blocks, rows, columns = parameter.blocks
     if not columns:
@@ -87,9 +84,9 @@ def contents(
 
 
 def fill(chunk: Array, start: int, bands: Iterable[Band], reader: TensorReader) -> None:
-    """Writes into ``chunk``, the rows of a parameter from ``start`` on, what ``bands`` have there."""
+    """Fills ``chunk``, the rows of a parameter from ``start`` on, with the parts of ``bands`` in them."""
     for piece, top, column, down, across in bands:
-        # The rows of this chunk that the piece has, counted where it comes from.
+        # The piece's rows in this chunk, counted in the stored tensor.
         first = max(down[0], down[0] + start - top)
         last = min(down[1], down[0] + start + len(chunk) - top)
         if first < last:
@@ -123,5 +120,5 @@ def _rectangle(piece: Piece, first: int, last: int, reader: TensorReader) -> Arr
 
 
 def _read_rows(piece: Piece, first: int, into: Array, reader: TensorReader) -> None:
-    """Fills ``into``, which lies in memory row after row, with rows of a piece's tensor from ``first`` on."""
+    """Fills ``into``, which is contiguous, with complete rows of a piece's tensor from ``first`` on."""
     reader.read_into(piece.tensor, into.view(np.uint8).data.cast("B"), first * piece.width * into.itemsize)

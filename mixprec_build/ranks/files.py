@@ -1,10 +1,10 @@
-"""The files of one rank: written from the merged tensors, and read back.
+"""Writes the files of one rank from the merged tensors, and reads them back.
 
-    presplit/tp4-ep1/rank-0-of-4/index.json            what the rank holds, with checksums
+    presplit/tp4-ep1/rank-0-of-4/index.json            the rank's parameters, with checksums
     presplit/tp4-ep1/rank-0-of-4/model-00001-of-00002.safetensors
 
-A rank's folder is written under another name, synced and renamed, and only then listed in the manifest: what the
-manifest lists is whole.
+A rank's folder is written under another name, synced and renamed, and only then listed in the manifest, so that listed
+folders are complete.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class RankIndex:
     files: Mapping[str, Mapping[str, Any]]
     """Name -> bytes, checksum of its header."""
     padded: Mapping[str, tuple[int, int]]
-    """MLP or ``...experts`` -> the columns that SGLang gives a rank, and those that its files have."""
+    """MLP or ``...experts`` -> a rank's columns in SGLang, and in its files, which have zeros added."""
 
     @property
     def remedy(self) -> str:
-        """What helps where its files are damaged."""
+        """Advice for damaged files."""
         return _remedy(self.folder)
 
 
@@ -75,9 +75,6 @@ def _remedy(folder: Path) -> str:
     if folder.name == Path(REST).name:
         return bring
     return f"{bring}, or cut it again with `mixprec split`, from the merged files or all ranks of another degree"
-
-
-# Writing
 
 
 def write_rank(
@@ -89,7 +86,7 @@ def write_rank(
     shard_size: int,
     progress: Progress | None,
 ) -> RankEntry:
-    """Writes one rank's folder; returns its line in the manifest.
+    """Writes one rank's folder; returns its entry of the manifest.
 
     Raises:
         WriteError: the disk is full, fails, or forbids it.
@@ -105,7 +102,7 @@ def write_rank(
             what = "holds files that mixprec did not write" if there is None or there.is_folder else f"is {there.kind}"
             raise OutputError(f"{root.path / leftover}: {what}; move it away, a rank's files are written there")
         root.make_folder(part)
-        stack.callback(_discard, root, part)  # what was not renamed
+        stack.callback(_discard, root, part)  # if it was not renamed
         shards = _shards(parameters, shard_size)
         entries: dict[str, Any] = {}
         files: dict[str, Any] = {}
@@ -138,7 +135,7 @@ def _discard(root: OwnedFolder, part: str) -> None:
 
 
 def finished(folder: Path, head: Mapping[str, Any]) -> RankEntry | None:
-    """The manifest's line of a rank that a stopped split had finished, and that would be written the same; or None."""
+    """The manifest's entry of a rank that a stopped split finished, if it would be written the same now; else None."""
     try:
         data = read_regular(folder / INDEX, _MAX_INDEX_BYTES)
         index = load_json(data, _MAX_INDEX_VALUES)
@@ -154,7 +151,7 @@ def finished(folder: Path, head: Mapping[str, Any]) -> RankEntry | None:
 
 
 def _line(files: Mapping[str, Any], index: bytes) -> RankEntry:
-    """A rank's line in the manifest."""
+    """A rank's entry of the manifest."""
     return RankEntry(sum(entry["bytes"] for entry in files.values()), checksum_of(index))
 
 
@@ -170,11 +167,8 @@ def _shards(parameters: Sequence[Parameter], most: int) -> list[list[Parameter]]
     return shards
 
 
-# Reading back
-
-
 def read_rank(folder: Path, manifest: Manifest, degree: Degree, rank: int) -> RankIndex | None:
-    """What a rank's files hold; None where the manifest lists no such rank.
+    """Reads a rank's index; None where the manifest lists no such rank.
 
     Raises:
         VerifyError: the index is not the one that was listed.
@@ -185,7 +179,7 @@ def read_rank(folder: Path, manifest: Manifest, degree: Degree, rank: int) -> Ra
 
 
 def read_index(folder: Path, name: str, listed: RankEntry) -> RankIndex:
-    """``index.json`` in ``name``, which the manifest lists. Raises :class:`VerifyError`."""
+    """Reads ``index.json`` in the folder ``name``. Raises :class:`VerifyError` if it is not the one that was listed."""
     path = folder / name / INDEX
     try:
         data = read_regular(inside(folder, f"{name}/{INDEX}"), _MAX_INDEX_BYTES)
@@ -231,7 +225,7 @@ def open_rank(index: RankIndex) -> dict[str, TensorInfo]:
 
 
 def changed_headers(index: RankIndex) -> list[Path]:
-    """The files that tell of other tensors than were written. Raises :class:`SourceError` where one has no header."""
+    """The files whose headers were changed. Raises :class:`SourceError` where one has no header."""
     changed = []
     for file in sorted({str(entry["file"]) for entry in index.parameters.values()}):
         data, _ = read_header(inside(index.folder, file))
@@ -247,7 +241,7 @@ def check_headers(index: RankIndex) -> None:
 
 
 def damage(folder: Path, name: str, listed: RankEntry) -> str | None:
-    """Why the files in ``name`` are not those that the manifest lists, as far as the index, headers and sizes tell."""
+    """Describes damage of the files in ``name`` that index, headers or sizes show; None if they show none."""
     try:
         index = read_index(folder, name, listed)
         open_rank(index)

@@ -1,4 +1,4 @@
-"""The names that mixprec itself uses below a checkpoint's ``presplit`` folder. All others are somebody else's."""
+"""Tells entries that mixprec writes in a checkpoint's folder ``presplit`` from all others."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["PRESPLIT", "RANK_FILE", "RESTORED", "is_degree_folder", "is_ours"]
 
 PRESPLIT = "presplit"
 RESTORED = f"{PRESPLIT}/.merged.part"
-"""Where merged files that are being restored wait to be complete."""
+"""The folder of merged files that are being restored, until all are complete."""
 RANK_FILE = re.compile(r"index\.json|model-\d{5,}-of-\d{5,}\.safetensors")
 _RANK = re.compile(r"(rank-\d+-of-\d+)|\.(rank-\d+-of-\d+)\.part")
 _REST = {REST, f"{PRESPLIT}/.rest.part", RESTORED}
 
 
 def is_ours(entry: Entry) -> bool:
-    """Whether a build or split makes an entry of this name and kind, in ``presplit`` or being it.
+    """Whether an entry is the folder ``presplit``, or has a name and kind that a build or split uses in it.
 
-    It makes ``presplit/tp2-ep1/rank-0-of-2/model-00001-of-00001.safetensors`` and the like: regular files in folders.
+    These are regular files in folders, as ``presplit/tp2-ep1/rank-0-of-2/model-00001-of-00001.safetensors``.
     """
     parts = entry.name.split("/")
     if parts[0] != PRESPLIT or len(parts) > 4:

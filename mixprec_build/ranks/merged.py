@@ -1,8 +1,8 @@
-"""The merged files of a compiled checkpoint, or what stands for them where they were dropped: its ranks' files.
+"""Reads the merged tensors of a compiled checkpoint: from merged files or, if these were dropped, from files of ranks.
 
-A checkpoint of the layout ``presplit`` has no merged files. Every byte of theirs is in the files of its ranks, or in
-``presplit/rest``: their headers, and tensors that no rank holds (``lm_head`` where it is tied, one of two scales of one
-input). So each can be written again as it was.
+A checkpoint of the layout ``presplit`` has every byte of its merged files in the files of its ranks or in
+``presplit/rest``: their headers, and tensors that no rank needs (a tied ``lm_head``, one of two scales of one input).
+So the merged files can be restored as they were.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def splitter_of(source: Source, degree: Degree, *, replicated_head: bool = False) -> Splitter:
-    """The cut of a checkpoint on disk. Raises :class:`SplitError` where there is none."""
+    """The splitter of a checkpoint for a degree. Raises :class:`SplitError` if it cannot be cut."""
     modules: dict[str, tuple[Format, Any]] = {
         name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()
     }
@@ -50,12 +50,13 @@ def splitter_of(source: Source, degree: Degree, *, replicated_head: bool = False
 
 
 def open_compiled(folder: Path, manifest: Manifest, unread: dict[str, str] | None = None) -> Checkpoint:
-    """A compiled checkpoint by its headers, also where its merged files were dropped. For ``unread`` see
-    :func:`.open_checkpoint`.
+    """Opens a compiled checkpoint by its headers, even if its merged files were dropped.
+
+    ``unread`` is as in :func:`.open_checkpoint`.
 
     Raises:
-        VerifyError: what was kept of the merged files is not what was listed.
-        SourceError: from opening files.
+        VerifyError: what was kept of the merged files differs from the manifest.
+        SourceError: a file cannot be opened.
     """
     if manifest.rest is None:
         return open_checkpoint(str(folder), unread=unread)
@@ -93,7 +94,7 @@ def header_tensor(file: str, nbytes: int) -> TensorInfo:
 
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
-"""Rows and columns."""
+"""Rows and columns, each ``(start, stop)``."""
 
 
 def in_no_rank(tensors: Iterable[TensorInfo], held: Mapping[str, Collection[Rectangle]]) -> list[TensorInfo]:
@@ -121,7 +122,7 @@ def _cover(ranges: Iterable[tuple[int, int]], end: int) -> bool:
 class CutFolder:
     """The storage of a checkpoint whose merged files were dropped.
 
-    Their tensors are put together from the ranks of one degree, and from the rest.
+    Their tensors are put together from the ranks of one degree and from ``presplit/rest``.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, rest: RankEntry):
@@ -134,14 +135,14 @@ class CutFolder:
         except SourceError as error:
             raise VerifyError(str(error)) from error
         self._kept = {name: _placed(REST, tensor) for name, tensor in stored.items()}
-        """The rest, by name."""
+        """The tensors of ``presplit/rest`` by name."""
         self._lock = Lock()
         self._parts: dict[str, tuple[Piece, ...]] = {}
-        """Tensor -> where its rectangles lie in the files, and in the tensor."""
+        """Tensor -> its rectangles in the files, and their places in the tensor."""
         self.checkpoint = open_storage(self, str(folder), self._headers())
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """Not of the merged files, of which :meth:`reader` reads the tensors."""
+        """As in :class:`.Files`, but not of merged files, whose tensors :meth:`reader` reads."""
         return self._local.read(name, offset, length)
 
     def cached(self, name: str) -> Path | None:
@@ -151,11 +152,11 @@ class CutFolder:
         return self._local.fetch(names)
 
     def reader(self) -> TensorReader:
-        """Reads the merged tensors, and the merged files' headers (:func:`header_tensor`)."""
+        """A reader of the merged tensors, and of the merged files' headers (:func:`header_tensor`)."""
         return _Rebuilt(self, FileReader(self._local.cached))
 
     def _headers(self) -> Iterator[tuple[str, bytes]]:
-        """The merged files' headers, as they were."""
+        """Yields the merged files with their headers."""
         with FileReader(self._local.cached) as reader:
             for file, size in self._merged.items():
                 tensor = self._kept.get(header_tensor(file, 0).name)
@@ -175,10 +176,10 @@ class CutFolder:
         return Parameter(tensor.name, tensor.dtype, tensor.shape, self._parts.get(tensor.name, ()))
 
     def prepare(self) -> None:
-        """Finds where each tensor lies.
+        """Finds the pieces of each tensor.
 
         Raises:
-            SplitError: not all ranks are there, or a tensor is nowhere.
+            SplitError: no degree has all its ranks, or a tensor is in no file.
             VerifyError: a rank's files are not those of this checkpoint.
         """
         with self._lock:
@@ -200,7 +201,7 @@ class CutFolder:
                         "folder again"
                     )
                 for piece, back in _backwards(parameter, tensor):
-                    # Of ranks that hold the same the first.
+                    # Several ranks may have the same part: the first is used.
                     found.setdefault(piece.tensor.name, {}).setdefault((piece.rows, piece.columns), back)
         parts = {name: tuple(pieces.values()) for name, pieces in found.items()}
         headers = (header_tensor(file, shard.header_bytes) for file, shard in self.checkpoint.shards.items())
@@ -233,7 +234,7 @@ class CutFolder:
 
 
 class _Rebuilt(TensorReader):
-    """Reads merged tensors out of the files of ranks."""
+    """Reads merged tensors from the files of ranks."""
 
     def __init__(self, storage: CutFolder, files: FileReader):
         self._storage, self._files = storage, files
@@ -247,7 +248,7 @@ class _Rebuilt(TensorReader):
         fill(rows, at // rows.strides[0], parameter.bands(), self._files)
 
     def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
-        # As bytes: views are compared byte by byte, ten times as slow.
+        # As bytes: memory views are compared byte by byte, which takes ten times as long.
         return map(bytes, contents(self._storage.parameter(tensor), self._files))
 
 
@@ -256,7 +257,7 @@ def _placed(folder: str, tensor: TensorInfo) -> TensorInfo:
 
 
 def _backwards(parameter: Parameter, stored: TensorInfo) -> Iterable[tuple[Piece, Piece]]:
-    """Each piece, and the one that puts it back: a rectangle of the parameter, and where it lies in the tensor."""
+    """Yields each piece, and its inverse: a rectangle of the parameter, and its place in the tensor."""
     blocks, rows, columns = parameter.blocks
     flat = stored._replace(shape=(blocks * rows, columns))
     for piece, top, column, down, across in parameter.bands():

@@ -12,7 +12,7 @@ __all__ = ["open_on_disk"]
 
 
 def open_on_disk(location: str) -> Source:
-    """:func:`open_source`; of a compiled checkpoint in a folder also where its merged files were dropped."""
+    """As :func:`open_source`, but also opens a compiled checkpoint whose merged files were dropped."""
     folder = Path(location)
     if not (folder / MANIFEST).exists() or not (folder / REST).exists():
         return open_source(location)

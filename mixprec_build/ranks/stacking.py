@@ -1,4 +1,4 @@
-"""Lays the tensors of modules that run as one side by side in one parameter."""
+"""Stacks the tensors of modules that SGLang runs as one in one parameter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Cut", "StackedTensors", "stack", "stack_experts"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One module's part on a rank: outputs and inputs ``(from, to, stored)``, None for all of them."""
+    """One module's part on a rank: outputs and inputs ``(start, stop, size with padding)``, None for all of them."""
 
     name: str
     n: tuple[int, int, int] | None = None
@@ -36,7 +36,7 @@ class StackedTensors:
 
 
 def stack(name: str, parts: Sequence[tuple[TensorInfo, Cut]], stacked: StackedTensors) -> Parameter:
-    """Parts one after the other along their outputs."""
+    """Stacks parts along their outputs."""
     tensors = [tensor for tensor, _ in parts]
     places, shape = _places([tensor.shape for tensor in tensors], [cut for _, cut in parts], stacked.axes)
     pieces = [Piece(tensors[i], rows, columns, (0, *at)) for i, rows, columns, at in places]
@@ -46,10 +46,10 @@ def stack(name: str, parts: Sequence[tuple[TensorInfo, Cut]], stacked: StackedTe
 def stack_experts(
     name: str, experts: Sequence[Sequence[TensorInfo]], columns: tuple[int, int, int], stacked: StackedTensors
 ) -> Parameter:
-    """``w13`` (gate, up) or ``w2`` (down) of all experts in a group."""
+    """Stacks ``w13`` (gate, up) or ``w2`` (down) of all experts in a group."""
     first = experts[0]
     if stacked.axes == Axes() and prod(first[0].shape) == 1:
-        # SGLang's experts keep a weight's scales apart, and of two scales of one input the last.
+        # SGLang's experts have a scale for each weight, but only the last of two scales of one input.
         apart = len(first) if stacked.name != "input_scale" else 1
         values = tuple(
             Piece(tensor, (0, 1), (0, 1), (expert, i, 0))
@@ -78,7 +78,7 @@ def stack_experts(
 
 
 class _Place(NamedTuple):
-    """What is taken of a part, by its number, and the row and column that it begins at in the whole."""
+    """The rows and columns that are taken of a part (its index), and where they begin in the stacked tensor."""
 
     part: int
     rows: tuple[int, int]
@@ -87,7 +87,7 @@ class _Place(NamedTuple):
 
 
 def _places(shapes: Sequence[tuple[int, ...]], cuts: Sequence[Cut], axes: Axes) -> tuple[list[_Place], tuple[int, ...]]:
-    """Where tensors of these ``shapes`` go, one after the other along their outputs, and the shape of the whole."""
+    """The places of tensors of these ``shapes`` when stacked along their outputs, and the shape of the result."""
     shape = list(shapes[0])
     places, at = [], 0
     for part, (stored, cut) in enumerate(zip(shapes, cuts, strict=True)):
@@ -109,7 +109,7 @@ def _places(shapes: Sequence[tuple[int, ...]], cuts: Sequence[Cut], axes: Axes) 
 
 
 def _ranges(shape: Sequence[int], axes: Axes, cut: Cut) -> tuple[list[tuple[int, int]], list[int]]:
-    """For each dimension of a tensor what is taken of it, and how much room it gets."""
+    """For each dimension of a tensor the range that is taken, and the size that it gets."""
     ranges, stored = [(0, size) for size in shape], list(shape)
     for axis, part in ((axes.n, cut.n), (axes.k, cut.k)):
         if axis is not None and part is not None:

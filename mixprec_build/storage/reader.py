@@ -1,6 +1,6 @@
-"""Reads tensors: from safetensors files that are on this machine or elsewhere, with one set of errors.
+"""Reads tensors from safetensors files on this machine or elsewhere, with one set of errors.
 
-What a checkpoint's files are (:class:`~mixprec_build.storage.folder.Files`) says which reader its tensors need.
+A checkpoint's :class:`~mixprec_build.storage.folder.Files` decide which reader its tensors need.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = ["BUFFER", "FileReader", "TensorReader", "checksum_on_disk", "read_ten
 
 BUFFER = 4 << 20
 """Bytes of a tensor that are read at a time."""
-_MOST_OPEN = 64  # of the files that a process may have open, 1,024 as a rule
+_MOST_OPEN = 64  # files; a process may usually have 1,024 open
 
 
 class TensorReader(ABC):
     """Reads tensors, wherever their bytes come from. May be shared by threads.
 
-    Every method raises :class:`SourceError`, with the file's and the tensor's name, where bytes cannot be read or are
-    not there.
+    Every method raises :class:`SourceError`, with the names of file and tensor, where bytes cannot be read or are
+    missing.
     """
 
     def __enter__(self) -> Self:
@@ -48,15 +48,15 @@ class TensorReader(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Closes the files that are open; one that is read afterwards is opened again."""
+        """Closes open files; one that is read afterwards is opened again."""
 
     @abstractmethod
     def read_into(self, tensor: TensorInfo, window: memoryview, at: int = 0) -> None:
-        """Fills ``window`` with rows of a tensor: with its bytes from ``at`` on, where one of them begins."""
+        """Fills ``window`` with rows of a tensor: with its bytes from ``at`` on, where a row begins."""
 
     @abstractmethod
     def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
-        """A tensor's bytes in order, some :data:`BUFFER` at a time."""
+        """Yields a tensor's bytes in order, about :data:`BUFFER` at a time."""
 
     def array(self, tensor: TensorInfo) -> np.ndarray:
         """A tensor's values, ``shape`` as stored; BF16 and FP8 as ml_dtypes types."""
@@ -77,12 +77,12 @@ class _OpenFile:
 
 
 class FileReader(TensorReader):
-    """Reads from safetensors files. Those that were read last stay open.
+    """Reads from safetensors files, of which the last ones used stay open.
 
     Args:
-        path_of: a tensor's ``file`` -> where it is on this machine; None where it is elsewhere.
-        elsewhere: reads so many bytes of such a file, as ``(file, offset, length)``.
-        ahead: tensor -> its first bytes, of those that were read although their files are elsewhere.
+        path_of: returns the path of a tensor's ``file``; None where it is not on this machine.
+        elsewhere: reads bytes of such a file: ``(file, offset, length)``.
+        ahead: tensor -> its first bytes, if they were read from such a file before.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class FileReader(TensorReader):
     ):
         self._path_of, self._elsewhere, self._ahead = path_of, elsewhere, {} if ahead is None else ahead
         self._open: dict[str, _OpenFile] = {}
-        """The one that was asked for last is the last."""
+        """In the order of their last use."""
         self._lock = Lock()
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class FileReader(TensorReader):
                 read_tensor(opened.fd, opened.path, tensor, window, at)
 
     def read(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
-        """``nbytes`` of a tensor from the byte ``at`` of it on."""
+        """``nbytes`` of a tensor from its byte ``at`` on."""
         with self._reading(tensor.file) as opened:
             if opened is None:
                 return self._from_elsewhere(tensor, at, nbytes)
@@ -126,9 +126,9 @@ class FileReader(TensorReader):
             yield self.read(tensor, at, min(BUFFER, tensor.nbytes - at))
 
     def first_values(self, tensor: TensorInfo, nbytes: int) -> np.ndarray | None:
-        """The values in the first ``nbytes`` of a tensor, flat; None where it is empty, or they are not at hand.
+        """The values in the first ``nbytes`` of a tensor, flat; None where it is empty or not on this machine.
 
-        A sparse file with nothing but a header is enough to plan with: what lies in a hole is not read.
+        A hole of a sparse file is not read, so that files with nothing but a header are enough to plan with.
         """
         import numpy as np
 
@@ -149,7 +149,7 @@ class FileReader(TensorReader):
 
     @contextmanager
     def _reading(self, file: str) -> Iterator[_OpenFile | None]:
-        """An open file, which is not closed meanwhile; None where it is elsewhere."""
+        """Yields an open file, which is not closed meanwhile; None where it is not on this machine."""
         with self._lock:
             opened = self._open.pop(file, None)
             if opened is None and (path := self._path_of(file)) is not None:
@@ -172,7 +172,7 @@ class FileReader(TensorReader):
 
 
 def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:
-    """The hexadecimal xxh3_128 of a tensor in the file that is at ``path`` now."""
+    """The hexadecimal xxh3_128 of a tensor in the file that is now at ``path``."""
     digest = xxhash.xxh3_128()
     with FileReader(lambda _: path) as reader:
         for chunk in reader.chunks(tensor):
@@ -181,10 +181,10 @@ def checksum_on_disk(path: Path, tensor: TensorInfo) -> str:
 
 
 def read_tensor(fd: int, path: Path, tensor: TensorInfo, window: memoryview, at: int = 0) -> None:
-    """Fills ``window`` from an open file with a tensor's bytes from the byte ``at`` of it on.
+    """Fills ``window`` from an open file with a tensor's bytes from its byte ``at`` on.
 
     Raises:
-        SourceError: they cannot be read, or the file at ``path`` ends before.
+        SourceError: they cannot be read, or the file ends before. ``path`` is its name in the message.
     """
     try:
         got = pread_into(fd, window, tensor.start + at)
@@ -204,4 +204,4 @@ def _is_hole(tensor: TensorInfo, opened: _OpenFile) -> bool:
     try:
         return os.lseek(opened.fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.nbytes
     except OSError as error:
-        return error.errno == errno.ENXIO  # nothing but a hole from here to the end; any other comes again in reading
+        return error.errno == errno.ENXIO  # a hole up to the end; reading meets any other error again
