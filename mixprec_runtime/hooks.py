@@ -26,7 +26,7 @@ from . import launch, memory
 from .activity import hooks as activity
 from .config import MixPrecConfig
 from .cpu import reference
-from .loading import cache_scales, loader
+from .loading import cache_scales, loader, names
 from .loading.strict import load_strictly
 
 __all__ = ["register"]
@@ -73,7 +73,8 @@ def initialize_model(
         raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
     folder, manifest, fetch = _checkpoint(model_config)
     family = ModelFacts.of_loaded(model_config.hf_config).family
-    _check_declared(quant_config.bind(manifest.modules, family), manifest)
+    formats = quant_config.bind(manifest.modules, family)
+    _check_declared(formats, manifest)
     launch.check_arguments()
     # With --download-dir, SGLang's loader fetches to a folder of its own.
     own_folder = fetch is not None and load_config.download_dir is not None
@@ -111,7 +112,9 @@ def initialize_model(
         declared = manifest.tensors()
         return load_strictly(
             model,
-            lambda tensors: load_weights(cache_scales.take(model, tensors, scales), *args, **kwargs),
+            lambda tensors: load_weights(
+                names.as_parameters(cache_scales.take(model, tensors, scales), formats), *args, **kwargs
+            ),
             weights,
             declared,
         )

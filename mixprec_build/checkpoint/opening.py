@@ -29,6 +29,7 @@ from .checkpoint import INDEX, REST, Checkpoint, Shard
 from .declaration import METHOD
 from .declared import read_declarations
 from .experts_apart import take_experts_apart
+from .flat_scales import without_reduced_dimensions
 
 __all__ = ["open_checkpoint", "open_storage"]
 
@@ -125,6 +126,8 @@ def open_storage(
     apart: frozenset[str] = frozenset()
     if not compiled:
         tensors, apart = take_experts_apart(tensors, facts.family, facts.experts)
+        tensors, flat = without_reduced_dimensions(tensors)
+        apart |= flat
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if not 0 < len(name) <= MAX_NAME or not name.isprintable() or _NOT_IN_NAMES.search(name):

@@ -40,6 +40,8 @@ _SCALES = ("weight_scale", "weight_scale_inv", "scale")
 """What scales are called."""
 _INPUTS = ("input_scale", "activation_scale")
 """What scales of static activations are called."""
+_BLOCK_ALGORITHMS = ("FP8_PB_WO", "FP8_PB_REAL", "FP8_BLOCK_SCALES")
+"""ModelOpt's words for FP8 in blocks."""
 _USUAL_BLOCK = (128, 128)
 """Of configurations that do not say how large blocks are: FP8 modules in files of several tools, W4AFP8, ModelOpt's."""
 
@@ -116,7 +118,8 @@ class Scaled(Format):
         activations = _activations(module, quantization, scheme)
         strategy = None if scheme is None else scheme.strategy
         declared = quantization.get("weight_block_size") if scheme is None else scheme.block
-        of_blocks = leaf != "weight_scale"  # by their name
+        # By their name, or ModelOpt's for the algorithm: a weight of one block has one scale, too.
+        of_blocks = leaf != "weight_scale" or quantization.get("quant_algo") in _BLOCK_ALGORITHMS
         block: tuple[int, int] | None = None
         if shape in ((), (1,), (1, 1)) and strategy in (None, "tensor") and not (
             of_blocks and (declared is not None or shape == (1, 1))

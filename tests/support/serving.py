@@ -232,6 +232,15 @@ def _weight_only() -> dict[str, Any]:
     return config
 
 
+def _as_mistral(weight: torch.Tensor) -> Tensors:
+    tensors = formats.fp8_tensor(weight, scale=0.5 / 448)
+    return {
+        "weight": tensors["weight"],
+        "weight_scale_inv": tensors["weight_scale"],
+        "activation_scale": torch.tensor(0.25, device=weight.device),
+    }
+
+
 _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] | None]] = {
     "bf16": (formats.dense, None),
     "fp8_block": (formats.fp8_block, formats.fp8_config()),
@@ -264,6 +273,12 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
         formats.packed_config(act=True),
     ),
     "ct_int8": (partial(formats.packed, bits=8, group_size=-1), formats.packed_config(8, -1)),
+    # Scales under other producers' names: DeepSeek-V4's, and Mistral's, one of which is of static activations.
+    "fp8_block_scale": (
+        lambda w: {leaf.replace("weight_scale_inv", "scale"): t for leaf, t in formats.fp8_block(w).items()},
+        formats.fp8_config(),
+    ),
+    "fp8_static": (_as_mistral, formats.fp8_config(None, "static")),
     "awq_int4": (formats.awq, formats.awq_config()),
     "awq_int4_g64": (partial(formats.awq, group_size=64), formats.awq_config(64)),
 }

@@ -136,8 +136,8 @@ CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
     (gptq(256, 512), {"quant_method": "auto-rounds", "bits": 4},
      "qweight I32 [64, 256] of quant_method 'auto-rounds' is not read, only of gptq"),
     # AutoRound
-    (gptq(256, 512, g_idx=None), AUTO_ROUND | {"packing_format": "auto_round:exllamav2"},
-     "qweight I32 [64, 256] of AutoRound's packing_format 'auto_round:exllamav2' is not read"),
+    (gptq(256, 512, g_idx=None), AUTO_ROUND | {"packing_format": "auto_round:mx_fp"},
+     "qweight I32 [64, 256] of AutoRound's packing_format 'auto_round:mx_fp' is not read"),
     (gptq(256, 512, g_idx=None), AUTO_ROUND | {"bits": 8}, "qzeros I32 [4, 32] beside scales F16 [4, 256] is 4 bit"),
     (gptq(256, 512, g_idx=None), AUTO_ROUND | {"data_type": "fp8"},
      "qweight I32 [64, 256] of AutoRound's data_type 'fp8'"),

@@ -1,0 +1,32 @@
+"""Scales of FP8 blocks that ModelOpt stores in four dimensions (``FP8_PB_WO``), as the two that there are.
+
+``weight_scale [N / 128, 1, K / 128, 1]`` keeps the dimensions that its quantizer reduced. Its bytes are those of
+``[N / 128, K / 128]``, which is what SGLang's parameters are and what other producers write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..storage.header import TensorInfo
+
+__all__ = ["without_reduced_dimensions"]
+
+_LEAVES = ("weight_scale", "weight_scale_inv")
+
+
+def without_reduced_dimensions(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], frozenset[str]]:
+    """``tensors`` with such scales in two dimensions, and the files that they lie in."""
+    found, files = dict(tensors), set()
+    for name in [name for name, tensor in tensors.items() if len(tensor.shape) == 4]:
+        module, _, leaf = name.rpartition(".")
+        scale, weight = tensors[name], tensors.get(f"{module}.weight")
+        rows, one, columns, last = scale.shape
+        if leaf in _LEAVES and (one, last) == (1, 1) and weight is not None and _is_fp8(weight):
+            found[name] = scale._replace(shape=(rows, columns))
+            files.add(scale.file)
+    return found, frozenset(files)
+
+
+def _is_fp8(weight: TensorInfo) -> bool:
+    return weight.dtype == "F8_E4M3" and len(weight.shape) == 2

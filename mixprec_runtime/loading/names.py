@@ -1,0 +1,37 @@
+"""Gives tensors that SGLang's own loader reads the names of its parameters.
+
+Producers call one thing by several names (``scale``, ``activation_scale``), and a compiled checkpoint keeps its
+sources' names. mixprec's own loader fills parameters directly; SGLang's goes by names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from mixprec_build.formats.base import Format
+
+__all__ = ["as_parameters"]
+
+
+_KNOWN = "weight_scale"
+"""Block scales under this name have a parameter of their own: see :mod:`mixprec_runtime.formats.scaled`."""
+
+
+def as_parameters(
+    weights: Iterable[tuple[str, torch.Tensor]], formats: Mapping[str, Format]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields ``weights`` under SGLang's names. ``formats``: module of the checkpoint -> its format."""
+    renamed = {fmt: names for fmt in set(formats.values()) if (names := _other_names(fmt))}
+    if not renamed:
+        yield from weights
+        return
+    for name, tensor in weights:
+        module, _, leaf = name.rpartition(".")
+        other = renamed.get(formats[module], {}).get(leaf) if module in formats else None
+        yield name if other is None else f"{module}.{other}", tensor
+
+
+def _other_names(fmt: Format) -> dict[str, str]:
+    return {leaf: name for leaf in fmt.leaves if (name := fmt.sglang_name(leaf)) != leaf and leaf != _KNOWN}
