@@ -101,7 +101,7 @@ def initialize_model(
         if share is not None:
             unfit = loader.mismatch(model, share)
             if unfit is None:
-                return loader.load(model, share, lambda: load_weights(iter(()), *args, **kwargs))
+                return loader.load(model, share, lambda tensors: load_weights(tensors, *args, **kwargs))
             reason = f"{share.where} are not for this run ({unfit})"
             if share.padded:
                 raise RuntimeError(

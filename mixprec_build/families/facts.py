@@ -22,6 +22,7 @@ _DRAFT_LAYERS = (
 _READ = (
     "model_type", "architectures", "tie_word_embeddings", "dtype", "torch_dtype", "num_hidden_layers", "hidden_size",
     "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok",
+    "linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim",
     *_EXPERTS, *_DRAFT_LAYERS,
 )  # fmt: skip
 """Keys of a config object of transformers' that are read."""
@@ -64,6 +65,10 @@ class ModelFacts:
     key_value_heads: int | None
     """As many as ``attention_heads`` where nothing else is said."""
     head_dim: int | None
+    state_keys: tuple[int, int] | None
+    """Key heads of a delta net and the size of each, where the model has one."""
+    state_values: tuple[int, int] | None
+    """The same of its value heads."""
     experts: int | None
     experts_per_token: int | None
     config: Mapping[str, object] = field(repr=False)
@@ -101,6 +106,8 @@ class ModelFacts:
             attention_heads=_number(flat, "num_attention_heads"),
             key_value_heads=_number(flat, "num_key_value_heads" if grouped else "num_attention_heads"),
             head_dim=_number(flat, "head_dim"),
+            state_keys=_pair(flat, "linear_num_key_heads", "linear_key_head_dim"),
+            state_values=_pair(flat, "linear_num_value_heads", "linear_value_head_dim"),
             experts=_first(_number(flat, key) for key in _EXPERTS),
             experts_per_token=_number(flat, "num_experts_per_tok"),
             config=config,
@@ -137,6 +144,11 @@ class ModelFacts:
 def _number(config: Mapping[str, object], key: str) -> int | None:
     value = config.get(key)
     return value if type(value) is int and value >= 1 else None
+
+
+def _pair(config: Mapping[str, object], *keys: str) -> tuple[int, int] | None:
+    found = [_number(config, key) for key in keys]
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
 def _first(values: Any) -> int | None:

@@ -15,8 +15,6 @@ KIMI_K25 = replace(
     architectures=frozenset({"KimiK25ForConditionalGeneration"}),
     embedding="language_model.model.embed_tokens",
     head="language_model.lm_head",
-    can_be_cut=False,
     quantized_head=False,
-    attention_replicas=False,
     left_out=("language_model.", "model."),
 )

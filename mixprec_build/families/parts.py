@@ -45,6 +45,10 @@ class CutBy(Enum):
     KEY_VALUE_HEADS = "its outputs, by key-value heads; where these are fewer than ranks, several hold the same"
     HEAD_INPUTS = "its inputs, by attention heads"
     VOCABULARY = "its rows, by entries of the vocabulary"
+    STATE_SECTIONS = "its outputs: queries, keys and values of a delta net, each by heads"
+    STATE_KEY_HEADS = "its outputs, by key heads of a delta net"
+    STATE_VALUE_HEADS = "its outputs, by value heads of a delta net"
+    STATE_INPUTS = "its inputs, by value heads of a delta net"
 
 
 class FusedGroup(NamedTuple):

@@ -33,7 +33,13 @@ QWEN3_5_TEXT = Family(
         StackedExperts("down_proj", ("down_proj",)),
     ),
     checked=True,
-    cuts={**_COMMON.cuts, "out_proj": CutBy.HEAD_INPUTS},
+    can_be_cut=True,
+    cuts={
+        **_COMMON.cuts,
+        **dict.fromkeys(("in_proj_qkv", "conv1d"), CutBy.STATE_SECTIONS),
+        **dict.fromkeys(("in_proj_z", "in_proj_b", "in_proj_a", "A_log", "dt_bias"), CutBy.STATE_VALUE_HEADS),
+        "out_proj": CutBy.STATE_INPUTS,
+    },
     attention_inputs=_COMMON.attention_inputs | {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
+from .parts import CutBy
 from .qwen3_5 import DELTA_NET, QWEN3_5_TEXT
 
 __all__ = ["QWEN3_NEXT"]
@@ -16,5 +17,6 @@ QWEN3_NEXT = replace(
     model_types=frozenset({"qwen3_next"}),
     architectures=frozenset({"Qwen3NextForCausalLM"}),
     stacked_experts=(),
+    cuts={**QWEN3_5_TEXT.cuts, **dict.fromkeys(_JOINED, CutBy.STATE_KEY_HEADS)},
     attention_inputs=Family().attention_inputs | _JOINED,
 )

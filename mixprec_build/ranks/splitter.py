@@ -30,16 +30,18 @@ from ..checkpoint.degree import Degree
 from ..errors import SplitError
 from ..families.base import Family
 from ..families.cache_scales import CacheScale, cache_scale, parameters_of
-from ..families.expected import ties_head
+from ..families.expected import ties_head, tower_of
 from ..families.expert_groups import expert_groups
 from ..families.facts import ModelFacts
-from ..families.names import last_word, layer_prefix
+from ..families.names import last_word
 from ..families.parts import CutBy, Role
 from ..families.registry import cuttable_types, replicated_types
 from ..formats.base import Axes, Format
 from ..patterns.compress import compress
 from ..storage.module import StoredModule
+from .assemble import whole as whole_tensor
 from .pieces import Parameter, Piece
+from .sample import one_layer_of_each
 from .stacking import Cut, StackedTensors, stack, stack_experts
 
 __all__ = ["Share", "Splitter"]
@@ -97,7 +99,9 @@ class Splitter:
     part: bool = False
     """Whether ``modules`` are some of a checkpoint's only: experts may be missing, and no degrees are advised."""
     singles: list[str] = field(init=False, default_factory=list)
-    """The modules that are of no expert."""
+    """The modules of the decoder that are of no expert."""
+    towers: list[str] = field(init=False, default_factory=list)
+    """The modules of encoders of images and sound, which every rank gets as they are stored."""
     experts: dict[str, list[_Expert]] = field(init=False, default_factory=dict)
     """``...experts`` -> the projections of each, in order."""
     shares: dict[str, Share] = field(init=False, default_factory=dict)
@@ -134,11 +138,13 @@ class Splitter:
             if (scale := cache_scale(joined)) is not None:
                 out += self._cache_scales(joined, scale)
             elif not (tied and joined == self.family.head):
-                cuts = [self._cut(name, rank) for name in members]
+                cuts = [cut for name in members for cut in self._cuts(name, rank)]
                 self._check_tile(joined, cuts)
                 out += self._joined(joined, cuts)
         for prefix, stored in self.experts.items():
             out += self._experts(prefix, stored, rank)
+        # SGLang names and cuts these itself.
+        out += [whole_tensor(tensor) for name in self.towers for tensor in self.modules[name][1].tensors.values()]
         return out
 
     def total_bytes(self) -> int:
@@ -168,7 +174,9 @@ class Splitter:
         stored: dict[str, dict[int, dict[str, str]]] = {}
         for name in self.modules:
             found = self.family.expert_of(name)
-            if found is not None:
+            if tower_of(name) is not None:
+                self.towers.append(name)
+            elif found is not None:
                 prefix, number, word = found
                 stored.setdefault(prefix, {}).setdefault(number, {})[word] = name
             else:
@@ -188,7 +196,7 @@ class Splitter:
         columns: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
         for name, (fmt, stored) in self.modules.items():
             down = self.family.is_down(name)
-            if not down and not self.family.is_up(name):
+            if (not down and not self.family.is_up(name)) or tower_of(name) is not None:
                 continue
             expert = self.family.expert_of(name)
             shape, tile = fmt.shape(stored), fmt.tile(experts=expert is not None)
@@ -211,7 +219,7 @@ class Splitter:
         """The degrees at which all of the checkpoint can be cut."""
         if self.part:
             return ""
-        part = _one_layer_of_each(self.modules, self.family)
+        part = one_layer_of_each(self.modules, self.family)
         fitting = [str(tp) for tp in range(1, _MOST_ADVISED + 1) if self._fits(part, tp)]
         parts = [f"{name} {n}" for name, n in (("ep", self.degree.ep), ("dp", self.degree.dp)) if n > 1]
         beside = f" with {' and '.join(parts)}" if parts else ""
@@ -227,6 +235,30 @@ class Splitter:
         except SplitError:
             return False
         return True
+
+    def _cuts(self, name: str, rank: int) -> list[Cut]:
+        """A module's part on a rank: one range of its outputs, or several one after the other."""
+        if self.family.cuts.get(last_word(name)) is not CutBy.STATE_SECTIONS:
+            return [self._cut(name, rank)]
+        fmt, stored = self.modules[name]
+        keys, values = self._state_heads()
+        sections = [keys, keys, values]
+        if sum(heads * size for heads, size in sections) != fmt.shape(stored)[0]:
+            raise SplitError(f"{name}: {fmt.shape(stored)[0]} rows are not those of the heads in config.json")
+        cuts, start, tp = [], 0, self.degree.attention_tp
+        for heads, size in sections:
+            first, end, share = self._even(name, heads * size, heads, rank % tp, tp)
+            cuts.append(Cut(name, n=(start + first, start + end, share)))
+            start += heads * size
+        return cuts
+
+    def _state_heads(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        keys, values = self.facts.state_keys, self.facts.state_values
+        if keys is None or values is None:
+            raise SplitError(
+                "config.json does not say which heads its delta nets have (linear_num_key_heads and so on)"
+            )
+        return keys, values
 
     def _cut(self, name: str, rank: int) -> Cut:
         fmt, stored = self.modules[name]
@@ -255,6 +287,12 @@ class Splitter:
                     f"{self._advice()}"
                 )
             return Cut(name, n=self._even(name, shape[0], heads, rank // copies, tp // copies))
+        if cut is CutBy.STATE_KEY_HEADS:
+            return Cut(name, n=self._even(name, shape[0], self._state_heads()[0][0], rank, tp))
+        if cut is CutBy.STATE_VALUE_HEADS:
+            return Cut(name, n=self._even(name, shape[0], self._state_heads()[1][0], rank, tp))
+        if cut is CutBy.STATE_INPUTS:
+            return Cut(name, k=self._even(name, shape[1], self._state_heads()[1][0], rank, tp, inputs=True))
         if cut is CutBy.HEAD_INPUTS:
             return Cut(name, k=self._even(name, shape[1], self._heads(), rank, tp, inputs=True))
         return Cut(name)
@@ -297,11 +335,12 @@ class Splitter:
             return
         shapes = [other.shape(stored) for other, stored in (self.modules[cut.name] for cut in cuts)]
         outputs = [shape[0] if cut.n is None else cut.n[2] for shape, cut in zip(shapes, cuts, strict=True)]
-        whole, inputs = shapes[0][1], shapes[0][1] if cuts[0].k is None else cuts[0].k[2]
+        width, inputs = shapes[0][1], shapes[0][1] if cuts[0].k is None else cuts[0].k[2]
         if fmt.fits_untiled(outputs, inputs):
             return
         # Parts that run as one have their outputs side by side.
-        for share, size, step in ((sum(outputs), sum(n for n, _ in shapes), tile[0]), (inputs, whole, tile[1])):
+        total = sum(dict(zip((cut.name for cut in cuts), (n for n, _ in shapes), strict=True)).values())
+        for share, size, step in ((sum(outputs), total, tile[0]), (inputs, width, tile[1])):
             if share < size and share % step:
                 raise self._uneven(joined, fmt, share, size, f"SGLang's kernels take multiples of {step}")
 
@@ -395,22 +434,3 @@ def _known(number: int | None, key: str) -> int:
     if number is None:
         raise SplitError(f"config.json has no {key}, which says how attention is cut")
     return number
-
-
-def _one_layer_of_each(
-    modules: Mapping[str, tuple[Format, StoredModule]], family: Family
-) -> dict[str, tuple[Format, StoredModule]]:
-    """The modules outside of layers, and of all layers that hold the same formats and shapes one."""
-    layers: dict[str, list[str]] = {}
-    for name in modules:
-        layers.setdefault(layer_prefix(name), []).append(name)
-    kinds: dict[object, list[str]] = {}
-    for prefix, names in layers.items():
-        kind = set()
-        for name in names:
-            fmt, stored = modules[name]
-            expert = family.expert_of(name)
-            inner = expert[2] if expert else name.removeprefix(prefix)
-            kind.add((inner, fmt, *((leaf, t.dtype, t.shape) for leaf, t in stored.tensors.items())))
-        kinds.setdefault((len(names), frozenset(kind)), names)
-    return {name: modules[name] for names in kinds.values() for name in names}

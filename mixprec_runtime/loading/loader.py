@@ -24,9 +24,11 @@ from torch.nn import Module
 
 from mixprec_build.checkpoint.checkpoint import Checkpoint
 from mixprec_build.checkpoint.degree import Degree, parse_folder
-from mixprec_build.checkpoint.manifest import Manifest
+from mixprec_build.checkpoint.manifest import Manifest, TensorEntry
 from mixprec_build.checkpoint.typed import Source
 from mixprec_build.errors import MixprecError, SplitError, VerifyError
+from mixprec_build.families.expected import tower_of
+from mixprec_build.patterns.compress import compress
 from mixprec_build.ranks.assemble import contents, whole
 from mixprec_build.ranks.files import INDEX, check_headers, open_rank, read_rank
 from mixprec_build.ranks.merged import open_compiled, splitter_of
@@ -34,9 +36,10 @@ from mixprec_build.ranks.pieces import Parameter
 from mixprec_build.storage.disk import inside
 from mixprec_build.storage.header import TensorInfo
 from mixprec_build.storage.reader import FileReader, TensorReader
+from mixprec_build.text import some
 
-from .ledger import CASTS, DTYPES, LoadError
-from .strict import expected_on_this_rank, may_be_empty
+from .ledger import CASTS, DTYPES, Ledger, LoadError
+from .strict import expected_on_this_rank, has_no_towers, incomplete, may_be_empty
 
 __all__ = ["Fetch", "Share", "load", "mismatch", "rank_share", "require_merged", "this_run"]
 
@@ -218,6 +221,8 @@ def mismatch(model: Module, share: Share) -> str | None:
         return "shared experts are apart from routed ones in them: give --disable-shared-experts-fusion"
     parameters, empty = _parameters(model), may_be_empty(model)
     for name, parameter in parameters.items():
+        if tower_of(name) is not None:
+            continue
         stored = share.parameters.get(name)
         if stored is None:
             if empty(name):
@@ -229,7 +234,7 @@ def mismatch(model: Module, share: Share) -> str | None:
         if dtype != parameter.dtype and not {dtype, parameter.dtype} <= CASTS:
             return f"{name} is {stored.dtype} in them and {parameter.dtype} in SGLang"
     belongs = expected_on_this_rank(model)
-    extra = sorted(filter(belongs, share.parameters.keys() - parameters.keys()))
+    extra = sorted(n for n in share.parameters.keys() - parameters.keys() if tower_of(n) is None and belongs(n))
     return f"SGLang has no {extra[0]}" if extra else None
 
 
@@ -237,8 +242,9 @@ def _parameters(model: Module) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.numel()}
 
 
-def load(model: Module, share: Share, finish: Callable[[], Any]) -> Any:
-    """Fills the parameters of ``model`` and returns what ``finish`` does: the model's own steps after loading.
+def load(model: Module, share: Share, finish: Callable[[Iterable[tuple[str, torch.Tensor]]], Any]) -> Any:
+    """Fills the parameters of ``model`` and returns what ``finish`` does, the model's own ``load_weights``, which gets
+    tensors of encoders only: SGLang names and cuts their parameters in its own ways.
 
     Raises:
         LoadError: a file is damaged, or cannot be read.
@@ -259,17 +265,46 @@ def load(model: Module, share: Share, finish: Callable[[], Any]) -> Any:
             copies = _Copies(reader)
             largest_first = sorted(taken, key=lambda parameter: -parameter.nbytes)
             list(pool.map(lambda parameter: copies.fill(parameters[parameter.name], parameter), largest_first))
+            if device is not None:
+                torch.cuda.synchronize()
+            size = sum(parameter.nbytes for parameter in taken) / 1e9
+            logger.info("mixprec: read %s (%.2f GB)", share.where, size)
+            result = _load_towers(model, share, copies, finish)
     except (MixprecError, OSError) as error:
         raise LoadError(str(error)) from error
-    if device is not None:
-        torch.cuda.synchronize()
-    logger.info("mixprec: read %s (%.2f GB)", share.where, sum(parameter.nbytes for parameter in taken) / 1e9)
-    result = finish()
     # Some models derive tensors for the names that load_weights got, and it got none: SGLang wants this call of loaders
     # that do not use load_weights (model_loader/loader.py:333).
     derive = getattr(model, "post_load_weights", None)
     if derive is not None:
         derive()
+    return result
+
+
+def _load_towers(
+    model: Module, share: Share, copies: _Copies, finish: Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
+) -> Any:
+    """Hands the tensors of encoders to ``finish``, and checks that they fill the encoders' parameters.
+
+    Raises:
+        LoadError: names the tensors that were lost and the parameters that were not filled.
+    """
+    stored = {name: value for name, value in share.parameters.items() if tower_of(name) is not None}
+    if not stored or has_no_towers(model):
+        return finish(iter(()))
+
+    def read(parameter: Parameter) -> torch.Tensor:
+        into = torch.empty(parameter.shape, dtype=DTYPES[parameter.dtype], device="cpu")
+        copies.fill(into, parameter)
+        return into
+
+    declared = {name: TensorEntry(value.dtype, value.shape, value.nbytes, "", "", "") for name, value in stored.items()}
+    filled = ((name, value) for name, value in model.named_parameters() if tower_of(name) is not None)
+    ledger = Ledger(declared, filled)
+    result = finish(ledger.follow((name, read(value)) for name, value in stored.items()))
+    lost, unfilled = incomplete(ledger, model)
+    if lost or unfilled:
+        what = some(compress([*lost, *unfilled]))
+        raise LoadError(f"SGLang's {type(model).__name__} did not load {what} in full")
     return result
 
 

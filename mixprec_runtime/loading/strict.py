@@ -19,6 +19,7 @@ from mixprec_build.checkpoint.manifest import TensorEntry
 from mixprec_build.families.expected import is_expected, tower_of
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.names import layer_of, numbered_part
+from mixprec_build.formats.names import name_forms
 from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
 
@@ -27,7 +28,7 @@ from ..formats.registry import served
 from ..native import format_of
 from .ledger import Ledger, LoadError
 
-__all__ = ["expected_on_this_rank", "load_strictly", "may_be_empty"]
+__all__ = ["expected_on_this_rank", "has_no_towers", "incomplete", "load_strictly", "may_be_empty"]
 
 
 def load_strictly(
@@ -55,17 +56,7 @@ def load_strictly(
             f"SGLang's {type(model).__name__} has no parameter {error}: the layer was not made in the format that the "
             "checkpoint declares"
         ) from error
-    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from sglang.srt.runtime_context import get_parallel
-
-    belongs, ranks = expected_on_this_rank(model), get_parallel().tp_size
-    # Vocabularies are padded: no tensor fills the padding, and the last ranks take fewer rows than others.
-    vocabularies = {path: m for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
-    padded = {f"{path}.{leaf}": due for path, module in vocabularies.items() for leaf, due in _filled_rows(module)}
-    cut = {name.rpartition(".")[0] for name in padded} if ranks > 1 else set()
-    lost = [name for name in ledger.unused(ranks) if belongs(name) and name.rpartition(".")[0] not in cut]
-    empty = may_be_empty(model)
-    unfilled = [name for name in ledger.unfilled(padded) if not empty(name)]
+    lost, unfilled = incomplete(ledger, model)
     problems = []
     if lost:
         missing = [name for name in lost if name not in ledger.arrived]
@@ -85,6 +76,26 @@ def _filled_rows(module: Any) -> Iterator[tuple[str, int]]:
         yield from filled_elements(module, fmt)
     elif hasattr(module, "weight"):
         yield "weight", module.shard_indices.num_org_elements * prod(module.weight.shape[1:])
+
+
+def incomplete(ledger: Ledger, model: Module) -> tuple[list[str], list[str]]:
+    """Tensors that this rank should have taken more of, and parameters that were not filled."""
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from sglang.srt.runtime_context import get_parallel
+
+    belongs, ranks = expected_on_this_rank(model), get_parallel().tp_size
+    # Vocabularies are padded: no tensor fills the padding, and the last ranks take fewer rows than others.
+    vocabularies = {path: m for path, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
+    padded = {f"{path}.{leaf}": due for path, module in vocabularies.items() for leaf, due in _filled_rows(module)}
+    # Encoders' have other beginnings in the checkpoint.
+    ends = tuple(f".{path}" for path in vocabularies) if ranks > 1 else ()
+    lost = [
+        name
+        for name in ledger.unused(ranks)
+        if belongs(name) and not (ends and f".{name.rpartition('.')[0]}".endswith(ends))
+    ]
+    empty = may_be_empty(model)
+    return lost, [name for name in ledger.unfilled(padded) if not empty(name)]
 
 
 def _listed(names: list[str]) -> str:
@@ -114,7 +125,7 @@ def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
     inner: Any = getattr(model, "model", model)
     end = getattr(inner, "end_layer", facts.layers)
     stage = None if end is None else range(getattr(inner, "start_layer", 0), end)
-    without_towers = _has_no_towers(model)
+    without_towers = has_no_towers(model)
     moe = {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
 
     def belongs(name: str) -> bool:
@@ -123,14 +134,17 @@ def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
         if layer_of(name) is None:
             return bool(get_parallel().pp_size == 1)  # with stages, only the first or last has it
         part = numbered_part(name.rpartition(".")[0])
-        if part is not None and part[0] in moe:
-            return bool(moe[part[0]]._map_global_expert_id_to_local_expert_id(part[1]) >= 0)
+        # The family is that of the config that the class keeps, perhaps of its decoder alone.
+        forms = () if part is None else name_forms(facts.family.sglang_name(part[0]))
+        block = next((form for form in forms if form in moe), None)
+        if part is not None and block is not None:
+            return bool(moe[block]._map_global_expert_id_to_local_expert_id(part[1]) >= 0)
         return True
 
     return belongs
 
 
-def _has_no_towers(model: Module) -> bool:
+def has_no_towers(model: Module) -> bool:
     """Whether SGLang serves text only: the attributes of all encoders (of images or sound) are None.
 
     See models/mllama4.py and models/inkling.py.

@@ -6,6 +6,7 @@ nothing of kernels; the classes whose forward runs on a CPU are asked in ``test_
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ import torch
 from support.families import TINY
 from support.sglang.families import dense_parameters, dequantized, family_mix
 from support.sglang.harness import rank_of, serve
+
+from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.output.split import split
+from mixprec_build.output.verify import verify
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -58,3 +63,23 @@ def test_a_rank_holds_what_sglangs_own_loader_gives_it(
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() and tensor.numel() else tensor
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "kimi_k25"])
+def test_ranks_read_their_own_files_beside_an_encoder_of_images(
+    folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files cut for two ranks, the merged ones gone: the encoder's tensors are in them as they are stored."""
+    options = TINY[name].options
+    out = shutil.copytree(family_mix(folder, name), tmp_path / "out")
+    with rank_of(0, 2, 2):
+        merged = dict(serve(out, **options).named_parameters())
+    split(out, Degree(2, 2), layout="presplit")
+    assert not verify(out).differences
+    with rank_of(0, 2, 2), caplog.at_level("INFO"):
+        own = dict(serve(out, **options).named_parameters())
+        assert "mixprec: read the files in" in caplog.text
+    for key, parameter in own.items():
+        if not key.endswith(NOT_LOADED):
+            assert torch.equal(_bits(parameter.data), _bits(merged[key].data)), key
+    assert any("vis" in key for key in own)

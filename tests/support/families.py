@@ -431,12 +431,12 @@ TINY: Mapping[str, TinyModel] = {
     "qwen3_5": TinyModel(
         _qwen3_5_config("Qwen3_5ForConditionalGeneration", "qwen3_5"),
         {"*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", "*.mlp.*": "int4", "*.layers.1.mlp.*": "fp8"},
-        options=_HYBRID,
+        options=_HYBRID, degrees=((2, 1),),
     ),
     "qwen3_5_moe": TinyModel(
         _qwen3_5_config("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", **_SHARED_EXPERT),
         {"*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", **_EXPERT_LINES, "*.shared_expert.*": "int4"},
-        options=_HYBRID,
+        options=_HYBRID, degrees=((2, 1), (2, 2)),
     ),
     "qwen3_next": TinyModel(
         {
@@ -444,7 +444,7 @@ TINY: Mapping[str, TinyModel] = {
             "model_type": "qwen3_next", "decoder_sparse_step": 1, "mlp_only_layers": [], "rope_scaling": None,
         },
         {"*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", **_EXPERT_LINES, "*.shared_expert.*": "fp8"},
-        options=_HYBRID,
+        options=_HYBRID, degrees=((2, 1), (2, 2)),
     ),
     "qwen3_vl_moe": TinyModel(
         {
@@ -480,7 +480,7 @@ TINY: Mapping[str, TinyModel] = {
                 "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
             },
         },
-        _MLA_LINES, dense=_A_PROJECTIONS,
+        _MLA_LINES, dense=_A_PROJECTIONS, degrees=((2, 1), (2, 2)),
     ),
     "deepseek_v32": TinyModel(
         {**_DEEPSEEK, **_INDEXER, "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"},
