@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from mixprec_build.families.base import Family
-from mixprec_build.families.expected import is_buffer, left_out_of_builds, tower_of
+from mixprec_build.families.expected import is_expected, tower_of
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.names import last_word
 from mixprec_build.families.parts import Role
@@ -74,12 +74,9 @@ def _lost(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) -> I
     # A server that is to answer text only makes no encoders.
     without_towers = not any(tower_of(name) is not None for name in answer.reached)
     for name in names:
-        if name in answer.reached or is_buffer(name) or left_out_of_builds(name):
-            continue
-        tied = facts.tied_embeddings and name.startswith(f"{facts.family.head}.")
-        if tied or facts.family.is_draft(name, facts.layers) or (without_towers and tower_of(name) is not None):
-            continue
-        yield name
+        expected = is_expected(name, facts) and not (without_towers and tower_of(name) is not None)
+        if expected and name not in answer.reached:
+            yield name
 
 
 def _dropped(answer: Answer, lost: list[str]) -> Iterator[str]:
