@@ -33,7 +33,8 @@ from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
 from mixprec_build.ranks.files import open_rank, read_rank
 from mixprec_build.ranks.merged import splitter_of
-from mixprec_build.ranks.splitter import Splitter, _one_layer_of_each
+from mixprec_build.ranks.sample import one_layer_of_each
+from mixprec_build.ranks.splitter import Splitter
 
 
 def build(
@@ -221,7 +222,7 @@ def test_what_cannot_be_cut_is_named(out: Path, tmp_path: Path) -> None:
         splitter_of(open_source(str(out)), Degree(8)).parameters(0)
     config = out / "config.json"
     text = config.read_text()
-    config.write_text(text.replace('"qwen3_moe"', '"gpt_neo"'))
+    config.write_text(text.replace('"qwen3_moe"', '"gpt_neo"').replace("Qwen3MoeForCausalLM", "GPTNeoForCausalLM"))
     with pytest.raises(SplitError, match="model_type 'gpt_neo' cannot be cut"):
         splitter_of(open_source(str(out)), Degree(2))
     (tmp_path / "odd").mkdir()
@@ -510,9 +511,9 @@ def test_degrees_that_would_do_keep_the_others(built: Path) -> None:
 def test_one_layer_of_each_is_tried(built: Path) -> None:
     source = open_source(str(built))
     modules = {name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()}
-    assert _one_layer_of_each(modules, LLAMA_RULES) == modules  # two layers of two kinds
+    assert one_layer_of_each(modules, LLAMA_RULES) == modules  # two layers of two kinds
     more = {name.replace("layers.1", f"layers.{n}"): held for n in range(1, 9) for name, held in modules.items()}
-    assert _one_layer_of_each(more, LLAMA_RULES) == modules
+    assert one_layer_of_each(more, LLAMA_RULES) == modules
 
 
 @pytest.mark.parametrize(
