@@ -1,6 +1,6 @@
-"""What SGLang's models take of a checkpoint: the one rule of the planner, of files for ranks and of strict loading.
+"""Which tensors of a checkpoint SGLang's models load: one rule for the planner, files of ranks and strict loading.
 
-A plan must have all that a model needs, and what is expected of a build must reach a parameter, or the server stops.
+A plan must have all that a model needs, and every tensor that is expected must reach a parameter, or the server stops.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Family(Protocol):
 
 
 class _Model(Protocol):
-    """What is asked of :class:`.facts.ModelFacts`."""
+    """The part of :class:`.facts.ModelFacts` that is needed here."""
 
     @property
     def family(self) -> _Family: ...
@@ -56,9 +56,9 @@ class _Model(Protocol):
 
 
 def is_expected(name: str, model: _Model, layers: range | None = None) -> bool:
-    """Whether a model takes a tensor of its checkpoint; of numbered layers with ``layers`` these alone.
+    """Whether a model loads a tensor of its checkpoint; with ``layers``, a model that has only these layers.
 
-    Towers are taken where the server makes them, see :func:`tower_of`.
+    Towers are loaded where the server creates them, see :func:`tower_of`.
     """
     if is_buffer(name) or left_out_of_builds(name) is not None or is_tied_head(name, model):
         return False
@@ -69,8 +69,10 @@ def is_expected(name: str, model: _Model, layers: range | None = None) -> bool:
 
 
 def layers_due(model: _Model) -> range | None:
-    """The numbers of the layers that a model needs, all of them; what comes after is for drafts. None where its
-    ``config.json`` has no number that can be."""
+    """The numbers of all layers that a model needs; later ones are for drafts.
+
+    None where ``config.json`` has no plausible number of layers.
+    """
     return None if model.layers is None or model.layers > _MOST_LAYERS else range(model.layers)
 
 
@@ -85,19 +87,23 @@ def is_tied_head(name: str, model: _Model) -> bool:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is one that SGLang computes itself, wherever it is stored."""
+    """Whether a tensor is a buffer that SGLang computes itself."""
     return name.endswith(_BUFFERS)
 
 
 def is_for_drafts(name: str) -> bool:
-    """Whether a tensor is of layers for speculative decoding that stand beside the model's (``mtp.*``): draft models
-    load them, the model itself passes over them."""
+    """Whether a tensor belongs to layers for speculative decoding beside the model's (``mtp.*``).
+
+    Draft models load them; the model itself skips them.
+    """
     return _DRAFTS.fullmatch(name) is not None
 
 
 def left_out_of_builds(name: str) -> str | None:
-    """Why no recipe takes a tensor along by itself; None for those that it does. Scales of the KV cache come with their
-    attention."""
+    """The reason why a plan does not take a tensor by itself; None if it does.
+
+    Scales of the KV cache are taken with their attention.
+    """
     if _CACHE_SCALE.fullmatch(name):
         return "scales of an FP8 KV cache: those of attention from elsewhere, or of a kind that SGLang does not load"
     if _UPPER_BOUND.fullmatch(name):
@@ -106,7 +112,9 @@ def left_out_of_builds(name: str) -> str | None:
 
 
 def tower_of(name: str) -> str | None:
-    """``"vision_model"`` of a tensor that is part of an encoder of images or sound, or of what joins one to the
-    decoder: a server that is to answer text only does not make these. None for all others."""
+    """The tower that a tensor belongs to, such as ``"vision_model"``; None for tensors of the decoder.
+
+    Towers are encoders of images or sound, and their projectors. A server for text only does not create them.
+    """
     found = _TOWER.fullmatch(name)
     return found[1] if found else None

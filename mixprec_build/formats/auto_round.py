@@ -1,11 +1,11 @@
-"""AutoRound's configuration: how it stores a module, in the layouts of GPTQ and AWQ.
+"""Reads AutoRound's configuration, which stores modules in the layouts of GPTQ and AWQ.
 
-``packing_format`` says in which: ``auto_round:auto_gptq`` is GPTQ's with zero points minus one, ``auto_round`` and
-``auto_round:gptqmodel`` the same with zero points as they are, ``auto_round:auto_awq`` AutoAWQ's; most are without
-``g_idx``. Of symmetric weights the zero points themselves tell which of the two it is (:meth:`.gptq.Gptq.as_stored`):
-versions of AutoRound differ in what they call by one word. ``extra_config``
-has other settings for single modules, by their names or by regular expressions that match whole names; 16 bits stand
-for unquantized. Which modules are quantized is read off their tensors: ``block_name_to_quantize`` is not looked at.
+``packing_format`` names the layout: ``auto_round:auto_gptq`` is GPTQ's with zero points minus one, ``auto_round`` and
+``auto_round:gptqmodel`` the same with zero points as they are, ``auto_round:auto_awq`` AutoAWQ's; most have no
+``g_idx``. Versions of AutoRound use the same word for both of the first two, so that for symmetric weights the zero
+points decide (:meth:`.gptq.Gptq.as_stored`). ``extra_config`` has other settings for single modules, by their names or
+by regular expressions that match complete names; 16 bits mean unquantized. Tensors show which modules are quantized:
+``block_name_to_quantize`` is ignored.
 
 As AutoRound 0.16 writes it (``export/export_to_autoround/export.py``) and SGLang 0.5.17 reads it
 (``layers/quantization/auto_round.py``).
@@ -48,7 +48,7 @@ _REGEX = frozenset("*+?^$()[]{}|\\")
 _MAX_ENTRIES = 200_000
 _MAX_REGEXES = 4096
 
-# What packs into GPTQ's layout: the words of ``packing_format`` and, before it came, of ``backend`` -> its layout.
+# Values of ``packing_format`` (in older files, of ``backend``) that mean GPTQ's layout -> which one.
 _GPTQ = {
     "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_gptq": "gptq", "gptq": "gptq", "auto": "gptq",
     "gptq:marlin": "gptq", "marlin": "gptq",
@@ -78,7 +78,7 @@ class _Extra:
         """The name of the entry for a module: its own name, else the first regular expression for it.
 
         Raises:
-            FormatError: a regular expression is not read, or takes too long.
+            FormatError: a regular expression is not supported, or takes too long.
         """
         if not self._entries:
             return None
@@ -101,7 +101,7 @@ class _Extra:
 
 
 def entry_of(name: str, quantization: Quantization) -> Hashable:
-    """What AutoRound's configuration tells of a module by its name; None for another method's."""
+    """The name of a module's entry in ``extra_config``, which tells modules that are stored alike apart; or None."""
     if quantization.get("quant_method") != METHOD:
         return None
     try:
@@ -111,17 +111,16 @@ def entry_of(name: str, quantization: Quantization) -> Hashable:
 
 
 def settings_for(module: StoredModule, quantization: Quantization, *, awq: bool) -> dict[str, object] | None:
-    """``bits``, ``group_size``, ``sym`` and ``checkpoint_format`` of a quantized module; None where AutoRound packs it
-    into the other of the two layouts.
+    """``bits``, ``group_size``, ``sym`` and ``checkpoint_format`` of a quantized module; None in the other layout.
 
     Raises:
-        FormatError: it is declared unquantized, or in a type or packing that is not read.
+        FormatError: it is declared unquantized, or in a type or packing that is not supported.
     """
     packing = next(
         (str(quantization[key]) for key in ("packing_format", "backend") if quantization.get(key) is not None),
         "auto_round:auto_gptq",
     )
-    # Of kernels that a backend names, the first words say how it is packed: "auto_round:gptq:exllamav2".
+    # A kernel may follow the packing: "auto_round:gptq:exllamav2".
     known = packing if packing in _GPTQ or packing in _AWQ or packing.count(":") < 2 else packing.rpartition(":")[0]
     if known not in _GPTQ and known not in _AWQ:
         raise FormatError(

@@ -22,7 +22,7 @@ _KINDS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _OTHER = {"F64": 64, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 """The dtypes of buffers, with their bits."""
 _SCALE = "scale"
-"""A parameter of that name; beside a weight it would be part of a format that is not this one."""
+"""A parameter of that name. Beside a weight it belongs to another format."""
 _GEMM = "dense GEMM, Triton for experts"
 
 
@@ -60,7 +60,7 @@ class Dense(Format):
             return None
         leaf = _leaf(leaves)
         dtype = module.tensors[leaf].dtype
-        # Integers are buffers (position ids, token maps) when they are bare parameters, weights when not.
+        # Integers in bare parameters are buffers (position ids, token maps), others are weights of another format.
         if dtype not in _KINDS and not (leaf == "" and dtype in _OTHER):
             return None
         found = cls(dtype)
@@ -94,5 +94,5 @@ class Dense(Format):
 
 
 def _leaf(leaves: Collection[str]) -> str:
-    """The tensor that makes the module what it is."""
+    """The module's main tensor."""
     return next(leaf for leaf in ("weight", "", "bias", _SCALE) if leaf in leaves)

@@ -18,22 +18,22 @@ __all__ = ["Grouped", "marlin_kind"]
 
 
 def marlin_kind(bits: int) -> Kind:
-    """What is known of a kind that SGLang runs on Marlin."""
+    """A kind of ``bits`` that SGLang runs on Marlin."""
     return Kind(bits, words=(f"int{bits}",), kernels="Marlin", least=80)
 
 
 class Grouped(Format):
-    """``group_size`` is -1 where one group spans all inputs."""
+    """A format of packed integers. ``group_size`` is -1 where one group spans all inputs."""
 
     bits: int
     group_size: int
 
     order: ClassVar[str] = ""
-    """The tensor that holds each input's group, where there may be one."""
+    """The tensor with each input's group; empty for a format that has none."""
     group_sizes: ClassVar[tuple[int, ...]] = (-1, 32, 64, 128)
-    """Those that SGLang has CUDA kernels for (marlin_utils.py)."""
+    """Group sizes that SGLang has CUDA kernels for (marlin_utils.py)."""
     kernels_for: ClassVar[str] = ""
-    """Whom :attr:`group_sizes` are for, where others have more: ``" for AWQ"``."""
+    """Added to messages about :attr:`group_sizes` where other formats have more: ``" for AWQ"``."""
 
     @property
     def pack(self) -> int:
@@ -54,7 +54,7 @@ class Grouped(Format):
         return self._kernel_limits() + expert_shape_limits(hidden, intermediate, self.group_size)
 
     def _kernel_limits(self) -> list[str]:
-        """What is not served, whatever the shape: experts and most linears run on Marlin, which lacks it."""
+        """Reasons not to serve any shape: experts and most linears run on Marlin, which lacks kernels for them."""
         if self.group_size in self.group_sizes:
             return []
         *first, last = map(str, self.group_sizes)
@@ -62,12 +62,12 @@ class Grouped(Format):
         return [f"mixprec does not serve group size {self.group_size}{self.kernels_for}, {only}"]
 
     def _marlin_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        # SGLang computes this for GPTQ, too, and does not look at the result.
+        # SGLang computes this for GPTQ, too, but ignores the result.
         n = sum(self.shape(part)[0] for part in parts)
         return linear_shape_limits(n, self.shape(parts[0])[1], self.group_size)
 
     def _order_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
-        """For weights in act-order: gate and up of an expert, or all parts of a linear, run with one order."""
+        """Reasons for weights in act-order: gate and up of an expert, or all parts of a linear, run with one order."""
         import numpy as np
 
         fused = parts[:2] if experts else parts
@@ -80,17 +80,14 @@ class Grouped(Format):
             if first is not None and order is not None and not np.array_equal(first, order)
         ]
 
-    # For checks and axes of the formats
-
     def _groups_of(self, inputs: int) -> tuple[int, str]:
-        """How many groups ``inputs`` are in, and in which, for messages."""
+        """The number of groups of ``inputs``, and their description for messages."""
         if self.group_size == -1:
             return 1, "one group"
         return -(-inputs // self.group_size), f"groups of {self.group_size}"
 
     def _group_axis(self, dim: int) -> Axis | None:
-        """How scales lie along the inputs. In act-order an input's group is anywhere: whoever holds some inputs needs
-        the scales of all groups."""
+        """The axis of scales along the inputs; None where a rank needs all scales, as in act-order."""
         return None if self.act_order or self.group_size == -1 else Axis(dim, self.group_size)
 
     def _half_where_packed(self, leaf: str) -> int:
@@ -110,7 +107,7 @@ class Grouped(Format):
 
     @staticmethod
     def _group_size(value: object, what: str, error: type[Exception] = FormatError) -> int:
-        """``value``, once it is a size of groups; ``what`` says in messages where it stands."""
+        """Checks a group size and returns it. ``what`` describes it in messages."""
         if type(value) is not int or (value != -1 and value < 1):
             raise error(f"{what.format(brief(value))} is neither -1 nor a positive number")
         return value

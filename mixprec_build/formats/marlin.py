@@ -1,4 +1,4 @@
-"""What formats that SGLang runs on its Marlin kernels have in common: packed words, and shapes.
+"""Packed words and rules for shapes, of formats that SGLang runs on its Marlin kernels.
 
 The shape rules are those of SGLang's ``marlin_utils.py``.
 """
@@ -20,7 +20,7 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 def linear_shape_limits(n: int, k: int, group_size: int) -> list[str]:
-    """``verify_marlin_supports_shape``, for ``n`` outputs in all of a fused linear; ``group_size`` may be -1."""
+    """Reasons by ``verify_marlin_supports_shape``, for ``n`` outputs of a fused linear; ``group_size`` may be -1."""
     limits = []
     if n % 64:
         limits.append(f"its {n} outputs are no multiple of 64, which Marlin needs")
@@ -32,7 +32,7 @@ def linear_shape_limits(n: int, k: int, group_size: int) -> list[str]:
 
 
 def expert_shape_limits(hidden: int, intermediate: int, group_size: int) -> list[str]:
-    """``check_moe_marlin_supports_layer``."""
+    """Reasons by ``check_moe_marlin_supports_layer``."""
     limits = []
     if hidden % 128:
         limits.append(f"its hidden size {hidden} is no multiple of 128, which Marlin needs")
@@ -45,12 +45,12 @@ def expert_shape_limits(hidden: int, intermediate: int, group_size: int) -> list
 
 
 def tile(group_size: int, *, experts: bool) -> tuple[int, int]:
-    """What outputs and inputs must be multiples of, by the two rules above."""
+    """Numbers that outputs and inputs must be multiples of, by the two rules above."""
     return 64, lcm(64 if experts else 128, max(1, group_size))
 
 
 def half_range(bits: int) -> int:
-    """A signed word of values that stand for zero where half of their range is added to them."""
+    """A 32-bit word, signed, whose values are all half of their range: the zero of symmetric weights."""
     return sum(1 << (bits - 1) << at for at in range(0, 32, bits)) - (1 << 32)
 
 

@@ -1,4 +1,4 @@
-"""The names that a declaration may call a module by."""
+"""Finds the names that a declaration may have for a module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["name_forms"]
 
 
 def name_forms(module: str) -> tuple[str, ...]:
-    """The names that a declaration may call a module by, its own first.
+    """The names that a declaration may have for a module, its own first.
 
     A decoder inside of a larger model is ``language_model.model.layers.0`` in older checkpoints,
     ``model.language_model.layers.0`` in newer ones and ``model.layers.0`` to a declaration in ``text_config``.

@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class Quantization(Mapping[str, object]):
-    """What a checkpoint declares of its quantization, and what formats work out from it once for all modules.
+    """A checkpoint's declaration of its quantization, with what formats derive from it once for all modules.
 
-    One value belongs to one checkpoint, whose modules are looked up one after another, by one thread.
+    Not for several threads.
     """
 
     def __init__(self, declared: Mapping[str, object]):
@@ -22,11 +22,11 @@ class Quantization(Mapping[str, object]):
 
     @classmethod
     def of(cls, declared: Mapping[str, object]) -> Quantization:
-        """``declared`` itself where it is one already."""
+        """``declared`` as a :class:`Quantization`, itself if it is one."""
         return declared if isinstance(declared, cls) else cls(declared)
 
     def derive(self, make: Callable[[Quantization], T]) -> T:
-        """``make(self)``, made on the first call and kept. What ``make`` raises is raised on every call."""
+        """``make(self)``, computed on the first call and cached; an exception is raised on every call."""
         if make not in self._derived:
             self._derived[make] = make(self)
         found: T = self._derived[make]
