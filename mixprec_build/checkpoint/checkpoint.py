@@ -59,8 +59,8 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()
     """Differences between the index and its files."""
     taken_apart: frozenset[str] = frozenset()
-    """Files with tensors that have other names or shapes here: those of all experts of a layer, each of which has
-    tensors of its own, and scales in four dimensions. They are not taken over as they are."""
+    """Files with tensors that have other names or shapes here: those of all experts of a layer, which are taken apart,
+    and scales in four dimensions. They cannot be linked."""
     values: dict[str, bytes] = field(default_factory=dict, repr=False)
     """Tensor -> its first bytes, of those that were read from the hub because their files are not on this machine."""
 

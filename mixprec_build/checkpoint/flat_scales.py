@@ -1,7 +1,7 @@
-"""Scales of FP8 blocks that ModelOpt stores in four dimensions (``FP8_PB_WO``), as the two that there are.
+"""Presents scales of FP8 blocks that ModelOpt stores in four dimensions (``FP8_PB_WO``) in two.
 
 ``weight_scale [N / 128, 1, K / 128, 1]`` keeps the dimensions that its quantizer reduced. Its bytes are those of
-``[N / 128, K / 128]``, which is what SGLang's parameters are and what other producers write.
+``[N / 128, K / 128]``, the shape of SGLang's parameters and of other producers' scales.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LEAVES = ("weight_scale", "weight_scale_inv")
 
 
 def without_reduced_dimensions(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], frozenset[str]]:
-    """``tensors`` with such scales in two dimensions, and the files that they lie in."""
+    """Returns ``tensors`` with such scales in two dimensions, and the files that have them."""
     found, files = dict(tensors), set()
     for name in [name for name, tensor in tensors.items() if len(tensor.shape) == 4]:
         module, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What a ``config.json`` says, read in one place for both packages."""
+"""Reads the facts of a ``config.json``, for both packages."""
 
 from __future__ import annotations
 
@@ -34,41 +34,41 @@ _TIED_BY_DEFAULT = re.compile(r"gemma|cohere|gpt2|bloom|opt$|falcon$|mpt$|starco
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelFacts:
-    """The facts of one ``config.json``. Numbers are None where it has none, or none that is at least 1.
+    """The facts of one ``config.json``. Numbers are None where it has none, or one below 1.
 
-    Multimodal checkpoints keep the decoder's configuration one level down, in ``text_config``: what it says counts.
+    Multimodal checkpoints keep the decoder's configuration in ``text_config``, whose values have precedence.
     """
 
     family: Family
-    """By the model's class or ``model_type``, those of the checkpoint before the decoder's; else one whose rules such
-    models follow, or the rules for unknown models."""
+    """By the class or ``model_type`` of the checkpoint, else of its decoder; else one whose rules such models follow,
+    or the rules for unknown models."""
     names_family: bool
-    """Whether the checkpoint's own class or ``model_type`` is the family's, and not the decoder's inside it only."""
+    """Whether the class or ``model_type`` of the checkpoint is the family's, not only that of its decoder."""
     model_type: str
-    """Of the decoder; empty where there is none."""
+    """The decoder's; empty where there is none."""
     own_model_type: object
-    """Of the checkpoint, as ``config.json`` has it, whatever that is."""
+    """The checkpoint's, as it is in ``config.json``, of any type."""
     architectures: tuple[str, ...]
     tied_embeddings: bool
     expects_head: bool | None
-    """Whether the model takes a head of its own; None where that is left open."""
+    """Whether the model needs a head of its own; None if unknown."""
     dtype: str | None
-    """``"bfloat16"``."""
+    """Such as ``"bfloat16"``."""
     layers: int | None
     layers_of_a_part: int | None
-    """The same, in whatever part of ``config.json`` it stands."""
+    """The number of layers in the first part of ``config.json`` that has one."""
     draft_layers: int
-    """Layers for multi-token prediction, in whatever part they are declared."""
+    """The number of layers for multi-token prediction, in any part of ``config.json``."""
     hidden_size: int | None
     vocabulary: int | None
     attention_heads: int | None
     key_value_heads: int | None
-    """As many as ``attention_heads`` where nothing else is said."""
+    """``attention_heads`` by default."""
     head_dim: int | None
     state_keys: tuple[int, int] | None
-    """Key heads of a delta net and the size of each, where the model has one."""
+    """Number and size of a delta net's key heads."""
     state_values: tuple[int, int] | None
-    """The same of its value heads."""
+    """Number and size of a delta net's value heads."""
     experts: int | None
     experts_per_token: int | None
     config: Mapping[str, object] = field(repr=False)
@@ -115,8 +115,7 @@ class ModelFacts:
 
     @classmethod
     def of_loaded(cls, config: Any) -> ModelFacts:
-        """The facts of a config object of transformers', whose class has defaults for what ``config.json`` leaves out.
-        None stands for no config at all."""
+        """The facts of a config object of transformers, whose class has defaults of missing keys; None for none."""
         text = getattr(config, "text_config", None)
         found: dict[str, object] = {key: getattr(config, key) for key in _READ if hasattr(config, key)}
         if text is not None:
@@ -124,11 +123,11 @@ class ModelFacts:
         return cls.of(found)
 
     def differences(self, other: ModelFacts) -> list[Difference]:
-        """What another ``config.json`` says differently, those keys first that change the function."""
+        """Differences to another ``config.json``, those first that change what the model computes."""
         return config_differences(self.config, other.config)
 
     def file_names(self, ending: str) -> set[str]:
-        """The names of files among its values, anywhere in it."""
+        """The values anywhere in it that end with ``ending``: names of files."""
         found: set[str] = set()
         level: list[object] = [self.config]
         for node in level:  # grows on the way

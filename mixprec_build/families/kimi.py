@@ -1,5 +1,7 @@
-"""Kimi-K2.5 to 2.7 (``models/kimi_k25.py``): DeepSeek-V3 under ``language_model.`` beside an encoder of images. Kimi-K2
-and K2-Thinking are DeepSeek-V3 by their class."""
+"""Kimi-K2.5 to 2.7 (``models/kimi_k25.py``): DeepSeek-V3 under ``language_model.``, with a vision tower.
+
+Kimi-K2 and K2-Thinking are DeepSeek-V3 by their class.
+"""
 
 from __future__ import annotations
 

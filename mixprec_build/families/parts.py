@@ -1,4 +1,4 @@
-"""What the description of a model family is made of."""
+"""Parts of the description of a model family."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class Role(Enum):
-    """What a module is to a serving engine."""
+    """The role of a module for a serving engine."""
 
     LINEAR = "linear"
     EXPERT = "expert"
@@ -35,7 +35,7 @@ class Role(Enum):
 
     def __init__(self, word: str):
         self.never_quantized = word in ("router", "norm", "parameter")
-        """Globs that map whole layers to a quantized source do not mean these."""
+        """Globs that map complete layers to a quantized source do not apply to these."""
 
 
 class CutBy(Enum):
@@ -57,9 +57,9 @@ class FusedGroup(NamedTuple):
     name: str
     """The last word of SGLang's layer: ``qkv_proj``."""
     members: tuple[str, ...]
-    """Last words of the checkpoint's linears, in the order that their outputs are joined in."""
+    """Last words of the checkpoint's linears, in the order of their outputs."""
     ragged_end: bool = False
-    """Whether the last one may end inside of a block of scales: SGLang cuts the layer for no ranks."""
+    """Whether the last one may end inside of a block of scales, since SGLang never cuts the layer."""
 
 
 class Projections(NamedTuple):
@@ -81,23 +81,23 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StackedExperts:
-    """A tensor that holds a projection of all experts of a layer, as some releases store them.
+    """A tensor of a projection of all experts of a layer, as some releases store them.
 
     ``StackedExperts("gate_up_proj", ("gate_proj", "up_proj"))`` is ``...experts.gate_up_proj`` ``[E, 2I, H]``.
     """
 
     name: str
-    """What stands below ``...experts.`` in the tensor's name."""
+    """The end of the tensor's name, after ``...experts.``."""
     parts: tuple[str, ...]
-    """Last words of the linears that each expert's slice holds, in the order of their outputs."""
+    """Last words of the linears in each expert's slice, in the order of their outputs."""
     transposed: bool = False
-    """Whether a slice is ``[K, N]``, inputs first, so that no expert's bytes are those of a linear's weight."""
+    """Whether a slice is ``[K, N]``, inputs first, so that an expert's bytes are not those of a linear's weight."""
     interleaved: bool = False
-    """Whether outputs of the parts take turns, instead of following one another."""
+    """Whether outputs of the parts alternate, instead of following one another."""
 
 
 class StoredFormat(Protocol):
-    """What rules ask of a storage format; see :class:`mixprec_build.formats.base.Format`."""
+    """Properties of a storage format that rules need; see :class:`mixprec_build.formats.base.Format`."""
 
     @property
     def kind(self) -> str: ...
@@ -119,36 +119,37 @@ class Restriction:
     modules: tuple[str, ...]
     """Ends of their names: ``kv_b_proj``, or more words, as ``indexer.wk``."""
     limit: Callable[[StoredFormat], str | None]
-    """Why a quantized format has no place there, without a full stop; None for one that has."""
+    """The reason why a quantized format has no place there, without a full stop; None if it has."""
 
     def reason(self, name: str, fmt: StoredFormat) -> str | None:
+        """The reason why the module ``name`` cannot be in ``fmt``; None if it can."""
         there = any(name == module or name.endswith(f".{module}") for module in self.modules)
         return self.limit(fmt) if there and fmt.quantized else None
 
 
 def never_quantized(*modules: str) -> Restriction:
-    """The restriction to no quantized format at all."""
+    """The restriction of modules to unquantized formats."""
     return Restriction(modules, lambda _: "SGLang's class for this model makes it without a quantization config")
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedFormats:
-    """Two GEMMs of one MLP that SGLang's model code looks at together: their formats must go with one another."""
+    """Two GEMMs of one MLP whose formats SGLang's model code compares."""
 
     ups: str
-    """The end of the name of gate and up as one: ``.shared_experts.gate_up_proj``."""
+    """The end of the fused name of gate and up: ``.shared_experts.gate_up_proj``."""
     down: str
-    """The end of the name of the other one, which stands in the place of ``ups``."""
+    """The end of the name of down, in place of ``ups``."""
     limit: Callable[[StoredFormat, StoredFormat], str | None]
-    """Why the formats of gate and up, and of down, do not go together; None where they do."""
+    """The reason why the formats of gate and up, and of down, do not fit; None if they do."""
 
 
 @dataclass(frozen=True, slots=True)
 class MovedRows:
-    """Rows of ``weight`` that a class of SGLang's moves as it loads them, in the modules that ``modules`` matches.
+    """Rows of ``weight`` that a class of SGLang's permutes while loading, in the modules that ``modules`` matches.
 
-    It leaves scales, packed words and zero points where they are: the model loads without an error, and answers
-    nonsense. ``within_heads`` where no row leaves its attention head, so that scales of whole heads still fit.
+    It does not permute scales, packed words or zero points: the model loads without an error, and computes nonsense.
+    ``within_heads``: no row leaves its attention head, so that scales of complete heads still fit.
     """
 
     architecture: str

@@ -1,7 +1,7 @@
-"""Qwen3.5 to 3.8, dense and MoE (``models/qwen3_5.py`` and ``models/qwen3_5_text.py``): layers of attention with a gate
-in ``q_proj``, and of a gated delta net, whose projections SGLang joins.
+"""Qwen3.5 to 3.8, dense and MoE (``models/qwen3_5.py`` and ``models/qwen3_5_text.py``).
 
-The class takes ``.self_attn`` out of its parameters' names.
+Some layers have attention with a gate in ``q_proj``, others a gated delta net, whose projections SGLang joins. The
+class drops ``.self_attn`` from its parameters' names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights of 8 bits a value with scales that multiply them: what FP8 and Int8 (W8A8) have in common.
+"""Weights of 8 bits a value with scales that multiply them, the common part of FP8 and Int8 (W8A8).
 
 ===========  ====================  ==========================================
 granularity  scale                 shape
@@ -8,10 +8,10 @@ channel      ``weight_scale``      ``[N, 1]`` (or ``[N]``)
 tensor       ``weight_scale``      ``[]``, ``[1]`` or ``[1, 1]``
 ===========  ====================  ==========================================
 
-Other tools call them otherwise: compressed-tensors the scales of blocks ``weight_scale``, DeepSeek-V4 ``scale``,
-Mistral that of a tensor ``weight_scale_inv``. Static activations add ``input_scale`` (one value; Mistral calls it
-``activation_scale``); dynamic ones have none, nor have those that stay unquantized. The layouts
-are those of DeepSeek-V3's ``inference/fp8_cast_bf16.py`` (block) and of compressed-tensors (the others).
+Some producers use other names: compressed-tensors ``weight_scale`` for blocks, DeepSeek-V4 ``scale``, Mistral
+``weight_scale_inv`` for a tensor. Static activations add ``input_scale`` (one value; Mistral: ``activation_scale``),
+dynamic and unquantized ones nothing. The layouts are those of DeepSeek-V3's ``inference/fp8_cast_bf16.py`` (block) and
+of compressed-tensors (the others).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ __all__ = ["Scaled"]
 
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _SCALES = ("weight_scale", "weight_scale_inv", "scale")
-"""What scales are called."""
+"""Names of scales."""
 _INPUTS = ("input_scale", "activation_scale")
-"""What scales of static activations are called."""
+"""Names of scales of static activations."""
 _BLOCK_ALGORITHMS = ("FP8_PB_WO", "FP8_PB_REAL", "FP8_BLOCK_SCALES")
 """ModelOpt's words for FP8 in blocks."""
 _USUAL_BLOCK = (128, 128)
-"""Of configurations that do not say how large blocks are: FP8 modules in files of several tools, W4AFP8, ModelOpt's."""
+"""The size of blocks where a configuration has none: FP8 modules in files of several tools, W4AFP8, ModelOpt's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Scaled(Format):
     dtype: ClassVar[str]
     """The weight's safetensors dtype."""
     word: ClassVar[str]
-    """What its kinds begin with."""
+    """The beginning of the names of its kinds."""
 
     granularity: str
     """``block``, ``channel`` or ``tensor``."""
@@ -63,11 +63,11 @@ class Scaled(Format):
     """``dynamic``, ``static``, or ``none`` where only weights are quantized."""
     block: tuple[int, int] | None = None
     scale: str = ""
-    """What the scales are called, where it is not what they are usually called."""
+    """The name of the scales, if it is not the usual one."""
     scale_fmt: str = ""
-    """``ue8m0`` where activations are to be quantized with powers of two as scales, of blocks."""
+    """``ue8m0`` where activations are to be quantized in blocks with powers of two as scales."""
     input: str = ""
-    """What the scale of static activations is called, where it is not ``input_scale``."""
+    """The name of the scale of static activations, if it is not ``input_scale``."""
 
     @property
     def kind(self) -> str:
@@ -107,18 +107,18 @@ class Scaled(Format):
 
     @classmethod
     def _reads(cls, module: StoredModule, leaf: str, quantization: Quantization) -> bool:
-        """Whether the scales are of this format, and not of another one with such weights."""
+        """Whether the scales belong to this format, not to another one with such weights."""
         return module.tensors[leaf].dtype in _SCALE_DTYPES
 
     @classmethod
     def _of(cls, module: StoredModule, leaf: str, quantization: Quantization, scheme: Scheme | None) -> Self:
-        """The format of a module whose scales are called ``leaf``."""
+        """The format of a module with scales named ``leaf``."""
         shape, (n, k) = module.tensors[leaf].shape, module.tensors["weight"].shape
         input_ = "activation_scale" if "activation_scale" in module.tensors else ""
         activations = _activations(module, quantization, scheme)
         strategy = None if scheme is None else scheme.strategy
         declared = quantization.get("weight_block_size") if scheme is None else scheme.block
-        # By their name, or ModelOpt's for the algorithm: a weight of one block has one scale, too.
+        # By their name, or by ModelOpt's algorithm: a weight of one block has one scale, too.
         of_blocks = leaf != "weight_scale" or quantization.get("quant_algo") in _BLOCK_ALGORITHMS
         block: tuple[int, int] | None = None
         if shape in ((), (1,), (1, 1)) and strategy in (None, "tensor") and not (
@@ -146,7 +146,7 @@ class Scaled(Format):
         return found
 
     def _agree(self, scheme: Scheme) -> None:
-        """Raises where compressed-tensors declares something else than is stored."""
+        """Raises :class:`FormatError` where compressed-tensors declares another format than is stored."""
         type_ = "float" if self.dtype.startswith("F") else "int"
         if (scheme.type, scheme.bits, scheme.strategy) != (type_, 8, self.granularity) or not scheme.symmetric:
             asymmetric = "" if scheme.symmetric else ", asymmetric"
@@ -272,7 +272,7 @@ class Scaled(Format):
         scale: npt.NDArray[np.float32] = tensors[self.scale_leaf].astype("float32")
         if self.block is not None:
             (n, k), (block_n, block_k) = weight.shape, self.block
-            # No block is taken for larger than the weight: its size is only what a configuration says.
+            # A block may not be larger than the weight: its size comes from a configuration.
             scale = scale.repeat(min(block_n, n), axis=0)[:n].repeat(min(block_k, k), axis=1)[:, :k]
         elif self.granularity == "channel":
             scale = scale.reshape(-1, 1)
@@ -283,7 +283,7 @@ class Scaled(Format):
 
 
 def _grid(weight: tuple[int, ...], declared: object) -> tuple[int, ...] | None:
-    """How many blocks a weight has along each dimension; None for sizes of blocks that are nonsense."""
+    """The number of blocks of a weight along each dimension; None for a malformed size of blocks."""
     try:
         block = _USUAL_BLOCK if declared is None else _block_size({"weight_block_size": declared})
     except FormatError:
@@ -292,7 +292,7 @@ def _grid(weight: tuple[int, ...], declared: object) -> tuple[int, ...] | None:
 
 
 def _usual_block(module: StoredModule, leaf: str) -> tuple[int, int]:
-    """The size of the blocks that nearly all producers use, where the scales are as many as it takes."""
+    """The size of blocks that nearly all producers use, if the scales fit it; else raises :class:`FormatError`."""
     if module.tensors[leaf].shape != _grid(module.tensors["weight"].shape, None):
         raise FormatError(
             f"{shape_text(leaf, module)}, but quantization_config has no weight_block_size, and they are no scales of "
@@ -312,7 +312,7 @@ _WORDS = {"none": "unquantized", "dynamic": "dynamic", "static": "static"}
 
 
 def _activations(module: StoredModule, quantization: Quantization, scheme: Scheme | None) -> str:
-    """What the tensors say, once the configuration agrees."""
+    """How activations are quantized, by the tensors. Raises :class:`FormatError` if the configuration differs."""
     static = not module.tensors.keys().isdisjoint(_INPUTS)
     have, stored = ("an", "static") if static else ("no", "dynamic")
     if scheme is not None:

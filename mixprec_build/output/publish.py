@@ -195,7 +195,7 @@ def _rename(root: OwnedFolder, old: str, new: str) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        # Layered file systems (overlay) do not rename folders of the layers below: those of a container's image.
+        # An overlay file system cannot rename folders of a layer below, such as a container's image.
         raise WriteError(
             f"{root.path / old}: its file system cannot rename it to {new}, as for a folder of a container's image; "
             "move it away yourself (copy and remove it), or name another folder"

@@ -348,7 +348,7 @@ class _Split:
                         "folder where all ranks of another degree are there"
                     )
             self._check()
-            # Listed as dropped until all are there: also where it is copied, nothing reads a part of it.
+            # The merged files are listed as dropped until all are restored: nothing reads one that is being copied.
             self._owned.move_file(part, file)
             for tensor, due in built:
                 if checksum_on_disk(self._folder / file, tensor) != due:

@@ -192,7 +192,7 @@ def _open_sources(manifest: Manifest, moved: Mapping[str, str]) -> tuple[dict[st
 
 
 def _structure_differences(manifest: Manifest, checkpoint: Checkpoint, unread: Container[str]) -> Iterator[str]:
-    """``unread``: files that were not opened, whose tensors are known to be missing."""
+    """Yields differences of config and headers. The tensors of files that are ``unread`` are reported elsewhere."""
     if checkpoint.quantization.get("quant_method") != METHOD:
         yield f"config.json: quant_method is not {METHOD}"
     elif checkpoint.quantization.get("formats") != manifest.head["formats"]:
@@ -210,7 +210,7 @@ def _structure_differences(manifest: Manifest, checkpoint: Checkpoint, unread: C
 
 
 def _fetching(source: Checkpoint) -> FileReader:
-    """Reads the files of a source, which are fetched first where they are on the hub."""
+    """Reads the files of a source, after fetching those on the hub."""
     storage = source.storage
     return FileReader(lambda file: storage.cached(file) or storage.fetch([file])[file])
 

@@ -127,7 +127,7 @@ def plan_modules(chosen: Chosen, recipe: Recipe, sources: Sources) -> Mapping[st
 
 
 def _notes_on_declarations(source: Source) -> Iterator[str]:
-    """On declarations of a source that say different things of its quantization."""
+    """Yields notes on declarations of a source that differ."""
     declared = source.checkpoint.declared
     for other in declared[1:]:
         if differ := "; ".join(differences(declared[0], other)):

@@ -136,7 +136,7 @@ def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool, fami
 
 
 def fused_rows_limits(fmt: Format, parts: Sequence[StoredModule], family: Family) -> Iterator[str]:
-    """Parts of a fused linear that end inside of a block of scales, where SGLang cannot take them so."""
+    """Reasons for parts of a fused linear that end inside of a block of scales, where SGLang does not allow it."""
     ragged = family.ragged_end(part.name for part in parts)
     for part in parts if len(parts) > 1 else ():
         outputs = fmt.shape(part)[0]

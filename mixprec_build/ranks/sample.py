@@ -1,4 +1,4 @@
-"""A part of a checkpoint that stands for all of it, to try many degrees quickly."""
+"""Selects a part of a checkpoint that stands for all of it, to try many degrees quickly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["one_layer_of_each"]
 def one_layer_of_each(
     modules: Mapping[str, tuple[Format, StoredModule]], family: Family
 ) -> dict[str, tuple[Format, StoredModule]]:
-    """The modules outside of layers, and of all layers that hold the same formats and shapes one."""
+    """The modules outside of layers, and those of one layer for each combination of formats and shapes."""
     layers: dict[str, list[str]] = {}
     for name in modules:
         layers.setdefault(layer_prefix(name), []).append(name)

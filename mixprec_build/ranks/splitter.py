@@ -1,21 +1,21 @@
-"""A checkpoint cut for tensor- and expert-parallel ranks: what each rank of SGLang holds, and nothing else.
+"""Cuts a checkpoint for tensor- and expert-parallel ranks: exactly what each rank of SGLang needs.
 
-A rank's files hold SGLang's parameters under SGLang's names, as its weight loaders would fill them and before any
-kernel's repacking: q, k and v in one tensor, the experts of a layer in a few. A rank so reads some large tensors
-instead of thousands of small ones, and what it reads must fit its parameters exactly.
+A rank's files have SGLang's parameters under SGLang's names, as its weight loaders would fill them and before any
+kernel repacks them: q, k and v in one tensor, the experts of a layer in a few. So a rank reads some large tensors
+instead of thousands of small ones, and they must fit its parameters exactly.
 
-====================  =============================================================================
-cut along outputs     q, k, v (by heads), gate, up, q_b, kv_b; embeddings and lm_head by vocabulary
-cut along inputs      o, down
-whole on every rank   norms, routers, q_a with kv_a, tensors without the axis that is cut
-by expert             whole experts under expert parallelism, each cut by what parallelism is left
-====================  =============================================================================
+======================  =============================================================================
+cut along outputs       q, k, v (by heads), gate, up, q_b, kv_b; embeddings and lm_head by vocabulary
+cut along inputs        o, down
+complete on every rank  norms, routers, q_a with kv_a, tensors without the axis that is cut
+by expert               experts under expert parallelism, each cut for the ranks that share it
+======================  =============================================================================
 
 With data-parallel attention, attention and embeddings are cut for the ranks of one replica, the rest for all.
 
-Where a share of an MLP's columns would end inside a quantization block or group, or on no tile of the kernel, ranks
-get whole blocks and zero weights up to the same size: zero columns of gate and up meet zero rows of down, so no
-result changes. Layouts are those of SGLang 0.5.17: layers/linear.py, layers/vocab_parallel_embedding.py and
+Where a share of an MLP's columns would end inside of a quantization block or group, or of a kernel's tile, ranks get
+complete blocks and zero weights up to the same size: zero columns of gate and up meet zero rows of down, so no result
+changes. Layouts are those of SGLang 0.5.17: layers/linear.py, layers/vocab_parallel_embedding.py and
 layers/moe/fused_moe_triton/layer.py.
 """
 
@@ -54,24 +54,26 @@ _MOST_ADVISED = 16
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How many of an MLP's ``total`` columns a rank of ``ranks`` stores: ``columns``, with zeros added."""
+    """The number of an MLP's ``total`` columns that each of ``ranks`` stores: ``columns``, with zeros added."""
 
     total: int
     ranks: int
     columns: int
     step: int = 1
-    """What ``columns`` is to be a multiple of."""
+    """``columns`` is a multiple of this."""
 
     @property
     def native(self) -> int:
+        """A rank's columns without added zeros."""
         return self.total // self.ranks
 
     @property
     def padding(self) -> float:
-        """Added columns, as a part of ``total``."""
+        """Added columns, as a share of ``total``."""
         return self.columns * self.ranks / self.total - 1
 
     def of(self, rank: int) -> tuple[int, int]:
+        """A rank's columns among ``total``: ``(start, stop)``."""
         return min(rank * self.columns, self.total), min((rank + 1) * self.columns, self.total)
 
 
@@ -97,15 +99,15 @@ class Splitter:
     replicated_head: bool = False
     """Whether each replica of attention has all of ``lm_head`` (``--enable-dp-lm-head``)."""
     part: bool = False
-    """Whether ``modules`` are some of a checkpoint's only: experts may be missing, and no degrees are advised."""
+    """Whether ``modules`` are only some of a checkpoint's: experts may be missing, and no degrees are advised."""
     singles: list[str] = field(init=False, default_factory=list)
-    """The modules of the decoder that are of no expert."""
+    """The modules of the decoder that belong to no expert."""
     towers: list[str] = field(init=False, default_factory=list)
     """The modules of encoders of images and sound, which every rank gets as they are stored."""
     experts: dict[str, list[_Expert]] = field(init=False, default_factory=dict)
     """``...experts`` -> the projections of each, in order."""
     shares: dict[str, Share] = field(init=False, default_factory=dict)
-    """MLP or ``...experts`` -> how its columns are shared out."""
+    """MLP or ``...experts`` -> how ranks share its columns."""
 
     def __post_init__(self) -> None:
         family, model_type = self.family, self.facts.own_model_type
@@ -131,7 +133,7 @@ class Splitter:
         return {self.family.sglang_name(name): share for name, share in self.shares.items() if share.padding}
 
     def parameters(self, rank: int) -> list[Parameter]:
-        """All that ``rank`` holds, in checkpoint order."""
+        """All parameters of ``rank``, in checkpoint order. Raises :class:`SplitError`."""
         out: list[Parameter] = []
         tied = ties_head(self.facts) and self.family.embedding in self.modules
         for joined, members in self.family.joined_groups(self.singles).items():
@@ -148,13 +150,13 @@ class Splitter:
         return out
 
     def total_bytes(self) -> int:
-        """What the files of all ranks hold together."""
-        # Ranks that share experts hold as much as one another.
+        """Bytes of the parameters of all ranks. Raises :class:`SplitError`."""
+        # Ranks that share experts have equally many.
         firsts = range(0, self.degree.tp, self.degree.moe_tp)
         return sum(p.nbytes for rank in firsts for p in self.parameters(rank)) * self.degree.moe_tp
 
     def remarks(self) -> list[str]:
-        """What a user should know of the added zeros."""
+        """Remarks for the user on added zeros."""
         by_share: dict[Share, list[str]] = {}
         for name, share in self.padded.items():
             by_share.setdefault(share, []).append(name)
@@ -167,8 +169,6 @@ class Splitter:
                 f"{share.columns} with zeros ({share.padding:.0%} more weights there){advice}"
             )
         return remarks
-
-    # What is cut, and where
 
     def _find_experts(self) -> None:
         stored: dict[str, dict[int, dict[str, str]]] = {}
@@ -216,7 +216,7 @@ class Splitter:
             self.shares[owner] = Share(whole, ranks, per_rank, step)
 
     def _advice(self) -> str:
-        """The degrees at which all of the checkpoint can be cut."""
+        """The end of a message with degrees that the checkpoint can be cut for."""
         if self.part:
             return ""
         part = one_layer_of_each(self.modules, self.family)
@@ -230,7 +230,7 @@ class Splitter:
         try:
             degree = Degree(tp, self.degree.ep, self.degree.dp)
             splitter = Splitter(modules, self.facts, degree, self.replicated_head, part=True)
-            for rank in range(0, tp, degree.moe_tp):  # those that share experts are cut alike
+            for rank in range(0, tp, degree.moe_tp):  # ranks that share experts are cut alike
                 splitter.parameters(rank)
         except SplitError:
             return False
@@ -270,7 +270,7 @@ class Splitter:
             return Cut(name, k=(*owner.of(rank), owner.columns))
         if cut is CutBy.VOCABULARY and not self.replicated_head and self.family.role_by_name(name) is Role.HEAD:
             return self._vocabulary(name, shape[0], rank, self.degree.tp)
-        # The rest is what each replica of attention has.
+        # Each replica of attention has all of the rest.
         tp = self.degree.attention_tp
         rank %= tp
         if cut is CutBy.VOCABULARY:
@@ -279,7 +279,7 @@ class Splitter:
             return Cut(name, n=self._even(name, shape[0], self._heads(), rank, tp))
         if cut is CutBy.KEY_VALUE_HEADS:
             heads = _known(self.facts.key_value_heads, "num_key_value_heads")
-            # With fewer heads than ranks, ranks that follow one another hold the same head.
+            # With fewer heads than ranks, consecutive ranks have the same head.
             copies = max(1, tp // heads)
             if heads < tp and tp % heads:
                 raise SplitError(
@@ -328,7 +328,7 @@ class Splitter:
         )
 
     def _check_tile(self, joined: str, cuts: Sequence[Cut]) -> None:
-        """Raises where SGLang's kernels would not take a rank's part of a layer. MLPs are cut by whole tiles."""
+        """Raises where SGLang's kernels would not take a rank's part of a layer. MLPs are cut in complete tiles."""
         fmt = self.modules[cuts[0].name][0]
         tile = fmt.tile(experts=False)
         if tile == (1, 1):
@@ -344,8 +344,6 @@ class Splitter:
             if share < size and share % step:
                 raise self._uneven(joined, fmt, share, size, f"SGLang's kernels take multiples of {step}")
 
-    # The parameters
-
     def _joined(self, joined: str, parts: Sequence[Cut]) -> Iterator[Parameter]:
         """One layer of SGLang's, of one module or of several that run as one."""
         served = self.family.sglang_name(joined)
@@ -355,7 +353,7 @@ class Splitter:
                 pieces = [Piece(t, (0, 1), (0, 1), (0, i, 0)) for i, t in enumerate(stacked.tensors)]
                 yield Parameter(name, stacked.dtype, (len(pieces),), tuple(pieces))
                 continue
-            # Where a tensor has no outputs, as an order of inputs, all parts have the same.
+            # All parts have the same tensor if it has no outputs, like an order of inputs.
             count = 1 if stacked.axes.n is None else len(parts)
             yield stack(name, list(zip(stacked.tensors[-count:], parts[-count:], strict=True)), stacked)
 
@@ -367,7 +365,7 @@ class Splitter:
             yield Parameter(served, tensor.dtype, (), (Piece(tensor, (0, 1), (0, 1), (0, 0, 0)),))
 
     def _experts(self, prefix: str, stored: Sequence[_Expert], rank: int) -> Iterator[Parameter]:
-        """The parameters of a FusedMoE: those of this rank's experts, format by format."""
+        """The parameters of a FusedMoE: this rank's experts, format by format."""
         share = self.shares[prefix]
         ep, here = rank // self.degree.moe_tp, len(stored) // self.degree.ep
         if len(stored) % self.degree.ep:

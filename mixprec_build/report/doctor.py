@@ -157,7 +157,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
 
 
 def _model_class(out: Path) -> Iterator[Finding]:
-    """What SGLang's class for the model makes of the checkpoint; asked in a process of its own, without weights."""
+    """Asks SGLang's class for the model about the checkpoint, in another process and without weights."""
     if _version("sglang") is None:
         return
     asked = _ask(out)

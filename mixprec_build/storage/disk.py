@@ -103,7 +103,7 @@ def open_regular(path: Path) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Opens a regular file for reading, and closes it. Raises :class:`SourceError`, also where reading it fails."""
+    """Opens a regular file for reading, and closes it. Raises :class:`SourceError`, also if the body fails to read."""
     fd = open_regular(path)
     with source_errors(path):
         try:

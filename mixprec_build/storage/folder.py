@@ -31,7 +31,7 @@ class Files(Protocol):
         """Downloads files that are not on this machine. Returns name -> path."""
 
     def reader(self) -> TensorReader:
-        """Reads the tensors of the files, wherever these are."""
+        """A reader of the files' tensors."""
 
 
 @dataclass(frozen=True, slots=True)

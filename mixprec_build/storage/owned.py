@@ -116,7 +116,7 @@ class OwnedFolder:
             os.rename(source[1], target[1], src_dir_fd=source[0], dst_dir_fd=target[0])
 
     def move_file(self, old: str, new: str) -> None:
-        """Renames a file; where its folders are of two file systems, copies it, syncs the copy and removes ``old``.
+        """Renames a file. Between two file systems, copies it, syncs the copy and removes ``old``.
 
         Who reads ``new`` meanwhile may then find a part of it.
         """
