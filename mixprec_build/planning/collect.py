@@ -64,7 +64,7 @@ def collect(chosen: Chosen, default: Source, sources: Sources, problems: Problem
                 tensors["bias"] = PlannedTensor(default.name, base.tensors["bias"])
         modules[name] = PlannedModule(name, role, fmt, source.name, rule, shape, tensors, follows)
     for (source_name, rule), names in missing.items():
-        _report_missing(sources.by_name[source_name], rule, names, default, sources, problems)
+        _report_missing(sources.by_name[source_name], rule, names, default, chosen, sources, problems)
     for (due, shape, source_name), names in clashes.items():
         problems.hard(
             f"{some(compress(names))}: {list(due)} in `{default.name}` and {list(shape)} in `{source_name}`, "
@@ -87,7 +87,13 @@ def _shape_in(source: Source, name: str) -> tuple[int, ...] | None:
 
 
 def _report_missing(
-    source: Source, rule: Rule | None, names: list[str], default: Source, sources: Sources, problems: Problems
+    source: Source,
+    rule: Rule | None,
+    names: list[str],
+    default: Source,
+    chosen: Chosen,
+    sources: Sources,
+    problems: Problems,
 ) -> None:
     patterns = compress(names)
     absent = sorted({source.checkpoint.absent[n] for n in names if n in source.checkpoint.absent})
@@ -103,8 +109,8 @@ def _report_missing(
     replacement, new = Replacement.of(holders[0] if holders else None, [(name, rule) for name in names])
     taken = f"which {rule} takes from it" if rule is not None else "which are taken from it by default"
     text = f"`{source.name}` has no {some(patterns)} ({counted(len(names), 'module')}), {taken}"
-    why, resolved = why_missing(source, default, names, sources)
-    problems.hard(text + why, None if resolved else replacement, new, code="missing_module", modules=names)
+    why, edit = why_missing(source, default, names, chosen, sources)
+    problems.hard(text + why, *(edit or (replacement, new)), code="missing_module", modules=names)
 
 
 def without_zero_biases(

@@ -67,7 +67,7 @@ def make_plan(
         chosen = with_followers(chosen, folding, sources)
         collected = collect(chosen, default, sources, problems)
         modules = collected.modules
-        check_stacked(chosen, sources, problems)
+        check_stacked(chosen, default, sources, problems)
         if not problems:  # else the same modules would be reported twice
             notes_on_checks += check_complete(modules, sources.model.facts, _offered(sources), problems)
         if not problems:

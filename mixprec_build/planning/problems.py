@@ -77,6 +77,8 @@ class Replacement:
     """Exact lines to change."""
     remove: tuple[Rule, ...] = ()
     """Lines to remove."""
+    is_default: bool = False
+    """Whether the source becomes the default of the recipe; other modules stay with the present one."""
 
     @classmethod
     def of(cls, source: str | None, modules: Iterable[tuple[str, Rule | None]]) -> tuple[Replacement, list[str]]:
@@ -91,23 +93,31 @@ class Replacement:
         return cls(source, tuple(sorted(exact, key=lambda rule: rule.line))), others
 
     def fix(self, modules: Sequence[str], recipe: Recipe) -> RecipeFix | None:
-        """The edit of ``recipe`` that takes ``modules`` and those named by ``rules`` from the source."""
-        if self.source is None:
+        """The edit of ``recipe`` that takes ``modules`` and those named by ``rules`` from the source; from the present
+        default if another one becomes it."""
+        if self.source is None or (self.is_default and not self._can_become_default(recipe, modules)):
             return None
-        change = [Line(rule.line, rule.pattern.text, self.source) for rule in self.rules]
+        source = recipe.default if self.is_default else self.source
+        change = [Line(rule.line, rule.pattern.text, source) for rule in self.rules]
         remove = [_line(rule) for rule in self.remove]
         add = []
         by_text = {rule.pattern.text: rule for rule in recipe.rules}
         for pattern in compress(modules):
             rule = by_text.get(pattern)  # a key may be in YAML only once
             if rule is not None and not _is_overruled(rule, modules, recipe):
-                change.append(Line(rule.line, pattern, self.source))
+                change.append(Line(rule.line, pattern, source))
                 continue
             if rule is not None:
                 remove.append(_line(rule))
-            add.append(Line(0, pattern, self.source))
+            add.append(Line(0, pattern, source))
         below = max((rule.line for rule in recipe.rules), default=0)
-        return RecipeFix(tuple(change), tuple(remove), tuple(add), below, recipe.section)
+        default = Line(recipe.default_line, "default", self.source) if self.is_default else None
+        return RecipeFix(tuple(change), tuple(remove), tuple(add), below, recipe.section, default)
+
+    def _can_become_default(self, recipe: Recipe, stay: Sequence[str]) -> bool:
+        """Whether the recipe has a line ``default:`` or may have one, and a name for the source of those that stay."""
+        named = recipe.sources.get(recipe.default) is not recipe.model
+        return recipe.section == "weights" and (named or not stay)
 
 
 def _line(rule: Rule) -> Line:
@@ -185,5 +195,7 @@ class Problems:
     ) -> Problem:
         assert code in CODES, code
         fix = None if replacement is None else replacement.fix(change, self._recipe)
-        advice = _NO_SOURCE if replacement is not None and replacement.source is None else ""
+        advice = ""
+        if replacement is not None and fix is None:
+            advice = _NO_SOURCE if replacement.source is None else f"Make `{replacement.source}` the default"
         return Problem(code, text, modules, fix, hard, advice)

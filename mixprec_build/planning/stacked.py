@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..families.expected import tower_of
@@ -10,7 +10,7 @@ from ..families.names import layer_prefix
 from ..families.stacked import block_of_stacked
 from ..patterns.compress import compress
 from ..text import some
-from .problems import Problems
+from .problems import Problems, Replacement
 
 if TYPE_CHECKING:
     from ..checkpoint.typed import Source
@@ -43,11 +43,7 @@ def _source_with_experts_apart(sources: Sources, block: str) -> str | None:
     return next(having, None)
 
 
-def check_stacked(
-    chosen: Chosen,
-    sources: Sources,
-    problems: Problems,
-) -> None:
+def check_stacked(chosen: Chosen, default: Source, sources: Sources, problems: Problems) -> None:
     """Adds to ``problems`` stacked experts that SGLang cannot load, and lines for experts that cannot apply to them."""
     facts, rules = sources.model.facts, chosen.rules
     names: dict[str, list[str]] = {}
@@ -60,15 +56,19 @@ def check_stacked(
             continue
         what = f"`{source_name}` keeps all experts of a layer in one tensor"
         apart = _source_with_experts_apart(sources, next(iter(blocks.values())))
+        edit = () if apart is None or source is not default else _other_default(apart, blocks, chosen)
         instead = (
             "save it with each expert on its own"
             if apart is None
-            else f"make `{apart}`, which stores each expert on its own, the default"
+            else f"`{apart}` stores each expert on its own"
+            if edit
+            else f"take all experts from `{apart}`, which stores each on its own"
         )
         if facts.family.checked:
             problems.hard(
                 f"{what}, and SGLang's class for {facts.model_type} has no parameter for such a tensor "
                 f"({some(compress(blocks))}); {instead}",
+                *edit,
                 code="stacked_experts",
                 modules=blocks,
             )
@@ -81,9 +81,21 @@ def check_stacked(
         for line, missing in missed.items():
             problems.soft(
                 missing,
-                f"{what}, which {rules[line][0]} does not reach: {instead}, or write lines that leave experts out",
+                f"{what}, which {rules[line][0]} does not reach: {instead}; lines that leave experts out are planned, "
+                "too",
+                *edit,
                 code="stacked_experts",
             )
+
+
+def _other_default(apart: str, blocks: Collection[str], chosen: Chosen) -> tuple[Replacement, list[str]]:
+    """The edit that makes ``apart`` the default, so that ``blocks`` come from there; the rest stays where it is."""
+    stay = [
+        name
+        for name, choice in chosen.choices.items()
+        if choice.rule is None and name not in blocks and not chosen.roles[name].never_quantized
+    ]
+    return Replacement(apart, is_default=True), stay
 
 
 def _under_another_prefix(source: Source, name: str) -> str | None:
@@ -97,23 +109,27 @@ def _under_another_prefix(source: Source, name: str) -> str | None:
     return next((other for other in there if tower_of(other) is None), None)
 
 
-def why_missing(source: Source, default: Source, names: Sequence[str], sources: Sources) -> tuple[str, bool]:
+def why_missing(
+    source: Source, default: Source, names: Sequence[str], chosen: Chosen, sources: Sources
+) -> tuple[str, tuple[Replacement | None, list[str]] | None]:
     """Explains why ``source`` lacks modules, where stacked experts or another prefix are the reason.
 
-    Returns the end of a sentence, and whether it says what to do instead.
+    Returns the end of a sentence, and what resolves it: an edit, no edit, or None where the reason is another one.
     """
     elsewhere = _under_another_prefix(source, names[0])
     if elsewhere is not None:
         return (
             f": its names begin with another prefix, {names[0]} is {elsewhere} there. It was saved from another class "
             "of the same model; take a release with the same names"
-        ), True
+        ), (None, [])
     what = "keeps all experts of a layer in one tensor"
     if any(names[0].startswith(f"{block}.") for block in {*_blocks_of(source).values()}):
-        return f": `{source.name}` {what}", False
+        return f": `{source.name}` {what}", None
     blocks = _blocks_of(default, names)
     if len(blocks) < len(names):
-        return "", False
+        return "", None
     apart = _source_with_experts_apart(sources, next(iter(blocks.values())))
-    instead = f"; make `{apart}`, which stores each expert on its own, the default" if apart is not None else ""
-    return f": `{default.name}` {what}, which no line can take apart{instead}", apart is not None
+    why = f": `{default.name}` {what}, which no line can take apart"
+    if apart is None:
+        return why, None
+    return f"{why}, and `{apart}` stores each expert on its own", _other_default(apart, blocks, chosen)

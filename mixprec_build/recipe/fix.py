@@ -38,32 +38,43 @@ class RecipeFix:
     """The line under which new ones are added: the section's last; 0 where the section has none."""
     section: str = "weights"
     """The section of rules: ``weights``, or ``weight_mapping`` in ``mixed_precision``."""
+    default: Line | None = None
+    """``default:`` as it should be."""
 
     def sentence(self) -> str:
         """The edit in words, as in ``"Change line 6 to `a.b: bf16`"``; lists at most eight new lines."""
-        steps = [f"change line {line.line} to {line}" for line in self.change]
+        changed = [line for line in (self.default, *self.change) if line is not None and line.line]
+        steps = [f"change line {line.line} to {line}" for line in changed]
         steps += [f"take out line {line.line} {line}" for line in self.remove]
         if self.add:
             where = f"below line {self.below}" if self.below else f"under `{self.section}:`"
             steps.append(f"add {where}: {some(list(map(str, self.add)), 8)}")
+        if self.default is not None and not self.default.line:
+            steps.append(f"add {self.default}")
         text = ", ".join(steps)
         return text[:1].upper() + text[1:]
 
     def to_json(self) -> dict[str, object]:
-        """Plain data: ``change``, ``remove`` and ``add`` are lists of ``line`` (0: new), ``pattern`` and ``source``."""
+        """Plain data: ``change``, ``remove`` and ``add`` are lists of ``line`` (0: new), ``pattern`` and ``source``.
+
+        ``default`` is one such line with the pattern ``default``, or None.
+        """
         return {
             "change": [line._asdict() for line in self.change],
             "remove": [line._asdict() for line in self.remove],
             "add": [line._asdict() for line in self.add],
             "below": self.below,
             "section": self.section,
+            "default": None if self.default is None else self.default._asdict(),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RecipeFix:
         """Inverse of :meth:`to_json`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` if ``data`` is malformed."""
         lines = {key: tuple(Line(**line) for line in data[key]) for key in ("change", "remove", "add")}
-        return cls(**lines, below=int(data["below"]), section=str(data["section"]))
+        default = data.get("default")
+        default = None if default is None else Line(**default)
+        return cls(**lines, below=int(data["below"]), section=str(data["section"]), default=default)
 
     def apply(self, text: str) -> str:
         """Returns the edited text of the recipe that the problem was found in.
@@ -74,7 +85,8 @@ class RecipeFix:
             RecipeError: a line to edit has more than one rule, as in ``weights: {a: b, c: d}``.
         """
         lines = text.splitlines(keepends=True)
-        for line in self.change:
+        changed = [line for line in (self.default, *self.change) if line is not None and line.line]
+        for line in changed:
             indent = _rule_indent(lines, line.line)
             lines[line.line - 1] = f"{indent}{_rule(line)}\n"
         new = [_rule(line) for line in self.add]
@@ -88,6 +100,8 @@ class RecipeFix:
         for line in self.remove:
             _rule_indent(lines, line.line)
             lines[line.line - 1] = "".join(lines[line.line - 1].splitlines(keepends=True)[1:])
+        if self.default is not None and not self.default.line:
+            lines.insert(0, f"{_rule(self.default)}\n")
         return "".join(lines)
 
     @classmethod
@@ -99,7 +113,8 @@ class RecipeFix:
             for key in ("change", "remove", "add")
         }
         first = fixes[0] if fixes else cls()
-        return cls(**both, below=first.below, section=first.section)
+        default = next((fix.default for fix in fixes if fix.default is not None), None)
+        return cls(**both, below=first.below, section=first.section, default=default)
 
     def _add_to_empty_section(self, lines: list[str], new: list[str]) -> None:
         for at, line in enumerate(lines):

@@ -75,6 +75,8 @@ class Recipe:
     """Files of the whole model (``merged``), files cut for ranks (``presplit``), or ``both``."""
     serving: Mapping[str, object] = field(default_factory=dict)
     """The sections ``inference:`` and ``server:``, which have no influence on the build."""
+    default_line: int = 0
+    """The line of ``default:``, 0 where it is not written."""
     section: str = "weights"
     """The name of the section of rules: ``weights`` or ``weight_mapping``."""
 
@@ -179,7 +181,8 @@ def _native(reader: NodeReader, root: Map) -> Recipe:
         default = model_ref.name
         sources[default] = model_ref
     rules = _rules(reader, reader.map(root.get("weights")), sources)
-    return Recipe(reader.path, model_ref, sources, default, rules, *_output(reader, root), _serving(reader, root))
+    line = root["default"].line if "default" in root else 0
+    return Recipe(reader.path, model_ref, sources, default, rules, *_output(reader, root), _serving(reader, root), line)
 
 
 _PATHS = {
@@ -218,7 +221,7 @@ def _mixed_precision(reader: NodeReader, root: Map) -> Recipe:
         sources[default] = model
     rules = _rules(reader, reader.map(section.get("weight_mapping")), sources)
     output, serving = _output(reader, root), _serving(reader, root)
-    return Recipe(reader.path, model, sources, default, rules, *output, serving, "weight_mapping")
+    return Recipe(reader.path, model, sources, default, rules, *output, serving, section="weight_mapping")
 
 
 def _rules(reader: NodeReader, section: Map, sources: Mapping[str, SourceRef]) -> tuple[Rule, ...]:
