@@ -9,6 +9,7 @@ from itertools import chain
 
 from ..checkpoint.typed import Source
 from ..families.expected import is_tied_head, left_out_of_builds
+from ..families.parts import Role
 from ..formats.registry import leaves
 from ..patterns.compress import compress
 from ..recipe.sources import Sources
@@ -17,7 +18,26 @@ from ..storage.module import split_name
 from .choose import Chosen
 from .types import LeftOut, PlannedModule
 
-__all__ = ["left_out", "notes_on_rules"]
+__all__ = ["left_out", "notes_on_heads", "notes_on_rules"]
+
+
+def notes_on_heads(
+    modules: Mapping[str, PlannedModule], default: Source, chosen: Chosen, sources: Sources
+) -> Iterator[str]:
+    """Yields a note on each source of the mix whose head, as large as an embedding, the output does not have."""
+    family = sources.family
+    for source in chosen.sources.values():
+        for name in source.checkpoint.modules:
+            if (
+                name in modules
+                or family.role_by_name(name) is not Role.HEAD
+                or family.is_draft(name, source.facts.layers)
+            ):
+                continue
+            why = f"`{default.name}` has no such module"
+            if is_tied_head(name, default.facts):
+                why = f"`{default.name}` ties its head to the embedding (tie_word_embeddings), which takes its place"
+            yield f"{name} of `{source.name}` is left out: {why}"
 
 
 def notes_on_rules(chosen: Chosen, sources: Sources) -> Iterator[str]:

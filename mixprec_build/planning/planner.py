@@ -19,7 +19,7 @@ from ..ranks.splitter import Splitter
 from ..recipe.recipe import Recipe
 from ..recipe.sources import Sources
 from ..text import some
-from .accounts import left_out, notes_on_rules
+from .accounts import left_out, notes_on_heads, notes_on_rules
 from .choose import Chosen, check_same_model, choose, with_followers
 from .collect import collect, without_zero_biases
 from .companions import companion_files
@@ -99,6 +99,7 @@ def make_plan(
             *chosen.notes,
             *collected.notes,
             *notes_on_checks,
+            *notes_on_heads(modules, default, chosen, sources),
             *(remark for splitter, _ in splitters for remark in splitter.remarks()),
             *notes_on_rules(chosen, sources),
         ),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..recipe.sources import Sources
     from .choose import Chosen
 
-__all__ = ["check_stacked", "why_missing"]
+__all__ = ["check_stacked", "why_kept", "why_missing"]
 
 
 def _blocks_of(source: Source, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -86,6 +86,16 @@ def check_stacked(chosen: Chosen, default: Source, sources: Sources, problems: P
                 *edit,
                 code="stacked_experts",
             )
+
+
+def why_kept(default: Source, names: Iterable[str], sources: Sources) -> tuple[str, list[str]]:
+    """Why no source can be chosen for those of ``names`` that hold all experts of a layer, and which they are."""
+    blocks = _blocks_of(default, names)
+    if not blocks:
+        return "", []
+    apart = _source_with_experts_apart(sources, next(iter(blocks.values())))
+    instead = "" if apart is None else f"; it can with `default: {apart}`, which stores each expert on its own"
+    return f"`{default.name}` keeps all experts of a layer in one tensor{instead}", list(blocks)
 
 
 def _other_default(apart: str, blocks: Collection[str], chosen: Chosen) -> tuple[Replacement, list[str]]:

@@ -25,6 +25,7 @@ from ..planning.planner import plan_modules
 from ..planning.problems import Problems
 from ..planning.rules import decided_groups, group_limits, offers, share_one_format
 from ..planning.servable import check_same_weights, check_servable
+from ..planning.stacked import why_kept
 from ..planning.types import PlannedModule
 from ..ranks.splitter import Splitter
 from ..recipe.recipe import Recipe, Rule
@@ -106,6 +107,9 @@ class Choices:
         self.groups: list[Group] = []
         self.kept: dict[str, list[str]] = {}
         """Reason why no source can be chosen -> linears that therefore stay as in the base recipe."""
+        why, stacked = why_kept(sources.by_name[recipe.default], self.base, sources)
+        if stacked:
+            self.kept[why] = stacked
         self._cuttable: set[object] = set()
         with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
             if not request.allow_unservable:

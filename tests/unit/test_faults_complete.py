@@ -158,3 +158,21 @@ def test_a_layer_of_an_unchecked_family_that_has_less_is_noted(tmp_path: Path) -
 
     (note,) = [note for note in plan_of(tmp_path, THREE, edit).notes if "other layers have" in note]
     assert note.startswith("model.layers.2.self_attn.{k_proj,v_proj}: ")
+
+
+def test_a_head_that_is_left_out_is_said(tmp_path: Path) -> None:
+    """The default ties its head; the quantized source stores one, equal to the embedding."""
+
+    def with_head(tensors: Tensors, config: Config) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+
+    tied = replace(LLAMA, tied=True)
+    write_tiny(tmp_path / "bf16", tied, "bf16")
+    write_tiny(tmp_path / "fp8", tied, "fp8_block", edit=with_head)
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text("model: bf16\nsources: {bf16: bf16, fp8: fp8}\ndefault: bf16\nweights: {'model.layers.*': fp8}\n")
+    (note,) = [note for note in plan_recipe(recipe).notes if "is left out" in note]
+    assert note == (
+        "lm_head of `fp8` is left out: `bf16` ties its head to the embedding (tie_word_embeddings), which takes its "
+        "place"
+    )

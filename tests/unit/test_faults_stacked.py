@@ -14,7 +14,10 @@ from mixprec_build.errors import RefusedError
 from mixprec_build.output.build import plan_recipe
 from mixprec_build.planning.types import Plan
 from mixprec_build.recipe.fix import RecipeFix
+from mixprec_build.recipe.recipe import load_recipe
+from mixprec_build.recipe.sources import open_sources
 from mixprec_build.report.facts import inspect_facts
+from mixprec_build.suggesting.choices import Choices, Request
 
 BLOCK = "model.layers.{}.mlp.experts"
 NAMES = "model.layers.{0..1}.mlp.experts.{down_proj,gate_up_proj}"
@@ -140,3 +143,12 @@ def test_inspect_shows_them(tmp_path: Path) -> None:
         "all experts of a layer in one tensor, BF16 [4, 128, 256]",
         "all experts of a layer in one tensor, BF16 [4, 512, 128]",
     ]
+
+
+def test_suggest_says_that_no_source_can_be_chosen_for_them(tmp_path: Path) -> None:
+    base = load_recipe(recipe(tmp_path, "model.layers.*.self_attn.*: int4"))
+    notes = Choices(base, open_sources(base), Request(1 << 30)).notes
+    assert (
+        f"{NAMES}: as in recipe.yaml, for no source can be chosen: `bf16` keeps all experts of a layer in one tensor; "
+        "it can with `default: int4`, which stores each expert on its own"
+    ) in notes
