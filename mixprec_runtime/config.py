@@ -42,8 +42,8 @@ class MixPrecConfig(QuantizationConfig):
         super().__init__()
         if declaration is None:  # SGLang does this for a draft model without quantization_config
             raise ValueError(
-                "--quantization mixprec is for checkpoints that mixprec built, and config.json says whether one is: "
-                "leave it out, for draft models of such ones with --speculative-draft-model-quantization unquant"
+                "--quantization mixprec is for checkpoints that mixprec built, and config.json of this one names no "
+                "quantization: leave it out; for a draft model, add --speculative-draft-model-quantization unquant"
             )
         self.declaration = declaration
         self.__dict__ |= model_attributes()
@@ -290,6 +290,6 @@ def _other_names(formats: Mapping[str, Format]) -> dict[str, Format]:
 
 def _ambiguous_name(prefix: str, modules: Iterable[str]) -> str:
     return (
-        f"SGLang's model tells this layer that it is {prefix!r}, without its number, and the checkpoint has "
+        f"SGLang's model names this layer {prefix!r}, without its number, and the checkpoint has "
         f"{some(compress(modules))} in several formats: store them all in one format to serve this model"
     )

@@ -15,13 +15,13 @@ def main() -> None:
     try:
         import torch
     except ImportError:
-        found: dict[str, object] = {"missing": "no torch to look for one with"}
+        found: dict[str, object] = {"missing": "not known without torch"}
     else:
         if torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability()
             found = {"name": torch.cuda.get_device_name(), "capability": 10 * major + minor}
         else:
-            found = {"missing": "none that torch can use"}
+            found = {"missing": "torch finds none"}
     print(json.dumps(found))
 
 

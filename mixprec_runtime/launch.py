@@ -37,8 +37,8 @@ def check_counted_experts() -> None:
     args = _server_args()
     if _moves_experts(args) or _places_experts(args):
         raise RuntimeError(
-            "expert activity is counted by where experts lie: leave out --enable-eplb, --ep-num-redundant-experts and "
-            "--init-expert-location while MIXPREC_EXPERT_ACTIVITY is set"
+            "expert activity is counted by the positions of experts: leave out --enable-eplb, "
+            "--ep-num-redundant-experts and --init-expert-location while MIXPREC_EXPERT_ACTIVITY is set"
         )
 
 
@@ -58,7 +58,7 @@ def check_experts_elsewhere(kind: str, *, scales_stay: bool = False) -> None:
 def check_padded(padded: Mapping[str, Any]) -> None:
     """Checks the arguments where zeros are added to this rank's weights."""
     if padded and _asks_for_lora(_server_args()):
-        _raise(["--enable-lora and --lora-paths know no ranks that are filled up with zeros; leave them out"])
+        _raise(["--enable-lora and --lora-paths do not support ranks with added zeros; leave them out"])
 
 
 def check_quantized_head(kind: str) -> None:
@@ -71,8 +71,8 @@ def quantized_head_problems(args: Any, kind: str) -> list[str]:
     problems, instead = [], "or build the checkpoint with an unquantized lm_head"
     if getattr(args, "speculative_algorithm", None) not in (None, "NGRAM", "STANDALONE"):
         problems.append(
-            f"--speculative-algorithm {args.speculative_algorithm} hands the draft the weight of lm_head without its "
-            f"scales, and it is stored in {kind}; leave it out, {instead}"
+            f"--speculative-algorithm {args.speculative_algorithm} passes the weight of lm_head to the draft without "
+            f"its scales, and it is stored in {kind}; leave it out, {instead}"
         )
     if getattr(args, "enable_fp32_lm_head", False):
         problems.append(
@@ -108,7 +108,7 @@ def _places_experts(args: Any) -> bool:
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        raise RuntimeError(f"this checkpoint cannot be served so: {'; '.join(problems)}")
+        raise RuntimeError(f"this checkpoint cannot be served with these arguments: {'; '.join(problems)}")
 
 
 def argument_problems(args: Any) -> list[str]:
@@ -118,8 +118,7 @@ def argument_problems(args: Any) -> list[str]:
         problems.append("--tokenizer-worker-num above 1 starts processes that load no plugins; leave it out")
     if getattr(args, "moe_a2a_backend", None) not in (None, "none"):
         problems.append(
-            f"--moe-a2a-backend {args.moe_a2a_backend} asks for SGLang's own quantization configs by their class; "
-            "leave it out"
+            f"--moe-a2a-backend {args.moe_a2a_backend} needs SGLang's own classes of quantization configs; leave it out"
         )
     if getattr(args, "moe_runner_backend", "auto") not in ("auto", "triton"):
         problems.append(
@@ -134,7 +133,7 @@ def argument_problems(args: Any) -> list[str]:
         problems.append(_SUM_ALL_REDUCE)
     if getattr(args, "enable_memory_saver", False) and not getattr(args, "enable_weights_cpu_backup", False):
         problems.append(
-            "--enable-memory-saver lets go of weights that cannot be updated afterwards; add "
+            "--enable-memory-saver releases weights, which cannot be loaded again; add "
             "--enable-weights-cpu-backup, or leave it out"
         )
     return problems
@@ -142,7 +141,7 @@ def argument_problems(args: Any) -> list[str]:
 
 # In 0.5.17 (kernels/ops/moe/fused_moe_triton_kernels.py:444) the kernel writes rows of ids of -1 behind its output; in
 # 0.5.23 it does not.
-_SUM_ALL_REDUCE = "--enable-fused-moe-sum-all-reduce knows no experts elsewhere; leave it out"
+_SUM_ALL_REDUCE = "--enable-fused-moe-sum-all-reduce does not support experts of other ranks or groups; leave it out"
 
 
 def mixed_problems(args: Any) -> list[str]:
@@ -156,9 +155,9 @@ def mixed_problems(args: Any) -> list[str]:
             "while experts of a layer differ"
         )
     if _places_experts(args):
-        problems.append("--init-expert-location places experts elsewhere than the checkpoint; leave it out")
+        problems.append("--init-expert-location changes the order of experts; leave it out")
     if _asks_for_lora(args):
-        problems.append("--enable-lora and --lora-paths know experts of one format only; leave them out")
+        problems.append("--enable-lora and --lora-paths support experts of one format only; leave them out")
     if getattr(args, "enable_fused_moe_sum_all_reduce", False):
         problems.append(_SUM_ALL_REDUCE)
     return problems

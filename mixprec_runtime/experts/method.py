@@ -102,14 +102,14 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         if unfit:
             raise ValueError(
                 f"{self._prefix}: experts whose gate and up are in another format than their down {unfit}; build the "
-                "checkpoint with the three in one"
+                "checkpoint with the three in one format"
             )
 
     def _refuse(self, layer: FusedMoE, extra: Mapping[str, Any]) -> None:
         config = layer.moe_runner_config
         if layer.num_fused_shared_experts:
             raise ValueError(
-                f"{self._prefix}: experts in several formats cannot take in the shared ones; start SGLang with "
+                f"{self._prefix}: experts in several formats cannot include the shared ones; start SGLang with "
                 "--disable-shared-experts-fusion"
             )
         for name, unfit in (

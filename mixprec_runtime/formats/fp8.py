@@ -51,8 +51,8 @@ class ServedFp8(ServedScaled[Fp8]):
         require_shapes(lambda fmt: fmt.activations == "none", lambda fmt: -1),
         Repair(
             name="one scale for activations of experts",
-            why="FP8 with one scale a tensor quantizes activations with one scale as well, the largest of all rows. "
-            "Rows of experts elsewhere hold what memory held before, and set that scale.",
+            why="With one scale for a weight, activations have one scale as well, for the largest value of all rows. "
+            "Rows of experts on other ranks are uninitialized, and may set it.",
             where="kernels/ops/moe/fused_moe_triton_kernels.py:765",
             layer="experts",
             applies=lambda fmt: fmt.granularity == "tensor" and fmt.activations == "dynamic",

@@ -27,12 +27,12 @@ def _fall_back_to_exllama(fmt: Gptq, layer: Any, outputs: list[int], inputs: int
     if not fmt.fits_untiled(outputs, inputs):
         raise ValueError(str(why))
     if layer.params_dtype != torch.half and not is_cpu():
-        raise ValueError(f"{why} SGLang's other GPTQ kernel does, in FP16 only: give --dtype half.")
+        raise ValueError(f"{why} SGLang's other GPTQ kernel supports it, in FP16 only: give --dtype half.")
     other = GPTQConfig(fmt.bits, fmt.group_size, fmt.desc_act, False, {})
     try:
         layer.scheme = other.get_linear_scheme(layer)
     except RuntimeError as error:
-        raise ValueError(f"{why} This SGLang has no other: {error}") from error
+        raise ValueError(f"{why} This SGLang has no other kernel: {error}") from error
 
 
 def _refuse_cut_orders(
@@ -79,20 +79,20 @@ class ServedGptq(ServedGrouped[Gptq]):
     repairs: ClassVar[tuple[Repair, ...]] = (
         Repair(
             name="linears that Marlin does not take",
-            why="check_marlin_supports_shape is called, and its answer dropped. Where it is no, SGLang's GPTQConfig "
-            "has a kernel for FP16 activations, up to some version before 0.5.23.",
+            why="The result of check_marlin_supports_shape is ignored. For shapes that Marlin excludes, GPTQConfig "
+            "has a kernel for FP16 activations, removed by 0.5.23.",
             where="srt/hardware_backend/gpu/quantization/gptq_kernels.py:139",
             layer="linear",
             check=_fall_back_to_exllama,
         ),
         Repair(
             name="scales of experts",
-            why="They are made FP16 whatever the model's dtype (:217), which the kernel refuses to multiply with BF16 "
-            "activations: made again in the model's dtype, one rounding at load. Without desc_act, w2_scales gets the "
-            "rows of all ranks instead of this rank's, and is then half filled or fails to load. The scales of w13 are "
-            "permuted as if its inputs were as many as this rank's intermediate size (gptq_kernels.py:338), which is "
-            "wrong where that is no more than one group. Zero points are made in the model's dtype and kept for ever, "
-            "although symmetric weights have none to read.",
+            why="They are FP16 in every model (:217), and the kernel refuses BF16 activations: here they have the "
+            "model's dtype, with one rounding at load. Without desc_act, w2_scales has the rows of all ranks instead "
+            "of this rank's, and is then filled in part or fails to load. The scales of w13 are permuted for this "
+            "rank's intermediate size instead of the hidden size (gptq_kernels.py:338), which is wrong where the "
+            "former is one group. Zero points are made in the model's dtype and stay in memory, although symmetric "
+            "weights need none.",
             where="srt/layers/quantization/gptq/schemes/gptq_moe.py:184",
             layer="experts",
             create=_create_scales,

@@ -86,8 +86,7 @@ def require_whole_words(applies: Callable[[Any], bool]) -> Repair:
 
     return Repair(
         name="outputs that end inside a word",
-        why="Outputs that are packed in words of eight are cut by words, and what is left over is dropped without a "
-        "word.",
+        why="Outputs that are packed in words of eight are cut by words, and a remainder is silently dropped.",
         where="srt/layers/linear.py",
         layer="linear",
         applies=applies,
@@ -111,9 +110,9 @@ def permute_by_groups(module: str, where: str) -> Repair:
 
     return Repair(
         name="scales of gate and up permuted by the wrong inputs",
-        why="The scales of w13 are permuted as if its inputs were as many as this rank's intermediate size, or its "
-        "repacked words, which is wrong where that is one group. Here inputs are counted by the groups that there are "
-        "scales of.",
+        why="The scales of w13 are permuted for this rank's intermediate size, or for the number of repacked words, "
+        "instead of the hidden size, which is wrong where the former is one group. Here the number of inputs is that "
+        "of the groups in the scales.",
         where=where,
         layer="experts",
         process=process_weights_after_loading,
@@ -129,10 +128,9 @@ def _create_runner_with_map(call: Call, layer: Any, *args: Any, **kwargs: Any) -
 
 
 ids_of_other_ranks = Repair(
-    name="ids of experts elsewhere",
-    why="Ids of -1, which stand for experts of other ranks, are left out by the kernel only where it is given an "
-    "expert_map, and neither GPTQ nor AWQ gives one: elsewhere it multiplies by whatever lies before the weights. Only "
-    "whether there is a map matters, not what is in it.",
+    name="ids of experts on other ranks",
+    why="The kernel skips ids of -1, for experts on other ranks, only if it gets an expert_map, which GPTQ and AWQ do "
+    "not pass: it then reads memory before the weights. The contents of the map do not matter.",
     where="srt/layers/moe/fused_moe_triton/fused_marlin_moe.py",
     layer="experts",
     runner=_create_runner_with_map,

@@ -91,18 +91,17 @@ class ServedPacked(ServedGrouped[Packed]):
         require_whole_words(lambda fmt: not fmt.sym),
         Repair(
             name="packed weights kept beside repacked ones",
-            why="DeepSeek's dense MLPs call weight_packed weight, too, which would keep it in memory beside what "
-            "Marlin repacks it into.",
+            why="DeepSeek's dense MLPs register weight_packed as weight, too, which keeps it in memory after Marlin "
+            "has repacked it.",
             where="srt/models/deepseek_v2.py:290",
             layer="linear",
             process=_drop_packed,
         ),
         Repair(
             name="shapes and orders of experts",
-            why="weight_shape gets a parameter of float32 for its whole numbers, and nobody reads it: whole numbers, "
-            "taken away after loading. Input orders are made at full size also where there are none to load, and are "
-            "then replaced by empty ones. With input orders, each rank would need those of the others: as for GPTQ, no "
-            "tensor parallelism.",
+            why="The parameter for the integers of weight_shape is float32: here int64. Input orders have full size "
+            "even where none are loaded: here they are empty. With input orders, each rank would need the inputs of "
+            "others: as for GPTQ, tensor parallelism is refused.",
             where=f"srt/layers/quantization/{_MOE}.py",
             layer="experts",
             create=_create_experts,
@@ -112,15 +111,14 @@ class ServedPacked(ServedGrouped[Packed]):
         ),
         Repair(
             name="shapes of experts that nobody reads",
-            why="They would stay in memory.",
+            why="They stay in memory: here they are removed after loading.",
             where=f"srt/layers/quantization/{_MOE}.py",
             layer="experts",
             process=_drop_shapes,
         ),
         Repair(
-            name="ids of experts elsewhere, of packed weights",
-            why="Ids of -1 are left out only where the layer's dispatcher has a map of experts, which a group of "
-            "experts has not.",
+            name="ids of experts in other groups",
+            why="The kernel skips ids of -1 only if the layer's dispatcher has a map of experts, which a group lacks.",
             where=f"srt/layers/quantization/{_MOE}.py:468",
             layer="experts",
             runner=_create_runner,

@@ -54,9 +54,8 @@ def _alias_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
 
     return Repair(
         name=f"scales of blocks by another name ({layer})",
-        why="Llama renames weight_scale_inv to weight_scale while loading (also model_loader/auto_loader.py:192), a "
-        "parameter that block FP8 and Int8 do not have, and drops it with a warning; and compressed-tensors stores it "
-        "under that name.",
+        why="Llama looks for weight_scale_inv under the name weight_scale (also model_loader/auto_loader.py:192), and "
+        "compressed-tensors stores it so. Block FP8 and Int8 have no such parameter, and it is dropped with a warning.",
         where="srt/models/llama.py:679",
         layer=layer,
         applies=_has_blocks,
@@ -76,8 +75,8 @@ def _loader_of(layer: Any, name: str) -> Callable[..., None]:
 BLOCK_REPAIRS = (
     Repair(
         name="blocks cut under data-parallel attention",
-        why="SGLang compares with the global tensor-parallel size, which is not this layer's under data-parallel "
-        "attention, and then cuts through a block without a word.",
+        why="SGLang checks blocks for the global tensor-parallel size. Under data-parallel attention, that of this "
+        "layer is another one, and a block is silently cut.",
         where="srt/layers/quantization/fp8.py:478",
         layer="linear",
         applies=_has_blocks,

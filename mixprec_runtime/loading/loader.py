@@ -157,7 +157,7 @@ def _of_merged(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, r
     checkpoint = open_compiled(folder, manifest)
     changed = _changed(checkpoint, manifest)
     if changed is not None:
-        raise VerifyError(f"{folder}: {changed}; `mixprec verify` finds all differences, and a new build mends them")
+        raise VerifyError(f"{folder}: {changed}; `mixprec verify` finds all differences; build it again")
     try:
         splitter = splitter_of(Source.of("", checkpoint), degree, replicated_head=replicated_head)
         parameters = _with_head({parameter.name: parameter for parameter in splitter.parameters(rank)})
@@ -200,7 +200,7 @@ def require_merged(folder: Path, manifest: Manifest, because: str, *, on_hub: bo
         have = f"it has files cut for {', '.join(map(str, degrees))}"
         remedies.append(f"start SGLang with {' or '.join(f'`{degree.options}`' for degree in degrees)}")
     if not dropped:
-        remedies.append("bring the merged files, and `mixprec split` them for this run")
+        remedies.append("copy the merged files to it, and `mixprec split` them for this run")
     elif on_hub:
         remedies.append(
             "download the whole repository, and restore its merged files with `mixprec split --layout both`"
@@ -218,7 +218,7 @@ def this_run() -> str:
 def mismatch(model: Module, share: Share) -> str | None:
     """Why ``share`` does not fit the parameters of ``model``, which SGLang may cut in another way; None if it does."""
     if any(getattr(module, "num_fused_shared_experts", 0) for module in model.modules()):
-        return "shared experts are apart from routed ones in them: give --disable-shared-experts-fusion"
+        return "shared experts are stored apart from routed ones: give --disable-shared-experts-fusion"
     parameters, empty = _parameters(model), may_be_empty(model)
     for name, parameter in parameters.items():
         if tower_of(name) is not None:

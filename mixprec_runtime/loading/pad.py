@@ -26,8 +26,8 @@ def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]], family:
 def _check_native(name: str, columns: set[int], native: int) -> None:
     if columns != {native}:
         raise RuntimeError(
-            f"{name}: SGLang gives this rank {', '.join(map(str, sorted(columns)))} of its columns, and it is cut for "
-            f"{native} and zeros beside them: leave out the options that have it cut otherwise than other layers"
+            f"{name}: SGLang gives this rank {', '.join(map(str, sorted(columns)))} of its columns, but weights "
+            f"are cut for {native}, with zeros added: leave out options that have it cut unlike other layers"
         )
 
 

@@ -65,7 +65,7 @@ def load_strictly(
     if unfilled:
         problems.append(f"{_listed(unfilled)}: parameters that were not filled")
     if problems:
-        raise LoadError(f"the checkpoint did not reach the model whole: {'; '.join(problems)}")
+        raise LoadError(f"the checkpoint was not loaded completely: {'; '.join(problems)}")
     return result
 
 

@@ -66,7 +66,7 @@ def test_a_name_that_may_mean_two_modules_finds_none() -> None:
 def test_a_name_without_the_layers_number_is_served_in_one_format_and_refused_in_two() -> None:
     """models/hunyuan.py names the projection ``.self_attn.qkv_proj`` in all layers."""
     assert set(bound(decoder("model.", (BLOCK, BLOCK)))._members(".self_attn.qkv_proj").values()) == {BLOCK}
-    with pytest.raises(ValueError, match=r"tells this layer that it is '.self_attn.qkv_proj', without its number"):
+    with pytest.raises(ValueError, match=r"names this layer '.self_attn.qkv_proj', without its number"):
         bound(decoder("model."))._members(".self_attn.qkv_proj")
     assert bound(decoder("model."))._members("mm_projector.linear_1") == {}
 

@@ -113,7 +113,7 @@ def test_a_draft_model_that_mixprec_did_not_build_is_told_apart() -> None:
     ],
 )
 def test_a_server_stops_before_it_makes_layers(folder: Path, name: str, arguments: dict[str, Any], flag: str) -> None:
-    with pytest.raises(RuntimeError, match=f"this checkpoint cannot be served so: {flag}"):
+    with pytest.raises(RuntimeError, match=f"this checkpoint cannot be served with these arguments: {flag}"):
         make(mix(folder, name), **arguments)
 
 

@@ -400,7 +400,7 @@ def test_layers_that_split_experts_cannot_be_in() -> None:
         bare_layer(mixed("fp8_block/bf16", "bf16"), 2, activation="gelu")
     kinds = list(FORMATS)[:9]
     with pytest.raises(
-        ValueError, match="cannot be in more than 8 formats; build the checkpoint with the three in one"
+        ValueError, match="cannot be in more than 8 formats; build the checkpoint with the three in one format"
     ):
         bare_layer(mixed(*[f"{kind}/{kinds[0]}" for kind in kinds]), 9)
 
