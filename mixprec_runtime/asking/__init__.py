@@ -1,1 +1,1 @@
-"""SGLang's class for a model, asked what it makes of a checkpoint."""
+"""Finds how SGLang's own class for a model loads the tensors of a checkpoint."""

@@ -1,7 +1,7 @@
-"""``python -m mixprec_runtime.asking OUT``: a compiled checkpoint beside the class that serves it, as JSON.
+"""``python -m mixprec_runtime.asking OUT``: compares a compiled checkpoint with SGLang's class for it.
 
-Runs in a separate process, for ``mixprec doctor``. Prints ``{"model", "tensors", "checked", "disagreements"}``, the
-last a list of ``[serious, text]``, or ``{"missing": why}``.
+Runs in a separate process, for ``mixprec doctor``. Prints JSON: ``{"model", "tensors", "checked",
+"disagreements"}``, the last a list of ``[serious, text]``, or ``{"missing": why}``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["examine", "main"]
 
 
 def _tensors(manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """The tensors of the same model unquantized."""
+    """Yields name, dtype and shape of the tensors that the model has unquantized."""
     for name, module in manifest.modules.items():
         quantized = manifest.formats[module.format].quantized
         if quantized:
@@ -32,7 +32,7 @@ def _tensors(manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def examine(out: Path) -> dict[str, object]:
-    """What is printed of a compiled checkpoint."""
+    """Returns what :func:`main` prints. Raises :class:`MixprecError` for a damaged checkpoint."""
     from . import machine
     from .answer import ask
     from .comparison import Module, compare
@@ -63,7 +63,7 @@ def examine(out: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    """Prints what :func:`examine` finds, whatever SGLang prints before."""
+    """Prints the result on the last line; SGLang may print lines before it."""
     from .machine import restart_without_gpu
 
     if any(importlib.util.find_spec(name) is None for name in ("torch", "sglang")):
@@ -74,7 +74,7 @@ def main() -> None:
         found = examine(Path(sys.argv[1]))
     except MixprecError as error:
         found = {"missing": str(error)}
-    except Exception as error:  # SGLang's, of all kinds, for models that it has no class for among them
+    except Exception as error:  # SGLang raises many types, also for models without a class
         found = {"missing": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     print(json.dumps(found))
 

@@ -1,7 +1,7 @@
-"""Makes SGLang's class for a model on the meta device, and lets it load tensors that have names and shapes only.
+"""Makes a model of SGLang's on the meta device, and has it load tensors with names and shapes but no values.
 
-No weight is read and no memory is taken: the class's own ``__init__`` says which layers it offers to quantization, its
-own ``load_weights`` which parameter each tensor of a checkpoint goes into, whatever tables the class keeps for that.
+This reads no weights and takes no memory. The class's own ``__init__`` shows which layers can be quantized, and its own
+``load_weights`` which parameters each tensor is copied into.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from ..loading.ledger import DTYPES
 __all__ = ["Answer", "ask"]
 
 _MOVING = frozenset({"transpose", "permute", "t", "flip", "roll", "index_select", "gather", "movedim"})
-"""Operations that leave a tensor's values in other places."""
+"""Operations that move values within a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a class makes of a checkpoint's tensors, unquantized."""
+    """How a class of SGLang's loads the unquantized tensors of a checkpoint."""
 
     model: str
-    """The class."""
+    """The name of the class."""
     parameters: frozenset[str]
     offered: frozenset[str]
-    """Layers that ask their quantization config for a method."""
+    """Layers that get their method from the quantization config."""
     reached: Mapping[str, frozenset[str]]
-    """Tensor of the checkpoint -> the parameters that it is copied into, of those that are copied anywhere."""
+    """Tensor of the checkpoint -> the parameters that it is copied into; without tensors that are not copied."""
     moved: frozenset[str]
-    """Tensors whose values change places on the way."""
+    """Tensors whose values are moved while they are loaded."""
     stopped: str | None
-    """What ended the loading before all tensors had come by."""
+    """The exception that ended loading, as a line; None if there was none."""
 
 
 class _Recorder(QuantizationConfig):
-    """Answers for unquantized layers, and notes which ones ask."""
+    """A quantization config of unquantized layers, which records the layers that ask it for a method."""
 
     def __init__(self) -> None:
         super().__init__()
         self.packed_modules_mapping: dict[str, list[str]] = {}
         self.layers: set[int] = set()
         self._kept: list[torch.nn.Module] = []
-        """So that no other layer gets the number of one that is gone."""
+        """Keeps layers alive, since ``id()`` of a deleted one may be used again."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from sglang.srt.layers.linear import LinearBase
@@ -80,13 +80,13 @@ class _Recorder(QuantizationConfig):
 
 
 class _Copies:
-    """Which tensor was copied into which parameter's memory."""
+    """Records the storage that each tensor was copied into."""
 
     def __init__(self) -> None:
         self.into: dict[str, set[int]] = {}
         self.moved: set[str] = set()
         self.asked: set[str] = set()
-        """Tensors whose one value was read, as SGLang does to fill a parameter with it."""
+        """One-element tensors whose value was read; SGLang then fills a parameter with it."""
 
     def note(self, tensor: _Named, into: torch.Tensor) -> None:
         storage = into.untyped_storage()._cdata
@@ -97,7 +97,7 @@ class _Copies:
 
 
 class _Named(torch.Tensor):
-    """A tensor without values that knows the tensors of the checkpoint that it was made from."""
+    """A tensor without values, with the names of the checkpoint's tensors that it was made from."""
 
     _copies: _Copies
     _names: tuple[str, ...]
@@ -110,7 +110,7 @@ class _Named(torch.Tensor):
         return named
 
     def _copy_to(self, into: torch.Tensor) -> torch.Tensor:
-        """Notes the copy, which is not made: the parameter may be on a device with memory. Raises as it would."""
+        """Records a copy instead of making it, since ``into`` may have memory. Raises for shapes that do not fit."""
         torch.broadcast_to(self, into.shape)
         self._copies.note(self, into)
         return into
@@ -156,10 +156,9 @@ def _wrapped(result: Any, copies: _Copies, names: tuple[str, ...], moved: bool) 
 
 
 def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Answer:
-    """What the class for SGLang's ``model_config`` makes of ``tensors``: each one's name, dtype (as safetensors writes
-    it) and shape.
+    """Has SGLang's class for ``model_config`` load ``tensors``: name, dtype (as in safetensors) and shape of each.
 
-    Process groups and the server's arguments must be there, as in one of SGLang's workers.
+    Needs process groups and server arguments, as in a worker of SGLang's; see :func:`.machine.prepare`.
     """
     from sglang.srt.model_loader.utils import get_model_architecture
 
@@ -174,7 +173,7 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     stopped = None
     try:
         model.load_weights(weights)
-    except Exception as error:  # of all kinds: what classes do once weights are loaded needs values
+    except Exception as error:  # any type: steps after loading may need values
         stopped = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -183,7 +182,7 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
         name: frozenset(parameter for storage in into for parameter in owners.get(storage, ()))
         for name, into in copies.into.items()
     }
-    # Of those that were read, a parameter of the same last words is filled.
+    # A value that was read fills the parameter whose name has the same last words.
     for name in copies.asked - reached.keys():
         words = name.split(".")[-3:]
         filled = [parameter for owned in owners.values() for parameter in owned if parameter.split(".")[-3:] == words]

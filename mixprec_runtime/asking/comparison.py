@@ -1,4 +1,4 @@
-"""Compares what SGLang's class makes of a checkpoint with what the model's family says of it."""
+"""Compares how SGLang's class loads a checkpoint with the rules of the model's family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Disagreement", "Module", "compare"]
 
 
 class Module(NamedTuple):
-    """A module of the checkpoint as it is offered to the class."""
+    """A module of the checkpoint, with its unquantized tensors."""
 
     shape: tuple[int, ...]
     leaves: tuple[str, ...]
@@ -29,7 +29,7 @@ class Module(NamedTuple):
 
 
 class Disagreement(NamedTuple):
-    """Where the class and the family differ."""
+    """A difference between the class and the family."""
 
     serious: bool
     """Whether a server could not load the checkpoint."""
@@ -37,7 +37,7 @@ class Disagreement(NamedTuple):
 
 
 class _Any:
-    """A quantized format that SGLang's models have no reason of their own to refuse."""
+    """A quantized format that no rule of a family refuses."""
 
     kind = "any"
     quantized = True
@@ -50,8 +50,8 @@ class _Any:
 
 
 def compare(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) -> list[Disagreement]:
-    """Where they disagree: tensors that the class drops, parameters that none fills, linears that it joins, names or
-    leaves unquantized otherwise than the family says."""
+    """The differences: tensors that the class drops, parameters that it does not fill, and linears that it joins, names
+    or quantizes in another way than the family."""
     family = facts.family
     roles = {name: family.role_of(name, module.shape, module.leaves) for name, module in modules.items()}
     lost = [*_lost(answer, facts, modules)]
@@ -69,9 +69,9 @@ def _tensors(name: str, module: Module) -> Iterator[str]:
 
 
 def _lost(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) -> Iterator[str]:
-    """Tensors that are copied nowhere and should be."""
+    """Tensors that are not copied, although the model needs them."""
     names = [tensor for name, module in modules.items() for tensor in _tensors(name, module)]
-    # A server that is to answer text only makes no encoders.
+    # SGLang makes no encoders where it serves text only.
     without_towers = not any(tower_of(name) is not None for name in answer.reached)
     for name in names:
         expected = is_expected(name, facts) and not (without_towers and tower_of(name) is not None)
@@ -94,7 +94,7 @@ def _unfilled(answer: Answer) -> Iterator[str]:
 
 
 def _layers_of(family: Family, modules: Iterable[str]) -> dict[str, str]:
-    """Module -> the layer of SGLang's that the family says it is in."""
+    """Module -> SGLang's layer for it, by the rules of the family."""
     layers = {}
     singles = []
     for name in modules:

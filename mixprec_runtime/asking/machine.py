@@ -1,4 +1,4 @@
-"""A process in which SGLang's classes can be made: one rank, no weights, with or without a GPU."""
+"""Prepares a process for making models of SGLang's: one rank, no weights, with or without a GPU."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _RANK = {
     "moe_ep_size": 1, "moe_ep_rank": 0, "moe_tp_size": 1, "moe_tp_rank": 0,
 }  # fmt: skip
 _FOR_HYBRIDS = {"page_size": 1, "disable_overlap_schedule": True, "mamba_radix_cache_strategy": "no_buffer"}
-"""Arguments without which SGLang refuses models with states on a CPU."""
+"""Arguments that SGLang requires on a CPU for models with recurrent states."""
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, in which SGLang can be imported without a GPU and takes its paths for GPUs."""
+    """This process's environment, changed so that SGLang can be imported without a GPU, for the code paths of GPUs."""
     from ..cpu import engine
 
     found = engine.environment()
@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
 
 
 def _stand_in() -> None:
-    """For what SGLang imports or asks on a machine without a GPU, and does not need to make a class."""
+    """Replaces what SGLang imports or calls for a GPU, where making a model does not need it."""
     import torch
 
     vllm, ops = types.ModuleType("vllm"), types.ModuleType("vllm._custom_ops")
@@ -47,7 +47,7 @@ def _stand_in() -> None:
 
 
 def prepare() -> None:
-    """Makes this process one rank alone."""
+    """Sets up server arguments and process groups of one rank."""
     import torch
 
     if not torch.cuda.is_available():
@@ -80,7 +80,7 @@ def _publish(args: Any) -> None:
     from sglang.srt.layers.moe import initialize_moe_config
 
     importlib.import_module("sglang.srt.server_args").set_global_server_args_for_scheduler(args)
-    # 0.5.23's takes none: it reads what was published.
+    # In 0.5.23 it has no parameter, and reads the published arguments.
     initialize_moe_config(*[args][: len(inspect.signature(initialize_moe_config).parameters)])
 
 
@@ -96,7 +96,7 @@ def model_config(config: Mapping[str, object], folder: Path) -> Any:
 
 
 def restart_without_gpu(arguments: list[str]) -> None:
-    """Starts this program again where SGLang could not be imported as things are."""
+    """Starts this program again with :func:`environment`, without which SGLang cannot be imported without a GPU."""
     import torch
 
     if not torch.cuda.is_available() and os.environ.get("HF_HUB_OFFLINE") != "1":

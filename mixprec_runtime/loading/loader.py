@@ -243,8 +243,9 @@ def _parameters(model: Module) -> dict[str, torch.Tensor]:
 
 
 def load(model: Module, share: Share, finish: Callable[[Iterable[tuple[str, torch.Tensor]]], Any]) -> Any:
-    """Fills the parameters of ``model`` and returns what ``finish`` does, the model's own ``load_weights``, which gets
-    tensors of encoders only: SGLang names and cuts their parameters in its own ways.
+    """Fills the parameters of ``model`` and returns the result of ``finish``, which is the model's ``load_weights``.
+
+    ``finish`` gets only the tensors of encoders, whose parameters SGLang names and cuts in its own way.
 
     Raises:
         LoadError: a file is damaged, or cannot be read.
@@ -283,10 +284,10 @@ def load(model: Module, share: Share, finish: Callable[[Iterable[tuple[str, torc
 def _load_towers(
     model: Module, share: Share, copies: _Copies, finish: Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 ) -> Any:
-    """Hands the tensors of encoders to ``finish``, and checks that they fill the encoders' parameters.
+    """Passes the tensors of encoders to ``finish``, and checks that they fill the encoders' parameters.
 
     Raises:
-        LoadError: names the tensors that were lost and the parameters that were not filled.
+        LoadError: tensors were lost, or parameters not filled; the message names them.
     """
     stored = {name: value for name, value in share.parameters.items() if tower_of(name) is not None}
     if not stored or has_no_towers(model):

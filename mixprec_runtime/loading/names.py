@@ -1,7 +1,7 @@
-"""Gives tensors that SGLang's own loader reads the names of its parameters.
+"""Renames tensors for SGLang's own loader, which finds parameters by name.
 
-Producers call one thing by several names (``scale``, ``activation_scale``), and a compiled checkpoint keeps its
-sources' names. mixprec's own loader fills parameters directly; SGLang's goes by names.
+Producers use several names for the same tensor (``scale``, ``activation_scale``), and a compiled checkpoint keeps the
+names of its sources. mixprec's own loader needs no names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["as_parameters"]
 
 
 _KNOWN = "weight_scale"
-"""Block scales under this name have a parameter of their own: see :mod:`mixprec_runtime.formats.scaled`."""
+"""Name of block scales that has a parameter of its own: see :mod:`mixprec_runtime.formats.scaled`."""
 
 
 def as_parameters(

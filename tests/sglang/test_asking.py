@@ -1,7 +1,7 @@
-"""Every family file beside SGLang's own class, which says itself where each tensor of a checkpoint goes.
+"""Compares each family file with the way that SGLang's own class loads a checkpoint.
 
-The class is made on the meta device and loads tensors without values, so this takes no memory and little time, for
-models of real sizes too. A family whose class disappears or changes turns a test red.
+The class is made on the meta device and loads tensors without values, so this takes no memory and little time even for
+models of real sizes. A test fails when a class of a checked family disappears or changes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.usefixtures("sglang")
 
 
 ABSENT = {"0.5.15.post1": {"Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"}}
-"""Classes that a version of SGLang does not have yet."""
+"""Classes that some supported versions of SGLang lack."""
 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes for GPUs make streams and ask which GPU there is as they are made."""
+    """Replaces the calls for a GPU that models make in their constructors."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
 

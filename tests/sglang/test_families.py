@@ -1,7 +1,7 @@
 """Model families: a mix of each tiny model, planned, built, verified, and loaded by SGLang's own class.
 
-Every parameter then holds what SGLang's class itself loads from the dequantized weights of the same mix. That says
-nothing of kernels; the classes whose forward runs on a CPU are asked in ``test_cpu_engine.py``.
+Every parameter must equal the one that the class loads from the dequantized weights of the same mix. Kernels are not
+tested here; ``test_cpu_engine.py`` serves the classes that run on a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOT_LOADED = "g_idx_sort_indices"
 
 @pytest.fixture(autouse=True)
 def streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes for GPUs make streams and ask which GPU there is as they are made."""
+    """Replaces the calls for a GPU that models make in their constructors."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
 
@@ -50,7 +50,7 @@ def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, 
 def test_a_rank_holds_what_sglangs_own_loader_gives_it(
     folder: Path, name: str, ep: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The second of two ranks: its share of the merged files as mixprec cuts it, and as SGLang's loader does."""
+    """The second of two ranks: mixprec's loader fills the same parameters as SGLang's."""
     mix, options = family_mix(folder, name), TINY[name].options
     with rank_of(1, 2, ep), caplog.at_level("INFO"):
         ours = serve(mix, **options)

@@ -1,4 +1,4 @@
-"""A whole multimodal model, its tower of vision included: what the planner lets through, strict loading takes."""
+"""Multimodal models with their vision tower: strict loading accepts what the planner accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales under other producers' names reach the parameters of SGLang's, by its own loader too."""
+"""Both loaders load scales under other producers' names into SGLang's parameters."""
 
 from __future__ import annotations
 

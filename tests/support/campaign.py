@@ -1,13 +1,12 @@
-"""One command, stopped at each of its file-system calls in turn: the call fails, is the last before a kill, or waits.
+"""Stops a command at each of its file-system calls in turn: the call fails, is replaced by a kill, or waits.
 
     python -m support.campaign RECIPE BUILT FOLDER build ENOSPC,kill 1
 
-goes through a build of ``RECIPE`` into a copy of ``BUILT``, in ``FOLDER``, and prints how many calls there are and how
-it ended at each. It runs as a process of its own, without torch.
+builds ``RECIPE`` into copies of ``BUILT`` below ``FOLDER``, and prints the number of calls and of exit codes. Runs in a
+process of its own, without torch.
 
-What a run leaves must be the output before or the output after it, and the same command must finish it and leave
-nothing else. A state that was finished once is not finished again. A kill before a call that changes nothing on the
-disk leaves what a kill before the next one that does leaves, so only these are killed at.
+A run must leave the output from before or after it, and the same command must then finish, leaving nothing else.
+Each state is finished only once. Kills are made before calls that change the disk, since others leave the same state.
 """
 
 from __future__ import annotations
@@ -43,23 +42,23 @@ _CALLS = (
     "lstat", "statvfs", "scandir", "listdir", "mkdir", "rmdir", "unlink", "rename", "replace", "link", "readlink",
     "fsync",
 )  # fmt: skip
-"""Functions of ``os``. One that only closes is not among them: no file system lets that of a folder fail."""
+"""Functions of ``os``, without ``close``, which no file system fails for a folder."""
 _CHANGES = {
     "pwrite", "write", "posix_fallocate", "ftruncate", "mkdir", "rmdir", "unlink", "rename", "replace", "link",
     "writelines", "flush",
 }  # fmt: skip
 _OF_FILES = ("write", "writelines", "read", "flush")
 _SIGNED = (".out.mixprec/lock", ".out.mixprec/made")
-"""Files that hold numbers of processes and inodes."""
+"""Files with numbers of processes and inodes."""
 
 COMMANDS = ("build", "split", "verify")
 
 
 class Campaign:
-    """Copies of one output, each with one run of a command that is stopped somewhere.
+    """Runs a command on copies of an output, and stops each run at one call.
 
     Args:
-        built: the output before.
+        built: the output before the command.
         what: the command, one of :data:`COMMANDS`.
     """
 
@@ -69,20 +68,20 @@ class Campaign:
         self.before = _tree(built)
         self._finished: set[str] = set()
         self.wrong: list[str] = []
-        """What did not hold."""
+        """Expectations that failed, as sentences."""
         out = self._copy("due")
         with _Calls() as calls:
             _command(what, self._plan, out)
         self.calls = calls.made
         self.changes = calls.changes
-        """The numbers of those that may change something on the disk."""
+        """The numbers of calls that may change the disk."""
         self.due = _tree(out)
         assert verify(out).differences == ()
 
     def sweep(self, error: str, step: int = 1) -> Counter[int]:
-        """How the command ends if one of its calls fails with ``error`` (``"kill"``: is never made), each in turn.
+        """Counts the exit codes of the command when each of its calls fails with ``error`` (or a kill).
 
-        A full disk fails calls that may write something only.
+        Except for ``EIO``, only calls that may change the disk fail.
         """
         codes: Counter[int] = Counter()
         points = range(1, self.calls + 1) if error == "EIO" else self.changes
@@ -103,8 +102,10 @@ class Campaign:
         return codes
 
     def pairs(self, other: str, count: int) -> Counter[str]:
-        """How the command and ``other`` end if the second runs while the first waits at one of its calls, at ``count``
-        of them."""
+        """Counts how the command and ``other`` end when ``other`` runs while the command waits at one of its calls.
+
+        Stops at ``count`` of the calls.
+        """
         codes: Counter[str] = Counter()
         for nth in sorted({1 + i * self.calls // count for i in range(count)}):
             out, case = self._copy(str(nth)), f"{other} while {self._what} waits at call {nth}"
@@ -155,7 +156,7 @@ class Campaign:
         return 0
 
     def _start(self, out: Path, nth: int, error: str, what: str | None = None) -> int:
-        """The number of a process that runs the command, or ``what``."""
+        """Starts a process that runs the command, or ``what``; returns its number."""
         child = os.fork()
         if child:
             return child
@@ -181,7 +182,7 @@ def _ended(process: int) -> int:
 
 
 class _Calls:
-    """Counts the file-system calls that this process makes inside of it; the ``nth`` fails, kills or stops it."""
+    """Counts the file-system calls of this process while the context lasts; the ``nth`` fails, kills or stops it."""
 
     def __init__(self, nth: int = 0, error: str = "none"):
         self._nth, self._error = nth, error
@@ -236,7 +237,7 @@ class _Calls:
 
 
 class _File:
-    """A file object whose reads and writes are counted, too."""
+    """A file object whose reads and writes are counted."""
 
     def __init__(self, file: Any, calls: _Calls):
         self._file, self._calls = file, calls
@@ -271,7 +272,7 @@ def _tree(folder: Path) -> dict[str, bytes]:
 
 
 def _state(folder: Path) -> str:
-    """A checksum of all that lies in a folder, but for what a process signs with its own numbers."""
+    """A checksum of a folder's contents, without the files in :data:`_SIGNED`."""
     digest = xxhash.xxh3_128()
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -1,10 +1,10 @@
-"""What checkpoints of model families hold: the names and shapes of all tensors before any quantization.
+"""Names and shapes of all tensors in unquantized checkpoints of model families.
 
     for tensor in tensors_of(config): ...      # of a config.json, of the published sizes or of tiny ones
     TINY["qwen3_5_moe"].config                 # a tiny model of the family
 
-Names are those of the published releases. Experts have tensors of their own here; :data:`STACKED` says which
-unquantized releases keep all experts of a layer in one.
+Names are those of the published releases, with separate tensors for experts; :data:`STACKED` lists the unquantized
+releases that have all experts of a layer in one tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Tensor(NamedTuple):
     name: str
     shape: Shape
     linear: bool = False
-    """Whether it is the weight ``[N, K]`` of a linear that quantized releases quantize."""
+    """Whether it is a weight ``[N, K]`` that quantized releases quantize."""
     dtype: str = "BF16"
 
 
@@ -51,7 +51,7 @@ def tensors_of(config: Config) -> Tensors:
     yield from _FAMILIES[config["architectures"][0]](config)
 
 
-# Parts of layers. ``p`` is the beginning of names, with its dot.
+# Parts of layers. ``p`` is the prefix of names, with its dot.
 
 
 def _linear(name: str, outputs: int, inputs: int, *, bias: bool = False, linear: bool = True) -> Tensors:
@@ -134,7 +134,7 @@ def _layer_norms(p: str, hidden: int, *names: str) -> Tensors:
 
 
 def _around(p: str, c: Config, layers: Tensors, *, head: str = "lm_head", norm: str = "norm") -> Tensors:
-    """With the embedding, the last norm and the head, where it is not tied."""
+    """``layers`` with the embedding, the last norm and, if it is not tied, the head."""
     table = c["vocab_size"], c["hidden_size"]
     yield Tensor(f"{p}embed_tokens.weight", table)
     yield from layers
@@ -246,7 +246,7 @@ def _qwen3_vl_moe(config: Config) -> Tensors:
 
 
 def _deepseek_layers(p: str, c: Config, attention: Callable[[str, int], Tensors]) -> Tensors:
-    """Dense layers first, shared experts, a draft layer past the last."""
+    """Dense layers first, then MoE layers with shared experts, then a draft layer."""
     hidden, last = c["hidden_size"], c["num_hidden_layers"]
     for layer in range(last + c.get("num_nextn_predict_layers", 0)):
         at = f"{p}layers.{layer}."
@@ -350,7 +350,7 @@ class TinyModel:
     lines: Mapping[str, str]
     """The recipe: patterns of modules -> ``fp8`` or ``int4``; the rest is BF16."""
     dense: tuple[str, ...] = ()
-    """Ends of linears that the Int4 release leaves as they are."""
+    """Endings of linears that the Int4 release does not quantize."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of SGLang's ServerArgs."""
     degrees: tuple[tuple[int, int], ...] = ()

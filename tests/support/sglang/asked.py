@@ -1,4 +1,4 @@
-"""SGLang's classes that are asked what they make of tiny checkpoints: one for each class of each family."""
+"""Tiny checkpoints for each of SGLang's classes of each family, and how the class loads them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ASKED", "Asked", "answer_of", "modules_of"]
 
 
 class Asked(NamedTuple):
-    """A tiny checkpoint: its config.json, and each tensor's dtype and shape."""
+    """A tiny checkpoint: its config.json, and the dtype and shape of each tensor."""
 
     config: dict[str, Any]
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -37,7 +37,7 @@ def _of_tiny(name: str, **changes: Any) -> Asked:
 
 
 def _text_only(name: str, architecture: str) -> Asked:
-    """The decoder of a model with an image encoder, as it is released alone."""
+    """The decoder of a model with an image encoder, as in releases without the encoder."""
     inner = _of_tiny(name)
     tensors = {
         tensor.replace("model.language_model.", "model."): entry
@@ -66,7 +66,7 @@ ASKED: Mapping[str, Asked] = {
 
 
 def answer_of(asked: Asked, folder: Path) -> Answer:
-    """What SGLang's class says; ``folder`` is for the config.json."""
+    """The answer of SGLang's class; config.json is written to ``folder``."""
     from sglang.srt.configs.model_config import ModelConfig
 
     (folder / "config.json").write_text(json.dumps(asked.config))
@@ -77,7 +77,7 @@ def answer_of(asked: Asked, folder: Path) -> Answer:
 
 
 def modules_of(asked: Asked) -> dict[str, Module]:
-    """The checkpoint's modules, all linears of which may be quantized."""
+    """The checkpoint's modules, with all linears marked as quantized."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, (_, shape) in asked.tensors.items():
         parent, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of model families, in BF16, FP8 and Int4, and what SGLang's own class makes of them."""
+"""Tiny checkpoints of model families in BF16, FP8 and Int4, and the parameters of SGLang's own class for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def _values(tensor: Tensor) -> torch.Tensor:
-    """Those of a trained weight, roughly."""
+    """Random values, distributed roughly as in a trained weight."""
     generator = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode()))
     values = torch.randn(tensor.shape, generator=generator)
     if len(tensor.shape) == 1:
@@ -37,7 +37,7 @@ def _values(tensor: Tensor) -> torch.Tensor:
 
 
 def write_family(folder: Path, model: TinyModel) -> dict[str, Path]:
-    """``folder/bf16`` as the family's releases keep their experts, ``fp8`` and ``int4`` with each one apart."""
+    """Writes ``folder/bf16`` with experts as in the family's releases; ``fp8`` and ``int4`` with separate experts."""
     whole = list(tensors_of(model.config))
     values = {tensor.name: _values(tensor) for tensor in whole}
     stacked = STACKED.get(model.config["architectures"][0])
@@ -60,7 +60,7 @@ def write_family(folder: Path, model: TinyModel) -> dict[str, Path]:
 
 
 def _stacked(values: Tensors, transposed: bool) -> Tensors:
-    """With all experts of a layer in ``experts.gate_up_proj`` and ``experts.down_proj``."""
+    """Stacks the experts of each layer in ``experts.gate_up_proj`` and ``experts.down_proj``."""
     out: Tensors = {}
     blocks: dict[str, dict[str, list[torch.Tensor]]] = {}
     for name, value in values.items():
@@ -90,7 +90,7 @@ _LEAVES = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv")
 
 
 def dequantized(checkpoint: Path, folder: Path) -> Path:
-    """A plain checkpoint of what the weights of a compiled one mean, in BF16."""
+    """Writes a checkpoint with the dequantized weights of a compiled one, in BF16."""
     tensors = stored_tensors(checkpoint)
     quantized = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _LEAVES}
     out: Tensors = {}
@@ -108,7 +108,7 @@ def dequantized(checkpoint: Path, folder: Path) -> Path:
 
 
 def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter by its name in SGLang's unquantized model, in float32; quantized ones dequantized."""
+    """Yields all parameters, dequantized to float32, by their names in SGLang's unquantized model."""
     from sglang.srt.layers.linear import LinearBase
 
     from mixprec_runtime.cpu import reference
@@ -126,7 +126,7 @@ def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
         for weight, numbers in (("w13", module.up_numbers), ("w2", module.down_numbers)):
             groups = [group for group in module.groups if group.projection in ("", weight)]
             experts = []
-            for expert in range(numbers.shape[1] - 1):  # the last column is for ids of no expert here
+            for expert in range(numbers.shape[1] - 1):  # the last column is for ids of -1
                 places = zip(groups, numbers[:, expert].tolist(), strict=True)
                 group, number = next(place for place in places if place[1] >= 0)
                 experts.append(getattr(group, f"{weight}_weight")[number].float())
