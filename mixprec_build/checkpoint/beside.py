@@ -58,7 +58,7 @@ class BesideFiles:
         """Whether ``config.json`` declares layers for multi-token prediction and none of these tensors is of one."""
         return self._facts.draft_layers > 0 and not any(is_draft(name, self._facts) for name in tensors)
 
-    def holds_draft(self, tensors: Iterable[str]) -> bool:
+    def is_draft_only(self, tensors: Iterable[str]) -> bool:
         """Whether all of these are tensors of layers for multi-token prediction."""
         names = list(tensors)
         return bool(names) and all(is_draft(name, self._facts) for name in names)

@@ -179,7 +179,7 @@ def _add_beside(
         belongs = files.certain(file)
         if belongs or lacks_draft:
             data = reader.read(file)
-            belongs = belongs or files.holds_draft(reader.names(file, data))
+            belongs = belongs or files.is_draft_only(reader.names(file, data))
         if belongs:
             _add_shard(reader.storage, reader.location, file, data, tensors, shards)
         (added if belongs else left).append(file)

@@ -41,9 +41,9 @@ class Source:
     def of(cls, name: str, checkpoint: Checkpoint, line: int = 0) -> Source:
         """Detects the formats of a checkpoint's modules."""
         formats = detect(checkpoint)
-        held = frozenset(fmt for fmt in {*formats.values()} if isinstance(fmt, Format))
-        kinds = {fmt.kind for fmt in held if fmt.quantized} or {fmt.kind for fmt in held}
-        return cls(name, checkpoint.location, line, checkpoint, formats, held, frozenset(kinds))
+        supported = frozenset(fmt for fmt in {*formats.values()} if isinstance(fmt, Format))
+        kinds = {fmt.kind for fmt in supported if fmt.quantized} or {fmt.kind for fmt in supported}
+        return cls(name, checkpoint.location, line, checkpoint, formats, supported, frozenset(kinds))
 
     @property
     def facts(self) -> ModelFacts:

@@ -388,13 +388,13 @@ class Family:
             name = name.replace(f".{word}.", ".")
         return name
 
-    def served_names(self, told: str) -> tuple[str, ...]:
-        """Names that a layer may have among SGLang's parameters, likeliest first, if its class calls it ``told``."""
-        return (told, *(beginning + told for beginning in self.left_out))
+    def served_names(self, layer: str) -> tuple[str, ...]:
+        """Names that a layer may have among SGLang's parameters, likeliest first, if its class calls it ``layer``."""
+        return (layer, *(beginning + layer for beginning in self.left_out))
 
-    def stored_names(self, told: str) -> Iterator[str]:
+    def stored_names(self, layer: str) -> Iterator[str]:
         """Yields names that such a layer may have in the checkpoint."""
-        for served in self.served_names(told):
+        for served in self.served_names(layer):
             yield served
             for stored, beginning in self.renamed:
                 if served.startswith(beginning):

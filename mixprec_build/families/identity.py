@@ -128,13 +128,13 @@ def _rope(config: Mapping[str, object]) -> dict[str, object]:
     transformers 4 spells them ``rope_theta`` and ``rope_scaling``, transformers 5 ``rope_parameters``.
     """
     found: dict[str, object] = {}
-    given: dict[str, object] = {}
+    settings: dict[str, object] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key)
         if isinstance(value, Mapping):
-            given |= value
-    nested = {str(kind): part for kind, part in given.items() if isinstance(part, Mapping)}
-    for kind, part in (nested or {"": given}).items():
+            settings |= value
+    nested = {str(kind): part for kind, part in settings.items() if isinstance(part, Mapping)}
+    for kind, part in (nested or {"": settings}).items():
         at = f"rope_parameters.{kind}." if kind else ""
         theta = part.get("rope_theta", None if kind else config.get("rope_theta"))
         if theta is not None:

@@ -12,7 +12,7 @@ from ..checkpoint.degree import Degree, rank_of
 from ..checkpoint.manifest import CHECKSUM, Manifest
 from ..checkpoint.typed import Source
 from ..errors import SourceError, VerifyError
-from ..ranks.assemble import contents, whole
+from ..ranks.assemble import as_parameter, contents
 from ..ranks.files import RankIndex, changed_headers, open_rank, read_index
 from ..ranks.merged import splitter_of
 from ..ranks.pieces import Parameter
@@ -69,7 +69,7 @@ def differences_of(
         return
     for path in changed:
         yield f"{path}: its header was changed"
-    due = {parameter.name: parameter for parameter in parameters or map(whole, stored.values())}
+    due = {parameter.name: parameter for parameter in parameters or map(as_parameter, stored.values())}
     for name in sorted(due.keys() ^ stored.keys()):
         yield f"{index.folder}: {name} is {'missing' if name in due else 'no parameter of this rank'}"
     for name, parameter in due.items():

@@ -28,7 +28,7 @@ from ..checkpoint.manifest import (
 from ..checkpoint.typed import Source
 from ..errors import InterruptedBuildError, OutputError, SplitError, VerifyError
 from ..families.parts import Role
-from ..ranks.assemble import whole, write_parameters
+from ..ranks.assemble import as_parameter, write_parameters
 from ..ranks.files import RankIndex, damage, finished, read_index, write_rank
 from ..ranks.layout import PRESPLIT, RESTORED, is_ours
 from ..ranks.merged import (
@@ -269,7 +269,7 @@ class _Split:
         for piece in (piece for rank in parameters.values() for parameter in rank for piece in parameter.pieces):
             in_ranks.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
         headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
-        rest = [whole(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), in_ranks), *headers)]
+        rest = [as_parameter(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), in_ranks), *headers)]
         check_space(self._folder, sum(p.nbytes for p in rest))
         self._check()
         kept = write_rank(self._owned, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
@@ -338,7 +338,7 @@ class _Split:
     def _restore(self, files: Mapping[str, Sequence[tuple[TensorInfo, str]]]) -> None:
         def write(file: str) -> None:
             built, part = files[file], f"{RESTORED}/{file}"
-            parameters = [whole(tensor) for tensor, _ in built]
+            parameters = [as_parameter(tensor) for tensor, _ in built]
             written = write_parameters(self._owned.create(part), b"", parameters, self._reader, self._progress)
             for (parameter, checksum), (_, due) in zip(written, built, strict=True):
                 if checksum != due:

@@ -18,7 +18,7 @@ from ..storage.reader import BUFFER, TensorReader
 from ..storage.threads import Progress
 from .pieces import Band, Parameter, Piece
 
-__all__ = ["contents", "fill", "whole", "write_parameters"]
+__all__ = ["as_parameter", "contents", "fill", "write_parameters"]
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +49,7 @@ def _new(nbytes: int) -> Array:
     return np.empty(nbytes, np.uint8)
 
 
-def whole(tensor: TensorInfo) -> Parameter:
+def as_parameter(tensor: TensorInfo) -> Parameter:
     """A parameter that is one tensor as it is stored."""
     rows, width = (tensor.shape[0] if tensor.shape else 1), prod(tensor.shape[1:])
     pieces = (Piece(tensor, (0, rows), (0, width), (0, 0, 0)),) if tensor.nbytes else ()

@@ -192,7 +192,7 @@ def read_index(folder: Path, name: str, listed: RankEntry) -> RankIndex:
             texts = all(isinstance(entry[field], str) for field in ("dtype", "file", CHECKSUM))
             if not is_shape or not texts or entry["dtype"] not in DTYPE_BITS:
                 raise ValueError(f"the entry of {key:.200}")
-        padded = {key: (native, held) for key, (native, held) in index["padded"].items()}
+        padded = {key: (native, stored) for key, (native, stored) in index["padded"].items()}
         if not all(type(n) is int and 0 < n < 1 << 31 for columns in padded.values() for n in columns):
             raise ValueError("columns that are no numbers")
         if not all(isinstance(entry["header"], str) for entry in index["files"].values()):

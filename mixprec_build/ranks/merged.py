@@ -25,7 +25,7 @@ from ..formats.base import Format
 from ..storage.folder import LocalFolder
 from ..storage.header import MAX_HEADER_BYTES, TensorInfo, header_length
 from ..storage.reader import FileReader, TensorReader
-from .assemble import contents, fill, whole
+from .assemble import as_parameter, contents, fill
 from .files import damage, open_rank, read_index, read_rank
 from .pieces import Parameter, Piece
 from .splitter import Splitter
@@ -97,16 +97,16 @@ Rectangle = tuple[tuple[int, int], tuple[int, int]]
 """Rows and columns, each ``(start, stop)``."""
 
 
-def in_no_rank(tensors: Iterable[TensorInfo], held: Mapping[str, Collection[Rectangle]]) -> list[TensorInfo]:
-    """The tensors that their rectangles in ``held`` do not cover."""
-    return [tensor for tensor in tensors if tensor.nbytes and not _covered(tensor, held.get(tensor.name, ()))]
+def in_no_rank(tensors: Iterable[TensorInfo], in_ranks: Mapping[str, Collection[Rectangle]]) -> list[TensorInfo]:
+    """The tensors that their rectangles in ``in_ranks`` do not cover."""
+    return [tensor for tensor in tensors if tensor.nbytes and not _covered(tensor, in_ranks.get(tensor.name, ()))]
 
 
-def _covered(tensor: TensorInfo, held: Collection[Rectangle]) -> bool:
+def _covered(tensor: TensorInfo, in_ranks: Collection[Rectangle]) -> bool:
     # Every cut is along rows or along columns.
     height, width = (tensor.shape[0] if tensor.shape else 1), prod(tensor.shape[1:])
-    return _cover((rows for rows, columns in held if columns == (0, width)), height) or _cover(
-        (columns for rows, columns in held if rows == (0, height)), width
+    return _cover((rows for rows, columns in in_ranks if columns == (0, width)), height) or _cover(
+        (columns for rows, columns in in_ranks if rows == (0, height)), width
     )
 
 
@@ -209,7 +209,7 @@ class CutFolder:
             kept = self._kept.get(tensor.name)
             if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
                 raise SplitError(f"{tensor.name}: neither in the files of {degree} nor in {self._folder / REST}")
-            parts[tensor.name] = whole(kept).pieces
+            parts[tensor.name] = as_parameter(kept).pieces
         return parts
 
     def _degree(self) -> Degree:

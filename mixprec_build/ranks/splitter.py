@@ -39,7 +39,7 @@ from ..families.registry import cuttable_types, replicated_types
 from ..formats.base import Axes, Format
 from ..patterns.compress import compress
 from ..storage.module import StoredModule
-from .assemble import whole as whole_tensor
+from .assemble import as_parameter
 from .pieces import Parameter, Piece
 from .sample import one_layer_of_each
 from .stacking import Cut, StackedTensors, stack, stack_experts
@@ -146,7 +146,7 @@ class Splitter:
         for prefix, stored in self.experts.items():
             out += self._experts(prefix, stored, rank)
         # SGLang names and cuts these itself.
-        out += [whole_tensor(tensor) for name in self.towers for tensor in self.modules[name][1].tensors.values()]
+        out += [as_parameter(tensor) for name in self.towers for tensor in self.modules[name][1].tensors.values()]
         return out
 
     def total_bytes(self) -> int:
@@ -200,20 +200,20 @@ class Splitter:
                 continue
             expert = self.family.expert_of(name)
             shape, tile = fmt.shape(stored), fmt.tile(experts=expert is not None)
-            whole, step = (shape[1], tile[1]) if down else (shape[0], tile[0])
+            total, step = (shape[1], tile[1]) if down else (shape[0], tile[0])
             ranks = self.degree.moe_tp if expert else self.degree.tp
             owner = expert[0] if expert else name.rpartition(".")[0]
-            columns.setdefault((owner, ranks), []).append((name, whole, step))
+            columns.setdefault((owner, ranks), []).append((name, total, step))
         for (owner, ranks), members in columns.items():
-            name, whole, _ = members[0]
-            if any(size != whole for _, size, _ in members):
+            name, total, _ = members[0]
+            if any(size != total for _, size, _ in members):
                 raise SplitError(f"{owner}: gate, up and down disagree in how many columns it has")
-            if whole % ranks:
-                raise SplitError(f"{owner}: {whole} columns cannot be shared by {ranks} ranks{self._advice()}")
+            if total % ranks:
+                raise SplitError(f"{owner}: {total} columns cannot be shared by {ranks} ranks{self._advice()}")
             step = lcm(*(step for _, _, step in members))
-            native = whole // ranks
-            per_rank = native if ranks == 1 or native % step == 0 else -(-whole // (step * ranks)) * step
-            self.shares[owner] = Share(whole, ranks, per_rank, step)
+            native = total // ranks
+            per_rank = native if ranks == 1 or native % step == 0 else -(-total // (step * ranks)) * step
+            self.shares[owner] = Share(total, ranks, per_rank, step)
 
     def _advice(self) -> str:
         """The end of a message with degrees that the checkpoint can be cut for."""

@@ -111,11 +111,11 @@ def _of_json(data: object, path: Path) -> Activity:
     for name, entry in _objects(data, "expert_stats", f"names to {_ENTRIES}"):
         try:
             layer, expert = _number(entry, "layer_id", _MAX_LAYERS), _number(entry, "expert_id", _MAX_EXPERTS)
-            given = [key for key in ("total_tokens_processed", "activation_count") if key in entry]
-            if not given:
+            present = [key for key in ("total_tokens_processed", "activation_count") if key in entry]
+            if not present:
                 raise ValueError("`total_tokens_processed` is missing, and `activation_count` as well")
             # `activation_count` may count batches; `total_tokens_processed` counts tokens.
-            count = next(filter(None, (_number(entry, key, _MAX_COUNT) for key in given)), 0)
+            count = next(filter(None, (_number(entry, key, _MAX_COUNT) for key in present)), 0)
         except ValueError as error:
             raise ValueError(f"{brief(name)} in `expert_stats`: {error}") from error
         found.setdefault(layer, {})[expert] = count

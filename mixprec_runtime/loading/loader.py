@@ -29,7 +29,7 @@ from mixprec_build.checkpoint.typed import Source
 from mixprec_build.errors import MixprecError, SplitError, VerifyError
 from mixprec_build.families.expected import tower_of
 from mixprec_build.patterns.compress import compress
-from mixprec_build.ranks.assemble import contents, whole
+from mixprec_build.ranks.assemble import as_parameter, contents
 from mixprec_build.ranks.files import INDEX, check_headers, open_rank, read_rank
 from mixprec_build.ranks.merged import open_compiled, splitter_of
 from mixprec_build.ranks.pieces import Parameter
@@ -144,10 +144,10 @@ def _with_head(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
 def _stored(tensor: TensorInfo) -> Parameter:
     """A parameter that is stored as one tensor, to be read row by row, also where it is of all experts."""
     if len(tensor.shape) < 3:
-        return whole(tensor)
+        return as_parameter(tensor)
     experts, rows, *columns = tensor.shape
     flat = tensor._replace(shape=(experts * rows, prod(columns)))
-    return Parameter(tensor.name, tensor.dtype, tensor.shape, whole(flat).pieces, experts=True)
+    return Parameter(tensor.name, tensor.dtype, tensor.shape, as_parameter(flat).pieces, experts=True)
 
 
 def _of_merged(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, replicated_head: bool) -> Share | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mixprec_build.errors import SourceError
-from mixprec_build.ranks.assemble import contents, whole
+from mixprec_build.ranks.assemble import as_parameter, contents
 from mixprec_build.ranks.files import _shards
 from mixprec_build.ranks.pieces import Parameter, Piece
 from mixprec_build.storage import reader as storage_reader
@@ -101,11 +101,11 @@ def test_no_more_files_stay_open_than_may(tmp_path: Path) -> None:
     tensors = files(tmp_path, 200)
     with FileReader(lambda file: tmp_path / file) as reader:
         for number in (*range(200), *range(200)):
-            assert b"".join(contents(whole(tensors[number]), reader)) == bytes([number]) * 1000
+            assert b"".join(contents(as_parameter(tensors[number]), reader)) == bytes([number]) * 1000
         assert open_below(tmp_path) == storage_reader._MOST_OPEN == 64
         tensors[0] = tensors[0]._replace(file="gone")
         with pytest.raises(SourceError, match="gone: cannot open it"):
-            b"".join(contents(whole(tensors[0]), reader))
+            b"".join(contents(as_parameter(tensors[0]), reader))
         assert open_below(tmp_path) < 64
     assert open_below(tmp_path) == 0
 
@@ -121,7 +121,7 @@ def test_no_file_is_closed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     def read(number: int) -> bool:
         nonlocal most
         most = max(most, len(reader._open))
-        return b"".join(contents(whole(tensors[number]), reader)) == bytes([number]) * 1000
+        return b"".join(contents(as_parameter(tensors[number]), reader)) == bytes([number]) * 1000
 
     with FileReader(lambda file: tmp_path / file) as reader, ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, order))
