@@ -324,7 +324,7 @@ class Family:
         They are its decoder layer, the first number between dots, and its name within the layer, one for all experts.
         """
         prefix = layer_prefix(name)
-        if not prefix:
+        if not prefix or is_for_drafts(name):
             return None, name
         inner = name[len(prefix) :]
         within = f".{self.experts}." in inner or inner.startswith(f"{self.experts}.")

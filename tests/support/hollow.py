@@ -19,12 +19,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from support.families import STACKED, tensors_of
 
 __all__ = ["MODELS", "VARIANTS", "Tensor", "hollow_config", "hollow_tensors", "write_hollow"]
 
@@ -253,7 +256,133 @@ MODELS: dict[str, Config] = {
     },
 }
 
+_QWEN3_6_TEXT: Config = {
+    "attention_bias": False,
+    "attn_output_gate": True,
+    "eos_token_id": 248044,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 262144,
+    "model_type": "qwen3_5_moe_text",
+    "moe_intermediate_size": 512,
+    "mtp_num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "vocab_size": 248320,
+}
+
+# Described in `support.families`
+MODELS |= {
+    "Qwen3.6-35B-A3B": {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "image_token_id": 248056,
+        "model_type": "qwen3_5_moe",
+        "text_config": _QWEN3_6_TEXT,
+        "tie_word_embeddings": False,
+        "transformers_version": "5.3.0",
+        "video_token_id": 248057,
+        "vision_config": {
+            "deepstack_visual_indexes": [],
+            "depth": 27,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1152,
+            "in_channels": 3,
+            "intermediate_size": 4304,
+            "model_type": "qwen3_5_moe",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": 2048,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    },
+    "Qwen3-Next-80B-A3B-Instruct": {
+        **{key: value for key, value in _QWEN3_MOE.items() if key not in ("num_experts", "num_key_value_heads")},
+        "architectures": ["Qwen3NextForCausalLM"],
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 12,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "model_type": "qwen3_next",
+        "moe_intermediate_size": 512,
+        "mtp_num_hidden_layers": 1,
+        "num_attention_heads": 16,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "shared_expert_intermediate_size": 512,
+    },
+    "GLM-4.5-Air": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": True,
+        "bos_token_id": 151331,
+        "eos_token_id": [151329, 151336, 151338],
+        "first_k_dense_replace": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "max_position_embeddings": 131072,
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 96,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 8,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "transformers_version": "4.54.0",
+        "use_qk_norm": False,
+        "vocab_size": 151552,
+    },
+    "DeepSeek-V3.1": {**MODELS["DeepSeek-V3"], "transformers_version": "4.44.2"},
+}
+
 _TOKENIZER_CLASS = {
+    "qwen3_5_moe": "Qwen2Tokenizer",
+    "qwen3_next": "Qwen2Tokenizer",
+    "glm4_moe": "PreTrainedTokenizerFast",
     "qwen3_moe": "Qwen2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "llama": "PreTrainedTokenizerFast",
@@ -279,6 +408,8 @@ class Module(NamedTuple):
     linear: bool = False
     bias_name: str = ""
     bias_dtype: str = ""
+    parameter: str = ""
+    """The dtype of a parameter without a weight."""
 
 
 Modules = Iterator[tuple[str, Module]]
@@ -384,8 +515,45 @@ _FAMILIES: dict[str, Callable[[Config, bool], Modules]] = {
 }
 
 
+def _modules_of_family(config: Config, mtp: bool) -> Modules:
+    """Those of the models that :mod:`support.families` describes."""
+    text = config.get("text_config", config)
+    modules: dict[str, Module] = {}
+    for tensor in tensors_of(config):
+        layer = re.match(r"model\.layers\.(\d+)\.", tensor.name)
+        draft = tensor.name.startswith("mtp.") or (layer and int(layer[1]) >= text["num_hidden_layers"])
+        name, _, leaf = tensor.name.rpartition(".")
+        if draft and not mtp:
+            continue
+        if leaf == "weight":
+            modules[name] = Module(tensor.shape, tensor.linear and not draft)
+        elif leaf == "bias":
+            modules[name] = modules[name]._replace(bias_name="bias")
+        else:
+            modules[tensor.name] = Module(tensor.shape, parameter=tensor.dtype)
+    yield from modules.items()
+
+
+def _stacked(modules: Modules) -> Modules:
+    """With all experts of a layer in ``experts.gate_up_proj [E, 2I, H]`` and ``experts.down_proj [E, H, I]``."""
+    blocks: dict[str, dict[str, list[Shape]]] = {}
+    for name, module in modules:
+        block, found, rest = name.partition(".experts.")
+        if not found or name.startswith("mtp."):
+            yield name, module
+        else:
+            blocks.setdefault(f"{block}.experts", {}).setdefault(rest.split(".")[1], []).append(module.shape)
+    for block, parts in blocks.items():
+        (rows, columns), count = parts["gate_proj"][0], len(parts["gate_proj"])
+        yield f"{block}.gate_up_proj", Module((count, 2 * rows, columns), parameter="BF16")
+        yield f"{block}.down_proj", Module((count, *parts["down_proj"][0]), parameter="BF16")
+
+
 def _modules(config: Config, mtp: bool) -> Modules:
     """Every module of the model in the order of its state dict."""
+    if config["model_type"] not in _FAMILIES:
+        yield from _modules_of_family(config, mtp)
+        return
     embedding = Module((config["vocab_size"], config["hidden_size"]))
     yield "model.embed_tokens", embedding
     yield from _FAMILIES[config["model_type"]](config, mtp)
@@ -456,7 +624,8 @@ def _fp8_block_config(config: Config) -> Config:
         "weight_block_size": [BLOCK, BLOCK],
     }
     if config["model_type"] == "deepseek_v3":
-        return quantization
+        powers = {"scale_fmt": "ue8m0"} if config["transformers_version"] == "4.44.2" else {}  # from V3.1 on
+        return {**quantization, **powers}
     skipped = ["lm_head"]
     if config["model_type"] == "qwen3_moe":
         names = ("input_layernorm", "mlp.gate", "post_attention_layernorm")
@@ -521,7 +690,7 @@ def _auto_round_int4_config(config: Config) -> Config:
     return {
         "autoround_version": "0.6.0",
         "bits": 4,
-        "block_name_to_quantize": "model.layers",
+        "block_name_to_quantize": "model.language_model.layers" if "text_config" in config else "model.layers",
         "data_type": "int",
         "extra_config": {name: {"bits": 16, "data_type": "float"} for name in routers},
         "group_size": GROUP,
@@ -552,6 +721,8 @@ VARIANTS: dict[str, Variant] = {
 _RELEASES: dict[tuple[str, str], Release] = {
     ("DeepSeek-V3", "fp8_block"): Release(scale="F32"),
     ("DeepSeek-V3", "gptq_int4"): Release(scale="F16", mtp=False),
+    ("DeepSeek-V3.1", "fp8_block"): Release(scale="F32"),
+    ("DeepSeek-V3.1", "gptq_int4"): Release(scale="F16", mtp=False),
 }
 
 
@@ -587,16 +758,20 @@ def hollow_config(model: str, variant: str, *, layers: int | None = None, expert
 
 
 def _shrink_layers(config: Config, layers: int) -> None:
+    config = config.get("text_config", config)
     if not 1 <= layers <= config["num_hidden_layers"]:
         raise ValueError(f"layers must be 1 to {config['num_hidden_layers']}, not {layers}")
     config["num_hidden_layers"] = layers
     if "max_window_layers" in config:
         config["max_window_layers"] = layers
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
     if "first_k_dense_replace" in config:
         config["first_k_dense_replace"] = min(config["first_k_dense_replace"], layers - 1)
 
 
 def _shrink_experts(config: Config, experts: int) -> None:
+    config = config.get("text_config", config)
     key = "n_routed_experts" if "n_routed_experts" in config else "num_experts"
     if key not in config:
         raise ValueError(f"{config['model_type']} has no experts")
@@ -624,7 +799,14 @@ def hollow_tensors(
             tensors += ((module.bias_name, module.bias_dtype or release.dense, module.shape[:1]),)
         return tensors
 
-    for name, module in _modules(config, release.mtp):
+    modules = _modules(config, release.mtp)
+    release_of = STACKED.get(config["architectures"][0])
+    if variant in ("bf16", "fp16") and release_of is not None and not release_of.transposed:
+        modules = _stacked(modules)
+    for name, module in modules:
+        if module.parameter:
+            yield Tensor(name, release.dense if module.parameter == "BF16" else module.parameter, module.shape)
+            continue
         for suffix, dtype, shape in stored(module):
             yield Tensor(f"{name}.{suffix}", dtype, shape)
 
@@ -656,10 +838,15 @@ def write_hollow(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
     _write_json(folder / "config.json", config)
-    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "transformers_version")}
+    text = config.get("text_config", config)
+    tokens = {
+        key: {**text, **config}[key]
+        for key in ("bos_token_id", "eos_token_id", "transformers_version")
+        if key in {**text, **config}
+    }
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
     tokenizer = {
-        "model_max_length": config["max_position_embeddings"],
+        "model_max_length": text["max_position_embeddings"],
         "tokenizer_class": _TOKENIZER_CLASS[config["model_type"]],
     }
     _write_json(folder / "tokenizer_config.json", tokenizer)

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from support.hollow import MODELS, VARIANTS, Tensor, hollow_config, hollow_tensors, write_hollow
 
-MOE = [model for model, config in MODELS.items() if "moe_intermediate_size" in config]
+MOE = [model for model, config in MODELS.items() if "moe_intermediate_size" in config.get("text_config", config)]
 
 
 def shrunk(model: str) -> dict[str, int]:

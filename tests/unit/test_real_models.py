@@ -34,6 +34,18 @@ HUB: Mapping[str, tuple[str, str]] = {
     "deepseek-ai/DeepSeek-V3": ("DeepSeek-V3", "fp8_block"),
     "unsloth/DeepSeek-V3-bf16": ("DeepSeek-V3", "bf16"),
     "OPEA/DeepSeek-V3-int4-sym-gptq-inc": ("DeepSeek-V3", "gptq_int4"),
+    "deepseek-ai/DeepSeek-V3.1": ("DeepSeek-V3.1", "fp8_block"),
+    "unsloth/DeepSeek-V3.1-BF16": ("DeepSeek-V3.1", "bf16"),
+    "Intel/DeepSeek-V3.1-int4-AutoRound": ("DeepSeek-V3.1", "auto_round_int4"),
+    "Qwen/Qwen3.6-35B-A3B": ("Qwen3.6-35B-A3B", "bf16"),
+    "Qwen/Qwen3.6-35B-A3B-FP8": ("Qwen3.6-35B-A3B", "fp8_block"),
+    "Intel/Qwen3.6-35B-A3B-int4-AutoRound": ("Qwen3.6-35B-A3B", "auto_round_int4"),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": ("Qwen3-Next-80B-A3B-Instruct", "bf16"),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct-FP8": ("Qwen3-Next-80B-A3B-Instruct", "fp8_block"),
+    "Intel/Qwen3-Next-80B-A3B-Instruct-int4-mixed-AutoRound": ("Qwen3-Next-80B-A3B-Instruct", "auto_round_int4"),
+    "zai-org/GLM-4.5-Air": ("GLM-4.5-Air", "bf16"),
+    "zai-org/GLM-4.5-Air-FP8": ("GLM-4.5-Air", "fp8_channel"),
+    "cpatonn/GLM-4.5-Air-GPTQ-4bit": ("GLM-4.5-Air", "gptq_int4"),
 }
 
 # Plans in a process of its own, so that its time and memory can be told from those of the tests. The memory is
@@ -136,15 +148,54 @@ def deepseek_v3(layer: int) -> Row:
     return row | {"experts": {"gptq_int4" if 4 <= layer <= 59 else "fp8_block": 256}}
 
 
+def delta_net(layer: int, *joined: str) -> Row:
+    """Three layers of four; ``joined`` are its first projections."""
+    if layer % 4 == 3:
+        return _all("fp8_block", *ATTENTION)
+    return _all("fp8_block", *(f"linear_attn.{name}" for name in (*joined, "out_proj")))
+
+
+SHARED = tuple(name.replace("mlp.", "mlp.shared_expert.") for name in MLP)
+
+
+def qwen3_6_35b(layer: int) -> Row:
+    row = delta_net(layer, "in_proj_qkv", "in_proj_z") | _all("fp8_block", *SHARED)
+    if layer % 4 < 3:
+        row |= _all("bf16", "linear_attn.in_proj_a", "linear_attn.in_proj_b")
+    return row | {"experts": {"fp8_block" if layer in (0, 39) else "gptq_int4": 256}}
+
+
+def qwen3_next(layer: int) -> Row:
+    row = delta_net(layer, "in_proj_qkvz") | _all("fp8_block", *SHARED)
+    if layer % 4 < 3:
+        row |= _all("bf16", "linear_attn.in_proj_ba")
+    return row | {"experts": {"gptq_int4": 512}}
+
+
+def glm_4_5_air(layer: int) -> Row:
+    if layer == 46:
+        row = _all("bf16", *ATTENTION, "eh_proj", "embed_tokens", "shared_head.head")
+    else:
+        row = _all("fp8_channel", *ATTENTION)
+    if layer == 0:
+        return row | _all("fp8_channel", *MLP)
+    row |= _all("bf16", *(name.replace("mlp.", "mlp.shared_experts.") for name in MLP))
+    return row | {"experts": {"bf16" if layer == 46 else "gptq_int4": 128}}
+
+
 LAYERS: Mapping[str, tuple[int, Callable[[int], Row]]] = {
     "qwen3-235b-a22b.yaml": (94, qwen3_235b),
     "qwen3-30b-a3b.yaml": (48, qwen3_30b),
     "qwen3-30b-a3b-autoround.yaml": (48, qwen3_30b_autoround),
     "llama-3.3-70b.yaml": (80, llama_70b),
     "deepseek-v3.yaml": (62, deepseek_v3),
+    "deepseek-v3.1.yaml": (62, deepseek_v3),
+    "qwen3.6-35b-a3b.yaml": (40, qwen3_6_35b),
+    "qwen3-next-80b-a3b.yaml": (48, qwen3_next),
+    "glm-4.5-air.yaml": (47, glm_4_5_air),
 }
 
-BIG = {"qwen3-235b-a22b.yaml", "deepseek-v3.yaml"}
+BIG = {"qwen3-235b-a22b.yaml", "deepseek-v3.yaml", "deepseek-v3.1.yaml", "qwen3-next-80b-a3b.yaml"}
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in BIG else []) for name in LAYERS]
 
 
