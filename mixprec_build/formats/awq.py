@@ -3,7 +3,7 @@
 With ``G = K / group_size``:
 
 ===========  =====  ============  ==============================================================
-tensor       dtype  shape         holds
+tensor       dtype  shape         contents
 ===========  =====  ============  ==============================================================
 ``qweight``  I32    ``[K, N/8]``  eight outputs in each word; from the lowest bits up they are the
                                   outputs 0, 2, 4, 6, 1, 3, 5, 7 of their eight
@@ -15,8 +15,8 @@ tensor       dtype  shape         holds
 ``W[n, k] = (q[k, n] - zero[k // group_size, n]) * scales[k // group_size, n]``. Source of the layout: AutoAWQ 0.2.9,
 ``awq/modules/linear/gemm.py``, ``WQLinear_GEMM.from_linear``.
 
-Which modules are quantized is read off their tensors: ``modules_to_not_convert`` holds parts of names, and tools
-differ in what these match (``gate`` is a part of ``gate_proj``).
+Tensors show which modules are quantized: ``modules_to_not_convert`` has parts of names, and tools differ in what these
+match (``gate`` is a part of ``gate_proj``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["Awq"]
 
 _PACK = 8
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Output -> which four bits of its word, counted from the lowest."""
+"""Output -> place of its four bits in the word, counted from the lowest."""
 _SIZE = "AWQ group_size {}"
 _KEYS = {
     "bits", "w_bit", "group_size", "q_group_size", "zero_point", "format", "do_fuse", "modules_to_fuse",
@@ -134,7 +134,7 @@ class Awq(Grouped):
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         q, zeros = _unpack(tensors["qweight"]), _unpack(tensors["qzeros"])
         k = q.shape[0]
-        # No group is taken for larger than the weight: its size is only what a configuration says.
+        # A group may not be larger than the weight: its size comes from a configuration.
         size = k if self.group_size == -1 else min(self.group_size, k)
         scales = tensors["scales"].astype("float32")
         weight = (q - zeros.repeat(size, axis=0)[:k]).astype("float32")
@@ -149,7 +149,7 @@ def _unpack(words: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
 
 
 def _settings(declared: Mapping[str, object]) -> Awq:
-    """AutoAWQ's own names (``w_bit``, ``q_group_size``) are taken beside those of transformers."""
+    """Reads AutoAWQ's own names (``w_bit``, ``q_group_size``) as well as those of transformers."""
     bits = declared.get("bits", declared.get("w_bit"))
     if type(bits) is not int or bits != 4:
         raise FormatError(f"AWQ with {brief(bits)} bits is not read, only with 4")

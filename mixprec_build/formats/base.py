@@ -1,6 +1,6 @@
-"""The interface of a storage format: all that is said of one is said by its class.
+"""The interface of a storage format. All facts about a format are in its class.
 
-numpy is imported where values are looked at: `mixprec inspect` reads headers and starts without it.
+numpy is imported where values are needed: ``mixprec inspect`` reads headers and starts without it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = [
 
 
 Reader = Callable[["TensorInfo"], "npt.NDArray[Any] | None"]
-"""Gives a tensor's first values, flat (all of them up to 64 KiB), or None where only its header is at hand."""
+"""Returns a tensor's first values, flat (all of them up to 64 KiB), or None if only its header is on this machine."""
 
 
 class FormatError(Exception):
-    """A module whose tensors contradict one another or the declared quantization. Callers add where it is."""
+    """A module whose tensors contradict one another or the declared quantization. Callers add module and file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,10 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Where a weight's outputs and inputs lie in one of a module's tensors; None where it has no such axis.
+    """The axes of a weight's outputs (``n``) and inputs (``k``) in one of a module's tensors; None where it has none.
 
-    A cut for tensor parallelism follows from it. A tensor without the axis that is cut is held whole by every rank.
+    They determine how a tensor is cut for tensor parallelism. Every rank has all of a tensor without the axis that is
+    cut.
     """
 
     n: Axis | None = None
@@ -61,20 +62,20 @@ class Axes:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is known of one kind of a format. Compute capabilities are 90 for a Hopper GPU."""
+    """Properties of one kind of a format. Compute capabilities are times ten: 90 for a Hopper GPU."""
 
     bits: int
-    """Of a weight."""
+    """Bits of a weight."""
     words: tuple[str, ...] | None = ()
-    """What a recipe may call it beside its name, as ``int4``; None where a recipe cannot ask for it at all."""
+    """Words for it in a recipe beside its name, such as ``int4``; None where a recipe cannot ask for it."""
     kernels: str = ""
-    """What SGLang runs it with; empty where it has nothing that would."""
+    """SGLang's kernels for it; empty where there are none."""
     least: int = 0
     """The lowest compute capability of a GPU with these kernels."""
     most: int | None = None
-    """The highest one, where there is one."""
+    """The highest compute capability, if there is one."""
     experts_least: int = 0
-    """The lowest one that runs experts."""
+    """The lowest compute capability that runs experts."""
 
 
 class Format(ABC):
@@ -84,26 +85,26 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
-    """For messages: ``FP8``, ``GPTQ``, ..."""
+    """Its name in messages: ``FP8``, ``GPTQ``, ..."""
     kinds: ClassVar[Mapping[str, Kind]]
-    """Each of its kinds by its word, which no other format has."""
+    """Its kinds by name; a name belongs to one format only."""
     leaves: ClassVar[frozenset[str]]
     """The last words of its tensors' names; ``""`` for a module that is one bare parameter."""
     values_leaf: ClassVar[str] = "weight"
     """The tensor of a weight's values."""
     rounded: ClassVar[bool] = False
-    """Whether its writers round weights to the nearest value, where others move errors from weight to weight."""
+    """Whether its writers round weights to the nearest value, instead of moving errors between weights."""
     methods: ClassVar[Mapping[str, Set[str] | None]] = {}
-    """``quant_method`` of configurations that may declare it -> the keys that are understood there; None where those of
-    any method are."""
+    """``quant_method`` of configurations that may declare it -> keys that are understood; None for those of any
+    method."""
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = ()
-    """Functions that say what a ``quantization_config`` tells of a module by its name, where it tells this format's
-    modules apart by their names: modules stored alike of which it tells the same are of one format."""
+    """Functions of a module's name and a ``quantization_config`` with settings by name. Modules that are stored alike
+    and have equal results are in one format."""
 
     @property
     @abstractmethod
     def kind(self) -> str:
-        """The word for it: ``bf16``, ``fp8_block``, ``gptq_int4``, ..."""
+        """Its kind: ``bf16``, ``fp8_block``, ``gptq_int4``, ..."""
 
     @property
     def quantized(self) -> bool:
@@ -111,7 +112,7 @@ class Format(ABC):
 
     @property
     def fuses_as(self) -> object:
-        """Modules run as one GEMM only where this is equal."""
+        """A value that must be equal for modules to run as one GEMM."""
         return self
 
     @property
@@ -122,7 +123,7 @@ class Format(ABC):
     @classmethod
     @abstractmethod
     def recognise(cls, module: StoredModule, quantization: Quantization) -> Format | None:
-        """The format of a module in a source whose ``quantization_config`` is given; None if another's.
+        """The format of a module in a source with this ``quantization_config``; None if it is another format's.
 
         Raises:
             FormatError: it is this format, but its tensors or the configuration contradict it.
@@ -131,11 +132,11 @@ class Format(ABC):
     @classmethod
     @abstractmethod
     def from_json(cls, data: Mapping[str, Any]) -> Format:
-        """Inverse of :meth:`to_json`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` on nonsense."""
+        """Inverse of :meth:`to_json`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` if ``data`` is malformed."""
 
     @abstractmethod
     def to_json(self) -> dict[str, object]:
-        """``kind`` and parameters, all that a runtime needs."""
+        """``kind`` and parameters: all that the runtime needs."""
 
     @abstractmethod
     def check(self, module: StoredModule) -> None:
@@ -143,87 +144,88 @@ class Format(ABC):
 
     @abstractmethod
     def shape(self, module: StoredModule) -> tuple[int, ...]:
-        """The shape of the weight the module stands for: ``(N, K)`` for a linear."""
+        """The shape of the module's weight: ``(N, K)`` for a linear."""
 
     @abstractmethod
     def axes(self, leaf: str) -> Axes:
-        """How the tensor ``leaf`` lies along the weight's axes."""
+        """The weight's axes in the tensor ``leaf``."""
 
     def tile(self, *, experts: bool) -> tuple[int, int]:
-        """What a rank's outputs and inputs must be multiples of, for the format to be cut there and its kernel to
-        run: of a linear, or of an expert's projections."""
+        """Numbers that outputs and inputs of a rank's linear, or expert, must be multiples of.
+
+        Then the format can be cut there, and its kernel runs.
+        """
         return 1, 1
 
     def filler(self, leaf: str) -> int:
-        """An element of the tensor ``leaf`` where the weight is to be zero."""
+        """The element of the tensor ``leaf`` with which the weight is zero."""
         return 0
 
     @property
     def act_order(self) -> bool:
-        """Whether the inputs of a group lie anywhere (act-order), so that experts cannot be cut along them."""
+        """Whether a group's inputs may be anywhere (act-order), so that experts cannot be cut along them."""
         return False
 
     def sglang_name(self, leaf: str) -> str:
-        """What SGLang calls the tensor ``leaf``."""
+        """SGLang's name of the tensor ``leaf``."""
         return leaf
 
     def transposed_in_experts(self, leaf: str) -> bool:
-        """Whether SGLang's experts hold the tensor ``leaf`` with its two axes exchanged."""
+        """Whether SGLang's experts have the tensor ``leaf`` with its two axes exchanged."""
         return False
 
     @property
     def rows_in_fused(self) -> int:
-        """What the outputs of each part of a fused linear must be a multiple of: blocks of scales may not hold rows of
-        two parts."""
+        """The number that the outputs of each part of a fused linear must be a multiple of.
+
+        A block of scales may not have rows of two parts.
+        """
         return 1
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        """Why SGLang cannot run a linear fused of ``parts`` (one, when not fused), on one GPU."""
+        """Reasons why SGLang cannot run a linear fused of ``parts`` (one, if not fused) on one GPU; empty if it can."""
         return []
 
     def half_only(self, parts: Sequence[StoredModule]) -> str | None:
-        """Why SGLang runs a linear fused of ``parts`` with FP16 activations only, and by which kernel; None where any
-        do."""
+        """The reason why SGLang runs a linear fused of ``parts`` only with FP16 activations; None where it runs any."""
         return None
 
     def fits_untiled(self, outputs: Sequence[int], inputs: int) -> bool:
-        """Whether SGLang has a kernel that needs no multiples of :meth:`tile`, for a linear of ``inputs`` and of parts
-        with so many ``outputs``."""
+        """Whether SGLang has a kernel without the rules of :meth:`tile` for a linear of parts of these ``outputs``."""
         return False
 
     def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
-        """Why SGLang cannot run those ``parts`` of an expert that are in this format, on one GPU: gate and up, down, or
-        all three."""
+        """Reasons why SGLang cannot run ``parts`` of an expert on one GPU: gate and up, down, or all three."""
         return []
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
-        """As the two above, for what only the values of small tensors tell; of an expert, ``parts`` are gate and up, or
-        down."""
+        """Reasons that only values of small tensors show; of an expert, ``parts`` are gate and up, or down."""
         return []
 
     def as_stored(self, module: StoredModule, read: Reader) -> Format:
-        """This format, or what the values of small tensors show it to be where a configuration says otherwise and no
-        header tells."""
+        """The format that values of small tensors show, where a configuration may be wrong; by default this one."""
         return self
 
     @property
     def has_weight(self) -> bool:
-        """Whether SGLang's linears of it have a parameter ``weight``, which its models of DeepSeek look for."""
+        """Whether SGLang's linears have a parameter ``weight`` for it, which its DeepSeek models look for."""
         return True
 
     @property
     def row_join_limit(self) -> str | None:
-        """What goes wrong where SGLang joins the tensors of two modules along their first axis, as it does with
-        DeepSeek's q_a_proj and kv_a_proj; None where nothing does."""
+        """The defect where SGLang joins the tensors of two modules along their first axis; None if there is none.
+
+        It joins DeepSeek's q_a_proj and kv_a_proj so.
+        """
         return None
 
     @property
     def states_block(self) -> bool:
-        """Whether the config of SGLang's method for it states the size of a block (``weight_block_size``), or None."""
+        """Whether the config of SGLang's method for it has an attribute ``weight_block_size``, even if it is None."""
         return False
 
     def shared_experts_limit(self, down: Format) -> str | None:
-        """Why SGLang could not run DeepSeek's shared experts with gate and up in this format and down in another."""
+        """The reason why SGLang cannot run shared experts with gate and up in this format and down in another."""
         return None
 
     @abstractmethod
@@ -238,12 +240,12 @@ def shape_text(leaf: str, module: StoredModule) -> str:
 
 
 def last_word(module: StoredModule) -> str:
-    """``"down_proj"``."""
+    """The last word of a module's name: ``"down_proj"``."""
     return module.name.rpartition(".")[2]
 
 
 def check_tensor(module: StoredModule, leaf: str, dtypes: Sequence[str], shape: tuple[int, ...], why: str) -> None:
-    """One tensor of a module must have one of ``dtypes`` and exactly ``shape``; ``why`` says where that is from."""
+    """Raises :class:`FormatError` unless a tensor has one of ``dtypes`` and ``shape``; ``why`` explains the shape."""
     tensor = module.tensors[leaf]
     if tensor.dtype not in dtypes:
         raise FormatError(f"{shape_text(leaf, module)}: {' or '.join(dtypes)} was expected")
@@ -252,6 +254,6 @@ def check_tensor(module: StoredModule, leaf: str, dtypes: Sequence[str], shape: 
 
 
 def only_leaves(module: StoredModule, known: Set[str], kind: str) -> None:
-    """Raises where a module has a tensor that its format does not know: it would be lost."""
+    """Raises :class:`FormatError` where a module has a tensor that its format does not know, which would be lost."""
     for leaf in module.tensors.keys() - known:
         raise FormatError(f"{shape_text(leaf, module)} does not belong to {kind}")

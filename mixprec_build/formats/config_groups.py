@@ -1,4 +1,4 @@
-"""compressed-tensors' configuration: which of its config groups declares a module, and how that is stored.
+"""Reads compressed-tensors' configuration: which config group declares a module, and how it is stored.
 
 As compressed-tensors 0.20.0 reads it, ``quantization/quant_config.py`` and ``utils/match.py``.
 """
@@ -31,18 +31,18 @@ _METHOD = "compressed-tensors"
 METHODS: Mapping[str, frozenset[str]] = {
     _METHOD: frozenset({"config_groups", "format", "global_compression_ratio", "sparsity_config"})
 }
-"""``quant_method``, and the keys of its configuration that are understood."""
+"""``quant_method`` -> the keys of its configuration that are understood."""
 _CLASSES = ("Linear",)
 """Classes of linears, as targets name them."""
 _ENGINE_CLASS = re.compile(r"\w*(MoE|Experts)\w*")
-"""A class of an engine's that holds all experts of a layer; compressed-tensors knows none."""
+"""An inference engine's class of all experts of a layer, which compressed-tensors does not know."""
 _EXPERT = re.compile(r".+\.experts\.\d+\..+")
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 _ARGUMENTS = {
     "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder", "observer",
     "observer_kwargs", "scale_dtype", "zp_dtype",
 }  # fmt: skip
-"""Keys of what a group says of weights or activations."""
+"""Keys of a group's settings of weights or activations."""
 _MAX_GROUPS = 256
 _MAX_TARGETS = 100_000
 _MAX_REGEXES = 4096
@@ -50,7 +50,7 @@ _MAX_REGEXES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How one config group stores its modules."""
+    """The settings of one config group."""
 
     name: str
     format: str
@@ -70,7 +70,7 @@ class Scheme:
 
     @classmethod
     def from_json(cls, name: str, data: object, format_: object) -> Scheme:
-        """Raises :class:`FormatError` on nonsense, and for what nothing here reads."""
+        """Parses a config group. Raises :class:`FormatError` if it is malformed or not supported."""
         at = f"config group {name!r:.100}"
         if not isinstance(data, Mapping):
             raise FormatError(f"{at} is not an object")
@@ -118,7 +118,7 @@ class Scheme:
 
     @property
     def described(self) -> str:
-        """For messages."""
+        """Its description for messages."""
         format_, type_, strategy = (word[:30] for word in (self.format, self.type, self.strategy))
         return f"config group {self.name!r:.100} ({format_}, {brief(self.bits)} bit {type_}, {strategy})"
 
@@ -137,12 +137,12 @@ def _activations(at: str, data: object) -> str:
 
 
 class _Groups:
-    """The config groups of one configuration, by what their targets match.
+    """The config groups of one configuration, by their targets.
 
-    Groups are tried by the order of their targets: exact names, then regular expressions in alphabetical order, then
+    Groups are tried in the order of their targets: exact names, then regular expressions in alphabetical order, then
     classes; of groups with the same target the last one first (``lifecycle/apply.py``, ``apply_quantization_config``).
-    compressed-tensors takes the first. Files that were put together from several checkpoints hold modules of another
-    one, so that those that follow are kept.
+    compressed-tensors takes the first group. The others are kept, because modules of files that were assembled from
+    several checkpoints may belong to one of them.
     """
 
     def __init__(self, quantization: Mapping[str, object]):
@@ -169,7 +169,7 @@ class _Groups:
 
     @staticmethod
     def _words(words: object, at: str) -> list[str]:
-        """Names of modules or of classes, and regular expressions, which begin with ``re:``."""
+        """Checks a list of names of modules or classes, and of regular expressions, which begin with ``re:``."""
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise FormatError(f"{at}: targets {brief(words)} are not a list of names")
         if len(words) > _MAX_TARGETS or sum(word.startswith("re:") for word in words) > _MAX_REGEXES:
@@ -177,10 +177,10 @@ class _Groups:
         return words
 
     def find(self, module: str) -> tuple[str, ...]:
-        """The names of the groups that a linear may be of, the first one that compressed-tensors takes.
+        """The names of the groups that a linear may belong to, first the one that compressed-tensors takes.
 
         Raises:
-            FormatError: it is ignored, or no group's; or the configuration is nonsense.
+            FormatError: it is ignored or belongs to no group, or the configuration is malformed.
         """
         forms = name_forms(module) if self._other_forms or "language_model" in module else (module,)
         try:
@@ -195,7 +195,7 @@ class _Groups:
         return found
 
     def scheme(self, group: str) -> Scheme:
-        """How a group stores its modules. Raises :class:`FormatError` for nonsense and for what nothing here reads."""
+        """The settings of a group. Raises :class:`FormatError` if they are malformed or not supported."""
         if group not in self._schemes:
             try:
                 self._schemes[group] = Scheme.from_json(group, self._data[group], self._quantization.get("format"))
@@ -228,12 +228,14 @@ class _Groups:
 
 
 def first_fitting(module: StoredModule, quantization: Quantization, read: Callable[[Scheme | None], T]) -> T:
-    """What ``read`` makes of the first scheme that compressed-tensors' configuration may mean for a quantized linear
-    and that the module's tensors agree with; of None for another method's configuration, and for one without groups.
+    """The result of ``read`` for the first scheme of a quantized linear that its tensors agree with.
+
+    ``read`` is called with None for another method's configuration, and for one without groups. It raises
+    :class:`FormatError` where a scheme does not fit.
 
     Raises:
-        FormatError: it says that the linear is not quantized, or nonsense; or no scheme fits, with what is wrong with
-            the first.
+        FormatError: the linear is declared unquantized, the configuration is malformed, or no scheme fits, with the
+            error of the first.
     """
     if quantization.get("quant_method") != _METHOD or quantization.get("config_groups") is None:
         return read(None)
@@ -252,7 +254,7 @@ def scheme_of(module: StoredModule, quantization: Quantization) -> Scheme | None
     """The scheme that compressed-tensors takes for a quantized linear; None as in :func:`first_fitting`.
 
     Raises:
-        FormatError: it says that the linear is not quantized, or nonsense.
+        FormatError: the linear is declared unquantized, or the configuration is malformed.
     """
     if quantization.get("quant_method") != _METHOD or quantization.get("config_groups") is None:
         return None
@@ -261,7 +263,7 @@ def scheme_of(module: StoredModule, quantization: Quantization) -> Scheme | None
 
 
 def groups_of(name: str, quantization: Quantization) -> Hashable:
-    """What compressed-tensors' configuration tells of a module by its name; None for another method's."""
+    """The groups of a module by its name, which tell modules apart that are stored alike; None for other methods."""
     if quantization.get("quant_method") != _METHOD or quantization.get("config_groups") is None:
         return None
     try:

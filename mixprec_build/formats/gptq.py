@@ -3,7 +3,7 @@
 With ``pack = 32 / bits`` and ``G = ceil(K / group_size)``:
 
 ===========  ======  ===============  ==========================================================
-tensor       dtype   shape            holds
+tensor       dtype   shape            contents
 ===========  ======  ===============  ==========================================================
 ``qweight``  I32     ``[K/pack, N]``  ``pack`` consecutive inputs in each word, lowest bits first
 ``qzeros``   I32     ``[G, N/pack]``  zero points, packed along N; layout ``gptq`` (v1) stores them
@@ -46,7 +46,7 @@ __all__ = ["Dynamic", "Gptq"]
 
 _MAX_OVERRIDES = 4096
 _OTHER = {"gptq": "gptq_v2", "gptq_v2": "gptq"}
-"""Each layout's counterpart."""
+"""Layout -> the other one."""
 _KEYS = {
     "bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "dynamic", "pack_dtype", "static_groups",
     "true_sequential", "damp_percent", "damp_auto_increment", "meta", "dataset", "tokenizer", "quantizer", "method",
@@ -208,8 +208,10 @@ class Gptq(Grouped):
         return f"{', '.join(limits)}; SGLang's slower GPTQ kernel, which 0.5.23 has no more, runs them"
 
     def fits_untiled(self, outputs: Sequence[int], inputs: int) -> bool:
-        """Whether SGLang's other kernel (``GPTQConfig``) takes them, in FP16: inputs 32 at a time, and it adds the one
-        to zero points that only the older layout leaves out."""
+        """Whether SGLang's other kernel (``GPTQConfig``, FP16 only) runs them.
+
+        It takes 32 inputs at a time, and adds one to zero points, as only the older layout needs.
+        """
         size = inputs if self.group_size == -1 else self.group_size
         whole = all(n % self.pack == 0 for n in outputs)
         return self.layout == "gptq" and whole and inputs % 32 == 0 and size % 32 == 0 and inputs % size == 0
@@ -231,7 +233,7 @@ class Gptq(Grouped):
             for part in parts:
                 order = read(part.tensors["g_idx"]) if "g_idx" in part.tensors else None
                 size = self.shape(part)[1] if self.group_size == -1 else self.group_size
-                # All zeros stand for "none" in files that other tools converted.
+                # All zeros mean "no g_idx" in files that other tools converted.
                 if order is not None and order.any() and (order != np.arange(len(order)) // size).any():
                     limits.append(
                         "declared without desc_act, but its g_idx does not count inputs in groups of "
@@ -245,7 +247,7 @@ class Gptq(Grouped):
     def _zero_point_limits(
         self, stored: Sequence[npt.NDArray[Any] | None], parts: Sequence[StoredModule], *, experts: bool
     ) -> list[str]:
-        """For symmetric weights, whose zero points Marlin takes for granted; ``stored`` are their ``qzeros``."""
+        """Reasons for symmetric weights, whose zero points Marlin does not read; ``stored`` are their ``qzeros``."""
         known = [words for words in stored if words is not None]
         layouts = {self._layout_of(words) for words in known}
         if None in layouts:
@@ -264,8 +266,10 @@ class Gptq(Grouped):
         return []
 
     def as_stored(self, module: StoredModule, read: Reader) -> Format:
-        """With the layout that zero points of symmetric weights are stored in, whatever is declared: AutoRound and
-        GPTQModel have changed what they call it."""
+        """The format with the layout that zero points of symmetric weights show.
+
+        Versions of AutoRound and GPTQModel differ in their names of the layouts.
+        """
         words = read(module.tensors["qzeros"]) if self.sym else None
         layout = None if words is None else self._layout_of(words)
         return self if layout in (None, self.layout) else replace(self, layout=layout)
@@ -278,15 +282,14 @@ class Gptq(Grouped):
         return np.uint32(sum(zero << (self.bits * i) for i in range(self.pack)))
 
     def _layout_of(self, words: npt.NDArray[Any]) -> str | None:
-        """The layout in which these ``qzeros`` are those of a symmetric weight; None where they are in none."""
+        """The layout in which these ``qzeros`` are those of a symmetric weight; None if there is none."""
         import numpy as np
 
         unsigned = words.view(np.uint32)
         return next((layout for layout in _OTHER if (unsigned == self._symmetric_word(layout)).all()), None)
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        """Of symmetric weights the zero points are taken for granted, as kernels do: :meth:`value_limits` looks at
-        them."""
+        """Ignores zero points of symmetric weights, as kernels do; :meth:`value_limits` checks them."""
         import numpy as np
 
         q = unpack(tensors["qweight"].T, self.bits).T  # [K, N]
@@ -326,8 +329,7 @@ class Dynamic:
         self._budget = MatchBudget()
 
     def resolve(self, module: str) -> Mapping[str, object]:
-        """The settings of one module. Raises :class:`FormatError` for expressions that are not read, or take too
-        long."""
+        """The settings of one module. Raises :class:`FormatError` for unsupported expressions, or slow ones."""
         dynamic = self._quantization.get("dynamic")
         if not isinstance(dynamic, dict):
             return self._quantization

@@ -1,12 +1,11 @@
 """compressed-tensors' packed Int4 and Int8 (``pack-quantized``).
 
-Its FP8 and Int8 that are not packed are the formats of :mod:`.fp8` and :mod:`.int8`; its configuration is read by
-:mod:`.config_groups`.
+:mod:`.fp8` and :mod:`.int8` have its FP8 and Int8 that are not packed; :mod:`.config_groups` reads its configuration.
 
 With ``pack = 32 / bits`` and ``G = K / group_size``, a packed weight (``pack-quantized``) is:
 
 =====================  =======  =================  =====================================================
-tensor                 dtype    shape              holds
+tensor                 dtype    shape              contents
 =====================  =======  =================  =====================================================
 ``weight_packed``      I32      ``[N, K/pack]``    ``pack`` consecutive inputs in each word, lowest bits
                                                    first, plus ``2^(bits - 1)``
@@ -205,7 +204,7 @@ class Packed(Grouped):
         return limits + (self._order_limits(parts, read, experts=experts) if self.actorder else [])
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        """What ``weight_shape`` says is checked when planning, and not looked at here."""
+        """Ignores ``weight_shape``, which is checked in planning."""
         import numpy as np
 
         q = unpack(tensors["weight_packed"], self.bits)  # [N, K]

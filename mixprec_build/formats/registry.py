@@ -1,4 +1,4 @@
-"""The formats that are read, and what follows from the list."""
+"""The list of supported formats, and tables made from it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Int8, Gptq, Awq, Packed)
 
 @contextmanager
 def with_format(fmt: type[Format]) -> Iterator[None]:
-    """While it lasts, a format from outside this package is read like the others, and asked before them."""
+    """Supports a format from outside this package in its body, where it is tried before the others."""
     global FORMATS
     before = FORMATS
     FORMATS = (fmt, *before)
@@ -54,10 +54,10 @@ def with_format(fmt: type[Format]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """What follows from a list of formats."""
+    """Tables made from a list of formats."""
 
     formats: Mapping[str, type[Format]]
-    """By kind."""
+    """Kind -> its format."""
     words: Mapping[str, frozenset[str]]
     """A word for a format in a recipe -> the kinds that it may stand for."""
     leaves: frozenset[str]
@@ -90,11 +90,12 @@ def _table(formats: tuple[type[Format], ...]) -> _Table:
 
 
 def recognise(module: StoredModule, quantization: Mapping[str, object]) -> Format:
-    """The format a source stores a module in; its ``quantization_config`` is one :class:`Quantization` for all its
-    modules.
+    """The format that a source stores a module in.
+
+    ``quantization`` is its ``quantization_config``; one :class:`Quantization` for all modules saves time.
 
     Raises:
-        FormatError: it is none that is read, or contradicts itself.
+        FormatError: it is not supported, or contradicts itself.
     """
     declared = Quantization.of(quantization)
     table = _table(FORMATS)
@@ -118,37 +119,36 @@ def _recognised(module: StoredModule, declared: Quantization, table: _Table) -> 
 
 
 def told_by_name(name: str, quantization: Quantization) -> Hashable:
-    """What a configuration tells of a module by its name: modules stored alike of which it tells the same are of one
-    format."""
+    """A configuration's settings of a module by its name: modules stored alike with equal ones are in one format."""
     return tuple([key(name, quantization) for key in _table(FORMATS).name_keys])
 
 
 def format_from_json(data: Mapping[str, Any]) -> Format:
-    """Inverse of ``Format.to_json``. Raises ``KeyError``, ``TypeError`` or ``ValueError`` on nonsense."""
+    """Inverse of ``Format.to_json``. Raises ``KeyError``, ``TypeError`` or ``ValueError`` if ``data`` is malformed."""
     return _table(FORMATS).formats[data["kind"]].from_json(data)
 
 
 def kinds() -> Iterator[tuple[str, Kind]]:
-    """Every kind of every format, in their order."""
+    """Yields every kind of every format by name, in their order."""
     for fmt in FORMATS:
         yield from fmt.kinds.items()
 
 
 def kind_named(name: str) -> Kind:
-    """What is known of a kind, as ``fp8_block``."""
+    """The properties of a kind such as ``fp8_block``."""
     return _table(FORMATS).formats[name].kinds[name]
 
 
 def bits_of(kind: str) -> int:
-    """Those of a weight: 8 for ``fp8_block``."""
+    """Bits of a weight: 8 for ``fp8_block``."""
     return kind_named(kind).bits
 
 
 def kinds_of_word(word: str) -> frozenset[str]:
-    """What a word of a recipe may stand for: ``int4`` for ``gptq_int4`` and others; empty where it names no format."""
+    """The kinds that a word of a recipe may mean, as ``int4`` means ``gptq_int4`` and others; empty for other words."""
     return _table(FORMATS).words.get(word, frozenset())
 
 
 def leaves() -> frozenset[str]:
-    """The last words of names of tensors that are parts of modules; others name a parameter of its own."""
+    """The last words of names of tensors that belong to modules; tensors of other names are bare parameters."""
     return _table(FORMATS).leaves

@@ -1,4 +1,4 @@
-"""Formats that are recognised by their tensors and not read: refused by name, with what to do."""
+"""Refuses formats that are recognised by their tensors but not supported: by name, with advice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["LEAVES", "UNREAD", "by_its_name", "refuse_first", "refuse_unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A format, by tensors that its modules have, among others: leaf -> dtype."""
+    """A format that is not supported. ``tensors`` that its modules have: leaf -> dtype."""
 
     name: str
     tensors: Mapping[str, str]
@@ -63,19 +63,21 @@ UNREAD = (
     *(Unread("W4AFP8", {"weight": "I8", "weight_scale_inv": dtype}, _W4AFP8) for dtype in ("BF16", "F16", "F32")),
     Unread("Quark's Int4", {"weight": "I32"}, _SIGNED),
 )
-"""The first that fits is the one."""
+"""The first that fits counts."""
 
 LEAVES = frozenset({"weight_scale_2", "weight_global_scale", "input_global_scale", "input_zero_point", "SCB"})
 """The last words of names of tensors that only such formats have."""
 
 
 _INDEX = re.compile(r"(.+\.)?(\w*position_ids|\w*_ids|num_batches_tracked|\w*token_map|tid2eid|d2t|t2d)")
-"""Integers that are buffers of models."""
+"""Names of integers that are buffers of models."""
 
 
 def refuse_first(module: StoredModule, quantization: Quantization, methods: Set[str]) -> None:
-    """Raises :class:`FormatError` for modules of such formats that would pass for others. ``methods`` are those whose
-    configurations are read."""
+    """Raises :class:`FormatError` for modules of these formats that look like supported ones.
+
+    ``methods`` are those whose configurations are supported.
+    """
     # gpt-oss: all experts of a layer in one parameter of bytes, and one of scales, which would pass for buffers
     packed = module.tensors.keys() == {""} and module.name.endswith(("_blocks", "_scales"))
     if packed and quantization.get("quant_method") == "mxfp4":
@@ -99,12 +101,12 @@ def refuse_first(module: StoredModule, quantization: Quantization, methods: Set[
 
 
 def _is_of_fused_experts(name: str, tensor: TensorInfo) -> bool:
-    """Whether a bare parameter is a weight of all experts of a layer in FP8, or its scales."""
+    """Whether a bare parameter is an FP8 weight of all experts of a layer, or its scales."""
     return (tensor.dtype.startswith("F8_") and len(tensor.shape) > 2) or name.endswith("_scale_inv")
 
 
 def _foreign(module: StoredModule, quantization: Quantization, methods: Set[str]) -> str | None:
-    """Why a bare parameter is part of a weight in another format, and no buffer; None where it may be one."""
+    """The reason why a bare parameter is part of a weight in another format; None if it may be a buffer."""
     tensor = module.tensors.get("")
     if tensor is None or tensor.dtype[:1] not in ("I", "U") or _INDEX.fullmatch(module.name):
         return None
@@ -122,8 +124,10 @@ def _foreign(module: StoredModule, quantization: Quantization, methods: Set[str]
 
 
 def by_its_name(error: FormatError, module: StoredModule, quantization: Quantization, methods: Set[str]) -> FormatError:
-    """What to raise instead of ``error``, which tensors alone led to: the declared method says what a module is, unless
-    it is one of ``methods``, whose configurations are read, or the tensors told more."""
+    """An error that names the declared method, in place of ``error``, which names only tensors.
+
+    Returns ``error`` where it already names a format, and for ``methods``, whose configurations are supported.
+    """
     text, method, algorithm = str(error), quantization.get("quant_method"), quantization.get("quant_algo")
     named = text.startswith("stored as ") and not text.startswith(f"stored as {_SOME_FLOATS}")
     if not isinstance(method, str) or named or "quant_method" in text:
@@ -144,7 +148,7 @@ _NAMES = {"bitsandbytes": "bitsandbytes", "bitnet": "BitNet", "w4afp8": "W4AFP8"
 
 
 def refuse_unknown(module: StoredModule) -> NoReturn:
-    """Raises :class:`FormatError` that names the format of a module that is in none that is read."""
+    """Raises :class:`FormatError` for a module in no supported format, with the name of its format if it is known."""
     stored = ", ".join(shape_text(leaf, module) for leaf in sorted(module.tensors))
     dtypes = {leaf: tensor.dtype for leaf, tensor in module.tensors.items()}
     for unread in UNREAD:
