@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import SourceError
 from ..formats.base import Format, FormatError
 from ..formats.quantization import Quantization
-from ..formats.registry import recognise, told_by_name
+from ..formats.registry import recognise, settings_by_name
 from .declaration import METHOD, Declaration
 from .declared import Declared, differences
 
@@ -30,7 +30,7 @@ def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
         # Modules with equal tensors and equal settings are checked once: thousands of experts are alike. Bare
         # parameters are checked one by one, since buffers are known by their names.
         alike = tuple([(leaf, t.dtype, t.shape) for leaf, t in module.tensors.items()])
-        what = name if "" in module.tensors else (alike, *[told_by_name(name, said) for _, said in readings])
+        what = name if "" in module.tensors else (alike, *[settings_by_name(name, said) for _, said in readings])
         if what not in known:
             known[what] = _recognise(module, readings)
         found[name] = known[what]

@@ -205,7 +205,7 @@ class Gptq(Grouped):
         limits = self._marlin_limits(parts)
         if not limits or not self.fits_untiled([n for n, _ in shapes], shapes[0][1]):
             return None
-        return f"{', '.join(limits)}; SGLang's slower GPTQ kernel, which 0.5.23 has no more, runs them"
+        return f"{', '.join(limits)}; SGLang's slower GPTQ kernel, removed by 0.5.23, runs them"
 
     def fits_untiled(self, outputs: Sequence[int], inputs: int) -> bool:
         """Whether SGLang's other kernel (``GPTQConfig``, FP16 only) runs them.
@@ -213,8 +213,8 @@ class Gptq(Grouped):
         It takes 32 inputs at a time, and adds one to zero points, as only the older layout needs.
         """
         size = inputs if self.group_size == -1 else self.group_size
-        whole = all(n % self.pack == 0 for n in outputs)
-        return self.layout == "gptq" and whole and inputs % 32 == 0 and size % 32 == 0 and inputs % size == 0
+        complete = all(n % self.pack == 0 for n in outputs)
+        return self.layout == "gptq" and complete and inputs % 32 == 0 and size % 32 == 0 and inputs % size == 0
 
     @property
     def row_join_limit(self) -> str | None:

@@ -31,7 +31,7 @@ __all__ = [
     "kinds_of_word",
     "leaves",
     "recognise",
-    "told_by_name",
+    "settings_by_name",
     "with_format",
 ]
 
@@ -118,7 +118,7 @@ def _recognised(module: StoredModule, declared: Quantization, table: _Table) -> 
     unread.refuse_unknown(module)
 
 
-def told_by_name(name: str, quantization: Quantization) -> Hashable:
+def settings_by_name(name: str, quantization: Quantization) -> Hashable:
     """A configuration's settings of a module by its name: modules stored alike with equal ones are in one format."""
     return tuple([key(name, quantization) for key in _table(FORMATS).name_keys])
 
