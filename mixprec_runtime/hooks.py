@@ -92,6 +92,8 @@ def initialize_model(
     else:
         leave_to_sglang(f"this run is {loader.this_run()}")
     model = _counted(original(model_config, load_config, quant_config), model_config)
+    if is_cpu():
+        reference.replace_model_kernels()
     scales = quant_config.cache_scales
     cache_scales.make(model, quant_config, scales)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]

@@ -7,6 +7,7 @@ reference arithmetic, to be multiplied in the model's dtype by activations that 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 
-__all__ = ["announce", "pretend_hopper", "split_experts", "stand_in", "unquantized_experts"]
+__all__ = ["announce", "pretend_hopper", "replace_model_kernels", "split_experts", "stand_in", "unquantized_experts"]
 
 
 AsStored = Callable[[Any, dict[str, torch.Tensor], "list[int] | None"], tuple[Format, dict[str, torch.Tensor]]]
@@ -71,6 +72,20 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, as_stored: AsStored, *, ex
     else:
         method.process_weights_after_loading = lambda layer: _dequantize_linear(layer, fmt, as_stored)
         method.apply = lambda layer, x, bias=None: F.linear(x, layer.weight, bias)
+
+
+def replace_model_kernels() -> None:
+    """Replaces the Triton kernel that SGLang's Qwen2-MoE, and models built on it, call themselves, also on a CPU
+    (``models/qwen2_moe.py:591`` of 0.5.17)."""
+    module: Any = sys.modules.get("sglang.srt.models.qwen2_moe")
+    if module is not None and hasattr(module, "fused_gate_sigmoid_mul_add"):
+        module.fused_gate_sigmoid_mul_add = _add_gated
+
+
+def _add_gated(x: torch.Tensor, gate: torch.Tensor, shared: torch.Tensor, total: torch.Tensor) -> None:
+    """Adds the output of shared experts to that of routed ones, ``total [T, H]``, each token's by its gate ``[H]``."""
+    weight = torch.sigmoid(x.float() @ gate.float()).unsqueeze(1)
+    total.copy_(total.float() + weight * shared.float())
 
 
 def unquantized_experts() -> FusedMoEMethodBase:

@@ -73,8 +73,10 @@ def make_largest(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_hidden_layers": 140}))
     leaves, each = ("qweight", "qzeros", "scales", "g_idx"), LARGEST // SHARDS
+    # As long as it takes for an index of 250 MB, which is about as large as one may be.
+    inner = "conditional_generation_model.language_model.text_decoder_of_the_backbone.model"
     names = [
-        f"language_model.model.layers.{i // 10752}.block_sparse_moe.experts.{i // 12 % 896}"
+        f"{inner}.layers.{i // 10752}.block_sparse_moe.experts.{i // 12 % 896}"
         f".{('w1', 'w2', 'w3')[i // 4 % 3]}.{leaves[i % 4]}"
         for i in range(LARGEST)
     ]

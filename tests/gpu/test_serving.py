@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from support.run import environment  # noqa: E402
-from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, Shape, write_sources  # noqa: E402
+from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2_MOE, QWEN3, QWEN3_MOE, Shape, write_sources  # noqa: E402
 from support.sglang.ask import COMPILED  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +43,11 @@ MIXES: Mapping[str, tuple[Shape, list[str]]] = {
     "attention fp8, experts int4": (MOE, ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.*: gptq_int4"]),
     "attention fp8, experts of auto-round": (
         MOE, ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.experts.*: auto_round_int4"]
+    ),
+    "shared experts fp8 as well": (
+        QWEN2_MOE.of(**{**SIZES, "head_dim": 64}, intermediate=1024, experts=32, top_k=8, expert_intermediate=512),
+        ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.shared_expert.*: fp8_block",
+         "model.layers.*.mlp.experts.*: auto_round_int4"],
     ),
     "attention bf16, mlp fp8": (DENSE, ["model.layers.*.mlp.*: fp8_channel"]),
     "layer by layer": (

@@ -42,6 +42,9 @@ METHODS = {
     "ct_int4_asym": "CompressedTensorsLinearMethod",
     "ct_int4_act": "CompressedTensorsLinearMethod",
     "ct_int8": "CompressedTensorsLinearMethod",
+    # Under other producers' names, one with static activations, as ModelOpt's are.
+    "fp8_block_scale": "Fp8LinearMethod",
+    "fp8_static": "Fp8LinearMethod",
 }
 PADDED = ("fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "ct_fp8_block")
 """Variants whose kernels support a padded vocabulary of any size."""
@@ -170,5 +173,6 @@ def test_flags_that_do_not_go_with_it(folder: Path, tmp_path: Path, shape: Shape
     assert launch.quantized_head_problems(args, "fp8_channel") == []
 
 
-def test_all_variants_of_the_harness_are_here() -> None:
-    assert METHODS.keys() <= set(VARIANTS)
+def test_every_kind_is_here() -> None:
+    """Those of the harness that differ in no more than the size of their groups are not."""
+    assert {variant for variant in VARIANTS if not variant.endswith(("_g32", "_g64"))} - {"bf16"} <= METHODS.keys()

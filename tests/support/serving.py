@@ -27,6 +27,7 @@ __all__ = [
     "LLAMA",
     "MIXTRAL",
     "QWEN2",
+    "QWEN2_MOE",
     "QWEN3",
     "QWEN3_MOE",
     "Shape",
@@ -63,6 +64,7 @@ class Shape:
 LLAMA = Shape("llama", "LlamaForCausalLM")
 QWEN2 = Shape("qwen2", "Qwen2ForCausalLM")
 QWEN3 = Shape("qwen3", "Qwen3ForCausalLM")
+QWEN2_MOE = Shape("qwen2_moe", "Qwen2MoeForCausalLM", experts=8)
 QWEN3_MOE = Shape("qwen3_moe", "Qwen3MoeForCausalLM", experts=8)
 MIXTRAL = Shape("mixtral", "MixtralForCausalLM", experts=8)
 DEEPSEEK = Shape("deepseek_v3", "DeepseekV3ForCausalLM", experts=8)
@@ -88,6 +90,9 @@ def _modules(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
             if shape.family == "deepseek_v3":
                 yield f"{prefix}.mlp.gate.e_score_correction_bias", (shape.experts,)
                 yield from _mlp(f"{prefix}.mlp.shared_experts", shape)
+            if shape.family == "qwen2_moe":
+                yield f"{prefix}.mlp.shared_expert_gate", (1, shape.hidden)
+                yield from _mlp(f"{prefix}.mlp.shared_expert", replace(shape, expert_intermediate=shape.intermediate))
             for expert in range(shape.experts):
                 yield from _mlp(f"{prefix}.mlp.experts.{expert}", shape)
         else:
@@ -117,7 +122,7 @@ def _attention(shape: Shape, prefix: str) -> Iterator[tuple[str, tuple[int, ...]
     yield f"{prefix}.k_proj", (shape.kv_heads * shape.head_dim, shape.hidden)
     yield f"{prefix}.v_proj", (shape.kv_heads * shape.head_dim, shape.hidden)
     yield f"{prefix}.o_proj", (shape.hidden, shape.heads * shape.head_dim)
-    if shape.family == "qwen2":
+    if shape.family.startswith("qwen2"):
         for part, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
             yield f"{prefix}.{part}_proj.bias", (heads * shape.head_dim,)
     if shape.family.startswith("qwen3"):
@@ -159,6 +164,8 @@ def _config(shape: Shape) -> dict[str, Any]:
     elif shape.experts:
         config |= {"num_experts": shape.experts, "num_experts_per_tok": shape.top_k, "norm_topk_prob": True}
         config |= {"moe_intermediate_size": shape.expert_intermediate, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        if shape.family == "qwen2_moe":
+            config |= {"shared_expert_intermediate_size": shape.intermediate, "use_sliding_window": False}
     if shape.family in ("llama", "qwen3", "qwen3_moe"):
         config |= {"head_dim": shape.head_dim, "attention_bias": False}
     return config

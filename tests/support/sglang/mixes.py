@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, Shape
+from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, Shape
 from support.sglang.harness import VARIANTS, build, sources, tensors_of
 
 __all__ = ["EIGHT", "HEADS", "MIXES", "RELEASES", "Expected", "Mix", "mix"]
@@ -176,7 +176,12 @@ RELEASES: Mapping[str, Mix] = {
         QWEN3_MOE.of(**_SIZES),
         {"model.layers.*.self_attn.*": "fp8_block", "model.layers.*.mlp.experts.*": "auto_round_int4"},
     ),
-}
+    "auto_round_beside_shared_experts": (
+        QWEN2_MOE.of(expert_intermediate=128),
+        {"model.layers.*.self_attn.*": "fp8_block", "model.layers.*.mlp.experts.*": "auto_round_int4",
+         "model.layers.*.mlp.shared_expert.*": "fp8_block"},
+    ),
+}  # fmt: skip
 
 
 # Mixes with a quantized lm_head.
