@@ -118,7 +118,8 @@ def expected(checkpoint: Path) -> torch.Tensor:
     """The head's weight, ``[vocabulary, hidden]``, dequantized by the tests."""
     parts = (name.rpartition(".") for name in tensors_of(checkpoint))
     leaves = [leaf for module, _, leaf in parts if module == "lm_head"]
-    return dequantize({leaf: tensors_of(checkpoint)[f"lm_head.{leaf}"] for leaf in leaves}).float()
+    stored = {leaf: tensors_of(checkpoint)[f"lm_head.{leaf}"] for leaf in leaves}
+    return dequantize({"weight_scale_inv" if leaf == "scale" else leaf: t for leaf, t in stored.items()}).float()
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
