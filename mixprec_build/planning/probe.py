@@ -35,6 +35,8 @@ _SAMPLES = 3
 """Number of layers in which modules of one kind are compared."""
 _FITS = 12
 """Most rounds in which scales of rows and columns are fitted in turn."""
+_BEYOND = 1 / 64
+"""Fraction of weights that may be further from the reference than rounding to the nearest leaves: clipped ones."""
 _ROUNDING = 2.0**-7
 """Relative difference that a rounding to BF16 may make between two unquantized releases of one weight."""
 
@@ -218,6 +220,7 @@ def _differs(module: PlannedModule, reference: str, probe: WeightProbe, full: bo
         if more is None:
             return False
         allowed = allowed + (more[:count] / 2 if reference_format.rounded else more[:count])
+    unscaled = theirs
     # Weights that differ only by scales folded into rows and columns are the same.
     for _ in range(_FITS):
         if _alike(ours, theirs, allowed / 2):
@@ -226,7 +229,22 @@ def _differs(module: PlannedModule, reference: str, probe: WeightProbe, full: bo
         theirs = theirs * _factors(ours, theirs, 0)
     error = np.sqrt(((ours - theirs) ** 2).mean(1))
     limit = np.sqrt(((allowed + _ROUNDING * abs(theirs)) ** 2).mean(1))
-    return bool((error > limit).mean() > 1 / 16)
+    if (error > limit).mean() > 1 / 16:
+        return True
+    rounds = module.format.rounded and not reference_format.quantized
+    is_scaled = ((ours - unscaled) ** 2).mean() > 1.25 * (error**2).mean()
+    return rounds and not is_scaled and _is_beyond_rounding(ours, unscaled, steps)
+
+
+def _is_beyond_rounding(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], steps: npt.NDArray[Any]) -> bool:
+    """Whether too many of the weights are further apart than half a step, which rounding to the nearest never leaves.
+
+    Of a change much smaller than a step, each weight shows nothing; of thousands of weights, those that lie near the
+    middle of two values are rounded to the wrong one. For a change of ``d`` steps that is about ``d`` of them.
+    """
+    # Scales may have been rounded to BF16, and weights divided by them in it.
+    slack = _ROUNDING / 2 * abs(theirs)
+    return bool((abs(ours - theirs) > steps / 2 + slack).mean() > _BEYOND)
 
 
 def _alike(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], allowed: npt.NDArray[Any]) -> bool:

@@ -51,6 +51,28 @@ def test_a_fine_tune_beside_its_bases_quantized_weights_is_noted(tmp_path: Path,
     assert note.startswith("model.layers.{0..1}.self_attn.{k_proj,o_proj,q_proj,v_proj}: `q` differs from `base`")
 
 
+@pytest.mark.parametrize("size", [0.02, 0.1])
+@pytest.mark.parametrize("variant", ["fp8_block", "fp8_channel", "fp8_tensor"])
+def test_a_change_far_below_a_step_shows_in_many_weights(tmp_path: Path, variant: str, size: float) -> None:
+    """Of each weight 2 % or 10 %, where FP8 rounds by up to 6 %."""
+    write_tiny(tmp_path / "base", MODEL, "bf16", edit=trained_further(size))
+    write_tiny(tmp_path / "q", MODEL, variant)
+    notes = plan_of(tmp_path, {"model.layers.*.self_attn.*": "q", "model.layers.*.mlp.*": "q"}).notes
+    (note,) = [note for note in notes if "by more than rounding" in note]
+    assert all(word in note for word in ("down_proj", "k_proj", "o_proj", "up_proj"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("variant", ["fp8_block", "fp8_channel", "fp8_tensor"])
+@pytest.mark.parametrize("fold", [0, 0.02, 0.7])
+def test_other_roundings_and_scales_are_no_change(tmp_path: Path, variant: str, dtype: str, fold: float) -> None:
+    """Of a quantizer that had them in BF16, or that folded scales into rows and columns."""
+    write_tiny(tmp_path / "base", MODEL, dtype)
+    write_tiny(tmp_path / "q", MODEL, variant, fold=fold)
+    notes = plan_of(tmp_path, {"model.layers.*": "q"}).notes
+    assert not [note for note in notes if "rounding" in note]
+
+
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_what_rounding_made_is_not_noted(tmp_path: Path, variant: str) -> None:
     write_tiny(tmp_path / "base", MODEL, "bf16")
