@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["build", "inspect", "plan", "split", "suggest", "verify"]
 
 Layout = Literal["merged", "presplit", "both"]
-"""Which files a checkpoint has: those of the complete model, those cut for ranks, or both."""
+"""The files of a checkpoint: those of the complete model, those cut for ranks, or both."""
 Check = Literal["sample", "full"]
-"""Which quantized modules have their weights compared with unquantized ones: a sample, or all."""
+"""The quantized modules whose weights are compared with unquantized ones: a sample, or all."""
 
 
 def plan(

@@ -81,8 +81,8 @@ class BudgetError(MixprecError):
 class RefusedError(MixprecError):
     """A mix that is refused before anything is written.
 
-    ``problems`` holds a :class:`~mixprec_build.planning.problems.Problem` for each reason; ``str()`` of one is its
-    message, and its ``fix`` is what a program may do about it.
+    ``problems`` has a :class:`~mixprec_build.planning.problems.Problem` for each reason: ``str(problem)`` is its
+    message, ``problem.fix`` the edit of the recipe that resolves it, if there is one.
     """
 
     def __init__(self, problems: Sequence[Any]):

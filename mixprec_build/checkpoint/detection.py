@@ -38,7 +38,7 @@ def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
 
 
 def _detect_compiled(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
-    """The same for a checkpoint that mixprec built."""
+    """Detects the formats of a checkpoint that mixprec built, by its declaration."""
     try:
         declaration = Declaration.from_json(checkpoint.quantization)
     except SourceError as error:

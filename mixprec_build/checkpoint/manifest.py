@@ -98,7 +98,7 @@ class ModuleEntry(NamedTuple):
 
 
 class SourceEntry(NamedTuple):
-    """Where a source was: ``path`` is the folder of a local one, ``commit`` that of a hub's."""
+    """The place of a source: ``path`` is the folder of a local one, ``commit`` the commit of one on the hub."""
 
     location: str
     path: str | None
@@ -140,11 +140,11 @@ class Manifest:
     formats: Mapping[str, Format]
     files: Mapping[str, FileEntry]
     ranks: Mapping[str, RankEntry]
-    """By folder, as ``presplit/tp4-ep1/rank-0-of-4``."""
+    """Folder, such as ``presplit/tp4-ep1/rank-0-of-4`` -> its entry."""
     rest: RankEntry | None
     """The folder of what is kept of merged files that were dropped; None where they were not."""
     checksum: str
-    """Of the manifest, which has the checksums of all tensors: equal ones mean equal checkpoints."""
+    """The manifest's checksum. It covers the checksums of all tensors: equal values mean equal checkpoints."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:

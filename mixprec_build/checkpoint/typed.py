@@ -33,7 +33,7 @@ class Source:
     checkpoint: Checkpoint
     formats: Mapping[str, Format | FormatError]
     distinct_formats: frozenset[Format]
-    """Those of ``formats`` that are supported."""
+    """The supported formats among ``formats``."""
     kinds: frozenset[str]
     """Kinds of its quantized formats, or of its unquantized ones if it has no others."""
 

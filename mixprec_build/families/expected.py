@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint SGLang's models load: one rule for the planner, files of ranks and strict loading.
+"""Decides which tensors SGLang's models load: one rule for the planner, files of ranks and strict loading.
 
 A plan must have all that a model needs, and every tensor that is expected must reach a parameter, or the server stops.
 """

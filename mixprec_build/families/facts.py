@@ -40,8 +40,8 @@ class ModelFacts:
     """
 
     family: Family
-    """By the class or ``model_type`` of the checkpoint, else of its decoder; else one whose rules such models follow,
-    or the rules for unknown models."""
+    """By the class or ``model_type`` of the checkpoint, else of its decoder; else the family whose rules such models
+    follow, or the rules for unknown models."""
     names_family: bool
     """Whether the class or ``model_type`` of the checkpoint is the family's, not only that of its decoder."""
     model_type: str

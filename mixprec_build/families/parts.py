@@ -39,7 +39,7 @@ class Role(Enum):
 
 
 class CutBy(Enum):
-    """How tensor-parallel ranks share a linear, an embedding or a head. Projections of MLPs are shared by columns."""
+    """Ways to share a linear, an embedding or a head among ranks. Projections of MLPs are always shared by columns."""
 
     QUERY_HEADS = "its outputs, by attention heads"
     KEY_VALUE_HEADS = "its outputs, by key-value heads; where these are fewer than ranks, several hold the same"

@@ -79,7 +79,7 @@ class Kind:
 
 
 class Format(ABC):
-    """How a module is stored. Instances are frozen dataclasses; equal instances are the same format.
+    """A way to store a module. Instances are frozen dataclasses; equal instances are the same format.
 
     ``N`` is a linear's number of outputs, ``K`` its number of inputs; a weight is ``[N, K]``.
     """

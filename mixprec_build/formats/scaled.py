@@ -312,7 +312,7 @@ _WORDS = {"none": "unquantized", "dynamic": "dynamic", "static": "static"}
 
 
 def _activations(module: StoredModule, quantization: Quantization, scheme: Scheme | None) -> str:
-    """How activations are quantized, by the tensors. Raises :class:`FormatError` if the configuration differs."""
+    """``static``, ``dynamic`` or ``none``, by the tensors. Raises :class:`FormatError` if the configuration differs."""
     static = not module.tensors.keys().isdisjoint(_INPUTS)
     have, stored = ("an", "static") if static else ("no", "dynamic")
     if scheme is not None:

@@ -50,7 +50,7 @@ class _Output:
     fd: int
     pending: int = 0
     dirty: int = 0
-    """Bytes written since the kernel was last told to put them on disk."""
+    """Bytes written since the last start of write-back."""
     queued: bool = False
     """Whether all of its batches have been handed out."""
 

@@ -26,7 +26,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 
 MAX_NAME = 256
-"""In characters. Longer names are refused where they are read, so that none is ever matched."""
+"""Most characters of a name. Longer ones are refused where they are read, so that none is ever matched."""
 
 # Bounds for untrusted patterns; sizes are in characters, with braces written out.
 _MAX_STARS = 4
@@ -51,7 +51,7 @@ class Pattern:
     text: str
     exact: bool = field(init=False)
     size: int = field(init=False, repr=False, compare=False)
-    """In characters, with its braces written out."""
+    """Its length in characters, with braces written out."""
     _match: Callable[[str], object] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

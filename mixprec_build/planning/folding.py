@@ -1,4 +1,4 @@
-"""Scales that a quantizer folded into the modules before the ones it quantized.
+"""Finds scales that a quantizer folded into the modules before the ones it quantized.
 
 AWQ, and SmoothQuant for Int8, multiply the input channels of a weight by scales before rounding it, and divide the
 module that produces these inputs by them: the norm before q/k/v or before gate and up, ``v_proj`` before ``o_proj``,
@@ -44,7 +44,7 @@ __all__ = ["Folding"]
 
 _PAIRS_LOOKED_AT = 16
 _JOINED_LOOKED_AT = 2
-"""The same for linears of which all rows have to be read."""
+"""The limit for linears of which all rows have to be read."""
 
 
 class Folding:

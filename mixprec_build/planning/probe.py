@@ -177,7 +177,7 @@ def check_weights(
 
 
 def _sample(modules: Iterable[PlannedModule]) -> list[PlannedModule]:
-    """Of each kind of module, one in the first, the middle and the last layer that have it."""
+    """One module of each kind in the first, the middle and the last layer that have it."""
     kinds: dict[str, list[PlannedModule]] = {}
     for module in modules:
         kinds.setdefault(module.name.rpartition(".")[2], []).append(module)

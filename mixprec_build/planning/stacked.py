@@ -89,7 +89,7 @@ def check_stacked(chosen: Chosen, default: Source, sources: Sources, problems: P
 
 
 def why_kept(default: Source, names: Iterable[str], sources: Sources) -> tuple[str, list[str]]:
-    """Why no source can be chosen for those of ``names`` that hold all experts of a layer, and which they are."""
+    """The reason why no source can be chosen for modules with all experts of a layer; and these, of ``names``."""
     blocks = _blocks_of(default, names)
     if not blocks:
         return "", []
@@ -99,7 +99,7 @@ def why_kept(default: Source, names: Iterable[str], sources: Sources) -> tuple[s
 
 
 def _other_default(apart: str, blocks: Collection[str], chosen: Chosen) -> tuple[Replacement, list[str]]:
-    """The edit that makes ``apart`` the default, so that ``blocks`` come from there; the rest stays where it is."""
+    """A fix that makes ``apart`` the default source, for ``blocks`` only: other modules keep their sources."""
     stay = [
         name
         for name, choice in chosen.choices.items()

@@ -97,7 +97,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """All that a build does."""
+    """A plan of all that a build does."""
 
     recipe: Recipe
     sources: Sources

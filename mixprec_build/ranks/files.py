@@ -90,7 +90,7 @@ def write_rank(
 
     Raises:
         WriteError: the disk is full, fails, or forbids it.
-        OutputError: a link or files of somebody else are in the way.
+        OutputError: a link, or files that mixprec did not write, are in the way.
     """
     parent, _, last = name.rpartition("/")
     part = f"{parent}/.{last}.part"

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Where a piece lies in a parameter, with the rows of all its experts one below the other."""
+    """The place of a piece in a parameter, whose experts' rows are counted one below the other."""
 
     piece: Piece
     top: int

@@ -72,7 +72,7 @@ class Recipe:
     """Tensor-parallel degrees to cut files for."""
     tp_line: int = 0
     layout: str = "merged"
-    """Files of the whole model (``merged``), files cut for ranks (``presplit``), or ``both``."""
+    """Files of the complete model (``merged``), files cut for ranks (``presplit``), or ``both``."""
     serving: Mapping[str, object] = field(default_factory=dict)
     """The sections ``inference:`` and ``server:``, which have no influence on the build."""
     default_line: int = 0

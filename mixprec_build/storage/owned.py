@@ -1,4 +1,4 @@
-"""Files below a folder that mixprec owns: opened, renamed and removed by descriptor, never through a link.
+"""Opens, renames and removes files below a folder that mixprec owns: by descriptor, never through a link.
 
 A checkpoint or a stage folder may come from somebody else, with links in it, and between a check of a path and an
 action on it a link can be put there. So each action opens the folders above its target one by one, never through a

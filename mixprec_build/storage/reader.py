@@ -93,7 +93,7 @@ class FileReader(TensorReader):
     ):
         self._path_of, self._elsewhere, self._ahead = path_of, elsewhere, {} if ahead is None else ahead
         self._open: dict[str, _OpenFile] = {}
-        """In the order of their last use."""
+        """Open files, the one that was used last at the end."""
         self._lock = Lock()
 
     def close(self) -> None:

@@ -187,7 +187,7 @@ def _checked(activity: Activity, path: Path) -> Activity:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """How evenly tokens are spread over experts."""
+    """Measures of how evenly tokens are spread over experts."""
 
     variation: float
     """Coefficient of variation: standard deviation over mean; 0 is even."""
