@@ -132,5 +132,5 @@ def _ended(stop: _Stop) -> tuple[object, str]:
 
 
 def _printable(text: str) -> str:
-    """Without characters that would command the terminal: a message may quote an untrusted file."""
+    """Escapes control characters but line ends: a message may quote an untrusted file."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
