@@ -126,7 +126,7 @@ def _foreign(module: StoredModule, quantization: Quantization, methods: Set[str]
 def by_its_name(error: FormatError, module: StoredModule, quantization: Quantization, methods: Set[str]) -> FormatError:
     """An error that names the declared method, in place of ``error``, which names only tensors.
 
-    Returns ``error`` where it already names a format, and for ``methods``, whose configurations are supported.
+    Returns ``error`` where it already names a format, and for supported ``methods`` and their supported algorithms.
     """
     text, method, algorithm = str(error), quantization.get("quant_method"), quantization.get("quant_algo")
     named = text.startswith("stored as ") and not text.startswith(f"stored as {_SOME_FLOATS}")

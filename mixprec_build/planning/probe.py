@@ -237,12 +237,12 @@ def _differs(module: PlannedModule, reference: str, probe: WeightProbe, full: bo
 
 
 def _is_beyond_rounding(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], steps: npt.NDArray[Any]) -> bool:
-    """Whether too many of the weights are further apart than half a step, which rounding to the nearest never leaves.
+    """Whether too many weights are further apart than half a step, which rounding to the nearest never leaves.
 
-    Of a change much smaller than a step, each weight shows nothing; of thousands of weights, those that lie near the
-    middle of two values are rounded to the wrong one. For a change of ``d`` steps that is about ``d`` of them.
+    A change much smaller than a step does not show in a single weight. But of thousands, those near the middle between
+    two values are then rounded to the other one: a share of about ``d`` for a change of ``d`` steps.
     """
-    # Scales may have been rounded to BF16, and weights divided by them in it.
+    # Scales, and the division by them, may have been in BF16.
     slack = _ROUNDING / 2 * abs(theirs)
     return bool((abs(ours - theirs) > steps / 2 + slack).mean() > _BEYOND)
 

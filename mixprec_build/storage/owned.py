@@ -118,7 +118,7 @@ class OwnedFolder:
     def move_file(self, old: str, new: str) -> None:
         """Renames a file. Between two file systems, copies it, syncs the copy and removes ``old``.
 
-        Who reads ``new`` meanwhile may then find a part of it.
+        A reader of ``new`` may see a part of it during the copy.
         """
         try:
             self.rename(old, new)
