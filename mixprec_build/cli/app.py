@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MixprecError, RecipeError, RefusedError
+from ..text import printable
 from ..versions import __version__
 from .build import build
 from .doctor import doctor
@@ -106,7 +107,8 @@ def main() -> None:
     except OutputLostError as error:
         code, message = code or error.exit_code, message or error.message
     if message:
-        print(f"mixprec: {_printable(message)}", file=sys.stderr)
+        lines = "\n".join(map(printable, message.split("\n")))  # it may quote an untrusted file
+        print(f"mixprec: {lines}", file=sys.stderr)
     sys.exit(128 + stop.number if stop.number else code)  # type: ignore[arg-type]
 
 
@@ -129,8 +131,3 @@ def _ended(stop: _Stop) -> tuple[object, str]:
     except OSError as error:
         return 1, str(error)
     return 0, ""
-
-
-def _printable(text: str) -> str:
-    """Escapes control characters but line ends: a message may quote an untrusted file."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
