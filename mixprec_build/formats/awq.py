@@ -61,13 +61,16 @@ class Awq(Grouped):
     leaves: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "bias"})
     methods: ClassVar[Mapping[str, Set[str] | None]] = {"awq": _KEYS, auto_round.METHOD: auto_round.KEYS}
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (auto_round.entry_of,)
-    values_leaf: ClassVar[str] = "qweight"
     # marlin_utils.py takes -1, too, but AWQ's layers divide by it (awq_moe.py, awq_marlin.py).
     group_sizes: ClassVar[tuple[int, ...]] = (32, 64, 128)
     kernels_for: ClassVar[str] = " for AWQ"
 
     group_size: int
     bits: int = field(default=4, init=False, repr=False, compare=False)
+
+    @property
+    def values_leaf(self) -> str:
+        return "qweight"
 
     @property
     def kind(self) -> str:

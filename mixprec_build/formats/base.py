@@ -90,8 +90,6 @@ class Format(ABC):
     """Its kinds by name; a name belongs to one format only."""
     leaves: ClassVar[frozenset[str]]
     """The last words of its tensors' names; ``""`` for a module that is one bare parameter."""
-    values_leaf: ClassVar[str] = "weight"
-    """The tensor of a weight's values."""
     rounded: ClassVar[bool] = False
     """Whether its writers round weights to the nearest value, instead of moving errors between weights."""
     methods: ClassVar[Mapping[str, Set[str] | None]] = {}
@@ -105,6 +103,11 @@ class Format(ABC):
     @abstractmethod
     def kind(self) -> str:
         """Its kind: ``bf16``, ``fp8_block``, ``gptq_int4``, ..."""
+
+    @property
+    def values_leaf(self) -> str:
+        """The tensor of a weight's values."""
+        return "weight"
 
     @property
     def quantized(self) -> bool:

@@ -99,7 +99,7 @@ class Scheme:
         if value("dynamic", bool, False):
             raise FormatError(f"{at} has dynamic weights, which are stored unquantized")
         grouped = actorder is True or (isinstance(actorder, str) and actorder.lower() in ("group", "dynamic"))
-        group_size = value("group_size", int, None)
+        group_size, fp4 = value("group_size", int, None), (weights.get("type"), weights.get("num_bits")) == ("float", 4)
         strategy = value("strategy", str, None)
         if strategy is None:  # which compressed-tensors then infers
             strategy = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
@@ -113,7 +113,7 @@ class Scheme:
             group_size,
             weights.get("block_structure"),
             "group" if grouped else None,
-            _activations(at, data.get("input_activations")),
+            _activations(at, data.get("input_activations"), fp4=fp4),
         )
 
     @property
@@ -123,13 +123,14 @@ class Scheme:
         return f"config group {self.name!r:.100} ({format_}, {brief(self.bits)} bit {type_}, {strategy})"
 
 
-def _activations(at: str, data: object) -> str:
+def _activations(at: str, data: object, *, fp4: bool) -> str:
+    """``fp4``: whether weights are 4-bit floats, beside which activations may be, too."""
     if data is None:
         return "none"
     if not isinstance(data, Mapping):
         raise FormatError(f"{at} has input_activations {brief(data)}")
     bits, dynamic, symmetric = data.get("num_bits", 8), data.get("dynamic", False), data.get("symmetric", True)
-    if bits != 8:
+    if bits != 8 and not (fp4 and bits == 4):
         raise FormatError(f"{at} quantizes activations to {brief(bits)} bits; only 8 are read")
     if symmetric is False:
         raise FormatError(f"{at} quantizes activations asymmetrically, which is not read")

@@ -83,7 +83,6 @@ class Gptq(Grouped):
     leaves: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"})
     methods: ClassVar[Mapping[str, Set[str] | None]] = {"gptq": _KEYS, auto_round.METHOD: auto_round.KEYS}
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (_override_of, auto_round.entry_of)
-    values_leaf: ClassVar[str] = "qweight"
     order: ClassVar[str] = "g_idx"
 
     bits: int
@@ -92,6 +91,10 @@ class Gptq(Grouped):
     desc_act: bool
     layout: str
     """``gptq`` (v1, zero points stored minus one) or ``gptq_v2``."""
+
+    @property
+    def values_leaf(self) -> str:
+        return "qweight"
 
     @property
     def kind(self) -> str:

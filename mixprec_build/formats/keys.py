@@ -27,8 +27,8 @@ _COMMON = {
 _USUAL: Mapping[str, tuple[object, ...]] = {
     "is_marlin_format": (False,),
     "fmt": ("e4m3", "float8_e4m3fn", "fp8_e4m3"),
-    "moe_quant_algo": (),
-    "moe_quant_format": (),
+    "moe_quant_algo": ("NVFP4",),
+    "moe_quant_format": ("nvfp4-pack-quantized",),
     "output_activations": (),
     "quantization_status": ("compressed", "frozen"),
 }

@@ -56,7 +56,6 @@ class Packed(Grouped):
     )
     methods: ClassVar[Mapping[str, Set[str] | None]] = METHODS
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
-    values_leaf: ClassVar[str] = "weight_packed"
     order: ClassVar[str] = "weight_g_idx"
 
     bits: int
@@ -64,6 +63,10 @@ class Packed(Grouped):
     sym: bool
     actorder: bool
     """Whether inputs are grouped by ``weight_g_idx``."""
+
+    @property
+    def values_leaf(self) -> str:
+        return "weight_packed"
 
     @property
     def kind(self) -> str:

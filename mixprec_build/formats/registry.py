@@ -16,6 +16,7 @@ from .fp8 import Fp8
 from .gptq import Gptq
 from .int8 import Int8
 from .keys import check_keys
+from .nvfp4 import Nvfp4
 from .packed import Packed
 from .quantization import Quantization
 
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Int8, Gptq, Awq, Packed)
+FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Int8, Gptq, Awq, Packed, Nvfp4)
 """A module is asked of them in this order."""
 
 

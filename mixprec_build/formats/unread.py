@@ -49,8 +49,6 @@ _SOME_FLOATS = "a 4-bit float format (NVFP4, MXFP4)"
 _SCALES = ("weight_scale", "weight_scale_inv", "scale")
 
 UNREAD = (
-    Unread("NVFP4", {"weight_packed": "U8", "weight_scale": "F8_E4M3"}, _FLOATS),
-    Unread("NVFP4", {"weight": "U8", "weight_scale": "F8_E4M3"}, _FLOATS),
     Unread("MXFP4", {"weight_packed": "U8", "weight_scale": "U8"}, _FLOATS),
     Unread("MXFP4", {"weight": "U8", "weight_scale": "U8"}, _FLOATS),
     Unread("MXFP4", {"weight": "U8", "weight_scale": "F8_E8M0"}, _FLOATS),
@@ -65,7 +63,7 @@ UNREAD = (
 )
 """The first that fits counts."""
 
-LEAVES = frozenset({"weight_scale_2", "weight_global_scale", "input_global_scale", "input_zero_point", "SCB"})
+LEAVES = frozenset({"pre_quant_scale", "input_zero_point", "SCB"})
 """The last words of names of tensors that only such formats have."""
 
 
@@ -134,7 +132,7 @@ def by_its_name(error: FormatError, module: StoredModule, quantization: Quantiza
         return error
     name = _NAMES.get(method, f"the method {brief(method)}")
     if method in methods:
-        if not isinstance(algorithm, str) or algorithm == "FP8":
+        if not isinstance(algorithm, str) or algorithm in _ALGORITHMS:
             return error
         name = f"ModelOpt's {brief(algorithm)}"
     stored = ", ".join(shape_text(leaf, module) for leaf in sorted(module.tensors))
@@ -144,6 +142,8 @@ def by_its_name(error: FormatError, module: StoredModule, quantization: Quantiza
     )
 
 
+_ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "MIXED_PRECISION")
+"""ModelOpt's words for what is read, or is refused with a reason of its own."""
 _NAMES = {"bitsandbytes": "bitsandbytes", "bitnet": "BitNet", "w4afp8": "W4AFP8", "mxfp4": "MXFP4", "quark": "Quark"}
 
 

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sglang.srt.layers.quantization import marlin_utils
+from sglang.srt.layers.quantization import marlin_utils, modelopt_quant
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.utils import is_cpu
@@ -46,7 +46,12 @@ def announce(logger: logging.Logger) -> None:
 def pretend_hopper() -> Iterator[None]:
     """On a CPU, has SGLang's configs for Marlin find a GPU of compute capability 9.0 while the context lasts."""
     if is_cpu():
-        with patch.object(marlin_utils, "get_device_capability", lambda *_: (9, 0)):
+        capability: Any = lambda *_: (9, 0)  # noqa: E731
+        with (
+            patch.object(marlin_utils, "get_device_capability", capability),
+            patch.object(modelopt_quant, "get_device_capability", capability),
+            patch.object(modelopt_quant, "is_cuda", lambda: True),
+        ):
             yield
     else:
         yield

@@ -129,7 +129,7 @@ class TritonChain(Chain):
 
 
 class MarlinChain(Chain):
-    """GPTQ, AWQ and packed compressed-tensors."""
+    """GPTQ, AWQ, packed compressed-tensors and NVFP4."""
 
     @property
     def columns(self) -> int:
@@ -144,26 +144,27 @@ class MarlinChain(Chain):
 
     def up(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
         info = self.info
-        weights = info.w13_qweight, info.w13_scales, info.w13_qzeros, info.w13_g_idx, info.w13_g_idx_sort_indices
-        self._product(x, weights, out, route, topk, topk.topk_ids.shape[1], False)
+        weights = info.w13_qweight, info.w13_scales, info.w13_global_scale, info.w13_qzeros
+        orders = info.w13_g_idx, info.w13_g_idx_sort_indices
+        self._product(x, weights, orders, out, route, topk, topk.topk_ids.shape[1], False)
 
     def down(self, x: torch.Tensor, out: torch.Tensor, route: Route, topk: Any, tiles: dict[str, Any]) -> None:
         info = self.info
-        weights = info.w2_qweight, info.w2_scales, info.w2_qzeros, info.w2_g_idx, info.w2_g_idx_sort_indices
-        self._product(x, weights, out, route, topk, 1, True)
+        weights = info.w2_qweight, info.w2_scales, info.w2_global_scale, info.w2_qzeros
+        self._product(x, weights, (info.w2_g_idx, info.w2_g_idx_sort_indices), out, route, topk, 1, True)
 
     def _product(
-        self, x: torch.Tensor, weights: tuple[Any, ...], out: torch.Tensor, route: Route, topk: Any, top_k: int,
-        weighted: bool,
+        self, x: torch.Tensor, weights: tuple[Any, ...], orders: tuple[Any, Any], out: torch.Tensor, route: Route,
+        topk: Any, top_k: int, weighted: bool,
     ) -> None:  # fmt: skip
         from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
 
-        weight, scales, zeros, order, sorting = weights
+        weight, scales, of_all, zeros = weights
         fused_marlin_moe.moe_wna16_marlin_gemm(
-            x, out, weight, None, scales, None, zeros, order, sorting,
+            x, out, weight, None, scales, of_all, zeros, *orders,
             route.locks, route.positions, route.experts, route.count, topk.topk_weights,
             moe_block_size=route.block, top_k=top_k, mul_topk_weights=weighted, is_ep=False,
-            b_q_type=fused_marlin_moe.get_scalar_type(self.info.weight_bits, zeros is not None, scales),
+            b_q_type=fused_marlin_moe.get_scalar_type(self.info.weight_bits, zeros is not None, scales, of_all),
             size_m=len(x), size_n=out.shape[-1], size_k=x.shape[1], is_k_full=self.info.is_k_full,
             use_atomic_add=_adds_atomically(x.dtype, x.device), use_fp32_reduce=True, is_zp_float=False,
         )  # fmt: skip
@@ -208,8 +209,7 @@ def _chain(layer: Any, group: Any, dispatch_output: Any) -> Chain | None:
     experts, of = group.num_local_experts, layer.num_local_experts
     info = _quant_info(group, dispatch_output)
     if isinstance(info, MarlinMoeQuantInfo):
-        unfit = info.w13_bias, info.w13_global_scale, info.w2_bias, info.w2_global_scale
-        return MarlinChain(info, experts, of) if all(one is None for one in unfit) else None
+        return MarlinChain(info, experts, of) if info.w13_bias is None and info.w2_bias is None else None
     if isinstance(info, TritonMoeQuantInfo):
         unfit = info.b13, info.b2, info.w13_zp, info.w2_zp
         others = info.use_mxfp8, info.use_int8_w8a16, info.use_int4_w4a16

@@ -14,6 +14,7 @@ from .dense import ServedDense
 from .fp8 import ServedFp8
 from .gptq import ServedGptq
 from .int8 import ServedInt8
+from .nvfp4 import ServedNvfp4
 from .packed import ServedPacked
 from .repair import Repair
 
@@ -27,6 +28,7 @@ SERVED: tuple[Served[Any], ...] = (
     ServedGptq(),
     ServedAwq(),
     ServedPacked(),
+    ServedNvfp4(),
 )
 """One instance for each class of the compiler's ``FORMATS``."""
 

@@ -16,7 +16,8 @@ import torch
 
 __all__ = [
     "awq", "awq_config", "compressed_config", "dense", "dequantize", "fp8_block", "fp8_channel", "fp8_config",
-    "fp8_tensor", "gptq", "gptq_config", "int8_block", "int8_channel", "packed", "packed_config",
+    "fp8_tensor", "gptq", "gptq_config", "int8_block", "int8_channel", "nvfp4", "nvfp4_compressed",
+    "nvfp4_compressed_config", "nvfp4_config", "packed", "packed_config",
 ]  # fmt: skip
 
 Tensors = dict[str, torch.Tensor]
@@ -231,6 +232,56 @@ def _words(values: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
+# 4-bit floats
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def nvfp4(weight: torch.Tensor, *, scale: float | None = None, activations: float | None = 0.01) -> Tensors:
+    """ModelOpt's: two values a byte, E4M3 scales of 16 inputs, and ``scale`` of all, the weight's own where it is None.
+
+    ``activations`` is the scale of the inputs; None for weights alone.
+    """
+    n, k = weight.shape
+    groups = weight.reshape(n, k // 16, 16)
+    largest = groups.abs().amax(2)
+    of_all = largest.amax() / (6 * 448) if scale is None else torch.tensor(scale, device=weight.device)
+    scales = (largest / 6 / of_all).clamp(2**-9, 448).to(torch.float8_e4m3fn)
+    values = groups / (scales.float() * of_all)[..., None]
+    levels = torch.tensor(_E2M1, device=weight.device)
+    codes = torch.bucketize(values.abs(), (levels[1:] + levels[:-1]) / 2) | (values < 0).long() << 3
+    codes = codes.reshape(n, k)
+    tensors = {"weight": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), "weight_scale": scales}
+    tensors["weight_scale_2"] = of_all.float()
+    inputs = {} if activations is None else {"input_scale": torch.tensor(activations)}
+    return tensors | inputs
+
+
+def nvfp4_compressed(weight: torch.Tensor, **options: Any) -> Tensors:
+    """compressed-tensors': what :func:`nvfp4` makes, by other names, with one over its scales of all."""
+    made = nvfp4(weight, **options)
+    tensors = {"weight_packed": made["weight"], "weight_scale": made["weight_scale"]}
+    tensors["weight_global_scale"] = 1 / made["weight_scale_2"].reshape(1)
+    return tensors | ({"input_global_scale": 1 / made["input_scale"].reshape(1)} if "input_scale" in made else {})
+
+
+def nvfp4_config(**_: Any) -> Config:
+    return {
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head", "*mlp.gate"],
+        "kv_cache_scheme": None, "producer": {"name": "modelopt", "version": "0.47.0"},
+    }  # fmt: skip
+
+
+def nvfp4_compressed_config(activations: bool = True) -> Config:
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    inputs = {**weights, "dynamic": "local"} if activations else None
+    group = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}, "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head", "re:.*\\.gate$"],
+    }  # fmt: skip
+
+
 # Dequantization
 
 
@@ -250,6 +301,12 @@ def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.T
         in_order = torch.arange(len(q), device=q.device) // (len(q) // len(factors))
         group = tensors.get("g_idx", in_order).long()
         return (q * factors[group]).t().contiguous()
+    if tensors.get("weight", tensors.get("weight_packed", torch.empty(0))).dtype == torch.uint8:
+        codes = tensors.get("weight", tensors.get("weight_packed"))
+        of_all = tensors["weight_scale_2"] if "weight" in tensors else 1 / tensors["weight_global_scale"]
+        levels = torch.tensor([*_E2M1, *(-level for level in _E2M1)], device=codes.device)
+        values = levels[torch.stack([codes & 15, codes >> 4], -1).long()].reshape(len(codes), -1, 16)
+        return (values * (tensors["weight_scale"].float() * of_all)[..., None]).flatten(1)
     if "weight_packed" in tensors:
         k = int(tensors["weight_shape"][1])
         bits = 32 * tensors["weight_packed"].shape[1] // k

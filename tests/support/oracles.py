@@ -18,8 +18,10 @@ from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
 
 from mixprec_build.storage.dtypes import DTYPE_BITS, numpy_dtype
 from mixprec_build.storage.header import TensorInfo
@@ -28,7 +30,8 @@ from mixprec_build.storage.module import StoredModule
 Stated = tuple[str, tuple[int, ...]]
 """A dtype and a shape."""
 
-_SAFETENSORS_DTYPE = {numpy_dtype(dtype): dtype for dtype in ("F32", "F16", "BF16", "F8_E4M3", "I32", "I64", "I8")}
+_READ = ("F32", "F16", "BF16", "F8_E4M3", "I32", "I64", "I8", "U8")
+_SAFETENSORS_DTYPE = {numpy_dtype(dtype): dtype for dtype in _READ}
 
 
 def auto_gptq_packers() -> tuple[type[Any], type[Any]]:
@@ -73,6 +76,40 @@ def auto_round_packer() -> Callable[[str], Any]:
     known: dict[str, Any] = {"functools": functools, "__package__": export, "SUPPORTED_FORMATS": ()}
     exec(compile(ast.Module([function], []), str(path), "exec"), known)
     return lambda word: known[choosing](word, 4, 128, True)
+
+
+def modelopt_nvfp4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], np.ndarray[Any, Any]]:
+    """A weight ``[N, K]`` as ModelOpt stores it in NVFP4, without scales of inputs, and what it dequantizes that to.
+
+    ``NVFP4QTensor`` is ModelOpt's own file; its package wants GPU tools, of which three small sums over blocks are
+    written here.
+    """
+    spec = find_spec("modelopt")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError("nvidia-modelopt is not installed; `make setup` installs it without its requirements")
+    folder = Path(spec.submodule_search_locations[0]) / "torch" / "quantization"
+    sums = ModuleType("modelopt.torch.quantization.utils")
+    sums.__path__ = [str(folder / "utils")]
+    sums.__dict__.update(
+        reduce_amax=lambda tensor: tensor.abs().amax(),
+        reduce_block_amax=lambda tensor, block_sizes: tensor.abs().unflatten(-1, (-1, block_sizes[-1])).amax(-1),
+        reduce_block_padding=lambda tensor, block_sizes: tensor,
+        fsdp2_aware_weight_update=None,
+        patch_fsdp_mp_dtypes=None,
+    )
+    backends = ModuleType("modelopt.torch.quantization.backends.utils")
+    backends.__dict__["fp4_compatible"] = lambda: False
+    replaced = {sums.__name__: sums, backends.__name__: backends}
+    for name in ("modelopt", "modelopt.torch", "modelopt.torch.quantization", "modelopt.torch.quantization.qtensor"):
+        namespace = ModuleType(name)
+        namespace.__path__ = [str(Path(spec.submodule_search_locations[0]).joinpath(*name.split(".")[1:]))]
+        replaced[name] = namespace
+    with patch.dict(sys.modules, replaced):
+        qtensor = importlib.import_module("modelopt.torch.quantization.qtensor.nvfp4_tensor").NVFP4QTensor
+    packed, scale, scale_2 = qtensor.quantize(weight.clone(), 16)
+    tensors = {"weight": packed._quantized_data, "weight_scale": scale, "weight_scale_2": scale_2}
+    back = packed.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
+    return tensors, back.numpy()
 
 
 def stated(tensors: Mapping[str, Stated], name: str = "model.layers.0.mlp.down_proj") -> StoredModule:
@@ -160,3 +197,14 @@ def fp8_block(n: int, k: int, block: tuple[int, int] = (128, 128), **changed: St
     """The tensors of an FP8 linear in blocks; ``changed`` as for :func:`gptq`."""
     grid: Stated = ("F32", (-(-n // block[0]), -(-k // block[1])))
     return fp8(n, k, (), **{"weight_scale": None, "weight_scale_inv": grid, **changed})
+
+
+def nvfp4(n: int, k: int, **changed: Stated | None) -> dict[str, Stated]:
+    """The tensors of a linear in ModelOpt's NVFP4; ``changed`` as for :func:`gptq`."""
+    tensors: dict[str, Stated | None] = {
+        "weight": ("U8", (n, k // 2)),
+        "weight_scale": ("F8_E4M3", (n, k // 16)),
+        "weight_scale_2": ("F32", ()),
+        "input_scale": ("F32", ()),
+    }
+    return {leaf: tensor for leaf, tensor in (tensors | changed).items() if tensor is not None}

@@ -177,28 +177,9 @@ def _mxfp8(leaf: str) -> Callable[[Array], Tensors]:
     return store
 
 
-def _nvfp4(*, activations: bool) -> Callable[[Array], Tensors]:
-    """ModelOpt's layout: scales of groups are multiplied by ``weight_scale_2``."""
-
-    def store(weight: Array) -> Tensors:
-        scale = (_groups(weight, 16) / 6 * 2688).clip(0, 448).astype(ml_dtypes.float8_e4m3fn)
-        tensors: Tensors = {"weight": _nibbles(weight), "weight_scale": scale}
-        tensors["weight_scale_2"] = np.array(np.float32(1 / 2688))
-        return tensors | ({"input_scale": np.array(np.float32(0.01))} if activations else {})
-
-    return store
-
-
-def _ct_nvfp4(*, activations: bool) -> Callable[[Array], Tensors]:
-    """compressed-tensors' layout: scales of groups are divided by ``weight_global_scale``."""
-
-    def store(weight: Array) -> Tensors:
-        scale = (_groups(weight, 16) / 6 * 2688).clip(0, 448).astype(ml_dtypes.float8_e4m3fn)
-        tensors: Tensors = {"weight_packed": _nibbles(weight), "weight_scale": scale}
-        tensors["weight_global_scale"] = np.array([2688], np.float32)
-        return tensors | ({"input_global_scale": np.array([100], np.float32)} if activations else {})
-
-    return store
+def _nvfp4(producer: str, *, activations: bool) -> Callable[[Array], Tensors]:
+    """With one scale of all, as producers equalize it over what engines fuse."""
+    return partial(VARIANTS[producer].store, activations=activations, scale=1 / 2688)
 
 
 def _mxfp4(leaf: str, scales: str = "weight_scale", dtype: npt.DTypeLike = np.uint8) -> Callable[[Array], Tensors]:
@@ -289,10 +270,10 @@ QUARK_FP8_E8M0 = Storage(_fp8_e8m0("weight_scale"), named="E8M0")
 MXFP8 = Storage(_mxfp8("weight_scale_inv"), named="MXFP8")
 CT_MXFP8 = Storage(_mxfp8("weight_scale"), named="MXFP8")
 
-NVFP4 = Storage(_nvfp4(activations=True), named="NVFP4")
-NVFP4_A16 = Storage(_nvfp4(activations=False), named="NVFP4")
-CT_NVFP4 = Storage(_ct_nvfp4(activations=True), named="NVFP4")
-CT_NVFP4_A16 = Storage(_ct_nvfp4(activations=False), named="NVFP4")
+NVFP4 = Storage(_nvfp4("nvfp4", activations=True), "nvfp4", error=0.15)
+NVFP4_A16 = Storage(_nvfp4("nvfp4", activations=False), "nvfp4", error=0.15)
+CT_NVFP4 = Storage(_nvfp4("ct_nvfp4", activations=True), "ct_nvfp4", error=0.15)
+CT_NVFP4_A16 = Storage(_nvfp4("ct_nvfp4", activations=False), "ct_nvfp4", error=0.15)
 CT_MXFP4 = Storage(_mxfp4("weight_packed"), named="MXFP4")
 QUARK_MXFP4 = Storage(_mxfp4("weight"), named="MXFP4")
 DSV4_MXFP4 = Storage(_mxfp4("weight", "scale"), named="MXFP4")
@@ -682,12 +663,13 @@ class Checkpoint:
             found[part.name] = {
                 part.name + (leaf if leaf[:1] in ("", "_") else f".{leaf}"): value for leaf, value in tensors.items()
             }
-        for attention in self._attentions() if self.kv_scales else ():
+        for attention in self.attentions() if self.kv_scales else ():
             for scale in self.kv_scales:
                 found.setdefault(f"{attention}.{scale}", {})[f"{attention}.{scale}"] = np.array(np.float32(0.5))
         return found
 
-    def _attentions(self) -> list[str]:
+    def attentions(self) -> list[str]:
+        """The attention modules of the model's layers, draft layers left out."""
         last = ("k_proj", "kv_a_proj_with_mqa")
         names = [part.name.rpartition(".") for part in self.skeleton.parts]
         return [parent for parent, _, leaf in names if leaf in last and not parent.startswith("mtp.")]

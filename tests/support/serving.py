@@ -286,6 +286,10 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
         formats.fp8_config(),
     ),
     "fp8_static": (_as_mistral, formats.fp8_config(None, "static")),
+    # One scale for all, as of FP8
+    "nvfp4": (partial(formats.nvfp4, scale=1 / 2688), formats.nvfp4_config()),
+    "nvfp4_weights": (partial(formats.nvfp4, scale=1 / 2688, activations=None), formats.nvfp4_config()),
+    "ct_nvfp4": (partial(formats.nvfp4_compressed, scale=1 / 2688), formats.nvfp4_compressed_config()),
     "awq_int4": (formats.awq, formats.awq_config()),
     "awq_int4_g64": (partial(formats.awq, group_size=64), formats.awq_config(64)),
 }

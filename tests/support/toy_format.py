@@ -33,9 +33,12 @@ class Toy(Format):
     kinds: ClassVar[Mapping[str, Kind]] = {"toy_int4": Kind(4, words=("toy", "int4"), kernels="abacus", least=70)}
     leaves: ClassVar[frozenset[str]] = frozenset({"codes", "steps", "bias"})
     methods: ClassVar[Mapping[str, Set[str] | None]] = {"toy": {"group"}}
-    values_leaf: ClassVar[str] = "codes"
 
     group: int
+
+    @property
+    def values_leaf(self) -> str:
+        return "codes"
 
     @property
     def kind(self) -> str:

@@ -282,6 +282,15 @@ def _ct_int4(weight: Array, group_size: int = 128) -> Tensors:
     return _as_arrays(weight, formats.packed, group_size=group_size)
 
 
+def _nvfp4(weight: Array, scale: float | None = 1 / 1024, activations: bool = True) -> Tensors:
+    """``scale``, the same for all that is fused, or (None) each weight's own."""
+    return _as_arrays(weight, formats.nvfp4, scale=scale, activations=0.01 if activations else None)
+
+
+def _ct_nvfp4(weight: Array, scale: float | None = 1 / 1024, activations: bool = True) -> Tensors:
+    return _as_arrays(weight, formats.nvfp4_compressed, scale=scale, activations=0.01 if activations else None)
+
+
 def _compressed_config(activations: str = "dynamic", **_: object) -> Config:
     return {"quant_method": "compressed-tensors", "format": "float-quantized"}
 
@@ -317,6 +326,8 @@ VARIANTS: Mapping[str, _Variant] = {
     "gptq_int4": _Variant(_gptq_int4, _gptq_config, np.dtype(np.float16)),
     "awq_int4": _Variant(_awq_int4, formats.awq_config, np.dtype(np.float16)),
     "ct_int4": _Variant(_ct_int4, _ct_config, BF16),
+    "nvfp4": _Variant(_nvfp4, formats.nvfp4_config, BF16),
+    "ct_nvfp4": _Variant(_ct_nvfp4, formats.nvfp4_compressed_config, BF16),
 }
 
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support.oracles import Stated, awq, fp8, fp8_block, gptq, stated
+from support.formats import packed_config
+from support.oracles import Stated, awq, fp8, fp8_block, gptq, nvfp4, stated
 
 from mixprec_build.checkpoint.declaration import quantization_config
 from mixprec_build.checkpoint.detection import detect
@@ -24,6 +25,7 @@ from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.int8 import Int8
+from mixprec_build.formats.nvfp4 import Nvfp4
 from mixprec_build.formats.registry import format_from_json, recognise
 
 Tensors = dict[str, Stated]
@@ -31,6 +33,8 @@ Config = dict[str, Any]
 
 GPTQ: Config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 BLOCK: Config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+MODELOPT_FP4: Config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+PACKED_INT4: Config = packed_config()
 CHANNEL: Config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 AWQ: Config = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 AUTO_ROUND: Config = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "data_type": "int"}
@@ -60,6 +64,10 @@ SOUND: list[tuple[Tensors, Config, Format]] = [
      AUTO_ROUND | {"extra_config": {"down_proj": {"bits": 16}, ".*mlp.*": {"group_size": 64, "sym": False}, "x": 3}},
      Gptq(4, 64, False, False, "gptq")),
     (awq(256, 512), AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, Awq(128)),
+    (nvfp4(256, 512), MODELOPT_FP4, Nvfp4("modelopt", "static")),
+    (nvfp4(256, 512, input_scale=None, weight_scale_2=ONE), MODELOPT_FP4, Nvfp4("modelopt", "none")),
+    (nvfp4(256, 512, bias=("BF16", (256,))), {"quant_method": "fp8", "moe_quant_algo": "NVFP4"},
+     Nvfp4("modelopt", "static")),
     # What AutoRound left unquantized and another tool stored in FP8
     (fp8_block(256, 512), AUTO_ROUND | {"extra_config": {".*": {"bits": 16}}}, Fp8("block", "dynamic", (128, 128))),
     (fp8_block(200, 300), CHANNEL, Fp8("block", "dynamic", (128, 128))),
@@ -205,15 +213,19 @@ CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
     # Formats that are known by their tensors and not read
     ({"weight": ("I8", (256, 512)), "weight_scale": ("F32", (256, 1)), "weight_zero_point": ("I8", (256, 1))}, CHANNEL,
      "weight_zero_point I8 [256, 1] does not belong to int8_channel"),
-    ({"weight_packed": ("U8", (256, 256)), "weight_scale": ("F8_E4M3", (256, 32)), "weight_global_scale": ONE},
-     CHANNEL,
-     "stored as NVFP4 (weight_global_scale F32 [1], weight_packed U8 [256, 256], weight_scale F8_E4M3 [256, 32]), "
-     "which this version of mixprec does not read: it has no code for packed 4-bit floats"),
     ({"weight_packed": ("U8", (256, 256)), "weight_scale": ("U8", (256, 16))}, CHANNEL, "stored as MXFP4 ("),
     ({"weight": ("U8", (256, 256)), "weight_scale": ("U8", (256, 16))}, {"quant_method": "quark"}, "stored as MXFP4 ("),
     (fp8(256, 512, (1,), weight=("F8_E5M2", (256, 512))), BLOCK, "stored as FP8 E5M2 (weight F8_E5M2 [256, 512], "),
-    ({"weight": ("U8", (256, 256)), "weight_scale": ("F8_E4M3", (256, 32)), "weight_scale_2": ("F32", ())},
-     {"quant_method": "modelopt"}, "stored as NVFP4 (weight U8 [256, 256], weight_scale F8_E4M3 [256, 32], "),
+    # NVFP4
+    (nvfp4(256, 512, weight_scale_2=None), MODELOPT_FP4, "nvfp4 needs weight_scale_2"),
+    (nvfp4(256, 512, weight_scale=("F8_E4M3", (256, 16))), MODELOPT_FP4,
+     "weight_scale F8_E4M3 [256, 16]: [256, 32] was expected for 256 outputs and 512 inputs"),
+    (nvfp4(256, 512, input_scale=("F32", (256,))), MODELOPT_FP4, "input_scale F32 [256]: [1] was expected"),
+    (nvfp4(256, 512, pre_quant_scale=("BF16", (512,))), MODELOPT_FP4 | {"quant_algo": "NVFP4_AWQ"},
+     "pre_quant_scale BF16 [512]: stored as ModelOpt's NVFP4_AWQ, whose inputs are to be multiplied by this first"),
+    (nvfp4(256, 520), MODELOPT_FP4, "520 inputs are no multiple of the block of 16"),
+    ({"weight_packed": ("U8", (256, 256)), "weight_scale": ("F8_E4M3", (256, 32)), "weight_global_scale": ONE},
+     PACKED_INT4, "stored as ct_nvfp4, but declared by config group 'group_0' (pack-quantized, 4 bit int, group)"),
     ({"": ("F8_E4M3", (256, 512))}, BLOCK, "stored in no format mixprec knows (the tensor F8_E4M3 [256, 512])"),
     ({"weight": ("BF16", (256, 512)), "SCB": ("F32", (256,))}, {},
      "stored in no format mixprec knows (SCB F32 [256], weight "),

@@ -244,9 +244,6 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
 }
 
 REFUSED = {
-    # NVFP4
-    *(name for name in CHECKPOINTS if name.startswith("nvidia-") and name.endswith("nvfp4")),
-    "unsloth-qwen3.8-27b-nvfp4", "redhat-glm-5.3-flash-nvfp4", "ct-w4a16-nvfp4-lm-head", "ct-moe-target-fusedmoe",
     # MXFP4, MXFP8, scales that are exponents
     "kimi-k3-mxfp4", "gpt-oss-120b-mxfp4", "deepseek-v4-flash", "minimax-m3-mxfp8", "minimax-m3.1-hybrid",
     "ct-mxfp8-quantized", "quark-amd-kimi-k2.5-mxfp4", "quark-deepseek-v4-pro-mxfp4", "quark-qwen3.8-awq-mxfp4",
@@ -367,10 +364,11 @@ def test_scales_of_the_kv_cache_are_planned_with_attention(name: str, tmp_path: 
     plain = {key: value for key, value in real["config"].items() if key != "quantization_config"}
     checkpoint.unquantized().write(tmp_path / "bf16", {"config": plain})
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: bf16\nsources: {q: q, bf16: bf16}\nweights:\n  'model.layers.0.self_attn.*': q\n")
+    attention = checkpoint.attentions()[0]
+    recipe.write_text(f"model: bf16\nsources: {{q: q, bf16: bf16}}\nweights:\n  '{attention}.*': q\n")
     plan = plan_recipe(recipe, allow_unservable=True)
     planned = {tensor.info.name for shard in plan.shards for tensor in shard.tensors}
-    scales = {f"model.layers.0.self_attn.{scale}" for scale in checkpoint.kv_scales}
+    scales = {f"{attention}.{scale}" for scale in checkpoint.kv_scales}
     assert {name for name in planned if _scale_of_cache(name)} == scales
 
 

@@ -19,6 +19,7 @@ from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.int8 import Int8
+from mixprec_build.formats.nvfp4 import Nvfp4
 from mixprec_build.formats.packed import Packed
 from mixprec_build.patterns.pattern import Pattern
 from support.serving import quantize
@@ -38,6 +39,8 @@ FORMATS = {
     "awq_int4": Awq(128),
     "ct_int4": Packed(4, 128, True, False),
     "ct_int8": Packed(8, -1, True, False),
+    "nvfp4": Nvfp4("modelopt", "static"),
+    "ct_nvfp4": Nvfp4("compressed-tensors", "static"),
 }
 PREFIX = "model.layers.0.mlp.experts"
 Weights = dict[tuple[int, str], torch.Tensor]

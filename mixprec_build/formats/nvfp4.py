@@ -1,0 +1,205 @@
+"""NVFP4: 4-bit floats in blocks of 16 inputs, with two levels of scales.
+
+===================  ==============================  ==============================
+of a weight [N, K]   ModelOpt (``nvfp4``)            compressed-tensors (``ct_nvfp4``)
+===================  ==============================  ==============================
+values               ``weight`` U8 [N, K/2]          ``weight_packed`` U8 [N, K/2]
+scales of blocks     ``weight_scale`` E4M3 [N, K/16] ``weight_scale`` E4M3 [N, K/16]
+scale of all         ``weight_scale_2`` F32 [], g    ``weight_global_scale`` F32 [1], 1/g
+scale of the inputs  ``input_scale`` F32 []          ``input_global_scale`` F32 [1]
+===================  ==============================  ==============================
+
+A byte holds two values, the lower four bits the first. Each is an E2M1: a sign and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+``W[n, k] = value[n, k] * weight_scale[n, k // 16] * g``. Scales of inputs are there where activations are to be
+quantized as well (W4A4), and not for weights alone (W4A16). Sources of the layouts: ModelOpt 0.47,
+``torch/quantization/qtensor/nvfp4_tensor.py``; compressed-tensors 0.20.0, ``compressors/nvfp4``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import partial
+from reprlib import repr as brief
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, last_word, only_leaves, shape_text
+from .config_groups import METHODS, Scheme, first_fitting, groups_of
+from .marlin import FLOATS, expert_shape_limits, linear_shape_limits, tile
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ..storage.module import StoredModule
+    from .quantization import Quantization
+
+__all__ = ["Nvfp4"]
+
+
+_BLOCK = 16
+_ROUNDED_TO = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# SGLang runs it natively on Blackwell, which mixprec does not serve yet; Marlin is what runs it before.
+_KIND = Kind(4, words=("fp4",), kernels="Marlin, with unquantized activations", least=80, most=90)
+_KEYS = {"quant_algo", "config_groups", "group_size", "quantized_layers", "quantization", "quant_mode"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What one producer calls the tensors; ``kind`` is the format's word for it."""
+
+    kind: str
+    values: str
+    scale_of_all: str
+    inputs: str
+
+
+_NAMES = {
+    "modelopt": _Names("nvfp4", "weight", "weight_scale_2", "input_scale"),
+    "compressed-tensors": _Names("ct_nvfp4", "weight_packed", "weight_global_scale", "input_global_scale"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4(Format):
+    """``producer`` is ``modelopt`` or ``compressed-tensors``: other names, and 1/g instead of g."""
+
+    name: ClassVar[str] = "NVFP4"
+    kinds: ClassVar[Mapping[str, Kind]] = {"nvfp4": _KIND, "ct_nvfp4": _KIND}
+    leaves: ClassVar[frozenset[str]] = frozenset(
+        {"weight_scale", "bias"}.union(*((n.values, n.scale_of_all, n.inputs) for n in _NAMES.values()))
+    )
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {"modelopt": _KEYS, "modelopt_fp4": _KEYS, **METHODS}
+    name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
+
+    producer: str
+    activations: str
+    """``static`` where there is a scale of the inputs, else ``none``."""
+
+    @property
+    def kind(self) -> str:
+        return self.names.kind
+
+    @property
+    def names(self) -> _Names:
+        return _NAMES[self.producer]
+
+    @property
+    def values_leaf(self) -> str:
+        return self.names.values
+
+    @property
+    def has_weight(self) -> bool:
+        return self.names.values == "weight"
+
+    @property
+    def folds_activation_scales(self) -> bool:
+        return self.producer == "compressed-tensors"  # llm-compressor's AWQ and SmoothQuant; ModelOpt's AWQ is refused
+
+    @classmethod
+    def recognise(cls, module: StoredModule, quantization: Quantization) -> Nvfp4 | None:
+        scale = module.tensors.get("weight_scale")
+        for producer, names in _NAMES.items():
+            values = module.tensors.get(names.values)
+            if values is not None and values.dtype == "U8" and scale is not None and scale.dtype == "F8_E4M3":
+                found = cls(producer, "static" if names.inputs in module.tensors else "none")
+                return first_fitting(module, quantization, partial(found._checked, module))
+        return None
+
+    def _checked(self, module: StoredModule, scheme: Scheme | None) -> Nvfp4:
+        if scheme is not None and (scheme.type, scheme.bits, scheme.group_size) != ("float", 4, _BLOCK):
+            raise FormatError(f"stored as {self.kind}, but declared by {scheme.described}")
+        self.check(module)
+        return self
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Nvfp4:
+        activations = data["activations"]
+        if activations not in ("static", "none"):
+            raise ValueError(f"activations {brief(activations)} are neither static nor none")
+        (producer,) = (producer for producer, names in _NAMES.items() if names.kind == data["kind"])
+        return cls(producer, activations)
+
+    def to_json(self) -> dict[str, object]:
+        return {"kind": self.kind, "activations": self.activations}
+
+    def check(self, module: StoredModule) -> None:
+        names = self.names
+        if "pre_quant_scale" in module.tensors:
+            raise FormatError(
+                f"{shape_text('pre_quant_scale', module)}: stored as ModelOpt's NVFP4_AWQ, whose inputs are to be "
+                "multiplied by this first, which SGLang's Marlin kernels do not; take this module from a checkpoint in "
+                "NVFP4, FP8 or BF16"
+            )
+        due = {names.values, "weight_scale", names.scale_of_all}
+        only_leaves(module, due | {names.inputs, "bias"}, self.kind)
+        for leaf in sorted(due):
+            if leaf not in module.tensors:
+                raise FormatError(f"{self.kind} needs {leaf}")
+        if len(module.tensors[names.values].shape) != 2:
+            raise FormatError(f"{shape_text(names.values, module)}: two dimensions were expected")
+        n, k = self.shape(module)
+        if k % _BLOCK:
+            raise FormatError(f"{k} inputs are no multiple of the block of {_BLOCK}")
+        check_tensor(module, names.values, ["U8"], (n, k // 2), "")
+        check_tensor(module, "weight_scale", ["F8_E4M3"], (n, k // _BLOCK), f"for {n} outputs and {k} inputs")
+        for leaf in (names.scale_of_all, names.inputs):
+            if leaf in module.tensors:
+                shape = module.tensors[leaf].shape
+                check_tensor(module, leaf, ["F32"], shape if shape in ((), (1,)) else (1,), "")
+        if (names.inputs in module.tensors) != (self.activations == "static"):
+            have = "has" if names.inputs in module.tensors else "has no"
+            raise FormatError(f"{have} {names.inputs} although its activations are declared {self.activations}")
+        if "bias" in module.tensors:
+            check_tensor(module, "bias", FLOATS, (n,), f"for {n} outputs")
+
+    def shape(self, module: StoredModule) -> tuple[int, ...]:
+        n, pairs = module.tensors[self.names.values].shape
+        return n, 2 * pairs
+
+    def axes(self, leaf: str) -> Axes:
+        if leaf == self.names.values:
+            return Axes(n=Axis(0), k=Axis(1, 2))
+        if leaf == "weight_scale":
+            return Axes(n=Axis(0), k=Axis(1, _BLOCK))
+        return Axes(n=Axis(0)) if leaf == "bias" else Axes()
+
+    def tile(self, *, experts: bool) -> tuple[int, int]:
+        return tile(_BLOCK, experts=experts)
+
+    def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
+        n = sum(self.shape(part)[0] for part in parts)
+        return linear_shape_limits(n, self.shape(parts[0])[1], _BLOCK)
+
+    def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
+        return expert_shape_limits(hidden, intermediate, _BLOCK)
+
+    def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
+        """Marlin multiplies what runs as one GEMM by one g: SGLang takes the largest of a linear's, of an expert's that
+        of gate, and warns at most (``modelopt_quant.py``, ``process_weights_after_loading``)."""
+        fused = parts[:2] if experts else parts  # gate and up; down has a GEMM of its own
+        leaf = self.names.scale_of_all
+        values = [read(part.tensors[leaf]) for part in fused]
+        known = [(last_word(p), float(v.reshape(-1)[0])) for p, v in zip(fused, values, strict=True) if v is not None]
+        if len({value for _, value in known}) < 2:
+            return []
+        each = ", ".join(f"{value:.6g} of {name}" for name, value in known)
+        return [f"{leaf} differs between what runs as one GEMM ({each}), and SGLang would take one of them for all"]
+
+    @property
+    def row_join_limit(self) -> str | None:
+        return f"and would keep one of their two {self.names.scale_of_all}"
+
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        import numpy as np
+
+        code = tensors[self.names.values]
+        table = np.array([*_ROUNDED_TO, *(-value for value in _ROUNDED_TO)], np.float32)
+        weight = np.empty((*code.shape, 2), np.float32)
+        weight[..., 0], weight[..., 1] = table[code & 15], table[code >> 4]
+        scale = np.float32(tensors[self.names.scale_of_all].reshape(-1)[0])
+        if self.producer == "compressed-tensors":
+            scale = 1 / scale
+        blocks: npt.NDArray[np.float32] = weight.reshape(code.shape[0], -1, _BLOCK)
+        blocks *= (tensors["weight_scale"].astype(np.float32) * scale)[..., None]
+        return blocks.reshape(code.shape[0], -1)
