@@ -198,8 +198,9 @@ class Nvfp4(Format):
         weight = np.empty((*code.shape, 2), np.float32)
         weight[..., 0], weight[..., 1] = table[code & 15], table[code >> 4]
         scale = np.float32(tensors[self.names.scale_of_all].reshape(-1)[0])
-        if self.producer == "compressed-tensors":
-            scale = 1 / scale
         blocks: npt.NDArray[np.float32] = weight.reshape(code.shape[0], -1, _BLOCK)
-        blocks *= (tensors["weight_scale"].astype(np.float32) * scale)[..., None]
+        with np.errstate(divide="ignore", invalid="ignore"):  # 1/g is 0 where nothing was loaded
+            if self.producer == "compressed-tensors":
+                scale = 1 / scale
+            blocks *= (tensors["weight_scale"].astype(np.float32) * scale)[..., None]
         return blocks.reshape(code.shape[0], -1)

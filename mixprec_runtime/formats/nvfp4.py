@@ -65,22 +65,23 @@ def _rename(layer: Any, before: str, after: str) -> None:
 
 def _create_compressed(prefixes: tuple[str, ...]) -> Callable[..., None]:
     def create_weights(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+        if prefixes != ("",):
+            kwargs["weight_loader"] = _by_their_names(kwargs["weight_loader"])
         call.stock(layer, *args, **kwargs)
         for prefix in prefixes:
             for theirs, name in _RENAMED:
                 _rename(layer, f"{prefix}{theirs}", f"{prefix}{name}")
-                if prefix and f"{prefix}{name}" in layer._parameters:
-                    parameter = layer._parameters[f"{prefix}{name}"]
-                    parameter.weight_loader = _by_the_name(parameter.weight_loader, name, theirs)
 
     return create_weights
 
 
-def _by_the_name(load: Callable[..., None], name: str, theirs: str) -> Callable[..., None]:
+def _by_their_names(load: Callable[..., None]) -> Callable[..., None]:
     """Experts' loaders look for words in the name of what they load."""
 
     def load_renamed(parameter: Parameter, tensor: torch.Tensor, weight_name: str, **where: Any) -> None:
-        load(parameter, tensor, weight_name.replace(name, theirs), **where)
+        for theirs, name in _RENAMED:
+            weight_name = weight_name.replace(name, theirs)
+        load(parameter, tensor, weight_name, **where)
 
     return load_renamed
 
