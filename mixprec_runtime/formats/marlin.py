@@ -29,6 +29,7 @@ __all__ = [
     "recast",
     "require_shapes",
     "require_whole_words",
+    "skip_negative_ids",
 ]
 
 G = TypeVar("G", bound=Grouped)
@@ -124,7 +125,7 @@ def _create_runner_with_map(call: Call, layer: Any, *args: Any, **kwargs: Any) -
         raise ValueError(f"{call.fmt.kind} experts run on Marlin only: leave out --moe-runner-backend")
     call.stock(layer, *args, **kwargs)
     if may_get_negative_ids(layer):
-        _skip_other_ranks(layer.scheme.kernel.runner)
+        skip_negative_ids(layer.scheme.kernel.runner)
 
 
 ids_of_other_ranks = Repair(
@@ -137,7 +138,8 @@ ids_of_other_ranks = Repair(
 )
 
 
-def _skip_other_ranks(runner: Any) -> None:
+def skip_negative_ids(runner: Any) -> None:
+    """Gives a Marlin runner a map of experts where it is given none, so that it leaves out ids of -1."""
     run = runner.run
 
     def run_with_map(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from mixprec_build.formats.nvfp4 import Nvfp4
 
 from .. import launch
 from .base import Served
-from .marlin import SOME_MAP, require_shapes, sees_other_ranks
+from .marlin import may_get_negative_ids, require_shapes, skip_negative_ids
 from .repair import ADVICE, Call, Repair
 
 __all__ = ["ServedNvfp4"]
@@ -125,13 +125,10 @@ def _create_experts(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _load_input_scale(layer: Any) -> Callable[..., None]:
-    def load(
-        parameter: Parameter, tensor: torch.Tensor, weight_name: str, shard_id: str, expert_id: int, **_: Any
-    ) -> None:
+    def load(parameter: Parameter, tensor: torch.Tensor, weight_name: str, *, expert_id: int, **_: Any) -> None:
         local = layer._map_global_expert_id_to_local_expert_id(expert_id)
         if local >= 0:
-            place = (local, int(shard_id == "w3")) if parameter.dim() == 2 else (local,)
-            parameter.data[place] = tensor.reshape(())
+            parameter.data[local] = tensor.reshape(())  # gate's and up's alike: nobody reads them
 
     return load
 
@@ -146,18 +143,9 @@ def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
     if not get_moe_runner_backend().is_auto():
         raise ValueError(f"{call.fmt.kind} experts run on Marlin: leave out --moe-runner-backend")
     call.stock(layer, *args, **kwargs)
-    if not sees_other_ranks(layer):
-        return
-    launch.check_experts_elsewhere(call.fmt.kind)
-    runner: Any = call.method.runner
-    run = runner.run
-
-    def run_with_map(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:
-        if quant_info.expert_map is None:
-            quant_info.expert_map = SOME_MAP
-        return run(dispatch_output, quant_info, *args, **kwargs)
-
-    runner.run = run_with_map
+    if may_get_negative_ids(layer):
+        launch.check_experts_elsewhere(call.fmt.kind)
+        skip_negative_ids(call.method.runner)
 
 
 class ServedNvfp4(Served[Nvfp4]):
@@ -204,8 +192,3 @@ class ServedNvfp4(Served[Nvfp4]):
     def may_be_empty(self, name: str, fmt: Nvfp4) -> bool:
         # ModelOptNvFp4A16LinearMethod and _create_experts make it whether there is one or not.
         return name.endswith(fmt.names.inputs) and fmt.activations == "none"
-
-    def stored_alike(
-        self, fmt: Nvfp4, tensors: dict[str, torch.Tensor], widths: list[int] | None
-    ) -> tuple[Format, dict[str, torch.Tensor]]:
-        return fmt, tensors  # what is joined shares one scale of all, or is refused by the compiler
