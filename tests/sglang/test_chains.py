@@ -177,7 +177,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, torch.Tensor
         monkeypatch.setattr(
             fused_marlin_moe, "moe_wna16_marlin_gemm", like(moe_wna16_marlin_gemm, marlin), raising=False
         )
-        monkeypatch.setattr(fused_marlin_moe, "get_scalar_type", lambda bits, zeros, scales: (bits, zeros))
+        monkeypatch.setattr(fused_marlin_moe, "get_scalar_type", lambda bits, zeros, scales, of_all: (bits, zeros))
         monkeypatch.setattr(chains, "_adds_atomically", lambda *_: True)
 
     return place
