@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .base import Family
+from .cohere import COHERE
 from .deepseek import DEEPSEEK, DEEPSEEK_RELATIVES, DEEPSEEK_V32
+from .ernie import ERNIE
+from .gemma import GEMMA3
 from .glm import GLM4_MOE, GLM_DSA
+from .gpt_oss import GPT_OSS
+from .granite import GRANITE
 from .kimi import KIMI_K25
 from .llama import LLAMA
 from .llama4 import LLAMA4
 from .minimax import MINIMAX_M2
+from .mistral import MISTRAL3
 from .mixtral import MIXTRAL
 from .moving import GPT2, INTERNLM2, INTERNVL, PERSIMMON
+from .olmoe import OLMOE
+from .phi import PHI3
 from .qwen2 import QWEN2, QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_5 import QWEN3_5, QWEN3_5_TEXT
@@ -24,8 +32,9 @@ __all__ = ["FAMILIES", "checked_types", "cuttable_types", "find_alike", "find_fa
 FAMILIES: tuple[Family, ...] = (
     LLAMA, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_NEXT, QWEN3_5, QWEN3_5_TEXT,
     DEEPSEEK, DEEPSEEK_V32, KIMI_K25, GLM4_MOE, GLM_DSA, MINIMAX_M2,
+    MISTRAL3, ERNIE, OLMOE, GEMMA3, COHERE, PHI3, GRANITE,
     # not checked
-    DEEPSEEK_RELATIVES, QWEN3_VL, LLAMA4, INTERNLM2, INTERNVL, PERSIMMON, GPT2,
+    DEEPSEEK_RELATIVES, QWEN3_VL, GPT_OSS, LLAMA4, INTERNLM2, INTERNVL, PERSIMMON, GPT2,
 )  # fmt: skip
 
 

@@ -6,9 +6,11 @@ This reads no weights and takes no memory. The class's own ``__init__`` shows wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ class Answer:
     """Layers that get their method from the quantization config."""
     reached: Mapping[str, frozenset[str]]
     """Tensor of the checkpoint -> the parameters that it is copied into; without tensors that are not copied."""
+    partial: frozenset[str]
+    """Tensors of which only a part is copied."""
     moved: frozenset[str]
     """Tensors whose values are moved while they are loaded."""
     stopped: str | None
@@ -84,6 +88,7 @@ class _Copies:
 
     def __init__(self) -> None:
         self.into: dict[str, set[int]] = {}
+        self.elements: Counter[str] = Counter()
         self.moved: set[str] = set()
         self.asked: set[str] = set()
         """One-element tensors whose value was read; SGLang then fills a parameter with it."""
@@ -92,6 +97,7 @@ class _Copies:
         storage = into.untyped_storage()._cdata
         for name in tensor._names:
             self.into.setdefault(name, set()).add(storage)
+            self.elements[name] += into.numel()
         if tensor._moved:
             self.moved.update(tensor._names)
 
@@ -166,13 +172,16 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     recorder, copies = _Recorder(), _Copies()
     with _default_dtype(model_config.dtype), torch.device("meta"):
         model = model_class(config=model_config.hf_config, quant_config=recorder)
-    weights = (
-        (name, _Named.of(torch.empty(shape, dtype=DTYPES[dtype], device="meta"), copies, (name,), False))
-        for name, dtype, shape in tensors
-    )
+    sizes: dict[str, int] = {}
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, dtype, shape in tensors:
+            sizes[name] = prod(shape)
+            yield name, _Named.of(torch.empty(shape, dtype=DTYPES[dtype], device="meta"), copies, (name,), False)
+
     stopped = None
     try:
-        model.load_weights(weights)
+        model.load_weights(weights())
     except Exception as error:  # any type: steps after loading may need values
         stopped = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     owners: dict[int, list[str]] = {}
@@ -189,7 +198,8 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
         reached[name] = frozenset(filled)
     offered = frozenset(path for path, module in model.named_modules() if id(module) in recorder.layers)
     parameters = frozenset(name for name, _ in model.named_parameters())
-    return Answer(model_class.__name__, parameters, offered, reached, frozenset(copies.moved), stopped)
+    partial = frozenset(name for name, copied in copies.elements.items() if copied < sizes[name])
+    return Answer(model_class.__name__, parameters, offered, reached, partial, frozenset(copies.moved), stopped)
 
 
 @contextmanager

@@ -58,6 +58,8 @@ def compare(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) ->
     found = [Disagreement(answer.stopped is None, text) for text in _dropped(answer, lost)]
     if answer.stopped is None:
         found += [Disagreement(True, text) for text in _unfilled(answer)]
+    if answer.partial:
+        found.append(Disagreement(True, f"{answer.model} loads only a part of {some(compress(answer.partial))}"))
     found += [Disagreement(False, text) for text in _misplaced(answer, family, modules, roles)]
     found += [Disagreement(True, text) for text in _not_offered(answer, family, modules, roles)]
     found += [Disagreement(True, text) for text in _moved(answer, family, modules, roles)]

@@ -92,6 +92,17 @@ def test_tensors_that_are_lost_and_parameters_that_none_fills_are_noticed(tmp_pa
     assert "goes into model.layers.0.self_attn.o_proj.weight" in found[1].text
 
 
+def test_tensors_that_are_larger_than_their_parameters_are_noticed(tmp_path: Path) -> None:
+    """As where a class takes the size of heads from elsewhere than the checkpoint has it."""
+    asked = ASKED["Cohere2ForCausalLM"]
+    wider = {
+        name: (dtype, (2 * shape[0], *shape[1:]) if "self_attn" in name and "o_proj" not in name else shape)
+        for name, (dtype, shape) in asked.tensors.items()
+    }
+    (found,) = disagreements(asked._replace(tensors=wider), answer_of(asked._replace(tensors=wider), tmp_path))
+    assert found.serious and "loads only a part of model.layers.{0..2}.self_attn" in found.text
+
+
 def test_a_model_of_a_real_size_is_asked_in_seconds(tmp_path: Path) -> None:
     asked = ASKED["Qwen3MoeForCausalLM"]
     large = serving.QWEN3_MOE.of(layers=94, experts=128)

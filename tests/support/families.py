@@ -323,7 +323,110 @@ def _minimax_m2(config: Config) -> Tensors:
     yield from _around("model.", config, layers())
 
 
+def _dense(
+    config: Config, p: str = "model.", head: str = "lm_head", *, norms: str = "none", around: tuple[str, ...] = ()
+) -> Tensors:
+    """Llama's names; ``around`` are the norms of a layer."""
+
+    def layers() -> Tensors:
+        for layer in range(config["num_hidden_layers"]):
+            at = f"{p}layers.{layer}."
+            yield from _attention(f"{at}self_attn.", config, norms=norms)
+            yield from _mlp(f"{at}mlp.", config["hidden_size"], config["intermediate_size"])
+            yield from _layer_norms(at, config["hidden_size"], *around)
+
+    yield from _around(p, config, layers(), head=head)
+
+
+def _phi3(config: Config) -> Tensors:
+    hidden, size = config["hidden_size"], config["intermediate_size"]
+    heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
+
+    def layers() -> Tensors:
+        for layer in range(config["num_hidden_layers"]):
+            at = f"model.layers.{layer}."
+            yield from _linear(f"{at}self_attn.qkv_proj", (heads + 2 * kv) * (hidden // heads), hidden)
+            yield from _linear(f"{at}self_attn.o_proj", hidden, hidden)
+            yield from _linear(f"{at}mlp.gate_up_proj", 2 * size, hidden)
+            yield from _linear(f"{at}mlp.down_proj", hidden, size)
+            yield from _layer_norms(at, hidden)
+
+    yield from _around("model.", config, layers())
+
+
+def _ernie_moe(config: Config) -> Tensors:
+    hidden, size, count = config["hidden_size"], config["moe_intermediate_size"], config["moe_num_experts"]
+
+    def layers() -> Tensors:
+        for layer in range(config["num_hidden_layers"]):
+            at = f"model.layers.{layer}."
+            yield from _attention(f"{at}self_attn.", config, norms="none")
+            if layer < config["moe_layer_start_index"]:
+                yield from _mlp(f"{at}mlp.", hidden, config["intermediate_size"])
+            else:
+                yield Tensor(f"{at}mlp.gate.weight", (count, hidden), dtype="F32")
+                yield Tensor(f"{at}mlp.moe_statics.e_score_correction_bias", (1, count), dtype="F32")
+                yield from _mlp(f"{at}mlp.shared_experts.", hidden, config["moe_num_shared_experts"] * size)
+                yield from _experts(f"{at}mlp.", count, hidden, size)
+            yield from _layer_norms(at, hidden)
+
+    yield from _around("model.", config, layers())
+
+
+def _olmoe(config: Config) -> Tensors:
+    hidden = config["hidden_size"]
+
+    def layers() -> Tensors:
+        for layer in range(config["num_hidden_layers"]):
+            at = f"model.layers.{layer}."
+            yield from _attention(f"{at}self_attn.", config, norms="all")
+            yield from _linear(f"{at}mlp.gate", config["num_experts"], hidden, linear=False)
+            yield from _experts(f"{at}mlp.", config["num_experts"], hidden, config["intermediate_size"])
+            yield from _layer_norms(at, hidden)
+
+    yield from _around("model.", config, layers())
+
+
+def _mistral3(config: Config) -> Tensors:
+    text = {**config["text_config"], "tie_word_embeddings": config["tie_word_embeddings"]}
+    yield from _dense(text, "language_model.model.", "language_model.lm_head")
+    c = config["vision_config"]
+    hidden, size, patch = c["hidden_size"], c["intermediate_size"], c["patch_size"]
+    yield Tensor("vision_tower.patch_conv.weight", (hidden, 3, patch, patch))
+    yield from _norm("vision_tower.ln_pre", hidden)
+    for layer in range(c["num_hidden_layers"]):
+        at = f"vision_tower.transformer.layers.{layer}."
+        for name in "qkvo":
+            yield from _linear(f"{at}attention.{name}_proj", hidden, hidden, linear=False)
+        for name, shape in (("gate", (size, hidden)), ("up", (size, hidden)), ("down", (hidden, size))):
+            yield from _linear(f"{at}feed_forward.{name}_proj", *shape, linear=False)
+        yield from _layer_norms(at, hidden, "attention_norm", "ffn_norm")
+    merged = hidden * config["spatial_merge_size"] ** 2
+    yield from _norm("multi_modal_projector.norm", hidden)
+    yield from _linear("multi_modal_projector.patch_merger.merging_layer", hidden, merged, linear=False)
+    yield from _linear("multi_modal_projector.linear_1", text["hidden_size"], hidden, linear=False)
+    yield from _linear("multi_modal_projector.linear_2", text["hidden_size"], text["hidden_size"], linear=False)
+
+
+def _gemma3(config: Config) -> Tensors:
+    names = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    yield from _dense(config, norms="head", around=names)
+
+
+def _cohere2(config: Config) -> Tensors:
+    yield from _dense(config, around=("input_layernorm",))
+
+
 _FAMILIES: Mapping[str, Callable[[Config], Tensors]] = {
+    "Mistral3ForConditionalGeneration": _mistral3,
+    "Ernie4_5_ForCausalLM": _dense,
+    "Ernie4_5_MoeForCausalLM": _ernie_moe,
+    "OlmoeForCausalLM": _olmoe,
+    "Gemma3ForCausalLM": _gemma3,
+    "CohereForCausalLM": _cohere2,
+    "Cohere2ForCausalLM": _cohere2,
+    "Phi3ForCausalLM": _phi3,
+    "GraniteForCausalLM": _dense,
     "Qwen2MoeForCausalLM": _qwen2_moe,
     "Qwen3_5ForConditionalGeneration": _qwen3_5,
     "Qwen3_5MoeForConditionalGeneration": _qwen3_5,
@@ -404,6 +507,8 @@ _IMAGES: Config = {
 }  # fmt: skip
 _SHARED_EXPERT: Config = {**_MOE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 256}
 _EXPERT_LINES = {"*.mlp.experts.*": "int4", "*.layers.1.mlp.experts.{0..2}.*": "fp8"}
+_DENSE_LINES = {"*.self_attn.*": "fp8", "*.mlp.*": "int4", "*.layers.1.mlp.*": "fp8"}
+_HEADS_OF_HIDDEN = {**{key: value for key, value in _DECODER.items() if key != "head_dim"}, "num_attention_heads": 2}
 _MLA_LINES = {"*.self_attn.*": "fp8", "*.kv_b_proj": "bf16", **_EXPERT_LINES}
 _A_PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj")
 _HYBRID = {"page_size": 1, "disable_overlap_schedule": True, "mamba_radix_cache_strategy": "no_buffer"}
@@ -513,5 +618,69 @@ TINY: Mapping[str, TinyModel] = {
             "*.layers.1.block_sparse_moe.experts.{0..2}.*": "fp8",
         },
         degrees=((2, 1), (2, 2)),
+    ),
+    "mistral3": TinyModel(
+        {
+            "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", **_OUTER,
+            "text_config": {**_DECODER, "model_type": "mistral"}, "image_token_index": 500, "vision_feature_layer": -1,
+            "projector_hidden_act": "gelu", "multimodal_projector_bias": False, "spatial_merge_size": 2,
+            "vision_config": {
+                "model_type": "pixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "head_dim": 32, "rope_theta": 10000.0,
+                "num_channels": 3, "hidden_act": "silu",
+            },
+        },
+        _DENSE_LINES,
+    ),
+    "ernie4_5": TinyModel(
+        {**_DECODER, **_OUTER, "architectures": ["Ernie4_5_ForCausalLM"], "model_type": "ernie4_5", "use_bias": False},
+        _DENSE_LINES,
+    ),
+    "ernie4_5_moe": TinyModel(
+        {
+            **_DECODER, **_OUTER, "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe",
+            "moe_intermediate_size": 256, "moe_num_experts": EXPERTS, "moe_k": 2, "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1, "moe_layer_end_index": 2, "moe_layer_interval": 1, "use_bias": False,
+        },
+        {"*.self_attn.*": "fp8", **_EXPERT_LINES, "*.shared_experts.*": "int4"},
+    ),
+    "olmoe": TinyModel(
+        {
+            **_HEADS_OF_HIDDEN, **_OUTER, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe",
+            "intermediate_size": 256, "num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": False,
+        },
+        {"*.self_attn.*": "fp8", **_EXPERT_LINES},
+    ),
+    "gemma3": TinyModel(
+        {
+            **_DECODER, **_OUTER, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+            "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 128,
+            "sliding_window": 64, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        _DENSE_LINES,
+    ),
+    "cohere2": TinyModel(
+        {
+            **_HEADS_OF_HIDDEN, **_OUTER, "architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2",
+            "tie_word_embeddings": True, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "sliding_window": 64,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        _DENSE_LINES,
+    ),
+    "phi3": TinyModel(
+        {
+            **_HEADS_OF_HIDDEN, **_OUTER, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3",
+            "original_max_position_embeddings": 2048, "rope_scaling": None,
+        },
+        _DENSE_LINES,
+    ),
+    "granite": TinyModel(
+        {
+            **_HEADS_OF_HIDDEN, **_OUTER, "architectures": ["GraniteForCausalLM"], "model_type": "granite",
+            "attention_multiplier": 0.1, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
+            "residual_multiplier": 0.22,
+        },
+        _DENSE_LINES,
     ),
 }  # fmt: skip

@@ -61,6 +61,7 @@ ASKED: Mapping[str, Asked] = {
     ),
     "Qwen3_5ForCausalLM": _text_only("qwen3_5", "Qwen3_5ForCausalLM"),
     "Qwen3_5MoeForCausalLM": _text_only("qwen3_5_moe", "Qwen3_5MoeForCausalLM"),
+    "CohereForCausalLM": _of_tiny("cohere2", architectures=["CohereForCausalLM"], model_type="cohere"),
     **{model.config["architectures"][0]: _of_tiny(name) for name, model in TINY.items() if name != "kimi_k2"},
 }
 
