@@ -19,7 +19,7 @@ import xxhash
 from ..errors import SourceError, VerifyError
 from ..formats.base import Format
 from ..formats.registry import format_from_json
-from ..storage.disk import inside, read_regular
+from ..storage.disk import inside, read_regular, source_errors
 from ..storage.header import TensorInfo
 from ..storage.limits import load_json
 from ..text import hide_password
@@ -266,9 +266,11 @@ def read_manifest(folder: Path) -> Manifest:
         VerifyError: there is none, or it is damaged, was changed, or is of another version.
     """
     path = hide_password(str(folder / MANIFEST))
-    if not (folder / MANIFEST).exists():
-        raise VerifyError(f"{path}: not there; this is for what `mixprec build` wrote")
     try:
+        with source_errors(folder / MANIFEST):
+            there = (folder / MANIFEST).exists()
+        if not there:
+            raise VerifyError(f"{path}: not there; this is for what `mixprec build` wrote")
         data = read_regular(inside(folder, MANIFEST), _MAX_BYTES)
         # Each tensor becomes a tuple as it is read: dictionaries of them all would take five times the memory.
         manifest = load_json(data, _MAX_VALUES, object_hook=_tensor_or_object)

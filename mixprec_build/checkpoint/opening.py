@@ -19,6 +19,7 @@ from ..families.facts import ModelFacts
 from ..formats.registry import leaves as known_leaves
 from ..patterns.compress import compress
 from ..patterns.pattern import MAX_NAME
+from ..storage.disk import source_errors
 from ..storage.folder import Files, LocalFolder
 from ..storage.header import TensorInfo, header_length, parse_header
 from ..storage.limits import load_json
@@ -162,7 +163,8 @@ def _add_shard(
     if len(tensors) > _MAX_TENSORS:
         raise SourceError(f"more than {_MAX_TENSORS} tensors", path=location)
     file = storage.cached(shard)
-    modified = None if file is None else file.stat().st_mtime_ns
+    with source_errors(Path(f"{location}/{shard}")):
+        modified = None if file is None else file.stat().st_mtime_ns
     # Only `format` is needed of the metadata, which may take as much memory as the headers of all tensors.
     kept = {"format": metadata["format"]} if isinstance(metadata, dict) and "format" in metadata else None
     shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), kept, modified)

@@ -23,7 +23,8 @@ _TOOLS = {".git": True, ".cache": True, ".huggingface": True, ".gitattributes": 
 
 def beside(owned: OwnedFolder) -> list[str]:
     """Names of the entries of git and of the hub's downloads, which do not belong to the checkpoint."""
-    return [entry.name for entry in owned.entries() if _is_a_tools(entry)]
+    with source_errors(owned.path):
+        return [entry.name for entry in owned.entries() if _is_a_tools(entry)]
 
 
 def _is_a_tools(entry: Entry) -> bool:
@@ -40,7 +41,8 @@ def file_differences(
     ``left`` are no differences. The headers of ``unread`` shards are not compared.
     """
     listed = manifest.files
-    entries = {entry.name: entry for entry in owned.entries()}
+    with source_errors(owned.path):
+        entries = {entry.name: entry for entry in owned.entries()}
     for name, entry in entries.items():
         if name not in listed and name not in {MANIFEST, PRESPLIT, *left} and not _is_a_tools(entry):
             yield f"{name}: {_what(owned, entry)}not in the manifest"

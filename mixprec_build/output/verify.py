@@ -18,6 +18,7 @@ from ..checkpoint.opening import open_checkpoint
 from ..errors import MixprecError, OutputError, SourceError, VerifyError
 from ..patterns.compress import compress
 from ..ranks.merged import CutFolder, open_compiled
+from ..storage.disk import source_errors
 from ..storage.header import TensorInfo
 from ..storage.owned import OwnedFolder
 from ..storage.reader import FileReader, TensorReader
@@ -80,10 +81,13 @@ def verify(
         SourceError: the checkpoint itself cannot be opened.
         OutputError: another command is changing the checkpoint.
     """
-    if not (folder / MANIFEST).exists():
+    with source_errors(folder / MANIFEST):
+        there = (folder / MANIFEST).exists()
+    if not there:
         read_manifest(folder)  # raises
     with locked(folder, shared=True) as (owned, check):
-        before = owned.stat(MANIFEST)
+        with source_errors(folder / MANIFEST):
+            before = owned.stat(MANIFEST)
 
         def require_unchanged(cause: MixprecError | None = None) -> None:
             """Raises if another command changed the checkpoint, as it can where the file system has no locks."""

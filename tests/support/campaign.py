@@ -30,7 +30,7 @@ from typing import Any
 import xxhash
 
 from mixprec_build.checkpoint.degree import Degree
-from mixprec_build.errors import MixprecError
+from mixprec_build.errors import MixprecError, VerifyError
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
@@ -279,7 +279,8 @@ def _command(what: str, plan: Plan, out: Path) -> None:
         split(out, Degree(2), layout="presplit", jobs=1)
     else:
         differences = verify(out).differences
-        assert differences == (), differences
+        if differences:
+            raise VerifyError("; ".join(differences))
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
