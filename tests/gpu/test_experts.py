@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 512, 256, 24, 8
 KINDS = (
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8",
-    "awq_int4", "ct_int4", "ct_int8",
+    "awq_int4", "ct_int4", "ct_int8", "nvfp4", "ct_nvfp4",
 )  # fmt: skip
 TOKENS = (0, 1, 7, 64, 65, 4096)
 # Activations are rounded to FP8 or Int8 for weights in these, and not for the others.
@@ -35,6 +35,9 @@ def sglang() -> Iterator[None]:
 
 def combinations() -> list[tuple[str, ...]]:
     packed = [(kind, "awq_int4", "ct_int4") for kind in KINDS[:8]]
+    packed += [
+        (*pair, "nvfp4") for pair in itertools.combinations(("bf16", "fp8_block", "fp8_channel", "gptq_int4"), 2)
+    ]
     # "a/b": gate and up in a, down in b.
     parted = [(f"{up}/{down}", up) for up, down in itertools.permutations(KINDS, 2)]
     return [*itertools.combinations(KINDS, 2), *itertools.combinations(KINDS[:8], 3), *packed, *parted]

@@ -36,6 +36,7 @@ MOE = QWEN3_MOE.of(**SIZES, experts=32, top_k=8, expert_intermediate=512)
 VARIANTS = [
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int4_g64",
     "gptq_int8", "auto_round_int4", "awq_int4", "ct_int4", "ct_int4_asym", "ct_int8", "ct_fp8_block", "ct_fp8_weight",
+    "nvfp4", "ct_nvfp4",
 ]  # fmt: skip
 
 # name -> (shape, lines of `weights:`)
@@ -48,6 +49,15 @@ MIXES: Mapping[str, tuple[Shape, list[str]]] = {
         QWEN2_MOE.of(**{**SIZES, "head_dim": 64}, intermediate=1024, experts=32, top_k=8, expert_intermediate=512),
         ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.shared_expert.*: fp8_block",
          "model.layers.*.mlp.experts.*: auto_round_int4"],
+    ),
+    "attention fp8, experts nvfp4": (
+        MOE, ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.experts.*: nvfp4"]
+    ),
+    "some experts fp8 beside nvfp4": (
+        MOE,
+        ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.experts.*: nvfp4",
+         "model.layers.*.mlp.experts.{0..3}.*: fp8_block", "model.layers.*.mlp.experts.{8..15}.*: ct_nvfp4",
+         "model.layers.1.mlp.experts.{16..23}.down_proj: gptq_int4"],
     ),
     "attention bf16, mlp fp8": (DENSE, ["model.layers.*.mlp.*: fp8_channel"]),
     "layer by layer": (
@@ -181,7 +191,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 # Stock SGLang takes FP8 by channels with unquantized activations for Int4 (0.5.17), so that cannot be compared.
 EVERYWHERE = (
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8",
-    "awq_int4", "ct_int4", "ct_int8",
+    "awq_int4", "ct_int4", "ct_int8", "nvfp4",
 )  # fmt: skip
 IDENTITIES = [
     *((shape, variant) for shape in (DENSE, MOE) for variant in EVERYWHERE),
@@ -193,6 +203,7 @@ def _identity(server: Server, shape: Shape, variant: str) -> tuple[Future[dict[s
     # Stock GPTQ experts run in FP16 only.
     options: dict[str, Any] = {"dtype": "half" if variant.startswith("gptq") and shape.experts else "bfloat16"}
     methods = {"fp8_channel": "w8a8_fp8", "int8_channel": "w8a8_int8", "awq_int4": "awq_marlin"}
+    methods["nvfp4"] = "modelopt_fp4"
     engine = {"engine": {"quantization": methods[variant]}} if variant in methods else {}
     native = {**options, **engine}
     lines = [] if variant == "bf16" else [f"*: {variant}"]
