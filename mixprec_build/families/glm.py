@@ -21,6 +21,7 @@ GLM4_MOE = Family(
     checked=True,
     can_be_cut=True,
     attention_replicas=True,
+    quantized_head=True,
 )
 
 

@@ -17,6 +17,5 @@ KIMI_K25 = replace(
     architectures=frozenset({"KimiK25ForConditionalGeneration"}),
     embedding="language_model.model.embed_tokens",
     head="language_model.lm_head",
-    quantized_head=False,
     left_out=("language_model.", "model."),
 )

@@ -34,6 +34,7 @@ QWEN3_5_TEXT = Family(
     ),
     checked=True,
     can_be_cut=True,
+    quantized_head=True,
     cuts={
         **_COMMON.cuts,
         **dict.fromkeys(("in_proj_qkv", "conv1d"), CutBy.STATE_SECTIONS),

@@ -16,6 +16,7 @@ QWEN3_VL = replace(
     embedding="model.language_model.embed_tokens",
     renamed=(("model.language_model.", "model."), ("model.visual.", "visual.")),
     checked=False,
+    quantized_head=False,
     can_be_cut=False,
     attention_replicas=False,
     stacked_experts=(

@@ -16,6 +16,7 @@ from support.sglang.families import dense_parameters, dequantized, family_mix
 from support.sglang.harness import rank_of, serve
 
 from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.errors import RefusedError
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
 
@@ -44,6 +45,46 @@ def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, 
         assert ours[key].shape == value.shape, key
         # Scales of GPTQ are rounded to BF16 as SGLang loads them.
         assert (ours[key] - value).abs().max() <= 0.01 * value.abs().max(), key
+
+
+HEADS = [
+    "qwen2_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "kimi_k2",
+    "kimi_k25",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "glm4_moe",
+]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_quantized_head_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str) -> None:
+    """By mixprec's loader and by SGLang's; cut for ranks where the family is."""
+    model = TINY[name]
+    mix = family_mix(folder, name, head=True)
+    native = dict(dense_parameters(serve(dequantized(mix, tmp_path / "dense"), **model.options)))
+    (head,) = [key for key in native if key.endswith("lm_head.weight")]
+    for options in ({}, {"load_format": "safetensors"}):
+        ours = dict(dense_parameters(serve(mix, **model.options, **options)))[head]
+        assert (ours - native[head]).abs().max() <= 0.01 * native[head].abs().max()
+    for tp, ep in model.degrees[:1]:
+        with rank_of(1, tp, ep):
+            second, stock = (
+                dict(serve(mix, **model.options, **how).named_parameters())
+                for how in ({}, {"load_format": "safetensors"})
+            )
+        names = [key for key, held in second.items() if "lm_head." in key and held.numel()]
+        assert len(names) == 2
+        assert all(torch.equal(_bits(second[key].data), _bits(stock[key].data)) for key in names)
+
+
+def test_a_head_that_its_class_does_not_quantize_is_refused(folder: Path) -> None:
+    """models/minimax_m2.py makes it with no quantization config at all."""
+    with pytest.raises(RefusedError, match="no quantized lm_head of this family"):
+        family_mix(folder, "minimax_m2", head=True)
 
 
 @pytest.mark.parametrize(("name", "ep"), [(name, ep) for name, model in TINY.items() for _, ep in model.degrees])

@@ -36,8 +36,11 @@ def _values(tensor: Tensor) -> torch.Tensor:
     return (values / prod(tensor.shape[1:]) ** 0.5).to(_DTYPES[tensor.dtype])
 
 
-def write_family(folder: Path, model: TinyModel) -> dict[str, Path]:
-    """Writes ``folder/bf16`` with experts as in the family's releases; ``fp8`` and ``int4`` with separate experts."""
+def write_family(folder: Path, model: TinyModel, *, head: bool = False) -> dict[str, Path]:
+    """Writes ``folder/bf16`` with experts as in the family's releases; ``fp8`` and ``int4`` with separate experts.
+
+    With ``head``, ``lm_head`` is quantized, too.
+    """
     whole = list(tensors_of(model.config))
     values = {tensor.name: _values(tensor) for tensor in whole}
     stacked = STACKED.get(model.config["architectures"][0])
@@ -48,7 +51,8 @@ def write_family(folder: Path, model: TinyModel) -> dict[str, Path]:
         for tensor in whole:
             module = tensor.name.removesuffix(".weight")
             draft = module.startswith("mtp.")
-            if tensor.linear and not draft and not (variant == "int4" and module.endswith(model.dense)):
+            linear = tensor.linear or (head and module.endswith("lm_head"))
+            if linear and not draft and not (variant == "int4" and module.endswith(model.dense)):
                 stored = store(values[tensor.name].float())
                 tensors |= {f"{module}.{leaf}": value for leaf, value in stored.items()}
             else:
@@ -110,6 +114,7 @@ def dequantized(checkpoint: Path, folder: Path) -> Path:
 def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields all parameters, dequantized to float32, by their names in SGLang's unquantized model."""
     from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
     from mixprec_runtime.cpu import reference
     from mixprec_runtime.formats.registry import served
@@ -119,7 +124,8 @@ def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
         fmt = format_of(module)
         if fmt is None or not fmt.quantized:
             continue
-        turn = reference._dequantize_linear if isinstance(module, LinearBase) else reference._dequantize_experts
+        linear = isinstance(module, LinearBase | ParallelLMHead)
+        turn = reference._dequantize_linear if linear else reference._dequantize_experts
         turn(module, fmt, served(fmt).as_stored)
     mixed = {path: module for path, module in model.named_modules() if hasattr(module, "up_numbers")}
     for path, module in mixed.items():
@@ -136,18 +142,19 @@ def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
             yield name, parameter.data.float()
 
 
-def family_mix(folder: Path, name: str) -> Path:
-    """The mix of a tiny model, planned, built and verified once below ``folder``."""
+def family_mix(folder: Path, name: str, *, head: bool = False) -> Path:
+    """The mix of a tiny model, planned, built and verified once below ``folder``; with ``head``, its head is FP8."""
     from mixprec_build.output.build import plan_recipe, run_plan
     from mixprec_build.output.verify import verify
 
-    out = folder / "families" / name / "mix"
+    out = folder / "families" / (f"{name}-head" if head else name) / "mix"
     if out.exists():
         return out
-    sources = write_family(out.parent, TINY[name])
+    sources = write_family(out.parent, TINY[name], head=head)
+    lines = {**TINY[name].lines, **({"*lm_head": "fp8"} if head else {})}
     text = [f"model: {sources['bf16']}", "default: bf16", "sources:"]
     text += [f"  {variant}: {path}" for variant, path in sources.items()]
-    text += ["weights:", *(f"  '{pattern}': {source}" for pattern, source in TINY[name].lines.items())]
+    text += ["weights:", *(f"  '{pattern}': {source}" for pattern, source in lines.items())]
     recipe = out.with_suffix(".yaml")
     recipe.write_text("\n".join(text))
     plan = plan_recipe(recipe)
