@@ -42,6 +42,9 @@ METHODS = {
     "ct_int4_asym": "CompressedTensorsLinearMethod",
     "ct_int4_act": "CompressedTensorsLinearMethod",
     "ct_int8": "CompressedTensorsLinearMethod",
+    "nvfp4": "ModelOptNvFp4A16LinearMethod",
+    "nvfp4_weights": "ModelOptNvFp4A16LinearMethod",
+    "ct_nvfp4": "ModelOptNvFp4A16LinearMethod",
     # Under other producers' names, one with static activations, as ModelOpt's are.
     "fp8_block_scale": "Fp8LinearMethod",
     "fp8_static": "Fp8LinearMethod",
@@ -63,8 +66,11 @@ def head_of(checkpoint: Path, **options: Any) -> Any:
     return serve(checkpoint, **options).get_submodule("lm_head")
 
 
-def held(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.data for n, p in layer.named_parameters(recurse=False) if p.numel() and "sort_indices" not in n}
+def held(layer: Any) -> dict[str, torch.Tensor]:
+    """The parameters that tensors of the checkpoint fill."""
+    fmt = format_of(layer)
+    empty = served(fmt).may_be_empty
+    return {n: p.data for n, p in layer.named_parameters(recurse=False) if p.numel() and not empty(n, fmt)}
 
 
 def meant(layer: Any) -> torch.Tensor:
