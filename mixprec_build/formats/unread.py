@@ -44,6 +44,10 @@ _SIGNED = (
     ": its 4-bit integers are signed, which SGLang has no kernel for and AutoAWQ's kernels would read as other "
     "numbers; take this module from another source, as of AutoAWQ, GPTQ or AutoRound"
 )
+_MISTRAL = (
+    ": its names and scales are of Mistral's own layout (consolidated.safetensors, params.json); take the release in "
+    "Hugging Face's layout, which has weight_scale_inv and activation_scale, and leave these files out"
+)
 _SOME_FLOATS = "a 4-bit float format (NVFP4, MXFP4)"
 
 _SCALES = ("weight_scale", "weight_scale_inv", "scale")
@@ -63,7 +67,8 @@ UNREAD = (
 )
 """The first that fits counts."""
 
-LEAVES = frozenset({"pre_quant_scale", "input_zero_point", "SCB"})
+_OF_MISTRAL = frozenset({"qscale_weight", "qscale_act"})
+LEAVES = frozenset({"pre_quant_scale", "input_zero_point", "SCB"}) | _OF_MISTRAL
 """The last words of names of tensors that only such formats have."""
 
 
@@ -80,6 +85,8 @@ def refuse_first(module: StoredModule, quantization: Quantization, methods: Set[
     packed = module.tensors.keys() == {""} and module.name.endswith(("_blocks", "_scales"))
     if packed and quantization.get("quant_method") == "mxfp4":
         raise FormatError(_refusal(Unread("MXFP4", {}, _FLOATS), shape_text("", module)))
+    if own := sorted(_OF_MISTRAL & module.tensors.keys()):
+        raise FormatError(_refusal(Unread("Mistral's static FP8", {}, _MISTRAL), shape_text(own[0], module)))
     if (key := rotates(quantization)) is not None:
         raise FormatError(
             f"quantization_config has `{key}`: these weights are stored rotated, and neither mixprec nor SGLang "

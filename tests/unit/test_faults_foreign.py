@@ -97,3 +97,21 @@ def test_the_declared_method_names_a_format(
     with pytest.raises(SourceError) as caught:
         plan_recipe(recipe)
     assert said in str(caught.value)
+
+
+def test_scales_of_mistrals_own_layout_are_named(tmp_path: Path) -> None:
+    """Whatever ``config.json`` says beside them: SGLang's classes rename them from other names of modules alone."""
+
+    def edit(tensors: Tensors, config: Config) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            tensors[name.replace("weight_scale", "qscale_weight")] = tensors.pop(name)
+            tensors[name.replace("weight_scale", "qscale_act")] = np.ones((), np.float32)
+        config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+
+    write_tiny(tmp_path / "a", LLAMA, "fp8_tensor", edit=edit)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: a\nsources: {q: a}\n")
+    with pytest.raises(
+        SourceError, match=r"stored as Mistral's static FP8 .*take the release in Hugging Face's layout"
+    ):
+        plan_recipe(recipe)

@@ -11,6 +11,7 @@ from support.write import DEEPSEEK, Config, Tensors, write_tiny
 from mixprec_build.errors import RefusedError
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.output.build import plan_recipe
+from mixprec_build.planning.rules import decided_groups
 
 
 def test_shared_experts_of_another_class_may_be_fp8_by_channels(tmp_path: Path) -> None:
@@ -42,3 +43,11 @@ def test_shared_experts_of_another_class_may_be_fp8_by_channels(tmp_path: Path) 
 )
 def test_which_classes_compare(config: Config, compares: bool) -> None:
     assert bool(ModelFacts.of(config).family.compared) is compares
+
+
+@pytest.mark.parametrize(("model_type", "together"), [("deepseek_v3", True), ("ernie4_5_moe", False)])
+def test_suggest_chooses_one_source_for_them_only_where_they_are_compared(model_type: str, together: bool) -> None:
+    family = ModelFacts.of({"model_type": model_type}).family
+    names = [f"model.layers.1.mlp.shared_experts.{word}_proj" for word in ("gate", "up", "down")]
+    groups = decided_groups(names, family)
+    assert sorted(map(len, groups.values())) == ([3] if together else [1, 2])
