@@ -43,19 +43,24 @@ def take_experts_apart(
 
 
 def _can_be_cut(tensor: TensorInfo, stacked: StackedExperts, experts: int | None) -> bool:
-    if stacked.transposed or stacked.interleaved or tensor.dtype not in _DTYPES or len(tensor.shape) != 3:
+    if stacked.interleaved or tensor.dtype not in _DTYPES or len(tensor.shape) != 3 or tensor.nbytes == 0:
         return False
-    return tensor.shape[0] == experts and tensor.shape[1] % len(stacked.parts) == 0 and tensor.nbytes > 0
+    return tensor.shape[0] == experts and tensor.shape[2 if stacked.transposed else 1] % len(stacked.parts) == 0
 
 
 def _parts(tensor: TensorInfo, stacked: StackedExperts) -> Iterator[TensorInfo]:
-    """Yields the weights ``[N, K]`` of all experts, in the order of their bytes."""
-    experts, rows, columns = tensor.shape
+    """The weights ``[N, K]`` of all experts, in the order of their bytes."""
+    experts, count = tensor.shape[0], len(stacked.parts)
+    columns, rows = tensor.shape[1:] if stacked.transposed else tensor.shape[:0:-1]
     block = tensor.name.rpartition(".")[0]
-    shape = (rows // len(stacked.parts), columns)
-    nbytes = tensor.nbytes // (experts * len(stacked.parts))
-    start = tensor.start
+    shape = (rows // count, columns)
+    nbytes = tensor.nbytes // (experts * count)
     for expert in range(experts):
-        for part in stacked.parts:
-            yield TensorInfo(f"{block}.{expert}.{part}.weight", tensor.dtype, shape, tensor.file, start, nbytes)
-            start += nbytes
+        start = tensor.start + expert * count * nbytes
+        for at, part in enumerate(stacked.parts):
+            name = f"{block}.{expert}.{part}.weight"
+            if stacked.transposed:
+                where = at * shape[0], rows
+                yield TensorInfo(name, tensor.dtype, shape, tensor.file, start, nbytes, where)
+            else:
+                yield TensorInfo(name, tensor.dtype, shape, tensor.file, start + at * nbytes, nbytes)

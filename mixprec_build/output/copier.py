@@ -30,6 +30,7 @@ from ..storage.disk import (
 )
 from ..storage.reader import read_tensor
 from ..storage.threads import MOST_JOBS, Progress, run_all
+from ..storage.transposed import PANEL
 from .stage import Stage
 
 __all__ = ["Copier"]
@@ -173,7 +174,7 @@ class Copier:
         states = {key: self._state(*key) for key in dict.fromkeys((t.source, t.info.file) for t in shard.tensors)}
         for tensor in shard.tensors:
             state = states[tensor.source, tensor.info.file]
-            origin = (*state, tensor.info.start, shard.link is None)
+            origin = (*state, tensor.info.start, shard.link is None, *(tensor.info.columns or ()))
             digest.update(repr((tensor.source, tensor.info.file, *origin)).encode())
         return digest.hexdigest()
 
@@ -237,8 +238,10 @@ class Copier:
         """Copies one tensor of any size through the buffer."""
         (tensor,) = batch.tensors
         digest = xxhash.xxh3_128()
-        for at in range(0, tensor.info.nbytes, _BUFFER):
-            window = buffer[: min(_BUFFER, tensor.info.nbytes - at)]
+        if tensor.info.columns is not None:
+            buffer = memoryview(bytearray(PANEL))
+        for at in range(0, tensor.info.nbytes, len(buffer)):
+            window = buffer[: min(len(buffer), tensor.info.nbytes - at)]
             self._read(tensor, window, at)
             digest.update(window)
             self._write(batch, window, batch.start + at)

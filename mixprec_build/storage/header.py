@@ -51,6 +51,9 @@ class TensorInfo(NamedTuple):
     file: str
     start: int
     nbytes: int
+    columns: tuple[int, int] | None = None
+    """Of a tensor ``[N, K]`` that is columns of a matrix ``[K, width]``, whose first byte is ``start``: the first of
+    these columns, and ``width``."""
 
 
 def read_header(path: Path) -> tuple[bytes, int]:

@@ -19,8 +19,9 @@ import xxhash
 
 from ..errors import SourceError
 from .disk import open_regular, pread_all, pread_into
-from .dtypes import numpy_dtype
+from .dtypes import DTYPE_BITS, numpy_dtype
 from .header import TensorInfo
+from .transposed import PANEL, read_columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,6 +114,10 @@ class FileReader(TensorReader):
         with self._reading(tensor.file) as opened:
             if opened is None:
                 return self._from_elsewhere(tensor, at, nbytes)
+            if tensor.columns is not None:
+                window = bytearray(nbytes)
+                read_tensor(opened.fd, opened.path, tensor, memoryview(window), at)
+                return bytes(window)
             try:
                 data = pread_all(opened.fd, nbytes, tensor.start + at)
             except OSError as error:
@@ -122,8 +127,9 @@ class FileReader(TensorReader):
             return data
 
     def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
-        for at in range(0, tensor.nbytes, BUFFER):
-            yield self.read(tensor, at, min(BUFFER, tensor.nbytes - at))
+        most = BUFFER if tensor.columns is None else PANEL
+        for at in range(0, tensor.nbytes, most):
+            yield self.read(tensor, at, min(most, tensor.nbytes - at))
 
     def first_values(self, tensor: TensorInfo, nbytes: int) -> np.ndarray | None:
         """The values in the first ``nbytes`` of a tensor, flat; None where it is empty or not on this machine.
@@ -142,10 +148,28 @@ class FileReader(TensorReader):
     def _from_elsewhere(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
         if self._elsewhere is None:
             raise SourceError(f"{tensor.file} is not on this machine")
+        if tensor.columns is not None:
+            return self._columns_from_elsewhere(tensor, at, nbytes)
         data = self._elsewhere(tensor.file, tensor.start + at, nbytes)
         if len(data) < nbytes:
             raise _unread(tensor, tensor.file)
         return data
+
+    def _columns_from_elsewhere(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
+        """Of the whole matrix that they are columns of: one request instead of one for each of its rows."""
+        assert self._elsewhere is not None and tensor.columns is not None
+        itemsize = DTYPE_BITS[tensor.dtype] // 8
+        matrix = self._elsewhere(tensor.file, tensor.start, tensor.shape[1] * tensor.columns[1] * itemsize)
+
+        def read_into(window: memoryview, offset: int) -> None:
+            found = matrix[offset - tensor.start : offset - tensor.start + len(window)]
+            if len(found) < len(window):
+                raise _unread(tensor, tensor.file)
+            window[:] = found
+
+        out = bytearray(nbytes)
+        read_columns(tensor, read_into, memoryview(out), at)
+        return bytes(out)
 
     @contextmanager
     def _reading(self, file: str) -> Iterator[_OpenFile | None]:
@@ -186,12 +210,19 @@ def read_tensor(fd: int, path: Path, tensor: TensorInfo, window: memoryview, at:
     Raises:
         SourceError: they cannot be read, or the file ends before. ``path`` is its name in the message.
     """
-    try:
-        got = pread_into(fd, window, tensor.start + at)
-    except OSError as error:
-        raise _unread(tensor, path, error) from error
-    if got < len(window):
-        raise _unread(tensor, path)
+
+    def read_into(window: memoryview, offset: int) -> None:
+        try:
+            got = pread_into(fd, window, offset)
+        except OSError as error:
+            raise _unread(tensor, path, error) from error
+        if got < len(window):
+            raise _unread(tensor, path)
+
+    if tensor.columns is None:
+        read_into(window, tensor.start + at)
+    else:
+        read_columns(tensor, read_into, window, at)
 
 
 def _unread(tensor: TensorInfo, path: Path | str, error: OSError | None = None) -> SourceError:

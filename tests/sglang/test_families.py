@@ -33,7 +33,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", TINY)
 def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str) -> None:
     model = TINY[name]
     mix = family_mix(folder, name)

@@ -540,7 +540,10 @@ TINY: Mapping[str, TinyModel] = {
     ),
     "qwen3_5_moe": TinyModel(
         _qwen3_5_config("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", **_SHARED_EXPERT),
-        {"*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", **_EXPERT_LINES, "*.shared_expert.*": "int4"},
+        {
+            "*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", **_EXPERT_LINES, "*.shared_expert.*": "int4",
+            "*.layers.2.mlp.experts.{3,5}.*": "bf16",
+        },
         options=_HYBRID, degrees=((2, 1), (2, 2)),
     ),
     "qwen3_next": TinyModel(
@@ -561,7 +564,18 @@ TINY: Mapping[str, TinyModel] = {
             },
             "vision_config": {**_VISION, "model_type": "qwen3_vl_moe", "deepstack_visual_indexes": [0, 1]},
         },
-        {"*.self_attn.*": "fp8", **_EXPERT_LINES},
+        {"*.self_attn.*": "fp8", **_EXPERT_LINES, "*.layers.2.mlp.experts.{3,5}.*": "bf16"}, degrees=((2, 1), (2, 2)),
+    ),
+    "qwen3_vl": TinyModel(
+        {
+            "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", **_OUTER, **_IMAGES,
+            "text_config": {
+                **_DECODER, "model_type": "qwen3_vl_text", "dtype": "bfloat16",
+                "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+            },
+            "vision_config": {**_VISION, "model_type": "qwen3_vl", "deepstack_visual_indexes": [0, 1]},
+        },
+        _DENSE_LINES, degrees=((2, 1),),
     ),
     "kimi_k2": TinyModel(
         {

@@ -11,10 +11,12 @@ from support.write import QWEN3_MOE, Config, Tensors, write_tiny
 
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import RefusedError
+from mixprec_build.output import copier
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.verify import verify
 from mixprec_build.planning.types import Plan
 from mixprec_build.report.facts import inspect_facts
+from mixprec_build.storage.transposed import PANEL
 
 LINES = "{'model.layers.*.mlp.experts.*': int4, 'model.layers.1.mlp.experts.{1..2}.*': bf16}"
 
@@ -35,10 +37,19 @@ def stacked(tensors: Tensors, config: Config) -> None:
         tensors[f"{block}.down_proj"] = np.stack([e["down_proj"] for e in experts])
 
 
+def transposed(tensors: Tensors, config: Config) -> None:
+    """As Qwen3-VL-MoE's release."""
+    stacked(tensors, config)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        tensors[name] = np.ascontiguousarray(tensors[name].transpose(0, 2, 1))
+    config |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
     write_tiny(folder / "stacked", QWEN3_MOE, "bf16", edit=stacked)
+    write_tiny(folder / "transposed", QWEN3_MOE, "bf16", edit=transposed)
     write_tiny(folder / "apart", QWEN3_MOE, "bf16", edit=named)
     write_tiny(folder / "int4", QWEN3_MOE, "gptq_int4", edit=named)
     return folder
@@ -50,6 +61,20 @@ def plan(folder: Path, source: str, default: str = "bf16", lines: str = LINES, *
         f"model: {source}\nsources: {{bf16: {source}, int4: int4}}\ndefault: {default}\nweights: {lines}\n"
     )
     return plan_recipe(recipe, link=link)
+
+
+def test_columns_are_read_as_the_tensors_that_they_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in (PANEL, 1000):  # no multiple of a row's bytes
+        monkeypatch.setattr(copier, "PANEL", size)
+        monkeypatch.setattr(copier, "_BUFFER", 4096)
+        outs = {source: tmp_path / f"{source}-{size}" for source in ("transposed", "apart")}
+        for source, out in outs.items():
+            lines = "{'model.layers.0.self_attn.*': int4}"
+            run_plan(plan(folder, source, lines=lines), out)
+            assert not verify(out, sources={"bf16": str(folder / source)}).differences
+        assert folder_tensors(outs["transposed"]) == folder_tensors(outs["apart"])
 
 
 @pytest.mark.parametrize("default", ["bf16", "int4"])
