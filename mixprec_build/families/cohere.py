@@ -1,4 +1,4 @@
-"""Command-R and Command-A (``models/commandr.py``): attention and MLP side by side, after one norm."""
+"""Command-R and Command-A (``models/commandr.py``): attention and MLP in parallel, after one norm."""
 
 from __future__ import annotations
 

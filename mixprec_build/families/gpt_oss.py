@@ -1,5 +1,7 @@
-"""gpt-oss (``models/gpt_oss.py``): attention without a quantization config, experts of a layer in one tensor each, with
-biases, columns of gate and up in turns."""
+"""gpt-oss (``models/gpt_oss.py``): attention without a quantization config, and experts with biases.
+
+All experts of a layer are in one tensor, in which columns of gate and up alternate.
+"""
 
 from __future__ import annotations
 

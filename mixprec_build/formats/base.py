@@ -106,7 +106,7 @@ class Format(ABC):
 
     @property
     def values_leaf(self) -> str:
-        """The tensor of a weight's values."""
+        """The leaf of the tensor with a weight's values."""
         return "weight"
 
     @property

@@ -124,7 +124,7 @@ class Scheme:
 
 
 def _activations(at: str, data: object, *, fp4: bool) -> str:
-    """``fp4``: whether weights are 4-bit floats, beside which activations may be, too."""
+    """``fp4``: whether weights are 4-bit floats, with which activations may be 4-bit floats, too."""
     if data is None:
         return "none"
     if not isinstance(data, Mapping):

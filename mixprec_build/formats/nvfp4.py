@@ -10,8 +10,8 @@ scale of the inputs  ``input_scale`` F32 []          ``input_global_scale`` F32 
 ===================  ==============================  ==============================
 
 A byte holds two values, the lower four bits the first. Each is an E2M1: a sign and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
-``W[n, k] = value[n, k] * weight_scale[n, k // 16] * g``. Scales of inputs are there where activations are to be
-quantized as well (W4A4), and not for weights alone (W4A16). Sources of the layouts: ModelOpt 0.47,
+``W[n, k] = value[n, k] * weight_scale[n, k // 16] * g``. Only W4A4, which quantizes activations too, has a scale of the
+inputs; W4A16 has none. Sources of the layouts: ModelOpt 0.47,
 ``torch/quantization/qtensor/nvfp4_tensor.py``; compressed-tensors 0.20.0, ``compressors/nvfp4``.
 """
 
@@ -39,14 +39,14 @@ __all__ = ["Nvfp4"]
 
 _BLOCK = 16
 _ROUNDED_TO = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# SGLang runs it natively on Blackwell, which mixprec does not serve yet; Marlin is what runs it before.
+# SGLang's native kernels need Blackwell, which mixprec does not serve yet; Marlin runs it on older GPUs.
 _KIND = Kind(4, words=("fp4",), kernels="Marlin, with unquantized activations", least=80, most=90)
 _KEYS = {"quant_algo", "config_groups", "group_size", "quantized_layers", "quantization", "quant_mode"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What one producer calls the tensors; ``kind`` is the format's word for it."""
+    """One producer's names of the tensors; ``kind`` is the format's kind for it."""
 
     kind: str
     values: str
@@ -62,7 +62,7 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4(Format):
-    """``producer`` is ``modelopt`` or ``compressed-tensors``: other names, and 1/g instead of g."""
+    """The kinds ``nvfp4`` and ``ct_nvfp4``. ``producer``: ``modelopt``, or ``compressed-tensors``, which stores 1/g."""
 
     name: ClassVar[str] = "NVFP4"
     kinds: ClassVar[Mapping[str, Kind]] = {"nvfp4": _KIND, "ct_nvfp4": _KIND}
@@ -74,7 +74,7 @@ class Nvfp4(Format):
 
     producer: str
     activations: str
-    """``static`` where there is a scale of the inputs, else ``none``."""
+    """``static`` with a scale of the inputs, else ``none``."""
 
     @property
     def kind(self) -> str:
@@ -175,8 +175,11 @@ class Nvfp4(Format):
         return expert_shape_limits(hidden, intermediate, _BLOCK)
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
-        """Marlin multiplies what runs as one GEMM by one g: SGLang takes the largest of a linear's, of an expert's that
-        of gate, and warns at most (``modelopt_quant.py``, ``process_weights_after_loading``)."""
+        """Reasons for parts of one GEMM with different g, of which Marlin takes one.
+
+        SGLang takes the largest g of a linear, and gate's of an expert, and only warns (``modelopt_quant.py``,
+        ``process_weights_after_loading``).
+        """
         fused = parts[:2] if experts else parts  # gate and up; down has a GEMM of its own
         leaf = self.names.scale_of_all
         values = [read(part.tensors[leaf]) for part in fused]

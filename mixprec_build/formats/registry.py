@@ -38,7 +38,7 @@ __all__ = [
 
 
 FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Int8, Gptq, Awq, Packed, Nvfp4)
-"""A module is asked of them in this order."""
+"""In the order in which they are tried on a module."""
 
 
 @contextmanager

@@ -69,7 +69,7 @@ UNREAD = (
 
 _OF_MISTRAL = frozenset({"qscale_weight", "qscale_act"})
 LEAVES = frozenset({"pre_quant_scale", "input_zero_point", "SCB"}) | _OF_MISTRAL
-"""The last words of names of tensors that only such formats have."""
+"""Last words of names of tensors that only these formats have."""
 
 
 _INDEX = re.compile(r"(.+\.)?(\w*position_ids|\w*_ids|num_batches_tracked|\w*token_map|tid2eid|d2t|t2d)")
@@ -150,7 +150,7 @@ def by_its_name(error: FormatError, module: StoredModule, quantization: Quantiza
 
 
 _ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "MIXED_PRECISION")
-"""ModelOpt's words for what is read, or is refused with a reason of its own."""
+"""ModelOpt's names of formats that are supported, or refused with a reason of their own."""
 _NAMES = {"bitsandbytes": "bitsandbytes", "bitnet": "BitNet", "w4afp8": "W4AFP8", "mxfp4": "MXFP4", "quark": "Quark"}
 
 
