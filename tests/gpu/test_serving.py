@@ -285,7 +285,10 @@ def test_gptq_that_marlin_has_no_kernel_for_answers_as_its_dequantized_weights(s
     assert distance.mean() < 1e-3
 
 
-HEADS = ["fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "gptq_int4", "awq_int4", "ct_int4", "ct_fp8_weight"]
+HEADS = [
+    "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "gptq_int4", "awq_int4", "ct_int4", "ct_fp8_weight",
+    "nvfp4",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("head", HEADS)
