@@ -126,6 +126,8 @@ def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
             continue
         linear = isinstance(module, LinearBase | ParallelLMHead)
         turn = reference._dequantize_linear if linear else reference._dequantize_experts
+        if not hasattr(module, "params_dtype"):  # 0.5.15's FusedMoE does not keep it
+            module.params_dtype = torch.bfloat16
         turn(module, fmt, served(fmt).as_stored)
     mixed = {path: module for path, module in model.named_modules() if hasattr(module, "up_numbers")}
     for path, module in mixed.items():
