@@ -102,6 +102,7 @@ def build(
         take_over=take_over,
         allow_unservable=allow_unservable,
         link=link,
+        check_all=check == "full",
         jobs=jobs,
         progress=progress,
     )

@@ -60,6 +60,7 @@ def build(
             take_over=take_over,
             allow_unservable=unservable,
             link=link,
+            check_all=check is Checked.FULL,
             jobs=jobs,
             progress=progress,
             replanned=follow,

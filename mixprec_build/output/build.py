@@ -51,6 +51,7 @@ def run_plan(
     take_over: bool = False,
     allow_unservable: bool = False,
     link: bool = False,
+    check_all: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
     replanned: Callable[[Plan], object] | None = None,
@@ -76,7 +77,7 @@ def run_plan(
         # Values in a hub's files, such as scales and zero points, can be checked only now.
         fetch(plan)
         allow_unservable = allow_unservable or bool(plan.unservable)
-        plan = make_plan(plan.recipe, plan.sources, allow_unservable=allow_unservable, link=link)
+        plan = make_plan(plan.recipe, plan.sources, allow_unservable=allow_unservable, link=link, check_all=check_all)
         if replanned is not None:
             replanned(plan)
     return write(plan, out, force=force, take_over=take_over, jobs=jobs, progress=progress)

@@ -27,6 +27,7 @@ from mixprec_build.cli.app import main
 from mixprec_build.errors import HubError, RefusedError
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.verify import verify
+from mixprec_build.planning.planner import make_plan
 from mixprec_build.storage import hub as hub_module
 from mixprec_build.storage.deadline import TooLateError, at_most
 from mixprec_build.storage.hub import HubRepo, parse_repo_id
@@ -674,3 +675,23 @@ def test_what_ends_in_time_is_not_interrupted_later() -> None:
     with suppress(TooLateError), at_most(0.01):
         while True:
             pass
+
+
+def test_all_weights_are_compared_once_they_are_here(
+    hub: HubServer, tmp_path: Path, load: Load, monkeypatch: Patch
+) -> None:
+    """``--check full`` of a build that downloads: values are at hand only then."""
+    for name, folder in write_sources(tmp_path).items():
+        hub.add(f"org/{name}", folder)
+    load()
+    recipe = tmp_path / "hub.yaml"
+    recipe.write_text("model: org/bf16\nsources: {bf16: org/bf16, fp8: org/fp8}\nweights: {'*.mlp.*': fp8}\n")
+    planned, full = plan_recipe(recipe, check_all=True), []
+    monkeypatch.setattr(
+        "mixprec_build.output.build.make_plan",
+        lambda *given, check_all, **options: (
+            full.append(check_all) or make_plan(*given, check_all=check_all, **options)
+        ),
+    )
+    run_plan(planned, tmp_path / "out", check_all=True)
+    assert full == [True]
