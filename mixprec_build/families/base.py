@@ -345,6 +345,11 @@ class Family:
             norms = {MLP: self.mlp_norms, ATTENTION: self.attention_norms}.get(block or "", ())
         return tuple([prefix + norm for norm in norms]) if prefix else ()
 
+    def knows_norm_before(self, name: str) -> bool:
+        """Whether :meth:`norms_before` knows a linear by its name, and does not guess by the block that it is in."""
+        last = last_word(name)
+        return last in self.norms_beside or last in self._norms_in_layer
+
     def scaled_before(self, name: str) -> str | None:
         """The linear that scales of this linear's inputs can be folded into; None where there is none."""
         parent, _, last = name.rpartition(".")

@@ -167,6 +167,20 @@ class Folding:
                 self._check_pair(before, module, [modules[part] for part in fused], problems)
         return self._fixed
 
+    def is_traced(self, name: str, modules: Mapping[str, PlannedModule]) -> bool:
+        """Whether a linear is known by its name to have its inputs from some norm or linear of the model."""
+        known = name in self._norm_of and self._family.knows_norm_before(name)
+        return known or self._before(name, modules) is not None
+
+    def is_explained(self, module: PlannedModule, other: str, modules: Mapping[str, PlannedModule]) -> bool:
+        """Whether the norm that seems to feed a linear comes along with it and is another one in ``other``."""
+        norm = modules.get(self._norm_of.get(module.name, ""))
+        return norm is not None and norm.source == module.source and self.differ(norm.name, module.source, other)
+
+    @cached_property
+    def _norm_of(self) -> dict[str, str]:
+        return {name: norm for norm, names in self.fed.items() for name in names}
+
     def _check_norm(
         self,
         norm: PlannedModule,

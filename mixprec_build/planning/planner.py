@@ -34,6 +34,7 @@ from .shards import lay_out
 from .stacked import check_stacked
 from .stored import as_stored
 from .types import Plan, PlannedModule
+from .untraced import check_untraced
 
 __all__ = ["make_plan", "plan_modules"]
 
@@ -76,6 +77,7 @@ def make_plan(
             notes_on_checks += remarks
             check_tied_head(modules, sources, reader, problems)
             check_servable(modules, sources, reader, folding, problems)
+            check_untraced(modules, sources, folding, problems)
             check_moved(modules, sources, problems)
             notes_on_checks += folding.unseen()
     companion_files(sources.model)  # refuses what a build could not copy

@@ -113,10 +113,10 @@ class WeightProbe:
                 found[leaf] = values.reshape(first)[tuple(map(slice, shape))] if shape else values.reshape(())
         return found
 
-    def is_scaled(self, name: str, a: str, b: str, *, all_rows: bool = False) -> bool | None:
-        """Whether at least a quarter of one source's rows are the other's times a factor, which was then folded in.
+    def is_scaled(self, name: str, a: str, b: str, *, all_rows: bool = False, columns: bool = False) -> bool | None:
+        """Whether at least a quarter of one source's rows, or ``columns``, are the other's times a factor.
 
-        None where they cannot be compared.
+        Scales were then folded into one of them. None where they cannot be compared.
         """
         import numpy as np
 
@@ -125,10 +125,13 @@ class WeightProbe:
             return None
         count = min(len(ours), len(theirs))
         ours, theirs = ours[:count], theirs[:count]
+        if columns:
+            ours, theirs = ours.T, theirs.T
         power = (theirs * theirs).sum(1)
         factor = (ours * theirs).sum(1) / np.maximum(power, np.finfo(np.float32).tiny)
         rest = np.sqrt(((ours - factor[:, None] * theirs) ** 2).sum(1) / np.maximum(power, np.finfo(np.float32).tiny))
-        # Signs of rounding errors are random, so that a factor's error is smaller than theirs by the square root of K.
+        # Signs of rounding errors are random, so that a factor's error is smaller than theirs by the square root of
+        # how many there are.
         noise = 6 * rest / np.sqrt(ours.shape[1])
         return bool(np.quantile(abs(factor - 1) - noise, 0.75) > 4 * _ROUNDING)
 
