@@ -533,7 +533,7 @@ def test_a_build_downloads_only_what_its_plan_needs(
     load(HF_HUB_OFFLINE="1")
     hub.requests.clear()
     again = plan_recipe(recipe)
-    assert all("is read from the cache" in note for note in again.notes) and len(again.notes) == 2
+    assert sum("is read from the cache" in note for note in again.notes) == 2
     run_plan(again, tmp_path / "again")
     first, second = tree(tmp_path / "out"), tree(tmp_path / "again")
     # Only the account of what was left out is shorter: nothing is known of the shards that were never fetched.
