@@ -114,7 +114,7 @@ class Campaign:
             _, status = os.waitpid(first, os.WUNTRACED)
             self._expect(os.WIFSTOPPED(status), f"{case}: it does not")
             waiting = self._start(out, 0, "none", other)
-            second = _ended_within(waiting, 5)  # a build waits for those that read what it replaces
+            second = _ended_within(waiting, 2)  # a build waits for those that read what it replaces
             os.kill(first, signal.SIGCONT)
             code = _ended(first)
             second = _ended(waiting) if second is None else second
