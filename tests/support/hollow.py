@@ -40,7 +40,7 @@ GROUP = 128
 PACK = 8  # int4 values in one int32
 
 # The safetensors library orders a file by dtype, widest first, then by name.
-_DTYPE_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
+_DTYPE_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
 _DTYPE_ORDER = {dtype: order for order, dtype in enumerate(_DTYPE_BYTES)}
 
 
@@ -616,6 +616,17 @@ def _auto_round_int4_layout(shape: Shape, release: Release) -> _Layout:
     return tuple(tensor for tensor in _gptq_int4_layout(shape, release) if tensor[0] != "g_idx")
 
 
+def _nvfp4_layout(shape: Shape, release: Release) -> _Layout:
+    """ModelOpt's: weight U8 [N, K / 2], weight_scale E4M3 [N, K / 16], weight_scale_2 and input_scale F32 []."""
+    out, in_ = shape
+    return (
+        ("input_scale", "F32", ()),
+        ("weight", "U8", (out, in_ // 2)),
+        ("weight_scale", "F8_E4M3", (out, in_ // 16)),
+        ("weight_scale_2", "F32", ()),
+    )
+
+
 def _fp8_block_config(config: Config) -> Config:
     quantization: Config = {
         "activation_scheme": "dynamic",
@@ -700,6 +711,17 @@ def _auto_round_int4_config(config: Config) -> Config:
     }
 
 
+def _nvfp4_config(config: Config) -> Config:
+    routers = [name for name, _ in _modules(config, mtp=False) if name.endswith("mlp.gate")]
+    return {
+        "group_size": 16,
+        "ignore": ["lm_head", *routers],
+        "producer": {"name": "modelopt", "version": "0.33.0"},
+        "quant_algo": "NVFP4",
+        "quant_method": "modelopt",
+    }
+
+
 class Variant(NamedTuple):
     """A format: the layout of its linear layers, its ``quantization_config``, and its usual release."""
 
@@ -714,6 +736,7 @@ VARIANTS: dict[str, Variant] = {
     "fp8_block": Variant(_fp8_block_layout, _fp8_block_config, Release()),
     "fp8_channel": Variant(_fp8_channel_layout, _fp8_channel_config, Release(mtp=False)),
     "gptq_int4": Variant(_gptq_int4_layout, _gptq_int4_config, Release(dense="F16", scale="F16", mtp=False)),
+    "nvfp4": Variant(_nvfp4_layout, _nvfp4_config, Release(mtp=False)),
     "auto_round_int4": Variant(_auto_round_int4_layout, _auto_round_int4_config, Release(scale="F16", mtp=False)),
 }
 

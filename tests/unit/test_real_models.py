@@ -22,6 +22,7 @@ HUB: Mapping[str, tuple[str, str]] = {
     "Qwen/Qwen3-235B-A22B": ("Qwen3-235B-A22B", "bf16"),
     "Qwen/Qwen3-235B-A22B-FP8": ("Qwen3-235B-A22B", "fp8_block"),
     "Qwen/Qwen3-235B-A22B-GPTQ-Int4": ("Qwen3-235B-A22B", "gptq_int4"),
+    "nvidia/Qwen3-235B-A22B-NVFP4": ("Qwen3-235B-A22B", "nvfp4"),
     "Qwen/Qwen3-30B-A3B": ("Qwen3-30B-A3B", "bf16"),
     "Qwen/Qwen3-30B-A3B-FP8": ("Qwen3-30B-A3B", "fp8_block"),
     "Qwen/Qwen3-30B-A3B-GPTQ-Int4": ("Qwen3-30B-A3B", "gptq_int4"),
@@ -124,6 +125,10 @@ def qwen3_235b(layer: int) -> Row:
     return _all("fp8_block", *ATTENTION) | {"experts": experts}
 
 
+def qwen3_235b_nvfp4(layer: int) -> Row:
+    return _all("fp8_block", *ATTENTION) | {"experts": {"fp8_block" if layer <= 3 or layer >= 90 else "nvfp4": 128}}
+
+
 def qwen3_30b(layer: int) -> Row:
     return _all("fp8_block", *ATTENTION) | {"experts": {"fp8_block" if layer in (0, 1, 46, 47) else "gptq_int4": 128}}
 
@@ -185,6 +190,7 @@ def glm_4_5_air(layer: int) -> Row:
 
 LAYERS: Mapping[str, tuple[int, Callable[[int], Row]]] = {
     "qwen3-235b-a22b.yaml": (94, qwen3_235b),
+    "qwen3-235b-a22b-nvfp4.yaml": (94, qwen3_235b_nvfp4),
     "qwen3-30b-a3b.yaml": (48, qwen3_30b),
     "qwen3-30b-a3b-autoround.yaml": (48, qwen3_30b_autoround),
     "llama-3.3-70b.yaml": (80, llama_70b),
@@ -195,7 +201,10 @@ LAYERS: Mapping[str, tuple[int, Callable[[int], Row]]] = {
     "glm-4.5-air.yaml": (47, glm_4_5_air),
 }
 
-BIG = {"qwen3-235b-a22b.yaml", "deepseek-v3.yaml", "deepseek-v3.1.yaml", "qwen3-next-80b-a3b.yaml"}
+BIG = {
+    "qwen3-235b-a22b.yaml", "qwen3-235b-a22b-nvfp4.yaml", "deepseek-v3.yaml", "deepseek-v3.1.yaml",
+    "qwen3-next-80b-a3b.yaml",
+}  # fmt: skip
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in BIG else []) for name in LAYERS]
 
 
@@ -218,12 +227,12 @@ def test_it_is_as_large_as_it_says(planned: Planned, hollow: Callable[[str], Pat
     recipe = load_recipe(RECIPES / name)
     stated = re.search(
         r"# Bytes +([\d.]+) GB of weights, against ([\d.]+) GB in BF16, ([\d.]+) GB in FP8 and "
-        r"([\d.]+) GB in (?:GPTQ|AutoRound)-Int4",
+        r"([\d.]+) GB in (?:(?:GPTQ|AutoRound)-Int4|NVFP4)",
         (RECIPES / name).read_text(),
     )
     assert stated
     nbytes = [planned(name)["facts"]["bytes"]]
-    for source in ("bf16", "fp8", "int4"):
+    for source in ("bf16", "fp8", "nvfp4" if "nvfp4" in recipe.sources else "int4"):
         index = hollow(recipe.sources[source].location) / "model.safetensors.index.json"
         nbytes.append(json.loads(index.read_text())["metadata"]["total_size"])
     for text, exact in zip(stated.groups(), nbytes, strict=True):
