@@ -5,18 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
-from .parts import CutBy
+from .parts import CutBy, Restriction, StoredFormat
 from .qwen3_5 import DELTA_NET, QWEN3_5_TEXT
 
 __all__ = ["QWEN3_NEXT"]
 
 _JOINED = frozenset(group.name for group in DELTA_NET)
 
+
+def _needs_weight(fmt: StoredFormat) -> str | None:
+    if fmt.has_weight:
+        return None
+    return "SGLang's class puts a loader of its own on the weight of in_proj_qkvz, and packed formats have none"
+
+
 QWEN3_NEXT = replace(
     QWEN3_5_TEXT,
     model_types=frozenset({"qwen3_next"}),
     architectures=frozenset({"Qwen3NextForCausalLM"}),
     stacked_experts=(),
+    restrictions=(*QWEN3_5_TEXT.restrictions, Restriction(tuple(sorted(_JOINED)), _needs_weight)),
     cuts={**QWEN3_5_TEXT.cuts, **dict.fromkeys(_JOINED, CutBy.STATE_KEY_HEADS)},
     attention_inputs=Family().attention_inputs | _JOINED,
 )

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sglang.version
 import torch
 from support.families import TINY
 from support.sglang.families import dense_parameters, dequantized, family_mix
@@ -35,6 +36,8 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str) -> None:
+    if (name, sglang.version.__version__) == ("mistral3", "0.5.23"):
+        pytest.skip("its encoder is made by transformers there, of another version than these tests have")
     model = TINY[name]
     mix = family_mix(folder, name)
     ours = dict(dense_parameters(serve(mix, **model.options)))

@@ -535,7 +535,10 @@ TINY: Mapping[str, TinyModel] = {
     ),
     "qwen3_5": TinyModel(
         _qwen3_5_config("Qwen3_5ForConditionalGeneration", "qwen3_5"),
-        {"*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", "*.mlp.*": "int4", "*.layers.1.mlp.*": "fp8"},
+        {
+            "*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", "*.layers.2.linear_attn.{in_proj_qkv,in_proj_z}": "int4",
+            "*.mlp.*": "int4", "*.layers.1.mlp.*": "fp8",
+        },
         options=_HYBRID, degrees=((2, 1),),
     ),
     "qwen3_5_moe": TinyModel(
@@ -551,7 +554,10 @@ TINY: Mapping[str, TinyModel] = {
             **_DECODER, **_DELTA_NET, **_SHARED_EXPERT, **_OUTER, "architectures": ["Qwen3NextForCausalLM"],
             "model_type": "qwen3_next", "decoder_sparse_step": 1, "mlp_only_layers": [], "rope_scaling": None,
         },
-        {"*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", **_EXPERT_LINES, "*.shared_expert.*": "fp8"},
+        {
+            "*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", "*.layers.2.linear_attn.out_proj": "int4",
+            **_EXPERT_LINES, "*.shared_expert.*": "fp8",
+        },
         options=_HYBRID, degrees=((2, 1), (2, 2)),
     ),
     "qwen3_vl_moe": TinyModel(

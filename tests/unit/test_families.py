@@ -1,0 +1,59 @@
+"""What SGLang's classes have no place for is refused by their families, whatever class a mix is served by."""
+
+from __future__ import annotations
+
+import pytest
+
+from mixprec_build.families.base import Family
+from mixprec_build.families.deepseek import DEEPSEEK_V32
+from mixprec_build.families.glm import GLM_DSA
+from mixprec_build.families.gpt_oss import GPT_OSS
+from mixprec_build.families.parts import Role
+from mixprec_build.families.qwen3_5 import QWEN3_5
+from mixprec_build.families.qwen3_next import QWEN3_NEXT
+from mixprec_build.families.registry import FAMILIES, find_family
+from mixprec_build.formats.base import Format
+from mixprec_build.formats.dense import Dense
+from mixprec_build.formats.fp8 import Fp8
+from mixprec_build.formats.gptq import Gptq
+
+BLOCK = Fp8("block", "dynamic", (128, 128))
+SMALL = Fp8("block", "dynamic", (64, 64))
+CHANNEL = Fp8("channel")
+INT4 = Gptq(4, 128, True, False, "gptq")
+DENSE = Dense("BF16")
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "served", "refused"),
+    [
+        (QWEN3_NEXT, "linear_attn.in_proj_qkvz", [DENSE, BLOCK, CHANNEL], [INT4]),
+        (QWEN3_NEXT, "linear_attn.out_proj", [DENSE, BLOCK, INT4], []),
+        (QWEN3_5, "linear_attn.in_proj_qkv", [DENSE, BLOCK, INT4], []),
+        (GLM_DSA, "self_attn.indexer.wk", [DENSE, BLOCK], [SMALL, CHANNEL, INT4]),
+        (DEEPSEEK_V32, "self_attn.indexer.wk", [DENSE, BLOCK, INT4], []),
+        (DEEPSEEK_V32, "self_attn.indexer.weights_proj", [DENSE], [BLOCK, INT4]),
+        (GPT_OSS, "self_attn.q_proj", [DENSE], [BLOCK, INT4]),
+    ],
+)
+def test_what_a_class_has_no_place_for(
+    family: Family, module: str, served: list[Format], refused: list[Format]
+) -> None:
+    name = f"model.layers.0.{module}"
+    assert [fmt for fmt in (*served, *refused) if family.format_limit(name, Role.LINEAR, fmt) is not None] == refused
+
+
+def test_every_family_says_its_classes_and_is_found_by_them() -> None:
+    for family in FAMILIES:
+        assert family.architectures or family.alike, sorted(family.model_types)
+        for architecture in family.architectures:
+            assert find_family("something else", [architecture]) is family
+    assert find_family("kimi_k2").model_types >= {"deepseek_v3"}  # type: ignore[union-attr]
+
+
+def test_a_cut_is_named_of_modules_that_a_family_can_have() -> None:
+    """What is fused is cut alike, or a rank would join parts of other heads."""
+    for family in FAMILIES:
+        for group in family.fused if family.can_be_cut else ():
+            cuts = {str(family.cuts.get(member)).partition("_")[0] for member in group.members}
+            assert len(cuts) == 1 or group.name == "qkv_proj", (sorted(family.model_types), group.name)
