@@ -25,7 +25,7 @@ from mixprec_build.storage.hub import HubRepo
 from . import launch, memory
 from .activity import hooks as activity
 from .config import MixPrecConfig
-from .cpu import reference
+from .cpu import delta_net, reference
 from .loading import cache_scales, loader, names
 from .loading.strict import load_strictly
 
@@ -43,6 +43,8 @@ def register() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    if is_cpu():
+        delta_net.provide_kernels()
     for target, hook, kind in (
         ("sglang.srt.model_loader.loader._initialize_model", initialize_model, HookType.AROUND),
         ("sglang.srt.model_loader.utils.get_model_architecture", get_model_architecture, HookType.AROUND),

@@ -25,6 +25,8 @@ from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 
+from . import delta_net
+
 __all__ = ["announce", "pretend_hopper", "replace_model_kernels", "split_experts", "stand_in", "unquantized_experts"]
 
 
@@ -80,11 +82,15 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, as_stored: AsStored, *, ex
 
 
 def replace_model_kernels() -> None:
-    """Replaces the Triton kernel that SGLang's Qwen2-MoE, and models built on it, call themselves, also on a CPU
-    (``models/qwen2_moe.py:591`` of 0.5.17)."""
-    module: Any = sys.modules.get("sglang.srt.models.qwen2_moe")
-    if module is not None and hasattr(module, "fused_gate_sigmoid_mul_add"):
-        module.fused_gate_sigmoid_mul_add = _add_gated
+    """Replaces Triton kernels that SGLang's models call also on a CPU: those of Qwen2-MoE and models built on it
+    (``models/qwen2_moe.py:591`` of 0.5.17), and of the norm behind a gated delta net, which is a kernel without AMX."""
+    for name, kernel, own in (
+        ("sglang.srt.models.qwen2_moe", "fused_gate_sigmoid_mul_add", _add_gated),
+        ("sglang.kernels.ops.attention.fla.layernorm_gated", "layernorm_fn", delta_net.gated_norm),
+    ):
+        module: Any = sys.modules.get(name)
+        if module is not None and hasattr(module, kernel):
+            setattr(module, kernel, own)
 
 
 def _add_gated(x: torch.Tensor, gate: torch.Tensor, shared: torch.Tensor, total: torch.Tensor) -> None:

@@ -18,8 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import TINY
 from support.formats import dequantize
 from support.serving import QWEN3_MOE
+from support.sglang.families import dequantized as dequantized_family
+from support.sglang.families import family_mix
 from support.sglang.harness import build, free_port, last_json, sources
 from support.sglang.mixes import HEADS, MIXES, RELEASES, Expected, mix
 
@@ -82,6 +85,21 @@ def test_auto_round_beside_fp8_answers_as_transformers(folder: Path, tmp_path: P
     assert answer["tokens"] == transformers_tokens(folder, name, tmp_path)
 
 
+def test_gated_delta_nets_answer_as_transformers(folder: Path, tmp_path: Path) -> None:
+    """Qwen3.5, dense and with AutoRound's experts beside the vendor's FP8 attention; two ranks answer as one."""
+    mixes = {name: family_mix(folder, name) for name in ("qwen3_5", "qwen3_5_moe_auto_round")}
+    # With images, SGLang wants the files of an image processor, which the tiny models lack.
+    options = {**TINY["qwen3_5"].options, "enable_multimodal": False}
+    answers = ask(folder, [(path, options) for path in mixes.values()])
+    due = {
+        name: generated(dequantized_family(path, tmp_path / name, torch.float32, stacked=True))
+        for name, path in mixes.items()
+    }
+    assert [answer["tokens"] for answer in answers] == [*due.values()]
+    (two,) = ask(folder, [(mixes["qwen3_5_moe_auto_round"], {**options, "tp_size": 2})], ranks=2)
+    assert two["tokens"] == due["qwen3_5_moe_auto_round"]
+
+
 def test_quantized_heads_answer_as_transformers(folder: Path, tmp_path: Path) -> None:
     """Logits come from the method of a linear, on one rank and on two that share the vocabulary."""
     due = {name: transformers_tokens(folder, name, tmp_path) for name in HEADS}
@@ -129,13 +147,20 @@ def test_ranks_whose_shares_are_filled_up_answer_as_one(folder: Path, tmp_path: 
 
 def transformers_tokens(folder: Path, name: str, scratch: Path) -> list[list[int]]:
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
 
     config = json.loads((mix(folder, name) / "config.json").read_text())
     del config["quantization_config"]
     (scratch / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
     save_file(dequantized(folder, name), scratch / "model.safetensors", metadata={"format": "pt"})
-    model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
+    return generated(scratch)
+
+
+def generated(checkpoint: Path) -> list[list[int]]:
+    """The tokens of transformers, in float32."""
+    import transformers
+
+    (architecture,) = json.loads((checkpoint / "config.json").read_text())["architectures"]
+    model = getattr(transformers, architecture).from_pretrained(checkpoint, dtype=torch.float32)
     answers = []
     for prompt in PROMPTS:
         out = model.generate(

@@ -451,9 +451,9 @@ class TinyModel:
 
     config: Config
     lines: Mapping[str, str]
-    """The recipe: patterns of modules -> ``fp8`` or ``int4``; the rest is BF16."""
+    """The recipe: patterns of modules -> ``fp8``, ``int4`` (GPTQ) or ``auto_round``; the rest is BF16."""
     dense: tuple[str, ...] = ()
-    """Endings of linears that the Int4 release does not quantize."""
+    """Endings of linears that Int4 releases do not quantize."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of SGLang's ServerArgs."""
     degrees: tuple[tuple[int, int], ...] = ()
@@ -546,6 +546,14 @@ TINY: Mapping[str, TinyModel] = {
         {
             "*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", **_EXPERT_LINES, "*.shared_expert.*": "int4",
             "*.layers.2.mlp.experts.{3,5}.*": "bf16",
+        },
+        options=_HYBRID, degrees=((2, 1), (2, 2)),
+    ),
+    "qwen3_5_moe_auto_round": TinyModel(
+        _qwen3_5_config("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", **_SHARED_EXPERT),
+        {
+            "*.self_attn.*": "fp8", "*.linear_attn.*": "fp8", "*.mlp.experts.*": "auto_round",
+            "*.shared_expert.*": "fp8",
         },
         options=_HYBRID, degrees=((2, 1), (2, 2)),
     ),

@@ -248,7 +248,7 @@ def _as_mistral(weight: torch.Tensor) -> Tensors:
     }
 
 
-_VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] | None]] = {
+VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] | None]] = {
     "bf16": (formats.dense, None),
     "fp8_block": (formats.fp8_block, formats.fp8_config()),
     "fp8_channel": (formats.fp8_channel, formats.compressed_config("channel")),
@@ -297,7 +297,7 @@ _VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] 
 
 def quantize(weight: torch.Tensor, variant: str) -> tuple[Tensors, torch.Tensor]:
     """The tensors of a weight ``[N, K]`` in a format, and the dequantized weight in float32."""
-    tensors = _VARIANTS[variant][0](weight)
+    tensors = VARIANTS[variant][0](weight)
     return tensors, formats.dequantize(tensors, torch.bfloat16)
 
 
@@ -322,12 +322,12 @@ def write_sources(
             quantized = (_is_linear(name) or (head and name == "lm_head")) and not any(
                 fnmatchcase(name, pattern) for pattern in skip
             )
-            store = _VARIANTS[variant][0] if quantized else formats.dense
+            store = VARIANTS[variant][0] if quantized else formats.dense
             for leaf, tensor in store(weight).items():
                 writer.add(name if name.endswith("bias") else f"{name}.{leaf}", tensor)
     for variant, writer in shards.items():
         config = _config(shape)
-        quantization = _VARIANTS[variant][1]
+        quantization = VARIANTS[variant][1]
         if quantization is not None:
             left_out = _left_out(quantization, skip, shape)
             if head:

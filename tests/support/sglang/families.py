@@ -14,15 +14,18 @@ from safetensors.torch import save_file
 
 from support import formats
 from support.families import STACKED, TINY, Tensor, TinyModel, tensors_of
+from support.serving import VARIANTS
 from support.sglang.harness import tensors_of as stored_tensors
 
 __all__ = ["dense_parameters", "dequantized", "family_mix", "write_family"]
 
 Tensors = dict[str, torch.Tensor]
 
+_STORE_AUTO_ROUND, _AUTO_ROUND = VARIANTS["auto_round_int4"]
 _QUANTIZED = {
     "fp8": (formats.fp8_block, formats.fp8_config()),
     "int4": (formats.gptq, formats.gptq_config()),
+    "auto_round": (_STORE_AUTO_ROUND, {**(_AUTO_ROUND or {}), "block_name_to_quantize": "model.language_model.layers"}),
 }
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -37,22 +40,24 @@ def _values(tensor: Tensor) -> torch.Tensor:
 
 
 def write_family(folder: Path, model: TinyModel, *, head: bool = False) -> dict[str, Path]:
-    """Writes ``folder/bf16`` with experts as in the family's releases; ``fp8`` and ``int4`` with separate experts.
+    """Writes ``folder/bf16`` with experts as in the family's releases, and the mix's other sources with separate ones.
 
     With ``head``, ``lm_head`` is quantized, too.
     """
+    quantized = sorted({*model.lines.values(), *(["fp8"] if head else [])} - {"bf16"})
     whole = list(tensors_of(model.config))
     values = {tensor.name: _values(tensor) for tensor in whole}
     stacked = STACKED.get(model.config["architectures"][0])
     _write(folder / "bf16", values if stacked is None else _stacked(values, stacked.transposed), model.config)
-    for variant, (store, quantization) in _QUANTIZED.items():
+    for variant in quantized:
+        store, quantization = _QUANTIZED[variant]
         tensors: Tensors = {}
         left = []
         for tensor in whole:
             module = tensor.name.removesuffix(".weight")
             draft = module.startswith("mtp.")
             linear = tensor.linear or (head and module.endswith("lm_head"))
-            if linear and not draft and not (variant == "int4" and module.endswith(model.dense)):
+            if linear and not draft and not (variant != "fp8" and module.endswith(model.dense)):
                 stored = store(values[tensor.name].float())
                 tensors |= {f"{module}.{leaf}": value for leaf, value in stored.items()}
             else:
@@ -60,21 +65,22 @@ def write_family(folder: Path, model: TinyModel, *, head: bool = False) -> dict[
                 left.append(module)
         skipped = {"modules_to_not_convert": left} if variant == "fp8" else {}
         _write(folder / variant, tensors, {**model.config, "quantization_config": {**quantization, **skipped}})
-    return {variant: folder / variant for variant in ("bf16", *_QUANTIZED)}
+    return {variant: folder / variant for variant in ("bf16", *quantized)}
 
 
 def _stacked(values: Tensors, transposed: bool) -> Tensors:
     """Stacks the experts of each layer in ``experts.gate_up_proj`` and ``experts.down_proj``."""
     out: Tensors = {}
-    blocks: dict[str, dict[str, list[torch.Tensor]]] = {}
+    blocks: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
     for name, value in values.items():
         block, found, rest = name.partition(".experts.")
         if not found or name.startswith("mtp."):
             out[name] = value
         else:
-            part = rest.split(".")[1]
-            blocks.setdefault(f"{block}.experts", {}).setdefault(part, []).append(value)
-    for block, parts in blocks.items():
+            number, part, _ = rest.split(".")
+            blocks.setdefault(f"{block}.experts", {}).setdefault(part, {})[int(number)] = value
+    for block, numbered in blocks.items():
+        parts = {part: [values[number] for number in sorted(values)] for part, values in numbered.items()}
         pairs = zip(parts["gate_proj"], parts["up_proj"], strict=True)
         joined = torch.stack([torch.cat(pair) for pair in pairs]), torch.stack(parts["down_proj"])
         for name, value in zip(("gate_up_proj", "down_proj"), joined, strict=True):
@@ -93,8 +99,11 @@ def _write(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
 _LEAVES = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv")
 
 
-def dequantized(checkpoint: Path, folder: Path) -> Path:
-    """Writes a checkpoint with the dequantized weights of a compiled one, in BF16."""
+def dequantized(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, *, stacked: bool = False) -> Path:
+    """Writes a checkpoint with the dequantized weights of a compiled one.
+
+    With ``stacked``, all experts of a layer are in one tensor ``[E, N, K]``, as transformers reads them.
+    """
     tensors = stored_tensors(checkpoint)
     quantized = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _LEAVES}
     out: Tensors = {}
@@ -104,10 +113,10 @@ def dequantized(checkpoint: Path, folder: Path) -> Path:
             out[name] = value
     for module in quantized:
         parts = {leaf: tensors[f"{module}.{leaf}"] for leaf in (*_LEAVES, "weight") if f"{module}.{leaf}" in tensors}
-        out[f"{module}.weight"] = formats.dequantize(parts).bfloat16()
+        out[f"{module}.weight"] = formats.dequantize(parts).to(dtype)
     config = json.loads((checkpoint / "config.json").read_text())
     del config["quantization_config"]
-    _write(folder, out, config)
+    _write(folder, _stacked(out, False) if stacked else out, config)
     return folder
 
 
