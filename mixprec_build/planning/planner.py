@@ -77,7 +77,7 @@ def make_plan(
             notes_on_checks += remarks
             check_tied_head(modules, sources, reader, problems)
             check_servable(modules, sources, reader, folding, problems)
-            check_untraced(modules, sources, folding, problems)
+            notes_on_checks += check_untraced(modules, sources, folding, problems)
             check_moved(modules, sources, problems)
             notes_on_checks += folding.unseen()
     companion_files(sources.model)  # refuses what a build could not copy

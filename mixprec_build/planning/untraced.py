@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..families.names import last_word, layer_prefix
 from ..families.parts import Role
+from ..patterns.compress import compress
+from ..text import some
 from .probe import WeightProbe
 from .problems import Problems, Replacement
 from .rules import by_votes, can_serve_from, origin
@@ -29,16 +31,17 @@ _LOOKED_AT = 4
 
 def check_untraced(
     modules: Mapping[str, PlannedModule], sources: Sources, folding: Folding, problems: Problems
-) -> None:
-    """Adds to ``problems`` linears with scales in their columns, and what may feed them from elsewhere.
+) -> list[str]:
+    """Adds to ``problems`` linears with scales in their columns, and what may feed them from elsewhere. Returns
+    notes on those that could not be compared.
 
     Only of those that no known norm or linear feeds; what may feed one is as wide as its inputs, and a norm of its
     layer or a linear of its block.
     """
-    quantized = {name for name, module in modules.items() if module.format.quantized}
-    if not quantized:
-        return
-    probe, seen = WeightProbe(sources), dict[tuple[str, str, str], list[bool]]()
+    unseen: dict[tuple[str, str], list[str]] = {}
+    if not any(module.format.quantized for module in modules.values()):
+        return []
+    probe, seen = WeightProbe(sources), dict[tuple[str, str, str], list[bool | None]]()
     blocks, norms = _blocks_and_norms(modules, folding)
     for name, module in modules.items():
         prefix = layer_prefix(name)
@@ -51,7 +54,10 @@ def check_untraced(
         ]
         if not away or folding.is_traced(name, modules):
             continue
-        scaled = dict.fromkeys(m.source for m in away if _is_scaled(module, m.source, sources, probe, seen))
+        found = {other: _is_scaled(module, other, sources, probe, seen) for other in {m.source: None for m in away}}
+        for other in (other for other, is_scaled in found.items() if is_scaled is None):
+            unseen.setdefault((module.source, other), []).append(name)
+        scaled = {other for other, is_scaled in found.items() if is_scaled}
         if scaled:
             fed_from = ", ".join(f"{last_word(m.name)} from {origin(m)}" for m in away if m.source in scaled)
             text = (
@@ -59,6 +65,11 @@ def check_untraced(
                 f"from the same one, but it is from {origin(module)} and what may make them is not ({fed_from})"
             )
             problems.soft([name], text, *_from_one_source([module, *may_feed], sources), code="folded_scales")
+    return [
+        f"{some(compress(names))}: from `{source}`, and what may make their inputs is from `{other}`; whether scales "
+        "were folded between them cannot be seen, since their values are not on this machine"
+        for (source, other), names in unseen.items()
+    ]
 
 
 def _blocks_and_norms(
@@ -87,14 +98,15 @@ def _is_scaled(
     other: str,
     sources: Sources,
     probe: WeightProbe,
-    seen: dict[tuple[str, str, str], list[bool]],
-) -> bool:
+    seen: dict[tuple[str, str, str], list[bool | None]],
+) -> bool | None:
+    """Whether the module's columns, or those of another one of its kind, are scaled; None where none is known."""
     if not any(fmt.quantized for name in (module.source, other) for fmt in sources.by_name[name].distinct_formats):
         return False
     found = seen.setdefault((last_word(module.name), module.source, other), [])
     if len(found) < _LOOKED_AT and not any(found):
-        found.append(probe.is_scaled(module.name, module.source, other, columns=True) is True)
-    return any(found)
+        found.append(probe.is_scaled(module.name, module.source, other, columns=True))
+    return any(found) or (None if None in found else False)
 
 
 def _from_one_source(parts: Iterable[PlannedModule], sources: Sources) -> tuple[Replacement, list[str]]:

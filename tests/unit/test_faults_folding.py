@@ -146,6 +146,18 @@ def test_linears_of_unknown_names_without_scales_may_part(tmp_path: Path) -> Non
     assert plan_of(tmp_path, {"*.narrow": "q"}).modules["model.layers.0.mlp.narrow"].source == "q"
 
 
+def test_linears_of_unknown_names_whose_values_are_elsewhere_are_noted(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "base", MODEL, "bf16", edit=renamed(**UNKNOWN))
+    fp8_of(tmp_path, scaled_apart())
+    path = tmp_path / "base" / "model.safetensors"
+    size, data = path.stat().st_size, path.read_bytes()
+    with path.open("r+b") as file:  # only the header is there
+        file.truncate(8 + int.from_bytes(data[:8], "little"))
+        file.truncate(size)
+    (note,) = [note for note in plan_of(tmp_path, {"*.narrow": "q"}).notes if "cannot be seen" in note]
+    assert note.startswith("model.layers.{0..1}.mlp.narrow: from `q`, and what may make their inputs is from `base`")
+
+
 def test_a_whole_block_of_unknown_names_may_be_scaled(tmp_path: Path) -> None:
     write_tiny(tmp_path / "base", MODEL, "bf16", edit=renamed(**UNKNOWN))
     fp8_of(tmp_path, scaled_apart())
