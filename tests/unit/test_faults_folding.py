@@ -154,8 +154,8 @@ def test_linears_of_unknown_names_whose_values_are_elsewhere_are_noted(tmp_path:
     with path.open("r+b") as file:  # only the header is there
         file.truncate(8 + int.from_bytes(data[:8], "little"))
         file.truncate(size)
-    (note,) = [note for note in plan_of(tmp_path, {"*.narrow": "q"}).notes if "cannot be seen" in note]
-    assert note.startswith("model.layers.{0..1}.mlp.narrow: from `q`, and what may make their inputs is from `base`")
+    due = "model.layers.{0..1}.mlp.narrow: from `q`, and what may make their inputs is from `base`"
+    assert any(note.startswith(due) for note in plan_of(tmp_path, {"*.narrow": "q"}).notes)
 
 
 def test_a_whole_block_of_unknown_names_may_be_scaled(tmp_path: Path) -> None:
