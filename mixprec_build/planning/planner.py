@@ -130,8 +130,8 @@ def plan_modules(chosen: Chosen, recipe: Recipe, sources: Sources) -> Mapping[st
 
 
 def _notes_on_declarations(source: Source) -> Iterator[str]:
-    """Yields notes on declarations of a source that differ."""
-    declared = source.checkpoint.declared
+    """Yields notes on declarations of a source that differ, where any of its modules is quantized."""
+    declared = source.checkpoint.declared if any(fmt.quantized for fmt in source.distinct_formats) else ()
     for other in declared[1:]:
         if differ := "; ".join(differences(declared[0], other)):
             yield (

@@ -89,7 +89,8 @@ def write_tiny(folder: Path, variant: str = "bf16", *, shards: int = 2, seed: in
     if variant in _QUANTIZATION:
         config["quantization_config"] = dict(_QUANTIZATION[variant])
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    for name, data in {**COMPANIONS, **LEFT_BEHIND}.items():
+    # Declarations of other methods beside that of a quantized source would be noted.
+    for name, data in {**COMPANIONS, **(LEFT_BEHIND if variant == "bf16" else {})}.items():
         (folder / name).write_bytes(data)
     tensors = _tensors(variant, seed, experts)
     if shards == 1:
