@@ -37,7 +37,7 @@ HUB: Mapping[str, tuple[str, str]] = {
     "OPEA/DeepSeek-V3-int4-sym-gptq-inc": ("DeepSeek-V3", "gptq_int4"),
     "deepseek-ai/DeepSeek-V3.1": ("DeepSeek-V3.1", "fp8_block"),
     "unsloth/DeepSeek-V3.1-BF16": ("DeepSeek-V3.1", "bf16"),
-    "Intel/DeepSeek-V3.1-int4-AutoRound": ("DeepSeek-V3.1", "auto_round_int4"),
+    "Intel/DeepSeek-V3.1-int4-mixed-AutoRound": ("DeepSeek-V3.1", "auto_round_int4"),
     "Qwen/Qwen3.6-35B-A3B": ("Qwen3.6-35B-A3B", "bf16"),
     "Qwen/Qwen3.6-35B-A3B-FP8": ("Qwen3.6-35B-A3B", "fp8_block"),
     "Intel/Qwen3.6-35B-A3B-int4-AutoRound": ("Qwen3.6-35B-A3B", "auto_round_int4"),
