@@ -42,7 +42,7 @@ VARIANTS = [
 
 def sources(folder: Path, shape: Shape, variants: Sequence[str] = VARIANTS, *, head: bool = False) -> dict[str, Path]:
     """The variants of a model, written once below ``folder``; ``head``: with a quantized ``lm_head``."""
-    home = folder / f"sources-{abs(hash((shape, head)))}"
+    home = folder / f"sources-{abs(hash((shape, tuple(variants), head)))}"
     if home.exists():
         return {v: home / v for v in variants}
     return write_sources(home, shape, variants, skip=["*.kv_b_proj"], head=head)
