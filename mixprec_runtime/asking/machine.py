@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import json
@@ -70,7 +69,7 @@ def _server_args(path: Path | str) -> Any:
     import torch
 
     made = importlib.import_module("sglang.srt.server_args").ServerArgs
-    known = {field.name for field in dataclasses.fields(made)}
+    known = inspect.signature(made).parameters  # 0.5.23's is no dataclass
     gpu = torch.cuda.is_available()
     options = {} if gpu else {name: value for name, value in _FOR_HYBRIDS.items() if name in known}
     return made(model_path=str(path), device="cuda" if gpu else "cpu", load_format="dummy", **options)
