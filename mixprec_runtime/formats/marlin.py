@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.grouped import Grouped
 
+from .. import launch
 from .base import Served
 from .repair import ADVICE, Call, Repair
 
@@ -23,6 +24,7 @@ __all__ = [
     "PLACEHOLDER_MAP",
     "ServedGrouped",
     "changed_attributes",
+    "create_runner",
     "ids_of_other_ranks",
     "may_get_negative_ids",
     "permute_by_groups",
@@ -118,6 +120,15 @@ def permute_by_groups(module: str, where: str) -> Repair:
         layer="experts",
         process=process_weights_after_loading,
     )
+
+
+def create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Has SGLang make the runner of experts. Raises where arguments of the server exclude it, or experts elsewhere."""
+    if not get_moe_runner_backend().is_auto():
+        raise ValueError(f"{call.fmt.kind} experts run on Marlin: leave out --moe-runner-backend")
+    call.stock(layer, *args, **kwargs)
+    if may_get_negative_ids(layer):
+        launch.check_experts_elsewhere(call.fmt.kind)
 
 
 def _create_runner_with_map(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:

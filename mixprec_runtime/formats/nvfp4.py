@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 import torch
 from sglang.srt.layers.linear import LinearBase
-from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.layers.quantization import modelopt_quant
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch.nn import Parameter
@@ -20,9 +19,8 @@ from torch.nn import Parameter
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.nvfp4 import Nvfp4
 
-from .. import launch
 from .base import Served
-from .marlin import may_get_negative_ids, require_shapes, skip_negative_ids
+from .marlin import create_runner, may_get_negative_ids, require_shapes, skip_negative_ids
 from .repair import ADVICE, Call, Repair
 
 __all__ = ["ServedNvfp4"]
@@ -140,11 +138,8 @@ def _process_experts(call: Call, layer: Any) -> None:
 
 
 def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
-    if not get_moe_runner_backend().is_auto():
-        raise ValueError(f"{call.fmt.kind} experts run on Marlin: leave out --moe-runner-backend")
-    call.stock(layer, *args, **kwargs)
+    create_runner(call, layer, *args, **kwargs)
     if may_get_negative_ids(layer):
-        launch.check_experts_elsewhere(call.fmt.kind)
         skip_negative_ids(call.method.runner)
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.packed import Packed
 
-from .. import launch
 from .marlin import (
     PLACEHOLDER_MAP,
     ServedGrouped,
+    create_runner,
     may_get_negative_ids,
     permute_by_groups,
     recast,
@@ -67,14 +66,6 @@ def _drop_shapes(call: Call, layer: Any) -> None:
     call.stock(layer)
 
 
-def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
-    if not get_moe_runner_backend().is_auto():
-        raise ValueError(f"{call.fmt.kind} experts run on Marlin: leave out --moe-runner-backend")
-    call.stock(layer, *args, **kwargs)
-    if may_get_negative_ids(layer):
-        launch.check_experts_elsewhere(call.fmt.kind)
-
-
 def _run_with_map(call: Call, layer: Any, dispatch_output: Any) -> Any:
     scheme = layer.scheme
     if not may_get_negative_ids(layer) or not scheme.runner.runner_backend.is_marlin():
@@ -121,7 +112,7 @@ class ServedPacked(ServedGrouped[Packed]):
             why="The kernel skips ids of -1 only if the layer's dispatcher has a map of experts, which a group lacks.",
             where=f"srt/layers/quantization/{_MOE}.py:468",
             layer="experts",
-            runner=_create_runner,
+            runner=create_runner,
             run=_run_with_map,
         ),
     )
