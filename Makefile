@@ -8,12 +8,16 @@ BIN := .venv/bin
 # The main target of the plugin, and the ends of what it supports: these two are only unpacked.
 SGLANG ?= 0.5.17
 OTHERS := 0.5.15.post1 0.5.23
+# Releases between them.
+BETWEEN := 0.5.16 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22
 SGLANG_BIN := .venv-sglang/bin
+sites = $(subst $() $(),:,$(1:%=$(CURDIR)/.venv-sglang/versions/%))
 
 # What tests share lies in tests/support: pytest finds it by itself, other commands by this.
 bench fuzz gpu-bench: export PYTHONPATH := $(CURDIR)/tests$(addprefix :,$(PYTHONPATH))
 
-.PHONY: setup demo test lint format bench faults fuzz sglang test-sglang serve-demo gpu-test gpu-bench clean
+.PHONY: setup demo test lint format bench faults fuzz sglang test-sglang test-versions test-between \
+        serve-demo gpu-test gpu-bench clean
 
 setup: .venv/.ready
 
@@ -46,15 +50,24 @@ sglang: .venv-sglang/.ready
 	$(SGLANG_BIN)/pip install --quiet --upgrade pip
 	$(SGLANG_BIN)/pip install --quiet sglang==$(SGLANG) pytest
 	$(SGLANG_BIN)/pip install --quiet --editable .
-	for version in $(OTHERS); do \
+	for version in $(OTHERS) $(BETWEEN); do \
 	  $(SGLANG_BIN)/pip install --quiet --no-deps --upgrade --target .venv-sglang/versions/$$version sglang==$$version \
 	    || exit; done
 	touch $@
 
 # The plugin inside the real SGLang, without a GPU.
 test-sglang: sglang
-	MIXPREC_SGLANG_VERSIONS="$(subst $() $(),:,$(OTHERS:%=$(CURDIR)/.venv-sglang/versions/%))" \
-	  $(SGLANG_BIN)/python -m pytest -o filterwarnings=default tests/sglang
+	$(SGLANG_BIN)/python -m pytest -o filterwarnings=default tests/sglang
+
+# The same inside the ends of what it supports.
+test-versions: sglang
+	MIXPREC_SGLANG_VERSIONS="$(call sites,$(OTHERS))" $(SGLANG_BIN)/python -m pytest -o filterwarnings=default \
+	  tests/sglang/test_versions.py
+
+# Contact and the start of a server inside every other release of the window.
+test-between: sglang
+	MIXPREC_SGLANG_BETWEEN="$(call sites,$(OTHERS) $(BETWEEN))" $(SGLANG_BIN)/python -m pytest -o filterwarnings=default \
+	  tests/sglang/test_versions.py
 
 serve-demo: sglang .demo/smollm2-mixed
 	$(SGLANG_BIN)/python recipes/demo/serve.py .demo/smollm2-mixed
@@ -89,6 +102,7 @@ faults: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/copy_speed.py
 	$(BIN)/python tests/benchmarks/scaling.py
+	$(BIN)/python tests/benchmarks/many_tensors.py
 
 fuzz: setup
 	$(BIN)/pip install --quiet atheris

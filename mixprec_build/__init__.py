@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from .versions import __version__
 
 if TYPE_CHECKING:
-    from .api import build, inspect, plan, split, suggest, verify
+    from .api import build, inspect, memory, plan, split, suggest, verify
     from .errors import (
         BudgetError,
         HubError,
         InterruptedBuildError,
+        MissingPartsError,
         MixprecError,
         OutputError,
         RecipeError,
@@ -36,6 +37,7 @@ __all__ = [
     "BudgetError",
     "HubError",
     "InterruptedBuildError",
+    "MissingPartsError",
     "MixprecError",
     "OutputError",
     "RecipeError",
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "build",
     "inspect",
+    "memory",
     "plan",
     "split",
     "suggest",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .storage.threads import Progress
     from .suggesting.allocate import Suggestion
 
-__all__ = ["build", "inspect", "plan", "split", "suggest", "verify"]
+__all__ = ["build", "inspect", "memory", "plan", "split", "suggest", "verify"]
 
 Layout = Literal["merged", "presplit", "both"]
 """The files of a checkpoint: those of the complete model, those cut for ranks, or both."""
@@ -31,6 +31,8 @@ def plan(
     link: bool = False,
     layout: Layout | None = None,
     check: Check = "sample",
+    drop_mtp: bool = False,
+    sglang: str | None = None,
 ) -> Plan:
     """Decides what a recipe (a YAML file) builds: for every tensor its source and its file. Writes nothing.
 
@@ -44,6 +46,9 @@ def plan(
         layout: overrides the recipe's.
         check: compare the weights of a ``sample`` of the quantized modules with unquantized ones, or of all
             (``full``); differences are in ``plan.notes``.
+        drop_mtp: leave out draft layers (MTP); the ``config.json`` that is built declares none.
+        sglang: the release of SGLang to plan for, such as ``"0.5.17"``; by default the one that is installed beside
+            mixprec, else the newest that mixprec was tested with.
 
     Raises:
         RecipeError: the recipe cannot be read, or asks for what no source has.
@@ -53,7 +58,13 @@ def plan(
     from .output.build import plan_recipe
 
     return plan_recipe(
-        Path(recipe), allow_unservable=allow_unservable, link=link, layout=layout, check_all=check == "full"
+        Path(recipe),
+        allow_unservable=allow_unservable,
+        link=link,
+        layout=layout,
+        check_all=check == "full",
+        drop_mtp=drop_mtp,
+        sglang=sglang,
     )
 
 
@@ -63,10 +74,15 @@ def build(
     *,
     force: bool = False,
     take_over: bool = False,
+    part: tuple[int, int] | None = None,
+    finish: bool = False,
     allow_unservable: bool = False,
     link: bool = False,
     layout: Layout | None = None,
     check: Check = "sample",
+    drop_mtp: bool = False,
+    sglang: str | None = None,
+    card: bool = True,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -78,31 +94,52 @@ def build(
     Args:
         force: replace an ``out`` that mixprec wrote before.
         take_over: continue a stopped build, even one that another machine began.
-        allow_unservable, link, layout, check: as for :func:`plan`; the last two only with a recipe.
+        part: build only this part of the files, beside ``out``: ``(3, 16)`` for the third of 16, each on any machine
+            that shares the file system.
+        finish: make ``out`` of the parts, all of which must be complete.
+        allow_unservable, link, layout, check, drop_mtp, sglang: as for :func:`plan`; ``layout``, ``drop_mtp`` and
+            ``sglang`` only with a recipe.
+        card: write a model card for the hub, ``README.md``, with the model's own below it.
         jobs: copying threads; up to 8 by default.
         progress: called with the bytes just done, from any thread; they add up to ``plan.written_bytes`` at most.
 
     Returns:
-        The path of the manifest.
+        The path of the manifest; with ``part`` that of the folder with the part's files, which is not made where there
+        are more parts than files.
 
     Raises:
         RecipeError, SourceError, RefusedError: as :func:`plan`.
-        OutputError: ``out`` has other files in it, overlaps a source, or is in use.
+        OutputError: ``out`` has other files in it, overlaps a source, or is in use; or parts are of another plan.
+        MissingPartsError: ``finish`` lacks parts, which its ``parts`` names.
         WriteError: the disk is full or fails. The same call continues after the files that are finished.
     """
     from .output.build import run_plan
+    from .output.parts import Part
     from .planning.types import Plan
 
+    wanted = None if part is None else Part(*part)
+
     if not isinstance(recipe, Plan):
-        recipe = plan(recipe, allow_unservable=allow_unservable, link=link, layout=layout, check=check)
+        recipe = plan(
+            recipe,
+            allow_unservable=allow_unservable,
+            link=link,
+            layout=layout,
+            check=check,
+            drop_mtp=drop_mtp,
+            sglang=sglang,
+        )
     return run_plan(
         recipe,
         Path(out),
         force=force,
         take_over=take_over,
+        part=wanted,
+        finish=finish,
         allow_unservable=allow_unservable,
         link=link,
         check_all=check == "full",
+        card=card,
         jobs=jobs,
         progress=progress,
     )
@@ -116,7 +153,8 @@ def inspect(checkpoint: str | PathLike[str]) -> dict[str, Any]:
 
     Returns:
         The data that ``mixprec inspect --json`` prints: ``formats`` with modules, parameters and bytes of each,
-        ``layers`` with the formats in each, and for a compiled checkpoint ``sources`` and ``manifest_checksum``.
+        ``layers`` with the formats in each, ``mtp`` with those of draft layers, and for a compiled checkpoint
+        ``sources`` and ``manifest_checksum``.
 
     Raises:
         SourceError: the checkpoint cannot be read.
@@ -126,6 +164,45 @@ def inspect(checkpoint: str | PathLike[str]) -> dict[str, Any]:
     from .report.facts import inspect_facts
 
     return inspect_facts(open_on_disk(str(checkpoint)), Path(checkpoint))
+
+
+def memory(
+    subject: Plan | str | PathLike[str],
+    gpus: str,
+    context: int = 32768,
+    *,
+    cache_dtype: Literal["auto", "fp8_e4m3"] = "auto",
+    ep: int = 1,
+) -> dict[str, Any]:
+    """Computes what serving a plan, or a checkpoint by its folder or hub id, needs on GPUs.
+
+    >>> needs = mp.memory(mp.plan("mix.yaml"), "1x24GB", context=4096)
+    >>> needs["fits"], needs["options"]
+    (True, '--tp 1')
+
+    Args:
+        gpus: their number, one tensor-parallel rank each, and size: ``4x80GB``.
+        context: tokens of a sequence.
+        cache_dtype: ``auto`` for a KV cache in 16 bits, or ``fp8_e4m3``.
+        ep: expert-parallel ranks among the GPUs.
+
+    Returns:
+        The data under ``memory`` that ``mixprec plan --gpus --json`` prints: bytes of a rank, ``tokens`` and
+        ``sequences`` that fit, and with ``fits`` False what ``would_fit``.
+
+    Raises:
+        SplitError: the model cannot be cut for so many ranks.
+        SourceError: the checkpoint cannot be read.
+        ValueError: ``gpus``, ``context`` or ``cache_dtype`` says nothing that exists.
+    """
+    from .planning.types import Plan
+    from .ranks.on_disk import open_on_disk
+    from .report.memory import Gpus, memory_of_plan, memory_of_source
+
+    wanted = Gpus.parse(gpus)
+    if isinstance(subject, Plan):
+        return memory_of_plan(subject, wanted, context, cache_dtype=cache_dtype, ep=ep)
+    return memory_of_source(open_on_disk(str(subject)), wanted, context, cache_dtype=cache_dtype, ep=ep)
 
 
 def verify(
@@ -203,6 +280,7 @@ def suggest(
     force: bool = False,
     stats: Sequence[str | PathLike[str]] = (),
     moments: str | PathLike[str] | None = None,
+    swaps: str | PathLike[str] | None = None,
     objective: str | None = None,
     pins: Sequence[tuple[str, str]] = (),
     floors: Sequence[tuple[str, str]] = (),
@@ -223,8 +301,9 @@ def suggest(
         force: replace an ``out`` that exists.
         stats: files of expert activity, added up.
         moments: a file of second moments of the modules' inputs (safetensors).
-        objective: ``weight``, ``relative``, ``output`` or ``relative-output``; the last by default with moments, else
-            ``relative``.
+        swaps: a file of measured swaps (JSON), from ``recipes/swaps.py``.
+        objective: ``weight``, ``relative``, ``output``, ``relative-output`` or ``measured``; by default the last with
+            swaps, else ``relative-output`` with moments, else ``relative``.
         pins: ``(pattern, source)``: the only source for these modules.
         floors: ``(pattern, format)``: no format of fewer bits for these modules.
         errors: a file that stores measured errors; below ``~/.cache/mixprec`` by default.
@@ -247,6 +326,7 @@ def suggest(
     from .suggesting.distortion import DistortionCache, Moments, default_cache
     from .suggesting.objective import Objective
     from .suggesting.recipe_file import check_target, write_recipe
+    from .suggesting.swaps import read_swaps
 
     if out is not None:
         check_target(Path(out), Path(recipe), force=force)
@@ -256,6 +336,7 @@ def suggest(
         objective=None if objective is None else Objective(objective),
         activity=read_activity([Path(path) for path in stats]) if stats else None,
         moments=None if moments is None else Moments(Path(moments)),
+        swaps=None if swaps is None else read_swaps(Path(swaps)),
         pins=pins,
         floors=floors,
         allow_unservable=allow_unservable,

@@ -8,6 +8,7 @@
     ├── BudgetError              no mix of the sources fits into the budget
     ├── RefusedError             the recipe and its sources are sound, the mix is not; carries every problem
     ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
+    │   └── MissingPartsError    a build on many machines cannot be finished yet; names the parts
     ├── WriteError               exit code 3: copying failed; the output folder was not created
     │   └── InterruptedBuildError  exit code 130 after Ctrl-C, 143 after SIGTERM
     ├── SplitError               a checkpoint that cannot be cut for so many ranks
@@ -26,6 +27,7 @@ __all__ = [
     "BudgetError",
     "HubError",
     "InterruptedBuildError",
+    "MissingPartsError",
     "MixprecError",
     "OutputError",
     "RecipeError",
@@ -96,6 +98,14 @@ class OutputError(MixprecError):
     """An output folder that mixprec will not write to."""
 
     exit_code = 2
+
+
+class MissingPartsError(OutputError):
+    """A build on many machines that lacks parts: ``parts``, such as ``"3/16"``; empty where none was begun."""
+
+    def __init__(self, message: str, parts: Sequence[str] = ()):
+        self.parts = tuple(parts)
+        super().__init__(message)
 
 
 class WriteError(MixprecError):

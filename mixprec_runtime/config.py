@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,19 @@ from mixprec_build.checkpoint.declaration import METHOD, Declaration
 from mixprec_build.errors import SourceError
 from mixprec_build.families.base import Family
 from mixprec_build.families.cache_scales import cache_scale, parameters_of
-from mixprec_build.families.names import last_word, layer_prefix, numbered_part
+from mixprec_build.families.draft_class import Draft
+from mixprec_build.families.names import last_word, numbered_part
 from mixprec_build.families.unknown import UNKNOWN
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.names import name_forms
-from mixprec_build.patterns.compress import compress
-from mixprec_build.text import some
 
 from . import launch
+from .experts import runner
 from .experts.method import MixedExpertsMethod
-from .formats.registry import model_attributes
-from .loading.pad import pad
+from .formats.registry import model_attributes, served
+from .loading.pad import pad, stored_columns
 from .native import NativeFormat
+from .unnumbered import UnnumberedLayers
 
 __all__ = ["MixPrecConfig"]
 
@@ -40,10 +41,10 @@ class MixPrecConfig(QuantizationConfig):
 
     def __init__(self, declaration: Declaration | None = None):
         super().__init__()
-        if declaration is None:  # SGLang does this for a draft model without quantization_config
+        if declaration is None:  # SGLang does this for a config.json without quantization_config
             raise ValueError(
                 "--quantization mixprec is for checkpoints that mixprec built, and config.json of this one names no "
-                "quantization: leave it out; for a draft model, add --speculative-draft-model-quantization unquant"
+                "quantization: leave it out"
             )
         self.declaration = declaration
         self.__dict__ |= model_attributes()
@@ -52,11 +53,16 @@ class MixPrecConfig(QuantizationConfig):
         """MLP or ``...experts`` that zeros are added to on this rank -> its columns; see :func:`.loading.pad.pad`."""
         self.cache_scales: Mapping[str, Sequence[str]] = {}
         """Scale of the KV cache in the checkpoint -> the parameters of SGLang's attention that are filled with it."""
+        self.expert_layers: Mapping[str, Collection[Format]] = {}
+        """``...experts`` in the checkpoint -> the formats of this layer."""
+        self.runner = "auto"
+        """The ``--moe-runner-backend`` of layers that take it; see :mod:`.experts.runner`."""
         self._mapper: Any = None
         self._family = UNKNOWN
+        self._draft: Draft | None = None
         self._formats: dict[str, Format] | None = None
         self._experts: dict[str, dict[int, dict[str, Format]]] = {}
-        self._by_last_word: dict[str, list[str]] | None = None
+        self._unnumbered = UnnumberedLayers((), UNKNOWN)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MixPrecConfig:
@@ -69,25 +75,42 @@ class MixPrecConfig(QuantizationConfig):
         made.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
         return made
 
-    def bind(self, modules: Iterable[str], family: Family = UNKNOWN) -> Mapping[str, Format]:
+    def bind(
+        self, modules: Iterable[str], family: Family = UNKNOWN, draft: Draft | None = None
+    ) -> Mapping[str, Format]:
         """Sets the modules of the checkpoint, by their Hugging Face names, and the family of SGLang's model.
 
-        Returns the format of each module.
+        With ``draft``, the model consists of these layers only. Returns the format of each module.
         """
         declared = {name: self.declaration.format_of(name) for name in modules}
-        mapped = declared if self._mapper is None else self._mapper.apply_dict(declared)
-        formats = {**_other_names({**declared, **mapped}), **declared, **mapped}
+        own = declared if draft is None else {name: fmt for name, fmt in declared.items() if draft.expects(name)}
+        mapped = own if self._mapper is None else self._mapper.apply_dict(own)
+        formats = {**_other_names({**own, **mapped}), **own, **mapped}
+        if draft is not None:
+            # Its names may be those of the model's layers.
+            formats |= {draft.sglang_name(name): fmt for name, fmt in own.items()}
         experts: dict[str, dict[int, dict[str, Format]]] = defaultdict(lambda: defaultdict(dict))
         for name, fmt in formats.items():
             found = numbered_part(name)
             if found is not None:
                 parent, number, part = found
                 experts[parent][number][part] = fmt
-        self._formats, self._experts, self._family = formats, experts, family
-        self._by_last_word = None
-        names = {name: name for name in declared}
+        self._formats, self._experts, self._family, self._draft = formats, experts, family, draft
+        self._unnumbered = UnnumberedLayers(declared, family)
+        layers: dict[str, dict[object, Format]] = defaultdict(dict)
+        for name, fmt in own.items():
+            expert = family.expert_of(name)
+            if expert is not None:
+                layers[expert[0]].setdefault(fmt.fuses_as, fmt)
+        self.expert_layers = {name: tuple(kinds.values()) for name, kinds in layers.items()}
+        names = {name: name for name in own}
+
+        def served_name(parameter: str) -> str:
+            name = family.sglang_name(parameter)
+            return name if draft is None else draft.sglang_name(name)
+
         self.cache_scales = {
-            name: [family.sglang_name(parameter) for parameter in parameters_of(scale, formats)]
+            name: [served_name(parameter) for parameter in parameters_of(scale, formats)]
             for mapped, name in (names if self._mapper is None else self._mapper.apply_dict(names)).items()
             if (scale := cache_scale(mapped)) is not None
         }
@@ -112,8 +135,10 @@ class MixPrecConfig(QuantizationConfig):
                 "launch_server, `sglang serve` or sgl.Engine, which load plugins in every process"
             )
         if isinstance(layer, FusedMoE | LinearBase):
+            prefix = self._unnumbered.next_named(prefix, experts=isinstance(layer, FusedMoE)) or prefix
             if isinstance(layer, FusedMoE):
-                method = self._experts_method(layer, prefix)
+                with stored_columns(layer, prefix, self.padded, self._family):
+                    method = self._experts_method(layer, prefix)
             else:
                 fmt = self._one_format(prefix, self._members(prefix))
                 method = self._native(fmt).get_quant_method(layer, prefix)
@@ -139,49 +164,7 @@ class MixPrecConfig(QuantizationConfig):
             found = {name: self._formats[name] for name in stored if name in self._formats}
             if found:
                 return found
-        return self._members_anywhere(prefix, joined)
-
-    def _members_anywhere(self, prefix: str, joined: Iterable[str]) -> dict[str, Format]:
-        """The modules that a name without the layer's number may mean, in all layers; empty where ``prefix`` has one.
-
-        models/hunyuan.py names every layer's projection ``.self_attn.qkv_proj``.
-
-        Raises:
-            ValueError: these modules have different formats.
-        """
-        assert self._formats is not None
-        short = prefix.strip(".")
-        if layer_prefix(f".{short}"):
-            return {}
-        if self._by_last_word is None:
-            self._by_last_word = defaultdict(list)
-            for name in self._formats:
-                self._by_last_word[last_word(name)].append(name)
-        parent, _, last = short.rpartition(".")
-        found = {
-            name: self._formats[name]
-            for word in (last, *joined)
-            for name in self._by_last_word.get(word, ())
-            if name.endswith(f".{parent}.{word}" if parent else f".{word}")
-        }
-        if len({fmt.fuses_as for fmt in found.values()}) > 1:
-            raise ValueError(_ambiguous_name(prefix, found))
-        return found
-
-    def _experts_anywhere(self, prefix: str) -> dict[int, dict[str, Format]]:
-        """As :meth:`_members_anywhere`, for experts: those of one layer, once all layers are known to be alike."""
-        short = prefix.strip(".")
-        if layer_prefix(f".{short}."):
-            return {}
-        last = last_word(short) or self._family.experts
-        layers = [
-            self._experts[name]
-            for name in self._experts
-            if last_word(name) == self._family.experts == last and f".{name}".endswith(f".{short}" if short else "")
-        ]
-        if any(layer != layers[0] for layer in layers):
-            raise ValueError(_ambiguous_name(prefix, [name for name in self._experts if last_word(name) == last]))
-        return layers[0] if layers else {}
+        return {}
 
     def can_fuse_shared_expert(self) -> bool:
         """Whether SGLang may append shared experts to the routed ones (asked by models/qwen2_moe.py).
@@ -196,6 +179,11 @@ class MixPrecConfig(QuantizationConfig):
             if (shared and kinds | {fmt.fuses_as for fmt in shared.values()} != kinds) or (shared and len(kinds) > 1):
                 return False
         return True
+
+    @property
+    def mixed_layers(self) -> list[str]:
+        """The layers, by their names in the checkpoint, whose experts have several formats."""
+        return [name for name, formats in self.expert_layers.items() if len(formats) > 1]
 
     def _shared_experts(self, parent: str) -> dict[str, Format]:
         """The linear modules of the shared experts in the MoE block ``parent``."""
@@ -223,9 +211,7 @@ class MixPrecConfig(QuantizationConfig):
         kinds: dict[object, Format] = {}  # BF16 and FP16 share one
         known: dict[Format, Format] = {}
         is_down = self._family.is_down
-        found = (self._experts[name] for name in self._family.stored_names(prefix) if name in self._experts)
-        stored = next(found, None) or self._experts_anywhere(prefix)
-        for expert, parts in sorted(stored.items()):
+        for expert, parts in sorted(self._experts_of(prefix).items()):
             for fmt in parts.values():
                 if fmt not in known:
                     known[fmt] = kinds.setdefault(fmt.fuses_as, fmt)
@@ -236,9 +222,24 @@ class MixPrecConfig(QuantizationConfig):
         if getattr(layer, "num_fused_shared_experts", 0):
             self._check_fused_shared_experts(prefix.rpartition(".")[0], kinds)
         if len(kinds) > 1:
-            launch.check_mixed_experts()
-            return MixedExpertsMethod(formats, self.native, prefix)
-        return self._native(next(iter(kinds.values()), None)).get_quant_method(layer, prefix)
+            launch.check_mixed_experts([prefix])
+            # Compiled code finds layers by name, and a draft may have the names of the model's layers.
+            return MixedExpertsMethod(formats, self.native, f"draft.{prefix}" if self._draft else prefix)
+        only = next(iter(kinds.values()), None)
+        method = self._native(only).get_quant_method(layer, prefix)
+        if only is not None and self.runner in served(only).runners(only)[1:]:
+            runner.give(self.runner, method, layer, prefix)
+        return method
+
+    def formats_of_experts(self, prefix: str) -> Collection[Format]:
+        """The formats of the layer with experts that SGLang names ``prefix``; empty where there is none."""
+        formats = (fmt for parts in self._experts_of(prefix).values() for fmt in parts.values())
+        return {fmt.fuses_as: fmt for fmt in formats}.values()
+
+    def _experts_of(self, prefix: str) -> Mapping[int, Mapping[str, Format]]:
+        """Expert -> projection -> format, of the layer that SGLang names ``prefix``; empty where there is none."""
+        found = (self._experts[name] for name in self._family.stored_names(prefix) if name in self._experts)
+        return next(found, {})
 
     def _check_fused_shared_experts(self, parent: str, kinds: Container[object]) -> None:
         shared = (self._shared_experts(name) for name in self._family.stored_names(parent))
@@ -286,10 +287,3 @@ def _other_names(formats: Mapping[str, Format]) -> dict[str, Format]:
             if found.setdefault(other, fmt) != fmt:
                 ambiguous.add(other)
     return {name: fmt for name, fmt in found.items() if name not in ambiguous}
-
-
-def _ambiguous_name(prefix: str, modules: Iterable[str]) -> str:
-    return (
-        f"SGLang's model names this layer {prefix!r}, without its number, and the checkpoint has "
-        f"{some(compress(modules))} in several formats: store them all in one format to serve this model"
-    )

@@ -6,8 +6,7 @@ For models of other quantization methods they only call SGLang's function, and c
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,22 @@ from mixprec_build.errors import MixprecError
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.formats.base import Format
 from mixprec_build.storage.hub import HubRepo
+from mixprec_build.text import some
+from mixprec_build.versions import RULES, between, untested
 
-from . import launch, memory
+from . import drafts, launch, memory
 from .activity import hooks as activity
+from .canary import check as canary
 from .config import MixPrecConfig
+from .contact import names as names_of_sglang
+from .contact.check import differs, installed
+from .contact.names import SESSIONS_SINCE
+from .contact.start import hooked_here, require_all
 from .cpu import delta_net, reference
-from .loading import cache_scales, loader, names
-from .loading.strict import load_strictly
+from .experts import deepep, runner
+from .formats.repair import never_called
+from .loading import cache_scales, heads, loader, names
+from .loading.strict import draft_of, load_strictly
 
 __all__ = ["register"]
 
@@ -45,20 +53,62 @@ def register() -> None:
 
     if is_cpu():
         delta_net.provide_kernels()
-    for target, hook, kind in (
-        ("sglang.srt.model_loader.loader._initialize_model", initialize_model, HookType.AROUND),
-        ("sglang.srt.model_loader.utils.get_model_architecture", get_model_architecture, HookType.AROUND),
-        ("sglang.srt.managers.scheduler.Scheduler.__init__", ready, HookType.AFTER),
-        ("sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_to_internal_state, HookType.AFTER),
-        (
-            "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle",
-            activity.handle_request,
-            HookType.AROUND,
-        ),
-        *((f"{_MANAGER}.{name}", _answer_update(answer), HookType.AROUND) for name, answer in _UPDATES.items()),
-    ):
-        if any(name in sys.modules for name in (target.rpartition(".")[0], target.rsplit(".", 2)[0])):
-            HookRegistry.register(target, hook, kind)
+    for target, hook, kind in _hooks():
+        if hooked_here(target):
+            HookRegistry.register(target, hook, HookType[kind])
+
+
+def _hooks() -> Iterator[tuple[str, Callable[..., Any], str]]:
+    """Yields SGLang's functions, by their dotted paths, the hooks on them, and when each is called."""
+    yield "sglang.srt.model_loader.loader._initialize_model", initialize_model, "AROUND"
+    yield "sglang.srt.model_loader.utils.get_model_architecture", get_model_architecture, "AROUND"
+    yield "sglang.srt.configs.model_config.ModelConfig._verify_quantization", detect_for_draft, "BEFORE"
+    yield "sglang.srt.managers.scheduler.Scheduler.__init__", ready, "AFTER"
+    yield "sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_to_internal_state, "AFTER"
+    yield "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle", activity.handle_request, "AROUND"
+    for name, update in {**_UPDATES, **(_SESSIONS if between(SESSIONS_SINCE, "", installed()) else {})}.items():
+        yield f"{_MANAGER}.{name}", update, "AROUND"
+
+
+def _check_contact(quant_config: MixPrecConfig) -> None:
+    """Checks that SGLang has all that this checkpoint needs, and that the hooks are in place.
+
+    Raises:
+        ContactError: something is missing; the message names it.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    uses = {names_of_sglang.PLUGIN, names_of_sglang.ANY, names_of_sglang.SERVER}
+    uses |= {fmt.name for fmt in quant_config.native}
+    if quant_config.mixed_layers:
+        uses |= {names_of_sglang.GROUPS, names_of_sglang.CHAINS, names_of_sglang.KERNELS}
+    if deepep.in_use():
+        uses.add(names_of_sglang.DEEPEP)
+    if activity.enabled():
+        uses.add(names_of_sglang.COUNTING)
+    if canary.enabled():
+        uses.add(names_of_sglang.CANARY)
+    if is_cpu():
+        uses.add(names_of_sglang.CPU)
+    require_all(uses, launch.server_args(), _hooks())
+    warning = untested(installed())
+    if warning is not None and get_parallel().tp_rank == 0:
+        logger.warning("mixprec: %s", warning)
+
+
+def _check_release(manifest: Manifest) -> None:
+    """Raises ``RuntimeError`` where this release of SGLang lacks what the checkpoint was planned to use."""
+    version = installed()
+    lost = [
+        f"{RULES[name].text}, for {some(patterns)}"
+        for name, patterns in manifest.needs.items()
+        if name in RULES and not RULES[name].holds_in(version)
+    ]
+    if lost:
+        raise RuntimeError(
+            f"this checkpoint was planned for SGLang {manifest.planned_for}, and SGLang {version} has no more "
+            f"{'; nor '.join(lost)}. Serve it with that release, or build it again with --sglang {version}"
+        )
 
 
 def initialize_model(
@@ -71,18 +121,34 @@ def initialize_model(
     """
     if not isinstance(quant_config, MixPrecConfig):
         return _counted(original(model_config, load_config, quant_config), model_config)
-    if model_config.is_draft_model:
-        raise RuntimeError("mixprec serves no draft models; give --speculative-draft-model-path another checkpoint")
     folder, manifest, fetch = _checkpoint(model_config)
-    family = ModelFacts.of_loaded(model_config.hf_config).family
-    formats = quant_config.bind(manifest.modules, family)
-    _check_declared(formats, manifest)
+    facts = ModelFacts.of_loaded(model_config.hf_config)
+    launch.drop_chosen_runner(facts.family.architectures)
     launch.check_arguments()
+    draft = None
+    if model_config.is_draft_model:
+        draft = drafts.of_model(model_config, facts, manifest.modules)
+    else:
+        drafts.check_own(facts, manifest.modules)
+    formats = quant_config.bind(manifest.modules, facts.family, draft)
+    _check_declared(formats, manifest)
+    _check_contact(quant_config)
+    _check_release(manifest)
+    launch.check_mixed_experts(quant_config.mixed_layers)
+    asked = runner.asked_for(draft=model_config.is_draft_model)
+    deepep.check(quant_config.expert_layers, asked)
+    quant_config.runner = runner.settle(quant_config.expert_layers, draft=model_config.is_draft_model)
+    if canary.enabled() and not is_cpu():
+        if fetch is not None:
+            raise RuntimeError(f"{canary.SWITCH} needs a checkpoint on this machine: download it first")
+        canary.require(folder, model_config.dtype)
     # With --download-dir, SGLang's loader fetches to a folder of its own.
     own_folder = fetch is not None and load_config.download_dir is not None
     share = None
     if not own_folder:
         share = loader.rank_share(folder, manifest, fetch, merged=load_config.load_format == "auto")
+    if share is not None and draft is not None:
+        share = share.of_draft(draft)
 
     def leave_to_sglang(reason: str) -> None:
         if fetch is None or manifest.rest is not None:  # SGLang fetches merged files from the hub itself
@@ -93,9 +159,13 @@ def initialize_model(
         launch.check_padded(share.padded)
     else:
         leave_to_sglang(f"this run is {loader.this_run()}")
-    model = _counted(original(model_config, load_config, quant_config), model_config)
+    with deepep.made_by_format(quant_config):
+        model = _counted(original(model_config, load_config, quant_config), model_config)
+    if model_config.is_draft_model:
+        memory.add_draft(model)
     if is_cpu():
         reference.replace_model_kernels()
+    heads.drop_unstored_biases(model, manifest.tensors())
     scales = quant_config.cache_scales
     cache_scales.make(model, quant_config, scales)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
@@ -105,6 +175,7 @@ def initialize_model(
         if share is not None:
             unfit = loader.mismatch(model, share)
             if unfit is None:
+                memory.name_files(model, share.where)
                 return loader.load(model, share, lambda tensors: load_weights(tensors, *args, **kwargs))
             reason = f"{share.where} are not for this run ({unfit})"
             if share.padded:
@@ -114,6 +185,7 @@ def initialize_model(
             leave_to_sglang(reason)
             logger.warning("mixprec: SGLang's loader, which is slower, reads the merged files: %s", reason)
         declared = manifest.tensors()
+        memory.name_files(model, f"the merged files in {folder}, by SGLang's loader")
         return load_strictly(
             model,
             lambda tensors: load_weights(
@@ -121,6 +193,7 @@ def initialize_model(
             ),
             weights,
             declared,
+            names.converter(formats),
         )
 
     model.load_weights = load_once  # type: ignore[assignment]
@@ -129,7 +202,10 @@ def initialize_model(
 
 # After loading, weights are repacked for kernels, experts in several formats have lost their names in SGLang's model,
 # and zeros may have been added: SGLang's loaders would update some parameters and corrupt others.
-_NO_UPDATES = "weights of a checkpoint that mixprec built cannot be updated while they serve; start the server again"
+_NO_UPDATES = (
+    "weights of a checkpoint that mixprec built cannot be updated while they serve, since kernels have repacked them; "
+    "start the server again with the other checkpoint"
+)
 
 
 def _refuse_update(*_: Any, **__: Any) -> None:
@@ -151,10 +227,15 @@ def _answer_update(answer: str) -> Callable[..., Any]:
 
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _UPDATES = {
-    "update_weights_from_disk": "UpdateWeightFromDiskReqOutput",
-    "update_weights_from_distributed": "UpdateWeightsFromDistributedReqOutput",
-    "update_weights_from_tensor": "UpdateWeightsFromTensorReqOutput",
-    "update_weights_from_ipc": "UpdateWeightsFromIPCReqOutput",
+    "update_weights_from_disk": _answer_update("UpdateWeightFromDiskReqOutput"),
+    "update_weights_from_distributed": _answer_update("UpdateWeightsFromDistributedReqOutput"),
+    "update_weights_from_tensor": _answer_update("UpdateWeightsFromTensorReqOutput"),
+    "update_weights_from_ipc": _answer_update("UpdateWeightsFromIPCReqOutput"),
+}
+# The end of a session processes all weights once more, also where none was updated: repacked ones would be repacked.
+_SESSIONS = {
+    "begin_weight_update": _answer_update("BeginWeightUpdateReqOutput"),
+    "end_weight_update": _answer_update("EndWeightUpdateReqOutput"),
 }
 
 
@@ -192,6 +273,15 @@ def _check_declared(declared: Mapping[str, Format], manifest: Manifest) -> None:
             )
 
 
+def detect_for_draft(model_config: Any) -> None:
+    """Before ``ModelConfig._verify_quantization``: has SGLang read the method of a draft from its ``config.json``.
+
+    SGLang passes ``--quantization mixprec`` on to the draft, and believes it where ``config.json`` names no method.
+    """
+    if model_config.is_draft_model and model_config.quantization == METHOD:
+        model_config.quantization = None
+
+
 def get_model_architecture(original: Callable[..., Any], model_config: Any) -> Any:
     """Around ``get_model_architecture``: has Mixtral made with fused experts.
 
@@ -209,13 +299,29 @@ def get_model_architecture(original: Callable[..., Any], model_config: Any) -> A
 
 def ready(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """After ``Scheduler.__init__``: begins to count activity, checks where tensors are, and logs their memory."""
-    runner = scheduler.tp_worker.model_runner
-    activity.begin(runner)
-    if runner.model_config.quantization == METHOD:
-        memory.check_placement(runner.model, torch.device(runner.device))
-        memory.serve(runner.model)
+    worker = scheduler.tp_worker.model_runner
+    activity.begin(worker)
+    served = [worker.model] if worker.model_config.quantization == METHOD else []
+    for draft in memory.drafts():
+        if draft_of(draft) is not None:
+            drafts.check_shared(worker.model, draft)
+        served.append(draft)
+    for model in served:
+        _check_repairs(model)
+        memory.check_placement(model, torch.device(worker.device))
+    if served:
+        memory.serve(*served)
         if is_cpu():
             reference.announce(logger)
+
+
+def _check_repairs(model: Module) -> None:
+    """Raises ``RuntimeError`` where SGLang did not call what a repair is around."""
+    # On a CPU, the reference replaces what comes after creating weights.
+    replaced = ("process_weights_after_loading", "create_moe_runner") if is_cpu() else ()
+    missed = never_called(model.modules(), without=("apply", *replaced))
+    if missed:
+        raise RuntimeError(differs(missed))
 
 
 def add_to_internal_state(output: Any, *_: Any) -> None:

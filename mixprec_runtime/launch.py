@@ -5,10 +5,18 @@ Each ``check_*`` raises ``RuntimeError`` with the flags to change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from mixprec_build.families.registry import FAMILIES
+from mixprec_build.patterns.compress import compress
+from mixprec_build.text import some
+
+from .contact.flags import choose, server_args, value_of
+
 __all__ = [
+    "BY_LAYER",
     "argument_problems",
     "check_arguments",
     "check_counted_experts",
@@ -17,28 +25,57 @@ __all__ = [
     "check_padded",
     "check_quantized_head",
     "deterministic",
+    "draws_on_own_drafts",
+    "drop_chosen_runner",
+    "lora_on_mlps",
     "mixed_problems",
+    "padded_problems",
     "quantized_head_problems",
+    "refuse",
+    "server_args",
+    "speculative_algorithm",
+    "value_of",
 ]
+
+
+def drop_chosen_runner(architectures: Collection[str]) -> None:
+    """Has each layer's experts get a runner of their own again, where SGLang chose one for all of gpt-oss.
+
+    It does so where ``--moe-runner-backend`` is left out and ``--quantization`` as well (arg_groups/overrides.py:961 of
+    0.5.17).
+    """
+    from sglang.srt.layers.moe import initialize_moe_config
+
+    args, flags = server_args(), ("moe_runner_backend", "speculative_moe_runner_backend")
+    chosen = [flag for flag in flags if value_of(args, flag) == "triton_kernel"]
+    if chosen and "GptOssForCausalLM" in architectures:
+        choose(**dict.fromkeys(chosen, "auto"))
+        # From 0.5.19 on it has no parameter.
+        initialize_moe_config(*[args][: len(inspect.signature(initialize_moe_config).parameters)])
 
 
 def check_arguments() -> None:
     """Checks the arguments for any compiled checkpoint."""
-    _raise(argument_problems(_server_args()))
+    refuse(argument_problems(server_args()))
 
 
-def check_mixed_experts() -> None:
-    """Checks the arguments for a layer whose experts differ in format."""
-    _raise(mixed_problems(_server_args()))
+def check_mixed_experts(layers: Collection[str]) -> None:
+    """Checks the arguments for ``layers`` whose experts differ in format."""
+    refuse(mixed_problems(server_args(), layers))
 
 
 def check_counted_experts() -> None:
     """Checks the arguments for counting expert activity, of any model."""
-    args = _server_args()
+    args = server_args()
     if _moves_experts(args) or _places_experts(args):
         raise RuntimeError(
             "expert activity is counted by the positions of experts: leave out --enable-eplb, "
             "--ep-num-redundant-experts and --init-expert-location while MIXPREC_EXPERT_ACTIVITY is set"
+        )
+    if value_of(args, "moe_a2a_backend") not in (None, "none"):
+        raise RuntimeError(
+            f"expert activity is counted by a rank that routes all tokens, and with --moe-a2a-backend "
+            f"{args.moe_a2a_backend} each routes its own: leave it out while MIXPREC_EXPERT_ACTIVITY is set"
         )
 
 
@@ -47,66 +84,105 @@ def check_experts_elsewhere(kind: str, *, scales_stay: bool = False) -> None:
 
     ``scales_stay``: the repair keeps the scales of the experts that the rank began with.
     """
-    args, problems = _server_args(), []
-    if scales_stay and getattr(args, "enable_eplb", False):
+    args, problems = server_args(), []
+    if scales_stay and value_of(args, "enable_eplb"):
         problems.append(f"--enable-eplb moves the scales of {kind} experts; leave it out")
-    if _asks_for_lora(args):  # lora/layers.py:1027 makes other runners, without the repair
-        problems.append(f"--enable-lora and --lora-paths do not go with {kind} experts under --ep-size; leave them out")
-    _raise(problems)
+    if lora_on_mlps(args):  # lora/layers.py:1027 makes other runners, without the repair
+        problems.append(
+            f"--enable-lora and --lora-paths run {kind} experts by kernels that read experts of other ranks under "
+            f"--ep-size; {_LORA_ON_ATTENTION}"
+        )
+    refuse(problems)
 
 
 def check_padded(padded: Mapping[str, Any]) -> None:
     """Checks the arguments where zeros are added to this rank's weights."""
-    if padded and _asks_for_lora(_server_args()):
-        _raise(["--enable-lora and --lora-paths do not support ranks with added zeros; leave them out"])
+    refuse(padded_problems(server_args(), padded))
+
+
+def padded_problems(args: Any, padded: Mapping[str, Any]) -> list[str]:
+    """One sentence for each flag of ``args`` that a rank cannot be served with whose MLPs ``padded`` get zeros."""
+    if not padded or not lora_on_mlps(args):
+        return []
+    return [
+        "--enable-lora and --lora-paths cut adapters without the zeros that are added to MLPs and experts here; "
+        f"{_LORA_ON_ATTENTION}"
+    ]
 
 
 def check_quantized_head(kind: str) -> None:
     """Checks the arguments for an ``lm_head`` in a quantized format."""
-    _raise(quantized_head_problems(_server_args(), kind))
+    refuse(quantized_head_problems(server_args(), kind))
 
 
 def quantized_head_problems(args: Any, kind: str) -> list[str]:
     """One sentence for each flag of ``args`` that an ``lm_head`` of the quantized ``kind`` cannot be served with."""
     problems, instead = [], "or build the checkpoint with an unquantized lm_head"
-    if getattr(args, "speculative_algorithm", None) not in (None, "NGRAM", "STANDALONE"):
+    if value_of(args, "speculative_algorithm") not in (None, "NGRAM", "STANDALONE"):
         problems.append(
             f"--speculative-algorithm {args.speculative_algorithm} passes the weight of lm_head to the draft without "
             f"its scales, and it is stored in {kind}; leave it out, {instead}"
         )
-    if getattr(args, "enable_fp32_lm_head", False):
+    if value_of(args, "enable_fp32_lm_head"):
         problems.append(
             f"--enable-fp32-lm-head multiplies an lm_head in 16 bits, and it is stored in {kind}; leave it out"
         )
-    if _asks_for_lora(args) and not {"lm_head", "all"}.isdisjoint(getattr(args, "lora_target_modules", None) or ()):
+    if _asks_for_lora(args) and not {"lm_head", "all"}.isdisjoint(value_of(args, "lora_target_modules") or ()):
         problems.append(f"--lora-target-modules names lm_head, which is stored in {kind}; leave it out, {instead}")
     return problems
 
 
+def speculative_algorithm() -> str | None:
+    """``--speculative-algorithm``, as SGLang resolved it; None without it."""
+    found: str | None = value_of(server_args(), "speculative_algorithm")
+    return found
+
+
+def draws_on_own_drafts() -> str | None:
+    """The algorithm, if it wants drafts from layers of the checkpoint itself; None if not."""
+    args, algorithm = server_args(), speculative_algorithm()
+    elsewhere = value_of(args, "speculative_draft_model_path") not in (None, value_of(args, "model_path"))
+    return None if elsewhere or algorithm in ("NGRAM", "STANDALONE") else algorithm
+
+
 def deterministic() -> bool:
     """Whether a request's answer must not depend on the other requests of its batch."""
-    return bool(getattr(_server_args(), "enable_deterministic_inference", False))
-
-
-def _server_args() -> Any:
-    from sglang.srt.runtime_context import get_server_args
-
-    return get_server_args()
+    return bool(value_of(server_args(), "enable_deterministic_inference"))
 
 
 def _asks_for_lora(args: Any) -> bool:
-    return bool(getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None))
+    return bool(value_of(args, "enable_lora") or value_of(args, "lora_paths"))
+
+
+_LORA_ON_ATTENTION = (
+    "leave them out, or limit adapters to attention by --lora-target-modules, such as q_proj k_proj v_proj o_proj"
+)
+_PROJECTIONS = {word for family in FAMILIES for projections in family.projections for word in projections.words}
+_JOINED = {group.name for family in FAMILIES for group in family.fused if _PROJECTIONS.issuperset(group.members)}
+_MLPS = frozenset({"all"} | _PROJECTIONS | _JOINED)
+"""Names for ``--lora-target-modules`` that reach MLPs and experts."""
+
+
+def lora_on_mlps(args: Any) -> bool:
+    """Whether adapters of LoRA may change MLPs or experts.
+
+    SGLang takes the modules of the adapters where ``--lora-target-modules`` is left out, and refuses adapters with
+    others where it is given.
+    """
+    named = value_of(args, "lora_target_modules")
+    return _asks_for_lora(args) and (not named or not _MLPS.isdisjoint(named))
 
 
 def _moves_experts(args: Any) -> bool:
-    return bool(getattr(args, "enable_eplb", False) or getattr(args, "ep_num_redundant_experts", 0))
+    return bool(value_of(args, "enable_eplb") or value_of(args, "ep_num_redundant_experts"))
 
 
 def _places_experts(args: Any) -> bool:
-    return bool(getattr(args, "init_expert_location", "trivial") != "trivial")
+    return bool(value_of(args, "init_expert_location") != "trivial")
 
 
-def _raise(problems: list[str]) -> None:
+def refuse(problems: Sequence[str]) -> None:
+    """Raises ``RuntimeError`` if there are problems."""
     if problems:
         raise RuntimeError(f"this checkpoint cannot be served with these arguments: {'; '.join(problems)}")
 
@@ -114,24 +190,33 @@ def _raise(problems: list[str]) -> None:
 def argument_problems(args: Any) -> list[str]:
     """One sentence for each flag of ``args`` (``ServerArgs``) that no compiled checkpoint can be served with."""
     problems = []
-    if getattr(args, "tokenizer_worker_num", 1) > 1:
+    if value_of(args, "tokenizer_worker_num") > 1:
         problems.append("--tokenizer-worker-num above 1 starts processes that load no plugins; leave it out")
-    if getattr(args, "moe_a2a_backend", None) not in (None, "none"):
-        problems.append(
-            f"--moe-a2a-backend {args.moe_a2a_backend} needs SGLang's own classes of quantization configs; leave it out"
-        )
-    if getattr(args, "moe_runner_backend", "auto") not in ("auto", "triton"):
-        problems.append(
-            f"--moe-runner-backend {args.moe_runner_backend} is one kernel for all formats; leave it out, and each "
-            "gets its own"
-        )
-    if getattr(args, "load_format", "auto") not in ("auto", "safetensors"):
+    if value_of(args, "moe_a2a_backend") not in (None, "none", "deepep"):
+        problems.append(f"--moe-a2a-backend {args.moe_a2a_backend} {_ALL_TO_ALL}")
+    target, draft = value_of(args, "moe_runner_backend"), value_of(args, "speculative_moe_runner_backend")
+    if target not in ("auto", *BY_LAYER):
+        problems.append(f"--moe-runner-backend {target} {_ONE_RUNNER}")
+    if draft not in (None, target, "auto", *BY_LAYER):
+        problems.append(f"--speculative-moe-runner-backend {draft} {_ONE_RUNNER}")
+    if value_of(args, "speculative_moe_a2a_backend") not in (None, "none", "deepep"):
+        problems.append(f"--speculative-moe-a2a-backend {args.speculative_moe_a2a_backend} {_ALL_TO_ALL}")
+    if value_of(args, "load_format") not in ("auto", "safetensors"):
         problems.append(f"--load-format {args.load_format} does not read compiled checkpoints; leave it out")
-    if getattr(args, "torchao_config", ""):
+    if value_of(args, "torchao_config"):
         problems.append("--torchao-config would quantize weights once more; leave it out")
-    if getattr(args, "ep_size", 1) > 1 and getattr(args, "enable_fused_moe_sum_all_reduce", False):
+    if value_of(args, "cpu_offload_gb") > 0:
+        problems.append(f"--cpu-offload-gb {args.cpu_offload_gb} {_OFFLOADED}")
+    if value_of(args, "offload_group_size") > 0:
+        problems.append(f"--offload-group-size {args.offload_group_size} {_OFFLOADED}")
+    if value_of(args, "kt_weight_path"):
+        problems.append(
+            f"--kt-weight-path {args.kt_weight_path} runs experts from weights of its own instead of the checkpoint's; "
+            "leave it out"
+        )
+    if value_of(args, "ep_size") > 1 and value_of(args, "enable_fused_moe_sum_all_reduce"):
         problems.append(_SUM_ALL_REDUCE)
-    if getattr(args, "enable_memory_saver", False) and not getattr(args, "enable_weights_cpu_backup", False):
+    if value_of(args, "enable_memory_saver") and not value_of(args, "enable_weights_cpu_backup"):
         problems.append(
             "--enable-memory-saver releases weights, which cannot be loaded again; add "
             "--enable-weights-cpu-backup, or leave it out"
@@ -139,25 +224,56 @@ def argument_problems(args: Any) -> list[str]:
     return problems
 
 
+BY_LAYER = {
+    "deep_gemm": "all in FP8 with blocks of 128 x 128",
+    "marlin": "in GPTQ, AWQ, packed compressed-tensors, NVFP4 or MXFP4",
+    "triton": "unquantized, in FP8 or Int8",
+}
+"""The values of ``--moe-runner-backend`` that layers are given one by one, and the experts that take them."""
+
+_ONE_RUNNER = (
+    "changes routing, layers or the order of weights of all formats at once; give one of "
+    f"{', '.join(BY_LAYER)}, for layers that take it only, or leave it out, and each layer gets its own"
+)
+
+_ALL_TO_ALL = (
+    "exchanges rows for kernels that were not looked at with compiled checkpoints; leave it out, or give deepep, for "
+    "layers of experts in block FP8 or BF16"
+)
+
+_OFFLOADED = (
+    "moves weights away from the GPU on which their kernels and repairs expect them; leave it out, and use more ranks "
+    "or formats with fewer bits"
+)
+
 # In 0.5.17 (kernels/ops/moe/fused_moe_triton_kernels.py:444) the kernel writes rows of ids of -1 behind its output; in
 # 0.5.23 it does not.
 _SUM_ALL_REDUCE = "--enable-fused-moe-sum-all-reduce does not support experts of other ranks or groups; leave it out"
 
 
-def mixed_problems(args: Any) -> list[str]:
-    """One sentence for each flag of ``args`` that experts of several formats in one layer cannot be served with."""
+def mixed_problems(args: Any, layers: Collection[str]) -> list[str]:
+    """One sentence for each flag of ``args`` that ``layers`` with experts of several formats cannot be served with."""
+    if not layers:
+        return []
     problems = []
-    if getattr(args, "moe_runner_backend", "auto") != "auto":
-        problems.append(f"--moe-runner-backend {args.moe_runner_backend} is one kernel for all formats; leave it out")
-    if _moves_experts(args):
+    differ = (
+        f"and experts of {some(compress(layers))} differ in format; leave it out, or build all experts of each of "
+        "these layers in one format"
+    )
+    if value_of(args, "enable_eplb"):
+        problems.append(f"--enable-eplb moves experts to each other's places, {differ}")
+    if value_of(args, "ep_num_redundant_experts"):
         problems.append(
-            "--enable-eplb and --ep-num-redundant-experts move experts between places of one format; leave them out "
-            "while experts of a layer differ"
+            f"--ep-num-redundant-experts {args.ep_num_redundant_experts} needs places that any expert fits, {differ}"
         )
     if _places_experts(args):
-        problems.append("--init-expert-location changes the order of experts; leave it out")
-    if _asks_for_lora(args):
-        problems.append("--enable-lora and --lora-paths support experts of one format only; leave them out")
-    if getattr(args, "enable_fused_moe_sum_all_reduce", False):
+        problems.append(
+            f"--init-expert-location {args.init_expert_location} puts experts into each other's places, {differ}"
+        )
+    if lora_on_mlps(args):
+        problems.append(
+            f"--enable-lora and --lora-paths support experts of one format only in a layer; {_LORA_ON_ATTENTION}"
+        )
+    if value_of(args, "enable_fused_moe_sum_all_reduce"):
         problems.append(_SUM_ALL_REDUCE)
     return problems

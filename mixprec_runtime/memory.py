@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.nn import Module
@@ -12,17 +13,21 @@ from torch.nn import Module
 from mixprec_build.families.names import layer_of
 from mixprec_build.patterns.compress import natural_key
 from mixprec_build.text import some
+from mixprec_build.versions import __version__
 
 from .formats.registry import served
 from .native import format_of
 
-__all__ = ["check_placement", "get_mixed_precision_memory_stats", "measure", "serve"]
+__all__ = [
+    "add_draft", "check_placement", "drafts", "get_mixed_precision_memory_stats", "measure", "name_files", "serve",
+]  # fmt: skip
 
 
 logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 _served: list[Module] = []
+_drafts: WeakSet[Module] = WeakSet()
 
 
 def get_mixed_precision_memory_stats() -> dict[str, Any]:
@@ -31,20 +36,38 @@ def get_mixed_precision_memory_stats() -> dict[str, Any]:
     Returns:
         ``weight_mb``, ``bf16_mb`` (what the same weights take in 16 bits), ``memory_saved_mb``,
         ``compression_ratio`` (``bf16_mb / weight_mb``), ``bytes_by_format`` and ``bytes_by_layer`` (keys are layer
-        numbers as text, and ``other``). MB are 2**20 bytes. Empty in a process without such a model, like SGLang's
-        main process: there ``Engine.get_server_info()`` and GET ``/server_info`` have the same in
-        ``internal_states[i]["mixprec"]``.
+        numbers as text, ``draft`` for a draft from a compiled checkpoint, and ``other``). MB are 2**20 bytes. Empty in
+        a process without such a model, like SGLang's main process: there ``Engine.get_server_info()`` and GET
+        ``/server_info`` have the same in ``internal_states[i]["mixprec"]``.
     """
-    return measure(_served[-1]) if _served else {}
+    return measure(*_served) if _served else {}
 
 
-def serve(model: Module) -> None:
-    """Makes ``model`` the one that :func:`get_mixed_precision_memory_stats` measures, and logs its memory."""
-    _served[:] = [model]
-    stats = measure(model)
+def add_draft(model: Module) -> None:
+    """Notes that ``model``, from a compiled checkpoint, drafts tokens for the one that is served."""
+    _drafts.add(model)
+
+
+def drafts() -> list[Module]:
+    """The models of :func:`add_draft` that still exist."""
+    return list(_drafts)
+
+
+def name_files(model: Module, where: str) -> None:
+    """Notes the files that the weights of ``model`` come from, for the line that :func:`serve` logs."""
+    model.__dict__["mixprec_files"] = where
+
+
+def serve(*models: Module) -> None:
+    """Makes ``models`` those that :func:`get_mixed_precision_memory_stats` measures, and logs what they are."""
+    _served[:] = models
+    stats = measure(*models)
+    names = " and ".join(f"{type(model).__name__} from {model.__dict__['mixprec_files']}" for model in models)
     formats = ", ".join(f"{kind} {size / _MIB:.0f} MB" for kind, size in stats["bytes_by_format"].items())
     logger.info(
-        "mixprec: weights take %.0f MB on this rank (%s), %.0f MB less than in 16 bits (%.2f x smaller)",
+        "mixprec %s serves %s; weights take %.0f MB on this rank (%s), %.0f MB less than in 16 bits (%.2f x smaller)",
+        __version__,
+        names,
         stats["weight_mb"],
         formats,
         stats["memory_saved_mb"],
@@ -52,15 +75,17 @@ def serve(model: Module) -> None:
     )
 
 
-def measure(model: Module) -> dict[str, Any]:
-    """As :func:`get_mixed_precision_memory_stats`, for ``model``. Parameters that share memory count once."""
+def measure(*models: Module) -> dict[str, Any]:
+    """As :func:`get_mixed_precision_memory_stats`, for ``models``. Parameters that share memory count once."""
     by_format: Counter[str] = Counter()
     by_layer: Counter[str] = Counter()
     dense = 0
     seen: set[tuple[int, int]] = set()
-    for path, module in model.named_modules():
+    found = [(model, path, module) for model in models for path, module in model.named_modules()]
+    # Those with a format first: modules around them, such as LoRA's, may have a parameter of theirs, too.
+    for owner, path, module in sorted(found, key=lambda entry: format_of(entry[2]) is None):
         fmt = format_of(module)
-        layer = layer_of(f"{path}.")
+        layer = "draft" if owner in _drafts else layer_of(f"{path}.")
         for name, parameter in module.named_parameters(recurse=False):
             place = (parameter.data_ptr(), parameter.numel())
             if not parameter.numel() or place in seen:

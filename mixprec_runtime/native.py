@@ -6,6 +6,10 @@ class. Where stock SGLang is wrong, the instance is repaired: see :mod:`mixprec_
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,17 +21,42 @@ from mixprec_build.formats.base import Format
 
 from . import launch
 from .cpu import reference
+from .formats.base import may_have_biases
+from .formats.dense import BiasedExperts
 from .formats.lm_head import head_method, load_as_vocabulary
 from .formats.registry import served
 from .formats.repair import install
 
 __all__ = ["NativeFormat", "format_of", "sglang_config"]
 
+_DETECTING = ("fp8", "blockwise_int8", "modelopt_quant", "w4afp8")
+"""Modules below SGLang's ``layers.quantization`` whose configs log what they take for the format of all weights."""
+
 
 def format_of(layer: torch.nn.Module) -> Format | None:
     """The format of a layer whose method a :class:`NativeFormat` made; None for other layers."""
     fmt: Format | None = getattr(getattr(layer, "quant_method", None), "mixprec_format", None)
     return fmt
+
+
+@contextmanager
+def _without_detected() -> Iterator[None]:
+    """Leaves out lines such as "Detected int8 checkpoint", of which each format of a checkpoint would log another.
+
+    :func:`.memory.serve` logs one line that names all of them.
+    """
+    loggers = [logging.getLogger(f"sglang.srt.layers.quantization.{name}") for name in _DETECTING]
+    for logger in loggers:
+        logger.addFilter(_says_more_than_detected)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_says_more_than_detected)
+
+
+def _says_more_than_detected(record: logging.LogRecord) -> bool:
+    return re.match(r"Detected \w+ checkpoint", record.getMessage()) is None
 
 
 def sglang_config(fmt: Format) -> QuantizationConfig | None:
@@ -49,7 +78,7 @@ class NativeFormat(QuantizationConfig):
         super().__init__()
         self.format = fmt
         self._served = served(fmt)
-        with reference.pretend_hopper():
+        with reference.pretend_hopper(), _without_detected():
             self._config = self._served.sglang_config(fmt)
 
     def get_name(self) -> str:
@@ -75,7 +104,8 @@ class NativeFormat(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | FusedMoEMethodBase | None:
-        """SGLang's method for a linear or FusedMoE layer; None for dense experts, whose FusedMoE makes its own.
+        """SGLang's method for a linear or FusedMoE layer; None for dense experts, whose FusedMoE makes its own, but for
+        those with biases.
 
         Raises:
             ValueError: SGLang has no kernel or method for this layer.
@@ -84,9 +114,10 @@ class NativeFormat(QuantizationConfig):
 
         experts = isinstance(layer, FusedMoE)
         if self._config is None:
-            if is_cpu() and experts:
-                return reference.unquantized_experts()
-            return None if experts else UnquantizedLinearMethod()
+            if not experts:
+                return UnquantizedLinearMethod()
+            own = BiasedExperts() if may_have_biases(layer) else None
+            return reference.unquantized_experts(own) if is_cpu() else own
         if experts:
             self._served.check_experts(layer, self.format, prefix)
         with reference.pretend_hopper():
@@ -119,4 +150,21 @@ class NativeFormat(QuantizationConfig):
         install(method, self.format, self._served.repairs, "experts" if experts else "linear", prefix)
         if is_cpu():
             reference.stand_in(method, self.format, self._served.as_stored, experts=experts)
+        if experts and not self._served.biased_experts:
+            _refuse_biases(method, f"{prefix} ({self.format.kind})")
         return method
+
+
+def _refuse_biases(method: Any, named: str) -> None:
+    """Has ``method`` raise ``ValueError`` for experts with biases, which SGLang 0.5.15 tells only who makes weights."""
+    create = method.create_weights
+
+    def create_weights(layer: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("with_bias"):
+            raise ValueError(
+                f"{named}: mixprec serves experts with biases in MXFP4 and unquantized only; build the checkpoint with "
+                "one of these for it"
+            )
+        create(layer, *args, **kwargs)
+
+    method.create_weights = create_weights

@@ -1,13 +1,12 @@
 """Decides which of the safetensors files that an index does not list belong to the checkpoint.
 
-Layers for multi-token prediction (MTP) often come in a file of their own (``mtp.safetensors``,
+Draft layers (MTP) often come in a file of their own (``mtp.safetensors``,
 ``model_mtp.safetensors``, ``model_extra_tensors.safetensors``) that not every release lists. Other files are copies of
 the model under other names (``consolidated.safetensors``), or adapters.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from ..families.facts import ModelFacts
@@ -21,16 +20,11 @@ _ITS_ARCHITECTURES = (
     ("Glm4MoeForCausalLM",), ("Glm4MoeForCausalLMNextN",),
     ("Glm4MoeLiteForCausalLM",), ("Glm4MoeLiteForCausalLMNextN",),
 )  # fmt: skip
-_DRAFT = re.compile(r"(?:model\.|language_model\.)*mtp(?:_layers|_block)?\.")
-_LAYER = re.compile(r"(?:model\.|language_model\.|backbone\.)*layers\.(\d+)\.")
 
 
 def is_draft(tensor: str, facts: ModelFacts) -> bool:
-    """Whether a tensor is one of a layer for multi-token prediction: called ``mtp``, or of a layer after the last."""
-    if _DRAFT.match(tensor):
-        return True
-    layer, layers = _LAYER.match(tensor), facts.layers_of_a_part
-    return layer is not None and layers is not None and int(layer[1]) >= layers
+    """Whether a tensor is one of a draft layer."""
+    return facts.family.is_draft(tensor, facts.layers or facts.layers_of_a_part)
 
 
 class BesideFiles:

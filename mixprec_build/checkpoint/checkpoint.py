@@ -60,7 +60,7 @@ class Checkpoint:
     """Differences between the index and its files."""
     taken_apart: frozenset[str] = frozenset()
     """Files with tensors that have other names or shapes here: those of all experts of a layer, which are taken apart,
-    and scales in four dimensions. They cannot be linked."""
+    scales in four dimensions, and scales of inputs that are named unlike their weights. They cannot be linked."""
     values: dict[str, bytes] = field(default_factory=dict, repr=False)
     """Tensor -> its first bytes, of those that were read from the hub because their files are not on this machine."""
 
@@ -104,7 +104,7 @@ class Checkpoint:
             return
         wanted = [tensor for tensor in tensors if tensor.name not in self.values]
         away = {file for file in {tensor.file for tensor in wanted} if self.storage.cached(file) is None}
-        wanted = [tensor for tensor in wanted if tensor.file in away]
+        wanted = [tensor for tensor in wanted if tensor.file in away and tensor.contiguous]
 
         def read(tensor: TensorInfo) -> bytes:
             return self.storage.read(tensor.file, tensor.start, min(tensor.nbytes, ValueReader.LIMIT))

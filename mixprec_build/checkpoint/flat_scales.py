@@ -15,9 +15,9 @@ __all__ = ["without_reduced_dimensions"]
 _LEAVES = ("weight_scale", "weight_scale_inv")
 
 
-def without_reduced_dimensions(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], frozenset[str]]:
+def without_reduced_dimensions(tensors: Mapping[str, TensorInfo]) -> tuple[Mapping[str, TensorInfo], frozenset[str]]:
     """Returns ``tensors`` with such scales in two dimensions, and the files that have them."""
-    found, files = dict(tensors), set()
+    found, files = dict[str, TensorInfo](), set()
     for name in [name for name, tensor in tensors.items() if len(tensor.shape) == 4]:
         module, _, leaf = name.rpartition(".")
         scale, weight = tensors[name], tensors.get(f"{module}.weight")
@@ -25,7 +25,7 @@ def without_reduced_dimensions(tensors: Mapping[str, TensorInfo]) -> tuple[dict[
         if leaf in _LEAVES and (one, last) == (1, 1) and weight is not None and _is_fp8(weight):
             found[name] = scale._replace(shape=(rows, columns))
             files.add(scale.file)
-    return found, frozenset(files)
+    return {**tensors, **found} if found else tensors, frozenset(files)
 
 
 def _is_fp8(weight: TensorInfo) -> bool:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from reprlib import repr as brief
 from sys import intern
@@ -72,7 +73,7 @@ class TensorEntry(NamedTuple):
         if {*map(type, sizes)} - {int}:
             raise ValueError("a shape holds more than whole numbers")
         dtype, file, source = [intern(_text(data[key], key)) for key in ("dtype", "file", "source")]
-        return cls(dtype, tuple(sizes), _size(data["bytes"]), file, source, _text(data[CHECKSUM], CHECKSUM))
+        return cls(dtype, _shared(tuple(sizes)), _size(data["bytes"]), file, source, _text(data[CHECKSUM], CHECKSUM))
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -187,6 +188,26 @@ class Manifest:
         """Reasons why SGLang could not serve it, which were allowed when it was built."""
         return list(self.head.get("unservable", []))
 
+    @property
+    def planned_for(self) -> str:
+        """The release of SGLang that it was planned for; empty where an older mixprec did not record it."""
+        return str(self._sglang.get("planned_for", ""))
+
+    @property
+    def needs(self) -> dict[str, list[str]]:
+        """Rule that only some releases of SGLang keep -> patterns of the modules that need it."""
+        return {str(name): [str(one) for one in of] for name, of in dict(self._sglang.get("needs", {})).items()}
+
+    @property
+    def _sglang(self) -> Mapping[str, Any]:
+        recorded: Mapping[str, Any] = _object(self.head.get("sglang", {}), "sglang")
+        return recorded
+
+    @property
+    def drops_mtp(self) -> bool:
+        """Whether draft layers were left out with ``--drop-mtp``."""
+        return self.head.get("drop_mtp") is True
+
     def tensors(self) -> dict[str, TensorEntry]:
         """All tensors by name."""
         return {name: tensor for module in self.modules.values() for name, tensor in module.tensors.items()}
@@ -284,6 +305,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise VerifyError(str(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerifyError(f"{path}: damaged: {error!r:.500}; build the checkpoint again") from error
+
+
+@lru_cache(maxsize=4096)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same tuple for each of many tensors that have a shape."""
+    return shape
 
 
 def _tensor_or_object(data: dict[str, Any]) -> dict[str, Any] | TensorEntry:

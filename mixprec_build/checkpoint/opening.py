@@ -6,8 +6,7 @@ Weights are never mapped into memory, and are read only by :meth:`Checkpoint.rea
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Lock
@@ -31,6 +30,7 @@ from .declaration import METHOD
 from .declared import read_declarations
 from .experts_apart import take_experts_apart
 from .flat_scales import without_reduced_dimensions
+from .input_scales import beside_their_weights
 
 __all__ = ["open_checkpoint", "open_storage"]
 
@@ -92,7 +92,9 @@ def open_storage(
             names, index = _shard_names(storage, location, unread)
             reader = _HeaderReader(storage, location)
             read = reader.read if unread is None else reader.try_to_read
-            for shard, data in zip(names, pool.map(read, names), strict=True):
+            # At once only where a network is waited for: memory in which threads read is given back late.
+            each = map if isinstance(storage, LocalFolder) else pool.map
+            for shard, data in zip(names, each(read, names), strict=True):
                 try:
                     if isinstance(data, SourceError):
                         raise data
@@ -124,21 +126,34 @@ def open_storage(
                 raise changed
             unread[INDEX] = str(changed)
 
+    shown: Mapping[str, TensorInfo] = tensors
     apart: frozenset[str] = frozenset()
     if not compiled:
-        tensors, apart = take_experts_apart(tensors, facts.family, facts.experts)
-        tensors, flat = without_reduced_dimensions(tensors)
-        apart |= flat
-    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        if not 0 < len(name) <= MAX_NAME or not name.isprintable() or _NOT_IN_NAMES.search(name):
-            raise _bad_name(tensor, location)
-        module, leaf = split_name(name, leaves)
-        parts[module][leaf] = tensor
-    modules = {name: StoredModule(name, stored) for name, stored in parts.items()}
+        shown, apart = take_experts_apart(tensors, facts.family, facts.experts)
+        shown, flat = without_reduced_dimensions(shown)
+        shown, renamed = beside_their_weights(shown, facts.family)
+        apart |= flat | renamed
+    modules = _modules(shown, leaves, location)
     return Checkpoint(
-        location, storage, facts, declared, tensors, shards, modules, absent, left, remarks, taken_apart=apart
+        location, storage, facts, declared, shown, shards, modules, absent, left, remarks, taken_apart=apart
     )
+
+
+def _modules(tensors: Mapping[str, TensorInfo], leaves: Set[str], location: str) -> dict[str, StoredModule]:
+    """The modules that tensors are of. Raises :class:`SourceError` for a name that no model uses."""
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in tensors.items():
+        module, leaf = split_name(name, leaves)
+        stored = parts.get(module)
+        if stored is None:
+            # What follows the name of a module is one of ``leaves``, of which each is fine.
+            if not module.isprintable() or _NOT_IN_NAMES.search(module):
+                raise _bad_name(tensor, location)
+            stored = parts[module] = {}
+        if not 0 < len(name) <= MAX_NAME:
+            raise _bad_name(tensor, location)
+        stored[leaf] = tensor
+    return {name: StoredModule(name, stored) for name, stored in parts.items()}
 
 
 def _add_shard(
@@ -366,9 +381,16 @@ def _check_index(
 
     What the files have counts: SGLang loads all of it.
     """
-    absent = [name for name in index if name not in tensors]
-    moved = [name for name, shard in index.items() if name in tensors and tensors[name].file != shard]
-    unlisted = [name for name in tensors.keys() - index.keys() if tensors[name].file not in beside]
+    absent, moved = [], []
+    for name, shard in index.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            absent.append(name)
+        elif tensor.file != shard:
+            moved.append(name)
+    unlisted = []
+    if len(tensors) > len(index) - len(absent):
+        unlisted = [name for name in tensors.keys() - index.keys() if tensors[name].file not in beside]
     if absent:
         yield f"lists {_listed(absent)}, which its files do not hold"
     if moved:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import MixprecError, RecipeError, RefusedError
+from ..errors import MissingPartsError, MixprecError, RecipeError, RefusedError
 from ..text import printable
 from ..versions import __version__
 from .build import build
@@ -59,6 +59,8 @@ def _with_json_errors(command: Callable[..., None]) -> Callable[..., None]:
 def _facts_of(error: MixprecError) -> dict[str, object]:
     if isinstance(error, RefusedError):
         return {"refused": [problem.to_json() for problem in error.problems]}
+    if isinstance(error, MissingPartsError):
+        return {"error": str(error), "fix": None, "missing_parts": list(error.parts)}
     fix = error.fix if isinstance(error, RecipeError) else None
     return {"error": str(error), "fix": None if fix is None else fix.to_json()}
 

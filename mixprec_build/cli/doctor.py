@@ -17,12 +17,20 @@ def doctor(
     folder: Annotated[
         Path | None, typer.Argument(help="A compiled checkpoint to be served.", show_default=False)
     ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels", help="Compare SGLang's kernels with float64 arithmetic on a few weights, in under a minute."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check that this machine can serve compiled checkpoints, or this one, with SGLang."""
     from ..report.doctor import examine
 
-    findings = examine(folder)
+    if kernels and folder is None:
+        raise typer.BadParameter("--kernels compares them on a checkpoint's weights: name its folder")
+    findings = examine(folder, kernels=kernels)
     if as_json:
         print_json([{"status": f.status, "subject": f.subject, "text": f.text} for f in findings])
     else:

@@ -28,9 +28,16 @@ def suggest(
     moments: Annotated[
         Path | None, typer.Option(help="Second moments of the modules' inputs (safetensors).", show_default=False)
     ] = None,
+    swaps: Annotated[
+        Path | None,
+        typer.Option(help="What the model loses by measured swaps (JSON of recipes/swaps.py).", show_default=False),
+    ] = None,
     objective: Annotated[
         Objective | None,
-        typer.Option(help="The error to minimize; by default `relative-output` with moments, else `relative`."),
+        typer.Option(
+            help="What to minimize; by default `measured` with swaps, else `relative-output` with moments, else "
+            "`relative`."
+        ),
     ] = None,
     min_format: Annotated[
         list[str],
@@ -38,6 +45,14 @@ def suggest(
     ] = [],  # noqa: B006
     pin: Annotated[list[str], typer.Option(help="For these modules, this source.", metavar="PATTERN: SOURCE")] = [],  # noqa: B006
     plot: Annotated[Path | None, typer.Option(help="Draw loss against bytes (PNG).", show_default=False)] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Write a page: layers x experts by format, activity, error; the frontier.",
+            show_default=False,
+        ),
+    ] = None,
     errors: Annotated[
         Path | None,
         typer.Option(help="Where measured errors are kept; by default below ~/.cache/mixprec.", show_default=False),
@@ -58,6 +73,7 @@ def suggest(
     from ..suggesting.distortion import DistortionCache, Moments, default_cache
     from ..suggesting.facts import suggestion_facts
     from ..suggesting.recipe_file import check_target, write_recipe
+    from ..suggesting.swaps import read_swaps
 
     try:
         nbytes = parse_size(budget)
@@ -68,11 +84,16 @@ def suggest(
         from ..report.figures import check_picture
 
         check_picture(plot)
+    if page is not None:
+        from ..report.page import check_page
+
+        check_page(page)
     request = Request(
         budget=nbytes,
         objective=objective,
         activity=read_activity(stats) if stats else None,
         moments=Moments(moments) if moments else None,
+        swaps=read_swaps(swaps) if swaps else None,
         pins=[_wish(text, "--pin") for text in pin],
         floors=[_wish(text, "--min-format") for text in min_format],
         allow_unservable=Allowed.UNSERVABLE in allow,
@@ -90,6 +111,16 @@ def suggest(
         from ..report.figures import draw_frontier
 
         draw_frontier(suggestion, plot)
+    if page is not None:
+        from ..report.page import map_page, suggestion_rows, write_page
+
+        facts = suggestion_facts(suggestion)
+        about = [
+            f"Chosen by mixprec for {nbytes:,} bytes: {facts['bytes']:,} bytes, loss {facts['loss']:.6g} "
+            f"({facts['objective']}), at most {facts['gap']:.2g} of it above the least",
+            *(f"note: {note}" for note in facts["notes"]),
+        ]
+        write_page(page, map_page(suggestion_rows(suggestion), out.name, about, facts))
     if as_json:
         print_json({"recipe": str(out), **suggestion_facts(suggestion)})
     elif not quiet:

@@ -60,6 +60,8 @@ def verify(
                 "differences": result.differences,
                 "leftovers": result.leftovers,
                 "beside": result.beside,
+                "drop_mtp": result.drops_mtp,
+                "card": result.card,
                 "errors": [{"module": e.module, "format": e.kind, "relative": e.relative} for e in errors],
             }
         )
@@ -72,6 +74,10 @@ def verify(
             print(f"left behind by a `mixprec split` that was stopped: {', '.join(result.leftovers)}; repeat it")
         if result.beside:
             print(f"beside the checkpoint, and no part of it: {', '.join(result.beside)}")
+        if result.drops_mtp:
+            print("draft layers (MTP): left out when it was built (--drop-mtp)")
+        if result.card:
+            print(f"README.md, the model card: {result.card} since the build, which is no difference of the checkpoint")
         compared = f"{result.bit_for_bit:,} tensors bit for bit with their sources, {result.by_checksum:,} by checksum"
         print(f"compared {compared}")
         if errors:

@@ -11,14 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .blocks import ATTENTION, MLP, block_fed_by_norm
+from .blocks import ATTENTION, ATTENTION_NORMS, JOINED_BEFORE, LINEARS_BEFORE, MLP, MLP_NORMS, block_fed_by_norm
+from .draft_class import DraftClass
+from .draft_layers import PLAIN, DraftLayout, place_of_draft, without_marks
 from .expected import is_for_drafts, tower_of
-from .names import last_word, layer_of, layer_prefix
+from .names import last_word, layer_of, layer_prefix, with_words
 from .parts import (
     ComparedFormats,
     CutBy,
+    ExpertActivation,
     FusedGroup,
     MovedRows,
+    OtherHeads,
     Projections,
     Restriction,
     Role,
@@ -34,25 +38,6 @@ EXPERTS_COLUMN = "experts"
 _CUTS = {
     "q_proj": CutBy.QUERY_HEADS, "k_proj": CutBy.KEY_VALUE_HEADS, "v_proj": CutBy.KEY_VALUE_HEADS,
     "o_proj": CutBy.HEAD_INPUTS, "embed_tokens": CutBy.VOCABULARY, "lm_head": CutBy.VOCABULARY,
-}  # fmt: skip
-
-
-_ATTENTION_NORMS = (
-    "input_layernorm", "attention_norm", "ln_1", "norm1", "self_attn_layer_norm", "pre_attention_layernorm",
-    "operator_norm", "norm",
-)  # fmt: skip
-_MLP_NORMS = (
-    "pre_feedforward_layernorm", "pre_mlp_layernorm", "post_attention_layernorm", "ffn_norm", "ln_2", "norm2",
-    "final_layer_norm", "pre_ff_layernorm", "post_mixer_norm",
-    *_ATTENTION_NORMS,  # one norm feeds both blocks where they run in parallel
-)  # fmt: skip
-_LINEARS_BEFORE = {
-    "o_proj": "v_proj", "wo": "wv", "out_proj": "v_proj",
-    "fc2": "fc1", "dense_4h_to_h": "dense_h_to_4h", "c_proj": "c_fc",
-}  # fmt: skip
-_JOINED_BEFORE = {
-    "o_proj": ("qkv_proj", "W_pack", "kv_b_proj"), "down_proj": ("gate_up_proj",), "wo": ("wqkv",),
-    "dense": ("query_key_value",), "out_proj": ("in_proj_qkv",), "w2": ("w13",),
 }  # fmt: skip
 
 
@@ -80,6 +65,11 @@ class Family:
     ``("model.language_model.", "model.")``. The first that fits counts."""
     dropped: tuple[str, ...] = ()
     """Words that SGLang's class drops from the names of its parameters."""
+    inner: tuple[tuple[str, str], ...] = ()
+    """Words within names in the checkpoint, and those in names of SGLang's parameters in their place."""
+    in_prefixes: tuple[tuple[str, str], ...] = ()
+    """Words within the ``prefix`` that SGLang's class passes to a layer, and those in names of its parameters in their
+    place."""
     left_out: tuple[str, ...] = ("model.",)
     """Prefixes of parameters' names that a class of SGLang's may omit from the name that it passes to its layers
     (models/mixtral.py:291 in 0.5.17)."""
@@ -89,6 +79,7 @@ class Family:
     embeddings: frozenset[str] = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in"})
     heads: frozenset[str] = frozenset({"lm_head", "embed_out"})
     routers: frozenset[str] = frozenset({"gate", "router"})
+    """Last words, or more of a name's end: ``router.proj``."""
     norms: re.Pattern[str] = re.compile(r".*norm\d?|ln_\w+|norm_f")
     """Matches all of their last words."""
     parameters: frozenset[str] = frozenset({"conv1d"})
@@ -107,6 +98,10 @@ class Family:
     """Prefixes of the names of their modules, beside ``mtp.`` and layers that are numbered past the last."""
     draft_heads: tuple[str, ...] = ()
     """Ends of the names of their heads."""
+    draft_layout: DraftLayout | None = None
+    """What they need beside a decoder layer; None where it is to be guessed by their names."""
+    draft_class: DraftClass | None = None
+    """SGLang's class for them; None where there is none, or it was not compared with the names here."""
 
     # What SGLang joins
 
@@ -123,6 +118,8 @@ class Family:
     """Projections of MLPs and experts, in every spelling that a checkpoint may use."""
     stacked_experts: tuple[StackedExperts, ...] = ()
     """Tensors of all experts of a layer in some releases; see :mod:`mixprec_build.checkpoint.experts_apart`."""
+    activation: ExpertActivation = ExpertActivation()  # noqa: RUF009  (immutable)
+    """What experts compute between up and down."""
     shared_experts: tuple[str, ...] = ()
     """Names of the MLP beside the experts, if SGLang may run it as one more of them."""
 
@@ -141,24 +138,33 @@ class Family:
     can_be_cut: bool = False
     """Whether ``cuts`` were compared with SGLang's model code."""
     cuts: Mapping[str, CutBy] = field(default_factory=lambda: _CUTS)
-    """Last word -> how ranks share such a module. Others are complete on every rank, except projections of MLPs."""
+    """Last word, or last two, -> how ranks share such a module. Others are complete on every rank, except projections
+    of MLPs."""
+    other_heads: OtherHeads | None = None
+    class_loads: tuple[str, ...] = ()
+    """Ends of names of modules and parameters that are complete on every rank and that SGLang's class loads itself,
+    because it computes a parameter from several tensors."""
+    needs_own_loader: bool = False
+    """Whether SGLang's class cannot load single experts: only mixprec's loader can, and ``load_weights`` gets none."""
     attention_replicas: bool = False
     """Whether SGLang can keep its attention in replicas (``--enable-dp-attention``)."""
+    complete_in_replicas: frozenset[str] = frozenset()
+    """Last words of modules that every rank has complete then, and of which it has a share otherwise."""
 
     # What makes a linear's inputs
 
-    attention_norms: tuple[str, ...] = _ATTENTION_NORMS
+    attention_norms: tuple[str, ...] = ATTENTION_NORMS
     """Names within a layer of the norm before attention; the first that a model has counts."""
     attention_inputs: frozenset[str] = frozenset({"q_proj", "k_proj", "v_proj"})
     """Linears that it feeds, beside others at the start of a block of attention."""
-    mlp_norms: tuple[str, ...] = _MLP_NORMS
+    mlp_norms: tuple[str, ...] = MLP_NORMS
     """The same for the norm before the MLP, which feeds routers, gate and up."""
     norms_beside: Mapping[str, str] = field(default_factory=dict)
     """Last word of a linear -> that of the norm of the same parent that feeds it."""
-    linears_before: Mapping[str, str] = field(default_factory=lambda: _LINEARS_BEFORE)
+    linears_before: Mapping[str, str] = field(default_factory=lambda: LINEARS_BEFORE)
     """Last word of a linear -> that of the linear whose outputs, one for one, become its inputs. ``up`` and ``down``
     of MLPs are always such a pair."""
-    joined_before: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _JOINED_BEFORE)
+    joined_before: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: JOINED_BEFORE)
     """The same for linears of whose outputs only some become its inputs: ``up`` in ``gate_up_proj``, ``v`` in others. A
     model has one of them at most."""
 
@@ -176,6 +182,10 @@ class Family:
     @cached_property
     def _joined(self) -> dict[str, FusedGroup]:
         return {member: group for group in self.fused for member in group.members}
+
+    @cached_property
+    def _router_ends(self) -> tuple[str, ...]:
+        return tuple(f".{router}" for router in self.routers if "." in router)
 
     @cached_property
     def _downs(self) -> frozenset[str]:
@@ -210,7 +220,7 @@ class Family:
             return Role.EMBEDDING
         if last in self.heads or (self.draft_heads and name.endswith(self.draft_heads)):
             return Role.HEAD
-        if last in self.routers:
+        if last in self.routers or (self._router_ends and name.endswith(self._router_ends)):
             return Role.ROUTER
         if last in self.parameters or tower_of(name) is not None:
             return Role.PARAMETER
@@ -221,9 +231,15 @@ class Family:
 
     def is_draft(self, name: str, layers: int | None) -> bool:
         """Whether a module or tensor is for speculative decoding only; ``layers``: how many the model has."""
+        if is_for_drafts(name) or (bool(self.drafts) and name.startswith(self.drafts)):
+            return True
         layer = layer_of(name)
         past_the_last = layer is not None and layers is not None and layer >= layers
-        return past_the_last or is_for_drafts(name) or (bool(self.drafts) and name.startswith(self.drafts))
+        return past_the_last and tower_of(name) is None  # an encoder may have more layers than the decoder
+
+    def means_no_draft(self, name: str, layers: int | None) -> str:
+        """A name that only globs match that do not single out draft layers, see :func:`.draft_layers.without_marks`."""
+        return without_marks(name, layers, self.drafts)
 
     # Fused groups
 
@@ -313,10 +329,7 @@ class Family:
 
     def stacked_experts_of(self, name: str) -> StackedExperts | None:
         """The description of the tensor ``name``, if it has all experts of a layer in this family's releases."""
-        block, _, last = name.rpartition(".")
-        if last_word(block) != self.experts:
-            return None
-        return next((stacked for stacked in self.stacked_experts if stacked.name == last), None)
+        return next((one for one in self.stacked_experts if one.block_of(name, self.experts) is not None), None)
 
     def place_of(self, name: str) -> tuple[int | None, str]:
         """A module's row and column in a layer map.
@@ -373,8 +386,19 @@ class Family:
         if role in (Role.EMBEDDING, Role.HEAD, Role.ROUTER):
             of_model = " of this family of models" if role is Role.HEAD else ""
             return f"mixprec serves no quantized {role.value}{of_model}"
+        if self._is_plain_in_drafts(name):
+            return "SGLang's class for draft layers makes it a torch.nn.Linear, which has no quantization"
         reasons = (rule.reason(name, fmt) for rule in self.restrictions)
         return next((reason for reason in reasons if reason is not None), None)
+
+    def _is_plain_in_drafts(self, name: str) -> bool:
+        plain = frozenset[str]() if self.checked else PLAIN
+        if self.draft_layout is not None:
+            plain = self.draft_layout.plain
+        parts = name.rsplit(".", 2)[-2:]
+        if plain.isdisjoint(parts) or place_of_draft(name).inner not in plain:
+            return False
+        return is_for_drafts(name) or last_word(name) == "eh_proj"  # a word that nothing else has
 
     def compared_with(self, gemm: str) -> tuple[str, ComparedFormats] | None:
         """The down projection that SGLang compares with ``gemm``, gate and up of the same MLP, and how it does."""
@@ -382,6 +406,20 @@ class Family:
             if gemm.endswith(rule.ups):
                 return gemm.removesuffix(rule.ups) + rule.down, rule
         return None
+
+    # What ranks share, and what SGLang's class loads
+
+    def cut_of(self, name: str) -> CutBy | None:
+        """How ranks share a module; None for one that is complete on every rank, and for projections of MLPs."""
+        last = last_word(name)
+        return self.cuts.get(f"{last_word(name[: -len(last) - 1])}.{last}") or self.cuts.get(last)
+
+    def is_left_to_class(self, name: str) -> bool:
+        """Whether a tensor or parameter is read by SGLang's class: of encoders (towers) and of :attr:`class_loads`."""
+        module = name.rpartition(".")[0]
+        return tower_of(name) is not None or (
+            bool(self.class_loads) and (name.endswith(self.class_loads) or module.endswith(self.class_loads))
+        )
 
     # SGLang's names
 
@@ -391,15 +429,21 @@ class Family:
         name = next(found, name)
         for word in self.dropped:
             name = name.replace(f".{word}.", ".")
+        for stored, served in self.inner:
+            name = with_words(name, stored, served)
         return name
 
     def served_names(self, layer: str) -> tuple[str, ...]:
         """Names that a layer may have among SGLang's parameters, likeliest first, if its class calls it ``layer``."""
+        for passed, served in self.in_prefixes:
+            layer = with_words(layer, passed, served)
         return (layer, *(beginning + layer for beginning in self.left_out))
 
     def stored_names(self, layer: str) -> Iterator[str]:
         """Yields names that such a layer may have in the checkpoint."""
         for served in self.served_names(layer):
+            for stored, inner in self.inner:
+                served = with_words(served, inner, stored)
             yield served
             for stored, beginning in self.renamed:
                 if served.startswith(beginning):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
+from .draft_class import APPENDED_LAYER, DraftClass
+from .draft_layers import NEXTN, NEXTN_OF_RELATIVES
 from .parts import ComparedFormats, CutBy, FusedGroup, Restriction, StoredFormat, never_quantized
 
 __all__ = ["DEEPSEEK", "DEEPSEEK_RELATIVES", "DEEPSEEK_V32"]
@@ -37,6 +39,10 @@ DEEPSEEK = Family(
     architectures=frozenset({"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"}),
     fused=(*_COMMON.fused, FusedGroup("fused_qkv_a_proj_with_mqa", _JOINED, ragged_end=True)),
     draft_heads=("shared_head.head",),
+    draft_layout=NEXTN,
+    draft_class=DraftClass(
+        ("DeepseekV3ForCausalLMNextN",), renamed=APPENDED_LAYER, shared=("shared_head.head", "embed_tokens")
+    ),
     shared_experts=("shared_experts",),
     restrictions=(
         Restriction(("kv_b_proj",), _needs_unquantized),
@@ -71,6 +77,7 @@ DEEPSEEK_RELATIVES = replace(
     DEEPSEEK,
     model_types=frozenset(),
     architectures=frozenset(),
+    draft_class=None,
     alike=(
         "deepseek", "glm4_moe", "glm_moe", "kimi", "mistral_large_3", "dots_vlm", "longcat", "bailing", "axk1",
     ),
@@ -78,5 +85,6 @@ DEEPSEEK_RELATIVES = replace(
     can_be_cut=False,
     attention_replicas=False,
     quantized_head=False,
+    draft_layout=NEXTN_OF_RELATIVES,
 )  # fmt: skip
 """Models whose classes are built on DeepSeek's, or compare the formats of shared experts as it does."""

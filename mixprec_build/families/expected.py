@@ -27,12 +27,13 @@ _MOST_LAYERS = 10_000
 _BUFFERS = (".inv_freq", ".cos_cached", ".sin_cached")
 _CACHE_SCALE = re.compile(r".+\.([kvq]_scale|kv_scale|[kv]_zero_point|[kvq]_proj\.(output_scale|[kv]_scale))")
 _UPPER_BOUND = re.compile(r".+\.input_scale_ub")
+_DRAFT_WORDS = ("mtp", "nextn", "eagle")
 _DRAFTS = re.compile(r"(.+\.)?(mtp|mtp_block|nextn|eagle)(\.|_).+")
 
 _TOWER = re.compile(
     r"(?:(?:model|language_model|thinker)\.)*"
     r"(vision|visual|audio|speech|vit|image|vision_\w+|visual_\w+|audio_\w+|speech_\w+|vit_\w+|image_\w+|"
-    r"multi_modal_projector|mm_projector|multimodal_projector)\..+"
+    r"multi_modal_projector|mm_projector|multimodal_projector|embed_vision|embed_audio)(?:\..+)?"
 )
 
 
@@ -96,7 +97,7 @@ def is_for_drafts(name: str) -> bool:
 
     Draft models load them; the model itself skips them.
     """
-    return _DRAFTS.fullmatch(name) is not None
+    return any(word in name for word in _DRAFT_WORDS) and _DRAFTS.fullmatch(name) is not None
 
 
 def left_out_of_builds(name: str) -> str | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from .base import Family
+from .cache import CACHE_KEYS, CacheFacts, UnknownCache, cache_facts
+from .draft_layers import DRAFT_KEYS, declared_drafts
 from .identity import Difference, config_differences
 from .registry import find_alike, find_family
 from .unknown import UNKNOWN
@@ -16,14 +19,14 @@ __all__ = ["ModelFacts"]
 
 
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-_DRAFT_LAYERS = (
-    "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers", "num_mtp_layers",
-)  # fmt: skip
+_SHARED_HEADS = ("num_key_value_heads", "num_attention_groups")
 _READ = (
     "model_type", "architectures", "tie_word_embeddings", "dtype", "torch_dtype", "num_hidden_layers", "hidden_size",
     "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok",
     "linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim",
-    *_EXPERTS, *_DRAFT_LAYERS,
+    "n_groups", "ssm_state_size", "mamba_num_heads", "mamba_head_dim", "hybrid_layer_pattern",
+    "swa_num_attention_heads", "swa_num_key_value_heads", "attention_other_setting", "num_global_key_value_heads",
+    *_SHARED_HEADS, *_EXPERTS, *DRAFT_KEYS, *CACHE_KEYS,
 )  # fmt: skip
 """Keys of a config object of transformers' that are read."""
 
@@ -64,13 +67,18 @@ class ModelFacts:
     attention_heads: int | None
     key_value_heads: int | None
     """``attention_heads`` by default."""
+    heads_of: Mapping[int, tuple[int, int]]
+    """Layer -> its attention heads and key-value heads, where a layer has others than most."""
     head_dim: int | None
     state_keys: tuple[int, int] | None
-    """Number and size of a delta net's key heads."""
+    """Number and size of a delta net's key heads, or of a Mamba block's groups."""
     state_values: tuple[int, int] | None
-    """Number and size of a delta net's value heads."""
+    """Number and size of a delta net's value heads, or of a Mamba block's heads."""
     experts: int | None
     experts_per_token: int | None
+    cache: CacheFacts | UnknownCache
+    encoder: tuple[int, int] | None
+    """Number of layers and width of an encoder of images, by the keys that SGLang asks for, or its defaults."""
     config: Mapping[str, object] = field(repr=False)
     """All of it as it was parsed, to be written again."""
 
@@ -87,8 +95,9 @@ class ModelFacts:
         if family is None:
             words = [model_type, own_type, *classes]
             family = find_alike(word for word in words if isinstance(word, str)) or UNKNOWN
+        family = _with_limits(family, _limited_layers(flat, family.activation.limits))
         dtype = flat.get("dtype", flat.get("torch_dtype"))
-        grouped = flat.get("num_key_value_heads") is not None
+        shared = _first(_number(flat, key) for key in (*_SHARED_HEADS, "num_attention_heads"))
         return cls(
             family=family,
             names_family=own_family is not None,
@@ -100,16 +109,21 @@ class ModelFacts:
             dtype=dtype if isinstance(dtype, str) else None,
             layers=_number(flat, "num_hidden_layers"),
             layers_of_a_part=_first(_number(part, "num_hidden_layers") for part in parts),
-            draft_layers=max((_number(part, key) or 0 for part in parts for key in _DRAFT_LAYERS), default=0),
+            draft_layers=max(declared_drafts(config).values(), default=0),
             hidden_size=_number(flat, "hidden_size"),
             vocabulary=_number(flat, "vocab_size"),
             attention_heads=_number(flat, "num_attention_heads"),
-            key_value_heads=_number(flat, "num_key_value_heads" if grouped else "num_attention_heads"),
+            key_value_heads=shared,
+            heads_of=_heads_of(flat, family, shared),
             head_dim=_number(flat, "head_dim"),
-            state_keys=_pair(flat, "linear_num_key_heads", "linear_key_head_dim"),
-            state_values=_pair(flat, "linear_num_value_heads", "linear_value_head_dim"),
+            state_keys=_pair(flat, "linear_num_key_heads", "linear_key_head_dim")
+            or _pair(flat, "n_groups", "ssm_state_size"),
+            state_values=_pair(flat, "linear_num_value_heads", "linear_value_head_dim")
+            or _pair(flat, "mamba_num_heads", "mamba_head_dim"),
             experts=_first(_number(flat, key) for key in _EXPERTS),
             experts_per_token=_number(flat, "num_experts_per_tok"),
+            cache=cache_facts(flat, (*own_classes, *classes)),
+            encoder=_encoder(config.get("vision_config")),
             config=config,
         )
 
@@ -140,6 +154,19 @@ class ModelFacts:
         return found
 
 
+def _limited_layers(config: Mapping[str, object], key: str) -> frozenset[int]:
+    limits = config.get(key) if key else None
+    if not isinstance(limits, list | tuple):
+        return frozenset()
+    return frozenset(layer for layer, limit in enumerate(limits) if isinstance(limit, int | float) and limit > 0)
+
+
+@lru_cache(maxsize=64)
+def _with_limits(family: Family, layers: frozenset[int]) -> Family:
+    """``family`` with limits on activations in ``layers``: the same object for the same, as families are compared."""
+    return replace(family, activation=replace(family.activation, limited_layers=layers)) if layers else family
+
+
 def _number(config: Mapping[str, object], key: str) -> int | None:
     value = config.get(key)
     return value if type(value) is int and value >= 1 else None
@@ -148,6 +175,32 @@ def _number(config: Mapping[str, object], key: str) -> int | None:
 def _pair(config: Mapping[str, object], *keys: str) -> tuple[int, int] | None:
     found = [_number(config, key) for key in keys]
     return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+
+def _heads_of(config: Mapping[str, object], family: Family, shared: int | None) -> dict[int, tuple[int, int]]:
+    """The heads of layers of another kind: their number, and that of key-value heads."""
+    other = family.other_heads
+    kinds = config.get(other.kinds) if other is not None else None
+    if other is None or not isinstance(kinds, list | tuple):
+        return {}
+    query, key_value = _at(config, other.query), _at(config, other.key_value) or shared
+    if query is None or key_value is None:
+        return {}
+    return {layer: (query, key_value) for layer, kind in enumerate(kinds) if kind == other.kind}
+
+
+def _at(config: Mapping[str, object], path: str) -> int | None:
+    """The number at a key, or at one within an object: ``attention_other_setting.num_attention_heads``."""
+    outer, _, key = path.rpartition(".")
+    node = config.get(outer) if outer else config
+    return _number(node, key) if isinstance(node, Mapping) else None
+
+
+def _encoder(config: object) -> tuple[int, int] | None:
+    """``adjust_mem_fraction_for_vlm`` of server_args.py in SGLang 0.5.17 has these keys and defaults."""
+    if not isinstance(config, Mapping):
+        return None
+    return _number(config, "num_hidden_layers") or 24, _number(config, "hidden_size") or 1024
 
 
 def _first(values: Any) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from .base import Family
 from .deepseek import DEEPSEEK, DEEPSEEK_V32
+from .draft_class import APPENDED_LAYER, DraftClass
 from .parts import Restriction, StoredFormat
 
 __all__ = ["GLM4_MOE", "GLM_DSA"]
@@ -16,6 +17,10 @@ GLM4_MOE = Family(
     model_types=frozenset({"glm4_moe"}),
     architectures=frozenset({"Glm4MoeForCausalLM"}),
     draft_heads=DEEPSEEK.draft_heads,
+    draft_layout=DEEPSEEK.draft_layout,
+    draft_class=DraftClass(
+        ("Glm4MoeForCausalLMNextN",), renamed=APPENDED_LAYER, shared=("shared_head.head", "embed_tokens")
+    ),
     shared_experts=DEEPSEEK.shared_experts,
     compared=DEEPSEEK.compared,
     checked=True,
@@ -34,10 +39,15 @@ def _dequantized_wk(fmt: StoredFormat) -> str | None:
 
 GLM_DSA = replace(
     DEEPSEEK_V32,
-    can_be_cut=False,
-    attention_replicas=False,
+    # one parameter in BF16 for both, on NVIDIA's GPUs: wk may be dequantized for it
+    class_loads=(".indexer.wk", ".indexer.weights_proj", ".indexer.wk_weights_proj"),
     in_some_layers=frozenset({"indexer"}),
     restrictions=(*DEEPSEEK_V32.restrictions, Restriction(("indexer.wk",), _dequantized_wk)),
     model_types=frozenset({"glm_moe_dsa"}),
     architectures=frozenset({"GlmMoeDsaForCausalLM"}),
+    draft_class=DraftClass(
+        ("GlmMoeDsaForCausalLMNextN", "DeepseekV3ForCausalLMNextN"),
+        renamed=APPENDED_LAYER,
+        shared=("shared_head.head", "embed_tokens"),
+    ),
 )

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import repr as brief
 
+from .draft_layers import DRAFT_KEYS
+
 __all__ = ["Difference", "config_differences"]
 
 
@@ -51,8 +53,8 @@ _HARMLESS = frozenset(
         "diversity_penalty", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size", "bad_words_ids",
         "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens", "suppress_tokens",
         "exponential_decay_length_penalty", "remove_invalid_values", "return_dict_in_generate", "output_scores",
-        "tf_legacy_loss", "use_flash_attn", "use_mrope", "max_window_layers", "num_nextn_predict_layers",
-        "mtp_num_hidden_layers", "rope_theta", "rope_scaling", "rope_parameters", "tokenizer_version", "model_id",
+        "tf_legacy_loss", "use_flash_attn", "use_mrope", "max_window_layers", *DRAFT_KEYS,
+        "rope_theta", "rope_scaling", "rope_parameters", "tokenizer_version", "model_id",
         "language_model_only", "torch_compile", "fused_rms_norm", "use_fused_rope",
     }
 )  # fmt: skip

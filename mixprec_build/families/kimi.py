@@ -18,4 +18,5 @@ KIMI_K25 = replace(
     embedding="language_model.model.embed_tokens",
     head="language_model.lm_head",
     left_out=("language_model.", "model."),
+    draft_class=None,  # SGLang has none for this class
 )

@@ -17,4 +17,5 @@ MISTRAL3 = Family(
     renamed=(("model.language_model.", "language_model.model."),),
     left_out=("language_model.", "model."),
     checked=True,
+    can_be_cut=True,
 )

@@ -12,7 +12,7 @@ from .base import Family
 from .parts import MovedRows
 from .unknown import UNKNOWN
 
-__all__ = ["GPT2", "INTERNLM2", "INTERNVL", "PERSIMMON"]
+__all__ = ["GPT2", "INTERNVL", "PERSIMMON"]
 
 
 def _family(model_type: str, architecture: str, modules: str) -> Family:
@@ -24,8 +24,7 @@ def _family(model_type: str, architecture: str, modules: str) -> Family:
     )
 
 
-# internlm2.py, internvl.py: wqkv is cut into heads of q, k and v
-INTERNLM2 = _family("internlm2", "InternLM2ForCausalLM", "wqkv")
+# internvl.py: wqkv is cut into heads of q, k and v
 INTERNVL = _family("internvl_chat", "InternVLChatModel", "wqkv")
 # persimmon.py: query_key_value is stored head by head
 PERSIMMON = _family("persimmon", "PersimmonForCausalLM", "query_key_value")

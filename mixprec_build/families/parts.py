@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 __all__ = [
     "ComparedFormats",
     "CutBy",
+    "ExpertActivation",
     "FusedGroup",
     "MovedRows",
+    "OtherHeads",
     "Projections",
     "Restriction",
     "Role",
@@ -44,8 +46,12 @@ class CutBy(Enum):
     QUERY_HEADS = "its outputs, by attention heads"
     KEY_VALUE_HEADS = "its outputs, by key-value heads; where these are fewer than ranks, several hold the same"
     HEAD_INPUTS = "its inputs, by attention heads"
+    QKV_SECTIONS = "its outputs: queries, keys and values, each by heads"
+    GATE_AND_UP = "its outputs: gate and up, each by columns of the MLP"
     VOCABULARY = "its rows, by entries of the vocabulary"
     STATE_SECTIONS = "its outputs: queries, keys and values of a delta net, each by heads"
+    MAMBA_SECTIONS = "its outputs: inputs of a Mamba block by heads, and its B and C, each by groups"
+    MAMBA_PROJECTIONS = "its outputs: the gate, inputs, B, C and steps of a Mamba block, each by heads or groups"
     STATE_KEY_HEADS = "its outputs, by key heads of a delta net"
     STATE_VALUE_HEADS = "its outputs, by value heads of a delta net"
     STATE_INPUTS = "its inputs, by value heads of a delta net"
@@ -79,6 +85,22 @@ class Projections(NamedTuple):
         return (*self.ups, self.down)
 
 
+class OtherHeads(NamedTuple):
+    """Layers whose attention has other numbers of heads than the rest, and the keys of ``config.json`` for these.
+
+    A key with a dot is one within an object: ``attention_other_setting.num_attention_heads``.
+    """
+
+    kinds: str
+    """The list with the kind of each layer: ``layer_types``."""
+    kind: object
+    """The kind of these layers: ``"sliding_attention"``."""
+    query: str
+    """The number of attention heads."""
+    key_value: str
+    """The number of key-value heads; where ``config.json`` has none, that of the rest counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class StackedExperts:
     """A tensor of a projection of all experts of a layer, as some releases store them.
@@ -87,13 +109,77 @@ class StackedExperts:
     """
 
     name: str
-    """The end of the tensor's name, after ``...experts.``."""
+    """The end of the tensor's name, after ``...experts.`` or, with ``beside``, in its place. Words before its last
+    two are those before ``experts``: ``moe.gate_proj.weight`` is of ``moe.experts``."""
     parts: tuple[str, ...]
     """Last words of the linears in each expert's slice, in the order of their outputs."""
     transposed: bool = False
     """Whether a slice is ``[K, N]``, inputs first, so that an expert's bytes are not those of a linear's weight."""
+    beside: bool = False
+    """Whether the tensor is beside ``experts``: ``...block_sparse_moe.input_linear.weight``."""
     interleaved: bool = False
     """Whether outputs of the parts alternate, instead of following one another."""
+    leaf: str = "weight"
+    """The linears' tensor that it is of all experts."""
+    dtypes: tuple[str, ...] = ("BF16", "F16", "F32")
+    together_with: tuple[str, ...] = ()
+    """Names of other tensors, as ``name``, without any of which it is not taken apart."""
+
+    def block_of(self, tensor: str, experts: str) -> str | None:
+        """The name of the experts of which this is all, ``...mlp.experts``; None for other tensors.
+
+        ``experts`` is the word before their numbers.
+        """
+        before, found, rest = tensor.rpartition(f".{self.name}")
+        if not found or rest:
+            return None
+        if self.beside:
+            above = ".".join(self.name.split(".")[:-2])
+            return f"{before}.{above}.{experts}" if above else f"{before}.{experts}"
+        return before if before.endswith(f".{experts}") else None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertActivation:
+    """What experts compute between up and down: by default SiLU of the gate, times up."""
+
+    name: str = "silu"
+    """SGLang's name of it; ``swiglu_oai`` for gpt-oss's, which has an alpha, a limit and biases."""
+    gated: bool = True
+    """Whether experts have a gate."""
+    weighted_inputs: bool = False
+    """Whether SGLang multiplies inputs of experts by the router's weights, instead of their outputs."""
+    limits: str = ""
+    """The key of ``config.json`` with the limit of each layer's activation, 0 where it has none."""
+    limited_layers: frozenset[int] = frozenset()
+    """The layers of a model whose activation has a limit."""
+    limited: bool = False
+    """Whether it has a limit, in the layer that it is of."""
+
+    def in_layer(self, layer: int | None) -> ExpertActivation:
+        """What the experts of one layer compute."""
+        return replace(self, limited=layer in self.limited_layers) if self.limited_layers else self
+
+    def limit_on(self, kernels: str) -> str | None:
+        """The reason why SGLang cannot run such experts on ``kernels``, Triton or others; None if it can."""
+        if kernels == "Triton":
+            return None
+        if self.limited:
+            return f"{kernels} ignores the limit that {self.limits} of config.json sets for this layer's activation"
+        if self.weighted_inputs:
+            return f"SGLang multiplies inputs of these experts by the router's weights, which {kernels} does not do"
+        if self.gated and self.name not in ("silu", "swiglu_oai"):
+            return f"SGLang has no {kernels} kernel for experts with this activation ({self.name})"
+        return None
+
+    @property
+    def split_limit(self) -> str | None:
+        """The reason why all projections of an expert must have one format; None if down may have another."""
+        if not self.gated:
+            return "experts without a gate are computed format by format"
+        if self.name != "silu" or self.weighted_inputs or self.limited:
+            return "experts that are not activated by SiLU alone are computed format by format"
+        return None
 
 
 class StoredFormat(Protocol):

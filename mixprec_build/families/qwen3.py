@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Family
+from .draft_layers import QWEN_MTP
 
 __all__ = ["QWEN3"]
 
@@ -13,4 +14,5 @@ QWEN3 = Family(
     can_be_cut=True,
     attention_replicas=True,
     quantized_head=True,
+    draft_layout=QWEN_MTP,
 )

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
+from .draft_class import DraftClass
+from .draft_layers import QWEN_MTP
 from .parts import CutBy, FusedGroup, StackedExperts
 from .qwen2 import QWEN2_MOE
 
-__all__ = ["DELTA_NET", "QWEN3_5", "QWEN3_5_TEXT"]
+__all__ = ["DELTA_NET", "DRAFT_NAMES", "QWEN3_5", "QWEN3_5_TEXT"]
 
 _COMMON = Family()
 
@@ -21,10 +23,13 @@ DELTA_NET = (
     FusedGroup("in_proj_ba", ("in_proj_b", "in_proj_a")),
 )
 
+DRAFT_NAMES = (("mtp.layers.", "model.layers."), ("mtp.norm.", "model.norm."), ("mtp.", ""))
+
 QWEN3_5_TEXT = Family(
     model_types=frozenset({"qwen3_5_text", "qwen3_5_moe_text"}),
     architectures=frozenset({"Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"}),
     dropped=("self_attn",),
+    draft_class=DraftClass(("Qwen3_5ForCausalLMMTP",), renamed=DRAFT_NAMES),
     fused=(*_COMMON.fused, *DELTA_NET),
     routers=QWEN2_MOE.routers,
     shared_experts=QWEN2_MOE.shared_experts,
@@ -34,7 +39,10 @@ QWEN3_5_TEXT = Family(
     ),
     checked=True,
     can_be_cut=True,
+    attention_replicas=True,
+    complete_in_replicas=frozenset({"embed_tokens"}),
     quantized_head=True,
+    draft_layout=QWEN_MTP,
     cuts={
         **_COMMON.cuts,
         **dict.fromkeys(("in_proj_qkv", "conv1d"), CutBy.STATE_SECTIONS),

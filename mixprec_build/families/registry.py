@@ -4,37 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .apertus import APERTUS
+from .bailing import BAILING_MOE
 from .base import Family
 from .cohere import COHERE
 from .deepseek import DEEPSEEK, DEEPSEEK_RELATIVES, DEEPSEEK_V32
 from .ernie import ERNIE
-from .gemma import GEMMA3
+from .gemma import GEMMA3, GEMMA3_IMAGES, GEMMA4, GEMMA4_IMAGES
 from .glm import GLM4_MOE, GLM_DSA
 from .gpt_oss import GPT_OSS
-from .granite import GRANITE
+from .granite import GRANITE, GRANITE_MOE
+from .hunyuan import HUNYUAN
+from .internlm2 import INTERNLM2
 from .kimi import KIMI_K25
 from .llama import LLAMA
 from .llama4 import LLAMA4
+from .longcat import LONGCAT
+from .mimo import MIMO_V2
 from .minimax import MINIMAX_M2
 from .mistral import MISTRAL3
 from .mixtral import MIXTRAL
-from .moving import GPT2, INTERNLM2, INTERNVL, PERSIMMON
+from .moving import GPT2, INTERNVL, PERSIMMON
+from .nemotron import NEMOTRON_H
 from .olmoe import OLMOE
-from .phi import PHI3
+from .phi import PHI3, PHIMOE
 from .qwen2 import QWEN2, QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_5 import QWEN3_5, QWEN3_5_TEXT
 from .qwen3_next import QWEN3_NEXT
 from .qwen3_vl import QWEN3_VL
+from .step import STEP, STEP35, STEP37
 
 __all__ = ["FAMILIES", "checked_types", "cuttable_types", "find_alike", "find_family", "register", "replicated_types"]
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_VL, QWEN3_NEXT, QWEN3_5, QWEN3_5_TEXT,
     DEEPSEEK, DEEPSEEK_V32, KIMI_K25, GLM4_MOE, GLM_DSA, MINIMAX_M2,
-    MISTRAL3, ERNIE, OLMOE, GEMMA3, COHERE, PHI3, GRANITE,
+    MISTRAL3, ERNIE, OLMOE, GEMMA3, GEMMA3_IMAGES, COHERE, PHI3, GRANITE,
+    LLAMA4, NEMOTRON_H, MIMO_V2, BAILING_MOE, HUNYUAN, GRANITE_MOE, PHIMOE, LONGCAT, GEMMA4, GEMMA4_IMAGES,
+    APERTUS, INTERNLM2, STEP35, STEP37, GPT_OSS,
     # not checked
-    DEEPSEEK_RELATIVES, GPT_OSS, LLAMA4, INTERNLM2, INTERNVL, PERSIMMON, GPT2,
+    STEP, DEEPSEEK_RELATIVES, INTERNVL, PERSIMMON, GPT2,
 )  # fmt: skip
 
 
@@ -49,11 +59,17 @@ def register(family: Family) -> None:
 
 
 def find_family(model_type: object, architectures: Iterable[str] = ()) -> Family | None:
-    """The family of one of the model classes, else of a ``model_type``; None where there is neither."""
+    """The family of one of the model classes, else of a ``model_type``, else of a class for draft layers.
+
+    None where there is none of them.
+    """
     named = {*architectures}
     of_class = (family for family in FAMILIES if named & family.architectures)
     of_type = (family for family in FAMILIES if isinstance(model_type, str) and model_type in family.model_types)
-    return next(of_class, None) or next(of_type, None)
+    of_drafts = (
+        family for family in FAMILIES if family.draft_class and named.intersection(family.draft_class.architectures)
+    )
+    return next(of_class, None) or next(of_type, None) or next(of_drafts, None)
 
 
 def find_alike(words: Iterable[str]) -> Family | None:

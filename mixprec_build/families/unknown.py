@@ -13,6 +13,7 @@ UNKNOWN = replace(
     DEEPSEEK_RELATIVES,
     alike=(),
     compared=(),
+    draft_layout=None,
     routers=DEEPSEEK_RELATIVES.routers | QWEN2_MOE.routers,
     shared_experts=(*DEEPSEEK_RELATIVES.shared_experts, *QWEN2_MOE.shared_experts),
 )

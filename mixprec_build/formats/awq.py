@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import auto_round
 from .base import Axes, Axis, FormatError, Kind, check_tensor, only_leaves, shape_text
+from .floats import to_float32
 from .grouped import Grouped, marlin_kind
-from .marlin import FLOATS, unpack
+from .marlin import FLOATS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,20 +136,21 @@ class Awq(Grouped):
         return "by rows, and packed formats hold outputs in columns"
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        q, zeros = _unpack(tensors["qweight"]), _unpack(tensors["qzeros"])
-        k = q.shape[0]
-        # A group may not be larger than the weight: its size comes from a configuration.
-        size = k if self.group_size == -1 else min(self.group_size, k)
-        scales = tensors["scales"].astype("float32")
-        weight = (q - zeros.repeat(size, axis=0)[:k]).astype("float32")
-        weight *= scales.repeat(size, axis=0)[:k]
-        return weight.T
+        weight = _unpack(tensors["qweight"])
+        weight -= self._by_input(_unpack(tensors["qzeros"]), weight.shape[1])
+        weight *= self._by_input(to_float32(tensors["scales"].T), weight.shape[1])
+        return weight
 
 
-def _unpack(words: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """``[R, C]`` 32-bit words -> ``[R, C * 8]`` values, in the order of the outputs."""
-    values = unpack(words, 4).reshape(words.shape[0], -1, _PACK)
-    return values[:, :, list(_PLACES)].reshape(words.shape[0], -1)
+def _unpack(words: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """``[R, C]`` 32-bit words -> ``[C * 8, R]`` values, in the order of the outputs."""
+    import numpy as np
+
+    rows = np.ascontiguousarray(words.T).view(np.int32)
+    values = np.empty((len(rows), _PACK, rows.shape[1]), np.float32)
+    for output, place in enumerate(_PLACES):
+        values[:, output] = rows >> np.int32(4 * place) & np.int32(15)
+    return values.reshape(-1, rows.shape[1])
 
 
 def _settings(declared: Mapping[str, object]) -> Awq:

@@ -92,6 +92,13 @@ class Format(ABC):
     """The last words of its tensors' names; ``""`` for a module that is one bare parameter."""
     rounded: ClassVar[bool] = False
     """Whether its writers round weights to the nearest value, instead of moving errors between weights."""
+    experts_whole: ClassVar[bool] = False
+    """Whether SGLang's kernel multiplies by all three projections of an expert, none of which can be in another
+    format."""
+    experts_run_on: ClassVar[str] = "Triton"
+    """SGLang's kernels for experts; others than Triton have fewer activations."""
+    gated_experts_only: ClassVar[bool] = False
+    """Whether SGLang runs only experts that have a gate."""
     methods: ClassVar[Mapping[str, Set[str] | None]] = {}
     """``quant_method`` of configurations that may declare it -> keys that are understood; None for those of any
     method."""
@@ -164,6 +171,10 @@ class Format(ABC):
         """The element of the tensor ``leaf`` with which the weight is zero."""
         return 0
 
+    def dtype_of(self, leaf: str, stored: str) -> str:
+        """The dtype of the elements of the tensor ``leaf``, which files may state as that of plain bytes."""
+        return stored
+
     @property
     def act_order(self) -> bool:
         """Whether a group's inputs may be anywhere (act-order), so that experts cannot be cut along them."""
@@ -233,7 +244,11 @@ class Format(ABC):
 
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        """The weight in float32 from a module's tensors by leaf. Reference code: readable, not fast."""
+        """The weight in float32 from a module's tensors by leaf: a new array, or a tensor itself if that is the weight.
+
+        Tensors may be those of some outputs: cut along :meth:`axes`, where no word of packed values and no block of
+        scales is of others too; or of outputs within one block, with its scales.
+        """
 
 
 def shape_text(leaf: str, module: StoredModule) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, Format, FormatError, Kind, only_leaves, shape_text
+from .floats import to_float32
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +91,7 @@ class Dense(Format):
         return Axes(n=Axis(0)) if leaf == "bias" else Axes(n=Axis(0), k=Axis(1))
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        return tensors[_leaf(tensors)].astype("float32")
+        return to_float32(tensors[_leaf(tensors)])
 
 
 def _leaf(leaves: Collection[str]) -> str:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .base import Format, Kind, Reader
 from .config_groups import METHODS
+from .e8m0 import E8M0_DTYPES
 from .marlin import linear_shape_limits
 from .scaled import Scaled
 
 if TYPE_CHECKING:
     from ..storage.module import StoredModule
+    from .quantization import Quantization
 
 __all__ = ["Fp8"]
 
@@ -27,6 +29,9 @@ _KEYS = {
     "use_per_token_if_dynamic", "activation_scale_ub", "moe_quant_algo", "moe_quant_format", "format",
 }  # fmt: skip
 _MODELOPT_KEYS = {"quant_algo", "config_groups", "group_size", "quantized_layers", "quantization", "quant_mode"}
+
+
+_MXFP8_INPUTS = 32
 
 
 def _kind(kernels: str, least: int) -> Kind:
@@ -50,6 +55,17 @@ class Fp8(Scaled):
     rounded: ClassVar[bool] = True
     dtype: ClassVar[str] = "F8_E4M3"
     word: ClassVar[str] = "fp8"
+    block_scales: ClassVar[tuple[str, ...]] = (*Scaled.block_scales, *E8M0_DTYPES)
+
+    @classmethod
+    def _reads(cls, module: StoredModule, leaf: str, quantization: Quantization) -> bool:
+        n, k = module.tensors["weight"].shape
+        scales = module.tensors[leaf]
+        # MXFP8 has a scale for each output and 32 inputs. A weight of one output has such scales in blocks, too.
+        of_rows = scales.shape == (n, -(-k // _MXFP8_INPUTS)) and (
+            n > 1 or quantization.get("weight_block_size") is None
+        )
+        return scales.dtype in cls.block_scales and not (scales.dtype in E8M0_DTYPES and of_rows)
 
     def tile(self, *, experts: bool) -> tuple[int, int]:
         n, k = super(Fp8, self).tile(experts=experts)

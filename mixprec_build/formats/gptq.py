@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cache
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +31,7 @@ from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from . import auto_round
 from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, only_leaves, shape_text
+from .floats import to_float32
 from .grouped import Grouped, marlin_kind
 from .keys import check
 from .marlin import FLOATS, unpack
@@ -208,7 +210,7 @@ class Gptq(Grouped):
         limits = self._marlin_limits(parts)
         if not limits or not self.fits_untiled([n for n, _ in shapes], shapes[0][1]):
             return None
-        return f"{', '.join(limits)}; SGLang's slower GPTQ kernel, removed by 0.5.23, runs them"
+        return f"{', '.join(limits)}; SGLang's slower GPTQ kernel, removed by 0.5.20, runs them"
 
     def fits_untiled(self, outputs: Sequence[int], inputs: int) -> bool:
         """Whether SGLang's other kernel (``GPTQConfig``, FP16 only) runs them.
@@ -254,7 +256,7 @@ class Gptq(Grouped):
         known = [words for words in stored if words is not None]
         layouts = {self._layout_of(words) for words in known}
         if None in layouts:
-            word = self._symmetric_word(self.layout)
+            word = _symmetric_word(self.bits, self.layout)
             return [
                 f"declared symmetric ({self.layout}), for which every word of qzeros is {word:#010x}, but they hold "
                 "other zero points: its configuration is wrong, and SGLang would not look at them"
@@ -277,37 +279,38 @@ class Gptq(Grouped):
         layout = None if words is None else self._layout_of(words)
         return self if layout in (None, self.layout) else replace(self, layout=layout)
 
-    def _symmetric_word(self, layout: str) -> np.uint32:
-        """The word of ``qzeros`` whose zero points are all half of the range."""
-        import numpy as np
-
-        zero = (1 << (self.bits - 1)) - (layout == "gptq")
-        return np.uint32(sum(zero << (self.bits * i) for i in range(self.pack)))
-
     def _layout_of(self, words: npt.NDArray[Any]) -> str | None:
         """The layout in which these ``qzeros`` are those of a symmetric weight; None if there is none."""
         import numpy as np
 
         unsigned = words.view(np.uint32)
-        return next((layout for layout in _OTHER if (unsigned == self._symmetric_word(layout)).all()), None)
+        return next((layout for layout in _OTHER if (unsigned == _symmetric_word(self.bits, layout)).all()), None)
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         """Ignores zero points of symmetric weights, as kernels do; :meth:`value_limits` checks them."""
         import numpy as np
 
-        q = unpack(tensors["qweight"].T, self.bits).T  # [K, N]
+        weight = to_float32(unpack(tensors["qweight"].T, self.bits))
+        order = tensors.get("g_idx")
         if self.sym:
-            zeros = np.full(tensors["scales"].shape, 1 << (self.bits - 1), np.int32)
+            weight -= 1 << (self.bits - 1)
         else:
             zeros = unpack(tensors["qzeros"], self.bits)  # [G, N]
-        if not self.sym and self.layout == "gptq":
-            # Modulo 2^bits: a zero point of 0 is stored as all ones.
-            zeros = (zeros + 1) & ((1 << self.bits) - 1)
-        k = q.shape[0]
-        size = k if self.group_size == -1 else self.group_size
-        group = tensors["g_idx"] if "g_idx" in tensors else np.arange(k, dtype=np.int32) // size
-        scales = tensors["scales"].astype(np.float32)
-        return ((q - zeros[group]).astype(np.float32) * scales[group]).T
+            if self.layout == "gptq":
+                # Modulo 2^bits: a zero point of 0 is stored as all ones.
+                zeros = (zeros + np.uint8(1)) & np.uint8((1 << self.bits) - 1)
+            weight -= self._by_input(to_float32(zeros.T), weight.shape[1], order)
+        weight *= self._by_input(to_float32(tensors["scales"].T), weight.shape[1], order)
+        return weight
+
+
+@cache
+def _symmetric_word(bits: int, layout: str) -> np.uint32:
+    """The word of ``qzeros`` whose zero points are all half of the range."""
+    import numpy as np
+
+    zero = (1 << (bits - 1)) - (layout == "gptq")
+    return np.uint32(sum(zero << at for at in range(0, 32, bits)))
 
 
 def _settings(declared: Mapping[str, object]) -> Gptq:

@@ -54,10 +54,15 @@ def half_range(bits: int) -> int:
     return sum(1 << (bits - 1) << at for at in range(0, 32, bits)) - (1 << 32)
 
 
-def unpack(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.int32]:
-    """``[R, C]`` 32-bit words -> ``[R, C * 32 / bits]`` values, lowest bits first."""
+def unpack(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    """``[R, C]`` integers of ``bits``, 4 or 8, several to each -> ``[R, C * pack]`` values, lowest bits first."""
     import numpy as np
 
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    values = (np.ascontiguousarray(words).view(np.uint32)[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
-    return values.reshape(words.shape[0], -1).astype(np.int32)
+    octets: npt.NDArray[np.uint8] = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return octets
+    # Each byte becomes two: its upper four bits are moved up by four more.
+    spread = octets.astype("<u2")
+    spread |= spread << np.uint16(4)
+    spread &= np.uint16(0x0F0F)
+    return spread.view(np.uint8)

@@ -9,7 +9,7 @@ scale of all         ``weight_scale_2`` F32 [], g    ``weight_global_scale`` F32
 scale of the inputs  ``input_scale`` F32 []          ``input_global_scale`` F32 [1]
 ===================  ==============================  ==============================
 
-A byte holds two values, the lower four bits the first. Each is an E2M1: a sign and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+A byte holds two values, each an E2M1 (:mod:`.e2m1`).
 ``W[n, k] = value[n, k] * weight_scale[n, k // 16] * g``. Only W4A4, which quantizes activations too, has a scale of the
 inputs; W4A16 has none. Sources of the layouts: ModelOpt 0.47,
 ``torch/quantization/qtensor/nvfp4_tensor.py``; compressed-tensors 0.20.0, ``compressors/nvfp4``.
@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, last_word, only_leaves, shape_text
 from .config_groups import METHODS, Scheme, first_fitting, groups_of
+from .e2m1 import unpack_pairs
+from .floats import to_float32
 from .marlin import FLOATS, expert_shape_limits, linear_shape_limits, tile
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ __all__ = ["Nvfp4"]
 
 
 _BLOCK = 16
-_ROUNDED_TO = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # SGLang's native kernels need Blackwell, which mixprec does not serve yet; Marlin runs it on older GPUs.
 _KIND = Kind(4, words=("fp4",), kernels="Marlin, with unquantized activations", least=80, most=90)
 _KEYS = {"quant_algo", "config_groups", "group_size", "quantized_layers", "quantization", "quant_mode"}
@@ -69,6 +70,7 @@ class Nvfp4(Format):
     leaves: ClassVar[frozenset[str]] = frozenset(
         {"weight_scale", "bias"}.union(*((n.values, n.scale_of_all, n.inputs) for n in _NAMES.values()))
     )
+    experts_run_on: ClassVar[str] = "Marlin"
     methods: ClassVar[Mapping[str, Set[str] | None]] = {"modelopt": _KEYS, "modelopt_fp4": _KEYS, **METHODS}
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
 
@@ -186,8 +188,9 @@ class Nvfp4(Format):
         known = [(last_word(p), float(v.reshape(-1)[0])) for p, v in zip(fused, values, strict=True) if v is not None]
         if len({value for _, value in known}) < 2:
             return []
-        each = ", ".join(f"{value:.6g} of {name}" for name, value in known)
-        return [f"{leaf} differs between what runs as one GEMM ({each}), and SGLang would take one of them for all"]
+        # Without the values, which differ from expert to expert: one message for all.
+        names = ", ".join(name for name, _ in known)
+        return [f"{leaf} differs between {names}, which run as one GEMM, and SGLang would take one of them for all"]
 
     @property
     def row_join_limit(self) -> str | None:
@@ -196,14 +199,11 @@ class Nvfp4(Format):
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         import numpy as np
 
-        code = tensors[self.names.values]
-        table = np.array([*_ROUNDED_TO, *(-value for value in _ROUNDED_TO)], np.float32)
-        weight = np.empty((*code.shape, 2), np.float32)
-        weight[..., 0], weight[..., 1] = table[code & 15], table[code >> 4]
         scale = np.float32(tensors[self.names.scale_of_all].reshape(-1)[0])
-        blocks: npt.NDArray[np.float32] = weight.reshape(code.shape[0], -1, _BLOCK)
+        values = unpack_pairs(tensors[self.names.values])
+        blocks = values.reshape(len(values), -1, _BLOCK)
         with np.errstate(divide="ignore", invalid="ignore"):  # 1/g is 0 where nothing was loaded
             if self.producer == "compressed-tensors":
                 scale = 1 / scale
-            blocks *= (tensors["weight_scale"].astype(np.float32) * scale)[..., None]
-        return blocks.reshape(code.shape[0], -1)
+            blocks *= (to_float32(tensors["weight_scale"]) * scale)[..., None]
+        return values

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, FormatError, Kind, Reader, check_tensor, last_word, only_leaves, shape_text
 from .config_groups import METHODS, Scheme, first_fitting, groups_of
+from .floats import to_float32
 from .grouped import Grouped, marlin_kind
 from .marlin import FLOATS, expert_shape_limits, unpack
 
@@ -208,17 +209,14 @@ class Packed(Grouped):
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         """Ignores ``weight_shape``, which is checked in planning."""
-        import numpy as np
-
-        q = unpack(tensors["weight_packed"], self.bits)  # [N, K]
-        half = 1 << (self.bits - 1)
-        scale = tensors["weight_scale"].astype(np.float32)
-        k = q.shape[1]
-        size = k if self.group_size == -1 else self.group_size
-        group = tensors["weight_g_idx"] if self.actorder else np.arange(k, dtype=np.int32) // min(size, k)
-        zeros = half if self.sym else unpack(tensors["weight_zero_point"].T, self.bits).T[:, group]
-        weight: npt.NDArray[np.float32] = (q - zeros).astype(np.float32)
-        weight *= scale[:, group]
+        weight = to_float32(unpack(tensors["weight_packed"], self.bits))
+        order = tensors["weight_g_idx"] if self.actorder else None
+        if self.sym:
+            weight -= 1 << (self.bits - 1)
+        else:
+            zeros = unpack(tensors["weight_zero_point"].T, self.bits)  # [G, N]
+            weight -= self._by_input(to_float32(zeros.T), weight.shape[1], order)
+        weight *= self._by_input(to_float32(tensors["weight_scale"]), weight.shape[1], order)
         return weight
 
 

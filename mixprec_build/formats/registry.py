@@ -16,9 +16,11 @@ from .fp8 import Fp8
 from .gptq import Gptq
 from .int8 import Int8
 from .keys import check_keys
+from .mxfp4 import Mxfp4
 from .nvfp4 import Nvfp4
 from .packed import Packed
 from .quantization import Quantization
+from .w4afp8 import W4afp8
 
 if TYPE_CHECKING:
     from ..storage.module import StoredModule
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 
-FORMATS: tuple[type[Format], ...] = (Dense, Fp8, Int8, Gptq, Awq, Packed, Nvfp4)
+FORMATS: tuple[type[Format], ...] = (Dense, Fp8, W4afp8, Int8, Gptq, Awq, Packed, Nvfp4, Mxfp4)
 """In the order in which they are tried on a module."""
 
 

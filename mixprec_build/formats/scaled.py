@@ -10,8 +10,9 @@ tensor       ``weight_scale``      ``[]``, ``[1]`` or ``[1, 1]``
 
 Some producers use other names: compressed-tensors ``weight_scale`` for blocks, DeepSeek-V4 ``scale``, Mistral
 ``weight_scale_inv`` for a tensor. Static activations add ``input_scale`` (one value; Mistral: ``activation_scale``),
-dynamic and unquantized ones nothing. The layouts are those of DeepSeek-V3's ``inference/fp8_cast_bf16.py`` (block) and
-of compressed-tensors (the others).
+dynamic and unquantized ones nothing. Scales of blocks of FP8 may be powers of two, stored as exponents of one byte
+(:mod:`.e8m0`). The layouts are those of DeepSeek-V3's ``inference/fp8_cast_bf16.py`` (block) and of compressed-tensors
+(the others).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import Axes, Axis, Format, FormatError, check_tensor, only_leaves, shape_text
 from .config_groups import Scheme, first_fitting, groups_of
+from .e8m0 import E8M0_DTYPES, powers_of_two
+from .floats import to_float32
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +59,8 @@ class Scaled(Format):
     """The weight's safetensors dtype."""
     word: ClassVar[str]
     """The beginning of the names of its kinds."""
+    block_scales: ClassVar[tuple[str, ...]] = _SCALE_DTYPES
+    """The safetensors dtypes of scales of blocks."""
 
     granularity: str
     """``block``, ``channel`` or ``tensor``."""
@@ -118,8 +123,9 @@ class Scaled(Format):
         activations = _activations(module, quantization, scheme)
         strategy = None if scheme is None else scheme.strategy
         declared = quantization.get("weight_block_size") if scheme is None else scheme.block
-        # By their name, or by ModelOpt's algorithm: a weight of one block has one scale, too.
+        # By their name or dtype, or by ModelOpt's algorithm: a weight of one block has one scale, too.
         of_blocks = leaf != "weight_scale" or quantization.get("quant_algo") in _BLOCK_ALGORITHMS
+        of_blocks = of_blocks or module.tensors[leaf].dtype in E8M0_DTYPES
         block: tuple[int, int] | None = None
         if shape in ((), (1,), (1, 1)) and strategy in (None, "tensor") and not (
             of_blocks and (declared is not None or shape == (1, 1))
@@ -188,7 +194,7 @@ class Scaled(Format):
         if self.block is not None:
             blocks = (-(-n // self.block[0]), -(-k // self.block[1]))
             why = f"for weight {[n, k]} in blocks of {list(self.block)}"
-            check_tensor(module, self.scale_leaf, _SCALE_DTYPES, blocks, why)
+            check_tensor(module, self.scale_leaf, self.block_scales, blocks, why)
         elif self.granularity == "channel":
             check_tensor(module, self.scale_leaf, _SCALE_DTYPES, (n, *scale[1:]), f"for weight {[n, k]}")
         else:
@@ -223,12 +229,15 @@ class Scaled(Format):
     def filler(self, leaf: str) -> int:
         return int(leaf == self.scale_leaf)
 
+    def dtype_of(self, leaf: str, stored: str) -> str:
+        return "F8_E8M0" if leaf == self.scale_leaf and stored in E8M0_DTYPES else stored
+
     @property
     def rows_in_fused(self) -> int:
         return 1 if self.block is None else self.block[0]
 
     def linear_limits(self, parts: Sequence[StoredModule]) -> list[str]:
-        limits = []
+        limits = self._block_limits()
         for part in parts:
             k = self.shape(part)[1]
             if self.block is not None:
@@ -244,7 +253,7 @@ class Scaled(Format):
         return limits
 
     def expert_limits(self, parts: Sequence[StoredModule], hidden: int, intermediate: int) -> list[str]:
-        limits = [limit for part in parts for limit in self._scale_limits(part)]
+        limits = self._block_limits() + [limit for part in parts for limit in self._scale_limits(part)]
         if self.block is not None:
             # Fp8MoEMethod.create_weights, BlockInt8MoEMethod.create_weights
             if intermediate % self.block[0] or intermediate % self.block[1]:
@@ -254,6 +263,13 @@ class Scaled(Format):
         elif self.granularity == "channel" and self.activations == "static":
             limits.append("experts with channel scales need dynamic activations")
         return limits
+
+    def _block_limits(self) -> list[str]:
+        # Tiles of Triton's kernels are one block: powers of two, and `tl.dot` takes 16 rows and 32 columns at least.
+        sizes = zip(self.block or (), (16, 32), strict=False)
+        if all(size >= least and not size & (size - 1) for size, least in sizes):
+            return []
+        return [f"SGLang has no kernel for blocks of {list(self.block or ())}, only for powers of two from [16, 32] on"]
 
     def _scale_limits(self, part: StoredModule) -> list[str]:
         if self.granularity == "channel" and len(part.tensors[self.scale_leaf].shape) == 1:
@@ -268,18 +284,20 @@ class Scaled(Format):
         return [f"{self.kind} with unquantized activations has no SGLang method"]
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        weight: npt.NDArray[np.float32] = tensors["weight"].astype("float32")
-        scale: npt.NDArray[np.float32] = tensors[self.scale_leaf].astype("float32")
+        weight = to_float32(tensors["weight"])
+        stored = tensors[self.scale_leaf]
+        scale = powers_of_two(stored) if stored.itemsize == 1 else to_float32(stored)
         if self.block is not None:
             (n, k), (block_n, block_k) = weight.shape, self.block
             # A block may not be larger than the weight: its size comes from a configuration.
-            scale = scale.repeat(min(block_n, n), axis=0)[:n].repeat(min(block_k, k), axis=1)[:, :k]
+            scale = scale.repeat(min(block_k, k), axis=1)[:, :k]
+            if len(scale) > 1:
+                scale = scale.repeat(min(block_n, n), axis=0)[:n]
         elif self.granularity == "channel":
             scale = scale.reshape(-1, 1)
         else:
             scale = scale.reshape(())
-        weight *= scale
-        return weight
+        return weight * scale
 
 
 def _grid(weight: tuple[int, ...], declared: object) -> tuple[int, ...] | None:

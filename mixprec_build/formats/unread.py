@@ -9,6 +9,7 @@ from reprlib import repr as brief
 from typing import TYPE_CHECKING, NoReturn
 
 from .base import FormatError, shape_text
+from .e8m0 import E8M0_DTYPES
 from .keys import rotates
 
 if TYPE_CHECKING:
@@ -29,16 +30,16 @@ class Unread:
 
 
 _FLOATS = (
-    ": it has no code for packed 4-bit floats and their two levels of scales, nor for SGLang's methods that run them; "
-    "take this module from a BF16, FP8, Int8 or Int4 checkpoint"
+    ": its scales are neither those of NVFP4 nor of MXFP4; take this module from a BF16, FP8, Int8 or Int4 checkpoint"
 )
-_EXPONENTS = (
-    ": it has no code for scales that are exponents (E8M0), nor for SGLang's methods that run them; take this module "
-    "from a BF16 checkpoint, or one in FP8 with scales in F32 or BF16"
+_STACKED = (
+    ": it keeps all experts of a layer in one tensor, in which rows of gate and up alternate, and mixprec does not "
+    "take these apart; SGLang serves this release itself, without mixprec"
 )
-_W4AFP8 = (
-    ": its 4-bit weights are meant for FP8 activations, and mixprec has no code for SGLang's method that runs them; "
-    "take this module from a BF16, FP8, Int8 or Int4 checkpoint"
+_MXFP8 = (
+    ": SGLang runs FP8 with a scale for each 32 inputs from compute capability 10.0 on, and mixprec serves 8.0 to 9.0, "
+    "for which weights would have to be converted, which changes their values; take this module from a checkpoint in "
+    "BF16, or in FP8 by blocks of outputs and inputs"
 )
 _SIGNED = (
     ": its 4-bit integers are signed, which SGLang has no kernel for and AutoAWQ's kernels would read as other "
@@ -53,16 +54,10 @@ _SOME_FLOATS = "a 4-bit float format (NVFP4, MXFP4)"
 _SCALES = ("weight_scale", "weight_scale_inv", "scale")
 
 UNREAD = (
-    Unread("MXFP4", {"weight_packed": "U8", "weight_scale": "U8"}, _FLOATS),
-    Unread("MXFP4", {"weight": "U8", "weight_scale": "U8"}, _FLOATS),
-    Unread("MXFP4", {"weight": "U8", "weight_scale": "F8_E8M0"}, _FLOATS),
     Unread(_SOME_FLOATS, {"weight": "U8"}, _FLOATS),
     Unread(_SOME_FLOATS, {"weight_packed": "U8"}, _FLOATS),
-    Unread("MXFP4", {"weight": "I8", "scale": "F8_E8M0"}, _FLOATS),
     Unread("FP8 E5M2", {"weight": "F8_E5M2"}),
-    *(Unread("MXFP8", {"weight": "F8_E4M3", leaf: "U8"}, _EXPONENTS) for leaf in _SCALES),
-    *(Unread("FP8 with E8M0 scales", {"weight": "F8_E4M3", leaf: "F8_E8M0"}, _EXPONENTS) for leaf in _SCALES),
-    *(Unread("W4AFP8", {"weight": "I8", "weight_scale_inv": dtype}, _W4AFP8) for dtype in ("BF16", "F16", "F32")),
+    *(Unread("MXFP8", {"weight": "F8_E4M3", leaf: dtype}, _MXFP8) for leaf in _SCALES for dtype in E8M0_DTYPES),
     Unread("Quark's Int4", {"weight": "I32"}, _SIGNED),
 )
 """The first that fits counts."""
@@ -84,7 +79,7 @@ def refuse_first(module: StoredModule, quantization: Quantization, methods: Set[
     # gpt-oss: all experts of a layer in one parameter of bytes, and one of scales, which would pass for buffers
     packed = module.tensors.keys() == {""} and module.name.endswith(("_blocks", "_scales"))
     if packed and quantization.get("quant_method") == "mxfp4":
-        raise FormatError(_refusal(Unread("MXFP4", {}, _FLOATS), shape_text("", module)))
+        raise FormatError(_refusal(Unread("gpt-oss's MXFP4", {}, _STACKED), shape_text("", module)))
     if own := sorted(_OF_MISTRAL & module.tensors.keys()):
         raise FormatError(_refusal(Unread("Mistral's static FP8", {}, _MISTRAL), shape_text(own[0], module)))
     if (key := rotates(quantization)) is not None:
@@ -151,7 +146,7 @@ def by_its_name(error: FormatError, module: StoredModule, quantization: Quantiza
 
 _ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "MIXED_PRECISION")
 """ModelOpt's names of formats that are supported, or refused with a reason of their own."""
-_NAMES = {"bitsandbytes": "bitsandbytes", "bitnet": "BitNet", "w4afp8": "W4AFP8", "mxfp4": "MXFP4", "quark": "Quark"}
+_NAMES = {"bitsandbytes": "bitsandbytes", "bitnet": "BitNet"}
 
 
 def refuse_unknown(module: StoredModule) -> NoReturn:

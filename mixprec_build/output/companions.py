@@ -15,9 +15,13 @@ from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import VERSION, name_formats, quantization_config
 from ..checkpoint.declared import without_declarations
 from ..checkpoint.manifest import CHECKSUM, FileEntry, ModuleEntry, TensorEntry, checksum_of
+from ..families.draft_layers import with_declared_drafts
+from ..planning.companions import CARD
 from ..planning.types import Plan
 from ..storage.disk import read_chunks, write_errors
+from ..storage.header import json_text
 from ..versions import __version__
+from .card import card
 
 __all__ = ["manifest_head", "module_entries", "write_companions", "write_file"]
 
@@ -33,6 +37,7 @@ def manifest_head(plan: Plan, folder: Path, files: Mapping[str, FileEntry]) -> d
     return {
         "version": VERSION,
         "mixprec": __version__,
+        "sglang": {"planned_for": plan.sglang, "needs": {name: list(of) for name, of in plan.needs.items()}},
         "checksum": CHECKSUM,
         "sources": {
             name: {
@@ -44,6 +49,7 @@ def manifest_head(plan: Plan, folder: Path, files: Mapping[str, FileEntry]) -> d
         },
         "unservable": list(plan.unservable),
         "problems": [problem.to_json() for problem in plan.problems],
+        **({"drop_mtp": True} if plan.drafts.dropped else {}),
         "left_out": [asdict(left_out) for left_out in plan.left_out],
         "formats": {name: fmt.to_json() for fmt, name in names.items()},
         "files": {
@@ -53,22 +59,16 @@ def manifest_head(plan: Plan, folder: Path, files: Mapping[str, FileEntry]) -> d
     }
 
 
-def module_entries(plan: Plan, checksums: Mapping[tuple[str, str], str]) -> Iterator[tuple[str, ModuleEntry]]:
-    """Yields the manifest's modules. ``checksums``: ``(source, tensor)`` -> hexadecimal xxh3_128."""
+def module_entries(plan: Plan, checksums: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, ModuleEntry]]:
+    """Yields the manifest's modules. ``checksums``: file -> tensor -> hexadecimal xxh3_128."""
     names = name_formats(module.format for module in plan.modules.values())
     shard_of = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     for module in plan.modules.values():
-        tensors = {
-            tensor.info.name: TensorEntry(
-                tensor.info.dtype,
-                tensor.info.shape,
-                tensor.info.nbytes,
-                shard_of[tensor.info.name],
-                tensor.source,
-                checksums[tensor.source, tensor.info.name],
-            )
-            for tensor in module.tensors.values()
-        }
+        tensors = {}
+        for source, info in module.tensors.values():
+            file = shard_of[info.name]
+            checksum = checksums[file][info.name]
+            tensors[info.name] = TensorEntry(info.dtype, info.shape, info.nbytes, file, source, checksum)
         yield module.name, ModuleEntry(names[module.format], module.shape, tensors)
 
 
@@ -80,17 +80,36 @@ def _shard_entry(path: Path) -> dict[str, object]:
         return {"bytes": os.fstat(file.fileno()).st_size, "header": checksum_of(header)}
 
 
-def write_companions(plan: Plan, stage: Path, companions: Mapping[str, Path]) -> dict[str, FileEntry]:
-    """Writes config, index and copies of the ``companions``; returns their entries of the manifest."""
-    config = without_declarations(plan.sources.model.facts.config)
+def write_companions(
+    plan: Plan, stage: Path, companions: Mapping[str, Path], *, with_card: bool = True
+) -> dict[str, FileEntry]:
+    """Writes config, index, copies of the ``companions`` and the model card; returns their entries of the manifest.
+
+    The card of the model, if it is among the companions, is kept in the new one; without one it is not copied.
+    """
+    drafts = plan.drafts
+    like = None if drafts.source is None else plan.sources.by_name[drafts.source].facts.config
+    config = with_declared_drafts(without_declarations(plan.sources.model.facts.config), drafts.layers, like)
     config["quantization_config"] = quantization_config({name: m.format for name, m in plan.modules.items()})
-    weight_map = {tensor.info.name: shard.file for shard in plan.shards for tensor in shard.tensors}
-    index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    return {
-        **{name: write_file(stage / name, read_chunks(path)) for name, path in companions.items()},
+    written = {
+        **{name: write_file(stage / name, read_chunks(path)) for name, path in companions.items() if name != CARD},
         "config.json": write_file(stage / "config.json", [_json(config)]),
-        INDEX: write_file(stage / INDEX, [_json(index)]),
+        INDEX: write_file(stage / INDEX, _index(plan)),
     }
+    if with_card:
+        written[CARD] = write_file(stage / CARD, card(plan, written, companions.get(CARD)))
+    return written
+
+
+def _index(plan: Plan) -> Iterator[bytes]:
+    """Yields the index, as ``json.dumps`` with an indent of 2 would write it."""
+    files = sorted((tensor.info.name, shard.file) for shard in plan.shards for tensor in shard.tensors)
+    yield f'{{\n  "metadata": {{\n    "total_size": {plan.tensor_bytes}\n  }},\n  "weight_map": {{'.encode()
+    before = "\n"
+    for name, file in files:
+        yield f"{before}    {json_text(name)}: {json_text(file)}".encode()
+        before = ",\n"
+    yield b"\n  }\n}\n"
 
 
 def _json(data: object) -> bytes:

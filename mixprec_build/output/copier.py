@@ -9,9 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -54,6 +54,8 @@ class _Output:
     """Bytes written since the last start of write-back."""
     queued: bool = False
     """Whether all of its batches have been handed out."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Name of a tensor that was copied -> hexadecimal xxh3_128."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +72,33 @@ class Copier:
     """Writes the shards of ``plan`` into ``stage`` from source files at ``paths``.
 
     Shards that an interrupted build has finished there are taken over.
+
+    Args:
+        shards: those of the plan to write, as one part of a build; all by default.
+        adopt: called with file -> key of all shards before anything is written; it may bring finished ones.
     """
 
-    def __init__(self, plan: Plan, paths: Mapping[tuple[str, str], Path], stage: Stage, progress: Progress):
+    def __init__(
+        self,
+        plan: Plan,
+        paths: Mapping[tuple[str, str], Path],
+        stage: Stage,
+        progress: Progress,
+        *,
+        shards: Sequence[PlannedShard] | None = None,
+        adopt: Callable[[Mapping[str, str]], None] | None = None,
+    ):
         self._plan, self._paths, self._stage, self._progress = plan, paths, stage, progress
+        self._shards, self._complete = (plan.shards, True) if shards is None else (shards, False)
+        self._adopt = adopt
         self._lock = threading.Lock()
         self._failed = threading.Event()
         self._sources: dict[tuple[str, str], int] = {}
         self._unfinished: set[int] = set()
-        self._checksums: dict[tuple[str, str], str] = {}
         self._keys: dict[str, str] = {}
 
-    def run(self, jobs: int) -> dict[tuple[str, str], str]:
-        """Copies everything with ``jobs`` threads; returns ``(source, tensor)`` -> hexadecimal xxh3_128.
+    def run(self, jobs: int) -> dict[str, Mapping[str, str]]:
+        """Copies everything with ``jobs`` threads; returns file -> tensor -> hexadecimal xxh3_128.
 
         Raises:
             SourceError: a source cannot be read, or has changed since it was planned.
@@ -92,13 +108,15 @@ class Copier:
             stack.callback(self._close_unfinished)
             for key, path in self._paths.items():
                 self._sources[key] = stack.enter_context(self._source(key, path))
-            self._keys = {shard.file: self._key(shard) for shard in self._plan.shards}
+            self._keys = {shard.file: self._key(shard) for shard in self._shards}
             self._stage.keep(self._keys)
+            if self._adopt is not None:
+                self._adopt(self._keys)
             self._check_space()
             batches = self._batches()
             jobs = min(jobs, MOST_JOBS)
             run_all([lambda: self._work(batches)] * jobs, jobs, self._failed, self._stage.out)
-        return self._checksums
+        return {shard.file: self._stage.finished[shard.file].checksums for shard in self._shards}
 
     def _close_unfinished(self) -> None:
         for fd in self._unfinished:
@@ -114,10 +132,10 @@ class Copier:
         try:
             with source_errors(path):
                 before = os.fstat(fd)
-                header = pread_all(fd, shard.header_bytes, 0)
+                header_checksum = xxhash.xxh3_128_hexdigest(pread_all(fd, shard.header_bytes, 0))
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             same = before.st_size == shard.size and shard.modified in (None, before.st_mtime_ns)
-            if not same or xxhash.xxh3_128_hexdigest(header) != shard.header_checksum:
+            if not same or header_checksum != shard.header_checksum:
                 raise SourceError("changed since it was planned; start again", path=path)
             yield fd
             with source_errors(path):
@@ -130,9 +148,9 @@ class Copier:
 
     def _batches(self) -> Iterator[_Batch]:
         """Yields all batches, shard by shard; a shard's file is created just before its first batch."""
-        for shard in self._plan.shards:
+        for shard in self._shards:
             if shard.file in self._stage.finished:
-                self._take_over(shard)
+                self._progress(shard.data_bytes)
                 continue
             output, copy, at = self._create(shard)
             group: list[PlannedTensor] = []
@@ -151,8 +169,11 @@ class Copier:
             yield _Batch(output, copy, start, group)
 
     def _check_space(self) -> None:
-        unfinished = (s for s in self._plan.shards if s.file not in self._stage.finished and not self._can_link(s))
+        unfinished = (s for s in self._shards if s.file not in self._stage.finished and not self._can_link(s))
         need = sum(shard.file_bytes(self._plan.sources) for shard in unfinished)
+        if not self._complete:
+            check_space(self._stage.folder.parent, need)
+            return
         need += sum(companion_files(self._plan.sources.model).values())
         there = sum(path.stat().st_size for path in self._stage.payload.glob("presplit/*/*/*"))
         check_space(self._stage.folder.parent, need + max(0, sum(self._plan.presplit.values()) - there))
@@ -175,6 +196,8 @@ class Copier:
         for tensor in shard.tensors:
             state = states[tensor.source, tensor.info.file]
             origin = (*state, tensor.info.start, shard.link is None, *(tensor.info.columns or ()))
+            if tensor.info.step > 1:
+                origin = (*origin, "step", tensor.info.step)
             digest.update(repr((tensor.source, tensor.info.file, *origin)).encode())
         return digest.hexdigest()
 
@@ -183,12 +206,6 @@ class Copier:
             state = os.fstat(self._sources[source, file])
         checksum = self._plan.sources.by_name[source].checkpoint.shards[file].header_checksum
         return checksum, state.st_size, state.st_mtime_ns
-
-    def _take_over(self, shard: PlannedShard) -> None:
-        checksums = self._stage.finished[shard.file].checksums
-        for tensor in shard.tensors:
-            self._note(tensor, checksums[tensor.info.name])
-        self._progress(shard.data_bytes)
 
     def _create(self, shard: PlannedShard) -> tuple[_Output, bool, int]:
         """The output file, whether its data is still to be written, and where its data section starts."""
@@ -230,7 +247,7 @@ class Copier:
         for tensor in batch.tensors:
             window = buffer[filled : filled + tensor.info.nbytes]
             self._read(tensor, window)
-            self._note(tensor, xxhash.xxh3_128_hexdigest(window))
+            batch.output.checksums[tensor.info.name] = xxhash.xxh3_128_hexdigest(window)
             filled += tensor.info.nbytes
         self._write(batch, buffer[:filled], batch.start)
 
@@ -238,7 +255,7 @@ class Copier:
         """Copies one tensor of any size through the buffer."""
         (tensor,) = batch.tensors
         digest = xxhash.xxh3_128()
-        if tensor.info.columns is not None:
+        if not tensor.info.contiguous:
             buffer = memoryview(bytearray(PANEL))
         for at in range(0, tensor.info.nbytes, len(buffer)):
             window = buffer[: min(len(buffer), tensor.info.nbytes - at)]
@@ -247,7 +264,7 @@ class Copier:
             self._write(batch, window, batch.start + at)
             if self._failed.is_set():
                 return
-        self._note(tensor, digest.hexdigest())
+        batch.output.checksums[tensor.info.name] = digest.hexdigest()
 
     def _write(self, batch: _Batch, data: memoryview, at: int) -> None:
         output = batch.output
@@ -265,9 +282,6 @@ class Copier:
         key = tensor.source, tensor.info.file
         read_tensor(self._sources[key], self._paths[key], tensor.info, window, at)
 
-    def _note(self, tensor: PlannedTensor, checksum: str) -> None:
-        self._checksums[tensor.source, tensor.info.name] = checksum
-
     def _finish(self, output: _Output) -> None:
         with self._lock:
             output.pending -= 1
@@ -281,9 +295,8 @@ class Copier:
                 finally:
                     os.close(output.fd)
             file = output.shard.file
-            checksums = {t.info.name: self._checksums[t.source, t.info.name] for t in output.shard.tensors}
             with self._lock, write_errors(self._stage.folder):
-                self._stage.record(file, self._keys[file], checksums)
+                self._stage.record(file, self._keys[file], output.checksums)
 
 
 def _link(source: Path, target: Path) -> bool:

@@ -10,25 +10,43 @@ from pathlib import Path
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from ..errors import SourceError
+from ..planning.companions import CARD
 from ..ranks.layout import PRESPLIT
 from ..storage.disk import checksum_of_file, inside, source_errors
 from ..storage.owned import Entry, OwnedFolder
 
-__all__ = ["beside", "file_differences"]
+__all__ = ["beside", "edited_card", "file_differences"]
 
 
-_TOOLS = {".git": True, ".cache": True, ".huggingface": True, ".gitattributes": False, ".gitignore": False}
-"""Name of an entry that git or the hub's downloads put beside a checkpoint -> whether it is a folder."""
+_TOOLS = {".git": True, ".cache": True, ".huggingface": True, ".gitattributes": False, ".gitignore": False, CARD: False}
+"""Name of an entry that git, the hub's downloads or people put beside a checkpoint -> whether it is a folder."""
 
 
-def beside(owned: OwnedFolder) -> list[str]:
-    """Names of the entries of git and of the hub's downloads, which do not belong to the checkpoint."""
+def beside(owned: OwnedFolder, manifest: Manifest) -> list[str]:
+    """Names of the entries of git, of the hub's downloads and a card of the user's own: no part of the checkpoint."""
     with source_errors(owned.path):
-        return [entry.name for entry in owned.entries() if _is_a_tools(entry)]
+        return [entry.name for entry in owned.entries() if _is_beside(entry, manifest)]
 
 
-def _is_a_tools(entry: Entry) -> bool:
-    is_folder = _TOOLS.get(entry.name)
+def edited_card(folder: Path, manifest: Manifest) -> str | None:
+    """What became of the card that a build wrote: ``edited``, ``removed``, ``unreadable``; None for nothing.
+
+    People edit a card, and nothing else reads it. Entries that are no files are left to :func:`file_differences`.
+    """
+    line, path = manifest.files.get(CARD), folder / CARD
+    if line is None:
+        return None
+    try:
+        with source_errors(path):
+            if not path.is_file():
+                return None if os.path.lexists(path) else "removed"
+        return None if checksum_of_file(path) == line.checksum else "edited"
+    except SourceError:
+        return "unreadable"
+
+
+def _is_beside(entry: Entry, manifest: Manifest) -> bool:
+    is_folder = None if entry.name in manifest.files else _TOOLS.get(entry.name)
     return is_folder is not None and (entry.is_folder if is_folder else entry.is_file)
 
 
@@ -37,20 +55,22 @@ def file_differences(
 ) -> Iterator[str]:
     """Yields entries that do not belong to the checkpoint, and listed files that are not as they were written.
 
-    Links are not followed to tell what an entry is. Entries of tools (:func:`beside`) and those that a stopped split
-    ``left`` are no differences. The headers of ``unread`` shards are not compared.
+    Links are not followed to tell what an entry is. Entries of tools (:func:`beside`), those that a stopped split
+    ``left`` and another text of the card (:func:`edited_card`) are no differences. The headers of ``unread`` shards are
+    not compared.
     """
     listed = manifest.files
     with source_errors(owned.path):
         entries = {entry.name: entry for entry in owned.entries()}
     for name, entry in entries.items():
-        if name not in listed and name not in {MANIFEST, PRESPLIT, *left} and not _is_a_tools(entry):
+        if name not in listed and name not in {MANIFEST, PRESPLIT, *left} and not _is_beside(entry, manifest):
             yield f"{name}: {_what(owned, entry)}not in the manifest"
     for name, line in listed.items():
         if line.shard and manifest.rest is not None:
             continue  # its header was compared when it was opened
         if name not in entries:
-            yield f"{name}: missing"
+            if name != CARD:
+                yield f"{name}: missing"
             continue
         try:
             yield from _file_difference(owned, entries[name], line, checkpoint, name in unread)
@@ -86,6 +106,8 @@ def _file_difference(
         size = path.stat().st_size
     if not stat.S_ISREG(mode):
         yield f"{name}: is {Entry(name, mode).kind}, a file was written"
+    elif name == CARD:
+        return
     elif size != line.nbytes:
         yield f"{name}: {size} bytes, {line.nbytes} were written"
     elif line.shard:

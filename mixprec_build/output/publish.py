@@ -9,15 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.degree import Degree
 from ..checkpoint.manifest import MANIFEST, dump_manifest
-from ..errors import InterruptedBuildError, MixprecError, OutputError, WriteError
-from ..planning.companions import companion_files
+from ..errors import OutputError, WriteError
+from ..planning.companions import CARD, companion_files
 from ..planning.types import Plan
 from ..ranks.layout import is_ours
 from ..storage.disk import sync_folder, write_errors
@@ -26,28 +27,13 @@ from ..storage.threads import Progress
 from .companions import manifest_head, module_entries, write_companions, write_file
 from .copier import Copier
 from .locked import locked
+from .parts import adopt_parts, refuse_parts
 from .split import split
 from .stage import Stage
+from .staging import fetch, opened_stage, stop_reported
 from .target import check_output
 
-__all__ = ["fetch", "write"]
-
-
-def fetch(plan: Plan) -> dict[tuple[str, str], Path]:
-    """Downloads the source files that a plan needs and this machine lacks. Returns ``(source, file)`` -> path."""
-    needed: dict[str, set[str]] = {name: set() for name in plan.sources.by_name}
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            needed[tensor.source].add(tensor.info.file)
-    paths = {}
-    for source, shards in needed.items():
-        storage = plan.sources.by_name[source].checkpoint.storage
-        # With these in the cache the same recipe can be built again without the hub, unless scales may be folded into
-        # norms in other shards.
-        described_by = {"config.json", "quantize_config.json", INDEX} & storage.files.keys()
-        fetched = storage.fetch(sorted(shards | described_by))
-        paths.update({(source, file): fetched[file] for file in shards})
-    return paths
+__all__ = ["write"]
 
 
 def write(
@@ -56,6 +42,8 @@ def write(
     *,
     force: bool = False,
     take_over: bool = False,
+    finish: bool = False,
+    card: bool = True,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -63,37 +51,34 @@ def write(
 
     Args:
         take_over: continue what a build on another machine left, see :meth:`.Stage.open`.
+        finish: take all shards from the parts of a build on many machines.
+        card: write a model card, ``README.md``.
         progress: called with bytes as they are done, of the plan's ``written_bytes``.
 
     Raises:
-        OutputError: ``out`` is in use.
+        OutputError: ``out`` is in use, or parts of a build are missing.
         SourceError: a source cannot be read or has changed since it was planned.
         WriteError: the disk is full, fails, or forbids it.
     """
     check_output(plan, out, force=force)
+    if not finish:
+        refuse_parts(out)
     paths = fetch(plan)
-    companions = plan.sources.model.storage.fetch(companion_files(plan.sources.model))
+    beside = [name for name in companion_files(plan.sources.model) if card or name != CARD]
+    companions = plan.sources.model.storage.fetch(beside)
     # The stage is named after the output, and `.` has no name.
     target = out.resolve()
     with write_errors(out):
         made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with _stage(target, out, take_over) as stage:
+        with opened_stage(target, out, take_over) as stage:
             # A build that was killed while it replaced an output may have left that output in the stage.
             check_output(plan, out, force=force)
-            try:
-                with write_errors(out):  # errors that no step reports itself
-                    _fill(stage, plan, paths, companions, jobs, progress or (lambda _: None))
-                    check_output(plan, out, force=force)
-                    _publish(stage, force=force)
-            except (KeyboardInterrupt, InterruptedBuildError):
-                raise InterruptedBuildError(f"{out}: interrupted; {stage.kept(len(plan.shards))}") from None
-            except MemoryError:
-                raise WriteError(f"{out}: out of memory; {stage.kept(len(plan.shards))}") from None
-            except MixprecError as error:
-                if (stage.finished or isinstance(error, WriteError)) and not stage.published:
-                    error.args = (f"{error}; {stage.kept(len(plan.shards))}",)
-                raise
+            with stop_reported(stage, out, len(plan.shards)), write_errors(out):  # errors that no step reports itself
+                adopt = partial(adopt_parts, stage, plan, take_over=take_over) if finish else None
+                _fill(stage, plan, paths, companions, card, jobs, progress or (lambda _: None), adopt)
+                check_output(plan, out, force=force)
+                _publish(stage, force=force)
     except BaseException:
         for folder in made:
             with suppress(OSError):
@@ -107,13 +92,15 @@ def _fill(
     plan: Plan,
     paths: Mapping[tuple[str, str], Path],
     companions: Mapping[str, Path],
+    card: bool,
     jobs: int | None,
     progress: Progress,
+    adopt: Callable[[Mapping[str, str]], None] | None,
 ) -> None:
-    """Completes the checkpoint in the stage's payload, and syncs it."""
-    stage.expect([*companions, "config.json", INDEX, MANIFEST, f".{MANIFEST}.new"])
-    checksums = Copier(plan, paths, stage, progress).run(jobs or min(8, os.cpu_count() or 1))
-    files = write_companions(plan, stage.payload, companions)
+    """Completes the checkpoint in the stage's payload, and syncs it. ``adopt`` brings finished shards."""
+    stage.expect([*companions, *([CARD] if card else []), "config.json", INDEX, MANIFEST, f".{MANIFEST}.new"])
+    checksums = Copier(plan, paths, stage, progress, adopt=adopt).run(jobs or min(8, os.cpu_count() or 1))
+    files = write_companions(plan, stage.payload, companions, with_card=card)
     head = manifest_head(plan, stage.payload, files)
     write_file(stage.payload / MANIFEST, dump_manifest(head, module_entries(plan, checksums)))
     degrees = [Degree(tp) for tp in plan.recipe.tp]
@@ -133,21 +120,6 @@ def _fill(
             watch=lambda splitter, nbytes: progress,
         )
     sync_folder(stage.payload)
-
-
-@contextmanager
-def _stage(target: Path, out: Path, take_over: bool) -> Iterator[Stage]:
-    """Opens the stage. Raises :class:`OutputError` where the folder of the output cannot be written."""
-    with ExitStack() as stack:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            stage = stack.enter_context(Stage.open(target, take_over=take_over))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                with write_errors(out):
-                    raise
-            raise OutputError(f"{out}: cannot be created ({error.filename}: {error.strerror})") from error
-        yield stage
 
 
 def _publish(stage: Stage, *, force: bool) -> None:

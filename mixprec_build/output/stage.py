@@ -5,11 +5,13 @@
         made        shows that mixprec made this folder here: one that came with a download is not used
         names       the files that builds write into out/; others there are not mixprec's, and stay
         journal     a line for each finished shard: its key and its tensors' checksums, with a checksum of the line
+        plan        of a part of a build only: what its plan depends on, see :mod:`.parts`
         out/        the checkpoint, renamed to its final name when it is complete
         replaced/   the output that is being replaced: put back as long as out/ is still here, else removed
 
-A shard enters the journal only when its bytes and its name are on the disk. Its key is a digest of everything that its
-bytes depend on, so the next build takes over a shard only where it would write the same one.
+A shard enters the journal only when its bytes and its name are on the disk; one that a part has finished, when they are
+in the part's stage, before it is moved. Its key is a digest of everything that its bytes depend on, so the next build
+takes over a shard only where it would write the same one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,14 +168,42 @@ class Stage:
     def keep(self, keys: Mapping[str, str]) -> None:
         """Forgets finished shards that this build would write differently. ``keys``: file -> key of its shard now."""
         self.expect(keys)
-        kept = {shard: entry for shard, entry in self.finished.items() if self._is_kept(shard, entry, keys)}
+        kept = {shard: entry for shard, entry in self.finished.items() if self.is_kept(shard, entry, keys)}
         if kept != self.finished:
             # Before files of these names are written again: the build that wrote them may come back.
             self.finished = kept
             self._replace("journal", b"".join(_line(shard, entry) for shard, entry in kept.items()))
         self._drop_unfinished()
 
-    def _is_kept(self, shard: str, entry: FinishedShard, keys: Mapping[str, str]) -> bool:
+    def adopt(self, other: Stage, shards: Sequence[str]) -> None:
+        """Moves shards that ``other``, the stage of a part, has finished into this one, and enters them in the journal.
+
+        Unfinished files must have been dropped (:meth:`keep`), for a file of a shard's name and size counts as finished
+        from now on. After a kill each shard is either here or still there.
+        """
+        self.check()
+        other.check()
+        self.root.sync(self.inner("out"))
+        fd = self.root.open_file(self.inner("journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        write_and_close(fd, b"".join(_line(shard, other.finished[shard]) for shard in shards))
+        self.root.sync(stage_name(self.out))
+        for shard in shards:
+            self.root.rename(other.inner(f"out/{shard}"), self.inner(f"out/{shard}"))
+            self.finished[shard] = other.finished.pop(shard)
+        self.root.sync(self.inner("out"))
+        self.root.sync(other.inner("out"))
+
+    def write_plan(self, data: bytes) -> None:
+        """Notes what the plan of a part depends on."""
+        self.check()
+        self._replace("plan", data)
+
+    def read_plan(self) -> bytes:
+        """What :meth:`write_plan` noted; empty where it noted nothing."""
+        return self._read("plan")
+
+    def is_kept(self, shard: str, entry: FinishedShard, keys: Mapping[str, str]) -> bool:
+        """Whether a shard of the journal is there and is the one that ``keys`` (file -> key) asks for."""
         if keys.get(shard) != entry.key:
             return False
         state = self.root.stat(self.inner(f"out/{shard}"))
@@ -210,12 +240,13 @@ class Stage:
             else:  # killed between the two renames that replace an output
                 self.root.rename(self.inner("replaced"), self.out.name)
         self.root.make_folder(self.inner("out"))
-        self._recovered = True
         self.root.sync()
         with suppress(ValueError):  # garbled: what it named stays
             self.names = {name for name in json.loads(self._read("names") or b"[]") if isinstance(name, str)}
         self._read_journal()
         self.names.update(self.finished)
+        # Only now: what is left without a line of the journal is removed at the end.
+        self._recovered = True
 
     def _read_journal(self) -> None:
         """Reads the journal up to the first line that is incomplete or garbled, and cuts it off there."""
@@ -260,7 +291,7 @@ class Stage:
         name = stage_name(self.out)
         worth = any(self.root.stat(self.inner(f"out/{shard}")) is not None for shard in self.finished)
         if self._recovered and not worth:
-            for part in ("journal", "journal.new", "names.new"):
+            for part in ("journal", "journal.new", "names.new", "plan", "plan.new"):
                 self.root.remove(self.inner(part), lambda entry: entry.is_file)
             if self.root.remove(self.inner("out"), self._is_mine):
                 self.root.remove(self.inner("names"), lambda entry: entry.is_file)

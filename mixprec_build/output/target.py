@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ..checkpoint.manifest import MANIFEST, read_manifest
 from ..errors import OutputError, VerifyError
+from ..planning.companions import CARD
 from ..planning.types import Plan
 from ..storage.folder import LocalFolder
 from ..storage.owned import OwnedFolder
+from .file_differences import edited_card
 from .leftovers import unknown_entries
 from .stage import Stage
 
@@ -63,6 +65,7 @@ def _foreign(out: Path) -> set[str]:
         known = {MANIFEST, f".{MANIFEST}.new", *manifest.files}
         # mixprec writes a regular file under each of these names: a folder or a link is somebody else's.
         ours = {entry.name for entry in entries if entry.is_file and entry.name in known}
-        return there - ours - {"presplit"} | {*unknown_entries(out, manifest)}
+        edited = {f"{CARD}, edited since"} if CARD in ours and edited_card(out, manifest) else set()  # a person's work
+        return there - ours - {"presplit"} | {*unknown_entries(out, manifest)} | edited
     except VerifyError:
         return there

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import xxhash
@@ -19,17 +19,22 @@ from ..errors import MixprecError, OutputError, SourceError, VerifyError
 from ..patterns.compress import compress
 from ..ranks.merged import CutFolder, open_compiled
 from ..storage.disk import source_errors
+from ..storage.folder import Files
+from ..storage.garbage import no_garbage_collection
 from ..storage.header import TensorInfo
 from ..storage.owned import OwnedFolder
 from ..storage.reader import FileReader, TensorReader
-from ..storage.threads import Progress
+from ..storage.threads import Progress, map_in_order
 from ..text import printable, some
-from .file_differences import beside, file_differences
+from .file_differences import beside, edited_card, file_differences
 from .leftovers import leftovers
 from .locked import locked
 from .rank_differences import rank_differences
 
 __all__ = ["Verification", "verify"]
+
+_BATCH = 4 << 20
+_MOST_IN_BATCH = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,12 @@ class Verification:
     leftovers: tuple[str, ...] = ()
     """Files of a split that was stopped. Nothing reads them."""
     beside: tuple[str, ...] = ()
-    """Entries of git and of the hub's downloads, which do not belong to the checkpoint. Nothing reads them."""
+    """Entries of git, of the hub's downloads and a card of the user's own, no part of the checkpoint. Nothing reads
+    them."""
+    drops_mtp: bool = False
+    """Whether it was built without the draft layers of its sources, with ``--drop-mtp``."""
+    card: str | None = None
+    """``edited``, ``removed`` or ``unreadable``, if the card that a build wrote is; else None. Nothing reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +129,15 @@ def _version(state: os.stat_result | None) -> tuple[int, ...]:
 def _verify(
     folder: Path, owned: OwnedFolder, sources: Mapping[str, str], watch: Callable[[int], Progress] | None
 ) -> Verification:
-    manifest = read_manifest(folder)
     unread: dict[str, str] = {}
-    checkpoint = open_compiled(folder.absolute(), manifest, unread)
+    with no_garbage_collection():
+        manifest = read_manifest(folder)
+        checkpoint = open_compiled(folder.absolute(), manifest, unread)
     if isinstance(checkpoint.storage, CutFolder):
         checkpoint.storage.prepare()
     left = leftovers(folder, manifest)
-    opened, gone = _open_sources(manifest, sources)
+    with no_garbage_collection():
+        origins, stores, gone = _open_sources(manifest, sources)
     recorded = manifest.tensors()
     progress = None if watch is None else watch(sum(entry.nbytes for entry in recorded.values()))
     differences = [
@@ -139,11 +151,10 @@ def _verify(
 
     with ExitStack() as stack:
         reader = stack.enter_context(checkpoint.storage.reader())
-        readers = {name: stack.enter_context(_fetching(source)) for name, source in opened.items()}
+        readers = {name: stack.enter_context(_fetching(storage)) for name, storage in stores.items()}
 
-        def check(item: tuple[str, TensorEntry]) -> _Compared:
-            name, entry = item
-            origin = opened[entry.source].tensors.get(name) if entry.source in opened else None
+        def check(name: str, entry: TensorEntry) -> _Compared:
+            origin = origins[entry.source].get(name) if entry.source in origins else None
             theirs = None if origin is None else (readers[entry.source], origin)
             try:
                 result = _compare(reader, checkpoint.tensors[name], entry, theirs)
@@ -153,9 +164,14 @@ def _verify(
                 progress(entry.nbytes)
             return result
 
+        def check_all(batch: Sequence[tuple[str, TensorEntry]]) -> list[_Compared]:
+            return [check(name, entry) for name, entry in batch]
+
         there = [item for item in recorded.items() if item[0] in checkpoint.tensors]
-        pool = stack.enter_context(ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)))
-        for compared in pool.map(check, there):
+        jobs = min(8, os.cpu_count() or 1)
+        # Closed before the readers, also on Ctrl-C.
+        results = stack.enter_context(closing(map_in_order(check_all, _batches(there), jobs)))
+        for compared in chain.from_iterable(results):
             bit_for_bit += compared.direct
             if compared.difference is not None:
                 differences.append(compared.difference)
@@ -164,12 +180,41 @@ def _verify(
     for name, reasons in sources_unread.items():
         more = f" (and {len(reasons) - 1:,} more tensors)" if len(reasons) > 1 else ""
         gone.append(f"`{name}`: {reasons[0]}{more}")
-    texts = (tuple(map(printable, lines)) for lines in (gone, differences, left, beside(owned)))
-    return Verification(bit_for_bit, len(there) - bit_for_bit, *texts)
+    return Verification(
+        bit_for_bit,
+        len(there) - bit_for_bit,
+        gone=tuple(map(printable, gone)),
+        differences=tuple(map(printable, differences)),
+        leftovers=tuple(map(printable, left)),
+        beside=tuple(map(printable, beside(owned, manifest))),
+        drops_mtp=manifest.drops_mtp,
+        card=edited_card(folder, manifest),
+    )
 
 
-def _open_sources(manifest: Manifest, moved: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[str]]:
-    opened, gone = {}, []
+def _batches(items: Iterable[tuple[str, TensorEntry]]) -> Iterator[list[tuple[str, TensorEntry]]]:
+    """Yields tensors in groups of some bytes, for a thread's turn costs more than comparing a small one."""
+    batch: list[tuple[str, TensorEntry]] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += item[1].nbytes
+        if size >= _BATCH or len(batch) >= _MOST_IN_BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _open_sources(
+    manifest: Manifest, moved: Mapping[str, str]
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, Files], list[str]]:
+    """Opens the sources, one after the other, and keeps of each the tensors that were taken from it.
+
+    Returns these by source and name, the sources' storages, and the sources that are gone, with the reason.
+    """
+    found: dict[str, dict[str, TensorInfo]] = {}
+    stores: dict[str, Files] = {}
+    gone: list[str] = []
     taken: dict[str, list[str]] = {}
     for name, entry in manifest.tensors().items():
         taken.setdefault(entry.source, []).append(name)
@@ -177,22 +222,25 @@ def _open_sources(manifest: Manifest, moved: Mapping[str, str]) -> tuple[dict[st
     if unknown:
         known = ", ".join(manifest.sources)
         raise VerifyError(f"the checkpoint has no source `{min(unknown)}`; its sources are {known}")
-    for name, source in manifest.sources.items():
-        location = moved.get(name) or source.place
+    for name, recorded in manifest.sources.items():
+        location = moved.get(name) or recorded.place
         try:
-            opened[name] = open_checkpoint(location)
+            source = open_checkpoint(location)
         except SourceError as error:
             if name in moved:
                 raise
             gone.append(f"`{name}`: {error}")
             continue
-        lacking = [tensor for tensor in taken.get(name, ()) if tensor not in opened[name].tensors]
+        stores[name], tensors = source.storage, source.tensors
+        found[name] = {tensor: tensors[tensor] for tensor in taken.get(name, ()) if tensor in tensors}
+        lacking = [tensor for tensor in taken.get(name, ()) if tensor not in tensors]
         if lacking:
             reason = f"`{name}`: {location} lacks {len(lacking):,} of its tensors: {some(compress(lacking))}"
             if name in moved:
                 raise VerifyError(f"source {reason}; is this the right folder?")
             gone.append(reason)
-    return opened, gone
+        del source, tensors
+    return found, stores, gone
 
 
 def _structure_differences(manifest: Manifest, checkpoint: Checkpoint, unread: Container[str]) -> Iterator[str]:
@@ -213,9 +261,8 @@ def _structure_differences(manifest: Manifest, checkpoint: Checkpoint, unread: C
             yield f"{name}: in {info.file}, but not in the manifest"
 
 
-def _fetching(source: Checkpoint) -> FileReader:
+def _fetching(storage: Files) -> FileReader:
     """Reads the files of a source, after fetching those on the hub."""
-    storage = source.storage
     return FileReader(lambda file: storage.cached(file) or storage.fetch([file])[file])
 
 

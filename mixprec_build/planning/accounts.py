@@ -10,11 +10,10 @@ from itertools import chain
 from ..checkpoint.typed import Source
 from ..families.expected import is_tied_head, left_out_of_builds
 from ..families.parts import Role
-from ..formats.registry import leaves
 from ..patterns.compress import compress
+from ..recipe.recipe import Recipe
 from ..recipe.sources import Sources
 from ..storage.header import TensorInfo
-from ..storage.module import split_name
 from .choose import Chosen
 from .types import LeftOut, PlannedModule
 
@@ -40,10 +39,13 @@ def notes_on_heads(
             yield f"{name} of `{source.name}` is left out: {why}"
 
 
-def notes_on_rules(chosen: Chosen, sources: Sources) -> Iterator[str]:
+def notes_on_rules(chosen: Chosen, recipe: Recipe, sources: Sources) -> Iterator[str]:
     """Yields notes on lines that match nothing, never win, or name numbers that no module has."""
+    dropped = [n for s in sources.by_name.values() for n in sources.drafts_of(s)] if recipe.drop_mtp else []
     for use, names in zip(chosen.uses, chosen.matched, strict=True):
-        if not use.matched:
+        if not use.matched and dropped and (use.rule.mtp or any(map(use.rule.pattern.matches, dropped))):
+            yield f"{use.rule} decides nothing: --drop-mtp leaves the draft layers out"
+        elif not use.matched:
             hint = _why_nothing(use.rule.pattern.text, sources)
             yield f"{use.rule} matches nothing{hint and f' ({hint})'}"
         elif not use.won:
@@ -69,28 +71,38 @@ def _why_nothing(glob: str, sources: Sources) -> str:
     return ""
 
 
-def left_out(modules: Mapping[str, PlannedModule], default: Source, sources: Sources) -> Iterator[LeftOut]:
+def left_out(
+    modules: Mapping[str, PlannedModule], default: Source, recipe: Recipe, sources: Sources
+) -> Iterator[LeftOut]:
     """Yields the tensors of each source that are not in the output, by reason."""
     kept: dict[str, set[str]] = {name: set() for name in sources.by_name}
-    for module in modules.values():
-        for planned in module.tensors.values():
+    for taken in modules.values():
+        for planned in taken.tensors.values():
             kept[planned.source].add(planned.info.name)
     for source in sources.by_name.values():
-        groups: dict[str, list[TensorInfo]] = {}
-        for name, tensor in source.checkpoint.tensors.items():
-            if name not in kept[source.name]:
-                groups.setdefault(_why_left_out(source, tensor, modules, default, sources), []).append(tensor)
+        groups: dict[str, list[tuple[str, TensorInfo]]] = {}
+        mine = kept[source.name]
+        for name, stored in source.checkpoint.modules.items():
+            module = modules.get(name)
+            for leaf, tensor in stored.tensors.items():
+                if tensor.name not in mine:
+                    why = _why_left_out(source, tensor, leaf, module, default, recipe, sources)
+                    groups.setdefault(why, []).append((name, tensor))
         for reason, tensors in groups.items():
-            names = {split_name(tensor.name, leaves())[0] for tensor in tensors}
-            nbytes = sum(tensor.nbytes for tensor in tensors)
-            yield LeftOut(source.name, reason, len(tensors), nbytes, tuple(compress(names)))
+            nbytes = sum(tensor.nbytes for _, tensor in tensors)
+            patterns = compress({name for name, _ in tensors})
+            yield LeftOut(source.name, reason, len(tensors), nbytes, tuple(patterns))
 
 
 def _why_left_out(
-    source: Source, tensor: TensorInfo, modules: Mapping[str, PlannedModule], default: Source, sources: Sources
+    source: Source,
+    tensor: TensorInfo,
+    leaf: str,
+    module: PlannedModule | None,
+    default: Source,
+    recipe: Recipe,
+    sources: Sources,
 ) -> str:
-    name, leaf = split_name(tensor.name, leaves())
-    module = modules.get(name)
     if module is None and (reason := left_out_of_builds(tensor.name)) is not None:
         return reason
     if module is not None and leaf == "bias" and module.source == source.name:
@@ -99,4 +111,6 @@ def _why_left_out(
         return f"taken from `{module.source}`"
     if is_tied_head(tensor.name, default.facts):
         return "tied to the embedding"
+    if sources.is_draft(tensor.name):
+        return "draft layers (MTP), dropped" if recipe.drop_mtp else "draft layers (MTP), which no line takes from it"
     return f"not in the model as `{default.name}` has it"

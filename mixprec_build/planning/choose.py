@@ -19,6 +19,7 @@ from ..recipe.recipe import Recipe, Rule
 from ..recipe.sources import Sources
 from ..storage.module import split_name
 from ..text import some
+from .draft_lines import Drafts, find_drafts
 from .folding import Folding
 from .problems import Problems
 from .rules import offers
@@ -35,6 +36,11 @@ class Choice(NamedTuple):
     follows: bool = False
     """Whether the modules that a norm feeds decided the source."""
 
+    @property
+    def is_default(self) -> bool:
+        """Whether no line names the module, but at most ``mtp:`` all draft layers."""
+        return self.rule is None or self.rule.mtp
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chosen:
@@ -48,6 +54,7 @@ class Chosen:
     """Numbers of modules that each of these lines matches and decides."""
     matched: Sequence[Sequence[str]]
     """The modules that each of these lines matches, in checkpoint order."""
+    drafts: Drafts
     notes: tuple[str, ...] = ()
 
     @property
@@ -64,7 +71,8 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
     """Applies the lines of a recipe to the modules of the default source, and to those that exact lines name.
 
     The last glob that matches decides; an exact name beats every glob. Norms, routers and parameters, which are never
-    quantized, are decided only by globs that match nothing else.
+    quantized, are decided only by globs that match nothing else. Draft layers have a default source and globs of their
+    own, see :mod:`.draft_lines`.
 
     Raises:
         RecipeError: no source has a module that an exact line names, or its source has it unquantized where the line
@@ -73,15 +81,21 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
     rules = tuple((rule, sources.resolve(rule.source, recipe, rule.line)) for rule in recipe.rules)
     default = sources.by_name[recipe.default]
     named = {i: name for i, rule in enumerate(rules) if (name := _module_named(*rule, recipe, sources)) is not None}
+    if recipe.drop_mtp:
+        named = {i: name for i, name in named.items() if not sources.is_draft(name)}
     exact = {name: i for i, name in named.items()}
-    in_default = (name for name in default.checkpoint.modules if left_out_of_builds(name) is None)
-    names = sorted({*in_default, *exact}, key=natural_key)
-    hits = recipe.globs_matching(names)
+    mains = (n for n in default.checkpoint.modules if left_out_of_builds(n) is None and not sources.is_draft(n))
+    hits = recipe.globs_matching({*mains, *(name for name in exact if not sources.is_draft(name))})
+    drafts = find_drafts(recipe, rules, sources, exact, {i for found in hits.values() for i in found})
+    hits |= drafts.globs
+    names = sorted(hits, key=natural_key)
     matched = [[named[i]] if i in named else [] for i in range(len(rules))]
-    for name, found in hits.items():
-        for i in found:
+    for name in names:
+        for i in hits[name]:
             matched[i].append(name)
-    default_first = [default, *sources.by_name.values()]
+    if drafts.line is not None:
+        matched[drafts.line] = [name for name in names if name in drafts.globs]
+    default_first = [default, drafts.home, *sources.by_name.values()]
     roles = {name: sources.family.role_by_name(name) or _role(name, default_first, sources) for name in names}
     fixed = {name for name, role in roles.items() if role.never_quantized}
     # Only a glob that matches nothing but norms, routers and the like is meant for them.
@@ -93,21 +107,23 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
     ]
     won = Counter[int]()
     choices = {}
-    for name, found in hits.items():
-        candidates = [i for i in found if i in means_fixed] if name in fixed else found
-        winner = exact.get(name, candidates[-1] if candidates else None)
+    for name in names:
+        found, home = hits[name], drafts.home if name in drafts.globs else default
+        if name in fixed and not (name in drafts.globs and home.module(name) is None):
+            found = [i for i in found if i in means_fixed]
+        winner = exact.get(name, found[-1] if found else drafts.line if name in drafts.globs else None)
         if winner is None:
-            choices[name] = Choice(default)
+            choices[name] = Choice(home)
         else:
             won[winner] += 1
             choices[name] = Choice(rules[winner][1], rules[winner][0])
     uses = tuple(RuleUse(rule, len(matched[i]), won[i]) for i, rule in enumerate(recipe.rules))
-    return Chosen(choices, roles, rules, uses, matched, tuple(notes))
+    return Chosen(choices, roles, rules, uses, matched, drafts, tuple(notes))
 
 
 def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) -> str | None:
     """The module that an exact line names; None for a glob. Raises :class:`RecipeError` where no source has it."""
-    if not rule.pattern.exact:
+    if not rule.exact:
         return None
 
     def error(message: str, instead: str | None = None, *, remove: bool = False) -> RecipeError:
@@ -207,7 +223,7 @@ def with_followers(chosen: Chosen, folding: Folding, sources: Sources) -> Chosen
                 moved.setdefault(to.name, []).append(name)
 
     for norm, fed in folding.fed.items():
-        free = [n for n in (norm, *fed) if choices[n].rule is None and chosen.roles[n].never_quantized]
+        free = [n for n in (norm, *fed) if choices[n].is_default and chosen.roles[n].never_quantized]
         voters = [choices[name].source.name for name in fed if name not in free]
         source = folding.follow(norm, choices[norm].source.name, voters) if norm in free else None
         if source is not None:

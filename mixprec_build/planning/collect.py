@@ -62,7 +62,8 @@ def collect(chosen: Chosen, default: Source, sources: Sources, problems: Problem
                 clashes.setdefault((due, shape, source.name), []).append(name)
             if "bias" in base.tensors and "bias" not in tensors and "" not in tensors:
                 tensors["bias"] = PlannedTensor(default.name, base.tensors["bias"])
-        modules[name] = PlannedModule(name, role, fmt, source.name, rule, shape, tensors, follows)
+        draft = name in chosen.drafts.globs
+        modules[name] = PlannedModule(name, role, fmt, source.name, rule, shape, tensors, follows, draft)
     for (source_name, rule), names in missing.items():
         _report_missing(sources.by_name[source_name], rule, names, default, chosen, sources, problems)
     for (due, shape, source_name), names in clashes.items():
@@ -73,12 +74,19 @@ def collect(chosen: Chosen, default: Source, sources: Sources, problems: Problem
             code="different_models",
             modules=names,
         )
+    asked_for = {module.rule for module in modules.values() if module.rule is not None and _is_as_asked(module)}
     notes = [
         f"{rule}: {len(names)} of its modules are stored as {kind} there ({some(compress(names))})"
         for (kind, rule), names in downgraded.items()
+        if not (rule.mtp and rule in asked_for)  # some of draft layers are never quantized
     ]
     with_scales, more = with_cache_scales(modules, sources)
     return Collected(with_scales, (*notes, *more))
+
+
+def _is_as_asked(module: PlannedModule) -> bool:
+    """Whether a module is in a format that its line names."""
+    return module.rule is not None and module.format.kind in kinds_of_word(module.rule.source)
 
 
 def _shape_in(source: Source, name: str) -> tuple[int, ...] | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..recipe.sources import Sources
     from .types import PlannedModule
 
-__all__ = ["check_complete", "check_tied_head"]
+__all__ = ["check_complete", "check_tied_head", "expert_gaps", "kinds_of_blocks", "modules_within"]
 
 
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*(?:layers|h|blocks|block))\.(?P<number>\d+)\.(?P<inner>.+)")
@@ -44,17 +44,15 @@ def check_complete(
     """Adds to ``problems`` what is certainly missing. Returns notes on what may be missing.
 
     Args:
-        modules: the planned output.
+        modules: the planned output, without draft layers.
         facts: of the ``config.json`` that it is served with.
         offered: source -> the modules that a line may take from it.
     """
     family, notes = facts.family, list[str]()
     _check_ends(modules, facts, offered, problems)
-    # A bare parameter may be in some layers only, such as a hash table of experts or a router's bias.
-    stacks = _stacks((name for name, module in modules.items() if "" not in module.tensors), family)
-    if stacks:
-        stack = max(stacks, key=lambda name: sum(map(len, stacks[name].values())))
-        layers, due = stacks[stack], layers_due(facts)
+    stack, layers = _decoder(modules, family)
+    if layers:
+        due = layers_due(facts)
         if due is not None:
             _check_layers(stack, layers, due, problems)
             layers = {number: inner for number, inner in layers.items() if number in due}
@@ -144,7 +142,12 @@ def _check_ends(
 
 def _report_lack(what: str, word: str, offered: Mapping[str, Collection[str]], problems: Problems) -> None:
     """Adds to ``problems`` a missing module whose name ends with ``word``, and the source that has one."""
-    having = ((source, name) for source, names in offered.items() for name in names if name.endswith(word))
+    having = (
+        (source, name)
+        for source, names in offered.items()
+        for name in names
+        if name.endswith(word) and not _is_aside(name)  # draft layers may have a copy
+    )
     source, name = next(having, (None, ""))
     text = f"the model needs {what}, and the mix has none"
     if source is None:
@@ -164,7 +167,7 @@ def _parent(stack: str) -> str:
 def _stacks(names: Iterable[str], family: Family) -> dict[str, dict[int, set[str]]]:
     """Stack of decoder layers -> layer -> its modules, all experts as one. Vision towers and drafts are left out."""
     stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    numbered = re.compile(rf"(^|\.){re.escape(family.experts)}\.\d+\..+")
+    numbered = _experts_as_one(family)
     for name in names:
         found = _LAYER.fullmatch(name)
         if found is None or _BESIDE_THE_DECODER.search(found["stack"]) or _BUFFER.fullmatch(name):
@@ -245,6 +248,36 @@ def _it(places: Collection[str]) -> str:
     return "it" if len(places) == 1 else "them"
 
 
+def kinds_of_blocks(modules: Mapping[str, PlannedModule], facts: ModelFacts) -> dict[str, set[frozenset[str]]]:
+    """Path of a block within a decoder layer -> the names directly below it, for each kind of layer."""
+    _, layers = _decoder(modules, facts.family)
+    due = layers_due(facts)
+    kinds: dict[str, set[frozenset[str]]] = defaultdict(set)
+    for number, inner in layers.items():
+        for node, children in _children(inner).items() if due is None or number in due else ():
+            kinds[node].add(frozenset(children))
+    return kinds
+
+
+def modules_within(inner: Iterable[str], family: Family) -> dict[str, set[str]]:
+    """The same of one layer with the modules ``inner``."""
+    return _children(_experts_as_one(family).sub(rf"\1{family.experts}", name) for name in inner)
+
+
+def _experts_as_one(family: Family) -> re.Pattern[str]:
+    return re.compile(rf"(^|\.){re.escape(family.experts)}\.\d+\..+")
+
+
+def _decoder(modules: Mapping[str, PlannedModule], family: Family) -> tuple[str, dict[int, set[str]]]:
+    """The largest stack of decoder layers, and its layers with their modules; none where there is none."""
+    # A bare parameter may be in some layers only, such as a hash table of experts or a router's bias.
+    stacks = _stacks((name for name, module in modules.items() if "" not in module.tensors), family)
+    if not stacks:
+        return "", {}
+    stack = max(stacks, key=lambda name: sum(map(len, stacks[name].values())))
+    return stack, stacks[stack]
+
+
 def _children(inner: Iterable[str]) -> dict[str, set[str]]:
     """Path of a block within a layer -> the names directly below it."""
     tree: dict[str, set[str]] = defaultdict(set)
@@ -256,23 +289,7 @@ def _children(inner: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _check_experts(modules: Iterable[str], facts: ModelFacts, problems: Problems) -> None:
-    experts: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    ending = f".{facts.family.experts}"
-    for name in modules:
-        found = numbered_part(name)
-        if found is None or not found[0].endswith(ending) or _BESIDE_THE_DECODER.search(name):
-            continue
-        layer, number, part = found
-        experts[layer][number].add(part)
-    count = facts.experts
-    missing, beyond, most = [], [], 0
-    for layer, numbers in experts.items():
-        due = range(count) if count is not None and count <= _MOST_EXPERTS else range(max(numbers) + 1)
-        parts = set().union(*numbers.values())
-        missing += [f"{layer}.{number}" for number in due if number not in numbers]
-        missing += [f"{layer}.{n}.{part}" for n, have in numbers.items() for part in sorted(parts - have)]
-        beyond += [f"{layer}.{number}" for number in numbers if number not in due]
-        most = max(most, len(due))
+    missing, beyond, most = expert_gaps((n for n in modules if not _BESIDE_THE_DECODER.search(n)), facts)
     if missing:
         problems.hard(
             f"the model has {counted(most, 'expert')} a layer, and the mix has nothing of {some(compress(missing))}; "
@@ -287,3 +304,24 @@ def _check_experts(modules: Iterable[str], facts: ModelFacts, problems: Problems
             code="different_models",
             modules=beyond,
         )
+
+
+def expert_gaps(modules: Iterable[str], facts: ModelFacts) -> tuple[list[str], list[str], int]:
+    """Experts and projections that layers lack, experts that they have beyond their number, and that number."""
+    experts: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    ending = f".{facts.family.experts}"
+    for name in modules:
+        found = numbered_part(name)
+        if found is not None and found[0].endswith(ending):
+            layer, number, part = found
+            experts[layer][number].add(part)
+    count = facts.experts
+    missing, beyond, most = [], [], 0
+    for layer, numbers in experts.items():
+        due = range(count) if count is not None and count <= _MOST_EXPERTS else range(max(numbers) + 1)
+        parts = set().union(*numbers.values())
+        missing += [f"{layer}.{number}" for number in due if number not in numbers]
+        missing += [f"{layer}.{n}.{part}" for n, have in numbers.items() for part in sorted(parts - have)]
+        beyond += [f"{layer}.{number}" for number in numbers if number not in due]
+        most = max(most, len(due))
+    return missing, beyond, most

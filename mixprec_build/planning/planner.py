@@ -19,15 +19,18 @@ from ..ranks.splitter import Splitter
 from ..recipe.recipe import Recipe
 from ..recipe.sources import Sources
 from ..text import some
+from ..versions import beside
 from .accounts import left_out, notes_on_heads, notes_on_rules
 from .choose import Chosen, check_same_model, choose, with_followers
 from .collect import collect, without_zero_biases
 from .companions import companion_files
 from .complete import check_complete, check_tied_head
+from .drafts import check_draft_formats, check_drafts, planned_drafts
 from .folding import Folding
 from .moved import check_moved
 from .probe import WeightProbe, check_weights
 from .problems import Problems
+from .releases import check_release
 from .rules import half_only, offers
 from .servable import check_servable
 from .shards import lay_out
@@ -46,6 +49,7 @@ def make_plan(
     allow_unservable: bool = False,
     link: bool = False,
     check_all: bool = False,
+    sglang: str | None = None,
 ) -> Plan:
     """Makes a plan and checks it.
 
@@ -53,6 +57,7 @@ def make_plan(
         allow_unservable: plan a mix even if SGLang could not serve it.
         link: plan links to source files of which every tensor is used.
         check_all: compare the weights of every quantized module with other sources', not of a sample.
+        sglang: the release of SGLang whose rules the plan follows; by default see :func:`.versions.beside`.
 
     Raises:
         RecipeError: a line names a module that no source has, or a format that none or several have.
@@ -63,6 +68,7 @@ def make_plan(
     chosen = choose(recipe, sources)
     notes_on_configs = check_same_model(chosen, sources, problems)
     notes_on_checks: list[str] = []
+    release, needs = sglang or beside(), dict[str, list[str]]()
     with ValueReader({s.name: s.checkpoint for s in sources.by_name.values()}) as reader:
         folding = Folding(chosen.choices, sources, reader)
         chosen = with_followers(chosen, folding, sources)
@@ -70,13 +76,17 @@ def make_plan(
         modules = collected.modules
         check_stacked(chosen, default, sources, problems)
         if not problems:  # else the same modules would be reported twice
-            notes_on_checks += check_complete(modules, sources.model.facts, _offered(sources), problems)
+            mains = {name: module for name, module in modules.items() if not module.draft}
+            notes_on_checks += check_complete(mains, sources.model.facts, _offered(sources), problems)
+            notes_on_checks += check_drafts(modules, chosen, recipe, sources, problems)
         if not problems:
             modules = without_zero_biases(modules, default, sources, reader, problems)
             modules, remarks = as_stored(modules, reader)
             notes_on_checks += remarks
             check_tied_head(modules, sources, reader, problems)
             check_servable(modules, sources, reader, folding, problems)
+            check_draft_formats(modules, sources, problems)
+            needs = check_release(modules, sources, problems, release)
             notes_on_checks += check_untraced(modules, sources, folding, problems)
             check_moved(modules, sources, problems)
             notes_on_checks += folding.unseen()
@@ -94,7 +104,7 @@ def make_plan(
         modules=modules,
         shards=tuple(lay_out(modules, recipe.shard_size, sources if link else None)),
         rules=chosen.uses,
-        left_out=tuple(left_out(modules, default, sources)),
+        left_out=tuple(left_out(modules, default, recipe, sources)),
         notes=(
             *_notes_on_sources(default, sources),
             *notes_on_configs,
@@ -103,9 +113,13 @@ def make_plan(
             *notes_on_checks,
             *notes_on_heads(modules, default, chosen, sources),
             *(remark for splitter, _ in splitters for remark in splitter.remarks()),
-            *notes_on_rules(chosen, sources),
+            *notes_on_rules(chosen, recipe, sources),
         ),
         problems=tuple(found),
+        sglang=release,
+        needs=needs,
+        warnings=problems.warnings(),
+        drafts=planned_drafts(modules.values(), chosen, recipe, sources),
         presplit={str(splitter.degree): nbytes for splitter, nbytes in splitters},
     )
 

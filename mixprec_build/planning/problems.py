@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..patterns.compress import compress
 from ..patterns.index import PatternIndex
-from ..recipe.fix import Line, RecipeFix
+from ..recipe.fix import MTP, Line, RecipeFix
 from ..text import some
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ CODES = {
     "fused_formats": "modules that SGLang runs as one GEMM are in different formats",
     "incomplete_model": "the mix lacks modules that its model needs",
     "kernel_limit": "SGLang has no kernel for the shape, the format or the values",
+    "lost_drafts": "the mix has no draft layers (MTP), and another source has",
     "missing_module": "a source lacks modules that the recipe takes from it",
     "moved_rows": "a model class of SGLang's moves rows of the weight and leaves its scales behind",
     "not_cached": "the hub is out of reach, and its cache lacks files",
@@ -79,6 +80,8 @@ class Replacement:
     """Lines to remove."""
     is_default: bool = False
     """Whether the source becomes the default of the recipe; other modules stay with the present one."""
+    is_mtp: bool = False
+    """Whether it becomes the source of all draft layers, by the line ``mtp: SOURCE``."""
 
     @classmethod
     def of(cls, source: str | None, modules: Iterable[tuple[str, Rule | None]]) -> tuple[Replacement, list[str]]:
@@ -86,7 +89,7 @@ class Replacement:
         exact: dict[Rule, None] = {}
         others = []
         for name, rule in modules:
-            if rule is not None and rule.pattern.exact:
+            if rule is not None and rule.exact:
                 exact[rule] = None
             else:
                 others.append(name)
@@ -97,6 +100,11 @@ class Replacement:
         default if another one becomes it."""
         if self.source is None or (self.is_default and not self._can_become_default(recipe, modules)):
             return None
+        below = max((rule.line for rule in recipe.rules), default=0)
+        if self.is_mtp:
+            line = max((rule.line for rule in recipe.rules if rule.mtp), default=0)
+            edit = (Line(line, MTP, self.source),)
+            return RecipeFix(edit if line else (), (), () if line else edit, below, recipe.section)
         source = recipe.default if self.is_default else self.source
         change = [Line(rule.line, rule.pattern.text, source) for rule in self.rules]
         remove = [_line(rule) for rule in self.remove]
@@ -110,7 +118,6 @@ class Replacement:
             if rule is not None:
                 remove.append(_line(rule))
             add.append(Line(0, pattern, source))
-        below = max((rule.line for rule in recipe.rules), default=0)
         default = Line(recipe.default_line, "default", self.source) if self.is_default else None
         return RecipeFix(tuple(change), tuple(remove), tuple(add), below, recipe.section, default)
 
@@ -144,6 +151,7 @@ class Problems:
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
         self._hard: dict[Problem, None] = {}
+        self._warnings: dict[Problem, None] = {}
         self._soft: dict[tuple[str, str, Replacement | None], _About] = {}
 
     def __bool__(self) -> bool:
@@ -157,9 +165,23 @@ class Problems:
         *,
         code: str,
         modules: Iterable[str] = (),
+        advice: str = "",
     ) -> None:
-        """Adds a problem that cannot be allowed. ``replacement`` has the source that ``change`` should come from."""
-        self._hard[self._problem(code, text, tuple(compress(modules)), replacement, change, hard=True)] = None
+        """Adds a problem that cannot be allowed. ``replacement`` has the source that ``change`` should come from.
+
+        ``advice`` is for the user where no edit of the recipe helps.
+        """
+        about = tuple(compress(modules))
+        self._hard[self._problem(code, text, about, replacement, change, hard=True, advice=advice)] = None
+
+    def warn(self, text: str, replacement: Replacement, *, code: str, modules: Iterable[str] = ()) -> None:
+        """Adds what the user most likely did not mean. It prevents nothing."""
+        about = tuple(compress(modules))
+        self._warnings[self._problem(code, text, about, replacement, (), hard=False)] = None
+
+    def warnings(self) -> tuple[Problem, ...]:
+        """All that :meth:`warn` added."""
+        return tuple(self._warnings)
 
     def soft(
         self,
@@ -192,10 +214,10 @@ class Problems:
         change: Sequence[str],
         *,
         hard: bool,
+        advice: str = "",
     ) -> Problem:
         assert code in CODES, code
         fix = None if replacement is None else replacement.fix(change, self._recipe)
-        advice = ""
-        if replacement is not None and fix is None:
+        if fix is None and not advice and replacement is not None:
             advice = _NO_SOURCE if replacement.source is None else f"Make `{replacement.source}` the default"
         return Problem(code, text, modules, fix, hard, advice)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..families.base import Family
 from ..families.facts import ModelFacts
-from ..families.names import last_word
+from ..families.names import last_word, layer_of
 from ..formats.base import Format
 from ..formats.registry import kinds_of_word
 from ..patterns.compress import compress
@@ -35,18 +35,30 @@ __all__ = [
     "fused_rows_limits",
     "group_limits",
     "half_only",
+    "half_only_groups",
     "missing_projections",
     "offers",
     "origin",
     "replacement",
     "share_one_format",
+    "whole_expert",
 ]
 
 
 def half_only(modules: Mapping[str, tuple[Format, StoredModule]], facts: ModelFacts) -> Iterator[str]:
     """Yields remarks on modules that SGLang serves in FP16 only."""
-    family = facts.family
     found: dict[tuple[str, str], list[str]] = {}
+    for kind, why, members in half_only_groups(modules, facts.family):
+        found.setdefault((kind, why), []).extend(members)
+    flag = "" if facts.dtype == "float16" else ": start SGLang with --dtype half, or take another source for them"
+    for (kind, why), names in found.items():
+        yield f"{some(compress(names))} ({kind}): {why}, with FP16 activations only{flag}"
+
+
+def half_only_groups(
+    modules: Mapping[str, tuple[Format, StoredModule]], family: Family
+) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Yields fused groups that SGLang serves in FP16 only: their kind, the reason, and their modules."""
     may = [name for name, (fmt, _) in modules.items() if type(fmt).half_only is not Format.half_only]
     for name, members in family.fused_groups(may).items():
         formats = {modules[member][0] for member in members}
@@ -54,10 +66,7 @@ def half_only(modules: Mapping[str, tuple[Format, StoredModule]], facts: ModelFa
         if family.is_expert(name) or any(other.fuses_as != fmt.fuses_as for other in formats):
             continue
         if why := fmt.half_only([modules[member][1] for member in members]):
-            found.setdefault((fmt.kind, why), []).extend(members)
-    flag = "" if facts.dtype == "float16" else ": start SGLang with --dtype half, or take another source for them"
-    for (kind, why), names in found.items():
-        yield f"{some(compress(names))} ({kind}): {why}, with FP16 activations only{flag}"
+            yield fmt.kind, why, members
 
 
 def missing_projections(group: str, parts: Sequence[PlannedModule], family: Family) -> str | None:
@@ -99,8 +108,10 @@ def group_limits(parts: Sequence[PlannedModule], reader: ValueReader, family: Fa
     limits = [limit for p in parts if (limit := family.format_limit(p.name, p.role, p.format)) is not None]
     by_name = {part.name: part for part in parts}
     for group, members in family.fused_groups(by_name).items():
-        limit = missing_projections(group, [by_name[member] for member in members], family)
+        around = [by_name[member] for member in members]
+        limit, whole = missing_projections(group, around, family), whole_expert(group, around, family)
         limits += [limit] if limit else []
+        limits += [f"SGLang runs gate, up and down of an expert in {whole.kind} as one"] if whole else []
     for name, members in family.gemms(by_name).items():
         fused = [by_name[member] for member in members]
         if len({part.format.fuses_as for part in fused}) > 1:
@@ -112,6 +123,14 @@ def group_limits(parts: Sequence[PlannedModule], reader: ValueReader, family: Fa
             limit = compared[1].limit(fused[0].format, by_name[compared[0]].format)
             limits += [limit] if limit else []
     return limits
+
+
+def whole_expert(group: str, parts: Iterable[PlannedModule], family: Family) -> Format | None:
+    """The format of an expert in several ones that SGLang runs complete experts in only; None for others."""
+    formats = {part.format.fuses_as: part.format for part in parts}
+    if len(formats) < 2 or not family.is_expert(group):
+        return None
+    return next((fmt for fmt in formats.values() if fmt.experts_whole), None)
 
 
 def share_one_format(parts: Iterable[PlannedModule], family: Family) -> bool:
@@ -132,7 +151,13 @@ def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool, fami
         return [*fused_rows_limits(fmt, parts, family), *fmt.linear_limits(parts)]
     size = fmt.shape(parts[0])
     hidden, intermediate = size if family.is_down(parts[0].name) else reversed(size)
-    return fmt.expert_limits(parts, hidden, intermediate)
+    limits = fmt.expert_limits(parts, hidden, intermediate)
+    activation = family.activation.in_layer(layer_of(parts[0].name))
+    if (limit := activation.limit_on(fmt.experts_run_on)) is not None:
+        limits.append(limit)
+    if fmt.gated_experts_only and not activation.gated:
+        limits.append(f"SGLang runs no {fmt.name} experts without a gate")
+    return limits
 
 
 def fused_rows_limits(fmt: Format, parts: Sequence[StoredModule], family: Family) -> Iterator[str]:
@@ -180,6 +205,10 @@ def _offers_one_gemm(source: Source, parts: Sequence[PlannedModule], expert: boo
 def can_serve_from(source: Source, modules: Iterable[PlannedModule], family: Family) -> bool:
     """Whether SGLang could serve all of ``modules`` if they came from ``source``."""
     by_name = {module.name: module for module in modules}
+    for group, members in family.fused_groups(by_name).items():
+        formats = [source.known_format(name) for name in members]
+        if any(fmt is not None and fmt.experts_whole for fmt in formats) and len(family.gemms_of(group, members)) < 2:
+            return False
     return all(
         _offers_one_gemm(source, [by_name[n] for n in members], family.is_expert(group), family)
         for group, members in family.gemms(by_name).items()
@@ -195,7 +224,8 @@ def offers(source: Source, modules: Iterable[str]) -> bool:
 
 def origin(module: PlannedModule) -> str:
     """The source of a module and the line that chose it, for messages."""
-    return f"`{module.source}` ({module.rule or ('what it feeds' if module.follows else 'the default')})"
+    default = "the default, for no line names these draft layers" if module.draft else "the default"
+    return f"`{module.source}` ({module.rule or ('what it feeds' if module.follows else default)})"
 
 
 def described(fmt: Format) -> str:

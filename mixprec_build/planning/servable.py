@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
-from ..families.names import last_word
+from ..families.names import last_word, layer_of
 from ..families.parts import Role
 from .problems import Problems
 from .rules import (
@@ -21,6 +21,8 @@ from .rules import (
     missing_projections,
     origin,
     replacement,
+    share_one_format,
+    whole_expert,
 )
 
 if TYPE_CHECKING:
@@ -52,9 +54,14 @@ def check_servable(
                 _check_gemm(name, parts, around, sources, reader, problems, fixed)
                 _check_never_quantized(parts, sources, problems)
                 _check_compared(name, parts, modules, sources, problems)
+        _check_whole(group, around, sources, problems)
         limit = missing_projections(group, around, family)
         if limit is not None:
             _refuse_all(around, limit, sources, problems, "incomplete_model")
+        elif family.is_expert(group):
+            limit = family.activation.in_layer(layer_of(group)).split_limit
+            if limit is not None:
+                _check_one_format(around, limit, sources, problems, fixed)
     check_same_weights(modules, sources, folding, problems)
 
 
@@ -85,6 +92,32 @@ def _check_gemm(
         return
     for limit in format_limits(name, parts, reader, sources.family):
         _refuse_all(parts, limit, sources, problems, "kernel_limit")
+
+
+def _check_whole(group: str, around: Sequence[PlannedModule], sources: Sources, problems: Problems) -> None:
+    """Adds to ``problems`` an expert of several formats, of which one is for complete experts only."""
+    whole = whole_expert(group, around, sources.family)
+    if whole is None or not share_one_format(around, sources.family):
+        return  # gate and up of two formats are refused by themselves
+    owners = "; ".join(f"{last_word(part.name)} is {described(part.format)} from {origin(part)}" for part in around)
+    source = common_source(around, sources)
+    change = [part for part in around if part.source != source]
+    text = f"SGLang runs gate, up and down of an expert in {whole.kind} as one, so they must share it, but {owners}"
+    problems.soft([part.name for part in around], text, *replacement(source, change), code="fused_formats")
+
+
+def _check_one_format(
+    parts: list[PlannedModule], limit: str, sources: Sources, problems: Problems, fixed: Set[str]
+) -> None:
+    """Adds a problem if the projections of an expert, ``parts``, have several formats; ``limit`` says why not."""
+    if len({part.format.fuses_as for part in parts}) < 2:
+        return
+    owners = "; ".join(f"{last_word(part.name)} is {described(part.format)} from {origin(part)}" for part in parts)
+    source = common_source(parts, sources, parts)
+    change = [part for part in parts if part.source != source]
+    names = [part.name for part in parts]
+    edit = replacement(source, change) if fixed.isdisjoint(names) else ()
+    problems.soft(names, f"{limit}, and need one: {owners}", *edit, code="fused_formats")
 
 
 def _refuse_all(parts: list[PlannedModule], limit: str, sources: Sources, problems: Problems, code: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from ..storage.header import TensorInfo, build_header
 from ..storage.module import StoredModule
 from .problems import Problem
 
-__all__ = ["LeftOut", "Plan", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse"]
+__all__ = ["LeftOut", "Plan", "PlannedDrafts", "PlannedModule", "PlannedShard", "PlannedTensor", "RuleUse"]
 
 
 class PlannedTensor(NamedTuple):
@@ -28,7 +28,8 @@ class PlannedTensor(NamedTuple):
 class PlannedModule(NamedTuple):
     """A module of the output. ``rule`` is the recipe line that chose its source, None for the default.
 
-    ``follows`` marks norms, routers and cache scales that are taken from the source of the modules they belong to.
+    ``follows`` marks norms, routers and cache scales that are taken from the source of the modules they belong to;
+    ``draft`` modules of draft layers.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PlannedModule(NamedTuple):
     shape: tuple[int, ...]
     tensors: Mapping[str, PlannedTensor]
     follows: bool = False
+    draft: bool = False
 
     @property
     def stored(self) -> StoredModule:
@@ -95,6 +97,21 @@ class LeftOut:
     """Patterns of the names of their modules."""
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedDrafts:
+    """The draft layers of the output."""
+
+    modules: tuple[str, ...] = ()
+    layers: int = 0
+    """How many the written ``config.json`` declares, if it has a key for that."""
+    source: str | None = None
+    """The source of most of their modules; None where there are none."""
+    rule: Rule | None = None
+    """The line ``mtp: SOURCE`` of the recipe."""
+    dropped: bool = False
+    """Whether they were left out with ``--drop-mtp``."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """A plan of all that a build does."""
@@ -108,6 +125,13 @@ class Plan:
     notes: tuple[str, ...]
     problems: tuple[Problem, ...] = ()
     """Reasons why SGLang could not serve it, which the user allowed."""
+    warnings: tuple[Problem, ...] = ()
+    """What the user most likely did not mean, although SGLang could serve it."""
+    sglang: str = ""
+    """The release of SGLang whose rules were followed."""
+    needs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Rule that only some releases keep (:mod:`mixprec_build.versions`) -> patterns of the modules that need it."""
+    drafts: PlannedDrafts = PlannedDrafts()
     presplit: Mapping[str, int] = field(default_factory=dict)
     """Degree, as ``tp4-ep1`` -> bytes of the files cut for it."""
 

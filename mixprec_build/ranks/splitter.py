@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm, prod
-from typing import NamedTuple
 
 from ..checkpoint.degree import Degree
 from ..errors import SplitError
@@ -33,56 +32,27 @@ from ..families.cache_scales import CacheScale, cache_scale, parameters_of
 from ..families.expected import ties_head, tower_of
 from ..families.expert_groups import expert_groups
 from ..families.facts import ModelFacts
-from ..families.names import last_word
+from ..families.names import last_word, layer_of
 from ..families.parts import CutBy, Role
 from ..families.registry import cuttable_types, replicated_types
+from ..families.stacked import block_of_stacked
 from ..formats.base import Axes, Format
 from ..patterns.compress import compress
 from ..storage.module import StoredModule
 from .assemble import as_parameter
 from .pieces import Parameter, Piece
 from .sample import one_layer_of_each
+from .shares import Expert, Share, known, projections, step_of
 from .stacking import Cut, StackedTensors, stack, stack_experts
 
 __all__ = ["Share", "Splitter"]
 
 
+# Sections of the outputs: K for keys or groups, V for values, H for one output of each value head
+_STATES = {CutBy.STATE_SECTIONS: "KKV", CutBy.MAMBA_SECTIONS: "VKK", CutBy.MAMBA_PROJECTIONS: "VVKKH"}
 _VOCABULARY_STEP = 64  # DEFAULT_VOCAB_PADDING_SIZE
 WASTEFUL = 0.4
 _MOST_ADVISED = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """The number of an MLP's ``total`` columns that each of ``ranks`` stores: ``columns``, with zeros added."""
-
-    total: int
-    ranks: int
-    columns: int
-    step: int = 1
-    """``columns`` is a multiple of this."""
-
-    @property
-    def native(self) -> int:
-        """A rank's columns without added zeros."""
-        return self.total // self.ranks
-
-    @property
-    def padding(self) -> float:
-        """Added columns, as a share of ``total``."""
-        return self.columns * self.ranks / self.total - 1
-
-    def of(self, rank: int) -> tuple[int, int]:
-        """A rank's columns among ``total``: ``(start, stop)``."""
-        return min(rank * self.columns, self.total), min((rank + 1) * self.columns, self.total)
-
-
-class _Expert(NamedTuple):
-    """Names of the projections of one expert."""
-
-    ups: tuple[str, ...]
-    """Gate and up, or up alone, in the order of SGLang's ``w13``."""
-    down: str
 
 
 @dataclass(slots=True)
@@ -102,9 +72,10 @@ class Splitter:
     """Whether ``modules`` are only some of a checkpoint's: experts may be missing, and no degrees are advised."""
     singles: list[str] = field(init=False, default_factory=list)
     """The modules of the decoder that belong to no expert."""
-    towers: list[str] = field(init=False, default_factory=list)
-    """The modules of encoders of images and sound, which every rank gets as they are stored."""
-    experts: dict[str, list[_Expert]] = field(init=False, default_factory=dict)
+    left_to_class: list[str] = field(init=False, default_factory=list)
+    """The modules of encoders of images and sound, and others that SGLang's class loads itself: every rank gets them as
+    they are stored."""
+    experts: dict[str, list[Expert]] = field(init=False, default_factory=dict)
     """``...experts`` -> the projections of each, in order."""
     shares: dict[str, Share] = field(init=False, default_factory=dict)
     """MLP or ``...experts`` -> how ranks share its columns."""
@@ -146,7 +117,9 @@ class Splitter:
         for prefix, stored in self.experts.items():
             out += self._experts(prefix, stored, rank)
         # SGLang names and cuts these itself.
-        out += [as_parameter(tensor) for name in self.towers for tensor in self.modules[name][1].tensors.values()]
+        out += [
+            as_parameter(tensor) for name in self.left_to_class for tensor in self.modules[name][1].tensors.values()
+        ]
         return out
 
     def total_bytes(self) -> int:
@@ -174,11 +147,13 @@ class Splitter:
         stored: dict[str, dict[int, dict[str, str]]] = {}
         for name in self.modules:
             found = self.family.expert_of(name)
-            if tower_of(name) is not None:
-                self.towers.append(name)
+            if self.family.is_left_to_class(name):
+                self.left_to_class.append(name)
             elif found is not None:
                 prefix, number, word = found
                 stored.setdefault(prefix, {}).setdefault(number, {})[word] = name
+            elif block_of_stacked(self.family, name, self._shapes(name), self.facts.experts) is not None:
+                raise SplitError(f"{name} has all experts of a layer in one tensor, which is not cut for ranks")
             else:
                 self.singles.append(name)
         for prefix, by_number in stored.items():
@@ -189,18 +164,21 @@ class Splitter:
                         "take all experts from one model"
                     )
             self.experts[prefix] = [
-                _projections(f"{prefix}.{n}", parts, self.family) for n, parts in sorted(by_number.items())
+                projections(f"{prefix}.{n}", parts, self.family) for n, parts in sorted(by_number.items())
             ]
+
+    def _shapes(self, name: str) -> list[tuple[int, ...]]:
+        return [tensor.shape for tensor in self.modules[name][1].tensors.values()]
 
     def _share_columns(self) -> None:
         columns: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
         for name, (fmt, stored) in self.modules.items():
-            down = self.family.is_down(name)
-            if (not down and not self.family.is_up(name)) or tower_of(name) is not None:
+            down, joined = self.family.is_down(name), self.family.cut_of(name) is CutBy.GATE_AND_UP
+            if not (down or joined or self.family.is_up(name)) or tower_of(name) is not None:
                 continue
             expert = self.family.expert_of(name)
             shape, tile = fmt.shape(stored), fmt.tile(experts=expert is not None)
-            total, step = (shape[1], tile[1]) if down else (shape[0], tile[0])
+            total, step = (shape[1], tile[1]) if down else (shape[0] // 2 if joined else shape[0], tile[0])
             ranks = self.degree.moe_tp if expert else self.degree.tp
             owner = expert[0] if expert else name.rpartition(".")[0]
             columns.setdefault((owner, ranks), []).append((name, total, step))
@@ -238,19 +216,52 @@ class Splitter:
 
     def _cuts(self, name: str, rank: int) -> list[Cut]:
         """A module's part on a rank: one range of its outputs, or several one after the other."""
-        if self.family.cuts.get(last_word(name)) is not CutBy.STATE_SECTIONS:
+        cut, tp = self.family.cut_of(name), self.degree.attention_tp
+        if cut is CutBy.GATE_AND_UP:
+            return self._gate_and_up(name, self.shares[name.rpartition(".")[0]], rank)
+        # Heads, rows of all of them, and whether several ranks may have the same.
+        if cut in _STATES:
+            keys, values = self._state_heads()
+            parts = {"K": keys, "V": values, "H": (values[0], 1)}
+            sections = [(parts[part][0], parts[part][0] * parts[part][1], False) for part in _STATES[cut]]
+        elif cut is CutBy.QKV_SECTIONS:
+            own, shared = self._heads(name)
+            size = self._outputs(name) // (own + 2 * shared)
+            sections = [(own, own * size, False), (shared, shared * size, True), (shared, shared * size, True)]
+        else:
             return [self._cut(name, rank)]
-        fmt, stored = self.modules[name]
-        keys, values = self._state_heads()
-        sections = [keys, keys, values]
-        if sum(heads * size for heads, size in sections) != fmt.shape(stored)[0]:
-            raise SplitError(f"{name}: {fmt.shape(stored)[0]} rows are not those of the heads in config.json")
-        cuts, start, tp = [], 0, self.degree.attention_tp
-        for heads, size in sections:
-            first, end, share = self._even(name, heads * size, heads, rank % tp, tp)
+        if sum(rows for _, rows, _ in sections) != self._outputs(name):
+            raise SplitError(f"{name}: {self._outputs(name)} rows are not those of the heads in config.json")
+        if tp == 1:
+            return [Cut(name)]
+        cuts, start = [], 0
+        for heads, rows, copied in sections:
+            first, end, share = self._by_heads(name, rows, heads, rank % tp, copied=copied)
+            self._check_start(name, start)
             cuts.append(Cut(name, n=(start + first, start + end, share)))
-            start += heads * size
+            start += rows
         return cuts
+
+    def _gate_and_up(self, name: str, columns: Share, rank: int) -> list[Cut]:
+        if columns.ranks == 1:
+            return [Cut(name)]
+        self._check_start(name, columns.total)
+        start, end = columns.of(rank)
+        return [Cut(name, n=(at + start, at + end, columns.columns)) for at in (0, columns.total)]
+
+    def _check_start(self, name: str, row: int) -> None:
+        """Raises where a part of the outputs of one stored linear begins inside of a block."""
+        fmt, stored = self.modules[name]
+        step = step_of(fmt, stored, inputs=False)
+        if row % step:
+            raise SplitError(
+                f"{name} ({fmt.kind}): a part of its rows begins at {row}, inside of a block of {step}: take it from a "
+                "source in another format"
+            )
+
+    def _outputs(self, name: str) -> int:
+        fmt, stored = self.modules[name]
+        return fmt.shape(stored)[0]
 
     def _state_heads(self) -> tuple[tuple[int, int], tuple[int, int]]:
         keys, values = self.facts.state_keys, self.facts.state_values
@@ -262,7 +273,7 @@ class Splitter:
 
     def _cut(self, name: str, rank: int) -> Cut:
         fmt, stored = self.modules[name]
-        shape, cut = fmt.shape(stored), self.family.cuts.get(last_word(name))
+        shape, cut = fmt.shape(stored), self.family.cut_of(name)
         owner = self.shares.get(name.rpartition(".")[0])
         if owner is not None and self.family.is_up(name):
             return Cut(name, n=(*owner.of(rank), owner.columns))
@@ -273,20 +284,14 @@ class Splitter:
         # Each replica of attention has all of the rest.
         tp = self.degree.attention_tp
         rank %= tp
+        if self.degree.dp > 1 and last_word(name) in self.family.complete_in_replicas:
+            return Cut(name)
         if cut is CutBy.VOCABULARY:
             return self._vocabulary(name, shape[0], rank, tp)
         if cut is CutBy.QUERY_HEADS:
-            return Cut(name, n=self._even(name, shape[0], self._heads(), rank, tp))
+            return Cut(name, n=self._even(name, shape[0], self._heads(name)[0], rank, tp))
         if cut is CutBy.KEY_VALUE_HEADS:
-            heads = _known(self.facts.key_value_heads, "num_key_value_heads")
-            # With fewer heads than ranks, consecutive ranks have the same head.
-            copies = max(1, tp // heads)
-            if heads < tp and tp % heads:
-                raise SplitError(
-                    f"{name}: {heads} key-value heads on {tp} ranks; one must be a multiple of the other"
-                    f"{self._advice()}"
-                )
-            return Cut(name, n=self._even(name, shape[0], heads, rank // copies, tp // copies))
+            return Cut(name, n=self._by_heads(name, shape[0], self._heads(name)[1], rank, copied=True))
         if cut is CutBy.STATE_KEY_HEADS:
             return Cut(name, n=self._even(name, shape[0], self._state_heads()[0][0], rank, tp))
         if cut is CutBy.STATE_VALUE_HEADS:
@@ -294,7 +299,11 @@ class Splitter:
         if cut is CutBy.STATE_INPUTS:
             return Cut(name, k=self._even(name, shape[1], self._state_heads()[1][0], rank, tp, inputs=True))
         if cut is CutBy.HEAD_INPUTS:
-            return Cut(name, k=self._even(name, shape[1], self._heads(), rank, tp, inputs=True))
+            return Cut(name, k=self._even(name, shape[1], self._heads(name)[0], rank, tp, inputs=True))
+        if tp > 1 and cut is None and self.family.members_of(last_word(name)):
+            raise SplitError(
+                f"{name} is stored as one, and how ranks share it is not known for {self.facts.own_model_type}"
+            )
         return Cut(name)
 
     def _vocabulary(self, name: str, size: int, rank: int, ranks: int) -> Cut:
@@ -304,8 +313,24 @@ class Splitter:
         share = Share(size, ranks, padded // ranks)
         return Cut(name, n=(*share.of(rank), share.columns))
 
-    def _heads(self) -> int:
-        return _known(self.facts.attention_heads, "num_attention_heads")
+    def _by_heads(self, name: str, size: int, heads: int, rank: int, *, copied: bool) -> tuple[int, int, int]:
+        """A rank's range of ``size`` outputs; with ``copied``, consecutive ranks may have the same head."""
+        tp = self.degree.attention_tp
+        copies = max(1, tp // heads) if copied else 1
+        if copied and heads < tp and tp % heads:
+            raise SplitError(
+                f"{name}: {heads} key-value heads on {tp} ranks; one must be a multiple of the other{self._advice()}"
+            )
+        return self._even(name, size, heads, rank // copies, tp // copies)
+
+    def _heads(self, name: str) -> tuple[int, int]:
+        """The attention heads and the key-value heads of a module's layer."""
+        layer = layer_of(name)
+        other = None if layer is None else self.facts.heads_of.get(layer)
+        return other or (
+            known(self.facts.attention_heads, "num_attention_heads"),
+            known(self.facts.key_value_heads, "num_key_value_heads"),
+        )
 
     def _even(
         self, name: str, size: int, heads: int, rank: int, ranks: int, *, inputs: bool = False
@@ -314,14 +339,13 @@ class Splitter:
             raise SplitError(f"{name}: {heads} heads cannot be shared by {ranks} ranks{self._advice()}")
         share = size // ranks
         fmt, stored = self.modules[name]
-        axes = [fmt.axes(leaf) for leaf in stored.tensors]
-        step = lcm(*(axis.per for axis in ((a.k if inputs else a.n) for a in axes) if axis is not None))
+        step = step_of(fmt, stored, inputs=inputs)
         if ranks > 1 and share % step:
             raise self._uneven(name, fmt, share, size, f"the format is stored in blocks of {step}")
         return rank * share, (rank + 1) * share, share
 
     def _uneven(self, name: str, fmt: Format, share: int, size: int, why: str) -> SplitError:
-        part = "rows" if self.family.cuts.get(last_word(name)) is CutBy.VOCABULARY else "heads"
+        part = "rows" if self.family.cut_of(name) is CutBy.VOCABULARY else "heads"
         return SplitError(
             f"{name} ({fmt.kind}): a rank's {part} have {share} of its {size} columns, and {why}; "
             f"{part} cannot be filled up with zeros: use fewer ranks, or another format here{self._advice()}"
@@ -364,7 +388,7 @@ class Splitter:
             served = self.family.sglang_name(parameter)
             yield Parameter(served, tensor.dtype, (), (Piece(tensor, (0, 1), (0, 1), (0, 0, 0)),))
 
-    def _experts(self, prefix: str, stored: Sequence[_Expert], rank: int) -> Iterator[Parameter]:
+    def _experts(self, prefix: str, stored: Sequence[Expert], rank: int) -> Iterator[Parameter]:
         """The parameters of a FusedMoE: this rank's experts, format by format."""
         share = self.shares[prefix]
         ep, here = rank // self.degree.moe_tp, len(stored) // self.degree.ep
@@ -382,9 +406,9 @@ class Splitter:
         served = self.family.sglang_name(prefix)
         for number, (ups, downs) in enumerate(groups):
             home = f"{served}.groups.{number}" if mixed else served
-            for weight, parts in (
-                ("w13", [stored[expert].ups for expert in ups]),
-                ("w2", [(stored[expert].down,) for expert in downs]),
+            for weight, cut, parts in (
+                ("w13", Cut("", n=columns), [stored[expert].ups for expert in ups]),
+                ("w2", Cut("", k=columns), [(stored[expert].down,) for expert in downs]),
             ):
                 names = [name for part in parts for name in part]
                 if self.degree.moe_tp > 1 and any(self.modules[name][0].act_order for name in names):
@@ -392,7 +416,7 @@ class Splitter:
                 for stacked in self._leaves(prefix, names):
                     count = len(parts[0])
                     each = [stacked.tensors[i : i + count] for i in range(0, len(stacked.tensors), count)]
-                    yield stack_experts(f"{home}.{weight}_{stacked.name}", each, columns, stacked)
+                    yield stack_experts(f"{home}.{weight}_{stacked.name}", each, cut, stacked)
 
     def _leaves(self, owner: str, names: Sequence[str]) -> list[StackedTensors]:
         """The tensors of modules that run as one, which must all have the same, in the same dtypes."""
@@ -400,35 +424,20 @@ class Splitter:
         for name in names:
             fmt, stored = self.modules[name]
             for leaf, tensor in stored.tensors.items():
-                key = fmt.sglang_name(leaf)
+                key, dtype = fmt.sglang_name(leaf), fmt.dtype_of(leaf, tensor.dtype)
                 stacked = out.get(key)
                 if stacked is None:
                     stacked = StackedTensors(
-                        key, tensor.dtype, fmt.axes(leaf), fmt.filler(leaf), fmt.transposed_in_experts(leaf), []
+                        key, dtype, fmt.axes(leaf), fmt.filler(leaf), fmt.transposed_in_experts(leaf), []
                     )
                     out[key] = stacked
                 stacked.tensors.append(tensor)
-                if stacked.dtype != tensor.dtype:
+                if stacked.dtype != dtype:
                     raise SplitError(
-                        f"{owner}: {stacked.name} is {stacked.dtype} in {names[0]} and {tensor.dtype} in {name}; a "
+                        f"{owner}: {stacked.name} is {stacked.dtype} in {names[0]} and {dtype} in {name}; a "
                         "rank's file holds them as one tensor: take both from one source"
                     )
         for stacked in out.values():
             if len(stacked.tensors) != len(names):
                 raise SplitError(f"{owner}: not all of its parts have {stacked.name}")
         return list(out.values())
-
-
-def _projections(expert: str, parts: Mapping[str, str], family: Family) -> _Expert:
-    """The projections of an expert; ``parts``: last word -> name."""
-    words = family.projections_among(parts)
-    lacking = [word for word in words.words if word not in parts]
-    if lacking:
-        raise SplitError(f"{expert}: has no {' and no '.join(lacking)}; take the whole expert from one model")
-    return _Expert(tuple(parts[word] for word in words.ups), parts[words.down])
-
-
-def _known(number: int | None, key: str) -> int:
-    if number is None:
-        raise SplitError(f"config.json has no {key}, which says how attention is cut")
-    return number

@@ -43,10 +43,8 @@ def stack(name: str, parts: Sequence[tuple[TensorInfo, Cut]], stacked: StackedTe
     return Parameter(name, stacked.dtype, shape, tuple(pieces), stacked.filler)
 
 
-def stack_experts(
-    name: str, experts: Sequence[Sequence[TensorInfo]], columns: tuple[int, int, int], stacked: StackedTensors
-) -> Parameter:
-    """Stacks ``w13`` (gate, up) or ``w2`` (down) of all experts in a group."""
+def stack_experts(name: str, experts: Sequence[Sequence[TensorInfo]], cut: Cut, stacked: StackedTensors) -> Parameter:
+    """Stacks ``w13`` (gate and up, or up alone) or ``w2`` (down) of all experts in a group, each cut by ``cut``."""
     first = experts[0]
     if stacked.axes == Axes() and prod(first[0].shape) == 1:
         # SGLang's experts have a scale for each weight, but only the last of two scales of one input.
@@ -58,7 +56,6 @@ def stack_experts(
         )
         sizes = (len(experts), 2) if apart == 2 else (len(experts),)
         return Parameter(name, stacked.dtype, sizes, values, experts=True)
-    cut = Cut("", n=columns) if len(first) == 2 else Cut("", k=columns)
     count = 1 if stacked.axes.n is None else len(first)
     pieces: list[Piece] = []
     places: list[_Place] = []

@@ -11,7 +11,10 @@ from ..errors import RecipeError
 from ..text import some
 from .writer import quoted
 
-__all__ = ["Line", "RecipeFix"]
+__all__ = ["MTP", "Line", "RecipeFix"]
+
+MTP = "mtp"
+"""The word for all draft layers in the place of a pattern."""
 
 
 class Line(NamedTuple):

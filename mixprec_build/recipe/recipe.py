@@ -17,6 +17,7 @@ from ..errors import RecipeError
 from ..formats.registry import kinds_of_word
 from ..patterns.index import PatternIndex
 from ..patterns.pattern import Pattern, PatternError, PatternReader
+from .fix import MTP
 from .nodes import List, Map, Node, NodeReader, unknown
 
 __all__ = ["DEFAULT_SHARD_SIZE", "Recipe", "Rule", "SourceRef", "load_recipe", "parse_size"]
@@ -53,6 +54,16 @@ class Rule:
     source: str
     line: int
 
+    @property
+    def mtp(self) -> bool:
+        """Whether the line is ``mtp: SOURCE``, for all draft layers."""
+        return self.pattern.text == MTP
+
+    @property
+    def exact(self) -> bool:
+        """Whether the line names one module."""
+        return self.pattern.exact and not self.mtp
+
     def __str__(self) -> str:
         where = f"line {self.line} " if self.line else ""
         return f"{where}`{self.pattern.text}: {self.source}`"
@@ -79,6 +90,8 @@ class Recipe:
     """The line of ``default:``, 0 where it is not written."""
     section: str = "weights"
     """The name of the section of rules: ``weights`` or ``weight_mapping``."""
+    drop_mtp: bool = False
+    """Whether draft layers are left out (``--drop-mtp``)."""
 
     @property
     def folder(self) -> Path:
@@ -153,6 +166,9 @@ def parse_size(text: str) -> int:
 
 
 def _native(reader: NodeReader, root: Map) -> Recipe:
+    if MTP in root:
+        where = f"the source of the draft layers is a line of `weights:`; write there `{MTP}: SOURCE`"
+        raise reader.error(f"`{MTP}:` at the top: {where}", root.line_of(MTP))
     reader.only(root, {"model", "sources", "default", "weights", "output", "inference", "server"}, "the recipe")
     model = reader.text(reader.need(root, "model", "the checkpoint that gives config and tokenizer"))
     sources = {

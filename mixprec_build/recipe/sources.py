@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.typed import Source
 from ..errors import RecipeError, SourceError
 from ..families.base import Family
+from ..families.expected import left_out_of_builds
 from ..formats.base import FormatError
 from ..formats.registry import kinds_of_word
 
@@ -32,6 +34,14 @@ class Sources:
     def family(self) -> Family:
         """The family of the config that the output is served with."""
         return self.model.facts.family
+
+    def is_draft(self, name: str) -> bool:
+        """Whether a module is of a draft layer."""
+        return self.family.is_draft(name, self.model.facts.layers)
+
+    def drafts_of(self, source: Source) -> list[str]:
+        """The modules of draft layers that a plan may take from a source."""
+        return [n for n in source.checkpoint.modules if self.is_draft(n) and left_out_of_builds(n) is None]
 
     def resolve(self, word: str, recipe: Recipe, line: int) -> Source:
         """The source that a rule names, or the only one that has modules in the format that it names.
@@ -57,7 +67,9 @@ def open_sources(recipe: Recipe) -> Sources:
         SourceError, HubError: a checkpoint cannot be opened.
     """
     locations = {ref.location: ref for ref in (recipe.model, *recipe.sources.values())}
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    # Side by side only where a network is waited for: the memory that reading takes for a while would add up.
+    local = all(os.path.isdir(recipe.folder / os.path.expanduser(location)) for location in locations)  # noqa: PTH111, PTH112
+    with ThreadPoolExecutor(max_workers=1 if local else 4) as pool:
         opened = dict(zip(locations, pool.map(lambda ref: _open(ref, recipe), locations.values()), strict=True))
     by_name = {}
     for name, ref in recipe.sources.items():

@@ -28,8 +28,9 @@ from ..formats.registry import kinds
 from ..planning.rules import half_only
 from ..ranks.merged import smallest_complete_degree
 from ..ranks.on_disk import open_on_disk
+from ..storage.garbage import no_garbage_collection
 from ..text import some
-from ..versions import INSTALL, __version__, version_problem
+from ..versions import INSTALL, __version__, untested, version_problem
 
 __all__ = ["Finding", "examine"]
 
@@ -54,15 +55,22 @@ class Gpu:
     capability: int
 
 
-def examine(out: Path | None = None) -> list[Finding]:
-    """Checks all that serving needs; with ``out``, also that this GPU can serve that compiled checkpoint."""
+def examine(out: Path | None = None, *, kernels: bool = False) -> list[Finding]:
+    """Checks all that serving needs; with ``out``, also that this GPU can serve that compiled checkpoint.
+
+    ``kernels``: also compares SGLang's kernels with float64 arithmetic on weights of ``out``.
+    """
     gpu, missing = _find_gpu()
-    findings = [*_versions(), *_plugin()]
+    findings = [*_versions(), *_plugin(), *_contact()]
     if gpu is None:
-        findings.append(Finding("warn", "GPU", f"{missing}; `python -m mixprec_runtime.cpu` serves slowly, for a try"))
+        text = f"{missing}: kernels of quantized formats need one, and so does --kernels"
+        findings.append(Finding("warn", "GPU", f"{text}; `python -m mixprec_runtime.cpu` serves slowly, for a try"))
     else:
         findings.append(Finding("ok", "GPU", f"{gpu.name}, compute capability {gpu.capability / 10}"))
-    return [*findings, *(_formats(gpu) if out is None else _checkpoint(out, gpu))]
+    findings += _formats(gpu) if out is None else _checkpoint(out, gpu)
+    if kernels and out is not None and all(finding.status != "fail" for finding in findings):
+        findings += _kernels(out)
+    return findings
 
 
 def _versions() -> Iterator[Finding]:
@@ -75,7 +83,11 @@ def _versions() -> Iterator[Finding]:
         yield Finding("fail", "SGLang", f"not installed; {INSTALL}")
     else:
         problem = version_problem(sglang)
-        yield Finding("fail", "SGLang", problem) if problem else Finding("ok", "SGLang", sglang)
+        newer = untested(sglang)
+        if problem:
+            yield Finding("fail", "SGLang", problem)
+        else:
+            yield Finding("warn", "SGLang", newer) if newer else Finding("ok", "SGLang", sglang)
 
 
 def _version(package: str) -> str | None:
@@ -94,6 +106,26 @@ def _plugin() -> Iterator[Finding]:
         yield Finding("fail", "plugin", f"SGLANG_PLUGINS={allowed} leaves it out: add {METHOD}, or unset it")
     else:
         yield Finding("ok", "plugin", f"SGLang sees {points[0].value}")
+
+
+def _contact() -> Iterator[Finding]:
+    """Compares the installed SGLang with the names that the plugin uses, in another process."""
+    if _version("sglang") is None:
+        return
+    asked = _ask()
+    if "missing" in asked:
+        yield Finding("warn", "SGLang's names", f"could not be compared: {asked['missing']}")
+        return
+    for problem in asked["problems"]:
+        yield Finding("fail", "SGLang's names", problem)
+    if not asked["problems"]:
+        text = f"all {asked['names']} names and {asked['flags']} arguments are as the plugin uses them"
+        yield Finding("ok", "SGLang's names", text)
+    by_format: dict[str, list[str]] = {}
+    for repair in asked["repairs"]:
+        by_format.setdefault(repair["format"], []).append(repair["name"])
+    for name, repairs in by_format.items():
+        yield Finding("ok", f"repairs: {name}", "; ".join(repairs))
 
 
 def _find_gpu() -> tuple[Gpu | None, str]:
@@ -132,7 +164,8 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         yield Finding("fail", str(out), "no such folder")
         return
     try:
-        checkpoint = open_on_disk(str(out)).checkpoint
+        with no_garbage_collection():
+            checkpoint = open_on_disk(str(out)).checkpoint
         if checkpoint.quantization.get("quant_method") != METHOD:
             yield Finding("fail", str(out), "was not built by mixprec: SGLang serves it as what it is")
             return
@@ -146,6 +179,8 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
     counts = Counter(formats.values())
     problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
     problems += _unfit_experts(formats, gpu, checkpoint.facts.family)
+    if gpu is None:
+        yield from _gpu_needed(formats, checkpoint.facts.family)
     if not problems:
         stored = {name: (formats[name], module) for name, module in checkpoint.modules.items() if name in formats}
         problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.facts)]
@@ -168,19 +203,35 @@ def _model_class(out: Path) -> Iterator[Finding]:
         yield Finding("fail" if serious else "warn", "model class", text)
     if not asked["disagreements"]:
         rules = "this family" if asked["checked"] else "models that mixprec has no family for"
-        text = f"{asked['model']} takes all {asked['tensors']:,} tensors, unquantized, as the rules for {rules} say"
+        classes = asked["model"] + (f", with {asked['drafts']} for its draft layers," if asked.get("drafts") else "")
+        text = f"{classes} takes all {asked['tensors']:,} tensors, unquantized, as the rules for {rules} say"
         yield Finding("ok", "model class", text)
 
 
-def _ask(out: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mixprec_runtime.asking", str(out)]
+def _kernels(out: Path) -> Iterator[Finding]:
+    """Runs SGLang's kernels on a few weights of the checkpoint, in another process."""
+    asked = _last_json("mixprec_runtime.canary", str(out))
+    if isinstance(asked, dict):
+        yield Finding("warn", "kernels", f"could not be compared: {asked['missing']}")
+        return
+    for right, text in asked:
+        yield Finding("ok" if right else "fail", "kernels", text)
+
+
+def _ask(out: Path | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = _last_json("mixprec_runtime.asking", *([] if out is None else [str(out)]))
+    return found
+
+
+def _last_json(module: str, *arguments: str) -> Any:
+    """The JSON on the last line that a module of the runtime prints; ``{"missing": why}`` if it prints none."""
+    command = [sys.executable, "-m", module, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+        return json.loads(ended.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         return {"missing": last[:300]}
-    return found
 
 
 def _differences(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Finding]:
@@ -193,9 +244,24 @@ def _differences(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Finding
         yield Finding("fail", "tensors", f"not as they were built: {some(changed)}; build the checkpoint again")
 
 
+def _gpu_needed(formats: Mapping[str, Format], family: Family) -> Iterator[Finding]:
+    """For each quantized kind of the checkpoint, the GPUs that have its kernels."""
+    of_experts = {fmt.kind for fmt in _formats_of_experts(formats, family)}
+    counts = Counter(fmt.kind for fmt in formats.values() if fmt.quantized)
+    for name, count in counts.most_common():
+        kind = next(fmt.kinds[name] for fmt in formats.values() if fmt.kind == name)
+        if kind.kernels:
+            later = kind.experts_least if name in of_experts and kind.experts_least > kind.least else 0
+            experts = f", for experts {later / 10}" if later else ""
+            yield Finding("warn", name, f"{count:,} modules need a GPU for {kind.kernels}: {_needs(kind)}{experts}")
+
+
+def _formats_of_experts(formats: Mapping[str, Format], family: Family) -> set[Format]:
+    return {fmt for name, fmt in formats.items() if family.role_by_name(name) is Role.EXPERT}
+
+
 def _unfit_experts(formats: Mapping[str, Format], gpu: Gpu | None, family: Family) -> Iterator[Finding]:
-    stored = {fmt for name, fmt in formats.items() if family.role_by_name(name) is Role.EXPERT}
-    least = {(fmt.name, fmt.kinds[fmt.kind].experts_least) for fmt in stored}
+    least = {(fmt.name, fmt.kinds[fmt.kind].experts_least) for fmt in _formats_of_experts(formats, family)}
     for name, need in sorted(least):
         if gpu is not None and gpu.capability < need:
             text = f"experts need compute capability {need / 10}, this GPU has {gpu.capability / 10}"

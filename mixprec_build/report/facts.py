@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import METHOD, name_formats
@@ -20,27 +20,14 @@ from ..formats.base import Format, FormatError
 from ..patterns.compress import compress
 from ..planning.rules import half_only
 from ..text import human, some
+from .drafts import draft_facts, planned_draft_facts
+from .projections import ShownModule, projections
 
 if TYPE_CHECKING:
     from ..checkpoint.typed import Source
     from ..planning.types import Plan
 
 __all__ = ["inspect_facts", "plan_facts"]
-
-
-class _Module(Protocol):
-    """A module as a report sees it, planned or stored. ``shape`` is that of the weight it stands for."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def role(self) -> Role: ...
-    @property
-    def format(self) -> Format: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def nbytes(self) -> int: ...
 
 
 class _Stored(NamedTuple):
@@ -69,8 +56,10 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         }
         for name, source in plan.sources.by_name.items()
     ]
+    facts, names = _facts(plan.modules.values(), plan.sources.family, {*plan.drafts.modules})
     return {
-        **_facts(plan.modules.values(), plan.sources.family),
+        **facts,
+        "mtp": planned_draft_facts(plan, names),
         "file_bytes": sum(shard.file_bytes(plan.sources) for shard in plan.shards),
         "shards": len(plan.shards),
         "layout": plan.recipe.layout,
@@ -83,6 +72,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "sources": sources,
         "left_out": [asdict(left_out) for left_out in plan.left_out],
         "notes": list(plan.notes),
+        "warnings": [warning.to_json() for warning in plan.warnings],
         "unservable": list(plan.unservable),
         "problems": [problem.to_json() for problem in plan.problems],
     }
@@ -103,10 +93,15 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
             shape = fmt.shape(module)
             stored.append(_Stored(name, family.role_of(name, shape, module.tensors), fmt, shape, module.nbytes))
     compiled = source.checkpoint.quantization.get("quant_method") == METHOD
+    recorded = read_manifest(folder) if compiled and (folder / MANIFEST).exists() else None
+    drafts = [module for module in stored if family.is_draft(module.name, source.facts.layers)]
+    about, names = _facts(stored, family, {module.name for module in drafts})
+    dropped = recorded is not None and recorded.drops_mtp
     facts = {
         "location": source.checkpoint.location,
         "model_type": source.facts.model_type,
-        **_facts(stored, family),
+        **about,
+        "mtp": draft_facts(drafts, names, family, source.facts.draft_layers, dropped=dropped),
         "file_bytes": sum(shard.size for shard in source.checkpoint.shards.values()),
         "shards": len(source.checkpoint.shards),
         "unread": [{"reason": reason, "modules": compress(names)} for reason, names in unread.items()],
@@ -122,8 +117,7 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         half = list(half_only(served, source.facts))
         facts["notes"] = [*remarks, *half]
         facts["serve"] += " --dtype half" if half else ""
-    if compiled and (folder / MANIFEST).exists():
-        recorded = read_manifest(folder)
+    if recorded is not None:
         if recorded.rest is not None:
             from ..ranks.merged import smallest_complete_degree
 
@@ -155,8 +149,11 @@ def _stacked(source: Source) -> Iterator[str]:
         )
 
 
-def _facts(modules: Collection[_Module], family: Family) -> dict[str, Any]:
-    by_format: dict[Format, list[_Module]] = defaultdict(list)
+def _facts(
+    modules: Collection[ShownModule], family: Family, drafts: Collection[str]
+) -> tuple[dict[str, Any], dict[Format, str]]:
+    """The data of modules, and the name of each format. ``drafts``: those of draft layers, which no map shows."""
+    by_format: dict[Format, list[ShownModule]] = defaultdict(list)
     for module in modules:
         by_format[module.format].append(module)
     names = name_formats(by_format)
@@ -176,7 +173,7 @@ def _facts(modules: Collection[_Module], family: Family) -> dict[str, Any]:
         )
     parameters = sum(entry["parameters"] for entry in formats)
     nbytes = sum(entry["bytes"] for entry in formats)
-    return {
+    facts = {
         "modules": len(modules),
         "parameters": parameters,
         "bytes": nbytes,
@@ -184,27 +181,16 @@ def _facts(modules: Collection[_Module], family: Family) -> dict[str, Any]:
         "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
         "compression": round(2 * parameters / nbytes, 3) if nbytes else None,
         "formats": formats,
-        "layers": _layer_map(modules, names, family),
+        "layers": _layer_map([m for m in modules if m.name not in drafts], names, family),
     }
+    return facts, names
 
 
-def _layer_map(modules: Collection[_Module], names: Mapping[Format, str], family: Family) -> list[dict[str, Any]]:
+def _layer_map(modules: Collection[ShownModule], names: Mapping[Format, str], family: Family) -> list[dict[str, Any]]:
     """For each decoder layer, projection -> format name -> number of modules; an expert counts once."""
-    layers: dict[int, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    experts = [module for module in modules if module.role is Role.EXPERT]
-    ups = {m.name.rpartition(".")[0]: names[m.format] for m in experts if not family.is_down(m.name)}
+    layers: dict[int, list[tuple[str, ShownModule]]] = defaultdict(list)
     for module in modules:
         layer, projection = family.place_of(module.name)
-        if layer is None or module.role.never_quantized:
-            continue
-        fmt = names[module.format]
-        if module.role is Role.EXPERT:
-            if not family.is_down(module.name):
-                continue
-            up = ups.get(module.name.rpartition(".")[0], fmt)
-            fmt = fmt if up == fmt else f"{up} (down {fmt})"
-        layers[layer][projection][fmt] += 1
-    return [
-        {"layer": layer, "projections": {name: dict(counts) for name, counts in columns.items()}}
-        for layer, columns in sorted(layers.items())
-    ]
+        if layer is not None:
+            layers[layer].append((projection, module))
+    return [{"layer": layer, "projections": projections(layers[layer], names, family)} for layer in sorted(layers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from ..text import counted, human, printable
@@ -45,6 +45,7 @@ def show_plan(facts: Mapping[str, Any], console: Console) -> None:
     console.print(sources)
     _show_formats(facts, console)
     _show_layers(facts, console)
+    _show_drafts(facts, console)
     for degree, nbytes in facts["presplit"].items():
         more = max(nbytes / facts["bytes"] - 1, 0)
         _say(f"cut for ranks, {degree}: {human(nbytes)}, {more:.1%} more than the checkpoint", console)
@@ -57,6 +58,8 @@ def show_plan(facts: Mapping[str, Any], console: Console) -> None:
             console,
             style="dim",
         )
+    if "memory" in facts:
+        _show_memory(facts["memory"], console)
     _show_notes(facts, console)
 
 
@@ -65,6 +68,7 @@ def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
     _say(f"{facts['location']} ({facts['model_type']})", console, style="bold")
     _show_formats(facts, console)
     _show_layers(facts, console)
+    _show_drafts(facts, console)
     for entry in facts["unread"][:_MAX_LINES]:
         _say(f"not read: {', '.join(entry['modules'][:4])}: {entry['reason']}", console, style="yellow")
     _say_how_many_more(facts["unread"], console)
@@ -80,6 +84,8 @@ def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
         _say(f"merged files: none; restore them: mixprec split {facts['location']} --layout both", console)
     if "checksum" in facts:
         _say(f"checksums: {facts['checksum']} of every tensor, {facts['manifest_checksum']} of the manifest", console)
+    if "memory" in facts:
+        _show_memory(facts["memory"], console)
     _show_notes(facts, console)
     if not facts.get("unservable"):
         _say(f"serve it with: {facts['serve']}", console, soft_wrap=True)
@@ -161,6 +167,57 @@ def show_activity(facts: Mapping[str, Any], console: Console) -> None:
     )
 
 
+def _show_memory(facts: Mapping[str, Any], console: Console) -> None:
+    """Prints what a checkpoint needs on GPUs: where the bytes of a rank go, and what fits into the rest."""
+    reserve = facts["reserve"]
+    item = "FP8" if facts["kv_cache_dtype"] == "fp8_e4m3" else "16 bits"
+    rows = [
+        ("weights", facts["weight_bytes"], "of the largest rank, zeros that fill it up included"),
+        ("copies", facts["unquantized_copy_bytes"], "w_kc and w_vc, which SGLang makes of kv_b_proj in 16 bits"),
+        ("CUDA, NCCL", facts["cuda_bytes"], "assumed"),
+        (
+            "reserve",
+            facts["reserved_bytes"],
+            f"activations of {reserve['prefill_tokens']:,} tokens, CUDA graphs up to batch {reserve['graph_batch']}: "
+            f"--mem-fraction-static {reserve['mem_fraction_static']:.3f}, SGLang's default",
+        ),
+        ("cache", facts["cache_bytes"], f"{facts['cache'] or facts['cache_unknown']}, {item}"),
+    ]
+    title = f"On {counted(facts['gpus'], 'GPU')} of {human(facts['gpu_bytes'])} ({facts['options']}), a rank"
+    table = _table("", "bytes", "for", title=title)
+    for name, nbytes, text in rows:
+        if nbytes or name != "copies":
+            _add_row(table, name, human(nbytes), text)
+    console.print(table)
+    if facts["draft_bytes_left_out"]:
+        drafts = human(facts["draft_bytes_left_out"])
+        _say(f"without the {drafts} of layers for speculative decoding, which are loaded only for that", console)
+    for note in facts["notes"]:
+        _say(f"note: {note}", console, style="yellow")
+    if facts["tokens"] is None:
+        fits = "does not fit: no memory is left for a cache" if facts["fits"] is False else "the cache is not computed"
+        _say(f"{fits}; {facts['cache_unknown']}", console, style="yellow")
+        return
+    state = f" and {facts['bytes_per_sequence']:,} a sequence" if facts["bytes_per_sequence"] else ""
+    what = f"{facts['tokens']:,} tokens fit, {facts['bytes_per_token']:,} bytes each{state}"
+    if facts["fits"]:
+        _say(f"{what}: {counted(facts['sequences'], 'sequence')} of {facts['context']:,}", console, style="green")
+        return
+    _say(f"{what}: no sequence of {facts['context']:,} fits", console, style="red")
+    for change in facts["would_fit"]:
+        _say(f"would fit: {_CHANGES[change['change']](change)}", console)
+    if not facts["would_fit"]:
+        _say("none of up to 16 GPUs, of GPUs up to 288 GB, a shorter context or an FP8 cache would do alone", console)
+
+
+_CHANGES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "kv_cache_dtype": lambda change: f"a cache in FP8 (--kv-cache-dtype {change['kv_cache_dtype']})",
+    "context": lambda change: f"a context of {change['context']:,} tokens",
+    "gpus": lambda change: f"{change['gpus']} such GPUs",
+    "gpu_bytes": lambda change: f"{counted(change['gpus'], 'GPU')} of {human(change['gpu_bytes'])}",
+}
+
+
 def _show_formats(facts: Mapping[str, Any], console: Console) -> None:
     table = _table("format", "modules", "parameters", "bytes", "bits/weight", "details", title="Formats")
     for entry in facts["formats"][:_MAX_LINES]:
@@ -213,6 +270,32 @@ def _show_layers(facts: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _show_drafts(facts: Mapping[str, Any], console: Console) -> None:
+    """Prints the draft layers as one row; for a plan with their sources."""
+    drafts = facts["mtp"]
+    if drafts is None:
+        return
+    if not drafts["modules"]:
+        why = "left out with --drop-mtp" if drafts["dropped"] else "none, though config.json declares them"
+        _say(f"draft layers (MTP): {why}", console)
+        return
+    sources = [f"{entry['name']} x{entry['modules']:,}" for entry in drafts.get("sources", [])]
+    heads = ("layers", *(["sources"] if sources else []), "formats", "modules", "parameters", "bytes")
+    by = f", line {drafts['line']}" if drafts.get("line") else ""
+    table = _table(*heads, title=f"Draft layers (MTP){by}")
+    formats = sorted(drafts["formats"], key=lambda entry: -entry["bytes"])
+    _add_row(
+        table,
+        "\n".join(drafts["layers"][:_MAX_COLUMNS]),
+        *(["\n".join(sources)] if sources else []),
+        "\n".join(f"{entry['name']} x{entry['modules']:,}, {human(entry['bytes'])}" for entry in formats),
+        f"{drafts['modules']:,}",
+        f"{drafts['parameters']:,}",
+        human(drafts["bytes"]),
+    )
+    console.print(table)
+
+
 def _cell(counts: Mapping[str, int]) -> str:
     if sum(counts.values()) == 1:
         return next(iter(counts))
@@ -237,6 +320,7 @@ def _joined(names: list[str]) -> str:
 
 def _show_notes(facts: Mapping[str, Any], console: Console) -> None:
     for start, style, lines in (
+        ("warning", "bold yellow", [warning["message"] for warning in facts.get("warnings", [])]),
         ("note", "yellow", facts.get("notes", [])),
         ("SGLang cannot serve this", "red", facts.get("unservable", [])),
     ):

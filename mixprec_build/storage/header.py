@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from sys import intern
 from typing import NamedTuple, NoReturn
@@ -26,6 +26,7 @@ __all__ = [
     "TensorInfo",
     "build_header",
     "header_length",
+    "json_text",
     "parse_header",
     "read_header",
 ]
@@ -39,7 +40,9 @@ MOST_TENSORS = 150_000
 """Most tensors that are written to one file, whose header then has some 26 MB."""
 _MAX_JSON_VALUES = 4_000_000  # a tensor takes 13
 _PAGE = 4096
-_json_text = json.JSONEncoder(ensure_ascii=False).encode
+_NOT_WHOLE = "`shape` and `data_offsets` must be whole numbers, zero or more"
+_by_place = itemgetter(4, 5)  # `start` and `nbytes`; attrgetter takes twice as long
+json_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class TensorInfo(NamedTuple):
@@ -54,6 +57,21 @@ class TensorInfo(NamedTuple):
     columns: tuple[int, int] | None = None
     """Of a tensor ``[N, K]`` that is columns of a matrix ``[K, width]``, whose first byte is ``start``: the first of
     these columns, and ``width``."""
+    step: int = 1
+    """Of a tensor that is every ``step``-th row of a larger one with rows of the same size, from ``start`` on; or, of
+    the matrix of ``columns``, every ``step``-th column."""
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its bytes lie in the file one after the other, in its own order."""
+        return self.columns is None and self.step == 1
+
+    @property
+    def span(self) -> int:
+        """Bytes of the file, from ``start`` on, that have all of it."""
+        if self.columns is not None:
+            return self.shape[1] * self.columns[1] * (DTYPE_BITS[self.dtype] // 8)
+        return self.nbytes if self.step == 1 else (self.nbytes // self.shape[0]) * ((self.shape[0] - 1) * self.step + 1)
 
 
 def read_header(path: Path) -> tuple[bytes, int]:
@@ -81,7 +99,7 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
 
     start = len(data)
     try:
-        header = load_json(data[8:], _MAX_JSON_VALUES, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        header = _load_header(data[8:])
     except RecursionError:
         bad("its header is nested too deeply")
     except ValueError as error:
@@ -99,7 +117,8 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
         bad(f"it declares {len(header)} tensors; at most {_MAX_TENSORS} are read")
 
     tensors = []
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    # One dtype, shape and size for all tensors that have the same ones, not for each of 100,000.
+    known: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...], int | None]] = {}
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -107,22 +126,23 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
             bad(f"tensor {name!r} needs `dtype`, `shape` and two `data_offsets`")
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
             bad(f"tensor {name!r} has the unknown dtype {dtype!r}")
-        # A loop: an iterator for each of 100,000 tensors would cost twice as much.
-        for n in (*shape, begin, end) if isinstance(shape, list) else (None,):
-            if type(n) is not int or not 0 <= n < 1 << 63:
-                bad(f"tensor {name!r}: `shape` and `data_offsets` must be whole numbers, zero or more")
-        bits = DTYPE_BITS[dtype]
-        for n in shape:
-            bits *= n
-            if bits >= 1 << 67:  # checked here: the product of a million dimensions takes hours
-                bad(f"tensor {name!r}: {dtype} {shape} overflows")
-        if bits % 8 or bits // 8 != end - begin:
+        # By type: 1, 1.0 and true are the same key of a dictionary.
+        if not isinstance(shape, list) or {*map(type, shape), type(begin), type(end)} != {int}:
+            bad(f"tensor {name!r}: {_NOT_WHOLE}")
+        layout = known.get(key := (dtype, tuple(shape)))
+        try:
+            if layout is None:
+                layout = known[key] = intern(dtype), key[1], _size(dtype, shape)
+            if not (0 <= begin < 1 << 63 and 0 <= end < 1 << 63):
+                raise ValueError(_NOT_WHOLE)
+        except ValueError as error:
+            bad(f"tensor {name!r}: {error}")
+        dtype, sizes, nbytes = layout
+        if nbytes is None or nbytes != end - begin:
             bad(f"tensor {name!r}: {dtype} {shape} does not take the {end - begin} bytes it is given")
-        # One string for each dtype and one tuple for each shape, not one for each of 100,000 tensors.
-        sizes = shapes.setdefault(key := tuple(shape), key)
-        tensors.append(TensorInfo(name, intern(dtype), sizes, file, start + begin, end - begin))
+        tensors.append(TensorInfo(name, dtype, sizes, file, start + begin, nbytes))
 
-    tensors.sort(key=attrgetter("start", "nbytes"))
+    tensors.sort(key=_by_place)
     at = start
     for tensor in tensors:
         if tensor.start != at:
@@ -131,6 +151,18 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
     if at != file_size:
         bad(f"{file_size} bytes long, but its tensors end at {at}; fetch the file again")
     return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def _size(dtype: str, shape: Iterable[int]) -> int | None:
+    """Bytes of a tensor; None where they are not whole. Raises ``ValueError`` for sizes that no file has."""
+    bits = DTYPE_BITS[dtype]
+    for n in shape:
+        if not 0 <= n < 1 << 63:
+            raise ValueError(_NOT_WHOLE)
+        bits *= n
+        if bits >= 1 << 67:  # checked here: the product of a million dimensions takes hours
+            raise ValueError(f"{dtype} {shape} overflows")
+    return None if bits % 8 else bits // 8
 
 
 def header_length(first8: bytes, *, path: Path | str, file_size: int) -> int:
@@ -157,13 +189,27 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> by
     out = bytearray(8) + b'{"__metadata__":{"format":"pt"}'
     at = 0
     for name, dtype, shape, nbytes in tensors:
-        key, sizes = _json_text(name), ",".join(map(str, shape))
+        key, sizes = json_text(name), ",".join(map(str, shape))
         out += f',{key}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{at},{at + nbytes}]}}'.encode()
         at += nbytes
     out += b"}"
     out += b" " * (-len(out) % _PAGE)
     out[:8] = (len(out) - 8).to_bytes(8, "little")
     return bytes(out)
+
+
+def _load_header(data: bytes) -> object:
+    """Parses the JSON of a header. Raises as :func:`load_json`, also where a key is given twice."""
+    header = load_json(data, _MAX_JSON_VALUES, parse_constant=_no_constants)
+    if not isinstance(header, dict):
+        return header
+    # A colon follows each key: as many keys as colons means that none was given twice. Looking at each object as it is
+    # parsed takes twice as long, and is left for text with a colon in it.
+    keys = len(header) + sum([len(entry) for entry in header.values() if isinstance(entry, dict)])
+    if keys == data.count(b":"):
+        return header
+    del header
+    return load_json(data, _MAX_JSON_VALUES, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

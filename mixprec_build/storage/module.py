@@ -17,7 +17,8 @@ def split_name(tensor: str, leaves: Set[str]) -> tuple[str, str]:
     ``leaves`` are the last words of names of tensors that belong to modules.
     """
     module, _, leaf = tensor.rpartition(".")
-    return (module, intern(leaf)) if leaf in leaves and module else (tensor, "")
+    # One string for all tensors of a module, of several checkpoints, too.
+    return (intern(module), intern(leaf)) if leaf in leaves and module else (tensor, "")
 
 
 class StoredModule(NamedTuple):

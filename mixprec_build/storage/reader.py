@@ -19,9 +19,9 @@ import xxhash
 
 from ..errors import SourceError
 from .disk import open_regular, pread_all, pread_into
-from .dtypes import DTYPE_BITS, numpy_dtype
+from .dtypes import numpy_dtype
 from .header import TensorInfo
-from .transposed import PANEL, read_columns
+from .transposed import PANEL, read_scattered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +114,7 @@ class FileReader(TensorReader):
         with self._reading(tensor.file) as opened:
             if opened is None:
                 return self._from_elsewhere(tensor, at, nbytes)
-            if tensor.columns is not None:
+            if not tensor.contiguous:
                 window = bytearray(nbytes)
                 read_tensor(opened.fd, opened.path, tensor, memoryview(window), at)
                 return bytes(window)
@@ -127,7 +127,7 @@ class FileReader(TensorReader):
             return data
 
     def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
-        most = BUFFER if tensor.columns is None else PANEL
+        most = BUFFER if tensor.contiguous else PANEL
         for at in range(0, tensor.nbytes, most):
             yield self.read(tensor, at, min(most, tensor.nbytes - at))
 
@@ -148,18 +148,17 @@ class FileReader(TensorReader):
     def _from_elsewhere(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
         if self._elsewhere is None:
             raise SourceError(f"{tensor.file} is not on this machine")
-        if tensor.columns is not None:
-            return self._columns_from_elsewhere(tensor, at, nbytes)
+        if not tensor.contiguous:
+            return self._scattered_from_elsewhere(tensor, at, nbytes)
         data = self._elsewhere(tensor.file, tensor.start + at, nbytes)
         if len(data) < nbytes:
             raise _unread(tensor, tensor.file)
         return data
 
-    def _columns_from_elsewhere(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
-        """Of the whole matrix that they are columns of: one request instead of one for each of its rows."""
-        assert self._elsewhere is not None and tensor.columns is not None
-        itemsize = DTYPE_BITS[tensor.dtype] // 8
-        matrix = self._elsewhere(tensor.file, tensor.start, tensor.shape[1] * tensor.columns[1] * itemsize)
+    def _scattered_from_elsewhere(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
+        """Of all that they lie in: one request instead of one for each row."""
+        assert self._elsewhere is not None
+        matrix = self._elsewhere(tensor.file, tensor.start, tensor.span)
 
         def read_into(window: memoryview, offset: int) -> None:
             found = matrix[offset - tensor.start : offset - tensor.start + len(window)]
@@ -168,7 +167,7 @@ class FileReader(TensorReader):
             window[:] = found
 
         out = bytearray(nbytes)
-        read_columns(tensor, read_into, memoryview(out), at)
+        read_scattered(tensor, read_into, memoryview(out), at)
         return bytes(out)
 
     @contextmanager
@@ -219,10 +218,10 @@ def read_tensor(fd: int, path: Path, tensor: TensorInfo, window: memoryview, at:
         if got < len(window):
             raise _unread(tensor, path)
 
-    if tensor.columns is None:
+    if tensor.contiguous:
         read_into(window, tensor.start + at)
     else:
-        read_columns(tensor, read_into, window, at)
+        read_scattered(tensor, read_into, window, at)
 
 
 def _unread(tensor: TensorInfo, path: Path | str, error: OSError | None = None) -> SourceError:
@@ -233,6 +232,6 @@ def _unread(tensor: TensorInfo, path: Path | str, error: OSError | None = None) 
 def _is_hole(tensor: TensorInfo, opened: _OpenFile) -> bool:
     """Whether nothing of a tensor was ever written."""
     try:
-        return os.lseek(opened.fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.nbytes
+        return os.lseek(opened.fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.span
     except OSError as error:
         return error.errno == errno.ENXIO  # a hole up to the end; reading meets any other error again

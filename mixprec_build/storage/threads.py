@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import WriteError
 
-__all__ = ["MOST_JOBS", "Progress", "run_all"]
+__all__ = ["MOST_JOBS", "Progress", "map_in_order", "run_all"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 MOST_JOBS = 256
@@ -61,3 +66,20 @@ def run_all(tasks: Sequence[Callable[[], None]], jobs: int, stop: threading.Even
                     idle.wait_for(lambda: not working)
                     waiting = False
             raise
+
+
+def map_in_order(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], jobs: int
+) -> Generator[_Result, None, None]:
+    """Yields ``function(item)`` of each item in order, computed in ``jobs`` threads. Closing it waits for these.
+
+    ``Executor.map`` would hand out all items before the first result: a million of them take a GB.
+    """
+    waiting: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..errors import StatsError
 from ..storage.disk import read_regular
-from ..storage.limits import load_json
+from ..storage.limits import load_json, readable_json
 
 __all__ = ["Activity", "Balance", "activity_facts", "balance_of", "gini", "read_activity"]
 
@@ -92,12 +92,7 @@ _ENTRIES = "objects with layer_id, expert_id, and total_tokens_processed or acti
 def _read_json(path: Path) -> Activity:
     data = read_regular(path, _MAX_BYTES)
     try:
-        try:
-            found = load_json(data, _MAX_VALUES)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        except ValueError as error:
-            raise ValueError(f"JSON that cannot be read: {error}") from error
+        found = readable_json(data, _MAX_VALUES)
         return _of_json(found, path)
     except ValueError as error:
         raise StatsError(f"{path}: no expert activity of mixprec or SGLang: {error!s:.300}") from error

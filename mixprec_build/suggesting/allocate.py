@@ -25,6 +25,7 @@ from .choices import Choices, Group, Option, Request
 from .distortion import Distortion, DistortionCache, measure
 from .knapsack import Frontier, Solution, frontier, solve
 from .lines import recipe_lines
+from .measured import scaled
 from .objective import Objective
 
 if TYPE_CHECKING:
@@ -86,11 +87,17 @@ def suggest(
         RecipeError: a pin or floor matches nothing or cannot be met.
         SourceError, StatsError, RefusedError: see their docstrings.
     """
-    objective = request.objective or (Objective.RELATIVE_OUTPUT if request.moments else Objective.RELATIVE)
+    unscaled = Objective.RELATIVE_OUTPUT if request.moments else Objective.RELATIVE
+    objective = request.objective or (Objective.MEASURED if request.swaps else unscaled)
     if objective.needs_moments and request.moments is None:
         raise SourceError(
             f"--objective {objective.value} weighs errors by the inputs' second moments; give --moments FILE, or take "
             "`relative` or `weight`"
+        )
+    if objective is Objective.MEASURED and request.swaps is None:
+        raise SourceError(
+            "--objective measured needs the losses of measured swaps; give --swaps FILE, which recipes/swaps.py "
+            "writes, or take another objective"
         )
     choices = Choices(recipe, sources, request)
     frequencies = _frequencies(choices, request.activity)
@@ -107,8 +114,12 @@ def suggest(
     least = sum(map(min, costs))
     if choices.fixed_bytes + least > request.budget:  # known before anything is measured
         raise _over_budget(planned(choices.groups, solve(costs, costs, least))[1], request.budget)
-    groups = _weighed(choices, frequencies, request, objective, cache, jobs, watch)
+    weighed_by = unscaled if objective is Objective.MEASURED else objective
+    groups = _weighed(choices, frequencies, request, weighed_by, cache, jobs, watch)
     notes = list(choices.notes)
+    if objective is Objective.MEASURED and request.swaps is not None:
+        groups, more = scaled(groups, request.swaps, list(sources.by_name))
+        notes += more
     losses = [[group.options[i].loss for i in group.allowed] for group in groups]
     overhead = 0  # of headers, known once there is a plan
     while True:

@@ -6,6 +6,7 @@ recipe, or if a pin or a floor excludes it. Modules without options stay as in t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,8 @@ from ..families.parts import Role
 from ..formats.registry import bits_of, kinds_of_word
 from ..patterns.compress import compress
 from ..patterns.pattern import Pattern, PatternError
-from ..planning.choose import choose
+from ..planning.choose import Chosen, choose
+from ..planning.drafts import check_draft_formats, check_drafts
 from ..planning.folding import Folding
 from ..planning.planner import plan_modules
 from ..planning.problems import Problems
@@ -30,10 +32,11 @@ from ..planning.types import PlannedModule
 from ..ranks.splitter import Splitter
 from ..recipe.recipe import Recipe, Rule
 from ..recipe.sources import Sources
-from ..text import some
+from ..text import human, some
 from .activity import Activity
 from .distortion import Moments
 from .objective import Objective
+from .swaps import Swaps
 
 __all__ = ["Choices", "Group", "Option", "Request"]
 
@@ -44,9 +47,10 @@ class Request:
 
     budget: int
     objective: Objective | None = None
-    """None for ``relative-output`` with moments and ``relative`` without."""
+    """None for ``measured`` with swaps, else ``relative-output`` with moments and ``relative`` without."""
     activity: Activity | None = None
     moments: Moments | None = None
+    swaps: Swaps | None = None
     pins: Sequence[tuple[str, str]] = ()
     """``(pattern, source)``. As in recipes, an exact name beats a glob and the last matching glob decides. A pin that
     matches one member of a group applies to all."""
@@ -97,9 +101,14 @@ class Choices:
         self.notes: list[str] = []
         chosen = choose(recipe, sources)
         self.base = plan_modules(chosen, recipe, sources)
+        self._check_drafts(chosen)
         # Choices are written as globs, which apply only to modules that the default source has.
         in_default = sources.by_name[recipe.default].checkpoint.modules
-        names = [n for n, m in self.base.items() if m.role in _ALTERNATIVES and len(m.shape) == 2 and n in in_default]
+        names = [
+            name
+            for name, module in self.base.items()
+            if module.role in _ALTERNATIVES and len(module.shape) == 2 and name in in_default and not module.draft
+        ]
         self.by_source: dict[str, Mapping[str, PlannedModule]] = {}
         for name, source in sources.by_name.items():
             mine = [n for n in names if offers(source, [n])]
@@ -129,6 +138,22 @@ class Choices:
         self.rules = self._fixed_rules(free)
         self._limit(request)
         self._keep_dtypes_apart()
+
+    def _check_drafts(self, chosen: Chosen) -> None:
+        """Notes what draft layers come from, which is never chosen; refuses lost ones before hours of measuring."""
+        problems = Problems(self.recipe)
+        self.notes += check_drafts(self.base, chosen, self.recipe, self.sources, problems)
+        found = problems.found()
+        if found:
+            raise RefusedError(found)
+        self.notes += map(str, problems.warnings())
+        drafts = [module for module in self.base.values() if module.draft]
+        if drafts:
+            by_source = Counter[str]()
+            for module in drafts:
+                by_source[module.source] += module.nbytes
+            where = ", ".join(f"{human(nbytes)} from `{name}`" for name, nbytes in by_source.most_common())
+            self.notes.append(f"draft layers (MTP): as in {self.recipe.path.name}, {where}, counted in the budget")
 
     def _check_same_weights(self, reader: ValueReader) -> None:
         """Refuses sources of different weights before hours of measuring."""
@@ -177,6 +202,7 @@ class Choices:
         problems = Problems(self.recipe)
         if not request.allow_unservable:
             check_servable(self.fixed, self.sources, reader, Folding((), self.sources, reader), problems)
+            check_draft_formats(self.fixed, self.sources, problems)
         found = problems.found()
         if found:
             raise RefusedError(found)

@@ -19,6 +19,8 @@ class Objective(str, Enum):
     ``output``                    ``f Σ_k m_k ‖Δ_k‖²``: the error of the module's output, given the inputs' second
                                   moments ``m``. Modules with large outputs count most.
     ``relative-output``           ``f Σ_k m_k ‖Δ_k‖² / Σ_k m_k ‖W_k‖²``: noise to signal of the module's output.
+    ``measured``                  What the whole model loses, in nats a token, by swaps that were measured
+                                  (:mod:`.measured`), shared out by ``relative-output`` with moments, else ``relative``.
     ============================  ===================================================================================
 
     For experts the divisor is summed over all experts of a layer, weighted by ``f``, because the next layer sees the
@@ -29,6 +31,7 @@ class Objective(str, Enum):
     RELATIVE = "relative"
     OUTPUT = "output"
     RELATIVE_OUTPUT = "relative-output"
+    MEASURED = "measured"
 
     @property
     def needs_moments(self) -> bool:

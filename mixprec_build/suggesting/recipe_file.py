@@ -24,6 +24,7 @@ _MEASURES = {
     Objective.RELATIVE: "f ‖Δ‖² / ‖W‖²",
     Objective.OUTPUT: "f Σ m ‖Δ‖²",
     Objective.RELATIVE_OUTPUT: "f Σ m ‖Δ‖² / Σ m ‖W‖²",
+    Objective.MEASURED: "nats a token by measured swaps",
 }
 
 

@@ -1,7 +1,8 @@
-"""``python -m mixprec_runtime.asking OUT``: compares a compiled checkpoint with SGLang's class for it.
+"""``python -m mixprec_runtime.asking [OUT]``: compares SGLang with mixprec, or its class with a compiled checkpoint.
 
-Runs in a separate process, for ``mixprec doctor``. Prints JSON: ``{"model", "tensors", "checked",
-"disagreements"}``, the last a list of ``[serious, text]``, or ``{"missing": why}``.
+Runs in a separate process, for ``mixprec doctor``. Prints JSON: what :func:`.installed.examine` returns; with ``OUT``,
+``{"model", "drafts", "tensors", "checked", "disagreements"}``, first the classes of the model and of its draft layers,
+last a list of ``[serious, text]``; or ``{"missing": why}``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from mixprec_build.checkpoint.manifest import Manifest, read_manifest
 from mixprec_build.errors import MixprecError
+from mixprec_build.families.draft_class import Draft
 from mixprec_build.ranks.on_disk import open_on_disk
 
 __all__ = ["examine", "main"]
@@ -39,6 +41,8 @@ def examine(out: Path) -> dict[str, object]:
 
     manifest = read_manifest(out)
     facts = open_on_disk(str(out)).facts
+    if facts.names_family and facts.family.needs_own_loader:
+        raise MixprecError("mixprec's loader fills it, which needs no such answer")
     tensors = list(_tensors(manifest))
     names: dict[str, list[str]] = {name: [] for name in manifest.modules}
     for tensor, _, _ in tensors:
@@ -52,18 +56,26 @@ def examine(out: Path) -> dict[str, object]:
         for name, entry in manifest.modules.items()
     }
     machine.prepare()
+    draft, drafts = Draft.of(facts), None
     with TemporaryDirectory() as folder:
         answer = ask(machine.model_config(facts.config, Path(folder)), tensors)
+        differences = compare(answer, facts, modules)
+        if draft is not None and any(map(draft.expects, modules)):
+            drafts = ask(machine.model_config(facts.config, Path(folder), draft=True), tensors)
+            # Without drafts, the model can still be served.
+            differences += [found._replace(serious=False) for found in compare(drafts, facts, modules)]
     return {
         "model": answer.model,
+        "drafts": None if drafts is None else drafts.model,
         "tensors": len(tensors),
         "checked": facts.names_family and facts.family.checked,
-        "disagreements": compare(answer, facts, modules),
+        "disagreements": differences,
     }
 
 
 def main() -> None:
     """Prints the result on the last line; SGLang may print lines before it."""
+    from . import installed
     from .machine import restart_without_gpu
 
     if any(importlib.util.find_spec(name) is None for name in ("torch", "sglang")):
@@ -71,7 +83,7 @@ def main() -> None:
         return
     restart_without_gpu(sys.argv[1:])
     try:
-        found = examine(Path(sys.argv[1]))
+        found = examine(Path(sys.argv[1])) if len(sys.argv) > 1 else installed.examine()
     except MixprecError as error:
         found = {"missing": str(error)}
     except Exception as error:  # SGLang raises many types, also for models without a class

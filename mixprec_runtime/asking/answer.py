@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from torch.overrides import TorchFunctionMode
 
 from ..loading.ledger import DTYPES
 
@@ -170,7 +171,7 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
 
     model_class, _ = get_model_architecture(model_config)
     recorder, copies = _Recorder(), _Copies()
-    with _default_dtype(model_config.dtype), torch.device("meta"):
+    with _default_dtype(model_config.dtype), torch.device("meta"), _ReadAsZeros():
         model = model_class(config=model_config.hf_config, quant_config=recorder)
     sizes: dict[str, int] = {}
 
@@ -200,6 +201,19 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     parameters = frozenset(name for name, _ in model.named_parameters())
     partial = frozenset(name for name, copied in copies.elements.items() if copied < sizes[name])
     return Answer(model_class.__name__, parameters, offered, reached, partial, frozenset(copies.moved), stopped)
+
+
+class _ReadAsZeros(TorchFunctionMode):
+    """Has tensors without values be read as zeros, for classes that read a parameter while they are made: Apertus'
+    activation (layers/activation.py, XIELU)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.cpu, torch.Tensor.item) and args[0].is_meta:
+            zeros = torch.zeros(args[0].shape, dtype=args[0].dtype, device="cpu")
+            return zeros if func is torch.Tensor.cpu else zeros.item()
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from mixprec_build.families.base import Family
+from mixprec_build.families.draft_class import Draft
 from mixprec_build.families.expected import is_expected, tower_of
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.names import last_word
@@ -13,6 +14,7 @@ from mixprec_build.families.parts import Role
 from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
 
+from ..loading.strict import OF_THE_MODEL
 from .answer import Answer
 
 __all__ = ["Disagreement", "Module", "compare"]
@@ -51,16 +53,21 @@ class _Any:
 
 def compare(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) -> list[Disagreement]:
     """The differences: tensors that the class drops, parameters that it does not fill, and linears that it joins, names
-    or quantizes in another way than the family."""
-    family = facts.family
+    or quantizes in another way than the family. Of a class for draft layers, these only."""
+    family, draft = facts.family, Draft.of(facts, answer.model)
+    if draft is not None:
+        modules = {name: module for name, module in modules.items() if draft.expects(name)}
+    if family.needs_own_loader:  # the class cannot load single experts
+        modules = {name: module for name, module in modules.items() if family.expert_of(name) is None}
     roles = {name: family.role_of(name, module.shape, module.leaves) for name, module in modules.items()}
-    lost = [*_lost(answer, facts, modules)]
+    lost = [*_lost(answer, facts, modules, draft)]
     found = [Disagreement(answer.stopped is None, text) for text in _dropped(answer, lost)]
     if answer.stopped is None:
-        found += [Disagreement(True, text) for text in _unfilled(answer)]
+        replaced = frozenset[str]() if draft is None else OF_THE_MODEL
+        found += [Disagreement(True, text) for text in _unfilled(answer, replaced)]
     if answer.partial:
         found.append(Disagreement(True, f"{answer.model} loads only a part of {some(compress(answer.partial))}"))
-    found += [Disagreement(False, text) for text in _misplaced(answer, family, modules, roles)]
+    found += [Disagreement(False, text) for text in _misplaced(answer, family, modules, roles, draft)]
     found += [Disagreement(True, text) for text in _not_offered(answer, family, modules, roles)]
     found += [Disagreement(True, text) for text in _moved(answer, family, modules, roles)]
     return found
@@ -70,13 +77,16 @@ def _tensors(name: str, module: Module) -> Iterator[str]:
     return (f"{name}.{leaf}" if leaf else name for leaf in module.leaves)
 
 
-def _lost(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) -> Iterator[str]:
+def _lost(
+    answer: Answer, facts: ModelFacts, modules: Mapping[str, Module], draft: Draft | None = None
+) -> Iterator[str]:
     """Tensors that are not copied, although the model needs them."""
     names = [tensor for name, module in modules.items() for tensor in _tensors(name, module)]
     # SGLang makes no encoders where it serves text only.
     without_towers = not any(tower_of(name) is not None for name in answer.reached)
     for name in names:
-        expected = is_expected(name, facts) and not (without_towers and tower_of(name) is not None)
+        expected = draft is not None or is_expected(name, facts)
+        expected = expected and not (without_towers and tower_of(name) is not None)
         if expected and name not in answer.reached:
             yield name
 
@@ -88,26 +98,28 @@ def _dropped(answer: Answer, lost: list[str]) -> Iterator[str]:
         yield f"{answer.model} has no parameter for {some(compress(lost))}"
 
 
-def _unfilled(answer: Answer) -> Iterator[str]:
+def _unfilled(answer: Answer, replaced: frozenset[str]) -> Iterator[str]:
     filled = {parameter for parameters in answer.reached.values() for parameter in parameters}
-    empty = sorted(answer.parameters - filled)
+    empty = sorted(answer.parameters - filled - replaced)
     if empty:
         yield f"nothing of the checkpoint goes into {some(compress(empty))} of {answer.model}"
 
 
-def _layers_of(family: Family, modules: Iterable[str]) -> dict[str, str]:
+def _layers_of(family: Family, modules: Iterable[str], draft: Draft | None) -> dict[str, str]:
     """Module -> SGLang's layer for it, by the rules of the family."""
     layers = {}
     singles = []
     for name in modules:
-        expert = family.expert_of(name)
-        if expert is None:
+        expert, stacked = family.expert_of(name), family.stacked_experts_of(f"{name}.weight")
+        if stacked is not None:
+            layers[name] = family.sglang_name(stacked.block_of(f"{name}.weight", family.experts) or name)
+        elif expert is None:
             singles.append(name)
         else:
             layers[name] = family.sglang_name(expert[0])
     for joined, members in family.joined_groups(singles).items():
         layers |= dict.fromkeys(members, family.sglang_name(joined))
-    return layers
+    return layers if draft is None else {name: draft.sglang_name(layer) for name, layer in layers.items()}
 
 
 def _reached_layers(answer: Answer, name: str, module: Module) -> set[str]:
@@ -119,11 +131,15 @@ def _reached_layers(answer: Answer, name: str, module: Module) -> set[str]:
 
 
 def _misplaced(
-    answer: Answer, family: Family, modules: Mapping[str, Module], roles: Mapping[str, Role]
+    answer: Answer,
+    family: Family,
+    modules: Mapping[str, Module],
+    roles: Mapping[str, Role],
+    draft: Draft | None,
 ) -> Iterator[str]:
     compared = [name for name, role in roles.items() if role is not Role.PARAMETER]
     wrong: dict[str, list[str]] = {}
-    for name, layer in _layers_of(family, compared).items():
+    for name, layer in _layers_of(family, compared, draft).items():
         reached = _reached_layers(answer, name, modules[name])
         head = family.sglang_name(family.head)
         if (reached and layer not in reached) or reached - {layer, head}:

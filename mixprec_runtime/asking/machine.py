@@ -65,14 +65,14 @@ def prepare() -> None:
     initialize_model_parallel()
 
 
-def _server_args(path: Path | str) -> Any:
+def _server_args(path: Path | str, **own: Any) -> Any:
     import torch
 
     made = importlib.import_module("sglang.srt.server_args").ServerArgs
     known = inspect.signature(made).parameters  # 0.5.23's is no dataclass
     gpu = torch.cuda.is_available()
     options = {} if gpu else {name: value for name, value in _FOR_HYBRIDS.items() if name in known}
-    return made(model_path=str(path), device="cuda" if gpu else "cpu", load_format="dummy", **options)
+    return made(model_path=str(path), device="cuda" if gpu else "cpu", load_format="dummy", **options, **own)
 
 
 def _publish(args: Any) -> None:
@@ -83,15 +83,19 @@ def _publish(args: Any) -> None:
     initialize_moe_config(*[args][: len(inspect.signature(initialize_moe_config).parameters)])
 
 
-def model_config(config: Mapping[str, object], folder: Path) -> Any:
-    """SGLang's ``ModelConfig`` of an unquantized model, whose ``config.json`` is written to ``folder``."""
+def model_config(config: Mapping[str, object], folder: Path, *, draft: bool = False) -> Any:
+    """SGLang's ``ModelConfig`` of an unquantized model, whose ``config.json`` is written to ``folder``.
+
+    With ``draft``, that of its draft layers.
+    """
     from sglang.srt.configs.model_config import ModelConfig
 
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
-    args = _server_args(folder)
+    # GLM's class for draft layers takes this from the arguments, which the model's own class changes before.
+    args = _server_args(folder, **({"disable_shared_experts_fusion": True} if draft else {}))
     _publish(args)
-    return ModelConfig.from_server_args(args)
+    return ModelConfig.from_server_args(args, is_draft_model=draft)
 
 
 def restart_without_gpu(arguments: list[str]) -> None:

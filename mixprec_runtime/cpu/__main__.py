@@ -22,9 +22,11 @@ def main() -> None:
         flag = f"--{name.replace('_', '-')}"
         arguments += [flag] if value is True else [flag, str(value)]
     command = [sys.executable, "-m", "sglang.launch_server", *arguments, *sys.argv[1:]]
-    ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ranks.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="tp")
-    os.execve(sys.executable, command, environment(ranks.parse_known_args()[0].tp))
+    sizes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sizes.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1, dest="tp")
+    sizes.add_argument("--pipeline-parallel-size", "--pp-size", type=int, default=1, dest="pp")
+    asked, _ = sizes.parse_known_args()
+    os.execve(sys.executable, command, environment(asked.tp, asked.pp))
 
 
 if __name__ == "__main__":

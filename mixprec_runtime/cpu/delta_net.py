@@ -1,4 +1,4 @@
-"""Kernels of gated delta nets (Qwen3.5's linear attention) in plain torch, for SGLang's CPU engine.
+"""Kernels of gated delta nets (linear attention of Qwen3.5 and Qwen3-Next) in plain torch, for SGLang's CPU engine.
 
 On a CPU, SGLang takes these from sgl_kernel's library for processors with AMX. One that is installed is left alone.
 States are those of SGLang's pool: ``conv_states [slots, channels, width - 1]`` and ``ssm_states [slots, heads, V, K]``,
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["gated_norm", "provide_kernels"]
+__all__ = ["gated_norm", "gated_norm_of_next", "provide_kernels"]
 
 Tensor = torch.Tensor
 
@@ -202,7 +202,8 @@ def fused_qk_gemma_rmsnorm_with_gate_cpu(
     """:func:`fused_qk_gemma_rmsnorm_cpu`, and the gates that stand behind each head of the queries."""
     q, gate = q_gate.reshape(-1, num_heads, 2 * head_dim).chunk(2, -1)
     queries, keys = fused_qk_gemma_rmsnorm_cpu(q, k, q_weight, k_weight, eps, head_dim)
-    return queries, keys, gate.reshape(-1, head_dim)
+    # Of one token it would be a view with gaps, which SGLang views again.
+    return queries, keys, gate.reshape(-1, head_dim).contiguous()
 
 
 def _gemma_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -229,3 +230,13 @@ def gated_norm(
     if z is None or bias is not None or group_size is not None or not (norm_before_gate and is_rms_norm):
         raise NotImplementedError("the gated norm on the CPU is the root mean square, by a gate and without groups")
     return (_root_mean_square_norm(x, eps) * weight.float() * _GATES[activation](z.float())).to(x.dtype)
+
+
+def gated_norm_of_next(
+    x: Tensor, g: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "swish",
+    residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """``rms_norm_gated`` of SGLang's ``fla/fused_norm_gate.py``, which Qwen3-Next calls."""
+    if residual is not None or prenorm:
+        raise NotImplementedError("the gated norm on the CPU takes no residual")
+    return gated_norm(x, weight, bias, g, eps, is_rms_norm=True, activation=activation)

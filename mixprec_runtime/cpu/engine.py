@@ -20,20 +20,28 @@ ENGINE: dict[str, Any] = {
     "grammar_backend": "none",
     "disable_cuda_graph": True,
     "disable_overlap_schedule": True,
-    "mem_fraction_static": 0.1,
+    # Else a scheduler without requests keeps a core busy, which other processes here need.
+    "sleep_on_idle": True,
+    # What other processes take while weights are loaded counts as theirs, and some of this must be left.
+    "mem_fraction_static": 0.3,
     "max_total_tokens": 4096,
 }
 """Arguments of ``sgl.Engine`` for a CPU."""
 
 
-def environment(ranks: int = 1) -> dict[str, str]:
-    """This process's environment, with the variables of SGLang's CPU engine for ``ranks`` tensor-parallel ranks."""
+def environment(ranks: int = 1, stages: int = 1) -> dict[str, str]:
+    """This process's environment, with the variables of SGLang's CPU engine.
+
+    They are for ``ranks`` of tensor parallelism in each of ``stages`` of a pipeline.
+    """
     site = str(Path(__file__).with_name("site"))
     paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
-    several = {
-        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
+    own = {}
+    if ranks > 1:
+        own["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+    if ranks * stages > 1:
         # Without the library of NCCL, ranks use gloo; with it they would use NCCL, GPU or not.
-        "SGLANG_NCCL_SO_PATH": os.devnull,
-    }
-    own = several if ranks > 1 else {}
-    return {**os.environ, **own, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        own["SGLANG_NCCL_SO_PATH"] = os.devnull
+    # 0.5.23's compiled prefix cache stops generation on a CPU: "insert value must be an int64 tensor".
+    cache = {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
+    return {**cache, **os.environ, **own, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": os.pathsep.join(paths)}

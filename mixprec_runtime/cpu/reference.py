@@ -33,7 +33,14 @@ __all__ = ["announce", "pretend_hopper", "replace_model_kernels", "split_experts
 AsStored = Callable[[Any, dict[str, torch.Tensor], "list[int] | None"], tuple[Format, dict[str, torch.Tensor]]]
 """The method ``Served.as_stored``."""
 
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+_EIGHT_BITS = {torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn, torch.float8_e8m0fnu: ml_dtypes.float8_e8m0fnu}
+"""Floats that torch cannot pass to numpy, with numpy's dtypes of their bytes."""
+
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),
+}
 
 
 def announce(logger: logging.Logger) -> None:
@@ -53,6 +60,8 @@ def pretend_hopper() -> Iterator[None]:
             patch.object(marlin_utils, "get_device_capability", capability),
             patch.object(modelopt_quant, "get_device_capability", capability),
             patch.object(modelopt_quant, "is_cuda", lambda: True),
+            # It pads and copies on a GPU; Marlin does not read what it makes.
+            patch.object(modelopt_quant, "swizzle_blockscale", lambda scale: scale.new_empty(0)),
         ):
             yield
     else:
@@ -73,6 +82,7 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, as_stored: AsStored, *, ex
     if experts:
         # 0.5.23 asks which runner was made; None is for methods without one.
         method.get_moe_runner_backend = lambda layer: None
+        method.runner = None
         method.process_weights_after_loading = lambda layer: _dequantize_experts(layer, fmt, as_stored)
         method.create_moe_runner = lambda layer, config: setattr(method, "moe_runner_config", config)
         method.apply = _apply_experts
@@ -83,13 +93,17 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, as_stored: AsStored, *, ex
 
 def replace_model_kernels() -> None:
     """Replaces Triton kernels that SGLang's models call also on a CPU: those of Qwen2-MoE and models built on it
-    (``models/qwen2_moe.py:591`` of 0.5.17), and of the norm behind a gated delta net, which is a kernel without AMX."""
+    (``models/qwen2_moe.py:591`` of 0.5.17), and of norms behind gated delta nets, kernels without AMX."""
     for name, kernel, own in (
         ("sglang.srt.models.qwen2_moe", "fused_gate_sigmoid_mul_add", _add_gated),
         ("sglang.kernels.ops.attention.fla.layernorm_gated", "layernorm_fn", delta_net.gated_norm),
+        ("sglang.kernels.ops.attention.fla.fused_norm_gate", "rms_norm_gated", delta_net.gated_norm_of_next),
+        # In 0.5.15
+        ("sglang.srt.layers.attention.fla.layernorm_gated", "layernorm_fn", delta_net.gated_norm),
+        ("sglang.srt.layers.attention.fla.fused_norm_gate", "rms_norm_gated", delta_net.gated_norm_of_next),
     ):
-        module: Any = sys.modules.get(name)
-        if module is not None and hasattr(module, kernel):
+        module = sys.modules.get(name)
+        if module is not None:
             setattr(module, kernel, own)
 
 
@@ -99,9 +113,9 @@ def _add_gated(x: torch.Tensor, gate: torch.Tensor, shared: torch.Tensor, total:
     total.copy_(total.float() + weight * shared.float())
 
 
-def unquantized_experts() -> FusedMoEMethodBase:
-    """SGLang's method for dense experts, with the reference arithmetic, which skips ids of -1."""
-    method = UnquantizedFusedMoEMethod()
+def unquantized_experts(own: UnquantizedFusedMoEMethod | None = None) -> FusedMoEMethodBase:
+    """SGLang's method for dense experts, or ``own``, with the reference arithmetic, which skips ids of -1."""
+    method = own or UnquantizedFusedMoEMethod()
     method.apply = _apply_experts
     return method
 
@@ -120,12 +134,16 @@ def _dequantize_linear(layer: Any, fmt: Format, as_stored: AsStored) -> None:
 
 
 def _dequantize_experts(layer: Any, fmt: Format, as_stored: AsStored) -> None:
-    """Replaces ``w13_*`` and ``w2_*`` ``[E, ...]`` by dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``."""
-    for weight, parts in (("w13", 2), ("w2", 1)):
+    """Replaces ``w13_*`` and ``w2_*`` ``[E, ...]`` by dense ``w13_weight [E, 2I, H]`` and ``w2_weight [E, H, I]``.
+
+    ``w13`` is ``[E, I, H]`` where experts have no gate.
+    """
+    for weight, parts in (("w13", 2 if layer.moe_runner_config.is_gated else 1), ("w2", 1)):
+        names = [name for name in layer._parameters if name.startswith(f"{weight}_") and name != f"{weight}_bias"]
         stored = {
             name.removeprefix(f"{weight}_"): parameter.data
-            for name, parameter in layer._parameters.items()
-            if name.startswith(f"{weight}_") and parameter is not None and parameter.numel()
+            for name in names
+            if (parameter := layer._parameters[name]) is not None and parameter.numel()
         }
         stored = {
             leaf: tensor.transpose(1, 2) if fmt.transposed_in_experts(leaf) else tensor
@@ -140,7 +158,7 @@ def _dequantize_experts(layer: Any, fmt: Format, as_stored: AsStored) -> None:
                 for expert in range(layer.num_local_experts)
             ]
         )
-        for name in [name for name in layer._parameters if name.startswith(f"{weight}_")]:
+        for name in names:
             del layer._parameters[name]
         layer.register_parameter(f"{weight}_weight", Parameter(dense.to(layer.params_dtype), requires_grad=False))
 
@@ -151,8 +169,8 @@ def _dequantize(fmt: Format, tensors: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    if tensor.dtype == torch.float8_e4m3fn:
-        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    if tensor.dtype in _EIGHT_BITS:
+        return tensor.contiguous().view(torch.uint8).numpy().view(_EIGHT_BITS[tensor.dtype])
     return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
@@ -185,17 +203,47 @@ def _multiply(
 ) -> torch.Tensor:
     """The weighted sum of experts, ``[tokens, hidden]``; ``weights_of(expert)`` returns ``[2I, H]`` and ``[H, I]``.
 
+    The first is ``[I, H]`` where experts have no gate.
+
     ``routed_scaling_factor`` is not applied: on a CPU, models multiply by it themselves (deepseek_v2.py:1011).
     """
     x = dispatch_output.hidden_states
     weights, ids = dispatch_output.topk_output.topk_weights, dispatch_output.topk_output.topk_ids
-    activation = _ACTIVATIONS[layer.moe_runner_config.activation]
+    config, biases = layer.moe_runner_config, _biases(layer)
     total = torch.zeros(x.shape, dtype=torch.float32)
     for expert in range(layer.num_local_experts):
         token, choice = (ids == expert).nonzero(as_tuple=True)
         if token.numel():
             w13, w2 = weights_of(expert)
-            gate, up = F.linear(x[token], w13).chunk(2, dim=-1)
-            out = F.linear(activation(gate) * up, w2)
-            total.index_add_(0, token, out.float() * weights[token, choice, None].float())
+            inputs, weight = x[token], weights[token, choice, None]
+            if config.apply_router_weight_on_input:
+                inputs, weight = inputs * weight.to(x.dtype), torch.ones_like(weight)
+            b13, b2 = (None if bias is None else bias[expert].to(x.dtype) for bias in biases)
+            out = F.linear(_activated(F.linear(inputs, w13, b13), config), w2, b2)
+            total.index_add_(0, token, out.float() * weight.float())
     return total.to(x.dtype)
+
+
+def _biases(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Those of ``w13`` and ``w2`` of all experts; the latter of the first rank only, since ranks' outputs are added."""
+    found = layer._parameters
+    w13, w2 = (found.get(f"{weight}_bias", found.get(f"{weight}_weight_bias")) for weight in ("w13", "w2"))
+    return w13, None if getattr(layer, "moe_tp_rank", 0) else w2
+
+
+def _activated(rows: torch.Tensor, config: Any) -> torch.Tensor:
+    """``rows [T, 2I]``, or ``[T, I]`` where experts have no gate, activated to ``[T, I]`` as SGLang's Triton runner
+    does (``moe_runner/triton_utils/fused_moe.py`` of 0.5.17)."""
+    activation = _ACTIVATIONS[config.activation]
+    if not config.is_gated:
+        return activation(rows)
+    alpha, limit = config.gemm1_alpha, config.gemm1_clamp_limit
+    alternate = alpha is not None and config.gate_up_interleaved
+    gate, up = (rows[..., ::2], rows[..., 1::2]) if alternate else rows.chunk(2, dim=-1)
+    if limit is not None:
+        up = up.clamp(-limit, limit)
+    if alpha is not None:
+        gate = gate.clamp(max=limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + 1)
+    gate = activation(gate)
+    return (gate if limit is None else gate.clamp(max=limit)) * up

@@ -129,7 +129,7 @@ class TritonChain(Chain):
 
 
 class MarlinChain(Chain):
-    """GPTQ, AWQ, packed compressed-tensors and NVFP4."""
+    """GPTQ, AWQ, packed compressed-tensors, NVFP4 and MXFP4."""
 
     @property
     def columns(self) -> int:
@@ -166,8 +166,14 @@ class MarlinChain(Chain):
             moe_block_size=route.block, top_k=top_k, mul_topk_weights=weighted, is_ep=False,
             b_q_type=fused_marlin_moe.get_scalar_type(self.info.weight_bits, zeros is not None, scales, of_all),
             size_m=len(x), size_n=out.shape[-1], size_k=x.shape[1], is_k_full=self.info.is_k_full,
-            use_atomic_add=_adds_atomically(x.dtype, x.device), use_fp32_reduce=True, is_zp_float=False,
+            use_atomic_add=_adds_atomically(x.dtype, x.device) and not _of_powers_of_two(scales),
+            use_fp32_reduce=True, is_zp_float=False,
         )  # fmt: skip
+
+
+def _of_powers_of_two(scales: torch.Tensor) -> bool:
+    """Whether weights are in MXFP4, which SGLang's runner multiplies by BF16 only and adds up without atomics."""
+    return scales.dtype == torch.float8_e8m0fnu
 
 
 @lru_cache
@@ -200,16 +206,19 @@ def of(layer: Any, dispatch_output: Any) -> Chains:
 
 
 def activates(config: Any) -> bool:
-    """Whether chains support the activation of a runner's config: gated SiLU without limits."""
+    """Whether chains support the activation of a runner's config: gated SiLU without limits, of inputs as they are."""
     limits = config.gemm1_alpha, config.gemm1_clamp_limit
-    return config.activation == "silu" and bool(config.is_gated) and limits == (None, None)
+    plain = limits == (None, None) and not config.apply_router_weight_on_input
+    return config.activation == "silu" and bool(config.is_gated) and plain
 
 
 def _chain(layer: Any, group: Any, dispatch_output: Any) -> Chain | None:
     experts, of = group.num_local_experts, layer.num_local_experts
     info = _quant_info(group, dispatch_output)
     if isinstance(info, MarlinMoeQuantInfo):
-        return MarlinChain(info, experts, of) if info.w13_bias is None and info.w2_bias is None else None
+        unfit = _of_powers_of_two(info.w13_scales) and dispatch_output.hidden_states.dtype != torch.bfloat16
+        unfit = unfit or info.w13_bias is not None or info.w2_bias is not None
+        return None if unfit else MarlinChain(info, experts, of)
     if isinstance(info, TritonMoeQuantInfo):
         unfit = info.b13, info.b2, info.w13_zp, info.w2_zp
         others = info.use_mxfp8, info.use_int8_w8a16, info.use_int4_w4a16

@@ -12,6 +12,7 @@ have no output of their own, so only :mod:`.chains` (on a CPU the reference) can
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -33,6 +34,13 @@ from .group import ExpertGroup, keep_one_projection, only_rank
 __all__ = ["MixedExpertsMethod"]
 
 
+_PASSED_ON = frozenset({
+    "num_experts", "num_local_experts", "hidden_size", "intermediate_size_per_partition", "layer_id", "top_k",
+    "num_fused_shared_experts", "params_dtype", "routing_method_type", "runner_backend", "activation", "is_gated",
+    "apply_router_weight_on_input", "inplace", "no_combine", "routed_scaling_factor", "gemm1_alpha",
+    "gemm1_clamp_limit", "gate_up_interleaved", "swiglu_limit", "layer",
+})  # fmt: skip
+"""Fields of SGLang's ``MoeRunnerConfig`` that groups get, that are refused here, or that change no result."""
 # By name, which is how the compiled operation refers to a layer.
 _layers: WeakValueDictionary[str, FusedMoE] = WeakValueDictionary()
 
@@ -58,13 +66,14 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
-        **extra: Any,
+        with_bias: bool = False,
+        **_: Any,
     ) -> None:
         local_ids = {e: layer._map_global_expert_id_to_local_expert_id(e) for e in self._formats}
         groups = expert_groups(self._formats, [expert for expert, local in local_ids.items() if local >= 0])
         if any(ups != downs for ups, downs in groups):
             self._refuse_split_experts(layer, groups)
-        self._refuse(layer, extra)
+        self._refuse(layer)
         # (projection, expert) -> its group, and its number within the group.
         place: dict[tuple[str, int], tuple[int, int]] = {}
         # A row for each group that has the projection: local id -> number in the group, or -1. Indexing with the id -1
@@ -79,9 +88,8 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                     row[local_ids[expert]] = i
                 numbers[weight] += [row] if members else []
             fmt = self._formats[ups[0]][0] if ups else self._formats[downs[0]][1]
-            made = self._group(
-                layer, fmt, len(ups or downs), hidden_size, intermediate_size_per_partition, params_dtype
-            )
+            size = hidden_size, intermediate_size_per_partition
+            made = self._group(layer, fmt, len(ups or downs), size, params_dtype, with_bias=with_bias)
             if ups != downs:
                 keep_one_projection(made, "w13" if ups else "w2")
             layer.groups.append(made)
@@ -95,8 +103,12 @@ class MixedExpertsMethod(FusedMoEMethodBase):
     def _refuse_split_experts(self, layer: FusedMoE, groups: list[GroupMembers]) -> None:
         """Raises ``ValueError`` where :mod:`.chains` cannot compute experts in two groups."""
         config, unfit = layer.moe_runner_config, ""
+        whole = {fmt.kind for both in self._formats.values() if len({*both}) > 1 for fmt in both if fmt.experts_whole}
+        if whole:
+            unfit = f"cannot be in {', '.join(sorted(whole))}, which SGLang has no kernels for one projection of"
         if not chains.activates(config):
-            unfit = f"do not go with its activation ({config.activation})"
+            gate = "" if config.is_gated else " without a gate"
+            unfit = f"do not go with its activation ({config.activation}{gate})"
         if max(sum(map(bool, members)) for members in zip(*groups, strict=True)) > routing.MOST_GROUPS:
             unfit = f"cannot be in more than {routing.MOST_GROUPS} formats"
         if unfit:
@@ -105,7 +117,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 "checkpoint with the three in one format"
             )
 
-    def _refuse(self, layer: FusedMoE, extra: Mapping[str, Any]) -> None:
+    def _refuse(self, layer: FusedMoE) -> None:
         config = layer.moe_runner_config
         if layer.num_fused_shared_experts:
             raise ValueError(
@@ -113,18 +125,31 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 "--disable-shared-experts-fusion"
             )
         for name, unfit in (
-            ("apply_router_weight_on_input", config.apply_router_weight_on_input),
             ("no_combine", config.no_combine),
             ("swiglu_limit", getattr(config, "swiglu_limit", None)),
-            ("biases", extra.get("with_bias")),
         ):
             if unfit:
                 raise ValueError(f"{self._prefix}: experts in several formats do not go with {name} in this version")
+        # What a later SGLang adds to its runners' config would be lost on the way to the groups.
+        for field in fields(config):
+            if field.name not in _PASSED_ON and getattr(config, field.name) != field.default:
+                raise ValueError(
+                    f"{self._prefix}: experts in several formats do not go with {field.name}="
+                    f"{getattr(config, field.name)!r}, which SGLang's runners get for this model"
+                )
 
     def _group(
-        self, layer: FusedMoE, fmt: Format, experts: int, hidden: int, intermediate: int, dtype: torch.dtype
+        self,
+        layer: FusedMoE,
+        fmt: Format,
+        experts: int,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        with_bias: bool,
     ) -> ExpertGroup:
-        config = layer.moe_runner_config
+        """A group of ``experts``, whose ``size`` is their hidden size and their columns on this rank."""
+        config, (hidden, intermediate) = layer.moe_runner_config, size
         with only_rank():
             group = ExpertGroup(
                 num_experts=experts,
@@ -136,12 +161,15 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 quant_config=self._native[fmt],
                 prefix=f"{self._prefix}.{fmt.kind}",
                 activation=config.activation,
+                apply_router_weight_on_input=config.apply_router_weight_on_input,
                 # In place, a runner would overwrite the next group's input.
                 inplace=False,
                 routed_scaling_factor=config.routed_scaling_factor,
                 gemm1_alpha=config.gemm1_alpha,
                 gemm1_clamp_limit=config.gemm1_clamp_limit,
                 is_gated=config.is_gated,
+                with_bias=with_bias,
+                gate_up_interleaved=config.gate_up_interleaved,
             )
         # The Triton runner skips ids of -1 only where the layer has more experts than the rank.
         group.moe_runner_config.num_experts = experts + 1
@@ -224,7 +252,8 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         outputs = []
         for group, numbers in zip(layer.groups, ids, strict=True):
             mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
-            outputs.append(group.quant_method.apply(group, mine).hidden_states)
+            out = group.quant_method.apply(group, mine).hidden_states
+            outputs.append(out[:, : hidden_states.shape[1]])  # some methods have padded weights
         return routing.add_up(outputs)
 
 

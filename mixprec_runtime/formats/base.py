@@ -13,7 +13,7 @@ from mixprec_build.formats.base import Format
 
 from .repair import Repair
 
-__all__ = ["Served", "no_kernel"]
+__all__ = ["Served", "may_have_biases", "no_kernel"]
 
 F = TypeVar("F", bound=Format)
 
@@ -25,6 +25,8 @@ class Served(ABC, Generic[F]):
     """The format's class in the compiler."""
     repairs: ClassVar[tuple[Repair, ...]] = ()
     """Repairs of SGLang's methods for the format."""
+    biased_experts: ClassVar[bool] = False
+    """Whether experts may have biases."""
     model_attributes: ClassVar[Mapping[str, object]] = {}
     """Attributes that layers of this format read from the config of the model, not from their own."""
 
@@ -39,6 +41,13 @@ class Served(ABC, Generic[F]):
     def check_experts(self, layer: Any, fmt: F, prefix: str) -> None:
         """Raises ``ValueError`` for a FusedMoE layer that the kernels cannot run, before SGLang chooses a method."""
 
+    def runners(self, fmt: F) -> tuple[str, ...]:
+        """The runners of experts, as ``--moe-runner-backend`` names them.
+
+        The first one is what SGLang takes by itself; a layer whose experts are all in ``fmt`` can be given the others.
+        """
+        return ("triton",)
+
     def values_in(self, name: str, parameter: torch.Tensor, fmt: F) -> int:
         """The number of weights in a parameter: 0 for scales, zero points and input orders."""
         if name.endswith("weight"):
@@ -49,6 +58,14 @@ class Served(ABC, Generic[F]):
     def may_be_empty(self, name: str, fmt: F) -> bool:
         """Whether a parameter needs no tensor in the files, which may omit it, or it is made after loading."""
         return False
+
+    def product_error(self, fmt: F) -> float:
+        """How far a linear may be off float64 arithmetic, as a share of the norm: sums are rounded to BF16."""
+        return 0.012
+
+    def as_loaded(self, fmt: F, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the checkpoint as SGLang's loaders take it: with the same values, perhaps in another dtype."""
+        return tensor
 
     def as_stored(
         self, fmt: F, tensors: dict[str, torch.Tensor], widths: list[int] | None
@@ -61,6 +78,12 @@ class Served(ABC, Generic[F]):
             widths: the number of outputs of each module, where known.
         """
         return fmt, tensors
+
+
+def may_have_biases(layer: Any) -> bool:
+    """Whether experts of a FusedMoE, whose weights are not made yet, have biases."""
+    # 0.5.15 tells only who makes the weights. Of its classes, that of gpt-oss alone asks for them, and for an alpha.
+    return bool(getattr(layer, "with_bias", layer.moe_runner_config.gemm1_alpha is not None))
 
 
 def no_kernel(fmt: Format) -> ValueError:

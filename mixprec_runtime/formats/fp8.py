@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
+from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
@@ -18,8 +21,23 @@ from .marlin import may_get_negative_ids, require_shapes
 from .one_scheme import OneScheme
 from .repair import Call, Repair
 from .scaled import BLOCK_REPAIRS, ServedScaled
+from .ungated import WITHOUT_GATE, WITHOUT_GATE_TENSOR
 
 __all__ = ["ServedFp8"]
+
+
+_USUAL_BLOCK = (128, 128)
+
+
+def _create_in_blocks(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Has Triton multiply in blocks of another size than the kernels take that SGLang chose."""
+    method: Any = call.method
+    chosen = method.w8a8_block_fp8_linear
+    by_inputs = "weight_block_size" in signature(fp8_utils.dispatch_w8a8_block_fp8_linear).parameters
+    if not (by_inputs and call.fmt.block[1] != _USUAL_BLOCK[1]):
+        options = chosen.keywords if isinstance(chosen, partial) else {}
+        method.w8a8_block_fp8_linear = partial(fp8_utils.triton_w8a8_block_fp8_linear, **options)
+    call.stock(layer, *args, **kwargs)
 
 
 def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -50,6 +68,15 @@ class ServedFp8(ServedScaled[Fp8]):
         *BLOCK_REPAIRS,
         require_shapes(lambda fmt: fmt.activations == "none", lambda fmt: -1),
         Repair(
+            name="blocks of other sizes than 128 x 128",
+            why="SGLang chooses DeepGEMM or CUTLASS by the GPU alone, from 0.5.21 on also by the inputs of a block. "
+            "They take scales for those of 128 outputs and inputs, and stop when the first tokens come.",
+            where="srt/layers/quantization/fp8_utils.py:472",
+            layer="linear",
+            applies=lambda fmt: fmt.block not in (None, _USUAL_BLOCK),
+            create=_create_in_blocks,
+        ),
+        Repair(
             name="one scale for activations of experts",
             why="With one scale for a weight, activations have one scale as well, for the largest value of all rows. "
             "Rows of experts on other ranks are uninitialized, and may set it.",
@@ -58,6 +85,8 @@ class ServedFp8(ServedScaled[Fp8]):
             applies=lambda fmt: fmt.granularity == "tensor" and fmt.activations == "dynamic",
             runner=_create_runner,
         ),
+        WITHOUT_GATE,
+        WITHOUT_GATE_TENSOR,
     )
 
     def sglang_config(self, fmt: Fp8) -> QuantizationConfig:
@@ -72,8 +101,16 @@ class ServedFp8(ServedScaled[Fp8]):
             activation_scheme=fmt.activations,
             weight_block_size=list(fmt.block) if fmt.block else None,
         )
-        made.scale_fmt = fmt.scale_fmt or None  # read since some version before 0.5.23
+        made.scale_fmt = fmt.scale_fmt or None  # read from 0.5.21 on
         return made
+
+    def runners(self, fmt: Fp8) -> tuple[str, ...]:
+        usual = fmt.block == _USUAL_BLOCK and fmt.activations == "dynamic"
+        return ("triton", "deep_gemm") if usual else ("triton",)
+
+    def product_error(self, fmt: Fp8) -> float:
+        # Activations are rounded to FP8.
+        return super().product_error(fmt) if fmt.activations == "none" else 0.06
 
     def check_experts(self, layer: Any, fmt: Fp8, prefix: str) -> None:
         least = divmod(fmt.kinds[fmt.kind].experts_least, 10)

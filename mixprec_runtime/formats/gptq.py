@@ -14,8 +14,9 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.gptq import Gptq
 
 from .base import no_kernel
-from .marlin import ServedGrouped, changed_attributes, ids_of_other_ranks, recast
-from .repair import Call, Repair
+from .marlin import ServedGrouped, ids_of_other_ranks, permute_by_groups, recast
+from .repair import ISSUES, PULLS, Call, Repair
+from .ungated import WITHOUT_GATE
 
 __all__ = ["ServedGptq"]
 
@@ -60,16 +61,17 @@ def _create_scales(
     params_dtype: torch.dtype,
     **kwargs: Any,
 ) -> None:
-    with changed_attributes(layer, moe_tp_size=1):
-        call.stock(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
-    for weight in ("w13", "w2"):
-        recast(layer, f"{weight}_scales", params_dtype)
-        recast(layer, f"{weight}_qzeros", torch.int32)
+    fmt: Gptq = call.fmt
+    call.stock(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
+    groups = 1 if fmt.group_size == -1 else intermediate_size_per_partition // fmt.group_size
+    recast(layer, "w13_scales", params_dtype)
+    recast(layer, "w2_scales", params_dtype, (num_experts, groups, hidden_size))
+    recast(layer, "w13_qzeros", torch.int32)
+    recast(layer, "w2_qzeros", torch.int32, (num_experts, groups, hidden_size // fmt.pack))
 
 
-def _permute_scales(call: Call, layer: Any) -> None:
-    with changed_attributes(layer, intermediate_size_per_partition=layer.hidden_size):
-        call.stock(layer)
+def _drop_zero_points(call: Call, layer: Any) -> None:
+    call.stock(layer)
     for name in ("w13_qzeros", "w2_qzeros"):
         layer._parameters.pop(name, None)
 
@@ -80,24 +82,25 @@ class ServedGptq(ServedGrouped[Gptq]):
         Repair(
             name="linears that Marlin does not take",
             why="The result of check_marlin_supports_shape is ignored. For shapes that Marlin excludes, GPTQConfig "
-            "has a kernel for FP16 activations, removed by 0.5.23.",
+            "has a kernel for FP16 activations, removed by 0.5.20.",
             where="srt/hardware_backend/gpu/quantization/gptq_kernels.py:139",
             layer="linear",
+            issues=(f"{PULLS}/33988", f"{PULLS}/39741"),
             check=_fall_back_to_exllama,
         ),
         Repair(
             name="scales of experts",
             why="They are FP16 in every model (:217), and the kernel refuses BF16 activations: here they have the "
             "model's dtype, with one rounding at load. Without desc_act, w2_scales has the rows of all ranks instead "
-            "of this rank's, and is then filled in part or fails to load. The scales of w13 are permuted for this "
-            "rank's intermediate size instead of the hidden size (gptq_kernels.py:338), which is wrong where the "
-            "former is one group. Zero points are made in the model's dtype and stay in memory, although symmetric "
-            "weights need none.",
+            "of this rank's, and is then filled in part or fails to load. Zero points are made in the model's dtype "
+            "and stay in memory, although symmetric weights need none.",
             where="srt/layers/quantization/gptq/schemes/gptq_moe.py:184",
             layer="experts",
+            issues=(f"{ISSUES}/20599", f"{ISSUES}/36822", f"{ISSUES}/13252", f"{PULLS}/35955"),
             create=_create_scales,
-            process=_permute_scales,
+            process=_drop_zero_points,
         ),
+        permute_by_groups("srt/hardware_backend/gpu/quantization/gptq_kernels.py:338", "w13_scales", "w2_scales"),
         Repair(
             name="experts in act-order under tensor parallelism",
             why="Each rank would need the inputs of the others.",
@@ -107,6 +110,7 @@ class ServedGptq(ServedGrouped[Gptq]):
             create=_refuse_cut_orders,
         ),
         ids_of_other_ranks,
+        WITHOUT_GATE,
     )
 
     def sglang_config(self, fmt: Gptq) -> QuantizationConfig:

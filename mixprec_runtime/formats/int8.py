@@ -14,13 +14,14 @@ from mixprec_build.formats.int8 import Int8
 from .base import no_kernel
 from .repair import Repair
 from .scaled import BLOCK_REPAIRS, ServedScaled
+from .ungated import WITHOUT_GATE
 
 __all__ = ["ServedInt8"]
 
 
 class ServedInt8(ServedScaled[Int8]):
     format: ClassVar[type[Format]] = Int8
-    repairs: ClassVar[tuple[Repair, ...]] = BLOCK_REPAIRS
+    repairs: ClassVar[tuple[Repair, ...]] = (*BLOCK_REPAIRS, WITHOUT_GATE)
 
     def sglang_config(self, fmt: Int8) -> QuantizationConfig:
         if fmt.granularity == "channel" and fmt.activations != "none":
@@ -30,3 +31,7 @@ class ServedInt8(ServedScaled[Int8]):
                 is_checkpoint_int8_serialized=True, activation_scheme="dynamic", weight_block_size=list(fmt.block)
             )
         raise no_kernel(fmt)
+
+    def product_error(self, fmt: Int8) -> float:
+        # Activations are rounded to Int8; for blocks, SGLang cuts off what they have behind the point.
+        return 0.05

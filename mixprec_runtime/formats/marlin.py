@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 from sglang.srt.layers.moe import get_moe_runner_backend
-from sglang.srt.layers.quantization.marlin_utils import check_marlin_supports_shape, check_moe_marlin_supports_layer
+from sglang.srt.layers.quantization.marlin_utils import (
+    check_marlin_supports_shape,
+    check_moe_marlin_supports_layer,
+    marlin_moe_permute_scales,
+)
 from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
@@ -18,7 +20,7 @@ from mixprec_build.formats.grouped import Grouped
 
 from .. import launch
 from .base import Served
-from .repair import ADVICE, Call, Repair
+from .repair import ADVICE, PULLS, Call, Repair
 
 __all__ = [
     "PLACEHOLDER_MAP",
@@ -29,18 +31,24 @@ __all__ = [
     "may_get_negative_ids",
     "permute_by_groups",
     "recast",
+    "rename",
+    "require_activation",
     "require_shapes",
     "require_whole_words",
     "skip_negative_ids",
+    "zero_points_by_tiles",
 ]
 
 G = TypeVar("G", bound=Grouped)
 
 PLACEHOLDER_MAP = torch.empty(0, dtype=torch.int32)
+_TILE = 64
+"""Inputs of the smallest tile of weights that a Marlin kernel multiplies at a time."""
 
 
 class ServedGrouped(Served[G]):
     def check_experts(self, layer: Any, fmt: G, prefix: str) -> None:
+        require_activation(layer, fmt, prefix)
         # For shapes that Marlin excludes, GPTQ computes wrong results, and AWQ falls back to kernels that do not skip
         # ids of -1 (quantization/awq/awq.py:352).
         if not check_moe_marlin_supports_layer(layer, fmt.group_size):
@@ -50,6 +58,9 @@ class ServedGrouped(Served[G]):
                 f"{ADVICE}"
             )
 
+    def runners(self, fmt: G) -> tuple[str, ...]:
+        return ("marlin",)
+
     def may_be_empty(self, name: str, fmt: G) -> bool:
         # Without act_order there is no input order to store.
         return name.endswith("g_idx_sort_indices") or (name.endswith("g_idx") and not fmt.act_order)
@@ -58,6 +69,26 @@ class ServedGrouped(Served[G]):
         if name.endswith(fmt.values_leaf):
             return parameter.numel() * fmt.pack
         return super().values_in(name, parameter, fmt)
+
+
+def require_activation(layer: Any, fmt: Format, prefix: str) -> None:
+    """Raises ``ValueError`` for experts whose activation Marlin lacks.
+
+    check_moe_marlin_supports_layer of SGLang's marlin_utils.py has these rules without a reason, but for limits, which
+    its runner ignores (moe_runner/marlin.py).
+    """
+    config = layer.moe_runner_config
+    unfit = ""
+    if config.apply_router_weight_on_input:
+        unfit = "multiplies outputs of experts by the router's weights, and this model their inputs"
+    elif config.activation not in ({"silu", "situ"} if config.is_gated else {"silu", "relu2"}):
+        unfit = f"has no {config.activation} for experts"
+    elif config.gemm1_clamp_limit is not None and config.gemm1_alpha is None:
+        unfit = f"ignores the limit of this activation ({config.gemm1_clamp_limit})"
+    if unfit:
+        raise ValueError(
+            f"{prefix} ({fmt.kind}): Marlin {unfit}. Build the checkpoint with another format for this module."
+        )
 
 
 def require_shapes(applies: Callable[[Any], bool], group_size: Callable[[Any], int]) -> Repair:
@@ -97,19 +128,22 @@ def require_whole_words(applies: Callable[[Any], bool]) -> Repair:
     )
 
 
-def permute_by_groups(module: str, where: str) -> Repair:
-    """A repair for experts whose method calls ``marlin_moe_permute_scales`` of the module named ``module``."""
+def permute_by_groups(where: str, *names: str) -> Repair:
+    """A repair for experts whose scales (parameters ``names``) SGLang permutes for another number of inputs."""
 
     def process_weights_after_loading(call: Call, layer: Any) -> None:
-        found = import_module(module)  # not at the top: it needs a GPU's libraries
-        permute = found.marlin_moe_permute_scales
-
-        def by_groups(s: torch.Tensor, size_k: int, size_n: int, group_size: int) -> torch.Tensor:
-            permuted: torch.Tensor = permute(s, s.shape[1] * group_size, size_n, group_size)
-            return permuted
-
-        with patch.object(found, "marlin_moe_permute_scales", by_groups):
-            call.stock(layer)
+        loaded = {name: layer._parameters[name].data.clone() for name in names}
+        call.stock(layer)
+        for name, scales in loaded.items():
+            now = layer._parameters[name].data
+            if now.shape != scales.shape:
+                raise RuntimeError(
+                    f"{name} has another shape after SGLang processed it, {list(now.shape)} instead of "
+                    f"{list(scales.shape)}, so that it cannot be repaired"
+                )
+            groups, columns = scales.shape[1:]
+            inputs = groups * call.fmt.group_size
+            now.copy_(marlin_moe_permute_scales(scales, inputs, columns, call.fmt.group_size))
 
     return Repair(
         name="scales of gate and up permuted by the wrong inputs",
@@ -117,7 +151,40 @@ def permute_by_groups(module: str, where: str) -> Repair:
         "instead of the hidden size, which is wrong where the former is one group. Here the number of inputs is that "
         "of the groups in the scales.",
         where=where,
+        issues=("https://github.com/vllm-project/vllm/pull/50196",),
         layer="experts",
+        process=process_weights_after_loading,
+    )
+
+
+def zero_points_by_tiles(layer_kind: str, *pairs: tuple[str, str], applies: Callable[[Any], bool]) -> Repair:
+    """A repair for ``layer_kind`` with zero points: groups become as short as a tile, by repeating what they share.
+
+    Args:
+        pairs: names of parameters in Marlin's layout, scales ``[..., groups, N]`` and zero points
+            ``[..., groups, N/8]``.
+    """
+
+    def process_weights_after_loading(call: Call, layer: Any) -> None:
+        call.stock(layer)
+        for names in pairs:
+            for name in names:
+                parameter = layer._parameters[name]
+                times = call.fmt.group_size // _TILE
+                # The only group of a weight is read once, before the first tile.
+                if times > 1 and parameter.shape[-2] > 1:
+                    repeated = parameter.data.repeat_interleave(times, dim=-2)
+                    layer.register_parameter(name, Parameter(repeated, requires_grad=False))
+
+    return Repair(
+        name=f"zero points of {layer_kind} read while the next arrive",
+        why="Of a group of 128 inputs, the kernel reads the zero points again for the second tile of 64, from a place "
+        "in shared memory that other warps may by then have the next group's copied to. Products are then off by up "
+        "to 1.4 %, now and then. Here groups have the length of a tile, with the same scales and zero points: each "
+        "is read before the barrier that the copy waits for. Weights keep their values and take 4 % more memory.",
+        where="kernels/jit/csrc/gemm/marlin_moe/marlin_template.h:1137",
+        layer=layer_kind,
+        applies=applies,
         process=process_weights_after_loading,
     )
 
@@ -144,6 +211,7 @@ ids_of_other_ranks = Repair(
     why="The kernel skips ids of -1, for experts on other ranks, only if it gets an expert_map, which GPTQ and AWQ do "
     "not pass: it then reads memory before the weights. The contents of the map do not matter.",
     where="srt/layers/moe/fused_moe_triton/fused_marlin_moe.py",
+    issues=(f"{PULLS}/38115",),
     layer="experts",
     runner=_create_runner_with_map,
 )
@@ -166,13 +234,20 @@ def may_get_negative_ids(layer: Any) -> bool:
     return bool(layer.moe_ep_size > 1 or getattr(layer, "virtual_rank", False))
 
 
-def recast(layer: Any, name: str, dtype: torch.dtype) -> None:
-    """Replaces a parameter, before anything is loaded into it, by an uninitialized one of ``dtype``."""
-    old = getattr(layer, name)
-    if old.dtype != dtype:
-        new = Parameter(torch.empty_like(old, dtype=dtype), requires_grad=False)
+def recast(layer: Any, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> None:
+    """Replaces a parameter, before anything is loaded into it, by an uninitialized one of ``dtype`` and ``shape``."""
+    old = layer._parameters[name]
+    shape = tuple(old.shape) if shape is None else shape
+    if (old.dtype, tuple(old.shape)) != (dtype, shape):
+        new = Parameter(torch.empty(shape, dtype=dtype, device=old.device), requires_grad=False)
         new.__dict__.update(old.__dict__)
         layer.register_parameter(name, new)
+
+
+def rename(layer: Any, before: str, after: str) -> None:
+    """Registers the parameter ``before`` as ``after`` instead, if there is one."""
+    if before in layer._parameters:
+        layer.register_parameter(after, layer._parameters.pop(before))
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """NVFP4 on Marlin: SGLang's methods of ModelOpt's, also for what compressed-tensors stores.
 
-0.5.17's own methods of compressed-tensors run on Blackwell only. The bytes are the same but for the names, and for the
-scale of all, of which compressed-tensors stores one over it.
+SGLang's own methods of compressed-tensors run on Blackwell only before 0.5.22. The bytes are the same but for names,
+and for the scale of all, of which compressed-tensors stores one over it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 from sglang.srt.layers.linear import LinearBase
@@ -20,8 +19,15 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.nvfp4 import Nvfp4
 
 from .base import Served
-from .marlin import create_runner, may_get_negative_ids, require_shapes, skip_negative_ids
-from .repair import ADVICE, Call, Repair
+from .marlin import (
+    create_runner,
+    may_get_negative_ids,
+    rename,
+    require_activation,
+    require_shapes,
+    skip_negative_ids,
+)
+from .repair import ADVICE, ISSUES, PULLS, Call, Repair
 
 __all__ = ["ServedNvfp4"]
 
@@ -56,11 +62,6 @@ _RENAMED = (
 )
 
 
-def _rename(layer: Any, before: str, after: str) -> None:
-    if before in layer._parameters:
-        layer.register_parameter(after, layer._parameters.pop(before))
-
-
 def _create_compressed(prefixes: tuple[str, ...]) -> Callable[..., None]:
     def create_weights(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
         if prefixes != ("",):
@@ -68,7 +69,7 @@ def _create_compressed(prefixes: tuple[str, ...]) -> Callable[..., None]:
         call.stock(layer, *args, **kwargs)
         for prefix in prefixes:
             for theirs, name in _RENAMED:
-                _rename(layer, f"{prefix}{theirs}", f"{prefix}{name}")
+                rename(layer, f"{prefix}{theirs}", f"{prefix}{name}")
 
     return create_weights
 
@@ -88,7 +89,7 @@ def _process_compressed(prefixes: tuple[str, ...]) -> Callable[..., None]:
     def process_weights_after_loading(call: Call, layer: Any) -> None:
         for prefix in prefixes:
             for theirs, name in _RENAMED:
-                _rename(layer, f"{prefix}{name}", f"{prefix}{theirs}")
+                rename(layer, f"{prefix}{name}", f"{prefix}{theirs}")
             scale = layer._parameters[f"{prefix}weight_scale_2"]
             scale.data = 1 / scale.data
         call.stock(layer)
@@ -99,7 +100,7 @@ def _process_compressed(prefixes: tuple[str, ...]) -> Callable[..., None]:
 def _compressed(layer: str, prefixes: tuple[str, ...]) -> Repair:
     return Repair(
         name=f"NVFP4 of compressed-tensors ({layer})",
-        why="Its own methods run on Blackwell only before 0.5.23. ModelOpt's take the same bytes by other names, and "
+        why="Its own methods run on Blackwell only before 0.5.22. ModelOpt's take the same bytes by other names, and "
         "the scale of all where compressed-tensors stores one over it.",
         where="srt/layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py",
         layer=layer,
@@ -110,8 +111,7 @@ def _compressed(layer: str, prefixes: tuple[str, ...]) -> Repair:
 
 
 def _create_experts(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
-    with patch.object(modelopt_quant, "swizzle_blockscale", lambda scale: scale.new_empty(0)):
-        call.stock(layer, *args, **kwargs)
+    call.stock(layer, *args, **kwargs)
     for weight in ("w13", "w2"):
         layer._parameters.pop(f"{weight}_blockscale_swizzled", None)
         shape: tuple[int, ...] = (layer.num_local_experts,)
@@ -152,6 +152,7 @@ class ServedNvfp4(Served[Nvfp4]):
             why="Scales of inputs are made for all experts of the model, whatever a rank holds, and a second copy of "
             "the scales of blocks is made for Blackwell, in memory for ever. Marlin reads neither.",
             where=f"{_FILE}:2083",
+            issues=(f"{ISSUES}/38073", f"{PULLS}/38092"),
             layer="experts",
             create=_create_experts,
             process=_process_experts,
@@ -172,12 +173,16 @@ class ServedNvfp4(Served[Nvfp4]):
         return _OnMarlin(is_checkpoint_nvfp4_serialized=True, group_size=_BLOCK, exclude_modules=[])
 
     def check_experts(self, layer: Any, fmt: Nvfp4, prefix: str) -> None:
+        require_activation(layer, fmt, prefix)
         hidden, intermediate = layer.hidden_size, layer.intermediate_size_per_partition
         if hidden % 128 or intermediate % 64:
             raise ValueError(
                 f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {hidden} and {intermediate} "
                 f"intermediate columns a rank. {ADVICE}"
             )
+
+    def runners(self, fmt: Nvfp4) -> tuple[str, ...]:
+        return ("marlin",)
 
     def values_in(self, name: str, parameter: torch.Tensor, fmt: Nvfp4) -> int:
         if not name.endswith(("weight", "weight_packed")):

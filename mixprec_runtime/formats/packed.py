@@ -20,9 +20,11 @@ from .marlin import (
     recast,
     require_shapes,
     require_whole_words,
+    zero_points_by_tiles,
 )
 from .one_scheme import OneScheme
 from .repair import Call, Repair
+from .ungated import WITHOUT_GATE
 
 __all__ = ["ServedPacked"]
 
@@ -80,6 +82,7 @@ class ServedPacked(ServedGrouped[Packed]):
     repairs: ClassVar[tuple[Repair, ...]] = (
         require_shapes(lambda fmt: True, lambda fmt: int(fmt.group_size)),
         require_whole_words(lambda fmt: not fmt.sym),
+        zero_points_by_tiles("linear", ("weight_scale", "weight_zero_point"), applies=lambda fmt: not fmt.sym),
         Repair(
             name="packed weights kept beside repacked ones",
             why="DeepSeek's dense MLPs register weight_packed as weight, too, which keeps it in memory after Marlin "
@@ -97,9 +100,7 @@ class ServedPacked(ServedGrouped[Packed]):
             layer="experts",
             create=_create_experts,
         ),
-        permute_by_groups(
-            f"sglang.srt.layers.quantization.{_MOE.replace('/', '.')}", f"srt/layers/quantization/{_MOE}.py:300"
-        ),
+        permute_by_groups(f"srt/layers/quantization/{_MOE}.py:300", "w13_weight_scale", "w2_weight_scale"),
         Repair(
             name="shapes of experts that nobody reads",
             why="They stay in memory: here they are removed after loading.",
@@ -115,6 +116,7 @@ class ServedPacked(ServedGrouped[Packed]):
             runner=create_runner,
             run=_run_with_map,
         ),
+        WITHOUT_GATE,
     )
 
     def sglang_config(self, fmt: Packed) -> QuantizationConfig:

@@ -14,9 +14,11 @@ from .dense import ServedDense
 from .fp8 import ServedFp8
 from .gptq import ServedGptq
 from .int8 import ServedInt8
+from .mxfp4 import ServedMxfp4
 from .nvfp4 import ServedNvfp4
 from .packed import ServedPacked
 from .repair import Repair
+from .w4afp8 import ServedW4afp8
 
 __all__ = ["SERVED", "model_attributes", "repairs", "served", "with_served"]
 
@@ -24,11 +26,13 @@ __all__ = ["SERVED", "model_attributes", "repairs", "served", "with_served"]
 SERVED: tuple[Served[Any], ...] = (
     ServedDense(),
     ServedFp8(),
+    ServedW4afp8(),
     ServedInt8(),
     ServedGptq(),
     ServedAwq(),
     ServedPacked(),
     ServedNvfp4(),
+    ServedMxfp4(),
 )
 """One instance for each class of the compiler's ``FORMATS``."""
 

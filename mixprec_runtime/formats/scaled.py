@@ -13,7 +13,7 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.scaled import Scaled
 
 from .base import Served
-from .repair import Call, Repair
+from .repair import PULLS, Call, Repair
 
 __all__ = ["BLOCK_REPAIRS", "ServedScaled"]
 
@@ -21,6 +21,12 @@ S = TypeVar("S", bound=Scaled)
 
 
 class ServedScaled(Served[S]):
+    def as_loaded(self, fmt: S, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
+        # SGLang's parameters are in F32. Its loaders would copy exponents that are stored as U8 as numbers.
+        if leaf == fmt.scale_leaf and tensor.dtype in (torch.uint8, torch.float8_e8m0fnu):
+            return tensor.view(torch.float8_e8m0fnu).float()
+        return tensor
+
     def as_stored(
         self, fmt: S, tensors: dict[str, torch.Tensor], widths: list[int] | None
     ) -> tuple[Format, dict[str, torch.Tensor]]:
@@ -57,6 +63,7 @@ def _alias_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
         why="Llama looks for weight_scale_inv under the name weight_scale (also model_loader/auto_loader.py:192), and "
         "compressed-tensors stores it so. Block FP8 and Int8 have no such parameter, and it is dropped with a warning.",
         where="srt/models/llama.py:679",
+        issues=(f"{PULLS}/30234",),
         layer=layer,
         applies=_has_blocks,
         create=create_weights,
@@ -80,6 +87,7 @@ BLOCK_REPAIRS = (
         where="srt/layers/quantization/fp8.py:478",
         layer="linear",
         applies=_has_blocks,
+        until="0.5.22",
         check=_check_partition,
     ),
     _alias_weight_scale("linear", ("",)),

@@ -12,16 +12,28 @@ import torch
 
 from mixprec_build.checkpoint.manifest import TensorEntry
 
-__all__ = ["CASTS", "DTYPES", "Ledger", "LoadError"]
+__all__ = ["CASTS", "DTYPES", "Convert", "Ledger", "LoadError", "casts"]
 
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
 CASTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+def casts(stored: torch.dtype | None, parameter: torch.dtype) -> bool:
+    """Whether a tensor may be copied into a parameter: in its dtype, or its values are floats that are not quantized.
+
+    Scales that are powers of two (E8M0) are exact in float32.
+    """
+    exact = (stored, parameter) == (torch.float8_e8m0fnu, torch.float32)
+    return stored == parameter or {stored, parameter} <= CASTS or exact
+
+
+Convert = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class LoadError(RuntimeError):
@@ -48,18 +60,26 @@ class Ledger:
         self.arrived: set[str] = set()
         self.used: Counter[str] = Counter()
         """Tensor -> the number of its elements that were copied."""
+        self._dtypes: dict[str, torch.dtype] = {}
+        """Tensor -> its dtype, as it is passed on."""
         self._values: dict[str, object] = {}
         """Tensor of one element -> its value, where a loader read it by ``item()``."""
 
-    def follow(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def follow(
+        self, weights: Iterable[tuple[str, torch.Tensor]], convert: Convert = lambda name, tensor: tensor
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the tensors of a checkpoint as a subclass that reports copies to this ledger.
+
+        ``convert`` returns a tensor with the same values in the dtype that SGLang's loaders take.
 
         Raises:
             LoadError: a tensor is not in the manifest, or has another dtype or shape there.
         """
-        for name, tensor in weights:
-            self._check(name, tensor)
+        for name, stored in weights:
+            self._check(name, stored)
             self.arrived.add(name)
+            tensor = convert(name, stored)
+            self._dtypes[name] = tensor.dtype
             yield name, _Arriving.of(tensor, (self, (name,)))
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
@@ -90,10 +110,10 @@ class Ledger:
             return
         names = set(names)
         for name in names:
-            dtype = DTYPES[self._declared[name].dtype]
+            dtype = self._dtypes[name]
             # What was made of a weight and its scales is dequantized, as SGLang does with indexer.wk of DSA.
             dequantized = into.dtype in CASTS and not names.isdisjoint(_scales_of(name))
-            if dtype != into.dtype and not {dtype, into.dtype} <= CASTS and not dequantized:
+            if not casts(dtype, into.dtype) and not dequantized:
                 raise LoadError(
                     f"{name} is {dtype}, and {owners[0]}, which SGLang loads it into, is "
                     f"{into.dtype}: the layer is not in the format that the checkpoint declares"

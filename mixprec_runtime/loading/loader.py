@@ -27,7 +27,9 @@ from mixprec_build.checkpoint.degree import Degree, parse_folder
 from mixprec_build.checkpoint.manifest import Manifest, TensorEntry
 from mixprec_build.checkpoint.typed import Source
 from mixprec_build.errors import MixprecError, SplitError, VerifyError
+from mixprec_build.families.draft_class import Draft
 from mixprec_build.families.expected import tower_of
+from mixprec_build.families.facts import ModelFacts
 from mixprec_build.patterns.compress import compress
 from mixprec_build.ranks.assemble import as_parameter, contents
 from mixprec_build.ranks.files import INDEX, check_headers, open_rank, read_rank
@@ -38,8 +40,9 @@ from mixprec_build.storage.header import TensorInfo
 from mixprec_build.storage.reader import FileReader, TensorReader
 from mixprec_build.text import some
 
-from .ledger import CASTS, DTYPES, Ledger, LoadError
-from .strict import expected_on_this_rank, has_no_towers, incomplete, may_be_empty
+from ..contact.flags import server_args, value_of
+from .ledger import DTYPES, Ledger, LoadError, casts
+from .strict import draft_of, expected_on_this_rank, has_no_towers, incomplete, may_be_empty
 
 __all__ = ["Fetch", "Share", "load", "mismatch", "rank_share", "require_merged", "this_run"]
 
@@ -63,6 +66,21 @@ class Share:
     """MLP or ``...experts`` -> its columns ``(native, stored)``; see :func:`.pad.pad`."""
     path_of: Callable[[str], Path]
 
+    def of_draft(self, draft: Draft) -> Share:
+        """The part of it that is for draft layers, by the names of SGLang's class for them."""
+        own = [parameter for name, parameter in self.parameters.items() if draft.expects(name)]
+        parameters = [replace(parameter, name=draft.name_to_load(parameter.name)) for parameter in own]
+        padded: dict[str, tuple[int, int]] = {}
+        for name, columns in self.padded.items():
+            if draft.expects(name):  # some classes pass names of the checkpoint to their layers
+                padded |= {name: columns, draft.sglang_name(name): columns}
+        return replace(
+            self,
+            where=f"draft layers from {self.where}",
+            parameters={parameter.name: parameter for parameter in parameters},
+            padded=padded,
+        )
+
 
 def rank_share(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, merged: bool = True) -> Share | None:
     """Finds what this rank reads: its own files, else, with ``merged``, its share of the merged ones.
@@ -79,14 +97,14 @@ def rank_share(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, 
     Raises:
         RuntimeError: files are damaged, changed since the build, or cannot be fetched.
     """
-    from sglang.srt.runtime_context import get_parallel, get_server_args
+    from sglang.srt.runtime_context import get_parallel
 
-    parallel, args = get_parallel(), get_server_args()
+    parallel, args = get_parallel(), server_args()
     degree, rank = _degree(), parallel.tp_rank
     usual = (
         (parallel.attn_tp_size, parallel.attn_tp_rank) == (degree.attention_tp, rank % degree.attention_tp)
         and (parallel.moe_tp_size, parallel.moe_ep_rank) == (degree.moe_tp, rank // degree.moe_tp)
-        and args.moe_dense_tp_size in (None, degree.tp)
+        and value_of(args, "moe_dense_tp_size") in (None, degree.tp)
     )
     if not usual or _experts_moved():
         return None
@@ -106,7 +124,7 @@ def rank_share(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, 
             names = deque(["config.json", "model.safetensors.index.json", *manifest.shards])
             names.rotate(-rank)  # ranks fetch at the same time: each begins with another file
             download(names)
-            return _of_merged(folder, manifest, degree, rank, replicated_head=bool(args.enable_dp_lm_head))
+            return _of_merged(folder, manifest, degree, rank, replicated_head=bool(value_of(args, "enable_dp_lm_head")))
         return None
     except MixprecError as error:
         raise RuntimeError(str(error)) from error
@@ -219,9 +237,9 @@ def mismatch(model: Module, share: Share) -> str | None:
     """Why ``share`` does not fit the parameters of ``model``, which SGLang may cut in another way; None if it does."""
     if any(getattr(module, "num_fused_shared_experts", 0) for module in model.modules()):
         return "shared experts are stored apart from routed ones: give --disable-shared-experts-fusion"
-    parameters, empty = _parameters(model), may_be_empty(model)
+    parameters, empty, left_to_class = _parameters(model), may_be_empty(model), _left_to_class(model)
     for name, parameter in parameters.items():
-        if tower_of(name) is not None:
+        if left_to_class(name):
             continue
         stored = share.parameters.get(name)
         if stored is None:
@@ -230,12 +248,16 @@ def mismatch(model: Module, share: Share) -> str | None:
             return f"they have no {name}"
         if stored.shape != tuple(parameter.shape):
             return f"{name} is {list(stored.shape)} in them and {list(parameter.shape)} in SGLang"
-        dtype = DTYPES.get(stored.dtype)
-        if dtype != parameter.dtype and not {dtype, parameter.dtype} <= CASTS:
+        if not casts(DTYPES.get(stored.dtype), parameter.dtype):
             return f"{name} is {stored.dtype} in them and {parameter.dtype} in SGLang"
     belongs = expected_on_this_rank(model)
-    extra = sorted(n for n in share.parameters.keys() - parameters.keys() if tower_of(n) is None and belongs(n))
+    extra = sorted(n for n in share.parameters.keys() - parameters.keys() if not left_to_class(n) and belongs(n))
     return f"SGLang has no {extra[0]}" if extra else None
+
+
+def _left_to_class(model: Module) -> Callable[[str], bool]:
+    """Returns a predicate for names of tensors and parameters that SGLang's class loads itself."""
+    return ModelFacts.of_loaded(getattr(model, "config", None)).family.is_left_to_class
 
 
 def _parameters(model: Module) -> dict[str, torch.Tensor]:
@@ -245,14 +267,16 @@ def _parameters(model: Module) -> dict[str, torch.Tensor]:
 def load(model: Module, share: Share, finish: Callable[[Iterable[tuple[str, torch.Tensor]]], Any]) -> Any:
     """Fills the parameters of ``model`` and returns the result of ``finish``, which is the model's ``load_weights``.
 
-    ``finish`` gets only the tensors of encoders, whose parameters SGLang names and cuts in its own way.
+    ``finish`` gets only the tensors that SGLang's class loads itself: those of encoders, whose parameters it names and
+    cuts in its own way, and those that it computes parameters from.
 
     Raises:
         LoadError: a file is damaged, or cannot be read.
     """
     parameters = _parameters(model)
     device = next((parameter.device for parameter in parameters.values() if parameter.is_cuda), None)
-    taken = [share.parameters[name] for name in parameters if name in share.parameters]
+    left_to_class = _left_to_class(model)
+    taken = [share.parameters[name] for name in parameters if name in share.parameters and not left_to_class(name)]
     if device is not None:
         torch.cuda.synchronize()  # parameters must be initialized before other streams write to them
 
@@ -269,8 +293,8 @@ def load(model: Module, share: Share, finish: Callable[[Iterable[tuple[str, torc
             if device is not None:
                 torch.cuda.synchronize()
             size = sum(parameter.nbytes for parameter in taken) / 1e9
-            logger.info("mixprec: read %s (%.2f GB)", share.where, size)
-            result = _load_towers(model, share, copies, finish)
+            logger.debug("mixprec: read %s (%.2f GB)", share.where, size)
+            result = _load_by_class(model, share, copies, finish)
     except (MixprecError, OSError) as error:
         raise LoadError(str(error)) from error
     # Some models derive tensors for the names that load_weights got, and it got none: SGLang wants this call of loaders
@@ -281,17 +305,24 @@ def load(model: Module, share: Share, finish: Callable[[Iterable[tuple[str, torc
     return result
 
 
-def _load_towers(
+def _load_by_class(
     model: Module, share: Share, copies: _Copies, finish: Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 ) -> Any:
-    """Passes the tensors of encoders to ``finish``, and checks that they fill the encoders' parameters.
+    """Passes the tensors that SGLang's class loads itself to ``finish``, and checks that they fill their parameters.
 
     Raises:
         LoadError: tensors were lost, or parameters not filled; the message names them.
     """
-    stored = {name: value for name, value in share.parameters.items() if tower_of(name) is not None}
-    if not stored or has_no_towers(model):
-        return finish(iter(()))
+    left_to_class, belongs, text_only = _left_to_class(model), expected_on_this_rank(model), has_no_towers(model)
+
+    def here(name: str) -> bool:
+        return left_to_class(name) and (not text_only if tower_of(name) is not None else belongs(name))
+
+    stored = {name: value for name, value in share.parameters.items() if here(name)}
+    if not stored:
+        draft, family = draft_of(model), ModelFacts.of_loaded(getattr(model, "config", None)).family
+        unneeded = family.needs_own_loader or (draft is not None and draft.described.needs_tensors)
+        return None if unneeded else finish(iter(()))
 
     def read(parameter: Parameter) -> torch.Tensor:
         into = torch.empty(parameter.shape, dtype=DTYPES[parameter.dtype], device="cpu")
@@ -299,7 +330,7 @@ def _load_towers(
         return into
 
     declared = {name: TensorEntry(value.dtype, value.shape, value.nbytes, "", "", "") for name, value in stored.items()}
-    filled = ((name, value) for name, value in model.named_parameters() if tower_of(name) is not None)
+    filled = ((name, value) for name, value in model.named_parameters() if left_to_class(name))
     ledger = Ledger(declared, filled)
     result = finish(ledger.follow((name, read(value)) for name, value in stored.items()))
     lost, unfilled = incomplete(ledger, model)

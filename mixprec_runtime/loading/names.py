@@ -1,18 +1,20 @@
-"""Renames tensors for SGLang's own loader, which finds parameters by name.
+"""Renames and converts tensors for SGLang's own loader, which finds parameters by name.
 
-Producers use several names for the same tensor (``scale``, ``activation_scale``), and a compiled checkpoint keeps the
-names of its sources. mixprec's own loader needs no names.
+Producers use several names for the same tensor (``scale``, ``activation_scale``), and several dtypes for the same
+scales. A compiled checkpoint keeps those of its sources. mixprec's own loader needs neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
 from mixprec_build.formats.base import Format
 
-__all__ = ["as_parameters"]
+from ..formats.registry import served
+
+__all__ = ["as_parameters", "converter"]
 
 
 _KNOWN = "weight_scale"
@@ -31,6 +33,20 @@ def as_parameters(
         module, _, leaf = name.rpartition(".")
         other = renamed.get(formats[module], {}).get(leaf) if module in formats else None
         yield name if other is None else f"{module}.{other}", tensor
+
+
+def converter(formats: Mapping[str, Format]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Returns a function of a tensor's name and the tensor, which returns it as SGLang's loaders take it.
+
+    ``formats``: module of the checkpoint -> its format.
+    """
+
+    def convert(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        module, _, leaf = name.rpartition(".")
+        fmt = formats.get(module)
+        return tensor if fmt is None else served(fmt).as_loaded(fmt, leaf, tensor)
+
+    return convert
 
 
 def _other_names(fmt: Format) -> dict[str, str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from mixprec_build.families.base import Family
 
-__all__ = ["pad"]
+from ..formats.marlin import changed_attributes
+
+__all__ = ["pad", "stored_columns"]
 
 
 def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]], family: Family) -> None:
@@ -23,11 +26,23 @@ def pad(method: Any, prefix: str, padded: Mapping[str, tuple[int, int]], family:
             _pad_linear(method, name, *padded[name.rpartition(".")[0]], inputs=family.is_down(name))
 
 
+def stored_columns(
+    layer: Any, prefix: str, padded: Mapping[str, tuple[int, int]], family: Family
+) -> AbstractContextManager[object]:
+    """Has a layer of experts state its columns with added zeros, by which its method is chosen and its kernel checked.
+
+    ``padded`` is that of :func:`pad`, which changes them for good once the weights are made.
+    """
+    found = [padded[name] for name in family.served_names(prefix) if name in padded]
+    return changed_attributes(layer, intermediate_size_per_partition=found[0][1]) if found else nullcontext()
+
+
 def _check_native(name: str, columns: set[int], native: int) -> None:
     if columns != {native}:
         raise RuntimeError(
             f"{name}: SGLang gives this rank {', '.join(map(str, sorted(columns)))} of its columns, but weights "
-            f"are cut for {native}, with zeros added: leave out options that have it cut unlike other layers"
+            f"are cut for {native}, with zeros added: leave out flags that have it cut unlike other layers, such as "
+            "--moe-dense-tp-size"
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.nn import Module
 
 from mixprec_build.checkpoint.manifest import TensorEntry
+from mixprec_build.families.draft_class import Draft
 from mixprec_build.families.expected import is_expected, tower_of
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.names import layer_of, numbered_part
@@ -26,9 +27,26 @@ from mixprec_build.text import some
 from ..formats.lm_head import filled_elements
 from ..formats.registry import served
 from ..native import format_of
-from .ledger import Ledger, LoadError
+from .ledger import Convert, Ledger, LoadError
 
-__all__ = ["expected_on_this_rank", "has_no_towers", "incomplete", "load_strictly", "may_be_empty"]
+__all__ = [
+    "OF_THE_MODEL",
+    "draft_of",
+    "expected_on_this_rank",
+    "has_no_towers",
+    "incomplete",
+    "load_strictly",
+    "may_be_empty",
+]
+
+
+OF_THE_MODEL = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
+"""Parameters of a class for draft layers that SGLang replaces by the model's (``set_embed_and_head``)."""
+
+
+def draft_of(model: Module) -> Draft | None:
+    """The draft layers that ``model``, SGLang's class for them, is made of; None for other models."""
+    return Draft.of(ModelFacts.of_loaded(getattr(model, "config", None)), type(model).__name__)
 
 
 def load_strictly(
@@ -36,6 +54,7 @@ def load_strictly(
     load_weights: Callable[..., Any],
     weights: Iterable[tuple[str, torch.Tensor]],
     declared: Mapping[str, TensorEntry],
+    convert: Convert = lambda name, tensor: tensor,
 ) -> Any:
     """Returns ``load_weights(weights)``, after a check that it was complete.
 
@@ -44,13 +63,14 @@ def load_strictly(
         load_weights: its method, or a function around it.
         weights: names and tensors of the checkpoint's files.
         declared: the tensors that the manifest lists, by name.
+        convert: returns a tensor, by its name, in the dtype that SGLang's loaders take.
 
     Raises:
         LoadError: tensors were lost, changed or cast, or parameters were not filled; the message names them.
     """
     ledger = Ledger(declared, model.named_parameters())
     try:
-        result = load_weights(ledger.follow(weights))
+        result = load_weights(ledger.follow(weights, convert))
     except KeyError as error:
         raise LoadError(
             f"SGLang's {type(model).__name__} has no parameter {error}: the layer was not made in the format that the "
@@ -105,9 +125,12 @@ def _listed(names: list[str]) -> str:
 def may_be_empty(model: Module) -> Callable[[str], bool]:
     """Returns a predicate for the names of parameters that need no tensor, by the formats of their layers."""
     formats = {path: fmt for path, module in model.named_modules() if (fmt := format_of(module)) is not None}
+    replaced = frozenset[str]() if draft_of(model) is None else OF_THE_MODEL
 
     def empty(parameter: str) -> bool:
         path, _, leaf = parameter.rpartition(".")
+        if parameter in replaced:
+            return True
         if leaf in ("k_scale", "v_scale"):  # SGLang recognizes one that was not filled, and uses the other for both
             return True
         fmt = formats.get(path)
@@ -127,21 +150,36 @@ def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
     stage = None if end is None else range(getattr(inner, "start_layer", 0), end)
     without_towers = has_no_towers(model)
     moe = {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
+    draft = draft_of(model)
 
     def belongs(name: str) -> bool:
-        if not is_expected(name, facts, stage) or (without_towers and tower_of(name) is not None):
+        if draft is not None:
+            if not draft.expects(name):
+                return False
+        elif not is_expected(name, facts, stage) or (without_towers and tower_of(name) is not None):
             return False
-        if layer_of(name) is None:
+        elif layer_of(name) is None:
             return bool(get_parallel().pp_size == 1)  # with stages, only the first or last has it
         part = numbered_part(name.rpartition(".")[0])
         # The family is that of the config that the class keeps, perhaps of its decoder alone.
-        forms = () if part is None else name_forms(facts.family.sglang_name(part[0]))
+        block_name = "" if part is None else facts.family.sglang_name(part[0])
+        forms = () if part is None else name_forms(block_name if draft is None else draft.sglang_name(block_name))
         block = next((form for form in forms if form in moe), None)
         if part is not None and block is not None:
-            return bool(moe[block]._map_global_expert_id_to_local_expert_id(part[1]) >= 0)
+            return _has_expert(moe[block], part[1])
         return True
 
     return belongs
+
+
+def _has_expert(layer: Any, expert: int) -> bool:
+    """Whether this rank loads an expert of the checkpoint: by its places, of which redundant ones have several."""
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    metadata = get_global_expert_location_metadata()
+    moved = metadata is not None and getattr(layer, "uses_expert_location", True)  # 0.5.23: not those of drafts
+    places = metadata.logical_to_all_physical(layer.layer_id, expert) if moved else [expert]
+    return any(layer._map_global_expert_id_to_local_expert_id(place) >= 0 for place in places)
 
 
 def has_no_towers(model: Module) -> bool:

@@ -8,7 +8,10 @@ Makes a BF16 checkpoint of Llama-3.2-1B's shape (2.5 GB, random values) and has 
 - safetensors: `load_file`, then `save_file`;
 - mergekit's passthrough merge, where --mergekit names its `mergekit-yaml`.
 
+With --link, for a folder on XFS or Btrfs: `cp`, `cp --reflink=always`, and the build without and with `--link`.
+
     PYTHONPATH=tests python tests/benchmarks/copy_speed.py [--rounds 5] [--folder .demo/bench] [--mergekit PATH]
+    PYTHONPATH=tests python tests/benchmarks/copy_speed.py --link --folder /xfs/bench
 """
 
 from __future__ import annotations
@@ -69,6 +72,21 @@ def contenders(source: Path, out: Path, mergekit: str | None) -> dict[str, list[
     return commands
 
 
+def linking(source: Path, out: Path) -> dict[str, list[str]]:
+    """As :func:`contenders`: those that share blocks with ``source``, beside those that copy it.
+
+    `cp` would share them, too, if it was not told otherwise.
+    """
+    plain = contenders(source, out, None)
+    cp, build = plain["cp"], plain["mixprec build"]
+    return {
+        "cp": [*cp, "--reflink=never"],
+        "cp --reflink": [*cp, "--reflink=always"],
+        "mixprec build": build,
+        "build --link": [*build, "--link"],
+    }
+
+
 def timed(command: list[str]) -> tuple[float, float]:
     """Seconds and peak resident MiB of a child process."""
     quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
@@ -93,6 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(".demo/bench"))
     parser.add_argument("--mergekit", default=os.environ.get("MERGEKIT"))
+    parser.add_argument("--link", action="store_true")
     args = parser.parse_args()
     source, out = args.folder.resolve() / "source", args.folder.resolve() / "out"
     # In a child: a parent's peak memory would be counted as its children's.
@@ -101,7 +120,7 @@ def main() -> None:
     maker.join()
     file = source / "model.safetensors"
     nbytes = file.stat().st_size
-    commands = contenders(source, out, args.mergekit)
+    commands = linking(source, out) if args.link else contenders(source, out, args.mergekit)
     print(f"{nbytes / 1e9:.2f} GB, medians of {args.rounds} rounds")
     for cache in ("warm", "cold"):
         ended: dict[str, list[float]] = {name: [] for name in commands}

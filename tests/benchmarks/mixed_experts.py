@@ -1,15 +1,16 @@
 """What a layer with experts in several formats costs, beside native layers of one format.
 
-    PYTHONPATH=tests python tests/benchmarks/mixed_experts.py [30b] [235b]
+    PYTHONPATH=tests python tests/benchmarks/mixed_experts.py [30b] [235b] [--with nvfp4]
 
 Microseconds of one layer in CUDA-graph replay, median of 15, and for each mix the ratio to the mean of the native
-layers weighted by how many experts the mix holds of each.
+layers weighted by how many experts the mix has of each. ``--with KIND`` measures only the mixes with experts of that
+kind, and the native layers of their parts.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -23,6 +24,10 @@ MIXES = [
     # Gate and up in the one format, down in the other.
     [("fp8_block/gptq_int4", 128)],
     [("gptq_int4/fp8_block", 112), ("fp8_block", 16)],
+    [("fp8_block", 16), ("nvfp4", 112)],
+    [("bf16", 4), ("fp8_block", 28), ("nvfp4", 96)],
+    # Groups that share no buffers
+    [("fp8_block", 16), ("w4afp8", 112)],
 ]
 TOKENS = (1, 8, 32, 128, 512, 4096)
 EXPERTS, TOP_K, REPEAT = 128, 8, 4
@@ -49,6 +54,11 @@ def measure(function: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def kinds_in(mixes: Sequence[Sequence[tuple[str, int]]]) -> list[str]:
+    """The formats of the mixes' parts, each once."""
+    return list(dict.fromkeys(kind for mix in mixes for name, _ in mix for kind in name.split("/")))
+
+
 def row(groups: list[tuple[str, int]], hidden: int, intermediate: int) -> list[float]:
     layer, _ = layers.make_layer(groups, hidden=hidden, intermediate=intermediate)
     generator = torch.Generator("cuda").manual_seed(1)
@@ -68,18 +78,27 @@ def parts(native: Mapping[str, Sequence[float]], kind: str, at: int) -> float:
     return (2 * native[up][at] + native[down or up][at]) / 3
 
 
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shapes", nargs="*", choices=[*SHAPES, []], metavar="30b|235b")
+    parser.add_argument("--with", dest="kind", choices=kinds_in(MIXES))
+    return parser.parse_args()
+
+
 @torch.no_grad()
 def main() -> None:
+    args = arguments()
+    mixes = [mix for mix in MIXES if args.kind is None or args.kind in kinds_in([mix])]
     layers.start_sglang()
-    for shape in sys.argv[1:] or SHAPES:
+    for shape in args.shapes or SHAPES:
         hidden, intermediate = SHAPES[shape]
         print(f"\n{shape}: hidden {hidden}, intermediate {intermediate}, {EXPERTS} experts, top-{TOP_K}")
         print(f"{'tokens':40s}" + "".join(f"{tokens:9d}" for tokens in TOKENS))
         native = {}
-        for kind in ("bf16", "fp8_block", "gptq_int4"):
+        for kind in kinds_in([[("bf16", EXPERTS)], *mixes]):
             native[kind] = row([(kind, EXPERTS)], hidden, intermediate)
             print(f"{kind:40s}" + "".join(f"{time:9.1f}" for time in native[kind]), flush=True)
-        for mix in MIXES:
+        for mix in mixes:
             times = row(mix, hidden, intermediate)
             due = [sum(parts(native, kind, i) * count for kind, count in mix) / EXPERTS for i in range(len(TOKENS))]
             name = " + ".join(f"{kind} {count}" for kind, count in mix)

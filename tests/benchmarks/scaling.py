@@ -1,6 +1,5 @@
 """How `mixprec build` grows: with bytes (x1, x4, x16) and with tensors (x1, x10, x100), and the exponents; and what
-reading the largest checkpoint takes that is read at all (1,500,000 tensors in 100 files), and verifying one with as
-many tensors as Kimi-K2 in GPTQ (276,480).
+reading the largest checkpoint takes that is read at all (1,500,000 tensors in 100 files).
 
 Each checkpoint is BF16 and taken over whole. An exponent of 1 is linear; the fit is over the time that the
 smallest checkpoint does not explain (start-up).
@@ -109,52 +108,6 @@ def measure_reading(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def make_many_experts(folder: Path) -> None:
-    """120 layers of 384 experts in FP8 by blocks, with weights of 64 bytes: the tensors of Kimi-K2's 60 in GPTQ."""
-    folder.mkdir(parents=True)
-    quantization = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    }
-    config = {
-        "model_type": "qwen3_moe",
-        "num_hidden_layers": 120,
-        "num_experts": 384,
-        "quantization_config": quantization,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    for layer in range(120):
-        entries: list[tuple[str, str, tuple[int, ...], int]] = []
-        for name in (f"{expert}.{part}_proj" for expert in range(384) for part in ("gate", "up", "down")):
-            prefix = f"model.layers.{layer}.mlp.experts.{name}"
-            entries.append((f"{prefix}.weight", "F8_E4M3", (8, 8), 64))
-            entries.append((f"{prefix}.weight_scale_inv", "F32", (1, 1), 4))
-        if layer == 119:
-            entries.append(("model.norm.weight", "F32", (8,), 32))
-        entries.sort(key=lambda entry: entry[1])
-        header = build_header(entries)
-        with (folder / f"model-{layer + 1:05}-of-00120.safetensors").open("wb") as file:
-            file.write(header)
-            file.write(b"\x01" * sum(entry[3] for entry in entries))
-    (folder / "recipe.yaml").write_text(f"model: {folder}\n")
-
-
-def measure_verifying(folder: Path) -> None:
-    """Prints what verifying a checkpoint of many experts takes."""
-    shutil.rmtree(folder, ignore_errors=True)
-    maker = multiprocessing.get_context("spawn").Process(target=make_many_experts, args=(folder / "in",))
-    maker.start()
-    maker.join()
-    command = [sys.executable, "-m", "mixprec_build"]
-    recipe, out = str(folder / "in" / "recipe.yaml"), str(folder / "out")
-    for what in (["build", recipe, "-q", "-o", out, "--allow", "unservable"], ["verify", out]):
-        taken, peak = timed([*command, *what])
-        print(f"{what[0]} of {120 * 384 * 6:,} tensors: {taken:.1f} s  peak {peak:.0f} MiB")
-    shutil.rmtree(folder)
-
-
 def exponent(sizes: list[int], seconds: list[float]) -> float:
     """Of the growth between the last two, start-up taken off: that of the first, scaled down to nothing."""
     start = seconds[0] - (seconds[1] - seconds[0]) / (sizes[1] / sizes[0] - 1)
@@ -171,7 +124,6 @@ def main() -> None:
         seconds = [measure(args.folder.resolve() / "scaling", *case, args.rounds) for case in cases]
         print(f"  exponent {exponent([count for count, _ in cases], seconds):.2f}")
     measure_reading(args.folder.resolve() / "largest")
-    measure_verifying(args.folder.resolve() / "experts")
 
 
 if __name__ == "__main__":

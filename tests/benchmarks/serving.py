@@ -12,7 +12,6 @@ seconds to load, and the bytes of the weights on the GPU.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from support.engine import Served
 from support.serving import QWEN3_MOE, write_sources
 
 SHAPE = QWEN3_MOE.of(
@@ -51,40 +51,9 @@ def build(folder: Path, sources: dict[str, Path], name: str) -> Path:
     return out
 
 
-class Served:
-    """One engine in a process of its own, which measures when it is told to."""
-
-    def __init__(self, path: Path, dtype: str, port: int, environment: Mapping[str, str]):
-        options = {"dtype": dtype, "answer": False, "speed": True, "engine": {**ENGINE, "nccl_port": port}}
-        command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
-        own = {**os.environ, **environment}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
-        self._path = path
-
-    def _line(self, wanted: str) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(wanted):
-                return line
-        sys.exit(f"{self._path}: the engine ended; its log is above")
-
-    def wait(self) -> None:
-        self._line("ready")
-
-    def turn(self) -> dict[str, float]:
-        """Tokens a second."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("again\n")
-        self._process.stdin.flush()
-        rates: dict[str, float] = json.loads(self._line("measured").partition(" ")[2])
-        return rates
-
-    def end(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        answer: dict[str, Any] = json.loads(self._line("{"))
-        self._process.wait()
-        return answer
+def start(path: Path, dtype: str, port: int, environment: Mapping[str, str]) -> Served:
+    engine = {**ENGINE, "nccl_port": port}
+    return Served(path, {"dtype": dtype, "answer": False, "speed": True, "engine": engine}, environment)
 
 
 class Line(NamedTuple):
@@ -98,7 +67,7 @@ class Line(NamedTuple):
 def compare(lines: Sequence[Line], dtype: str, turns: int = 6) -> None:
     """Engines side by side on one GPU, each measured in turn, so that what disturbs one disturbs all."""
     served = {
-        line.name: Served(line.checkpoint, dtype, 22000 + 20 * number, line.environment)
+        line.name: start(line.checkpoint, dtype, 22000 + 20 * number, line.environment)
         for number, line in enumerate(lines)
     }
     for one in served.values():

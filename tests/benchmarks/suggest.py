@@ -37,6 +37,7 @@ from mixprec_build.suggesting.allocate import Suggestion, suggest
 from mixprec_build.suggesting.choices import Group, Request
 from mixprec_build.suggesting.distortion import DistortionCache, Moments
 from mixprec_build.suggesting.objective import Objective
+from mixprec_build.suggesting.swaps import read_swaps
 
 TEXTS = Path(__file__).parents[2] / "recipes" / "demo" / "text"
 WINDOW, CALIBRATION, EVALUATION = 512, 4096, 2048
@@ -162,6 +163,8 @@ def compare(
         for budget in budgets:
             print(f"\n| {budget / 1e6:.0f} MB | perplexity | KL | |\n|---|---|---|---|")
             for objective in Objective:
+                if objective is Objective.MEASURED and "swaps" not in known:
+                    continue
                 request = Request(budget, objective, allow_unservable=True, **known)  # type: ignore[arg-type]
                 suggestion = suggest(recipe, sources, request, cache)
                 counts = Counter(option.source for _, option in suggestion.picked())
@@ -192,7 +195,14 @@ def layer(group: str) -> int:
 # The dense model
 
 
-def dense(out: Path, folders: Mapping[str, Path], calibration: torch.Tensor, evaluation: torch.Tensor) -> None:
+def dense(
+    out: Path,
+    folders: Mapping[str, Path],
+    calibration: torch.Tensor,
+    evaluation: torch.Tensor,
+    swaps: Path | None,
+    budgets: list[int],
+) -> None:
     model, _, _ = load(folders["bf16"])
     moments: dict[str, torch.Tensor] = {}
 
@@ -234,8 +244,10 @@ def dense(out: Path, folders: Mapping[str, Path], calibration: torch.Tensor, eva
             "first layers": sorted(names, key=layer),
         }
 
-    moments_file = Moments(out / "dense.safetensors")
-    compare(base, judge, [125_000_000, 140_000_000], orders, moments=moments_file)
+    known: dict[str, object] = {"moments": Moments(out / "dense.safetensors")}
+    if swaps is not None:
+        known["swaps"] = read_swaps(swaps)
+    compare(base, judge, budgets, orders, **known)
 
 
 # The mixture of experts
@@ -349,6 +361,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a folder for what is made")
     parser.add_argument("--sources", type=Path, default=Path(".demo/sources"), help="what `make demo` has made")
     parser.add_argument("--only", choices=["dense", "moe"])
+    parser.add_argument("--swaps", type=Path, help="what recipes/swaps.py measured of the dense model's sources")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[125, 140], help="of the dense model, megabytes")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -363,7 +377,7 @@ def main() -> None:
     calibration, evaluation = ids("calibration.txt", CALIBRATION), ids("evaluation.txt", EVALUATION)
     if args.only != "moe":
         print("# SmolLM2-135M")
-        dense(args.out, folders, calibration, evaluation)
+        dense(args.out, folders, calibration, evaluation, args.swaps, [round(mb * 1e6) for mb in args.budgets])
     if args.only != "dense":
         print(f"\n# SmolLM2-135M as {EXPERTS} experts, top {TOP_K}")
         moe(args.out, folders["bf16"], calibration, evaluation)

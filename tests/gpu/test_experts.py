@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +24,7 @@ pytestmark = pytest.mark.gpu
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 512, 256, 24, 8
 KINDS = (
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8",
-    "awq_int4", "ct_int4", "ct_int8", "nvfp4", "ct_nvfp4",
+    "awq_int4", "ct_int4", "ct_int8", "nvfp4", "ct_nvfp4", "ct_mxfp4",
 )  # fmt: skip
 TOKENS = (0, 1, 7, 64, 65, 4096)
 # Activations are rounded to FP8 or Int8 for weights in these, and not for the others.
@@ -38,6 +43,13 @@ def combinations() -> list[tuple[str, ...]]:
     packed += [
         (*pair, "nvfp4") for pair in itertools.combinations(("bf16", "fp8_block", "fp8_channel", "gptq_int4"), 2)
     ]
+    # Scales that are powers of two, in small blocks
+    packed += [(kind, "fp8_e8m0_32") for kind in ("bf16", "fp8_block", "gptq_int4", "nvfp4")]
+    packed += [("deepseek_mxfp4", "fp8_block", "mxfp4/gptq_int4"), ("bf16", "deepseek_mxfp4/fp8_block", "mxfp4")]
+    packed += [(*pair, "ct_mxfp4") for pair in itertools.combinations(("bf16", "fp8_block", "gptq_int4", "nvfp4"), 2)]
+    # Each group a fused MoE of its own: W4AFP8's kernel shares no buffers
+    packed += [(kind, "w4afp8") for kind in ("bf16", "fp8_block", "gptq_int4", "nvfp4")]
+    packed += [("bf16", "fp8_block", "w4afp8"), ("w4afp8", "ct_mxfp4", "gptq_int4")]
     # "a/b": gate and up in a, down in b.
     parted = [(f"{up}/{down}", up) for up, down in itertools.permutations(KINDS, 2)]
     return [*itertools.combinations(KINDS, 2), *itertools.combinations(KINDS[:8], 3), *packed, *parted]
@@ -138,9 +150,13 @@ def test_a_mixed_layer_in_a_cuda_graph_and_with_other_tokens() -> None:
             assert ((out.double() - due).norm() / due.norm()).item() < ERRORS["fp8"], name
 
 
-def test_routed_scaling_is_applied_once() -> None:
-    """By the runners of the groups, as by the native layer's."""
-    groups = [("fp8_block", 8), ("gptq_int4", 16)]
+@pytest.mark.parametrize(
+    "groups",
+    [[("fp8_block", 8), ("gptq_int4", 16)], [("ct_mxfp4", 8), ("gptq_int4", 16)], [("ct_mxfp4", 24)]],
+    ids=lambda groups: "+".join(kind for kind, _ in groups),
+)
+def test_routed_scaling_is_applied_once(groups: list[tuple[str, int]]) -> None:
+    """By the runners of the groups, as by the native layer's; SGLang's for MXFP4 leaves it out."""
     sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE}
     scaled, _ = layers.make_layer(groups, **sizes, routed_scaling_factor=2.5)
     plain, _ = layers.make_layer(groups, **sizes)
@@ -148,3 +164,104 @@ def test_routed_scaling_is_applied_once() -> None:
     ids, weights = routings(33, 2)["random"].cuda(), torch.rand(33, TOP_K, device="cuda").softmax(-1)
     a, b = layers.run(scaled, x, ids, weights).double(), layers.run(plain, x, ids, weights).double()
     assert ((a - 2.5 * b).norm() / a.norm()).item() < 0.01
+
+
+def test_every_format_answers_the_same_again() -> None:
+    """A kernel that reads what another warp is writing answers otherwise in one launch of ten or of a thousand."""
+    names = [*KINDS, "fp8_block+gptq_int4+awq_int4+nvfp4", "awq_int4/gptq_int4+awq_int4"]
+    repeatable = os.pathsep.join([str(Path(__file__).parent / "repeatable"), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "support.sglang.repeated", json.dumps(names)],
+        capture_output=True, text=True, timeout=550, env={**os.environ, "PYTHONPATH": repeatable},
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-4000:]
+    answers: dict[str, tuple[int, float]] = json.loads(done.stdout.splitlines()[-1])
+    print(
+        "\n"
+        + "\n".join(f"{name}: {differing} differ, error {error:.1e}" for name, (differing, error) in answers.items())
+    )
+    assert {name: differing for name, (differing, _) in answers.items() if differing} == {}
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (1024, 512), (640, 384)])
+def test_experts_in_w4afp8_are_sglangs(hidden: int, intermediate: int) -> None:
+    """To the bit those of SGLang's own config, and near the dequantized weights."""
+    from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
+
+    sizes = {"hidden": hidden, "intermediate": intermediate}
+    stock, _ = layers.make_layer([("w4afp8", EXPERTS)], config=W4AFp8Config(), **sizes)
+    ours, dense = layers.make_layer([("w4afp8", EXPERTS)], **sizes)
+    for tokens in TOKENS[1:]:
+        ids = routings(tokens, 1)["random"].cuda()
+        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+        weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+        a, b = layers.run(ours, x, ids, weights), layers.run(stock, x, ids, weights)
+        due = layers.reference(x, ids, weights, dense)
+        error = ((a.double() - due).norm() / due.norm()).item()
+        assert torch.equal(a, b) and error < ERRORS["fp8"], f"{tokens} tokens: {error:.4f}"
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "ct_mxfp4", "deepseek_mxfp4"])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (384, 192), (2048, 768)])
+def test_experts_in_mxfp4_are_right(kind: str, hidden: int, intermediate: int) -> None:
+    """Alone in their layer, also where SGLang's class would pad them: against float64, and ids of other ranks."""
+    layer, dense = layers.make_layer([(kind, EXPERTS)], hidden=hidden, intermediate=intermediate)
+    for tokens in (1, 64, 1024):
+        ids = routings(tokens, 1)["random"].cuda()
+        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+        weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+        due = layers.reference(x, ids, weights, dense)
+        error = ((layers.run(layer, x, ids, weights).double() - due).norm() / due.norm()).item()
+        assert error < ERRORS["other"], f"{tokens} tokens: {error:.4f}"
+
+
+def test_experts_in_mxfp4_are_to_the_bit_those_of_sglangs_class_for_other_producers() -> None:
+    """``Mxfp4MoEMethod``, which SGLang takes for compressed-tensors' with ``--moe-runner-backend marlin``."""
+    from unittest.mock import patch
+
+    from sglang.srt.layers.moe.utils import MoeRunnerBackend
+    from sglang.srt.layers.quantization import mxfp4
+
+    sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE}
+    with patch.object(mxfp4, "get_moe_runner_backend", lambda: MoeRunnerBackend.MARLIN):
+        config = mxfp4.Mxfp4Config(is_checkpoint_mxfp4_serialized=True)
+        stock, _ = layers.make_layer([("mxfp4", EXPERTS)], config=config, **sizes)
+    assert type(stock.quant_method).__name__ == "Mxfp4MoEMethod"
+    ours, _ = layers.make_layer([("mxfp4", EXPERTS)], **sizes)
+    for tokens in TOKENS[1:]:
+        ids = routings(tokens, 1)["random"].cuda()
+        x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+        a, b = layers.run(ours, x, ids, weights), layers.run(stock, x, ids, weights)
+        apart = (a.double() - b.double()).abs().max().item()
+        assert torch.equal(a, b), f"{tokens} tokens: {apart} apart at most, of {b.abs().max().item()}"
+
+
+OTHER_PAIRS = [
+    ("bf16", "fp8_block"), ("bf16", "fp8_channel"), ("bf16", "fp8_tensor"), ("bf16", "int8_channel"),
+    ("bf16", "gptq_int4"), ("bf16", "awq_int4"), ("bf16", "ct_int4"), ("bf16", "nvfp4"), ("fp8_block", "gptq_int4"),
+    ("fp8_channel", "nvfp4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+@pytest.mark.parametrize("kinds", OTHER_PAIRS, ids="+".join)
+def test_other_activations_and_experts_without_a_gate(kinds: tuple[str, ...], name: str) -> None:
+    """Each format is a fused MoE of its own here, and its ids of other groups are -1."""
+    case = layers.ACTIVATIONS[name]
+    if not case.marlin and any(layers.FORMATS[kind].experts_run_on != "Triton" for kind in kinds):
+        pytest.skip("refused: Marlin has no such kernel")
+    layer, dense = layers.make_layer(
+        [(kind, EXPERTS // 2) for kind in kinds], hidden=HIDDEN, intermediate=INTERMEDIATE, **case.options
+    )
+    limit = max(ERRORS.get("fp8" if "fp8" in kind else kind, ERRORS["other"]) for kind in kinds)
+    for tokens in (1, 64, 4096):
+        for routing, ids in routings(tokens, 2).items():
+            ids = ids.cuda()
+            x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+            weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+            due = layers.reference(x, ids, weights, dense, case.activate, weighted_inputs=case.weighted_inputs)
+            out = layers.run(layer, x, ids, weights)
+            error = ((out.double() - due).norm() / due.norm()).item()
+            # Squares and cut values double what rounding did.
+            assert error < 2 * limit, f"{name}, {tokens} tokens, {routing}: error {error:.4f} of {2 * limit}"

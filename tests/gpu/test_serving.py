@@ -8,6 +8,7 @@ Each checkpoint is served in a process of its own, several at a time.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,8 @@ MOE = QWEN3_MOE.of(**SIZES, experts=32, top_k=8, expert_intermediate=512)
 VARIANTS = [
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int4_g64",
     "gptq_int8", "auto_round_int4", "awq_int4", "ct_int4", "ct_int4_asym", "ct_int8", "ct_fp8_block", "ct_fp8_weight",
-    "nvfp4", "ct_nvfp4",
+    "nvfp4", "ct_nvfp4", "fp8_e8m0", "fp8_bytes", "fp8_e8m0_32", "ct_mxfp4", "deepseek_mxfp4",
+    "w4afp8",
 ]  # fmt: skip
 
 # name -> (shape, lines of `weights:`)
@@ -58,6 +60,25 @@ MIXES: Mapping[str, tuple[Shape, list[str]]] = {
         ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.experts.*: nvfp4",
          "model.layers.*.mlp.experts.{0..3}.*: fp8_block", "model.layers.*.mlp.experts.{8..15}.*: ct_nvfp4",
          "model.layers.1.mlp.experts.{16..23}.down_proj: gptq_int4"],
+    ),
+    "experts in w4afp8": (
+        MOE,
+        ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.experts.*: w4afp8",
+         "model.layers.1.mlp.experts.{0..3}.*: fp8_block", "model.layers.2.mlp.experts.{0..15}.*: nvfp4",
+         "model.layers.2.mlp.experts.{4,20}.*: bf16"],
+    ),
+    "powers of two as scales": (
+        MOE,
+        ["model.layers.*.self_attn.*: fp8_e8m0_32", "model.layers.*.mlp.experts.*: fp8_e8m0_32",
+         "model.layers.{1,2}.self_attn.*: fp8_bytes", "model.layers.2.mlp.experts.*: fp8_bytes",
+         "model.layers.3.mlp.experts.{0..7}.*: gptq_int4"],
+    ),
+    "some experts fp8 and int4 beside mxfp4": (
+        MOE,
+        ["model.layers.*.self_attn.*: fp8_block", "model.layers.*.mlp.experts.*: ct_mxfp4",
+         "model.layers.*.mlp.experts.{0..3}.*: fp8_block", "model.layers.*.mlp.experts.{8..11}.*: gptq_int4",
+         "model.layers.*.mlp.experts.{12,13}.*: bf16", "model.layers.1.mlp.experts.{16..23}.down_proj: fp8_block",
+         "model.layers.2.mlp.experts.{16..31}.*: deepseek_mxfp4"],
     ),
     "attention bf16, mlp fp8": (DENSE, ["model.layers.*.mlp.*: fp8_channel"]),
     "layer by layer": (
@@ -114,12 +135,14 @@ class Server:
         self._sources: dict[Shape, dict[str, Path]] = {}
         self._running: dict[tuple[str, str], Future[dict[str, Any]]] = {}
 
-    def sources(self, shape: Shape, variants: Sequence[str] = VARIANTS, *, head: bool = False) -> dict[str, Path]:
+    def sources(
+        self, shape: Shape, variants: Sequence[str] = VARIANTS, *, head: bool = False, **options: Any
+    ) -> dict[str, Path]:
         """``variants`` are those that the shape allows, said when it is asked for first; ``head`` likewise, where
         ``lm_head`` is to be quantized too."""
         if shape not in self._sources:
             folder = self._folder / f"sources-{len(self._sources)}"
-            self._sources[shape] = write_sources(folder, shape, variants, head=head)
+            self._sources[shape] = write_sources(folder, shape, variants, head=head, **options)
         return self._sources[shape]
 
     def build(self, shape: Shape, name: str, lines: list[str]) -> Path:
@@ -162,7 +185,11 @@ class Server:
         ]
         started = time.perf_counter()
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=550, env=environment(HERE / "repeatable")
+            command,
+            capture_output=True,
+            text=True,
+            timeout=550,
+            env={**environment(HERE / "repeatable"), "SHORT_GROUPS": "1"},
         )
         print(f"{path.name} {script} {time.perf_counter() - started:.0f} s")
         if done.returncode:
@@ -191,11 +218,12 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 # Stock SGLang takes FP8 by channels with unquantized activations for Int4 (0.5.17), so that cannot be compared.
 EVERYWHERE = (
     "bf16", "fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "gptq_int4", "gptq_int8",
-    "awq_int4", "ct_int4", "ct_int8", "nvfp4",
+    "awq_int4", "ct_int4", "ct_int8", "nvfp4", "fp8_e8m0",
 )  # fmt: skip
 IDENTITIES = [
     *((shape, variant) for shape in (DENSE, MOE) for variant in EVERYWHERE),
     *((DENSE, variant) for variant in ("ct_int4_asym", "ct_fp8_block")),
+    (MOE, "w4afp8"),
 ]
 
 
@@ -203,7 +231,7 @@ def _identity(server: Server, shape: Shape, variant: str) -> tuple[Future[dict[s
     # Stock GPTQ experts run in FP16 only.
     options: dict[str, Any] = {"dtype": "half" if variant.startswith("gptq") and shape.experts else "bfloat16"}
     methods = {"fp8_channel": "w8a8_fp8", "int8_channel": "w8a8_int8", "awq_int4": "awq_marlin"}
-    methods["nvfp4"] = "modelopt_fp4"
+    methods |= {"nvfp4": "modelopt_fp4", "w4afp8": "w4afp8"}
     engine = {"engine": {"quantization": methods[variant]}} if variant in methods else {}
     native = {**options, **engine}
     lines = [] if variant == "bf16" else [f"*: {variant}"]
@@ -222,11 +250,10 @@ def test_a_uniform_checkpoint_answers_as_natively(server: Server, shape: Shape, 
     ours, native = (future.result() for future in _identity(server, shape, variant))
     answers = zip(ours["tokens"], native["tokens"], ours["logprobs"], native["logprobs"], strict=True)
     apart = [number for number, (a, b, p, q) in enumerate(answers) if (a, p) != (b, q)]
-    # Of servers with AWQ experts, two now and then differ in a prompt. Why is not known; no other format's ever did.
-    allowed = 2 if shape.experts and variant == "awq_int4" else 0
-    assert len(apart) <= allowed, f"prompts {apart} differ"
+    assert not apart, f"prompts {apart} differ"
     manifest = _stored_bytes(server.build(shape, f"all-{variant}", []))
-    assert ours["memory"]["weight_mb"] * 2**20 == pytest.approx(manifest, rel=0.01)
+    # Scales and zero points of AWQ take twice their place on a GPU.
+    assert ours["memory"]["weight_mb"] * 2**20 == pytest.approx(manifest, rel=0.05 if "awq" in variant else 0.01)
 
 
 def _compiled(server: Server, name: str, mode: str) -> tuple[Future[dict[str, Any]], Future[dict[str, Any]]]:
@@ -283,6 +310,44 @@ def test_gptq_that_marlin_has_no_kernel_for_answers_as_its_dequantized_weights(s
     distance = _divergence(server.ask(path, dtype="half", logits=True), server.ask(path, "reference"))
     print(f"\nexllama: KL mean {distance.mean():.2e} max {distance.max():.2e}")
     assert distance.mean() < 1e-3
+
+
+SMALL = [DENSE.of(layers=3), MOE.of(layers=3, experts=8, top_k=2)]
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.family)
+def test_compressed_tensors_nvfp4_answers_as_its_dequantized_weights(server: Server, shape: Shape) -> None:
+    """Alone in its format: 0.5.17 has no kernels of its own for it on this GPU that it could be compared with."""
+    server.sources(shape, ["bf16", "ct_nvfp4"])
+    path = server.build(shape, "all ct_nvfp4", ["*: ct_nvfp4"])
+    distance = _divergence(server.ask(path, dtype="bfloat16", logits=True), server.ask(path, "reference"))
+    print(f"\n{shape.family} in ct_nvfp4: KL mean {distance.mean():.2e} max {distance.max():.2e}")
+    # A token that BF16 sends to another expert than float32 does moves the mean, not the median.
+    assert distance.median() < 5e-3 and distance.mean() < 5e-2
+
+
+EXPERTS_ALONE = MOE.of(layers=2)
+MXFP4 = ("mxfp4", "ct_mxfp4", "deepseek_mxfp4")
+
+
+@pytest.mark.parametrize("layout", MXFP4)
+def test_experts_in_mxfp4_answer_as_natively(server: Server, layout: str) -> None:
+    """To the bit: SGLang's class for compressed-tensors' MXFP4, which finds weights by Quark's names, on Marlin."""
+    sources = server.sources(EXPERTS_ALONE, ["bf16", *MXFP4], skip=["*.self_attn.*"])
+    native = sources["mxfp4"].with_name("native-mxfp4")
+    if not native.exists():
+        shutil.copytree(sources["mxfp4"], native)
+        config = json.loads((native / "config.json").read_text())
+        declared = json.loads((sources["ct_mxfp4"] / "config.json").read_text())["quantization_config"]
+        (native / "config.json").write_text(json.dumps(config | {"quantization_config": declared}))
+    ours = server.build(EXPERTS_ALONE, f"experts-{layout}", [f"model.layers.*.mlp.experts.*: {layout}"])
+    marlin = {"engine": {"moe_runner_backend": "marlin"}}
+    asked = server.ask(ours, dtype="bfloat16"), server.ask(native, dtype="bfloat16", **marlin)
+    found, due = (future.result() for future in asked)
+    answers = zip(found["tokens"], due["tokens"], found["logprobs"], due["logprobs"], strict=True)
+    apart = [number for number, (a, b, p, q) in enumerate(answers) if (a, p) != (b, q)]
+    assert not apart, f"prompts {apart} differ: {found['tokens'][apart[0]]}, {due['tokens'][apart[0]]}"
+    assert found["memory"]["weight_mb"] * 2**20 == pytest.approx(_stored_bytes(ours), rel=0.01)
 
 
 HEADS = [

@@ -35,3 +35,18 @@ def sglang() -> Iterator[None]:
     yield
     for name in [name for name in sys.modules if name.startswith("vllm")]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def streams(sglang: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the calls for a GPU that models make in their constructors."""
+    import torch
+
+    class NoStream:
+        """A class, since annotations of modules that are imported later join it with others."""
+
+        def __new__(cls, *_: object, **__: object) -> None:  # type: ignore[misc]
+            return None
+
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN3_MOE, Shape
-from support.sglang.harness import build, serve, sources, tensors_of
+from support.sglang.harness import build, change_tensors, serve, sources
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -20,16 +18,12 @@ SHAPES = {"llama": LLAMA, "mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE, "deepseek"
 def with_scales(source: Path, home: Path, names: tuple[str, ...], layers: int) -> Path:
     """A copy of a checkpoint with scales in each attention: 0.25 in the first layer, 0.5 in the second, and so on."""
     shutil.copytree(source, home)
-    tensors = tensors_of(home)
-    for layer in range(layers):
-        for name in names:
-            tensors[f"model.layers.{layer}.self_attn.{name}"] = torch.tensor(0.25 * (layer + 1))
-    first, *rest = sorted(home.glob("*.safetensors"))
-    for path in rest:
-        path.unlink()
-    save_file(tensors, first, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, first.name)}
-    (home / "model.safetensors.index.json").write_text(json.dumps(index))
+    scales = {
+        f"model.layers.{layer}.self_attn.{name}": torch.tensor(0.25 * (layer + 1))
+        for layer in range(layers)
+        for name in names
+    }
+    change_tensors(home, lambda tensors: tensors.update(scales))
     return home
 
 

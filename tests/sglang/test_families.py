@@ -7,37 +7,38 @@ tested here; ``test_cpu_engine.py`` serves the classes that run on a CPU.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import sglang.version
 import torch
 from support.families import TINY
-from support.sglang.families import dense_parameters, dequantized, family_mix
+from support.sglang.families import (
+    dense_parameters,
+    dequantized,
+    family_mix,
+    skip_unless_made,
+    write_family,
+    write_recipe,
+)
 from support.sglang.harness import rank_of, serve, tensors_of
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import RefusedError
+from mixprec_build.output.build import plan_recipe
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
 
-pytestmark = pytest.mark.usefixtures("sglang")
+pytestmark = pytest.mark.usefixtures("sglang", "streams")
 
 NOT_LOADED = "g_idx_sort_indices"
 """Parameters of GPTQ that are made after loading."""
 
 
-@pytest.fixture(autouse=True)
-def streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the calls for a GPU that models make in their constructors."""
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str) -> None:
-    if (name, sglang.version.__version__) == ("mistral3", "0.5.23"):
-        pytest.skip("its encoder is made by transformers there, of another version than these tests have")
+    skip_unless_made(name)
     model = TINY[name]
     mix = family_mix(folder, name)
     ours = dict(dense_parameters(serve(mix, **model.options)))
@@ -50,11 +51,16 @@ def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, 
         assert (ours[key] - value).abs().max() <= 0.01 * value.abs().max(), key
 
 
-def test_a_rank_of_auto_round_beside_fp8_is_that_of_a_native_load(folder: Path, tmp_path: Path) -> None:
-    """Experts of AutoRound, the vendor's FP8 attention and shared experts, the rest in BF16: one of two ranks."""
-    name = "qwen3_5_moe_auto_round"
-    mix, options = family_mix(folder, name), TINY[name].options
-    with rank_of(1, 2):
+STEPS = ("step3p5", "step3p7")
+
+
+@pytest.mark.parametrize(
+    ("name", "ep"), [("qwen3_5_moe_auto_round", 1), ("step3p5", 1), ("step3p5", 2), ("step3p7", 2)]
+)
+def test_a_rank_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str, ep: int) -> None:
+    """The second of two: AutoRound beside FP8; and Step, whose class cannot load single experts, with an FP8 head."""
+    mix, options = family_mix(folder, name, head=name in STEPS), TINY[name].options
+    with rank_of(1, 2, ep):
         ours = dict(dense_parameters(serve(mix, **options)))
         theirs = dict(dense_parameters(serve(dequantized(mix, tmp_path / "dense"), **options)))
     ours = {key: value for key, value in ours.items() if not key.endswith(NOT_LOADED)}
@@ -73,6 +79,12 @@ HEADS = [
     "deepseek_v32",
     "glm_moe_dsa",
     "glm4_moe",
+    "nemotron_h",
+    "mimo_v2",
+    "bailing_moe",
+    "phimoe",
+    "apertus",
+    "longcat",
 ]
 
 
@@ -92,7 +104,9 @@ def test_a_quantized_head_is_that_of_a_native_load(folder: Path, tmp_path: Path,
                 dict(serve(mix, **model.options, **how).named_parameters())
                 for how in ({}, {"load_format": "safetensors"})
             )
-        names = [key for key, held in second.items() if "lm_head." in key and held.numel()]
+        names = [
+            key for key, held in second.items() if "lm_head." in key and held.numel() and not key.endswith(".bias")
+        ]
         assert len(names) == 2
         assert all(torch.equal(_bits(second[key].data), _bits(stock[key].data)) for key in names)
 
@@ -103,13 +117,54 @@ def test_a_head_that_its_class_does_not_quantize_is_refused(folder: Path) -> Non
         family_mix(folder, "minimax_m2", head=True)
 
 
-@pytest.mark.parametrize(("name", "ep"), [(name, ep) for name, model in TINY.items() for _, ep in model.degrees])
+@pytest.mark.parametrize(
+    ("name", "settings", "line", "message"),
+    [
+        (
+            "step3p5",
+            {"swiglu_limits": [0.0, 7.0, 0.0]},
+            ("*.mlp.*", "fp8"),
+            "layers.1.moe.experts.{3..7}.*Marlin ignores",
+        ),
+        (
+            "step3p5",
+            {"swiglu_limits": [0.0, 7.0, 0.0]},
+            ("*.layers.1.moe.experts.*.down_proj", "bf16"),
+            "format by format",
+        ),
+        (
+            "gemma4_moe",
+            {},
+            ("*.layers.0.experts.*", "int4"),
+            r"no Marlin kernel for experts with this activation \(gelu\)",
+        ),
+        ("llama4", {}, ("*.feed_forward.experts.*", "int4"), "which Marlin does not do"),
+    ],
+)
+def test_experts_that_no_kernel_activates_are_refused(
+    tmp_path: Path, name: str, settings: dict[str, Any], line: tuple[str, str], message: str
+) -> None:
+    """Before a build, and only where it is so: layers of Step without a limit take Int4."""
+    tiny = TINY[name]
+    lines = {**tiny.lines, line[0]: line[1]}
+    model = replace(tiny, config={**tiny.config, **settings}, lines=lines)
+    sources = write_family(tmp_path, model)
+    with pytest.raises(RefusedError, match=message) as refused:
+        plan_recipe(write_recipe(tmp_path / "recipe.yaml", sources, lines))
+    assert "layers.2.moe.experts" not in str(refused.value)
+
+
+RANKS = [(name, ep) for name, model in TINY.items() for _, ep in model.degrees if name not in STEPS]
+
+
+@pytest.mark.parametrize(("name", "ep"), RANKS)
 def test_a_rank_holds_what_sglangs_own_loader_gives_it(
     folder: Path, name: str, ep: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second of two ranks: mixprec's loader fills the same parameters as SGLang's."""
+    skip_unless_made(name)
     mix, options = family_mix(folder, name), TINY[name].options
-    with rank_of(1, 2, ep), caplog.at_level("INFO"):
+    with rank_of(1, 2, ep), caplog.at_level("DEBUG", "mixprec_runtime"):
         ours = serve(mix, **options)
         assert "mixprec: read the weights in" in caplog.text, "they were left to SGLang's loader"
         theirs = dict(serve(mix, load_format="safetensors", **options).named_parameters())
@@ -125,7 +180,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() and tensor.numel() else tensor
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_moe", "kimi_k25"])
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "kimi_k25", *STEPS])
 def test_ranks_read_their_own_files_beside_an_encoder_of_images(
     folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,10 +191,10 @@ def test_ranks_read_their_own_files_beside_an_encoder_of_images(
         merged = dict(serve(out, **options).named_parameters())
     split(out, Degree(2, 2), layout="presplit")
     assert not verify(out).differences
-    with rank_of(0, 2, 2), caplog.at_level("INFO"):
+    with rank_of(0, 2, 2), caplog.at_level("DEBUG", "mixprec_runtime"):
         own = dict(serve(out, **options).named_parameters())
         assert "mixprec: read the files in" in caplog.text
     for key, parameter in own.items():
         if not key.endswith(NOT_LOADED):
             assert torch.equal(_bits(parameter.data), _bits(merged[key].data)), key
-    assert any("vis" in key for key in own)
+    assert any("vis" in key for key in own) == (name != "step3p5")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mixprec_build.checkpoint.declaration import quantization_config
+from mixprec_build.families.hunyuan import HUNYUAN
 from mixprec_build.families.qwen2 import QWEN2_MOE
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.dense import Dense
@@ -63,12 +64,36 @@ def test_a_name_that_may_mean_two_modules_finds_none() -> None:
     assert set(config._members("language_model.model.layers.0.self_attn.o_proj").values()) == {BLOCK}
 
 
-def test_a_name_without_the_layers_number_is_served_in_one_format_and_refused_in_two() -> None:
-    """models/hunyuan.py names the projection ``.self_attn.qkv_proj`` in all layers."""
-    assert set(bound(decoder("model.", (BLOCK, BLOCK)))._members(".self_attn.qkv_proj").values()) == {BLOCK}
-    with pytest.raises(ValueError, match=r"names this layer '.self_attn.qkv_proj', without its number"):
-        bound(decoder("model."))._members(".self_attn.qkv_proj")
-    assert bound(decoder("model."))._members("mm_projector.linear_1") == {}
+def test_layers_that_are_named_without_their_number_are_those_of_the_checkpoint_in_order() -> None:
+    """models/hunyuan.py names the projection ``.self_attn.qkv_proj`` in all layers, and experts not at all."""
+    parts = ("gate_proj", "up_proj", "down_proj")
+    modules = decoder("model.", (BLOCK, BF16, CHANNEL))
+    del modules["model.layers.1.self_attn.k_proj"], modules["model.layers.1.self_attn.v_proj"]  # a cross layer
+    modules |= {f"model.layers.0.mlp.{part}": BF16 for part in parts}
+    for layer in (1, 2):
+        modules |= {f"model.layers.{layer}.mlp.shared_mlp.{part}": CHANNEL for part in parts}
+        modules |= {f"model.layers.{layer}.mlp.experts.{i}.{part}": BLOCK for i in range(3) for part in parts}
+    layers = bound(modules, family=HUNYUAN)._unnumbered
+    made = [
+        (".self_attn.qkv_proj", False), (".self_attn.o_proj", False), (".mlp.gate_up_proj", False),
+        (".mlp.down_proj", False),
+        (".self_attn.q_proj", False), (".self_attn.o_proj", False), ("", True), (".gate_up_proj", False),
+        (".down_proj", False),
+        (".self_attn.qkv_proj", False), (".self_attn.o_proj", False), ("", True), (".gate_up_proj", False),
+        (".down_proj", False),
+    ]  # fmt: skip
+    assert [layers.next_named(name, experts=experts) for name, experts in made] == [
+        *(f"model.layers.0.{name}" for name in ("self_attn.qkv_proj", "self_attn.o_proj")),
+        *(f"model.layers.0.mlp.{name}" for name in ("gate_up_proj", "down_proj")),
+        *(f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts")),
+        *(f"model.layers.1.mlp.shared_mlp.{name}" for name in ("gate_up_proj", "down_proj")),
+        *(f"model.layers.2.{name}" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.experts")),
+        *(f"model.layers.2.mlp.shared_mlp.{name}" for name in ("gate_up_proj", "down_proj")),
+    ]
+    assert layers.next_named(".self_attn.qkv_proj", experts=False) is None
+    again = bound(modules, family=HUNYUAN)._unnumbered
+    assert again.next_named("model.layers.1.self_attn.q_proj", experts=False) is None
+    assert again.next_named("mm_projector.linear_1", experts=False) is None
 
 
 @pytest.mark.parametrize("shared", [BLOCK, BF16])

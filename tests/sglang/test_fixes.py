@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.serving import quantize
-from support.sglang.harness import load, make, publish, rank_of, server_args, sources
+from support.sglang.harness import Changed, load, make, publish, rank_of, server_args, sources
 from support.sglang.layers import FORMATS, PREFIX, mixed_config
 from support.sglang.mixes import MIXES, mix
 
 from mixprec_build.formats.fp8 import Fp8
+from mixprec_build.formats.packed import Packed
+from mixprec_build.versions import between
+from mixprec_runtime.contact.check import installed
 
 pytestmark = pytest.mark.usefixtures("stage")
 
@@ -80,6 +85,137 @@ def test_repairs_are_listed_with_a_place_that_sglang_has() -> None:
         assert any(home.rglob(place.name)), repair.where
         if sglang.__version__ == "0.5.17":
             assert (home / place).is_file(), repair.where
+
+
+# Block FP8
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 128), (32, 32)])
+def test_blocks_run_on_kernels_that_take_them(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.quantization import fp8_utils
+
+    from mixprec_runtime.native import NativeFormat, sglang_config
+
+    # As on a GPU from compute capability 9.0 on
+    monkeypatch.setattr(fp8_utils.deep_gemm_wrapper, "ENABLE_JIT_DEEPGEMM", True)
+    fmt = Fp8("block", "dynamic", block)
+
+    def kernel_of(config: Any) -> Any:
+        chosen = linear(config, "model.layers.0.mlp.down_proj", 256, 256).quant_method.w8a8_block_fp8_linear
+        return getattr(chosen, "func", chosen)
+
+    deep_gemm, ours = fp8_utils.deepgemm_w8a8_block_fp8_linear_with_fallback, kernel_of(NativeFormat(fmt))
+    if block == (128, 128):
+        assert ours is deep_gemm
+    else:
+        assert ours is fp8_utils.triton_w8a8_block_fp8_linear
+    if block == (64, 128):
+        assert kernel_of(sglang_config(fmt)) is deep_gemm
+
+
+# NVFP4 and W4AFP8
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "ct_nvfp4"])
+def test_the_scale_of_all_is_that_of_the_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Marlin gets: compressed-tensors stores one over it."""
+    from sglang.srt.layers.quantization import modelopt_quant
+
+    from mixprec_runtime.native import NativeFormat
+
+    monkeypatch.setattr(modelopt_quant, "prepare_nvfp4_layer_for_marlin", lambda layer: None)
+    monkeypatch.setattr(modelopt_quant, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(modelopt_quant, "is_cuda", lambda: True)
+    layer = linear(NativeFormat(FORMATS[kind]), "model.layers.0.mlp.down_proj", 128, 64)
+    tensors, _ = quantize(torch.randn(64, 128), kind)
+    for leaf, tensor in tensors.items():
+        parameter = layer._parameters[leaf]
+        parameter.weight_loader(parameter, tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+    torch.testing.assert_close(layer.weight_global_scale.data, torch.tensor(1 / 2688), rtol=1e-6, atol=0)
+    assert torch.equal(layer.weight.data, tensors.get("weight", tensors.get("weight_packed")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "words"),
+    [
+        ("nvfp4", (10, 0), "on this GPU SGLang runs NVFP4 on kernels that mixprec does not serve yet"),
+        ("ct_nvfp4", (12, 0), "serve it on compute capability 8.0 to 9.0"),
+        ("w4afp8", (8, 0), "SGLang's kernel for W4AFP8 runs on compute capability 9.0 only"),
+        ("w4afp8", (10, 0), "build the checkpoint with another format for these experts"),
+    ],
+)
+def test_gpus_without_a_kernel_are_refused_by_name(
+    kind: str, capability: tuple[int, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    with pytest.raises(ValueError, match=rf"^{PREFIX}.*{words}"):
+        experts_of(ours(kind))
+
+
+def test_scales_of_inputs_of_gate_and_up_are_compared_as_stored() -> None:
+    scale = torch.tensor([0.0123])  # not a number of BF16
+    layer = experts_of(ours("w4afp8"))
+    for shard in ("w1", "w3", "w2"):
+        load_expert(layer, {"input_scale": scale}, shard, 1)
+    for name in ("w13_input_scale", "w2_input_scale"):
+        assert torch.equal(layer._parameters[name].data, torch.tensor([1, 0.0123]))
+    layer = experts_of(stock("w4afp8"))
+    load_expert(layer, {"input_scale": scale}, "w1", 1)
+    with pytest.raises(ValueError, match="must be equal"):
+        load_expert(layer, {"input_scale": scale}, "w3", 1)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_rows_of_other_groups_have_an_id_that_is_skipped(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from mixprec_runtime.config import MixPrecConfig
+
+    seen: list[torch.Tensor] = []
+    kernel = ModuleType("sglang.srt.layers.moe.cutlass_w4a8_moe")  # needs a GPU's libraries
+
+    def run(x: torch.Tensor, *arguments: Any, **_: Any) -> torch.Tensor:
+        seen.append(arguments[5])  # after weights, scales, and the router's weights
+        return x
+
+    kernel.__dict__["cutlass_w4a8_moe"] = run
+    monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+    config = mixed_config(MixPrecConfig, ["w4afp8", "w4afp8", "bf16" if mixed else "w4afp8"])
+    layer = experts_of(config, num_experts=3)
+    layer = layer.groups[0] if mixed else layer
+    ids = torch.tensor([[0, -1], [1, 0]], dtype=torch.int32)
+    x = torch.zeros(2, HIDDEN, dtype=torch.bfloat16)
+    topk = StandardTopKOutput(topk_weights=torch.ones(2, 2), topk_ids=ids, router_logits=x)
+    layer.quant_method.apply(layer, StandardDispatchOutput(x, None, topk))
+    assert seen[0].dtype == torch.int32
+    # 0.5.23's kernels skip every id that is no expert's.
+    assert seen[0].tolist() == ([[0, 2], [1, 0]] if mixed and between("", "0.5.23", installed()) else ids.tolist())
+
+
+def test_the_page_lists_every_repair_with_its_reports() -> None:
+    from mixprec_runtime.formats.registry import repairs
+
+    page = (Path(__file__).parents[2] / "mixprec_runtime" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| [^|]+ \| [^|]+ \| `([^`]+)` \| ([^|]*)\|$", page)
+    listed = {place: set(re.findall(r"\((https://[^)]+)\)", reported)) for place, reported in rows}
+    due: dict[str, set[str]] = {}
+    for _, repair in repairs():
+        due.setdefault(repair.where, set()).update(repair.issues)
+    assert {place: listed.get(place) for place in due} == due
+
+
+def test_a_repair_that_sglang_never_calls_is_named() -> None:
+    from mixprec_runtime.formats.repair import never_called
+
+    layer = experts_of(ours("gptq_int4"))
+    waiting = never_called(layer.modules())
+    assert any("'scales of experts' waits for process_weights_after_loading" in line for line in waiting)
+    assert all("create_weights" not in line and "create_moe_runner" not in line for line in waiting)
+    assert all(PREFIX in line for line in waiting)
+    assert never_called(layer.modules(), without=("apply", "process_weights_after_loading")) == []
 
 
 # GPTQ experts
@@ -226,12 +362,63 @@ def test_awq_scales_are_permuted_by_their_layers_inputs(monkeypatch: pytest.Monk
         for name in ("w13_qzeros", "w2_qzeros"):
             layer._parameters[name].data.zero_()
         layer.quant_method.process_weights_after_loading(layer)
-        right = [torch.equal(layer._parameters[name], expected) for name, expected in due.items()]
+        for name, expected in due.items():  # groups may be repeated, which another test is about
+            scales = layer._parameters[name]
+            right.append(torch.equal(scales[:, :: scales.shape[1] // expected.shape[1]], expected))
         return right
 
     assert permuted(ours("awq_int4")) == [True, True]
     assert permuted(stock("awq_int4")) == [False, True]
     assert awq_kernels.marlin_moe_permute_scales is marlin_moe_permute_scales
+
+
+def test_zero_points_of_experts_have_groups_as_long_as_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales and zero points of 128 inputs become those of two groups of 64; a single group stays one."""
+    from sglang.srt.hardware_backend.gpu.quantization import awq_kernels
+
+    monkeypatch.setattr(awq_kernels, "awq_marlin_moe_repack", lambda qweight, *_, **sizes: qweight)
+    names = ("w13_scales", "w13_qzeros", "w2_scales", "w2_qzeros")
+
+    def processed(config: Any, intermediate: int) -> list[torch.Tensor]:
+        layer = experts_of(config, intermediate_size=intermediate)
+        generator = torch.Generator().manual_seed(1)
+        for name in names:
+            parameter = layer._parameters[name]
+            parameter.data.copy_(torch.randint(1, 100, parameter.shape, generator=generator))
+        layer.quant_method.process_weights_after_loading(layer)
+        return [layer._parameters[name].data for name in names]
+
+    for intermediate in (128, 512):
+        single = intermediate == FORMATS["awq_int4"].group_size
+        here, there = processed(ours("awq_int4"), intermediate), processed(stock("awq_int4"), intermediate)
+        for name, ran, due in zip(names, here, there, strict=True):
+            due = due if single and name.startswith("w2") else due.repeat_interleave(2, dim=1)
+            assert ran.shape == due.shape
+            # Where w2 has one group, stock permutes the scales of w13 otherwise, too: another repair's.
+            assert torch.equal(ran, due) or (single and name == "w13_scales"), (intermediate, name)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "leaves"),
+    [
+        (FORMATS["awq_int4"], ("scales", "qzeros")),
+        (Packed(4, 128, False, False), ("weight_scale", "weight_zero_point")),
+    ],
+)
+def test_zero_points_of_linears_have_groups_as_long_as_a_tile(fmt: Any, leaves: tuple[str, str]) -> None:
+    from mixprec_runtime.formats.registry import served
+    from mixprec_runtime.formats.repair import install
+
+    repairs = [one for one in served(fmt).repairs if one.name.startswith("zero points of linear")]
+    method: Any = SimpleNamespace(create_weights=None, process_weights_after_loading=lambda layer: None)
+    install(method, fmt, repairs, "linear", "model.layers.0.mlp.up_proj")
+    layer = torch.nn.Module()
+    values = {leaf: torch.arange(3 * size).reshape(3, size) for leaf, size in zip(leaves, (16, 2), strict=True)}
+    for leaf, value in values.items():
+        layer.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
+    method.process_weights_after_loading(layer)
+    for leaf, value in values.items():
+        assert torch.equal(layer._parameters[leaf], value[[0, 0, 1, 1, 2, 2]])
 
 
 def test_awq_is_unpacked_as_sglang_unpacks_it() -> None:
@@ -299,6 +486,17 @@ def test_packed_experts_are_of_one_scheme_whatever_their_number() -> None:
         experts_of(config)
     mixed = experts_of(mixed_config(type(ours("bf16")), ["fp8_block", "ct_int4", "ct_int8"]), num_experts=3)
     assert [group.quant_method.mixprec_format.kind for group in mixed.groups] == ["fp8_block", "ct_int4", "ct_int8"]
+
+
+def test_what_groups_would_not_get_of_a_runners_config_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a field that a later SGLang adds."""
+    from mixprec_runtime.experts import method
+
+    monkeypatch.setattr(method, "_PASSED_ON", method._PASSED_ON - {"gate_up_interleaved"})
+    config = mixed_config(type(ours("bf16")), ["fp8_block", "ct_int4"])
+    experts_of(config)
+    with pytest.raises(ValueError, match=rf"{PREFIX}: experts in several formats .* gate_up_interleaved=False"):
+        experts_of(config, gate_up_interleaved=False)
 
 
 def test_packed_experts_with_orders_are_not_cut() -> None:
@@ -391,7 +589,7 @@ def test_tensor_scaled_experts_scale_activations_by_token(monkeypatch: pytest.Mo
 def test_what_other_ranks_do_not_go_with(monkeypatch: pytest.MonkeyPatch, kind: str, option: str) -> None:
     from mixprec_runtime import launch
 
-    monkeypatch.setattr(launch, "_server_args", lambda: SimpleNamespace(**{option: True}))
+    monkeypatch.setattr(launch, "server_args", lambda: Changed(server_args("dummy"), **{option: True}))
     experts_of(ours(kind))
     with rank_of(1, 2, 2), pytest.raises(RuntimeError, match=f"--{option.replace('_', '-')}.*{kind}.*leave"):
         experts_of(ours(kind))
@@ -474,18 +672,20 @@ def test_gptq_that_marlin_has_no_kernel_for_goes_to_exllama_in_fp16() -> None:
 def test_a_rank_that_would_cut_an_fp8_block_is_refused_by_name(
     part: int, outputs: list[int], whole: tuple[int, int]
 ) -> None:
-    """Stock SGLang misses it where a layer has fewer ranks than the server, as under data-parallel attention."""
+    """SGLang before 0.5.22 misses it where a layer has fewer ranks than the server, as with data-parallel attention."""
     prefix = "model.layers.7.self_attn.o_proj"
 
     def create(config: Any) -> None:
         layer = torch.nn.Module()
-        layer.tp_group = None  # read by 0.5.23
+        layer.tp_group = SimpleNamespace(world_size=2)  # which SGLang reads from 0.5.22 on
         method = config.get_quant_method(linear(config, prefix, 256, 256), prefix)
         sizes = {"input_size": whole[0], "output_size": whole[1], "params_dtype": torch.bfloat16}
         method.create_weights(layer, part, outputs, weight_loader=None, **sizes)
 
     with pytest.raises(ValueError, match=rf"{prefix} \(fp8_block\):.*fewer tensor-parallel ranks"):
         create(config_of("fp8_block", prefix))
+    if len(outputs) == 1 and between("", "0.5.22", installed()):
+        create(stock("fp8_block"))
 
 
 def test_llama_finds_its_block_scales(folder: Path) -> None:

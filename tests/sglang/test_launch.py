@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.sglang.harness import Changed, load, make, rank_of, serve, server_args, sources
+from support.sglang.harness import Changed, Lacking, load, make, rank_of, serve, server_args, sources
 from support.sglang.mixes import MIXES, Expected, mix
 
 from mixprec_build.checkpoint.manifest import read_manifest
@@ -20,16 +21,22 @@ pytestmark = pytest.mark.usefixtures("sglang")
 
 UNFIT = {
     "tokenizer_worker_num": (2, "--tokenizer-worker-num"),
-    "moe_a2a_backend": ("deepep", "--moe-a2a-backend deepep"),
+    "moe_a2a_backend": ("mooncake", "--moe-a2a-backend mooncake"),
     "moe_runner_backend": ("flashinfer_cutlass", "--moe-runner-backend flashinfer_cutlass"),
     "load_format": ("sharded_state", "--load-format sharded_state"),
+    "speculative_moe_runner_backend": ("flashinfer_trtllm", "--speculative-moe-runner-backend flashinfer_trtllm"),
+    "speculative_moe_a2a_backend": ("nixl", "--speculative-moe-a2a-backend nixl"),
     "torchao_config": ("int8wo", "--torchao-config"),
     "enable_memory_saver": (True, "--enable-memory-saver"),
+    "cpu_offload_gb": (8, "--cpu-offload-gb 8"),
+    "offload_group_size": (2, "--offload-group-size 2"),
+    "kt_weight_path": ("experts", "--kt-weight-path experts"),
 }
-DROPPED = {"torchao_config"}  # by 0.5.23
+DROPPED = {"torchao_config"}  # by 0.5.18
 
 
 def test_arguments_that_no_checkpoint_goes_with() -> None:
+    from mixprec_runtime.contact.check import ContactError
     from mixprec_runtime.launch import argument_problems
 
     args = server_args("dummy")
@@ -38,6 +45,9 @@ def test_arguments_that_no_checkpoint_goes_with() -> None:
         assert hasattr(args, name) or name in DROPPED, "SGLang has renamed it"
         (problem,) = argument_problems(Changed(args, **{name: value}))
         assert flag in problem and "leave it out" in problem
+    for name in UNFIT.keys() - DROPPED:
+        with pytest.raises(ContactError, match=rf"the argument {name} \(--{name.replace('_', '-')}\) .* is missing"):
+            argument_problems(Lacking(args, name))
     everything = {name: value for name, (value, _) in UNFIT.items()}
     assert len(argument_problems(Changed(args, **everything))) == len(UNFIT)
 
@@ -49,7 +59,7 @@ def test_arguments_that_experts_elsewhere_do_not_go_with() -> None:
     assert args.enable_fused_moe_sum_all_reduce is False, "SGLang has renamed it"
     args = Changed(args, enable_fused_moe_sum_all_reduce=True)
     assert argument_problems(args) == []
-    for problems in (mixed_problems(args), argument_problems(Changed(args, ep_size=2))):
+    for problems in (mixed_problems(args, ["model.layers.0.mlp.experts"]), argument_problems(Changed(args, ep_size=2))):
         assert len(problems) == 1 and "--enable-fused-moe-sum-all-reduce" in problems[0]
 
 
@@ -64,15 +74,27 @@ def test_weights_are_not_updated_while_they_serve(folder: Path) -> None:
     load(model, config)
     with pytest.raises(RuntimeError, match="cannot be updated while they serve"):
         load(model, config)
-    for way, answer in hooks._UPDATES.items():
-        assert hasattr(weight_updater.SchedulerWeightUpdaterManager, way), "SGLang has renamed it"
+    answers_of = {
+        "update_weights_from_disk": "UpdateWeightFromDiskReqOutput",
+        "update_weights_from_distributed": "UpdateWeightsFromDistributedReqOutput",
+        "update_weights_from_tensor": "UpdateWeightsFromTensorReqOutput",
+        "update_weights_from_ipc": "UpdateWeightsFromIPCReqOutput",
+        "begin_weight_update": "BeginWeightUpdateReqOutput",
+        "end_weight_update": "EndWeightUpdateReqOutput",
+    }
+    manager_class = weight_updater.SchedulerWeightUpdaterManager
+    ways = {way for way in vars(manager_class) if re.search(r"^(update|begin|end)_.*weight|^load_.*weight", way)}
+    hooked = {target.rpartition(".")[2]: hook for target, hook, _ in hooks._hooks() if "UpdaterManager." in target}
+    assert hooked.keys() == ways and ways <= answers_of.keys(), "SGLang has a new way, or renamed one"
+    for way, update in hooked.items():
+        answer = getattr(io_struct, answers_of[way])
         for method, answers in (("mixprec", False), ("fp8", True)):
             runner = SimpleNamespace(model_config=SimpleNamespace(quantization=method))
             manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
-            said = hooks._answer_update(answer)(lambda *_: "SGLang's own", manager, object())
+            said = update(lambda *_: "SGLang's own", manager, object())
             assert (said == "SGLang's own") == answers
             if not answers:
-                assert isinstance(said, getattr(io_struct, answer)) and not said.success
+                assert isinstance(said, answer) and not said.success
                 assert "start the server again" in said.message
 
 
@@ -96,10 +118,10 @@ def test_shared_experts_in_another_format_are_not_fused(folder: Path) -> None:
         config._check_fused_shared_experts("model.layers.1.mlp", {routed.fuses_as})
 
 
-def test_a_draft_model_that_mixprec_did_not_build_is_told_apart() -> None:
+def test_a_model_that_mixprec_did_not_build_is_told_apart() -> None:
     from mixprec_runtime.config import MixPrecConfig
 
-    with pytest.raises(ValueError, match="--speculative-draft-model-quantization unquant"):
+    with pytest.raises(ValueError, match="names no quantization: leave it out"):
         MixPrecConfig()
 
 
@@ -117,9 +139,21 @@ def test_a_server_stops_before_it_makes_layers(folder: Path, name: str, argument
         make(mix(folder, name), **arguments)
 
 
-def test_marlins_experts_need_their_own_runner(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"gptq_int4 experts run on Marlin only: leave out --moe-runner-backend"):
-        make(mix(folder, "qwen3_moe"), moe_runner_backend="triton")
+def test_a_release_that_lacks_what_was_planned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sglang.version
+
+    from mixprec_runtime import hooks
+
+    needs = {"gptq_untiled": ["model.layers.{0..3}.mlp.down_proj"], "of a later mixprec": ["lm_head"]}
+    manifest: Any = SimpleNamespace(planned_for="0.5.17", needs=needs)
+    monkeypatch.setattr(sglang.version, "__version__", "0.5.19")
+    hooks._check_release(manifest)
+    monkeypatch.setattr(sglang.version, "__version__", "0.5.21")
+    with pytest.raises(
+        RuntimeError, match=r"planned for SGLang 0\.5\.17, and SGLang 0\.5\.21 has no more .*exllama"
+    ) as told:
+        hooks._check_release(manifest)
+    assert "model.layers.{0..3}.mlp.down_proj" in str(told.value) and "--sglang 0.5.21" in str(told.value)
 
 
 # Memory
@@ -162,6 +196,34 @@ def test_memory_is_the_sum_of_what_was_loaded(folder: Path, rank: int, tp: int) 
     assert stats["compression_ratio"] == pytest.approx(stats["bf16_mb"] / stats["weight_mb"])
 
 
+def test_one_line_says_what_is_served(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from mixprec_runtime import memory
+
+    checkpoint = mix(folder, "llama")
+    with caplog.at_level("INFO", "mixprec_runtime"):
+        for options, files in (
+            ({}, f"the weights in {checkpoint} of rank 0"),
+            ({"load_format": "safetensors"}, "merged"),
+        ):
+            caplog.clear()
+            memory.serve(serve(checkpoint, **options))
+            (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("mixprec")]
+            assert "serves LlamaForCausalLM from" in line and files in line
+            assert "fp8_block" in line and "MB on this rank" in line
+
+
+def test_a_line_that_reads_as_trouble_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SGLang says it of any method that it does not know."""
+    for name, said in (("mixprec", False), ("awq", True)):
+        caplog.clear()
+        model_config = "sglang.srt.configs.model_config"
+        logging.getLogger(model_config).warning("%s quantization is not fully optimized yet. The speed can be", name)
+        assert bool(caplog.records) == said
+    caplog.clear()
+    make(mix(folder, "llama"))
+    assert "optimized yet" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek"])
 def test_experts_weigh_what_they_would_in_16_bits(folder: Path, name: str) -> None:
     from mixprec_runtime.memory import measure
@@ -178,6 +240,28 @@ def test_what_is_tied_weighs_once(folder: Path) -> None:
     before = measure(model)["weight_mb"]
     model.lm_head.weight = model.model.embed_tokens.weight
     assert (before - measure(model)["weight_mb"]) * 2**20 == model.lm_head.weight.nbytes
+
+
+def test_weights_that_lora_wraps_keep_their_format(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers have the weight of the layer inside as one of their own."""
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.lora.layers import get_lora_layer
+
+    from mixprec_runtime.memory import measure
+
+    model = serve(mix(folder, "llama"))
+    before = measure(model)
+    make_tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, pin_memory=False, **kwargs: make_tensor(*args, **kwargs))
+    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, LinearBase)]
+    for path, module in linears:
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, get_lora_layer(module, SimpleNamespace()))
+    wrapped = [module for module in model.modules() if hasattr(module, "lora_backend")]
+    assert len(wrapped) == len(linears) and any(
+        "weight" in dict(module.named_parameters(recurse=False)) for module in wrapped
+    )
+    assert measure(model) == before
 
 
 def test_a_tensor_on_another_device_stops_the_server(folder: Path) -> None:

@@ -47,6 +47,9 @@ METHODS = {
     "ct_nvfp4": "ModelOptNvFp4A16LinearMethod",
     # Under other producers' names, one with static activations, as ModelOpt's are.
     "fp8_block_scale": "Fp8LinearMethod",
+    # With powers of two as scales
+    "fp8_bytes": "Fp8LinearMethod",
+    "fp8_e8m0_32": "Fp8LinearMethod",
     "fp8_static": "Fp8LinearMethod",
 }
 PADDED = ("fp8_block", "fp8_channel", "fp8_tensor", "int8_channel", "int8_block", "ct_fp8_block")

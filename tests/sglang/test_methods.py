@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.sglang.harness import groups_of, make, parameters_of, rank_of
-from support.sglang.mixes import MIXES, Expected, mix
+from support.serving import QWEN3_MOE
+from support.sglang.harness import build, groups_of, make, parameters_of, rank_of, serve, sources
+from support.sglang.mixes import ALL, FLOATS, MIXES, Expected, mix
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -41,11 +42,12 @@ EXPERTS = {
     "awq_int4": "AWQMoEMethod",
     "awq_int4_g64": "AWQMoEMethod",
     **dict.fromkeys(COMPRESSED, "CompressedTensorsFusedMoEMethod"),
+    **dict.fromkeys(("mxfp4", "ct_mxfp4", "deepseek_mxfp4"), "Mxfp4MarlinMoEMethod"),
 }
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 2)])
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("name", [*MIXES, *FLOATS])
 def test_every_layer_is_of_the_class_and_shape_of_its_format(folder: Path, name: str, tp: int, ep: int) -> None:
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -53,7 +55,7 @@ def test_every_layer_is_of_the_class_and_shape_of_its_format(folder: Path, name:
 
     with rank_of(tp - 1, tp, ep):
         model, _ = make(mix(folder, name))
-    expected = Expected(folder, MIXES[name], tp - 1, tp, ep)
+    expected = Expected(folder, ALL[name], tp - 1, tp, ep)
     seen = set()
     for path, module in model.named_modules():
         method = type(getattr(module, "quant_method", None)).__name__
@@ -73,7 +75,19 @@ def test_every_layer_is_of_the_class_and_shape_of_its_format(folder: Path, name:
             alike(path, module, {"weight": expected.plain(f"{path}.weight")})
         elif isinstance(module, RadixAttention):
             assert method == "NoneType", path
-    assert seen >= {LINEAR[v] for line, v in MIXES[name][1].items() if "experts" not in line}
+    assert seen >= {LINEAR[v] for line, v in ALL[name][1].items() if "experts" not in line}
+
+
+@pytest.mark.parametrize("variant", ["gptq_int4_g64", "awq_int4_g64", "ct_int4_g32", "mxfp4"])
+def test_experts_are_chosen_by_the_columns_that_they_will_have(folder: Path, tmp_path: Path, variant: str) -> None:
+    """Of 192 columns a rank of two has 96, which Marlin does not take, and 32 of zeros."""
+    shape = QWEN3_MOE.of(hidden=256, expert_intermediate=192, layers=1)
+    paths = sources(folder, shape, ["bf16", variant])
+    out = build(paths, {"model.layers.*.mlp.experts.*": variant}, tmp_path / "out")
+    with rank_of(1, 2):
+        experts = serve(out).get_submodule("model.layers.0.mlp.experts")
+    assert type(experts.quant_method).__name__ == EXPERTS[variant]
+    assert experts.intermediate_size_per_partition == 128
 
 
 def alike(path: str, layer: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.serving import quantize
 from support.sglang.harness import Changed, publish, rank_of, run_python, server_args
-from support.sglang.layers import FORMATS, PREFIX, make_layer, mixed_config, reference, run
+from support.sglang.layers import ACTIVATIONS, FORMATS, PREFIX, PROJECTIONS, make_layer, mixed_config, reference, run
 
 HIDDEN, INTERMEDIATE, TOP_K = 256, 128, 3
 
@@ -65,7 +65,7 @@ def test_two_formats_compute_what_the_experts_stand_for(first: str, second: str)
     assert not close(out, reference(x, ids, topk, swapped))
 
 
-@pytest.mark.parametrize(("up", "down"), list(permutations(FORMATS, 2)))
+@pytest.mark.parametrize(("up", "down"), list(permutations(PROJECTIONS, 2)))
 def test_gate_and_up_may_be_in_another_format_than_down(up: str, down: str) -> None:
     layer, weights = layer_of((f"{up}/{down}", 3), (up, 2), (f"{down}/{up}", 3))
     assert len(layer.groups) == 4
@@ -74,7 +74,7 @@ def test_gate_and_up_may_be_in_another_format_than_down(up: str, down: str) -> N
     assert close(run(layer, x, ids, topk), reference(x, ids, topk, weights))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", PROJECTIONS)
 def test_a_group_of_one_projection_takes_no_memory_for_the_other(kind: str) -> None:
     """The memory before weights are loaded, and after they are processed."""
     other = "bf16" if kind != "bf16" else "fp8_block"
@@ -87,6 +87,58 @@ def test_a_group_of_one_projection_takes_no_memory_for_the_other(kind: str) -> N
     assert {name for name, _ in loaded.groups[0].named_parameters()} == {"w13_weight"}
     assert loaded.groups[0].w2_weight.shape == (2, HIDDEN, INTERMEDIATE)
     assert loaded.groups[0].w2_weight.untyped_storage().nbytes() < 100
+
+
+NO_TRITON = {kind for kind, fmt in FORMATS.items() if fmt.experts_run_on != "Triton"}
+GATED = {kind for kind, fmt in FORMATS.items() if fmt.gated_experts_only}
+# Each quantized format beside BF16, and beside one other.
+PAIRS = [("bf16", kind) for kind in FORMATS if kind != "bf16"] + [("fp8_block", "gptq_int4"), ("nvfp4", "fp8_tensor")]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_other_activations_and_experts_without_a_gate(first: str, second: str, name: str) -> None:
+    case = ACTIVATIONS[name]
+    unfit = (set() if case.marlin else NO_TRITON) | (GATED if case.options.keys() != {"activation"} else set())
+    if unfit & {first, second}:
+        with pytest.raises(ValueError, match=rf"{PREFIX}\.\w+ \(\w+\): (Marlin|SGLang's kernel)"):
+            layer_of((first, 3), (second, 5), **case.options)
+        return
+    layer, weights = layer_of((first, 3), (second, 5), **case.options)
+    gated = case.options.get("is_gated", True)
+    assert {group.w13_weight.shape[1] for group in layer.groups} == {INTERMEDIATE * (2 if gated else 1)}
+    x, ids, topk = routed(64, 8)
+    ids[3] = -1
+    due = reference(x, ids, topk, weights, case.activate, weighted_inputs=case.weighted_inputs)
+    assert close(run(layer, x, ids, topk), due)
+    if not case.weighted_inputs:
+        assert not close(due, reference(x, ids, topk, weights, weighted_inputs=True, activate=case.activate))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in GATED])
+def test_a_native_layer_without_a_gate(kind: str) -> None:
+    """All experts in one format, by SGLang's own method."""
+    case = ACTIVATIONS["relu2"]
+    layer, weights = layer_of((kind, 8), **case.options)
+    assert type(layer.quant_method).__name__ != "MixedExpertsMethod"
+    assert layer.w13_weight.shape == (8, INTERMEDIATE, HIDDEN)
+    x, ids, topk = routed(64, 8)
+    assert close(run(layer, x, ids, topk), reference(x, ids, topk, weights, case.activate))
+
+
+def test_ranks_without_a_gate_add_up_to_the_layer() -> None:
+    """Under tensor parallelism, and under expert parallelism."""
+    case = ACTIVATIONS["relu2"]
+    groups = [("fp8_block", 2), ("bf16", 2), ("fp8_channel", 2), ("fp8_tensor", 2)]
+    x, ids, topk = routed(32, 8)
+    for ep in (1, 2):
+        total = torch.zeros_like(x)
+        for rank in range(2):
+            with rank_of(rank, 2, ep):
+                layer, weights = layer_of(*groups, intermediate=256, **case.options)
+            local = ids if ep == 1 else torch.where(ids // 4 == rank, ids % 4, -1).to(torch.int32)
+            total += run(layer, x, local, topk)
+        assert close(total, reference(x, ids, topk, weights, case.activate))
 
 
 def test_all_formats_in_any_order() -> None:
@@ -384,9 +436,7 @@ def test_placeholders_are_removed_after_loading() -> None:
     ("options", "message"),
     [
         ({"num_fused_shared_experts": 1}, "start SGLang with --disable-shared-experts-fusion"),
-        ({"apply_router_weight_on_input": True}, "do not go with apply_router_weight_on_input"),
         ({"no_combine": True}, "do not go with no_combine"),
-        ({"with_bias": True}, "do not go with biases"),
     ],
 )
 def test_layers_that_groups_cannot_be(options: dict[str, Any], message: str) -> None:
@@ -395,10 +445,23 @@ def test_layers_that_groups_cannot_be(options: dict[str, Any], message: str) -> 
         bare_layer(mixed("fp8_block", "gptq_int4"), experts, **options)
 
 
+def test_experts_with_biases_are_in_formats_that_have_them() -> None:
+    with pytest.raises(
+        ValueError, match=r"\(fp8_block\): mixprec serves experts with biases in MXFP4 and unquantized only"
+    ):
+        bare_layer(mixed("fp8_block", "bf16"), 2, gemm1_alpha=1.7, gemm1_clamp_limit=7.0, with_bias=True)
+
+
 def test_layers_that_split_experts_cannot_be_in() -> None:
     with pytest.raises(ValueError, match=rf"{PREFIX}: experts whose gate and up.*with its activation \(gelu\)"):
         bare_layer(mixed("fp8_block/bf16", "bf16"), 2, activation="gelu")
-    kinds = list(FORMATS)[:9]
+    with pytest.raises(ValueError, match=r"with its activation \(relu2 without a gate\)"):
+        bare_layer(mixed("fp8_block/bf16", "bf16"), 2, activation="relu2", is_gated=False)
+    with pytest.raises(
+        ValueError, match=r"cannot be in w4afp8, which SGLang has no kernels for one projection of; build"
+    ):
+        bare_layer(mixed("w4afp8/bf16", "bf16"), 2)
+    kinds = PROJECTIONS[:9]
     with pytest.raises(
         ValueError, match="cannot be in more than 8 formats; build the checkpoint with the three in one format"
     ):
@@ -408,7 +471,6 @@ def test_layers_that_split_experts_cannot_be_in() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"moe_runner_backend": "triton"}, "--moe-runner-backend triton is one kernel for all formats"),
         ({"enable_eplb": True}, "--enable-eplb"),
         ({"ep_num_redundant_experts": 2}, "--ep-num-redundant-experts"),
         ({"init_expert_location": "somewhere.json"}, "--init-expert-location"),
@@ -422,9 +484,9 @@ def test_arguments_that_groups_do_not_go_with(
     from mixprec_runtime import launch
 
     args = server_args("dummy")
-    assert launch.mixed_problems(args) == []
+    assert launch.mixed_problems(args, ["model.layers.0.mlp.experts"]) == []
     assert all(hasattr(args, name) for name in arguments), "SGLang has renamed it"
-    monkeypatch.setattr(launch, "_server_args", lambda: Changed(args, **arguments))
+    monkeypatch.setattr(launch, "server_args", lambda: Changed(args, **arguments))
     with pytest.raises(RuntimeError, match=message):
         bare_layer(mixed("fp8_block", "gptq_int4"), 2)
     bare_layer(mixed("gptq_int4", "gptq_int4"), 2)

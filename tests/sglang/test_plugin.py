@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 from support.hostile import CONFIG, Drawn, Hostile
 from support.sglang.harness import last_json, make, run_python, sources
+from support.sglang.layers import FORMATS
 from support.sglang.mixes import MIXES, mix
 
 from mixprec_build.checkpoint.manifest import MANIFEST
+from mixprec_build.versions import between
+from mixprec_runtime.contact.names import SESSIONS_SINCE
 
 START = """
 import json, sys
@@ -77,10 +81,15 @@ def test_a_fresh_process_knows_the_method(folder: Path) -> None:
     assert (out["method"], out["same"], out["flag"], out["no flag"]) == ("MixPrecConfig", True, "mixprec", None)
     assert out["heavy"] == []
     assert not any("Scheduler" in target for target in out["hooks"])
+    import sglang.version
+
+    sessions = ["begin", "end"] if between(SESSIONS_SINCE, "", sglang.version.__version__) else []
     assert out["worker"] == [
+        "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
         "sglang.srt.managers.scheduler.Scheduler.__init__",
         "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle",
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        *(f"{UPDATER}.{edge}_weight_update" for edge in sessions),
         *(f"{UPDATER}.update_weights_from_{way}" for way in ("disk", "distributed", "ipc", "tensor")),
         "sglang.srt.model_loader.loader._initialize_model",
         "sglang.srt.model_loader.utils.get_model_architecture",
@@ -88,28 +97,29 @@ def test_a_fresh_process_knows_the_method(folder: Path) -> None:
 
 
 def test_a_sglang_that_does_not_fit_is_told_so_when_it_loads_a_checkpoint(folder: Path) -> None:
-    message = last_json(run_python(UNFIT, str(mix(folder, "llama")), "0.6.0"))
-    assert "serves with SGLang 0.5.15.post1 to 0.5.23, and this is SGLang 0.6.0" in message
+    message = last_json(run_python(UNFIT, str(mix(folder, "llama")), "0.5.14"))
+    assert "serves with SGLang 0.5.15.post1 and newer, tested up to 0.5.23, and this is SGLang 0.5.14" in message
     assert "pip install 'sglang>=0.5.15.post1,<=0.5.23'" in message
 
 
 @pytest.mark.parametrize(
-    ("version", "fits"),
+    ("version", "fits", "tested"),
     [
-        ("0.5.15", False),
-        ("0.5.15.post1", True),
-        ("0.5.17", True),
-        ("0.5.17.dev3+g12ab", True),
-        ("0.5.23", True),
-        ("0.5.23.post1", False),
-        ("0.5.24rc1", False),
-        ("0.6.0", False),
+        ("0.5.15", False, True),
+        ("0.5.15.post1", True, True),
+        ("0.5.17", True, True),
+        ("0.5.17.dev3+g12ab", True, True),
+        ("0.5.23", True, True),
+        ("0.5.23.post1", True, False),
+        ("0.5.24rc1", True, False),
+        ("0.6.0", True, False),
     ],
 )
-def test_versions_that_fit(version: str, fits: bool) -> None:
-    from mixprec_build.versions import version_problem
+def test_versions_that_fit(version: str, fits: bool, tested: bool) -> None:
+    from mixprec_build.versions import untested, version_problem
 
     assert (version_problem(version) is None) == fits
+    assert (untested(version) is None) == tested
 
 
 @pytest.mark.usefixtures("sglang")
@@ -136,6 +146,18 @@ def test_models_of_other_methods_are_left_alone(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("sglang")
+@pytest.mark.parametrize("kind", ["fp8_block", "int8_block", "nvfp4", "w4afp8"])
+def test_no_format_is_logged_as_that_of_all_weights(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    from mixprec_runtime.native import NativeFormat, sglang_config
+
+    with caplog.at_level("INFO"):
+        NativeFormat(FORMATS[kind])
+        assert "Detected" not in caplog.text
+        sglang_config(FORMATS[kind])
+    assert re.search(r"Detected \w+ checkpoint", caplog.text)  # what SGLang logs for a checkpoint of this format
+
+
+@pytest.mark.usefixtures("sglang")
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_is_damaged_is_refused_in_words(folder: Path, tmp_path: Path, seed: int) -> None:
     """Puts hostile values at random places of config.json and the manifest."""
@@ -145,7 +167,7 @@ def test_whatever_is_damaged_is_refused_in_words(folder: Path, tmp_path: Path, s
 
     checkpoint = Path(shutil.copytree(mix(folder, "qwen3"), tmp_path / "damaged"))
     refused = 0
-    for i in range(50):
+    for i in range(80):
         with Hostile(checkpoint, Drawn(100 * seed + i), (CONFIG, MANIFEST)):
             model = SimpleNamespace(model_path=str(checkpoint), revision=None)
             try:
@@ -173,3 +195,20 @@ def test_a_damaged_declaration_is_refused(folder: Path, tmp_path: Path, damage: 
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config\.json of this checkpoint: quantization_config"):
         make(checkpoint)
+
+
+@pytest.mark.usefixtures("sglang")
+def test_a_draft_from_elsewhere_keeps_its_own_method(folder: Path) -> None:
+    """SGLang passes ``--quantization mixprec`` on to the draft; of a draft in BF16 it would make a compiled one."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader import loader
+
+    paths = sources(folder, MIXES["llama"][0])
+    for path, method in ((paths["bf16"], None), (paths["fp8_block"], "fp8"), (mix(folder, "llama"), "mixprec")):
+        config = ModelConfig(str(path), quantization="mixprec", is_draft_model=True)
+        assert config.quantization == method
+        made = loader._get_quantization_config(config, LoadConfig())
+        assert (None if made is None else made.get_name()) == method
+    assert ModelConfig(str(paths["bf16"]), quantization="mixprec").quantization == "mixprec"
+    assert ModelConfig(str(paths["bf16"]), is_draft_model=True).quantization is None

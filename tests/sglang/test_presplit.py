@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +17,7 @@ from support.serving import DEEPSEEK, QWEN3_MOE
 from support.sglang.harness import (
     Changed,
     build,
+    experts_at,
     last_json,
     load,
     make,
@@ -29,7 +28,7 @@ from support.sglang.harness import (
     sources,
     stage_of,
 )
-from support.sglang.mixes import EIGHT, MIXES, mix
+from support.sglang.mixes import EIGHT, FLOATS, MIXES, mix
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.checkpoint.manifest import read_manifest
@@ -48,6 +47,7 @@ DEGREES = [Degree(2), Degree(4), Degree(2, 2), Degree(4, 2)]
 
 CASES = [(name, degree) for name in MIXES for degree in DEGREES if degree.ep == 1 or MIXES[name][0].experts]
 CASES += [(name, Degree(tp)) for name in EIGHT for tp in (2, 8)] + [("qwen3_moe_8", Degree(8, ep)) for ep in (4, 8)]
+CASES += [(name, degree) for name in FLOATS for degree in (Degree(4), Degree(4, 2))]
 # Attention in replicas.
 CASES += [("qwen3", Degree(4, 1, 2)), ("qwen3_moe", Degree(4, 2, 2)), ("deepseek", Degree(4, 4, 2))]
 CASES += [("qwen3_moe", Degree(2, 1, 2)), ("deepseek", Degree(2, 2, 2)), ("qwen3_moe_8", Degree(8, 4, 2))]
@@ -70,7 +70,7 @@ def test_a_ranks_files_hold_what_sglang_would_load(folder: Path, tmp_path: Path,
 
 SERVED = [
     ("qwen3_moe", Degree(4, 2)), ("qwen3_moe", Degree(4, 2, 2)), ("deepseek", Degree(2)), ("deepseek", Degree(4, 1, 2)),
-    ("mixtral", Degree(2)),
+    ("mixtral", Degree(2)), ("mxfp4", Degree(2)),
 ]  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def test_added_zeros_do_not_go_with_lora(folder: Path, tmp_path: Path, monkeypat
     )
     with rank_of(1, 2):
         make(out)
-        monkeypatch.setattr(launch, "_server_args", lambda: Changed(server_args(out), enable_lora=True))
+        monkeypatch.setattr(launch, "server_args", lambda: Changed(server_args(out), enable_lora=True))
         with pytest.raises(RuntimeError, match="--enable-lora"):
             make(out)
 
@@ -269,23 +269,6 @@ def test_a_share_is_found_whatever_device_the_model_is_made_on(folder: Path) -> 
     out, shape = mix(folder, "qwen3_moe"), MIXES["qwen3_moe"][0]
     with experts_at([list(range(shape.experts))] * shape.layers), torch.device("meta"):
         assert loader.rank_share(out, read_manifest(out)) is not None
-
-
-@contextmanager
-def experts_at(places: list[list[int]]) -> Iterator[None]:
-    from sglang.srt.eplb import expert_location
-    from sglang.srt.layers.moe.fused_moe_triton import layer
-
-    logical = torch.tensor(places)
-    metadata = SimpleNamespace(
-        physical_to_logical_map_cpu=logical,
-        num_logical_experts=logical.shape[1],
-        logical_to_all_physical=lambda layer, expert, *_: [places[layer].index(expert)],
-    )
-    with ExitStack() as stack:
-        for module in (expert_location, layer):
-            stack.enter_context(patch.object(module, "get_global_expert_location_metadata", lambda: metadata))
-        yield
 
 
 def test_experts_are_read_row_by_row() -> None:

@@ -12,9 +12,20 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from support.serving import LLAMA
-from support.sglang.harness import build, load, make, rank_of, serve, sources, stage_of, tensors_of
+from support.sglang.classifiers import classifier
+from support.sglang.harness import (
+    build,
+    change_config,
+    change_tensors,
+    load,
+    make,
+    rank_of,
+    serve,
+    sources,
+    stage_of,
+    tensors_of,
+)
 from support.sglang.mixes import MIXES, mix
 
 from mixprec_build.checkpoint.degree import Degree
@@ -38,22 +49,6 @@ def copy(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         return out
 
     return copy
-
-
-def change_tensors(checkpoint: Path, edit: Callable[[Tensors], object]) -> None:
-    tensors = tensors_of(checkpoint)
-    edit(tensors)
-    first, *rest = sorted(checkpoint.glob("*.safetensors"))
-    for path in rest:
-        path.unlink()
-    save_file(tensors, first, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, first.name)}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def change_config(checkpoint: Path, values: dict[str, Any]) -> None:
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 # Tensors that were changed after the build
@@ -104,6 +99,14 @@ def test_a_tensor_of_another_dtype_or_shape_stops_the_server(
     checkpoint = copy("llama", lambda tensors: tensors.update({gone: change(tensors[gone]).contiguous()}))
     with pytest.raises(RuntimeError, match=rf"{gone} is .*was built as"):
         serve(checkpoint, load_format=load_format)
+
+
+def test_a_classifier_gets_no_bias_that_its_checkpoint_lacks(folder: Path, tmp_path: Path) -> None:
+    """SGLang makes this class with one, and leaves random numbers in it."""
+    out, score = classifier(folder, tmp_path, labels=3)
+    model: Any = serve(out)
+    assert type(model).__name__ == "Qwen3ForSequenceClassification"
+    assert torch.equal(model.score.weight, score) and model.score.bias is None
 
 
 def swap(shard: Path, first: str, second: str) -> None:
@@ -281,6 +284,8 @@ def test_layers_for_speculation_are_not_missed(folder: Path, tmp_path: Path) -> 
     def add(tensors: Tensors) -> None:
         more = {n.replace(".2.", f".{past}.", 1): t.clone() for n, t in tensors.items() if ".layers.2." in n}
         tensors |= {**more, f"model.layers.{past}.eh_proj.weight": torch.zeros(512, 1024, dtype=torch.bfloat16)}
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"model.layers.{past}.{norm}.weight"] = torch.ones(512, dtype=torch.bfloat16)
 
     serve_every_way(custom(folder, tmp_path, "deepseek", add, num_nextn_predict_layers=1))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.sglang.harness import groups_of, parameters_of, rank_of, serve
-from support.sglang.mixes import MIXES, Expected, mix
+from support.sglang.mixes import ALL, FLOATS, MIXES, Expected, mix
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -18,9 +18,9 @@ EXPERT_RANKS = [(0, 2, 2), (1, 2, 2), (1, 4, 2), (2, 4, 2)]
 
 
 @pytest.mark.parametrize(("rank", "tp", "ep"), RANKS + EXPERT_RANKS)
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("name", [*MIXES, *FLOATS])
 def test_every_parameter_holds_the_bytes_of_its_sources(folder: Path, name: str, rank: int, tp: int, ep: int) -> None:
-    expected = Expected(folder, MIXES[name], rank, tp, ep)
+    expected = Expected(folder, ALL[name], rank, tp, ep)
     if ep > 1 and not expected.shape.experts:
         pytest.skip("no experts")
     with rank_of(rank, tp, ep):

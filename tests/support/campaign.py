@@ -24,16 +24,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from mixprec_build.checkpoint.degree import Degree
-from mixprec_build.errors import MixprecError, VerifyError
+from mixprec_build.errors import MissingPartsError, MixprecError, VerifyError
 from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.parts import Part, shards_of
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
+from mixprec_build.planning.planner import make_plan
 from mixprec_build.planning.types import Plan
 
 __all__ = ["COMMANDS", "Campaign"]
@@ -52,7 +55,9 @@ _OF_FILES = ("write", "writelines", "read", "flush")
 _SIGNED = (".out.mixprec/lock", ".out.mixprec/made")
 """Files with numbers of processes and inodes."""
 
-COMMANDS = ("build", "split", "verify")
+COMMANDS = ("build", "part", "finish", "split", "verify")
+_PARTS = (Part(1, 2), Part(2, 2))
+"""Those of a build; `part` writes the first one, `finish` is given both."""
 
 
 class Campaign:
@@ -65,9 +70,18 @@ class Campaign:
 
     def __init__(self, recipe: Path, built: Path, folder: Path, what: str):
         self._plan = plan_recipe(recipe)
+        if what in ("part", "finish"):
+            small = replace(self._plan.recipe, shard_size=200_000)  # smaller than a recipe may ask for
+            self._plan = make_plan(small, self._plan.sources)
+            assert all(shards_of(self._plan, part) for part in _PARTS)
         self._built, self._folder, self._what = built, folder, what
         self.before = _tree(built)
         self._finished: set[str] = set()
+        self._beside = [folder / "parts" / part.stage(folder / "out") for part in _PARTS]
+        """The stages of complete parts."""
+        if what in ("part", "finish"):
+            for part in _PARTS:
+                run_plan(self._plan, folder / "parts" / "out", part=part, jobs=1)
         self.wrong: list[str] = []
         """Expectations that failed, as sentences."""
         out = self._copy("due")
@@ -95,7 +109,7 @@ class Campaign:
             there = _tree(out) if out.exists() else None
             self._expect(code == -signal.SIGKILL if kills else code in (0, 1, 2, 3), f"{case}: exit {code}")
             self._expect(_open_files() == files, f"{case}: a file stays open")
-            if self._what == "build":
+            if self._what in ("build", "part", "finish"):
                 old_or_new = there in (self.before, self.due) or (code < 0 and there is None)
                 self._expect(old_or_new, f"{case}: neither the old output nor the new one")
             self._expect(code != 0 or there == self.due, f"{case}: not finished")
@@ -134,16 +148,27 @@ class Campaign:
             self.wrong.append(what)
 
     def _copy(self, name: str) -> Path:
+        if self._what == "finish":
+            for stage in self._beside:
+                shutil.copytree(stage, self._folder / name / stage.name)
         return Path(shutil.copytree(self._built, self._folder / name / "out", copy_function=os.link))
 
     def _finish(self, out: Path, case: str, *, always: bool = False) -> None:
         state = _state(out.parent)
         if always or state not in self._finished:
             self._finished.add(state)
+            published = self._what == "finish" and out.exists() and _tree(out) == self.due
             try:
-                _command(self._what, self._plan, out)
+                try:
+                    _command(self._what, self._plan, out)
+                except MissingPartsError:  # after it was published: nothing is left to finish
+                    self._expect(published, f"{case}: parts are lost")
                 self._expect(_tree(out) == self.due, f"{case}: another output when it is repeated")
                 left = sorted(path.name for path in out.parent.iterdir())
+                if self._what == "part":
+                    part = self._beside[0].name
+                    same = _tree(out.parent / part / "out") == _tree(self._beside[0] / "out")
+                    self._expect(left.pop(0) == part and same, f"{case}: another part when it is repeated")
                 self._expect(left == ["out"], f"{case}: leaves {left}")
             except MixprecError as error:
                 self._expect(False, f"{case}: when it is repeated: {error}")
@@ -275,6 +300,10 @@ class _File:
 def _command(what: str, plan: Plan, out: Path) -> None:
     if what == "build":
         run_plan(plan, out, force=True, jobs=1)
+    elif what == "part":
+        run_plan(plan, out, part=_PARTS[0], force=True, jobs=1)
+    elif what == "finish":  # of stages that were copied
+        run_plan(plan, out, finish=True, take_over=True, force=True, jobs=1)
     elif what == "split":
         split(out, Degree(2), layout="presplit", jobs=1)
     else:

@@ -9,27 +9,49 @@ releases that have all experts of a layer in one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from support.family_parts import (
+    _A_PROJECTIONS,
+    _DECODER,
+    _DEEPSEEK,
+    _DELTA_NET,
+    _DENSE_LINES,
+    _EXPERT_LINES,
+    _HEADS_OF_HIDDEN,
+    _HYBRID,
+    _IMAGES,
+    _INDEXER,
+    _KIMI_K25,
+    _MLA_LINES,
+    _MOE,
+    _MROPE,
+    _OUTER,
+    _SHARED,
+    _SHARED_EXPERT,
+    _VISION,
+    EXPERTS,
+    Config,
+    Tensor,
+    Tensors,
+    TinyModel,
+    _around,
+    _attention,
+    _delta_net,
+    _dense,
+    _experts,
+    _image_encoder,
+    _latent_attention,
+    _layer_norms,
+    _linear,
+    _mlp,
+    _norm,
+)
+from support.image_families import GEMMA3, IMAGE_TENSORS, IMAGE_TINY, gemma3_tensors
+from support.more_families import MORE_TENSORS, MORE_TINY
+
 __all__ = ["STACKED", "TINY", "StackedRelease", "Tensor", "TinyModel", "tensors_of"]
-
-Config = dict[str, Any]
-Shape = tuple[int, ...]
-
-
-class Tensor(NamedTuple):
-    """A tensor of an unquantized checkpoint."""
-
-    name: str
-    shape: Shape
-    linear: bool = False
-    """Whether it is a weight ``[N, K]`` that quantized releases quantize."""
-    dtype: str = "BF16"
-
-
-Tensors = Iterator[Tensor]
 
 
 class StackedRelease(NamedTuple):
@@ -37,133 +59,30 @@ class StackedRelease(NamedTuple):
 
     transposed: bool
     """``[E, K, N]`` instead of ``[E, N, K]``."""
+    ups: tuple[str, str] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    names: tuple[str, ...] = ("experts.gate_up_proj", "experts.down_proj")
+    """Of the tensors of gate and up, together or each, and of down, after the MoE block's; of three, after the
+    layer's."""
 
+
+_STEP = StackedRelease(False, names=("moe.gate_proj.weight", "moe.up_proj.weight", "moe.down_proj.weight"))
 
 STACKED: Mapping[str, StackedRelease] = {
     "Qwen3_5MoeForConditionalGeneration": StackedRelease(False),
     "Qwen3VLMoeForConditionalGeneration": StackedRelease(True),
     "Llama4ForConditionalGeneration": StackedRelease(True),
+    "Gemma4ForCausalLM": StackedRelease(False),
+    "Gemma4ForConditionalGeneration": StackedRelease(False),
+    "Step3p5ForCausalLM": _STEP,
+    "Step3p7ForConditionalGeneration": _STEP,
+    "GraniteMoeForCausalLM": StackedRelease(False, ("w1", "w3"), "w2", ("input_linear.weight", "output_linear.weight")),
 }
 
 
 def tensors_of(config: Config) -> Tensors:
     """All tensors in the order of layers."""
     yield from _FAMILIES[config["architectures"][0]](config)
-
-
-# Parts of layers. ``p`` is the prefix of names, with its dot.
-
-
-def _linear(name: str, outputs: int, inputs: int, *, bias: bool = False, linear: bool = True) -> Tensors:
-    yield Tensor(f"{name}.weight", (outputs, inputs), linear)
-    if bias:
-        yield Tensor(f"{name}.bias", (outputs,))
-
-
-def _norm(name: str, size: int, *, bias: bool = False) -> Tensors:
-    yield Tensor(f"{name}.weight", (size,))
-    if bias:
-        yield Tensor(f"{name}.bias", (size,))
-
-
-def _attention(p: str, c: Config, *, gate: bool = False, bias: bool = False, norms: str = "head") -> Tensors:
-    """``norms``: of each ``head``, over ``all`` heads, or ``none``."""
-    hidden, heads, kv = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
-    size = c.get("head_dim") or hidden // heads
-    yield from _linear(f"{p}q_proj", heads * size * (2 if gate else 1), hidden, bias=bias)
-    yield from _linear(f"{p}k_proj", kv * size, hidden, bias=bias)
-    yield from _linear(f"{p}v_proj", kv * size, hidden, bias=bias)
-    yield from _linear(f"{p}o_proj", hidden, heads * size)
-    if norms != "none":
-        yield from _norm(f"{p}q_norm", size if norms == "head" else heads * size)
-        yield from _norm(f"{p}k_norm", size if norms == "head" else kv * size)
-
-
-def _latent_attention(p: str, c: Config, *, indexer: bool = False) -> Tensors:
-    hidden, heads, q_rank, kv_rank = c["hidden_size"], c["num_attention_heads"], c["q_lora_rank"], c["kv_lora_rank"]
-    nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-    yield from _linear(f"{p}q_a_proj", q_rank, hidden)
-    yield from _norm(f"{p}q_a_layernorm", q_rank)
-    yield from _linear(f"{p}q_b_proj", heads * (nope + rope), q_rank)
-    yield from _linear(f"{p}kv_a_proj_with_mqa", kv_rank + rope, hidden)
-    yield from _norm(f"{p}kv_a_layernorm", kv_rank)
-    yield from _linear(f"{p}kv_b_proj", heads * (nope + value), kv_rank)
-    yield from _linear(f"{p}o_proj", hidden, heads * value)
-    if indexer:
-        size, count = c["index_head_dim"], c["index_n_heads"]
-        yield from _linear(f"{p}indexer.wq_b", count * size, q_rank)
-        yield from _linear(f"{p}indexer.wk", size, hidden)
-        yield from _norm(f"{p}indexer.k_norm", size, bias=True)
-        yield from _linear(f"{p}indexer.weights_proj", count, hidden, linear=False)
-
-
-def _delta_net(p: str, c: Config, *, joined: bool) -> Tensors:
-    hidden, heads = c["hidden_size"], c["linear_num_value_heads"]
-    keys, values = c["linear_num_key_heads"] * c["linear_key_head_dim"], heads * c["linear_value_head_dim"]
-    yield Tensor(f"{p}A_log", (heads,), dtype="F32")
-    yield Tensor(f"{p}dt_bias", (heads,))
-    yield Tensor(f"{p}conv1d.weight", (2 * keys + values, 1, c["linear_conv_kernel_dim"]))
-    if joined:
-        yield from _linear(f"{p}in_proj_qkvz", 2 * keys + 2 * values, hidden)
-        yield from _linear(f"{p}in_proj_ba", 2 * heads, hidden, linear=False)
-    else:
-        yield from _linear(f"{p}in_proj_qkv", 2 * keys + values, hidden)
-        yield from _linear(f"{p}in_proj_z", values, hidden)
-        yield from _linear(f"{p}in_proj_b", heads, hidden, linear=False)
-        yield from _linear(f"{p}in_proj_a", heads, hidden, linear=False)
-    yield from _norm(f"{p}norm", c["linear_value_head_dim"])
-    yield from _linear(f"{p}out_proj", hidden, values)
-
-
-def _mlp(
-    p: str, hidden: int, size: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-) -> Tensors:
-    yield from _linear(f"{p}{names[0]}", size, hidden)
-    yield from _linear(f"{p}{names[1]}", size, hidden)
-    yield from _linear(f"{p}{names[2]}", hidden, size)
-
-
-def _experts(p: str, count: int, hidden: int, size: int, **names: Any) -> Tensors:
-    for expert in range(count):
-        yield from _mlp(f"{p}experts.{expert}.", hidden, size, **names)
-
-
-def _layer_norms(p: str, hidden: int, *names: str) -> Tensors:
-    for name in names or ("input_layernorm", "post_attention_layernorm"):
-        yield from _norm(f"{p}{name}", hidden)
-
-
-def _around(p: str, c: Config, layers: Tensors, *, head: str = "lm_head", norm: str = "norm") -> Tensors:
-    """``layers`` with the embedding, the last norm and, if it is not tied, the head."""
-    table = c["vocab_size"], c["hidden_size"]
-    yield Tensor(f"{p}embed_tokens.weight", table)
-    yield from layers
-    yield from _norm(f"{p}{norm}", c["hidden_size"])
-    if not c.get("tie_word_embeddings", False):
-        yield Tensor(f"{head}.weight", table)
-
-
-def _image_encoder(p: str, c: Config) -> Tensors:
-    """Qwen's, from 3 on."""
-    hidden, size = c["hidden_size"], c["intermediate_size"]
-    patch = c["in_channels"], c["temporal_patch_size"], c["patch_size"], c["patch_size"]
-    yield Tensor(f"{p}patch_embed.proj.weight", (hidden, *patch))
-    yield Tensor(f"{p}patch_embed.proj.bias", (hidden,))
-    yield Tensor(f"{p}pos_embed.weight", (c["num_position_embeddings"], hidden))
-    for block in range(c["depth"]):
-        b = f"{p}blocks.{block}."
-        yield from _norm(f"{b}norm1", hidden, bias=True)
-        yield from _norm(f"{b}norm2", hidden, bias=True)
-        yield from _linear(f"{b}attn.qkv", 3 * hidden, hidden, bias=True, linear=False)
-        yield from _linear(f"{b}attn.proj", hidden, hidden, bias=True, linear=False)
-        yield from _linear(f"{b}mlp.linear_fc1", size, hidden, bias=True, linear=False)
-        yield from _linear(f"{b}mlp.linear_fc2", hidden, size, bias=True, linear=False)
-    merged = hidden * c["spatial_merge_size"] ** 2
-    mergers = ["merger.", *(f"deepstack_merger_list.{i}." for i, _ in enumerate(c["deepstack_visual_indexes"]))]
-    for merger in mergers:
-        yield from _norm(f"{p}{merger}norm", hidden if merger == "merger." else merged, bias=True)
-        yield from _linear(f"{p}{merger}linear_fc1", merged, merged, bias=True, linear=False)
-        yield from _linear(f"{p}{merger}linear_fc2", c["out_hidden_size"], merged, bias=True, linear=False)
 
 
 # Families
@@ -225,23 +144,26 @@ def _qwen3_next(config: Config) -> Tensors:
     yield from _draft_of_qwen(config)
 
 
+def _qwen3_layers(p: str, c: Config) -> Tensors:
+    for layer in range(c["num_hidden_layers"]):
+        at = f"{p}layers.{layer}."
+        yield from _attention(f"{at}self_attn.", c)
+        if c.get("num_experts"):
+            yield from _linear(f"{at}mlp.gate", c["num_experts"], c["hidden_size"], linear=False)
+            yield from _experts(f"{at}mlp.", c["num_experts"], c["hidden_size"], c["moe_intermediate_size"])
+        else:
+            yield from _mlp(f"{at}mlp.", c["hidden_size"], c["intermediate_size"])
+        yield from _layer_norms(at, c["hidden_size"])
+
+
+def _qwen3(config: Config) -> Tensors:
+    yield from _around("model.", config, _qwen3_layers("model.", config))
+
+
 def _qwen3_vl_moe(config: Config) -> Tensors:
     text, p = config["text_config"], "model.language_model."
-
-    def layers() -> Tensors:
-        for layer in range(text["num_hidden_layers"]):
-            at = f"{p}layers.{layer}."
-            yield from _attention(f"{at}self_attn.", text)
-            if text.get("num_experts"):
-                yield from _linear(f"{at}mlp.gate", text["num_experts"], text["hidden_size"], linear=False)
-                yield from _experts(
-                    f"{at}mlp.", text["num_experts"], text["hidden_size"], text["moe_intermediate_size"]
-                )
-            else:
-                yield from _mlp(f"{at}mlp.", text["hidden_size"], text["intermediate_size"])
-            yield from _layer_norms(at, text["hidden_size"])
-
-    yield from _around(p, {**text, "tie_word_embeddings": config.get("tie_word_embeddings", False)}, layers())
+    tied = {**text, "tie_word_embeddings": config.get("tie_word_embeddings", False)}
+    yield from _around(p, tied, _qwen3_layers(p, text))
     yield from _image_encoder("model.visual.", config["vision_config"])
 
 
@@ -323,21 +245,6 @@ def _minimax_m2(config: Config) -> Tensors:
     yield from _around("model.", config, layers())
 
 
-def _dense(
-    config: Config, p: str = "model.", head: str = "lm_head", *, norms: str = "none", around: tuple[str, ...] = ()
-) -> Tensors:
-    """Llama's names; ``around`` are the norms of a layer."""
-
-    def layers() -> Tensors:
-        for layer in range(config["num_hidden_layers"]):
-            at = f"{p}layers.{layer}."
-            yield from _attention(f"{at}self_attn.", config, norms=norms)
-            yield from _mlp(f"{at}mlp.", config["hidden_size"], config["intermediate_size"])
-            yield from _layer_norms(at, config["hidden_size"], *around)
-
-    yield from _around(p, config, layers(), head=head)
-
-
 def _phi3(config: Config) -> Tensors:
     hidden, size = config["hidden_size"], config["intermediate_size"]
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
@@ -371,6 +278,12 @@ def _ernie_moe(config: Config) -> Tensors:
             yield from _layer_norms(at, hidden)
 
     yield from _around("model.", config, layers())
+    for number in range(config.get("num_nextn_predict_layers", 0)):
+        yield from _layer_norms("model.", hidden, f"mtp_emb_norm.{number}", f"mtp_hidden_norm.{number}")
+        yield from _linear(f"model.mtp_linear_proj.{number}", hidden, 2 * hidden, linear=False)
+        yield from _attention(f"model.mtp_block.{number}.self_attn.", config, norms="none")
+        yield from _mlp(f"model.mtp_block.{number}.mlp.", hidden, config["intermediate_size"])
+        yield from _layer_norms(f"model.mtp_block.{number}.", hidden)
 
 
 def _olmoe(config: Config) -> Tensors:
@@ -408,13 +321,8 @@ def _mistral3(config: Config) -> Tensors:
     yield from _linear("multi_modal_projector.linear_2", text["hidden_size"], text["hidden_size"], linear=False)
 
 
-def _gemma3(config: Config) -> Tensors:
-    names = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-    yield from _dense(config, norms="head", around=names)
-
-
 def _cohere2(config: Config) -> Tensors:
-    yield from _dense(config, around=("input_layernorm",))
+    yield from _dense(config, around=("input_layernorm",), norms="apart" if config.get("use_qk_norm") else "none")
 
 
 _FAMILIES: Mapping[str, Callable[[Config], Tensors]] = {
@@ -422,12 +330,13 @@ _FAMILIES: Mapping[str, Callable[[Config], Tensors]] = {
     "Ernie4_5_ForCausalLM": _dense,
     "Ernie4_5_MoeForCausalLM": _ernie_moe,
     "OlmoeForCausalLM": _olmoe,
-    "Gemma3ForCausalLM": _gemma3,
+    "Gemma3ForCausalLM": gemma3_tensors,
     "CohereForCausalLM": _cohere2,
     "Cohere2ForCausalLM": _cohere2,
     "Phi3ForCausalLM": _phi3,
     "GraniteForCausalLM": _dense,
     "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Qwen3MoeForCausalLM": _qwen3,
     "Qwen3_5ForConditionalGeneration": _qwen3_5,
     "Qwen3_5MoeForConditionalGeneration": _qwen3_5,
     "Qwen3NextForCausalLM": _qwen3_next,
@@ -439,79 +348,12 @@ _FAMILIES: Mapping[str, Callable[[Config], Tensors]] = {
     "KimiK25ForConditionalGeneration": _kimi_k25,
     "Glm4MoeForCausalLM": _glm4_moe,
     "MiniMaxM2ForCausalLM": _minimax_m2,
+    **MORE_TENSORS,
+    **IMAGE_TENSORS,
 }
 
 
 # Tiny models
-
-
-@dataclass(frozen=True)
-class TinyModel:
-    """A tiny model of a family, and a mix of it."""
-
-    config: Config
-    lines: Mapping[str, str]
-    """The recipe: patterns of modules -> ``fp8``, ``int4`` (GPTQ) or ``auto_round``; the rest is BF16."""
-    dense: tuple[str, ...] = ()
-    """Endings of linears that Int4 releases do not quantize."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of SGLang's ServerArgs."""
-    degrees: tuple[tuple[int, int], ...] = ()
-    """Ranks, and groups of experts among them, that it can be cut for."""
-
-
-HIDDEN, EXPERTS = 256, 8
-_DECODER: Config = {
-    "hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128,
-    "intermediate_size": 512, "vocab_size": 512, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
-    "max_position_embeddings": 2048, "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-_MOE: Config = {"moe_intermediate_size": 256, "num_experts_per_tok": 2, "norm_topk_prob": True}
-_OUTER: Config = {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tie_word_embeddings": False}
-_MLA: Config = {
-    "q_lora_rank": 256, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "num_key_value_heads": 4,
-}  # fmt: skip
-_SHARED: Config = {
-    **_MOE, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "ep_size": 1,
-    "first_k_dense_replace": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1,
-    "routed_scaling_factor": 2.5,
-}  # fmt: skip
-_YARN: Config = {
-    "type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "mscale": 1.0,
-    "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
-}  # fmt: skip
-_DEEPSEEK: Config = {
-    **{key: value for key, value in _DECODER.items() if key != "head_dim"}, **_MLA, **_SHARED, **_OUTER,
-    "rope_scaling": _YARN, "max_position_embeddings": 8192, "num_nextn_predict_layers": 1,
-}  # fmt: skip
-_INDEXER: Config = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128}
-_DELTA_NET: Config = {
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4, "full_attention_interval": 2, "attn_output_gate": True,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "mtp_num_hidden_layers": 1,
-    "partial_rotary_factor": 0.25,
-}  # fmt: skip
-_MROPE: Config = {
-    "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True,
-    "partial_rotary_factor": 0.25,
-}  # fmt: skip
-_VISION: Config = {
-    "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "in_channels": 3, "patch_size": 16,
-    "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": HIDDEN, "num_position_embeddings": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-}  # fmt: skip
-_IMAGES: Config = {
-    "image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503,
-}  # fmt: skip
-_SHARED_EXPERT: Config = {**_MOE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 256}
-_EXPERT_LINES = {"*.mlp.experts.*": "int4", "*.layers.1.mlp.experts.{0..2}.*": "fp8"}
-_DENSE_LINES = {"*.self_attn.*": "fp8", "*.mlp.*": "int4", "*.layers.1.mlp.*": "fp8"}
-_HEADS_OF_HIDDEN = {**{key: value for key, value in _DECODER.items() if key != "head_dim"}, "num_attention_heads": 2}
-_MLA_LINES = {"*.self_attn.*": "fp8", "*.kv_b_proj": "bf16", **_EXPERT_LINES}
-_A_PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj")
-_HYBRID = {"page_size": 1, "disable_overlap_schedule": True, "mamba_radix_cache_strategy": "no_buffer"}
 
 
 def _qwen3_5_config(architecture: str, model_type: str, **text: Any) -> Config:
@@ -598,22 +440,14 @@ TINY: Mapping[str, TinyModel] = {
         },
         _MLA_LINES, dense=_A_PROJECTIONS, degrees=((2, 1), (2, 2)),
     ),
-    "kimi_k25": TinyModel(
-        {
-            "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", **_OUTER,
-            "media_placeholder_token_id": 500, "pad_token_id": 0,
-            "text_config": {
-                **_DEEPSEEK, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
-                "num_nextn_predict_layers": 0,
-            },
-            "vision_config": {
-                "vt_hidden_size": 64, "vt_intermediate_size": 128, "vt_num_hidden_layers": 1,
-                "vt_num_attention_heads": 2, "patch_size": 14, "merge_kernel_size": [2, 2], "mm_hidden_size": 64,
-                "text_hidden_size": HIDDEN, "init_pos_emb_height": 4, "init_pos_emb_width": 4,
-                "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
-            },
-        },
+    "deepseek_v3": TinyModel(
+        {**_DEEPSEEK, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},
         _MLA_LINES, dense=_A_PROJECTIONS, degrees=((2, 1), (2, 2)),
+    ),
+    "kimi_k25": TinyModel(_KIMI_K25, _MLA_LINES, dense=_A_PROJECTIONS, degrees=((2, 1), (2, 2))),
+    "kimi_k25_packed": TinyModel(
+        _KIMI_K25, {**_MLA_LINES, "*.mlp.experts.*": "packed", "*.layers.1.mlp.experts.{0..2}.*": "fp8"},
+        degrees=((2, 1), (2, 2)),
     ),
     "deepseek_v32": TinyModel(
         {**_DEEPSEEK, **_INDEXER, "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"},
@@ -624,7 +458,7 @@ TINY: Mapping[str, TinyModel] = {
             **_DEEPSEEK, **_INDEXER, "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa",
             "index_n_heads": 32, "indexer_rope_interleave": True, "mlp_layer_types": ["dense", "sparse", "sparse"],
         },
-        _MLA_LINES, dense=(*_A_PROJECTIONS, "indexer.wk", "indexer.wq_b"),
+        _MLA_LINES, dense=(*_A_PROJECTIONS, "indexer.wk", "indexer.wq_b"), degrees=((2, 1), (2, 2)),
     ),
     "glm4_moe": TinyModel(
         {
@@ -658,35 +492,36 @@ TINY: Mapping[str, TinyModel] = {
                 "num_channels": 3, "hidden_act": "silu",
             },
         },
-        _DENSE_LINES,
+        _DENSE_LINES, degrees=((2, 1),),
     ),
     "ernie4_5": TinyModel(
         {**_DECODER, **_OUTER, "architectures": ["Ernie4_5_ForCausalLM"], "model_type": "ernie4_5", "use_bias": False},
-        _DENSE_LINES,
+        _DENSE_LINES, degrees=((2, 1),),
     ),
     "ernie4_5_moe": TinyModel(
         {
             **_DECODER, **_OUTER, "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe",
             "moe_intermediate_size": 256, "moe_num_experts": EXPERTS, "moe_k": 2, "moe_num_shared_experts": 1,
             "moe_layer_start_index": 1, "moe_layer_end_index": 2, "moe_layer_interval": 1, "use_bias": False,
+            "num_nextn_predict_layers": 1,
         },
-        {"*.self_attn.*": "fp8", **_EXPERT_LINES, "*.shared_experts.*": "int4"},
+        {"*.self_attn.*": "fp8", **_EXPERT_LINES, "*.shared_experts.*": "int4"}, degrees=((2, 1), (2, 2)),
     ),
     "olmoe": TinyModel(
         {
             **_HEADS_OF_HIDDEN, **_OUTER, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe",
             "intermediate_size": 256, "num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": False,
+            "rms_norm_eps": 1e-5,  # SGLang's class has it fixed
         },
-        {"*.self_attn.*": "fp8", **_EXPERT_LINES},
+        {"*.self_attn.*": "fp8", **_EXPERT_LINES}, degrees=((2, 1), (2, 2)),
     ),
-    "gemma3": TinyModel(
+    "gemma3": TinyModel(GEMMA3, _DENSE_LINES, degrees=((2, 1),)),
+    "cohere": TinyModel(
         {
-            **_DECODER, **_OUTER, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
-            "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 128,
-            "sliding_window": 64, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            **_HEADS_OF_HIDDEN, **_OUTER, "architectures": ["CohereForCausalLM"], "model_type": "cohere",
+            "tie_word_embeddings": True, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "use_qk_norm": True,
         },
-        _DENSE_LINES,
+        _DENSE_LINES, degrees=((2, 1),),
     ),
     "cohere2": TinyModel(
         {
@@ -694,14 +529,16 @@ TINY: Mapping[str, TinyModel] = {
             "tie_word_embeddings": True, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "sliding_window": 64,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
-        _DENSE_LINES,
+        _DENSE_LINES, degrees=((2, 1),),
     ),
     "phi3": TinyModel(
         {
             **_HEADS_OF_HIDDEN, **_OUTER, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3",
             "original_max_position_embeddings": 2048, "rope_scaling": None,
+            # On four ranks: fewer key-value heads, and 192 columns of the MLP, one and a half blocks.
+            "hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 768,
         },
-        _DENSE_LINES,
+        _DENSE_LINES, degrees=((2, 1),),
     ),
     "granite": TinyModel(
         {
@@ -709,6 +546,8 @@ TINY: Mapping[str, TinyModel] = {
             "attention_multiplier": 0.1, "embedding_multiplier": 12.0, "logits_scaling": 8.0,
             "residual_multiplier": 0.22,
         },
-        _DENSE_LINES,
+        _DENSE_LINES, degrees=((2, 1),),
     ),
+    **MORE_TINY,
+    **IMAGE_TINY,
 }  # fmt: skip

@@ -16,8 +16,9 @@ import torch
 
 __all__ = [
     "awq", "awq_config", "compressed_config", "dense", "dequantize", "fp8_block", "fp8_channel", "fp8_config",
-    "fp8_tensor", "gptq", "gptq_config", "int8_block", "int8_channel", "nvfp4", "nvfp4_compressed",
-    "nvfp4_compressed_config", "nvfp4_config", "packed", "packed_config",
+    "fp8_exponents", "fp8_tensor", "gptq", "gptq_config", "int8_block", "int8_channel", "mxfp4", "mxfp4_config",
+    "nvfp4", "nvfp4_compressed", "nvfp4_compressed_config", "nvfp4_config", "packed", "packed_config",
+    "w4afp8",
 ]  # fmt: skip
 
 Tensors = dict[str, torch.Tensor]
@@ -62,6 +63,25 @@ def fp8_block(weight: torch.Tensor, *, block: tuple[int, int] = (128, 128)) -> T
     return _in_blocks(weight, block, 448, _to_fp8)
 
 
+def fp8_exponents(
+    weight: torch.Tensor,
+    *,
+    block: tuple[int, int] = (128, 128),
+    leaf: str = "weight_scale_inv",
+    dtype: str = "float8_e8m0fnu",
+) -> Tensors:
+    """FP8 with a power of two for each block, in E8M0, in bytes or in float32; DeepSeek-V4 names them ``scale``."""
+
+    def rounded_up(scale: torch.Tensor) -> torch.Tensor:
+        return torch.exp2(torch.ceil(torch.log2(scale)))
+
+    tensors = _in_blocks(weight, block, 448, lambda values, scale: _to_fp8(values, rounded_up(scale)))
+    scale = rounded_up(tensors["weight_scale_inv"])
+    if dtype != "float32":
+        scale = (torch.log2(scale) + 127).to(torch.uint8).view(getattr(torch, dtype))
+    return {"weight": tensors["weight"], leaf: scale}
+
+
 def fp8_channel(weight: torch.Tensor, *, scale_dtype: torch.dtype = torch.float32) -> Tensors:
     """FP8 with a scale for each output."""
     scale = _by_channel(weight, 448, scale_dtype)
@@ -83,6 +103,15 @@ def int8_channel(weight: torch.Tensor) -> Tensors:
     """Int8 with a scale for each output."""
     scale = _by_channel(weight, 127, torch.float32)
     return {"weight": _to_int8(weight, scale), "weight_scale": scale}
+
+
+def w4afp8(weight: torch.Tensor, *, activations: float = 0.25, dtype: torch.dtype = torch.float32) -> Tensors:
+    """Signed 4-bit integers in groups of 128, two a byte, as TensorRT-LLM packs experts; the scale of their inputs."""
+    n, k = weight.shape
+    scale = (weight.reshape(n, k // 128, 128).abs().amax(2) / 7).clamp(min=1e-8).to(dtype)
+    q = torch.round(weight / scale.float().repeat_interleave(128, 1)).clamp(-8, 7).to(torch.int8)
+    packed = (q[:, ::2] & 15) | (q[:, 1::2] << 4)
+    return {"weight": packed, "weight_scale_inv": scale, "input_scale": torch.full((1,), activations, device=q.device)}
 
 
 def fp8_config(block: tuple[int, int] | None = (128, 128), activations: str = "dynamic") -> Config:
@@ -242,19 +271,63 @@ def nvfp4(weight: torch.Tensor, *, scale: float | None = None, activations: floa
 
     ``activations`` is the scale of the inputs; None for weights alone.
     """
-    n, k = weight.shape
-    groups = weight.reshape(n, k // 16, 16)
+    groups = weight.reshape(len(weight), -1, 16)
     largest = groups.abs().amax(2)
     of_all = largest.amax() / (6 * 448) if scale is None else torch.tensor(scale, device=weight.device)
     scales = (largest / 6 / of_all).clamp(2**-9, 448).to(torch.float8_e4m3fn)
-    values = groups / (scales.float() * of_all)[..., None]
-    levels = torch.tensor(_E2M1, device=weight.device)
-    codes = torch.bucketize(values.abs(), (levels[1:] + levels[:-1]) / 2) | (values < 0).long() << 3
-    codes = codes.reshape(n, k)
-    tensors = {"weight": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), "weight_scale": scales}
+    tensors = {"weight": _pairs(groups / (scales.float() * of_all)[..., None]), "weight_scale": scales}
     tensors["weight_scale_2"] = of_all.float()
     inputs = {} if activations is None else {"input_scale": torch.tensor(activations)}
     return tensors | inputs
+
+
+def _pairs(values: torch.Tensor) -> torch.Tensor:
+    """Values in groups ``[N, G, size]``, rounded to E2M1, two in a byte ``[N, K / 2]``."""
+    levels = torch.tensor(_E2M1, device=values.device)
+    codes = torch.bucketize(values.abs(), (levels[1:] + levels[:-1]) / 2) | (values < 0).long() << 3
+    codes = codes.flatten(1)
+    return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+
+
+def _from_pairs(codes: torch.Tensor, size: int) -> torch.Tensor:
+    """The values ``[N, G, size]`` of :func:`_pairs`."""
+    codes = codes.view(torch.uint8)
+    levels = torch.tensor([*_E2M1, *(-level for level in _E2M1)], device=codes.device)
+    return levels[torch.stack([codes & 15, codes >> 4], -1).long()].reshape(len(codes), -1, size)
+
+
+_MXFP4_LAYOUTS = {
+    "quark": ("weight", torch.uint8, "weight_scale", torch.uint8),
+    "compressed-tensors": ("weight_packed", torch.uint8, "weight_scale", torch.uint8),
+    "deepseek": ("weight", torch.int8, "scale", torch.float8_e8m0fnu),
+}
+
+
+def mxfp4(weight: torch.Tensor, *, layout: str = "quark") -> Tensors:
+    """Two values a byte, and for 32 inputs the power of two with which the largest has the exponent of 4 or less."""
+    groups = weight.reshape(len(weight), -1, 32)
+    exponents = groups.abs().amax(2).clamp(min=2.0**-100).log2().floor() - 2
+    values, values_dtype, scales, scales_dtype = _MXFP4_LAYOUTS[layout]
+    pairs, codes = _pairs(groups / exponents.exp2()[..., None]), (exponents + 127).to(torch.uint8)
+    return {values: pairs.view(values_dtype), scales: codes.view(scales_dtype)}
+
+
+def mxfp4_config(layout: str = "quark") -> Config:
+    if layout == "deepseek":
+        return fp8_config()
+    if layout == "quark":
+        weight = {"dtype": "fp4", "is_dynamic": False, "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+        config = {"weight": weight, "input_tensors": {**weight, "is_dynamic": True}}
+        return {
+            "quant_method": "quark", "global_quant_config": config, "layer_quant_config": {}, "algo_config": None,
+            "exclude": ["lm_head", "re:.*\\.gate$"], "export": {"pack_method": "reorder"},
+        }  # fmt: skip
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    group = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head", "re:.*\\.gate$"],
+    }  # fmt: skip
 
 
 def nvfp4_compressed(weight: torch.Tensor, **options: Any) -> Tensors:
@@ -272,7 +345,7 @@ def nvfp4_config(**_: Any) -> Config:
     }  # fmt: skip
 
 
-def nvfp4_compressed_config(activations: bool = True) -> Config:
+def nvfp4_compressed_config(activations: bool = True, **_: Any) -> Config:
     weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
     inputs = {**weights, "dynamic": "local"} if activations else None
     group = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}, "input_activations": inputs}
@@ -301,12 +374,14 @@ def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.T
         in_order = torch.arange(len(q), device=q.device) // (len(q) // len(factors))
         group = tensors.get("g_idx", in_order).long()
         return (q * factors[group]).t().contiguous()
-    if tensors.get("weight", tensors.get("weight_packed", torch.empty(0))).dtype == torch.uint8:
-        codes = tensors.get("weight", tensors.get("weight_packed"))
+    scale = tensors.get("weight_scale", tensors.get("scale", torch.empty(0)))
+    codes = tensors.get("weight", tensors.get("weight_packed", torch.empty(0)))
+    if codes.dtype in (torch.uint8, torch.int8) and scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        powers = (scale.view(torch.uint8).float() - 127).exp2()
+        return (_from_pairs(codes, 32) * powers[..., None]).flatten(1)
+    if codes.dtype == torch.uint8:
         of_all = tensors["weight_scale_2"] if "weight" in tensors else 1 / tensors["weight_global_scale"]
-        levels = torch.tensor([*_E2M1, *(-level for level in _E2M1)], device=codes.device)
-        values = levels[torch.stack([codes & 15, codes >> 4], -1).long()].reshape(len(codes), -1, 16)
-        return (values * (tensors["weight_scale"].float() * of_all)[..., None]).flatten(1)
+        return (_from_pairs(codes, 16) * (tensors["weight_scale"].float() * of_all)[..., None]).flatten(1)
     if "weight_packed" in tensors:
         k = int(tensors["weight_shape"][1])
         bits = 32 * tensors["weight_packed"].shape[1] // k
@@ -317,12 +392,20 @@ def dequantize(tensors: Tensors, scales: torch.dtype = torch.float32) -> torch.T
         if "weight_zero_point" in tensors:
             q -= _values(tensors["weight_zero_point"].t(), bits).t()[:, group]
         return q * factors[:, group]
+    if tensors["weight"].dtype == torch.int8 and "input_scale" in tensors:  # two 4-bit values a byte
+        pairs = torch.stack([(tensors["weight"] << 4) >> 4, tensors["weight"] >> 4], -1)
+        return pairs.flatten(1).float() * tensors["weight_scale_inv"].to(scales).float().repeat_interleave(128, 1)
     weight = tensors["weight"].float()
-    scale = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
+    scale = tensors.get("weight_scale_inv", tensors.get("weight_scale", tensors.get("scale")))
     if scale is None:
         return weight
+    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        scale = torch.exp2(scale.view(torch.uint8).float() - 127)
     if scale.dim() == 2 and len(scale) < len(weight):
-        scale = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+        # Blocks are powers of two, of which the last may be partial.
+        for dim, size in enumerate(weight.shape):
+            block = 1 << (-(-size // scale.shape[dim]) - 1).bit_length()
+            scale = scale.repeat_interleave(block, dim).narrow(dim, 0, size)
     return weight * scale
 
 

@@ -578,6 +578,8 @@ class Release:
     dense: str = "BF16"
     scale: str = "BF16"
     mtp: bool = True
+    left_out: str = ""
+    """Matches in the names of linears that stay unquantized."""
 
 
 _Layout = tuple[tuple[str, str, Shape], ...]
@@ -625,6 +627,12 @@ def _nvfp4_layout(shape: Shape, release: Release) -> _Layout:
         ("weight_scale", "F8_E4M3", (out, in_ // 16)),
         ("weight_scale_2", "F32", ()),
     )
+
+
+def _mxfp4_layout(shape: Shape, release: Release) -> _Layout:
+    """Quark's: weight U8 [N, K / 2], weight_scale U8 [N, K / 32]."""
+    out, in_ = shape
+    return ("weight", "U8", (out, in_ // 2)), ("weight_scale", "U8", (out, in_ // 32))
 
 
 def _fp8_block_config(config: Config) -> Config:
@@ -722,6 +730,23 @@ def _nvfp4_config(config: Config) -> Config:
     }
 
 
+def _mxfp4_config(config: Config) -> Config:
+    """Quark's config of the weights, and of activations that it quantizes as well."""
+    spec = {"dtype": "fp4", "group_size": 32, "qscheme": "per_group", "scale_format": "e8m0", "ch_axis": -1}
+    return {
+        "algo_config": None,
+        "exclude": ["*self_attn*", "*mlp.gate.*", "*lm_head", "model.layers.61.*"],
+        "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
+        "global_quant_config": {
+            "input_tensors": {**spec, "is_dynamic": True},
+            "weight": {**spec, "is_dynamic": False},
+        },
+        "layer_quant_config": {},
+        "quant_method": "quark",
+        "quant_mode": "eager_mode",
+    }
+
+
 class Variant(NamedTuple):
     """A format: the layout of its linear layers, its ``quantization_config``, and its usual release."""
 
@@ -737,6 +762,7 @@ VARIANTS: dict[str, Variant] = {
     "fp8_channel": Variant(_fp8_channel_layout, _fp8_channel_config, Release(mtp=False)),
     "gptq_int4": Variant(_gptq_int4_layout, _gptq_int4_config, Release(dense="F16", scale="F16", mtp=False)),
     "nvfp4": Variant(_nvfp4_layout, _nvfp4_config, Release(mtp=False)),
+    "mxfp4": Variant(_mxfp4_layout, _mxfp4_config, Release(left_out=r"\.self_attn\.|\.layers\.61\.")),
     "auto_round_int4": Variant(_auto_round_int4_layout, _auto_round_int4_config, Release(scale="F16", mtp=False)),
 }
 
@@ -830,7 +856,8 @@ def hollow_tensors(
         if module.parameter:
             yield Tensor(name, release.dense if module.parameter == "BF16" else module.parameter, module.shape)
             continue
-        for suffix, dtype, shape in stored(module):
+        plain = bool(release.left_out and re.search(release.left_out, name))
+        for suffix, dtype, shape in stored(module._replace(linear=False) if plain else module):
             yield Tensor(f"{name}.{suffix}", dtype, shape)
 
 

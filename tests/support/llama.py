@@ -59,9 +59,11 @@ COMPANIONS: Mapping[str, bytes] = {
     "LICENSE": b"as you like\n",
 }
 
+CARD = b"---\nlicense: mit\ntags: [tiny]\n---\n# The source\n"
+"""The ``README.md`` of the BF16 checkpoint, which a build keeps below its own."""
+
 # Files that a build must not copy: they describe files that the output lacks, or run code when loaded.
 LEFT_BEHIND: Mapping[str, bytes] = {
-    "README.md": b"# The source",
     "quantize_config.json": b'{"bits": 3}',
     "quant_config.json": b'{"w_bit": 3}',
     "hf_quant_config.json": b'{"producer": {}}',
@@ -90,7 +92,7 @@ def write_tiny(folder: Path, variant: str = "bf16", *, shards: int = 2, seed: in
         config["quantization_config"] = dict(_QUANTIZATION[variant])
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     # Declarations of other methods beside that of a quantized source would be noted.
-    for name, data in {**COMPANIONS, **(LEFT_BEHIND if variant == "bf16" else {})}.items():
+    for name, data in {**COMPANIONS, **({**LEFT_BEHIND, "README.md": CARD} if variant == "bf16" else {})}.items():
         (folder / name).write_bytes(data)
     tensors = _tensors(variant, seed, experts)
     if shards == 1:

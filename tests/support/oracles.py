@@ -30,7 +30,7 @@ from mixprec_build.storage.module import StoredModule
 Stated = tuple[str, tuple[int, ...]]
 """A dtype and a shape."""
 
-_READ = ("F32", "F16", "BF16", "F8_E4M3", "I32", "I64", "I8", "U8")
+_READ = ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "I32", "I64", "I8", "U8")
 _SAFETENSORS_DTYPE = {numpy_dtype(dtype): dtype for dtype in _READ}
 
 
@@ -110,6 +110,26 @@ def modelopt_nvfp4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], np.nd
     tensors = {"weight": packed._quantized_data, "weight_scale": scale, "weight_scale_2": scale_2}
     back = packed.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
     return tensors, back.numpy()
+
+
+def modelopt_int4(values: torch.Tensor) -> torch.Tensor:
+    """Integers ``[N, K]`` from -8 to 7 as ModelOpt packs them, two outputs a byte: U8 ``[N / 2, K]``."""
+    spec = find_spec("modelopt")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError("nvidia-modelopt is not installed; `make setup` installs it without its requirements")
+    # Of the module, which imports the rest of ModelOpt, the functions that pack.
+    path = Path(spec.submodule_search_locations[0]) / "torch" / "export" / "quant_utils.py"
+    named = ("pack_int4_in_uint8", "_validate_int4_block_size")
+    functions = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name in named
+    ]
+    known: dict[str, Any] = {"torch": torch}
+    exec(compile(ast.Module(functions, []), str(path), "exec"), known)
+    block = values.shape[1]
+    packed: torch.Tensor = known["pack_int4_in_uint8"](values, torch.ones(len(values), 1), block)
+    return packed
 
 
 def stated(tensors: Mapping[str, Stated], name: str = "model.layers.0.mlp.down_proj") -> StoredModule:
@@ -207,4 +227,10 @@ def nvfp4(n: int, k: int, **changed: Stated | None) -> dict[str, Stated]:
         "weight_scale_2": ("F32", ()),
         "input_scale": ("F32", ()),
     }
+    return {leaf: tensor for leaf, tensor in (tensors | changed).items() if tensor is not None}
+
+
+def mxfp4(n: int, k: int, **changed: Stated | None) -> dict[str, Stated]:
+    """The tensors of a linear in Quark's MXFP4; ``changed`` as for :func:`gptq`."""
+    tensors: dict[str, Stated | None] = {"weight": ("U8", (n, k // 2)), "weight_scale": ("U8", (n, k // 32))}
     return {leaf: tensor for leaf, tensor in (tensors | changed).items() if tensor is not None}

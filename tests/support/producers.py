@@ -53,7 +53,6 @@ __all__ = [
     "GPTQ_3BIT",
     "GPTQ_G32_ACT_ORDER",
     "GPTQ_G128",
-    "GPT_OSS_MXFP4",
     "MODELOPT_FP8",
     "MXFP8",
     "NVFP4",
@@ -69,6 +68,7 @@ __all__ = [
     "deepseek",
     "deepseek_v4",
     "gpt_oss",
+    "gpt_oss_stacked",
     "kimi_k3",
     "llama",
     "llama4",
@@ -125,11 +125,13 @@ def _groups(weight: Array, size: int) -> Array:
     return largest
 
 
-def _nibbles(weight: Array) -> Array:
-    """Two FP4 codes in a byte, ``[..., K / 2]``: only signs and exponents, since no test reads the values."""
-    codes = (np.signbit(weight) << 3 | 2).astype(np.uint8)
+def _fours(weight: Array) -> tuple[Array, Array]:
+    """Two E2M1 codes in a byte, ``[..., K / 2]``, and the exponents of blocks of 32, ``[..., K / 32]``."""
+    exponents = _e8m0(_groups(weight, 32) / 6)
+    values = weight / np.exp2(exponents.astype(np.float32) - 127).repeat(32, axis=-1)
+    codes = values.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
     packed: Array = codes[..., ::2] | codes[..., 1::2] << 4
-    return packed
+    return packed, exponents
 
 
 def _fp8(weight: Array, scale: Array) -> Array:
@@ -182,20 +184,14 @@ def _nvfp4(producer: str, *, activations: bool) -> Callable[[Array], Tensors]:
     return partial(VARIANTS[producer].store, activations=activations, scale=1 / 2688)
 
 
-def _mxfp4(leaf: str, scales: str = "weight_scale", dtype: npt.DTypeLike = np.uint8) -> Callable[[Array], Tensors]:
+def _mxfp4(leaf: str, scales: str = "weight_scale") -> Callable[[Array], Tensors]:
     def store(weight: Array) -> Tensors:
-        exponents = _e8m0(_groups(weight, 32) / 6)
+        values, exponents = _fours(weight)
         if scales == "scale":  # DeepSeek-V4
-            return {leaf: _nibbles(weight).view(np.int8), scales: exponents.view(ml_dtypes.float8_e8m0fnu)}
-        return {leaf: _nibbles(weight), scales: exponents}
+            return {leaf: values.view(np.int8), scales: exponents.view(ml_dtypes.float8_e8m0fnu)}
+        return {leaf: values, scales: exponents}
 
     return store
-
-
-def _gpt_oss(weight: Array) -> Tensors:
-    """All experts of a layer: ``[E, N, K / 32, 16]`` bytes."""
-    experts, n, k = weight.shape
-    return {"_blocks": _nibbles(weight).reshape(experts, n, k // 32, 16), "_scales": _e8m0(_groups(weight, 32) / 6)}
 
 
 def _w4afp8(weight: Array) -> Tensors:
@@ -265,8 +261,8 @@ FP8_FUSED = Storage(_fp8_block(fused=True), named="one tensor")
 MODELOPT_FP8 = Storage(_fp8_tensor(static=True), "fp8_tensor", error=0.05)
 CT_FP8_TENSOR_W8A16 = Storage(_fp8_tensor(static=False), "fp8_tensor", error=0.05)
 CT_FP8_CHANNEL = Storage(VARIANTS["fp8_channel"].store, "fp8_channel", error=0.05)
-DSV4_FP8 = Storage(_fp8_e8m0("scale"), named="E8M0")
-QUARK_FP8_E8M0 = Storage(_fp8_e8m0("weight_scale"), named="E8M0")
+DSV4_FP8 = Storage(_fp8_e8m0("scale"), "fp8_block", error=0.06)
+QUARK_FP8_E8M0 = Storage(_fp8_e8m0("weight_scale"), "fp8_block", error=0.05)
 MXFP8 = Storage(_mxfp8("weight_scale_inv"), named="MXFP8")
 CT_MXFP8 = Storage(_mxfp8("weight_scale"), named="MXFP8")
 
@@ -274,11 +270,10 @@ NVFP4 = Storage(_nvfp4("nvfp4", activations=True), "nvfp4", error=0.15)
 NVFP4_A16 = Storage(_nvfp4("nvfp4", activations=False), "nvfp4", error=0.15)
 CT_NVFP4 = Storage(_nvfp4("ct_nvfp4", activations=True), "ct_nvfp4", error=0.15)
 CT_NVFP4_A16 = Storage(_nvfp4("ct_nvfp4", activations=False), "ct_nvfp4", error=0.15)
-CT_MXFP4 = Storage(_mxfp4("weight_packed"), named="MXFP4")
-QUARK_MXFP4 = Storage(_mxfp4("weight"), named="MXFP4")
-DSV4_MXFP4 = Storage(_mxfp4("weight", "scale"), named="MXFP4")
-GPT_OSS_MXFP4 = Storage(_gpt_oss, named="MXFP4")
-W4AFP8 = Storage(_w4afp8, named="W4AFP8")
+CT_MXFP4 = Storage(_mxfp4("weight_packed"), "mxfp4", error=0.2)
+QUARK_MXFP4 = Storage(_mxfp4("weight"), "mxfp4", error=0.2)
+DSV4_MXFP4 = Storage(_mxfp4("weight", "scale"), "mxfp4", error=0.2)
+W4AFP8 = Storage(_w4afp8, "w4afp8", error=0.2)
 
 GPTQ_G128 = Storage(_gptq(), "gptq_int4", error=0.2)
 GPTQ_G32_ACT_ORDER = Storage(_gptq(32, desc_act=True), "gptq_int4", error=0.2)
@@ -566,22 +561,61 @@ def nemotron(pattern: str = "ME*E") -> Skeleton:
 
 
 def gpt_oss(layers: int = 2) -> Skeleton:
-    """gpt-oss: all experts of a layer in one tensor, and biases everywhere."""
+    """gpt-oss: biases everywhere. Its release keeps all experts of a layer in one tensor: :func:`gpt_oss_stacked`."""
     parts = [*_ends()]
     for layer in range(layers):
         at = f"model.layers.{layer}"
         parts += [part._replace(bias=True) for part in _attention(f"{at}.self_attn")]
         parts += [Part(f"{at}.self_attn.sinks", (4,), bare=True), *_norms(at)]
         parts += [Part(f"{at}.mlp.router", (EXPERTS, HIDDEN), bias=True)]
-        parts += [Part(f"{at}.mlp.experts.gate_up_proj", (EXPERTS, 2 * INTERMEDIATE, HIDDEN), bare=True)]
-        parts += [Part(f"{at}.mlp.experts.down_proj", (EXPERTS, HIDDEN, INTERMEDIATE), bare=True)]
-        parts += [Part(f"{at}.mlp.experts.gate_up_proj_bias", (EXPERTS, 2 * INTERMEDIATE), bare=True)]
-        parts += [Part(f"{at}.mlp.experts.down_proj_bias", (EXPERTS, HIDDEN), bare=True)]
+        for expert in range(EXPERTS):
+            home = f"{at}.mlp.experts.{expert}"
+            parts += [Part(f"{home}.{part}_proj", (INTERMEDIATE, HIDDEN), bias=True) for part in ("gate", "up")]
+            parts += [Part(f"{home}.down_proj", (HIDDEN, INTERMEDIATE), bias=True)]
     return Skeleton(parts, _sizes(layers, model_type="gpt_oss", num_local_experts=EXPERTS), layers=layers)
 
 
+def gpt_oss_stacked(tensors: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """The experts of a layer in one tensor, in which rows of gate and up alternate."""
+    out: dict[str, Tensors] = {}
+    found: dict[str, list[Array]] = {}
+    for module, own in tensors.items():
+        block, inside, rest = module.partition(".mlp.experts.")
+        if not inside:
+            out[module] = own
+            continue
+        last = rest.partition(".")[2]
+        name = f"{block}{inside}{'down' if last == 'down_proj' else 'gate_up'}_proj"
+        for full, value in own.items():
+            leaf = {"weight": "blocks", "weight_scale": "scales"}.get(full.rpartition(".")[2], "bias")
+            rows = value.reshape(len(value), -1, 16) if leaf == "blocks" else value
+            found.setdefault(f"{name}_{leaf}", []).append(rows)
+    for name, each in found.items():
+        pairs = [each[i : i + 2] for i in range(0, len(each), 2)] if "gate_up" in name else [[one] for one in each]
+        out[name] = {name: np.stack([np.stack(pair, 1).reshape(-1, *pair[0].shape[1:]) for pair in pairs])}
+    return out
+
+
+def llama4_stacked(tensors: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """The experts of a layer in one tensor, transposed, with columns of gate before those of up."""
+    out: dict[str, Tensors] = {}
+    found: dict[str, list[Array]] = {}
+    for module, own in tensors.items():
+        block, inside, rest = module.partition(".experts.")
+        if not inside:
+            out[module] = own
+            continue
+        found.setdefault(f"{block}{inside}{rest.partition('.')[2]}", []).extend(own.values())
+    for name in [name for name in found if name.endswith(".gate_proj")]:
+        block = name.removesuffix("gate_proj")
+        gate, up, down = (np.stack(found[f"{block}{part}_proj"]) for part in ("gate", "up", "down"))
+        for last, value in (("gate_up_proj", np.concatenate([gate, up], 1)), ("down_proj", down)):
+            out[f"{block}{last}"] = {f"{block}{last}": np.ascontiguousarray(value.transpose(0, 2, 1))}
+    return out
+
+
 def llama4(layers: int = 2) -> Skeleton:
-    """Llama 4: experts in every other layer, in one transposed tensor."""
+    """Llama 4: experts in every other layer."""
     prefix = "language_model.model"
     parts = [*_ends(prefix, "language_model.lm_head")]
     for layer in range(layers):
@@ -592,8 +626,7 @@ def llama4(layers: int = 2) -> Skeleton:
             continue
         parts += [Part(f"{at}.feed_forward.router", (EXPERTS, HIDDEN))]
         parts += _mlp(f"{at}.feed_forward.shared_expert")
-        parts += [Part(f"{at}.feed_forward.experts.gate_up_proj", (EXPERTS, HIDDEN, 2 * INTERMEDIATE), bare=True)]
-        parts += [Part(f"{at}.feed_forward.experts.down_proj", (EXPERTS, INTERMEDIATE, HIDDEN), bare=True)]
+        parts += [part for expert in range(EXPERTS) for part in _mlp(f"{at}.feed_forward.experts.{expert}")]
     config = _sizes(layers, model_type="llama4_text", num_local_experts=EXPERTS, num_experts_per_tok=1)
     return Skeleton(parts, config, nested=True, layers=layers)
 
@@ -612,7 +645,8 @@ def step3(layers: int = 2) -> Skeleton:
             parts += [part for expert in range(EXPERTS) for part in _mlp(f"{at}.moe.experts.{expert}")]
             parts += _mlp(f"{at}.share_expert")
         if layer == layers:
-            parts += [Part(f"{at}.eh_proj", (HIDDEN, 2 * HIDDEN)), Part(f"{at}.enorm", (HIDDEN,))]
+            parts += [Part(f"{at}.eh_proj", (HIDDEN, 2 * HIDDEN))]
+            parts += [Part(f"{at}.{norm}", (HIDDEN,)) for norm in ("enorm", "hnorm", "shared_head.norm")]
     config = _sizes(layers, model_type="step3p7", num_experts=EXPERTS, num_nextn_predict_layers=1, **_MOE)
     return Skeleton(parts, config | {"first_k_dense_replace": 1}, layers=layers)
 
@@ -638,6 +672,8 @@ class Checkpoint:
     """Names of KV cache scales in each attention, such as ``k_proj.k_scale``."""
     beside: Mapping[str, str] = field(default_factory=dict)
     """File -> pattern of its modules, which the index does not list."""
+    stack: Callable[[Mapping[str, Tensors]], dict[str, Tensors]] = dict
+    """Makes the tensors that are written of those of all modules."""
     edit: Callable[[Config], None] | None = None
     """Changes ``{"config": ..., "hf_quant_config": ...}`` in the size of the skeleton."""
 
@@ -646,7 +682,7 @@ class Checkpoint:
 
     def unquantized(self) -> Checkpoint:
         """The same model in BF16."""
-        return replace(self, stored={}, kv_scales=(), beside={}, edit=None)
+        return replace(self, stored={}, kv_scales=(), beside={}, stack=dict, edit=None)
 
     def tensors(self) -> dict[str, Tensors]:
         """Module -> its tensors by full name."""
@@ -682,7 +718,7 @@ class Checkpoint:
             if content is not None:
                 (folder / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         shards: dict[str, Tensors] = {}
-        for module, tensors in self.tensors().items():
+        for module, tensors in self.stack(self.tensors()).items():
             own = (file for file, pattern in self.beside.items() if fnmatchcase(module, pattern))
             shards.setdefault(next(own, "model-00001-of-00001.safetensors"), {}).update(tensors)
         for file, held in shards.items():

@@ -285,14 +285,34 @@ VARIANTS: Mapping[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any] |
         lambda w: {leaf.replace("weight_scale_inv", "scale"): t for leaf, t in formats.fp8_block(w).items()},
         formats.fp8_config(),
     ),
+    "fp8_e8m0": (formats.fp8_exponents, {**formats.fp8_config(), "scale_fmt": "ue8m0"}),
+    "fp8_bytes": (
+        partial(formats.fp8_exponents, leaf="scale", dtype="uint8"),
+        {**formats.fp8_config(), "scale_fmt": "ue8m0"},
+    ),
+    "fp8_e8m0_32": (
+        partial(formats.fp8_exponents, block=(32, 32)),
+        {**formats.fp8_config((32, 32)), "scale_fmt": "ue8m0"},
+    ),
     "fp8_static": (_as_mistral, formats.fp8_config(None, "static")),
     # One scale for all, as of FP8
     "nvfp4": (partial(formats.nvfp4, scale=1 / 2688), formats.nvfp4_config()),
     "nvfp4_weights": (partial(formats.nvfp4, scale=1 / 2688, activations=None), formats.nvfp4_config()),
     "ct_nvfp4": (partial(formats.nvfp4_compressed, scale=1 / 2688), formats.nvfp4_compressed_config()),
+    "mxfp4": (formats.mxfp4, formats.mxfp4_config()),
+    "ct_mxfp4": (
+        partial(formats.mxfp4, layout="compressed-tensors"),
+        formats.mxfp4_config("compressed-tensors"),
+    ),
+    "deepseek_mxfp4": (partial(formats.mxfp4, layout="deepseek"), formats.mxfp4_config("deepseek")),
+    "w4afp8": (partial(formats.w4afp8, dtype=torch.bfloat16), {**formats.fp8_config(), "quant_method": "w4afp8"}),
     "awq_int4": (formats.awq, formats.awq_config()),
     "awq_int4_g64": (partial(formats.awq, group_size=64), formats.awq_config(64)),
 }
+
+
+_BESIDE_EXPERTS = {"w4afp8": "fp8_block"}
+"""The variant of other linears, for formats of experts only."""
 
 
 def quantize(weight: torch.Tensor, variant: str) -> tuple[Tensors, torch.Tensor]:
@@ -322,7 +342,8 @@ def write_sources(
             quantized = (_is_linear(name) or (head and name == "lm_head")) and not any(
                 fnmatchcase(name, pattern) for pattern in skip
             )
-            store = VARIANTS[variant][0] if quantized else formats.dense
+            kind = variant if ".experts." in name else _BESIDE_EXPERTS.get(variant, variant)
+            store = VARIANTS[kind][0] if quantized else formats.dense
             for leaf, tensor in store(weight).items():
                 writer.add(name if name.endswith("bias") else f"{name}.{leaf}", tensor)
     for variant, writer in shards.items():
@@ -358,19 +379,21 @@ class _Shards:
     def __init__(self, folder: Path, most: int):
         self._folder, self._most = folder, most
         self._pending: Tensors = {}
+        self._bytes = 0
         self._map: dict[str, str] = {}
         folder.mkdir(parents=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self._pending[name] = tensor.contiguous().cpu()
-        if sum(t.nbytes for t in self._pending.values()) >= self._most:
+        self._bytes += tensor.nbytes
+        if self._bytes >= self._most:
             self._flush()
 
     def _flush(self) -> None:
         file = f"model-{len(set(self._map.values())) + 1:05}.safetensors"
         save_file(self._pending, self._folder / file, metadata={"format": "pt"})
         self._map |= dict.fromkeys(self._pending, file)
-        self._pending = {}
+        self._pending, self._bytes = {}, 0
 
     def finish(self, config: Mapping[str, Any]) -> None:
         self._flush()

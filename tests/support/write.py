@@ -97,7 +97,8 @@ def _modules(model: Tiny) -> Iterator[_Module]:
         prefix = f"model.layers.{layer}"
         if layer >= model.layers:
             yield _Module(f"{prefix}.eh_proj", (model.hidden, 2 * model.hidden))
-            yield _Module(f"{prefix}.enorm", (model.hidden,))
+            for norm in ("enorm", "hnorm", "shared_head.norm"):
+                yield _Module(f"{prefix}.{norm}", (model.hidden,))
             yield _Module(f"{prefix}.shared_head.head", (model.vocab, model.hidden))
         attention = _latent_attention if deepseek else _attention
         yield from attention(model, f"{prefix}.self_attn")

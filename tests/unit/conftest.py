@@ -29,3 +29,9 @@ def mixprec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Ended(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def older_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang 0.5.17 beside mixprec, which has kernels that later releases have not."""
+    monkeypatch.setattr("mixprec_build.planning.planner.beside", lambda: "0.5.17")

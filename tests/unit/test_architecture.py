@@ -41,8 +41,10 @@ COMPILER = {
 RUNTIME = {
     "gpu": "the GPU that torch sees, for `mixprec doctor`",
     "recorder": "dumps of SGLang's recorder as counts, for `mixprec experts`",
-    "launch": "flags of SGLang's that a compiled checkpoint cannot be served with",
     "cpu": "stand-ins for machines without a GPU",
+    "contact": "every name of SGLang's that is used and may move, compared with the installed SGLang",
+    "launch": "flags of SGLang's that a compiled checkpoint cannot be served with",
+    "drafts": "models that draft tokens for speculative decoding: which are served",
     "formats": "how SGLang serves a format, and where it is repaired: one file a format",
     "native": "SGLang's own quantization method for a layer in a format",
     "experts": "MoE layers whose experts are stored in several formats",
@@ -50,7 +52,9 @@ RUNTIME = {
     "asking": "SGLang's class for a model, asked what it makes of a checkpoint",
     "activity": "how often each expert runs",
     "memory": "what the weights take on a GPU",
+    "unnumbered": "layers that SGLang's class for a model names without their number",
     "config": "`--quantization mixprec`: the method of each layer",
+    "canary": "SGLang's kernels compared with float64 arithmetic on a few of a checkpoint's weights",
     "hooks": "where SGLang's loading of a model is followed",
     "plugin": "what SGLang finds when it looks for plugins",
 }
@@ -173,8 +177,8 @@ def test_packages_of_rooms_hold_no_code() -> None:
                 assert isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign), module
 
 
-READERS = {"mixprec_build.families.facts", "mixprec_build.families.identity"}
-"""What knows the keys of ``config.json``: all of it, and two of them side by side."""
+READERS = {"mixprec_build.families.facts", "mixprec_build.families.cache", "mixprec_build.families.identity"}
+"""What knows the keys of ``config.json``: all of it, those of caches, and two of them side by side."""
 
 WHOLE_CONFIG = {
     "mixprec_build.families.facts",
@@ -220,8 +224,9 @@ def looked_up(module: str) -> Iterator[tuple[str, str]]:
 
 def test_config_json_is_read_in_one_place() -> None:
     """No other module asks for one of its keys, or takes what ``ModelFacts`` was made from."""
-    words = {constant.value for constant in constants("mixprec_build.families.facts")}
-    assert {"num_hidden_layers", "text_config", "num_experts_per_tok"} <= words
+    readers = ("mixprec_build.families.facts", "mixprec_build.families.cache")
+    words = {constant.value for reader in readers for constant in constants(reader)}
+    assert {"num_hidden_layers", "text_config", "num_experts_per_tok", "kv_lora_rank"} <= words
     keys = {word for word in words if word.isidentifier()} - OTHER_KEYS.keys()
     asked = [(key, where) for name in modules() if name not in READERS for key, where in looked_up(name)]
     assert not [f"{where} asks for {key}" for key, where in asked if key in keys]
@@ -243,7 +248,7 @@ def test_config_json_is_read_in_one_place() -> None:
 OTHER_WORDS = {
     "w2",  # a tensor of SGLang's
     "lm_head",  # a setting of GPTQ's
-    "gate", "router",  # plain words
+    "gate", "router", "output",  # plain words
 }  # fmt: skip
 """Modules' names that mean something else, too."""
 

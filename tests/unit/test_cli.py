@@ -142,7 +142,16 @@ def test_verify_as_json(mixprec: Run, mix: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
     facts = loads(ended.out)
     errors = facts.pop("errors")
-    assert facts == {"bit_for_bit": 47, "by_checksum": 0, "gone": [], "differences": [], "leftovers": [], "beside": []}
+    assert facts == {
+        "bit_for_bit": 47,
+        "by_checksum": 0,
+        "gone": [],
+        "differences": [],
+        "leftovers": [],
+        "beside": [],
+        "drop_mtp": False,
+        "card": None,
+    }
     assert len(errors) == 14 and errors[0].keys() == {"module", "format", "relative"}
     assert {error["format"] for error in errors} == {"fp8_block", "gptq_int4"}
 
@@ -390,11 +399,11 @@ def test_a_signal(mix: Path, tmp_path: Path, moment: str, number: signal.Signals
     module, function, command, message = MOMENTS[moment]
     script = START + (
         f"import {module} as module, time; real, signals = module.{function}, [{number:d}]\n"
-        "def signalled(*arguments):\n"
+        "def signalled(*arguments, **options):\n"
         "    if signals:\n"
         "        os.kill(os.getpid(), signals.pop())\n"
         "        time.sleep(0.2)\n"
-        "    try: return real(*arguments)\n"
+        "    try: return real(*arguments, **options)\n"
         "    except OSError as error: print('too late:', error)\n"
         f"module.{function} = signalled\n"
         "cli.main()\n"

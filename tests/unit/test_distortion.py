@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import formats
 from support.llama import write_sources, write_tiny
+from support.quantized import VARIANTS, write_linears
 
 from mixprec_build.checkpoint.typed import Source, open_source
 from mixprec_build.errors import SourceError
+from mixprec_build.formats.floats import to_float32
 from mixprec_build.suggesting import distortion
 from mixprec_build.suggesting.distortion import Distortion, DistortionCache, Moments, measure
 
@@ -65,6 +68,49 @@ def test_errors_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert one.output_power == pytest.approx((weight.square() @ m).sum().item(), rel=1e-5)
 
 
+def plain(variant: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The weight in float64 from tensors by leaf, as the layout's documentation says it."""
+    if variant == "GPTQ, zero points":
+        at, group = torch.arange(0, 32, 4), tensors["g_idx"].long()
+        codes = (tensors["qweight"][:, None] >> at[:, None] & 15).flatten(0, 1)
+        zeros = (tensors["qzeros"][..., None] >> at & 15).flatten(1) + 1 & 15
+        return ((codes - zeros[group]).double() * tensors["scales"].double()[group]).t()
+    return formats.dequantize(tensors).double()
+
+
+@pytest.mark.parametrize("rows", [8, 32, 200, None])
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "BF16"])
+def test_errors_of_every_format_are_those_of_plain_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, rows: int | None
+) -> None:
+    """Whether a part of a block of scales is compared at a time, some blocks or all."""
+    outputs, inputs = 320, 384  # the last block of scales has half of its rows
+    if rows is not None:
+        monkeypatch.setattr(distortion, "_CHUNK", rows * inputs)
+    random = torch.Generator().manual_seed(0)
+    weight = (torch.randn(outputs, inputs, generator=random) * 0.05).bfloat16()
+    for each in ("BF16", variant):
+        stored = write_linears(tmp_path / each, each, {MODULE: weight})
+    m = torch.rand(inputs, dtype=torch.float64, generator=random) + 0.1
+    save_file({MODULE: m}, tmp_path / "moments.safetensors")
+    reference, source = (Source.of(n, open_source(str(tmp_path / n)).checkpoint) for n in ("BF16", variant))
+    moments = Moments(tmp_path / "moments.safetensors")
+    with DistortionCache(None) as cache:
+        (one,) = measure({MODULE: (reference, [source])}, cache, moments=moments).values()
+    exact = weight.double()
+    delta = plain(variant, {name.rpartition(".")[2]: tensor for name, tensor in stored.items()}) - exact
+    due = [delta.square().sum(), exact.square().sum(), (delta.square() @ m).sum(), (exact.square() @ m).sum()]
+    found = [one.error, one.power, one.output_error, one.output_power]
+    assert found == pytest.approx([value.item() for value in due], rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+def test_squares_beyond_float32_are_added_too(scale: float) -> None:
+    values = np.random.default_rng(0).standard_normal((300, 40)).astype(np.float32) * np.float32(scale)
+    due = np.square(values.astype(np.float64)).sum(axis=0)
+    np.testing.assert_allclose(distortion._sums_of_squares(values), due, rtol=1e-6)
+
+
 def test_the_error_of_outputs_is_that_of_real_inputs(tmp_path: Path) -> None:
     """With inputs that have the moments and no correlation, E‖Δx‖² is what the moments say."""
     sources = opened(tmp_path)
@@ -78,11 +124,12 @@ def test_the_error_of_outputs_is_that_of_real_inputs(tmp_path: Path) -> None:
     assert one.output_error == pytest.approx((x @ delta.t()).square().sum(1).mean().item(), rel=0.05)
 
 
-def test_casts_are_those_of_ml_dtypes() -> None:
-    words = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
-    octets = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
-    for values in (words, octets):
-        np.testing.assert_array_equal(distortion._widened(values), values.astype(np.float32))
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_casts_are_those_of_ml_dtypes(dtype: Any) -> None:
+    size = np.dtype(dtype).itemsize
+    values = np.arange(1 << 8 * size, dtype=f"u{size}").view(dtype)
+    with np.errstate(invalid="ignore"):  # some are no numbers
+        np.testing.assert_array_equal(to_float32(values), values.astype(np.float32))
 
 
 def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +180,7 @@ def test_a_torn_line_costs_that_line_only(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
+from mixprec_build.formats.floats import to_float32
 from mixprec_build.suggesting import distortion
 from mixprec_build.suggesting.distortion import DistortionCache, measure
 from mixprec_build.checkpoint.typed import Source, open_source

@@ -6,8 +6,11 @@ import pytest
 
 from mixprec_build.families.base import Family
 from mixprec_build.families.deepseek import DEEPSEEK_V32
+from mixprec_build.families.draft_class import Draft
+from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.glm import GLM_DSA
 from mixprec_build.families.gpt_oss import GPT_OSS
+from mixprec_build.families.mimo import MIMO_V2
 from mixprec_build.families.parts import Role
 from mixprec_build.families.qwen3_5 import QWEN3_5
 from mixprec_build.families.qwen3_next import QWEN3_NEXT
@@ -34,6 +37,8 @@ DENSE = Dense("BF16")
         (DEEPSEEK_V32, "self_attn.indexer.wk", [DENSE, BLOCK, INT4], []),
         (DEEPSEEK_V32, "self_attn.indexer.weights_proj", [DENSE], [BLOCK, INT4]),
         (GPT_OSS, "self_attn.q_proj", [DENSE], [BLOCK, INT4]),
+        (MIMO_V2, "self_attn.qkv_proj", [DENSE], [BLOCK, INT4]),
+        (MIMO_V2, "self_attn.q_proj", [DENSE, BLOCK, INT4], []),
     ],
 )
 def test_what_a_class_has_no_place_for(
@@ -57,3 +62,27 @@ def test_a_cut_is_named_of_modules_that_a_family_can_have() -> None:
         for group in family.fused if family.can_be_cut else ():
             cuts = {str(family.cuts.get(member)).partition("_")[0] for member in group.members}
             assert len(cuts) == 1 or group.name == "qkv_proj", (sorted(family.model_types), group.name)
+
+
+def test_names_of_draft_layers_in_sglangs_classes_for_them() -> None:
+    deepseek = Draft.of(ModelFacts.of({"model_type": "deepseek_v3", "num_hidden_layers": 61}))
+    qwen = Draft.of(ModelFacts.of({"model_type": "qwen3_next", "num_hidden_layers": 48}), "Qwen3NextForCausalLMMTP")
+    assert deepseek is not None and qwen is not None
+    names = {
+        "model.layers.61.eh_proj": "model.eh_proj",
+        "model.layers.61.shared_head.norm.weight": "model.shared_head.norm.weight",
+        "model.layers.61.mlp.experts.7.up_proj": "model.decoder.mlp.experts.7.up_proj",
+    }
+    assert {name: deepseek.sglang_name(name) for name in names} == names
+    assert all(map(deepseek.expects, names)) and all(map(deepseek.has_place_for, names))
+    copies = ["model.layers.61.embed_tokens.weight", "model.layers.61.shared_head.head"]
+    assert not any(map(deepseek.expects, [*copies, "model.layers.6.mlp.up_proj", "model.embed_tokens", "lm_head"]))
+    assert deepseek.expects("model.layers.62.enorm") and not deepseek.has_place_for("model.layers.62.enorm")
+    own = ["mtp.fc.weight", "mtp.norm", "mtp.pre_fc_norm_hidden", "mtp.layers.0.mlp.gate"]
+    assert [qwen.sglang_name(name) for name in own] == [
+        "fc.weight", "model.norm", "pre_fc_norm_hidden", "model.layers.0.mlp.gate",
+    ]  # fmt: skip
+    assert not qwen.expects("model.layers.0.mlp.gate")
+    assert Draft.of(ModelFacts.of({"model_type": "llama"})) is None
+    assert Draft.of(ModelFacts.of({"model_type": "qwen3_next"}), "Qwen3NextForCausalLM") is None
+    assert find_family("unheard_of", ["DeepseekV3ForCausalLMNextN"]) is find_family("deepseek_v3")

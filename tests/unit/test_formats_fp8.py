@@ -72,6 +72,25 @@ def read_block(block: tuple[int, int], weight: Array, scale: Array) -> Array:
     return ours
 
 
+@pytest.mark.parametrize("leaf", ["weight_scale_inv", "scale"])
+@pytest.mark.parametrize("block", [(128, 128), (32, 32), (1, 128)])
+def test_scales_may_be_powers_of_two(block: tuple[int, int], leaf: str) -> None:
+    """E8M0 against ml_dtypes: its bytes, its dtype and the same numbers in float32 are one weight."""
+    rng = np.random.default_rng(7)
+    weight = rng.integers(0, 127, (256, 320), dtype=np.uint8).view(E4M3)  # all but NaN
+    grid = tuple(-(-size // per) for size, per in zip(weight.shape, block, strict=True))
+    codes = rng.integers(0, 240, grid, dtype=np.uint8)
+    exponents = codes.view(ml_dtypes.float8_e8m0fnu)
+    due = weight.astype(np.float32)
+    due *= exponents.astype(np.float32).repeat(block[0], 0)[:256].repeat(block[1], 1)[:, :320]
+    for scale in (exponents, codes, exponents.astype(np.float32)):
+        arrays = {"weight": weight, leaf: scale}
+        config = {"quant_method": "fp8", "weight_block_size": list(block), "scale_fmt": "ue8m0"}
+        found = recognise(stated_of(arrays), config)
+        assert found == Fp8("block", "dynamic", block, "" if leaf != "scale" else leaf, "ue8m0")
+        np.testing.assert_array_equal(found.dequantize(arrays), due)
+
+
 @settings(max_examples=60, deadline=None)
 @given(blocks(partial=False))
 def test_whole_blocks_are_transformers(drawn: tuple[tuple[int, int], Array, Array]) -> None:

@@ -69,6 +69,9 @@ LINEAR: list[tuple[Format, list[Tensors], list[str]]] = [
     (B128, [fp8_block(100, 256)], []),  # alone, the last block of outputs may be partial
     (B128, [fp8_block(128, 200)], ["200 inputs are no multiple of 128"]),  # per_token_group_quant_fp8
     (Fp8("block", "dynamic", (64, 32)), [fp8_block(64, 96, (64, 32)), fp8_block(192, 96, (64, 32))], []),
+    (Fp8("block", "dynamic", (32, 32)), [fp8_block(96, 96, (32, 32), weight_scale_inv=("F8_E8M0", (3, 3)))], []),
+    (Fp8("block", "dynamic", (48, 32)), [fp8_block(96, 96, (48, 32))], ["no kernel for blocks of [48, 32]"]),
+    (Fp8("block", "dynamic", (8, 128)), [fp8_block(96, 256, (8, 128))], ["only for powers of two from [16, 32] on"]),
     (Fp8("block", "static", (128, 128)), [fp8_block(128, 256, input_scale=ONE)], ["block scales with static"]),
     (Fp8("channel"), [fp8(48, 80, (48, 1))], []),
     (Fp8("channel"), [fp8(48, 80, (48,))], ["weight_scale F32 [48] has one dimension, SGLang loads [N, 1]"]),
@@ -139,6 +142,8 @@ EXPERTS: list[tuple[Format, int, int, list[str]]] = [
     (B128, 192, 128, ["hidden size 192 is no multiple of 128"]),  # per_token_group_quant_fp8
     (Fp8("block", "dynamic", (64, 128)), 256, 64, ["intermediate size 64 is no multiple of the block [64, 128]"]),
     (Fp8("block", "dynamic", (128, 64)), 192, 128, []),
+    (Fp8("block", "dynamic", (32, 32)), 96, 64, []),
+    (Fp8("block", "dynamic", (16, 16)), 96, 64, ["no kernel for blocks of [16, 16]"]),
     (Fp8("channel"), 80, 48, []),
     (Fp8("tensor"), 80, 48, []),
     (Fp8("tensor", "static"), 80, 48, []),

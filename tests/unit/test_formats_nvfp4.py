@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -13,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.formats import nvfp4, nvfp4_compressed_config, nvfp4_config
 from support.oracles import modelopt_nvfp4, stated_of
+from support.write import QWEN3_MOE, write_tiny
 
+from mixprec_build.errors import RefusedError
 from mixprec_build.formats.nvfp4 import Nvfp4
 from mixprec_build.formats.registry import recognise
+from mixprec_build.output.build import plan_recipe
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -82,6 +86,27 @@ def test_what_modelopt_packs(seed: int) -> None:
     assert all(torch.equal(made[leaf].float(), packed[leaf].float()) for leaf in made)
 
 
+@pytest.mark.parametrize("variant", ["nvfp4", "ct_nvfp4"])
+def test_different_scales_of_one_gemm_are_refused_with_lines_that_help(variant: str, tmp_path: Path) -> None:
+    """Each weight has its own scale of all here. Alone in its GEMM it is served."""
+    write_tiny(tmp_path / "base", QWEN3_MOE, "bf16")
+    write_tiny(tmp_path / "four", QWEN3_MOE, variant, scale=None)
+    recipe = tmp_path / "recipe.yaml"
+    text = (
+        f"model: {tmp_path}/base\nsources: {{four: {tmp_path}/four, base: {tmp_path}/base}}\ndefault: base\nweights:\n"
+    )
+    recipe.write_text(text + "  '*.experts.*': four\n  '*.o_proj': four\n")
+    with pytest.raises(RefusedError) as refused:
+        plan_recipe(recipe)
+    (problem,) = refused.value.problems
+    assert problem.code == "kernel_limit" and "gate_proj, up_proj, which run as one GEMM" in str(problem)
+    lines = [f"  '{line.pattern}': {line.source}" for line in problem.fix.add]
+    recipe.write_text(text + "\n".join(["  '*.experts.*': four", "  '*.o_proj': four", *lines]))
+    kinds = {name: module.format.kind for name, module in plan_recipe(recipe).modules.items()}
+    assert kinds["model.layers.0.self_attn.o_proj"] == kinds["model.layers.0.mlp.experts.0.down_proj"] == variant
+    assert kinds["model.layers.0.mlp.experts.0.gate_proj"] == "bf16"
+
+
 def test_what_runs_as_one_gemm_shares_one_scale() -> None:
     fmt = Nvfp4("modelopt", "none")
     parts = [stated_of(arrays(nvfp4(torch.randn(64, 128), activations=None)), f"mlp.{p}_proj") for p in ("gate", "up")]
@@ -92,8 +117,8 @@ def test_what_runs_as_one_gemm_shares_one_scale() -> None:
 
     (limit,) = fmt.value_limits(parts, reader, experts=False)
     assert limit == (
-        "weight_scale_2 differs between what runs as one GEMM (0.5 of gate_proj, 0.25 of up_proj), and SGLang would "
-        "take one of them for all"
+        "weight_scale_2 differs between gate_proj, up_proj, which run as one GEMM, and SGLang would take one of them "
+        "for all"
     )
     values["mlp.up_proj.weight_scale_2"] = 0.5
     assert not fmt.value_limits(parts, reader, experts=False)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.formats import packed_config
-from support.oracles import Stated, awq, fp8, fp8_block, gptq, nvfp4, stated
+from support.oracles import Stated, awq, fp8, fp8_block, gptq, mxfp4, nvfp4, stated
 
 from mixprec_build.checkpoint.declaration import quantization_config
 from mixprec_build.checkpoint.detection import detect
@@ -25,6 +25,7 @@ from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.int8 import Int8
+from mixprec_build.formats.mxfp4 import Mxfp4
 from mixprec_build.formats.nvfp4 import Nvfp4
 from mixprec_build.formats.registry import format_from_json, recognise
 
@@ -68,6 +69,10 @@ SOUND: list[tuple[Tensors, Config, Format]] = [
     (nvfp4(256, 512, input_scale=None, weight_scale_2=ONE), MODELOPT_FP4, Nvfp4("modelopt", "none")),
     (nvfp4(256, 512, bias=("BF16", (256,))), {"quant_method": "fp8", "moe_quant_algo": "NVFP4"},
      Nvfp4("modelopt", "static")),
+    (mxfp4(256, 512), {"quant_method": "quark", "algo_config": [{"name": "awq"}]}, Mxfp4()),
+    (mxfp4(256, 512, weight_scale=("F8_E8M0", (256, 16))), {}, Mxfp4(scales_dtype="F8_E8M0")),
+    (mxfp4(256, 512, weight=("I8", (256, 256)), weight_scale=None, scale=("F8_E8M0", (256, 16))), BLOCK,
+     Mxfp4("weight", "I8", "scale", "F8_E8M0")),
     # What AutoRound left unquantized and another tool stored in FP8
     (fp8_block(256, 512), AUTO_ROUND | {"extra_config": {".*": {"bits": 16}}}, Fp8("block", "dynamic", (128, 128))),
     (fp8_block(200, 300), CHANNEL, Fp8("block", "dynamic", (128, 128))),
@@ -82,6 +87,16 @@ SOUND: list[tuple[Tensors, Config, Format]] = [
     (fp8_block(200, 300, bias=("BF16", (200,))), BLOCK, Fp8("block", "dynamic", (128, 128))),
     (fp8_block(200, 300, (64, 32)), BLOCK | {"weight_block_size": [64, 32]}, Fp8("block", "dynamic", (64, 32))),
     (fp8_block(256, 512), BLOCK | {"scale_fmt": "ue8m0"}, Fp8("block", "dynamic", (128, 128), scale_fmt="ue8m0")),
+    # Powers of two
+    (fp8_block(256, 512, weight_scale_inv=("F8_E8M0", (2, 4))), BLOCK | {"scale_fmt": "ue8m0"},
+     Fp8("block", "dynamic", (128, 128), scale_fmt="ue8m0")),
+    ({"weight": ("F8_E4M3", (256, 512)), "scale": ("U8", (2, 4))}, BLOCK,
+     Fp8("block", "dynamic", (128, 128), "scale")),
+    (fp8(100, 100, (), weight_scale=("F8_E8M0", (1, 1))), BLOCK, Fp8("block", "dynamic", (128, 128), "weight_scale")),
+    (fp8_block(96, 512, (32, 32), weight_scale_inv=("F8_E8M0", (3, 16))), BLOCK | {"weight_block_size": [32, 32]},
+     Fp8("block", "dynamic", (32, 32))),
+    (fp8_block(1, 512, (32, 32), weight_scale_inv=("U8", (1, 16))), BLOCK | {"weight_block_size": [32, 32]},
+     Fp8("block", "dynamic", (32, 32))),
     (fp8(256, 512, (256, 1)), CHANNEL, Fp8("channel")),
     (fp8(256, 512, (256,)), CHANNEL, Fp8("channel")),
     (fp8(256, 512, (), input_scale=("F32", ())), BLOCK | {"activation_scheme": "static"}, Fp8("tensor", "static")),
@@ -189,8 +204,17 @@ CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
     (fp8_block(256, 512, weight_scale_inv=("F32", (4, 2))), BLOCK,
      "weight_scale_inv F32 [4, 2]: [2, 4] was expected for weight [256, 512] in blocks of [128, 128]"),
     (fp8_block(256, 512, (64, 64)), BLOCK, "weight_scale_inv F32 [4, 8]: [2, 4] was expected"),
-    (fp8_block(256, 512, weight_scale_inv=("F8_E8M0", (2, 4))), BLOCK,
-     "stored as FP8 with E8M0 scales (weight F8_E4M3 [256, 512], weight_scale_inv F8_E8M0 [2, 4])"),
+    (fp8_block(256, 512, weight_scale_inv=("F8_E8M0", (256, 1))), BLOCK,
+     "weight_scale_inv F8_E8M0 [256, 1]: [2, 4] was expected for weight [256, 512] in blocks of [128, 128]"),
+    # A power of two for each 32 inputs
+    (fp8_block(256, 512, weight_scale_inv=("U8", (256, 16))), BLOCK,
+     "stored as MXFP8 (weight F8_E4M3 [256, 512], weight_scale_inv U8 [256, 16]), which this version of mixprec does "
+     "not read: SGLang runs FP8 with a scale for each 32 inputs from compute capability 10.0 on"),
+    (fp8_block(256, 512, weight_scale_inv=("F8_E8M0", (256, 16))), BLOCK | {"weight_block_size": [1, 32]},
+     "stored as MXFP8 (weight F8_E4M3 [256, 512], weight_scale_inv F8_E8M0 [256, 16])"),
+    (fp8(256, 512, (), weight_scale=("U8", (256, 16))), {"quant_method": "mxfp8"}, "stored as MXFP8 ("),
+    (fp8_block(200, 300, weight=("I8", (200, 300)), weight_scale_inv=("F8_E8M0", (2, 3))),
+     BLOCK | {"quant_method": "blockwise_int8"}, "stored in no format mixprec knows (weight I8 [200, 300]"),
     (fp8_block(256, 512, (64, 64)), CHANNEL,
      "weight_scale_inv F32 [4, 8], but quantization_config has no weight_block_size"),
     (fp8_block(256, 512), BLOCK | {"weight_block_size": [128, 0]},
@@ -213,8 +237,7 @@ CONTRADICTIONS: list[tuple[Tensors, Config, str]] = [
     # Formats that are known by their tensors and not read
     ({"weight": ("I8", (256, 512)), "weight_scale": ("F32", (256, 1)), "weight_zero_point": ("I8", (256, 1))}, CHANNEL,
      "weight_zero_point I8 [256, 1] does not belong to int8_channel"),
-    ({"weight_packed": ("U8", (256, 256)), "weight_scale": ("U8", (256, 16))}, CHANNEL, "stored as MXFP4 ("),
-    ({"weight": ("U8", (256, 256)), "weight_scale": ("U8", (256, 16))}, {"quant_method": "quark"}, "stored as MXFP4 ("),
+    ({"weight": ("U8", (256, 256))}, {"quant_method": "quark"}, "stored as a 4-bit float format (NVFP4, MXFP4) ("),
     (fp8(256, 512, (1,), weight=("F8_E5M2", (256, 512))), BLOCK, "stored as FP8 E5M2 (weight F8_E5M2 [256, 512], "),
     # NVFP4
     (nvfp4(256, 512, weight_scale_2=None), MODELOPT_FP4, "nvfp4 needs weight_scale_2"),
@@ -365,7 +388,7 @@ def test_a_compiled_checkpoint_has_what_it_declares(tmp_path: Path) -> None:
 def test_mxfp4_of_gpt_oss_does_not_pass_for_a_buffer(leaf: str) -> None:
     module = stated({"": ("U8", (32, 5760, 90, 16))}, f"model.layers.0.mlp.experts.{leaf}")
     with pytest.raises(
-        FormatError, match=r"^stored as MXFP4 \(the tensor U8 \[32, 5760, 90, 16\]\), which this version"
+        FormatError, match=r"^stored as gpt-oss's MXFP4 \(the tensor U8 \[32, 5760, 90, 16\]\), which this version"
     ):
         recognise(module, {"quant_method": "mxfp4"})
 

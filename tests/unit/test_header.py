@@ -99,6 +99,11 @@ BAD = [
         pack({"a": entry(), "b": entry(shape=[0], offsets=(2, 2))}, b"1234"),
         "tensor 'b' starts at 2 where 4 was due (hole or overlap)",
     ),
+    Bad(
+        "half a byte, reversed by one",
+        pack({"a": entry("F4", (7,), (1, 0))}, b"1"),
+        "tensor 'a': F4 [7] does not take the -1 bytes",
+    ),
     Bad("reversed", pack({"a": entry(offsets=(4, 0))}, b"1234"), "tensor 'a': U8 [4] does not take the -4 bytes"),
     Bad("negative", pack({"a": entry(offsets=(-4, 0))}, b"1234"), NUMBERS),
     Bad("offset 2^64", pack({"a": entry(offsets=(1 << 64, (1 << 64) + 4))}, b"1234"), NUMBERS),
@@ -156,6 +161,23 @@ BAD = [
         "its header is not valid JSON: 'a' is given twice",
     ),
     Bad(
+        "tensor twice, once escaped",
+        pack(
+            b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\\u0061":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}'
+        )
+        + b"12",
+        "its header is not valid JSON: 'a' is given twice",
+    ),
+    Bad(
+        "tensor twice, beside a colon",
+        pack(
+            b'{"__metadata__":{"a:":":"},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+            b'"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}'
+        )
+        + b"12",
+        "its header is not valid JSON: 'a' is given twice",
+    ),
+    Bad(
         "field twice",
         pack(text('"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]'), b"1"),
         "its header is not valid JSON: 'dtype' is given twice",
@@ -179,6 +201,7 @@ BAD = [
     Bad("metadata text", pack({"__metadata__": "pt"}), "`__metadata__` must map text to text"),
     # The JSON
     Bad("a list", pack([]), "its header is not a JSON object"),
+    Bad("a full list", pack([{"a": entry()}]), "its header is not a JSON object"),
     Bad("null", pack(None), "its header is not a JSON object"),
     Bad("no JSON", pack(b"\x80\x04}."), "its header is not valid JSON: 'utf-8' codec"),
     Bad("padded with NUL", pack(b"{}\0\0"), "its header is not valid JSON: Extra data"),

@@ -524,6 +524,10 @@ def test_a_build_downloads_only_what_its_plan_needs(
     assert {(source, file) for source, files in cached.items() for file in files} == wanted
     assert len(cached["fp8"]) < 4, "the recipe needs one layer's attention"
     assert not verify(tmp_path / "out").differences
+    card = (tmp_path / "out" / "README.md").read_text()
+    commit = planned.sources.by_name["fp8"].checkpoint.commit
+    assert "\nbase_model: org/bf16\nbase_model_relation: quantized\n" in card and f"  fp8: org/fp8@{commit}\n" in card
+    assert str(tmp_path) not in card and "# The source" in card
     assert {request.token for request in hub.log(".safetensors")} >= {TOKEN}, "it was needed"
     shown = "".join(capfd.readouterr())
     assert not any(secret in shown for secret in (TOKEN, SIGNATURE))

@@ -266,6 +266,7 @@ def test_human_sizes(nbytes: int, text: str) -> None:
         ("model.layers.*.mlp.down_proj", 160, "--quantization mixprec --dtype half"),
     ],
 )
+@pytest.mark.usefixtures("older_sglang")
 def test_the_command_that_serves(tmp_path: Path, line: str, intermediate: int, command: str | None) -> None:
     """With what serving needs; none for what cannot be served."""
     model = replace(LLAMA, intermediate=intermediate)

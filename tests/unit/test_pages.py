@@ -10,7 +10,7 @@ import typer.main
 from support.families import TINY
 
 from mixprec_build.cli.app import app
-from mixprec_build.families.registry import checked_types, cuttable_types, replicated_types
+from mixprec_build.families.registry import checked_types, find_family
 from mixprec_build.planning.problems import CODES
 
 ROOT = Path(__file__).parents[2]
@@ -61,31 +61,47 @@ def test_every_code_of_a_refusal_is_explained() -> None:
     assert dict(rows) == CODES
 
 
-def families_on_the_page() -> list[tuple[list[str], str, str, str, list[str]]]:
-    """Types, whether cut and with replicas, what was seen, and the tests that are named."""
+def families_on_the_page() -> list[tuple[list[str], tuple[str, str, str], str, list[str]]]:
+    """Types; whether cut, with replicas and with a quantized head; what was seen, and the tests that are named."""
     section = page("mixprec_runtime/README.md").split("## Families")[1].split("## Versions")[0]
-    rows = re.findall(r"(?m)^\| ((?:`\w+` )+)\| [^|]+ \| (yes|no) \| (yes|no) \| (\w+) \| ([^|]+) \|$", section)
+    rows = re.findall(
+        r"(?m)^\| ((?:`\w+` )+)\| [^|]+ \| (yes|no) \| (yes|no) \| (yes|no) \| (\w+) \| ([^|]+) \|$", section
+    )
     return [
-        (re.findall(r"`(\w+)`", types), cut, replicas, seen, re.findall(r"`([\w.]+)`", tests))
-        for types, cut, replicas, seen, tests in rows
+        (re.findall(r"`(\w+)`", types), (cut, replicas, head), seen, re.findall(r"`([\w.]+)`", tests))
+        for types, cut, replicas, head, seen, tests in rows
     ]
 
 
 def test_every_checked_family_is_listed() -> None:
     rows = families_on_the_page()
     assert sorted(model_type for types, *_ in rows for model_type in types) == checked_types()
-    for types, cut, replicas, _, _ in rows:
+    for types, said, _, _ in rows:
         for model_type in types:
-            assert (cut == "yes") == (model_type in cuttable_types()), model_type
-            assert (replicas == "yes") == (model_type in replicated_types()), model_type
+            family = find_family(model_type)
+            assert family is not None
+            has = family.can_be_cut, family.attention_replicas, family.quantized_head
+            assert said == tuple("yes" if one else "no" for one in has), model_type
+
+
+OF_SHAPES = {"llama", "mixtral", "qwen2_moe", "qwen3_moe"}
+"""Types of ``support.serving`` that ``test_cpu_engine.py`` serves."""
 
 
 def test_what_was_seen_of_a_family_is_in_the_test_that_is_named() -> None:
+    asked = set(re.findall(r'"(\w+)"', page("tests/sglang/test_cpu_engine.py")))
+    answered = {model.config["model_type"] for name, model in TINY.items() if name in asked} | OF_SHAPES
     loaded = {model.config["model_type"] for model in TINY.values()}
-    for types, _, _, seen, tests in families_on_the_page():
-        assert seen in ("plan", "load", "answer") and tests, types
+    for types, _, seen, tests in families_on_the_page():
+        assert seen in ("plan", "load", "near", "answer") and tests, types
+        if seen == "near":
+            names = re.findall(r'(?m)^    "(\w+)": ', page("tests/gpu/test_families.py"))
+            served = {TINY[name].config["model_type"] for name in names if name in TINY}
+            assert tests == ["gpu"] and served >= {*types}, types
         for test in tests:
             assert test == "gpu" or list((ROOT / "tests").glob(f"*/{test}")), test
+        if "test_cpu_engine.py" in tests:
+            assert seen == "answer" and answered & {*types}, types
         if "test_families.py" in tests:
             assert seen == "load" and loaded & {*types}, types
 
@@ -93,5 +109,8 @@ def test_what_was_seen_of_a_family_is_in_the_test_that_is_named() -> None:
 def test_every_recipe_is_in_the_gallery() -> None:
     section = page("recipes/README.md").split("## The gallery")[1].split("## The demo")[0]
     folder = ROOT / "recipes"
-    there = [str(path.relative_to(folder)) for path in folder.rglob("*.yaml")]
-    assert sorted(re.findall(r"(?m)^\| `([\w./-]+)` \|", section)) == sorted(there)
+    there = [str(path.relative_to(folder)) for path in folder.rglob("*.yaml") if path.parent.name != "cluster"]
+    tables = section.split("What serving needs")
+    listed, with_needs = (sorted(re.findall(r"(?m)^\| `([\w./-]+)` \|", table)) for table in tables)
+    assert listed == sorted(there)
+    assert with_needs == [name for name in listed if not name.startswith("demo/")]

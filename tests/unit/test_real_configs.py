@@ -97,7 +97,7 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
         made.deepseek_v4(),
         {EXPERTS: made.DSV4_MXFP4, "*.shared_experts.*": made.DSV4_FP8, "*.attn.w*": made.DSV4_FP8},
     ),
-    "llama4-maverick-bf16": Checkpoint(made.llama4()),
+    "llama4-maverick-bf16": Checkpoint(made.llama4(), stack=made.llama4_stacked),
     "minimax-m3-mxfp8": Checkpoint(
         made.minimax(layers=4, family="minimax_m3", prefix="language_model.", dense=3),
         {ROUTER_BIAS: made.F32, "*_proj": made.MXFP8, EXPERTS: made.MXFP8},
@@ -106,7 +106,7 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
         made.minimax(family="minimax_m3", prefix="language_model.", dense=1),
         {ROUTER_BIAS: made.F32, "*_proj": made.MXFP8, EXPERTS: made.CT_NVFP4},
     ),
-    "gpt-oss-120b-mxfp4": Checkpoint(made.gpt_oss(), {"*.experts.*_proj": made.GPT_OSS_MXFP4}),
+    "gpt-oss-120b-mxfp4": Checkpoint(made.gpt_oss(), {EXPERTS: made.QUARK_MXFP4}, stack=made.gpt_oss_stacked),
     # ModelOpt
     "qwen3-32b-fp8-static-pertensor": Checkpoint(
         made.llama(family="qwen3", qk_norm=True), {"*_proj": made.MODELOPT_FP8}, MODELOPT_KV
@@ -244,12 +244,10 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
 }
 
 REFUSED = {
-    # MXFP4, MXFP8, scales that are exponents
-    "kimi-k3-mxfp4", "gpt-oss-120b-mxfp4", "deepseek-v4-flash", "minimax-m3-mxfp8", "minimax-m3.1-hybrid",
-    "ct-mxfp8-quantized", "quark-amd-kimi-k2.5-mxfp4", "quark-deepseek-v4-pro-mxfp4", "quark-qwen3.8-awq-mxfp4",
-    "quark-qwen3.5-mtp-partial",
+    # MXFP8
+    "minimax-m3-mxfp8", "minimax-m3.1-hybrid", "ct-mxfp8-quantized",
     # 4-bit weights that are to meet 8-bit activations, and others without a kernel
-    "gpustack-glm-5.3-w4a8", "w4afp8-ignored-layers", "modelopt-mixed-precision-means-w4afp8",
+    "gpustack-glm-5.3-w4a8",
     "gptq-double-spelling-jointq", "quark-awq-signed", "intern-s2-mobius-fp8",
 }  # fmt: skip
 """Files of which some modules are in a format that is not read."""

@@ -38,6 +38,9 @@ HUB: Mapping[str, tuple[str, str]] = {
     "deepseek-ai/DeepSeek-V3.1": ("DeepSeek-V3.1", "fp8_block"),
     "unsloth/DeepSeek-V3.1-BF16": ("DeepSeek-V3.1", "bf16"),
     "Intel/DeepSeek-V3.1-int4-mixed-AutoRound": ("DeepSeek-V3.1", "auto_round_int4"),
+    "deepseek-ai/DeepSeek-R1-0528": ("DeepSeek-V3", "fp8_block"),
+    "unsloth/DeepSeek-R1-0528-BF16": ("DeepSeek-V3", "bf16"),
+    "amd/DeepSeek-R1-0528-MXFP4": ("DeepSeek-V3", "mxfp4"),
     "Qwen/Qwen3.6-35B-A3B": ("Qwen3.6-35B-A3B", "bf16"),
     "Qwen/Qwen3.6-35B-A3B-FP8": ("Qwen3.6-35B-A3B", "fp8_block"),
     "Intel/Qwen3.6-35B-A3B-int4-AutoRound": ("Qwen3.6-35B-A3B", "auto_round_int4"),
@@ -57,13 +60,17 @@ from pathlib import Path
 from mixprec_build.recipe import sources
 from mixprec_build.output.build import plan_recipe
 from mixprec_build.report.facts import plan_facts
+from mixprec_build.report.memory import Gpus, memory_of_plan
 
 folders = json.loads(sys.argv[2])
 open_checkpoint = sources.open_checkpoint
 sources.open_checkpoint = lambda location, **_: open_checkpoint(folders[location])
-facts = plan_facts(plan_recipe(Path(sys.argv[1])))
+plan = plan_recipe(Path(sys.argv[1]))
+facts = plan_facts(plan)
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
-print(json.dumps({"facts": facts, "cpu_seconds": time.process_time(), "peak_bytes": int(peak[1]) * 1024}))
+found = {"facts": facts, "cpu_seconds": time.process_time(), "peak_bytes": int(peak[1]) * 1024}
+found["memory"] = [memory_of_plan(plan, Gpus(tp, 80 * 10**9), 32768) for tp in (1, 2, 4, 8)]
+print(json.dumps(found))
 """
 
 
@@ -153,6 +160,11 @@ def deepseek_v3(layer: int) -> Row:
     return row | {"experts": {"gptq_int4" if 4 <= layer <= 59 else "fp8_block": 256}}
 
 
+def deepseek_r1_mxfp4(layer: int) -> Row:
+    row = deepseek_v3(layer)
+    return row | ({"experts": {"mxfp4": 256}} if 4 <= layer <= 59 else {})
+
+
 def delta_net(layer: int, *joined: str) -> Row:
     """Three layers of four; ``joined`` are its first projections."""
     if layer % 4 == 3:
@@ -168,6 +180,14 @@ def qwen3_6_35b(layer: int) -> Row:
     if layer % 4 < 3:
         row |= _all("bf16", "linear_attn.in_proj_a", "linear_attn.in_proj_b")
     return row | {"experts": {"fp8_block" if layer in (0, 39) else "gptq_int4": 256}}
+
+
+def qwen3_6_35b_mtp(layer: int) -> Row:
+    return qwen3_6_35b(layer) | {"experts": {"gptq_int4": 256}}
+
+
+def qwen3_6_draft() -> Row:
+    return _all("bf16", *ATTENTION, *SHARED, "fc") | {"experts": {"bf16": 256}}
 
 
 def qwen3_next(layer: int) -> Row:
@@ -194,15 +214,28 @@ LAYERS: Mapping[str, tuple[int, Callable[[int], Row]]] = {
     "qwen3-30b-a3b.yaml": (48, qwen3_30b),
     "qwen3-30b-a3b-autoround.yaml": (48, qwen3_30b_autoround),
     "llama-3.3-70b.yaml": (80, llama_70b),
-    "deepseek-v3.yaml": (62, deepseek_v3),
-    "deepseek-v3.1.yaml": (62, deepseek_v3),
+    "deepseek-v3.yaml": (61, deepseek_v3),
+    "deepseek-v3.1.yaml": (61, deepseek_v3),
+    "deepseek-r1-0528-mxfp4.yaml": (61, deepseek_r1_mxfp4),
     "qwen3.6-35b-a3b.yaml": (40, qwen3_6_35b),
+    "qwen3.6-35b-a3b-mtp.yaml": (40, qwen3_6_35b_mtp),
     "qwen3-next-80b-a3b.yaml": (48, qwen3_next),
-    "glm-4.5-air.yaml": (47, glm_4_5_air),
+    "glm-4.5-air.yaml": (46, glm_4_5_air),
+}
+
+DRAFTS: Mapping[str, tuple[str, Row]] = {
+    "deepseek-v3.yaml": ("model.layers.61", deepseek_v3(61)),
+    "deepseek-v3.1.yaml": ("model.layers.61", deepseek_v3(61)),
+    "deepseek-r1-0528-mxfp4.yaml": ("model.layers.61", deepseek_v3(61)),
+    "glm-4.5-air.yaml": ("model.layers.46", glm_4_5_air(46)),
+    "qwen3.6-35b-a3b.yaml": ("mtp.layers.0", qwen3_6_draft()),
+    "qwen3.6-35b-a3b-mtp.yaml": ("mtp.layers.0", qwen3_6_draft()),
+    "qwen3-next-80b-a3b.yaml": ("mtp.layers.0", qwen3_6_draft() | {"experts": {"bf16": 512}}),
 }
 
 BIG = {
     "qwen3-235b-a22b.yaml", "qwen3-235b-a22b-nvfp4.yaml", "deepseek-v3.yaml", "deepseek-v3.1.yaml",
+    "deepseek-r1-0528-mxfp4.yaml",
     "qwen3-next-80b-a3b.yaml",
 }  # fmt: skip
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in BIG else []) for name in LAYERS]
@@ -219,6 +252,9 @@ def test_every_line_does_what_it_says(planned: Planned, name: str) -> None:
     assert all(rule["won"] for rule in facts["rules"])
     count, expected = LAYERS[name]
     assert {row["layer"]: row["projections"] for row in facts["layers"]} == {n: expected(n) for n in range(count)}
+    drafts = facts["mtp"]
+    assert (drafts and (*drafts["layers"], drafts["projections"])) == DRAFTS.get(name)
+    assert facts["warnings"] == []
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -227,17 +263,53 @@ def test_it_is_as_large_as_it_says(planned: Planned, hollow: Callable[[str], Pat
     recipe = load_recipe(RECIPES / name)
     stated = re.search(
         r"# Bytes +([\d.]+) GB of weights, against ([\d.]+) GB in BF16, ([\d.]+) GB in FP8 and "
-        r"([\d.]+) GB in (?:(?:GPTQ|AutoRound)-Int4|NVFP4)",
+        r"([\d.]+) GB in (?:(?:GPTQ|AutoRound)-Int4|NVFP4|MXFP4)",
         (RECIPES / name).read_text(),
     )
     assert stated
     nbytes = [planned(name)["facts"]["bytes"]]
-    for source in ("bf16", "fp8", "nvfp4" if "nvfp4" in recipe.sources else "int4"):
+    (small,) = {"int4", "nvfp4", "mxfp4"} & recipe.sources.keys()
+    for source in ("bf16", "fp8", small):
         index = hollow(recipe.sources[source].location) / "model.safetensors.index.json"
         nbytes.append(json.loads(index.read_text())["metadata"]["total_size"])
     for text, exact in zip(stated.groups(), nbytes, strict=True):
         digits = len(text.partition(".")[2])
         assert text == f"{exact / 1e9:.{digits}f}"
+
+
+def gallery(name: str, columns: int) -> list[str]:
+    """The cells of a recipe in that table of the gallery that has so many columns."""
+    page = (RECIPES / "README.md").read_text(encoding="utf-8").split("## The gallery")[1].split("## The demo")[0]
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    (row,) = [row for row in rows if len(row) == columns]
+    return [cell.strip() for cell in row]
+
+
+def needed(memory: Mapping[str, Any]) -> str:
+    """The cell of the gallery: gigabytes of a rank's weights, and the number of sequences beside them."""
+    weights = f"{memory['weight_bytes'] / 1e9:.1f} GB"
+    if memory["fits"]:
+        return f"{weights}, {memory['sequences']}"
+    return f"{weights}, {memory['tokens'] // 1000}k tokens" if memory["tokens"] else f"{weights}, none"
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_gallery_says_what_the_command_says(planned: Planned, name: str) -> None:
+    """`mixprec plan RECIPE --gpus 1x80GB --context 32768`, for 1, 2, 4 and 8 GPUs."""
+    facts, memory = planned(name)["facts"], planned(name)["memory"]
+    _, _, nbytes, bits, of_bf16, _ = gallery(name, 6)
+    expected = (facts["bytes"] / 1e9, facts["bits_per_weight"], 2 * facts["parameters"] / 1e9)
+    for text, exact in zip((nbytes, bits, of_bf16), expected, strict=True):
+        digits = len(text.partition(".")[2].removesuffix(" GB"))
+        assert text.removesuffix(" GB") == f"{exact:.{digits}f}"
+    assert gallery(name, 7)[1:5] == [needed(at) for at in memory]
+    _, *_, least, launch = gallery(name, 7)
+    fitting = next(at for at in memory if at["fits"])
+    assert least == str(fitting["gpus"])
+    stated = (RECIPES / name).read_text()
+    fused = " --disable-shared-experts-fusion" if "Serve with --disable-shared-experts-fusion" in stated else ""
+    ranks = f" --tp {fitting['gpus']}" if fitting["gpus"] > 1 else ""
+    assert launch == (f"`{(ranks + fused).strip()}`" if ranks or fused else "none")
 
 
 @pytest.mark.parametrize("name", EACH)

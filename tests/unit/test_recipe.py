@@ -210,7 +210,7 @@ def test_the_weight_names_its_module(tmp_path: Path, name: str, module: str) -> 
 WORDS = {
     "fp16": {"fp16", "bf16"}, "bf16": {"bf16"}, "fp32": {"fp32"},
     "fp8": {"fp8_block", "fp8_channel", "fp8_tensor"},
-    "int4": {"gptq_int4", "awq_int4", "ct_int4"},
+    "int4": {"gptq_int4", "awq_int4", "ct_int4", "w4afp8"},
     "int8": {"gptq_int8", "ct_int8", "int8_channel", "int8_block", "int8_tensor"},
     **{kind: {kind} for kind in ("fp8_block", "fp8_channel", "fp8_tensor", "gptq_int4", "awq_int4", "ct_int4")},
     **{kind: {kind} for kind in ("gptq_int8", "ct_int8", "int8_channel", "int8_block", "int8_tensor")},

@@ -326,6 +326,27 @@ def test_a_journal_that_cannot_be_trusted(
     assert tree(out) == undisturbed
 
 
+def test_a_journal_that_cannot_be_read_now_is_kept(
+    mix: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are the shards that it lists, which the same command takes over when the disk is back."""
+    out, stage = tmp_path / "out", tmp_path / ".out.mixprec"
+    interrupted(mix, out, 3)
+    before = tree(stage / "out")
+
+    def failing(self: Stage) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match="Input/output error"):
+        patch.setattr(Stage, "_read_journal", failing)
+        write(planned(mix), out)
+    assert len(before) == 3 and tree(stage / "out") == before
+    done: list[int] = []
+    plan = planned(mix)
+    write(plan, out, progress=done.append)
+    assert plan.shards[0].data_bytes in done and tree(out) == undisturbed
+
+
 def test_two_builds_into_one_folder(mix: Path, tmp_path: Path) -> None:
     out, refused = tmp_path / "out", []
 

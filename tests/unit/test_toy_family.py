@@ -213,7 +213,7 @@ def test_without_it_its_names_mean_nothing(folder: Path, tmp_path: Path) -> None
     planned = plan(folder, "toy", REFUSED[0])
     assert planned.notes[0].startswith("model_type 'toy' is not among the families checked against SGLang (")
     run_plan(planned, tmp_path / "out")
-    with pytest.raises(SplitError, match="model_type 'toy' cannot be cut; the families known are deepseek_v2,"):
+    with pytest.raises(SplitError, match="model_type 'toy' cannot be cut; the families known are apertus,"):
         split(tmp_path / "out", DEGREE)
 
 

@@ -4,12 +4,16 @@ Marlin kernels run without atomic additions, whose order, and so whose sum, is c
 order when they are sorted, by SGLang and by mixprec: it, too, is chance, and decides where Marlin parts the sum of a
 row. Both servers of a comparison run under this, so that what differs is not the kernels'.
 
+With ``SHORT_GROUPS=1`` groups with zero points are as short as a tile of the kernels in stock SGLang, too, which
+otherwise computes wrong values now and then (``zero_points_by_tiles`` of ``mixprec_runtime/formats/marlin.py``).
+
 With ``SHARED_GPUS=2`` the ranks of a server take turns on two GPUs, however many there are. NCCL refuses two ranks of
 one host on one GPU, so every process says that it is a host of its own: what ranks exchange goes through sockets.
 """
 
 import contextlib
 import importlib.machinery
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +22,18 @@ from types import ModuleType
 from typing import Any
 
 
-def _without_atomics(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    def repeatable(*args: Any, use_atomic_add: bool = False, **kwargs: Any) -> Any:
-        return kernel(*args, use_atomic_add=False, **kwargs)
+def _repeatable(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(kernel)
+    zero_points = next(name for name in parameters.parameters if name.startswith("b_zeros"))
+
+    def repeatable(*args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(*args, **kwargs).arguments
+        zeros, groups = given.get(zero_points), given["b_scales"].shape[-2]
+        if "SHORT_GROUPS" in os.environ and zeros is not None and zeros.numel() and groups > 1:
+            times = max(1, given["size_k"] // groups // 64)
+            for name in ("b_scales", zero_points):
+                given[name] = given[name].repeat_interleave(times, dim=-2)
+        return kernel(**{**given, "use_atomic_add": False})
 
     return repeatable
 
@@ -60,8 +73,8 @@ def _shared(_: Callable[..., Any]) -> Callable[..., Any]:
 
 # module -> function -> what takes its place
 _REPLACED = {
-    "sglang.kernels.ops.moe.moe_wna16_marlin": ("moe_wna16_marlin_gemm", _without_atomics),
-    "sglang.kernels.ops.quantization.gptq_marlin": ("gptq_marlin_gemm", _without_atomics),
+    "sglang.kernels.ops.moe.moe_wna16_marlin": ("moe_wna16_marlin_gemm", _repeatable),
+    "sglang.kernels.ops.quantization.gptq_marlin": ("gptq_marlin_gemm", _repeatable),
     "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size": ("moe_align_block_size", _aligned_in_order),
     "mixprec_runtime.experts.routing": ("sort", _sorted_in_order),
 }

@@ -3,9 +3,10 @@
     export PYTHONPATH=tests
     python -m support.sglang.ask MODEL '{"dtype": "bfloat16", "logits": true, "engine": {"tp_size": 2}}'
 
-Answers are greedy tokens and their logprobs for fixed prompts, and memory; on demand the distribution at every position
-of the prompts, and tokens a second, once for each line on standard input. Nothing here mentions mixprec: SGLang finds
-its plugin, or serves without it.
+Answers are greedy tokens and their logprobs for fixed prompts, and memory; on demand the same after weights and cache
+were released and resumed (``sleep``), the distribution at every position of the prompts, what texts lose (``texts``: a
+file with a JSON list of their tokens), and tokens a second, once for each line on standard input. Nothing here mentions
+mixprec: SGLang finds its plugin, or serves without it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +51,29 @@ def answer(engine: Any, ids: list[list[int]], new_tokens: int) -> dict[str, Any]
     return {
         "tokens": [o["output_ids"] for o in out],
         "logprobs": [[entry[0] for entry in o["meta_info"]["output_token_logprobs"]] for o in out],
+        # Tokens a step; None without drafts.
+        "accepted": [o["meta_info"].get("spec_accept_length") for o in out],
     }
+
+
+def read(engine: Any, text: list[int], **more: Any) -> dict[str, Any]:
+    """``meta_info`` of a text with the logprobs of its tokens, and what ``more`` asks for."""
+    found: dict[str, Any] = engine.generate(
+        input_ids=text,
+        sampling_params={"temperature": 0, "max_new_tokens": 1},
+        return_logprob=True,
+        logprob_start_len=0,
+        **more,
+    )["meta_info"]
+    return found
 
 
 def distributions(engine: Any, ids: list[list[int]], vocab: int) -> list[list[list[float]]]:
     """Log probabilities ``[prompt][position][token]``, at the positions after the first token."""
     rows = []
     for prompt in ids:
-        out = engine.generate(
-            input_ids=prompt,
-            sampling_params={"temperature": 0, "max_new_tokens": 1},
-            return_logprob=True,
-            logprob_start_len=0,
-            top_logprobs_num=vocab,
-        )
         positions = []
-        for top in out["meta_info"]["input_top_logprobs"][1:]:
+        for top in read(engine, prompt, top_logprobs_num=vocab)["input_top_logprobs"][1:]:
             row = [0.0] * vocab
             for logprob, token, _ in top:
                 row[token] = logprob
@@ -73,8 +82,14 @@ def distributions(engine: Any, ids: list[list[int]], vocab: int) -> list[list[li
     return rows
 
 
-def speed(engine: Any, vocab: int) -> dict[str, float]:
-    """Tokens a second: decoding at three batch sizes, and prefill of one prompt of 4,096 tokens."""
+def losses(engine: Any, texts: list[list[int]]) -> list[float]:
+    """Nats a token of each text, after its first token."""
+    each = [read(engine, text)["input_token_logprobs"][1:] for text in texts]
+    return [-statistics.fmean(logprob for logprob, *_ in tokens) for tokens in each]
+
+
+def speed(engine: Any, vocab: int, batches: Sequence[int] = (1, 16, 128), steps: int = 256) -> dict[str, float]:
+    """Tokens a second: decoding ``steps`` tokens at batch sizes, and prefill of one prompt of 4,096 tokens."""
 
     def run(ids: list[list[int]], new_tokens: int) -> float:
         started = time.perf_counter()
@@ -83,9 +98,9 @@ def speed(engine: Any, vocab: int) -> dict[str, float]:
         return time.perf_counter() - started
 
     rates = {}
-    for batch in (1, 16, 128):
+    for batch in batches:
         ids = prompts(vocab, batch, 16)
-        rates[f"decode {batch}"] = batch * 256 / (run(ids, 264) - run(ids, 8))
+        rates[f"decode {batch}"] = batch * steps / (run(ids, steps + 8) - run(ids, 8))
     rates["prefill 4096"] = 4096 / statistics.median(run(prompts(vocab, 1, 4096), 1) for _ in range(5))
     return rates
 
@@ -112,7 +127,8 @@ def main() -> None:
     import sglang
 
     path, options = sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
-    vocab = json.loads(Path(path, "config.json").read_text())["vocab_size"]
+    config = json.loads(Path(path, "config.json").read_text())
+    vocab = config.get("text_config", config)["vocab_size"]
     started = time.perf_counter()
     engine = sglang.Engine(
         model_path=path, dtype=options.get("dtype", "auto"), **{**QUIET, **options.get("engine", {})}
@@ -121,16 +137,24 @@ def main() -> None:
     ids = options.get("ids") or prompts(vocab, options.get("prompts", 32), 24)
     if options.get("answer", True):
         result |= answer(engine, ids, options.get("new_tokens", 64))
+    if options.get("sleep"):
+        engine.release_memory_occupation()
+        engine.resume_memory_occupation()
+        engine.flush_cache()
+        result["awake"] = answer(engine, ids, options.get("new_tokens", 64))
     if options.get("logits"):
         result["distributions"] = distributions(engine, prompts(vocab, 4, 64), vocab)
+    if options.get("texts"):
+        result["losses"] = losses(engine, json.loads(Path(options["texts"]).read_text()))
     if options.get("record"):
         result["recorded"] = recorded(engine, ids)
     if options.get("speed"):
         # A line on standard input starts a measurement, so that two engines are measured in turns.
-        speed(engine, vocab)
+        asked = {key: options[key] for key in ("batches", "steps") if key in options}
+        speed(engine, vocab, **asked)
         print("ready", flush=True)
         for _ in sys.stdin:
-            print("measured", json.dumps(speed(engine, vocab)), flush=True)
+            print("measured", json.dumps(speed(engine, vocab, **asked)), flush=True)
     info = engine.get_server_info()["internal_states"][0]
     result["memory"] = info.get("mixprec")
     result["activity"] = info.get("mixprec_expert_activity")

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for each of SGLang's classes of each family, and how the class loads them."""
+"""Tiny checkpoints for each of SGLang's classes of each family, by the class's name, and how the class loads them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+from mixprec_build.families.draft_class import Draft
+from mixprec_build.families.facts import ModelFacts
 from mixprec_runtime.asking.answer import Answer, ask
 from mixprec_runtime.asking.comparison import Module
-from support import serving
+from support import gpt_oss, serving
 from support.families import TINY, tensors_of
+from support.family_parts import EXPERTS
 from support.sglang.harness import publish, server_args
 
-__all__ = ["ASKED", "Asked", "answer_of", "modules_of"]
+__all__ = ["ASKED", "DRAFTED", "Asked", "answer_of", "modules_of"]
 
 
 class Asked(NamedTuple):
@@ -48,6 +52,33 @@ def _text_only(name: str, architecture: str) -> Asked:
     return Asked(text, tensors, inner.options)
 
 
+def _of_stacked(name: str) -> Asked:
+    """A tiny model with each projection of all experts in one tensor, the only form that its class loads."""
+    inner = _of_tiny(name)
+    tensors = {}
+    for tensor, (dtype, shape) in inner.tensors.items():
+        block, found, rest = tensor.partition(".experts.")
+        of_all = f"{block}.{rest.partition('.')[2]}"
+        tensors[of_all if found else tensor] = (dtype, (EXPERTS, *shape) if found else shape)
+    return inner._replace(tensors=tensors)
+
+
+# Models whose class is asked with another, and further models of a class
+_AGAIN = ("kimi_k2", "deepseek_v3")
+_FURTHER = ("qwen3_5_moe_auto_round", "kimi_k25_packed", "nemotron_h_latent", "gemma4_moe")
+
+
+def _of_gpt_oss() -> Asked:
+    """A release with experts in BF16, which the class loads without a quantization config of its own."""
+    dtypes = {"bfloat16": "BF16"}
+    tensors = {name: (dtypes[value.dtype.name], value.shape) for name, value in gpt_oss.unquantized().items()}
+    config = {**gpt_oss.config(), "torch_dtype": "bfloat16"}
+    del config["quantization_config"]
+    return Asked(config, tensors, {"moe_runner_backend": "triton"})
+
+
+_STACKED = {"Step3p5ForCausalLM": "step3p5", "Step3p7ForConditionalGeneration": "step3p7"}
+
 ASKED: Mapping[str, Asked] = {
     "LlamaForCausalLM": _of_shape(serving.LLAMA),
     "MistralForCausalLM": _of_shape(serving.LLAMA, architectures=["MistralForCausalLM"], model_type="mistral"),
@@ -62,19 +93,42 @@ ASKED: Mapping[str, Asked] = {
     "Qwen3_5ForCausalLM": _text_only("qwen3_5", "Qwen3_5ForCausalLM"),
     "Qwen3_5MoeForCausalLM": _text_only("qwen3_5_moe", "Qwen3_5MoeForCausalLM"),
     "CohereForCausalLM": _of_tiny("cohere2", architectures=["CohereForCausalLM"], model_type="cohere"),
-    **{model.config["architectures"][0]: _of_tiny(name) for name, model in TINY.items() if name != "kimi_k2"},
+    "MiMoV2ForCausalLM": _of_tiny("mimo_v2", architectures=["MiMoV2ForCausalLM"], model_type="mimo_v2_flash"),
+    "BailingMoEForCausalLM": _of_tiny("bailing_moe", architectures=["BailingMoEForCausalLM"]),
+    "BailingMoeForCausalLM": _of_tiny("bailing_moe", architectures=["BailingMoeForCausalLM"]),
+    **{
+        model.config["architectures"][0]: _of_tiny(name)
+        for name, model in TINY.items()
+        if name not in (*_AGAIN, *_FURTHER)
+    },
+    **{name: _of_tiny(name) for name in _FURTHER},
+    "GptOssForCausalLM": _of_gpt_oss(),
+    **{name: _of_stacked(tiny) for name, tiny in _STACKED.items()},
 }
 
+_DRAFTED: Mapping[str, Asked] = {**ASKED, "DeepseekV3ForCausalLM": _of_tiny("deepseek_v3")}
+DRAFTED = {
+    name: asked
+    for name, asked in _DRAFTED.items()
+    if (facts := ModelFacts.of(asked.config)).draft_layers and Draft.of(facts) is not None
+}
+"""The checkpoints of ``ASKED`` with draft layers that mixprec serves."""
 
-def answer_of(asked: Asked, folder: Path) -> Answer:
-    """The answer of SGLang's class; config.json is written to ``folder``."""
+
+def answer_of(asked: Asked, folder: Path, *, draft: bool = False) -> Answer:
+    """The answer of SGLang's class, with ``draft`` of that for draft layers; config.json is written to ``folder``."""
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.rotary_embedding import factory
 
     (folder / "config.json").write_text(json.dumps(asked.config))
-    args = server_args(folder, dtype="bfloat16", load_format="dummy", **asked.options)
+    # GLM's class for draft layers takes this from the arguments, which the model's own class changes before.
+    alone = {"disable_shared_experts_fusion": True} if draft else {}
+    args = server_args(folder, dtype="bfloat16", load_format="dummy", **asked.options, **alone)
     publish(args)
     tensors = ((name, dtype, shape) for name, (dtype, shape) in asked.tensors.items())
-    return ask(ModelConfig.from_server_args(args), tensors)
+    # SGLang keeps rotary embeddings for all models of a process: those of this one have no values.
+    with patch.dict(factory._ROPE_DICT, clear=True):
+        return ask(ModelConfig.from_server_args(args, is_draft_model=draft), tensors)
 
 
 def modules_of(asked: Asked) -> dict[str, Module]:

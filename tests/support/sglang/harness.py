@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,8 +26,9 @@ import mixprec_runtime.cpu.engine
 from support.serving import Shape, write_sources
 
 __all__ = [
-    "Changed", "build", "free_port", "groups_of", "last_json", "load", "make", "parameters_of", "rank_of",
-    "run_python", "serve", "server_args", "sources", "stage_of", "start", "tensors_of",
+    "Changed", "Lacking", "build", "change_config", "change_tensors", "experts_at", "free_port", "groups_of",
+    "last_json", "load", "make", "parameters_of", "rank_of", "run_python", "serve", "server_args", "sources",
+    "stage_of", "start", "tensors_of",
 ]  # fmt: skip
 
 VARIANTS = [
@@ -68,6 +69,26 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: t for path in sorted(checkpoint.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
+def change_tensors(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Has ``edit`` change the tensors of a checkpoint, which is written again, in one file."""
+    from safetensors.torch import save_file
+
+    tensors = tensors_of(checkpoint)
+    edit(tensors)
+    first, *rest = sorted(checkpoint.glob("*.safetensors"))
+    for path in rest:
+        path.unlink()
+    save_file(tensors, first, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, first.name)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def change_config(checkpoint: Path, values: Mapping[str, Any]) -> None:
+    """Adds ``values`` to a checkpoint's ``config.json``."""
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 # SGLang in another process
 
 
@@ -105,6 +126,9 @@ def start() -> None:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import get_parallel
 
+    from support.sglang.configs import register_configs
+
+    register_configs()
     load_plugins()
     marlin_utils.get_device_capability = lambda *_: (9, 0)
     publish(server_args("dummy"))
@@ -134,6 +158,18 @@ class Changed:
         self.__dict__ |= values
 
     def __getattr__(self, name: str) -> Any:
+        return getattr(self._args, name)
+
+
+class Lacking:
+    """``ServerArgs`` without one of its arguments, as if SGLang had renamed it."""
+
+    def __init__(self, args: Any, name: str):
+        self._args, self._name = args, name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            raise AttributeError(name)
         return getattr(self._args, name)
 
 
@@ -192,6 +228,24 @@ def stage_of(rank: int, stages: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def experts_at(places: list[list[int]]) -> Iterator[None]:
+    """Has each layer's experts be at other places, as ``--init-expert-location`` does: the expert at each place."""
+    from sglang.srt.eplb import expert_location
+    from sglang.srt.layers.moe.fused_moe_triton import layer
+
+    logical = torch.tensor(places)
+    metadata = types.SimpleNamespace(
+        physical_to_logical_map_cpu=logical,
+        num_logical_experts=len({*places[0]}),
+        logical_to_all_physical=lambda layer, expert, *_: [p for p, e in enumerate(places[layer]) if e == expert],
+    )
+    with ExitStack() as stack:
+        for module in (expert_location, layer):
+            stack.enter_context(patch.object(module, "get_global_expert_location_metadata", lambda: metadata))
+        yield
+
+
 class _Group:
     """A process group of one rank, with the rank and size of a larger one."""
 
@@ -203,9 +257,12 @@ class _Group:
         return getattr(self._group, name)
 
 
-def make(checkpoint: Path, dtype: str = "bfloat16", **options: Any) -> tuple[torch.nn.Module, Any]:
+def make(
+    checkpoint: Path, dtype: str = "bfloat16", *, draft: bool = False, **options: Any
+) -> tuple[torch.nn.Module, Any]:
     """SGLang's model for a checkpoint, before loading, and its ``ModelConfig``. ``options`` are of ``ServerArgs``.
 
+    With ``draft``, the model that drafts for speculative decoding.
     With ``load_format="safetensors"``, SGLang's own loader will read the merged files, tensor by tensor.
     """
     from sglang.srt.configs.load_config import LoadConfig
@@ -214,7 +271,7 @@ def make(checkpoint: Path, dtype: str = "bfloat16", **options: Any) -> tuple[tor
 
     args = server_args(checkpoint, dtype=dtype, **options)
     publish(args)
-    config = ModelConfig.from_server_args(args)
+    config = ModelConfig.from_server_args(args, is_draft_model=draft)
     how = LoadConfig(load_format=args.load_format)
     quantization = loader._get_quantization_config(config, how)
     before = torch.get_default_dtype()

@@ -8,8 +8,8 @@ run(layer, x, ids, topk_weights)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,17 +19,20 @@ from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
 from mixprec_build.formats.int8 import Int8
+from mixprec_build.formats.mxfp4 import Mxfp4
 from mixprec_build.formats.nvfp4 import Nvfp4
 from mixprec_build.formats.packed import Packed
+from mixprec_build.formats.w4afp8 import W4afp8
 from mixprec_build.patterns.pattern import Pattern
 from support.serving import quantize
 
-__all__ = ["DEVICE", "FORMATS", "make_layer", "reference", "run", "start_sglang"]
+__all__ = ["ACTIVATIONS", "DEVICE", "FORMATS", "PROJECTIONS", "make_layer", "reference", "run", "start_sglang"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {
     "bf16": Dense("BF16"),
     "fp8_block": Fp8("block", "dynamic", (128, 128)),
+    "fp8_e8m0_32": Fp8("block", "dynamic", (32, 32), scale_fmt="ue8m0"),
     "fp8_channel": Fp8("channel"),
     "fp8_tensor": Fp8("tensor"),
     "int8_channel": Int8("channel"),
@@ -41,9 +44,18 @@ FORMATS = {
     "ct_int8": Packed(8, -1, True, False),
     "nvfp4": Nvfp4("modelopt", "static"),
     "ct_nvfp4": Nvfp4("compressed-tensors", "static"),
+    "mxfp4": Mxfp4(),
+    "ct_mxfp4": Mxfp4("weight_packed"),
+    "deepseek_mxfp4": Mxfp4("weight", "I8", "scale", "F8_E8M0"),
+    "w4afp8": W4afp8(),
 }
+PROJECTIONS = [kind for kind, fmt in FORMATS.items() if not fmt.experts_whole]
+"""Formats that gate and up, or down, of an expert may be in alone."""
 PREFIX = "model.layers.0.mlp.experts"
 Weights = dict[tuple[int, str], torch.Tensor]
+Activation = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+"""Gate and up (None where experts have no gate, and the first is up) -> what down multiplies."""
+_SHARDS = ("w1", "w3", "w2")
 
 
 def start_sglang(port: int = 29511) -> None:
@@ -78,11 +90,13 @@ def make_layer(
 ) -> tuple[torch.nn.Module, Weights]:
     """A loaded layer whose experts have these formats, in this order, and their dequantized weights in float32.
 
-    ``config``: SGLang's own quantization config, for a layer without mixprec.
+    ``config``: SGLang's own quantization config, for a layer without mixprec. ``options`` are of FusedMoE; with
+    ``is_gated=False``, experts have ``w1`` and ``w2`` only.
     """
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     from mixprec_runtime.config import MixPrecConfig
+    from mixprec_runtime.formats.registry import served
 
     # "fp8_block/gptq_int4": gate and up in the first format, down in the second.
     kinds = [kind for kind, count in groups for _ in range(count)]
@@ -105,13 +119,17 @@ def make_layer(
     generator = torch.Generator(DEVICE).manual_seed(seed)
     for expert, kind in enumerate(kinds):
         for shard, n, k in (("w1", intermediate, hidden), ("w3", intermediate, hidden), ("w2", hidden, intermediate)):
+            if shard == "w3" and not options.get("is_gated", True):
+                continue
             weight = torch.randn(n, k, generator=generator, device=DEVICE) / k**0.5
             ups, _, downs = kind.partition("/")
-            tensors, weights[expert, shard] = quantize(weight, (downs or ups) if shard == "w2" else ups)
+            of_part = (downs or ups) if shard == "w2" else ups
+            tensors, weights[expert, shard] = quantize(weight, of_part)
+            fmt = FORMATS[of_part]
             for leaf, tensor in tensors.items():
                 name = f"{'w2' if shard == 'w2' else 'w13'}_{leaf}"
-                parameter = dict(layer.named_parameters())[name]
-                parameter.weight_loader(parameter, tensor, f"experts.{name}", shard_id=shard, expert_id=expert)
+                parameter, loaded = dict(layer.named_parameters())[name], served(fmt).as_loaded(fmt, leaf, tensor)
+                parameter.weight_loader(parameter, loaded, f"experts.{name}", shard_id=shard, expert_id=expert)
     for module in list(layer.modules()):
         method = getattr(module, "quant_method", None)
         if method is not None:
@@ -151,15 +169,77 @@ def run(layer: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -
     return out.hidden_states
 
 
-def reference(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dense: Weights) -> torch.Tensor:
-    """The layer in float64."""
+def silu_gate(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """The activation of most models."""
+    assert up is not None
+    return torch.nn.functional.silu(gate) * up
+
+
+def reference(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    dense: Weights,
+    activate: Activation = silu_gate,
+    *,
+    weighted_inputs: bool = False,
+) -> torch.Tensor:
+    """The layer in float64.
+
+    ``weighted_inputs``: the router's weights are those of inputs, not of outputs.
+    """
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in ids.unique().tolist():
         if expert < 0:
             continue
         token, choice = (ids == expert).nonzero(as_tuple=True)
-        h = x[token].double()
-        w1, w3, w2 = (dense[expert, shard].double() for shard in ("w1", "w3", "w2"))
-        y = (torch.nn.functional.silu(h @ w1.t()) * (h @ w3.t())) @ w2.t()
-        out.index_add_(0, token, y * weights[token, choice, None].double())
+        h, weight = x[token].double(), weights[token, choice, None].double()
+        if weighted_inputs:
+            h, weight = h * weight, torch.ones_like(weight)
+        w1, w3, w2 = (dense[expert, shard].double() if (expert, shard) in dense else None for shard in _SHARDS)
+        assert w1 is not None and w2 is not None
+        y = activate(h @ w1.t(), None if w3 is None else h @ w3.t()) @ w2.t()
+        out.index_add_(0, token, y * weight)
     return out
+
+
+def _limited(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    assert up is not None
+    return torch.nn.functional.silu(gate).clamp(max=0.5) * up.clamp(-0.5, 0.5)
+
+
+def _with_alpha(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    assert up is not None
+    gate = gate.clamp(max=0.5)
+    return gate * torch.sigmoid(1.7 * gate) * (up.clamp(-0.5, 0.5) + 1)
+
+
+def _gelu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.gelu(gate) * (1 if up is None else up)
+
+
+class OtherActivation(NamedTuple):
+    """An activation that is not gated SiLU, of experts that are computed format by format."""
+
+    options: Mapping[str, Any]
+    """Of FusedMoE."""
+    activate: Activation
+    weighted_inputs: bool = False
+    marlin: bool = True
+    """Whether Marlin computes it."""
+
+
+ACTIVATIONS: Mapping[str, OtherActivation] = {
+    "relu2": OtherActivation({"activation": "relu2", "is_gated": False}, lambda up, _: torch.relu(up).square()),
+    "silu without a gate": OtherActivation(
+        {"activation": "silu", "is_gated": False}, lambda up, _: torch.nn.functional.silu(up)
+    ),
+    "gelu": OtherActivation({"activation": "gelu"}, _gelu, marlin=False),
+    "swiglu with alpha and limit": OtherActivation(
+        {"gemm1_alpha": 1.7, "gemm1_clamp_limit": 0.5, "gate_up_interleaved": False}, _with_alpha
+    ),
+    "silu with a limit": OtherActivation({"gemm1_clamp_limit": 0.5}, _limited, marlin=False),
+    "weighted inputs": OtherActivation(
+        {"apply_router_weight_on_input": True}, silu_gate, weighted_inputs=True, marlin=False
+    ),
+}

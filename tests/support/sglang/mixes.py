@@ -15,7 +15,7 @@ import torch
 from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, Shape
 from support.sglang.harness import VARIANTS, build, sources, tensors_of
 
-__all__ = ["EIGHT", "HEADS", "MIXES", "RELEASES", "Expected", "Mix", "mix"]
+__all__ = ["ALL", "EIGHT", "FLOATS", "FOURS", "HEADS", "MIXES", "RELEASES", "Expected", "Mix", "mix"]
 
 # Large enough for four ranks of every format.
 _SIZES = {"hidden": 512, "intermediate": 1024, "expert_intermediate": 512, "heads": 4, "kv_heads": 2, "head_dim": 128}
@@ -194,9 +194,47 @@ HEADS: Mapping[str, Mix] = {
 }
 
 
+# Mixes with experts in 4-bit floats of several producers.
+FLOATS: Mapping[str, Mix] = {
+    "mxfp4": (
+        QWEN3_MOE.of(**_SIZES, layers=3),
+        {
+            "model.layers.*.self_attn.*": "fp8_block",
+            "model.layers.0.mlp.experts.*": "ct_mxfp4",
+            "model.layers.1.mlp.experts.*": "deepseek_mxfp4",
+            "model.layers.1.mlp.experts.{0..2}.*": "fp8_block",
+            "model.layers.1.mlp.experts.4.*": "mxfp4",
+            "model.layers.1.mlp.experts.6.*": "bf16",
+            "model.layers.2.mlp.experts.*": "mxfp4",
+            "model.layers.2.mlp.experts.{1,3}.down_proj": "gptq_int4",
+            "model.layers.2.mlp.experts.5.*": "deepseek_mxfp4",
+            "model.layers.2.mlp.experts.5.down_proj": "ct_mxfp4",
+        },
+    ),
+}
+
+# Mixes of 4-bit formats with scales of several levels, whose parameters :class:`Expected` does not know.
+FOURS: Mapping[str, Mix] = {
+    "w4afp8_and_nvfp4": (
+        QWEN3_MOE.of(**_SIZES, layers=3),
+        {
+            "model.layers.*.self_attn.*": "fp8_e8m0_32",
+            "model.layers.0.mlp.experts.*": "w4afp8",
+            "model.layers.1.mlp.experts.*": "nvfp4",
+            "model.layers.1.mlp.experts.{0..2}.*": "fp8_bytes",
+            "model.layers.1.mlp.experts.4.*": "w4afp8",
+            "model.layers.2.mlp.experts.*": "ct_nvfp4",
+            "model.layers.2.mlp.experts.{1,3}.down_proj": "fp8_e8m0",
+        },
+    ),
+}
+
+ALL: Mapping[str, Mix] = {**MIXES, **EIGHT, **RELEASES, **HEADS, **FLOATS, **FOURS}
+
+
 def mix(folder: Path, name: str) -> Path:
     """The checkpoint of that name, built once below ``folder``."""
-    out, (shape, lines) = folder / name, {**MIXES, **EIGHT, **RELEASES, **HEADS}[name]
+    out, (shape, lines) = folder / name, ALL[name]
     if out.exists():
         return out
     variants = VARIANTS if name in MIXES else sorted({"bf16", *lines.values()})
@@ -237,7 +275,7 @@ _REPLICATED = ("gate", "fused_qkv_a_proj_with_mqa")
 
 # Leaf -> the axes of the module's outputs and inputs.
 _AXES = {
-    "weight": (0, 1), "weight_scale_inv": (0, 1), "weight_scale": (0, 1), "bias": (0, None),
+    "weight": (0, 1), "weight_scale_inv": (0, 1), "weight_scale": (0, 1), "scale": (0, 1), "bias": (0, None),
     "qweight": (1, 0), "qzeros": (1, 0), "scales": (1, 0), "g_idx": (None, 0),
     "weight_packed": (0, 1), "weight_zero_point": (0, 1), "weight_g_idx": (None, 0), "weight_shape": (None, None),
 }  # fmt: skip
@@ -306,7 +344,8 @@ class Expected:
             ]
             for leaf in each[0]:
                 stacked = torch.stack([_bytes(tensors[leaf]) for tensors in each]).view(each[0][leaf].dtype)
-                if leaf in ("weight_packed", "weight_scale") and "weight_packed" in each[0]:
+                words = each[0].get("weight_packed")
+                if leaf in ("weight_packed", "weight_scale") and words is not None and words.dtype == torch.int32:
                     stacked = stacked.transpose(1, 2)  # as SGLang's loader does
                 scalars = leaf == "weight_scale" and each[0][leaf].numel() == len(parts)
                 out[f"{weight}_{leaf}"] = stacked.squeeze(-1) if scalars else stacked
@@ -363,5 +402,5 @@ class Expected:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of FP8, for which some versions of torch lack cat and stack."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+    """The bytes of 8-bit floats, for which some versions of torch lack cat and stack."""
+    return tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor

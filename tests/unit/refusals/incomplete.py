@@ -9,10 +9,10 @@ from .case import Case, configure, drop, llama, nonzero_bias, sized, spec
 MISSING = {
     "modules by a glob": Case(
         {"fp8": spec(sized(DEEPSEEK, mtp=1), "fp8_block", skip=("*.kv_b_proj",)), "int4": spec(DEEPSEEK, "gptq_int4")},
-        ("model.layers.*.mlp.experts.*: int4",),
+        ("model.layers.{0..2}.mlp.experts.*: int4",),
         (
             "`int4` has no model.layers.2.mlp.experts.{0..3}.{down_proj,gate_proj,up_proj} (12 modules), which "
-            "line 6 `model.layers.*.mlp.experts.*: int4` takes from it",
+            "line 6 `model.layers.{0..2}.mlp.experts.*: int4` takes from it",
             "Add below line 6: `model.layers.2.mlp.experts.{0..3}.{down_proj,gate_proj,up_proj}: fp8`",
         ),
         hard=True,
@@ -39,6 +39,7 @@ MISSING = {
         ),
         ("`int4` has no model.layers.2.eh_proj (1 module)", "Change line 7 to `model.layers.2.eh_proj: bf16`"),
         hard=True,
+        fixes=2,  # the other modules of the draft layer are missing then
     ),
     "half of a fused group": Case(
         # Following the advice leaves gate_proj in Int4 alone, which is refused with advice of its own.

@@ -22,7 +22,7 @@ def test_companions_are_copied_and_nothing_else(mix: Path, tmp_path: Path) -> No
     written = tree(build(mix, tmp_path / "out"))
     assert {name: written.pop(name) for name in COMPANIONS} == COMPANIONS
     assert not written.keys() & LEFT_BEHIND.keys()
-    assert set(written) == {"config.json", INDEX, MANIFEST, "model-00001-of-00001.safetensors"}
+    assert set(written) == {"README.md", "config.json", INDEX, MANIFEST, "model-00001-of-00001.safetensors"}
 
 
 def test_config_keeps_the_models_keys(own_mix: Path, tmp_path: Path) -> None:

@@ -1,0 +1,16 @@
+"""Hunyuan 1, dense and MoE (``models/hunyuan.py``), whose class does not tell its layers their numbers."""
+
+from __future__ import annotations
+
+from .base import Family
+
+__all__ = ["HUNYUAN"]
+
+HUNYUAN = Family(
+    model_types=frozenset({"hunyuan_v1_moe", "hunyuan_v1_dense", "hunyuan"}),
+    architectures=frozenset({"HunYuanMoEV1ForCausalLM", "HunYuanDenseV1ForCausalLM"}),
+    inner=(("gate.wg", "gate"),),
+    routers=frozenset({"gate", "wg"}),
+    checked=True,
+    can_be_cut=True,
+)

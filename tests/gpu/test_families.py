@@ -1,0 +1,171 @@
+"""A mix of each model family on a real GPU, beside SGLang's own BF16 class with the mix's dequantized weights.
+
+    python -m pytest tests/gpu/test_families.py -k "family and glm4_moe"
+
+The tiny models are those that ``tests/sglang/test_families.py`` loads. Two servers of a family start together, and
+several families at a time; a family that fails leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sglang.srt")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from support.families import TINY  # noqa: E402
+from support.run import environment  # noqa: E402
+from support.sglang.families import dequantized, family_mix  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+HERE = Path(__file__).parent
+AT_ONCE = 4
+PORT = 25000
+# For a few short prompts, one at a time.
+ENGINE: Mapping[str, Any] = {
+    "mem_fraction_static": 0.3,
+    "max_total_tokens": 8192,
+    "cuda_graph_max_bs_decode": 1, "cuda_graph_bs_decode": [1],
+    "cuda_graph_max_bs_prefill": 64, "cuda_graph_bs_prefill": [64],
+}  # fmt: skip
+# The tiny models have no files of an image processor.
+TEXT = {"enable_multimodal": False}
+DELTA_NET = {"max_mamba_cache_size": 32, "max_running_requests": 4}
+# Prompts are shorter than what the indexer selects, so that attention to all tokens is the same. It needs kernels of
+# DeepGEMM and FlashMLA; the Triton backend leaves it out.
+NO_INDEXER = {"disable_cuda_graph": True}
+
+# Family -> arguments of its engine, beside those of the tiny model.
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_5": {**TEXT, **DELTA_NET},
+    "qwen3_5_moe": {**TEXT, **DELTA_NET},
+    "qwen3_next": {**DELTA_NET, "disable_shared_experts_fusion": True},
+    "qwen3_vl_moe": TEXT,
+    "glm4_moe": {"disable_shared_experts_fusion": True},
+    "deepseek_v32": NO_INDEXER,
+    "glm_moe_dsa": NO_INDEXER,
+    "kimi_k2": {},
+    "kimi_k25": TEXT,
+    "minimax_m2": {},
+    "mistral3": TEXT,
+    "ernie4_5": {},
+    "ernie4_5_moe": {},
+    "olmoe": {},
+    "gemma3": {},
+    "cohere2": {},
+    "phi3": {},
+    "granite": {},
+}
+
+# The largest distances allowed: of means and medians in prefill, and of steps in decoding.
+EXPERTS = 0.2, 0.06, 0.3
+DENSE = 0.05, 0.04, 0.25
+
+
+class Answers(NamedTuple):
+    mix: Mapping[str, Any]
+    dense: Mapping[str, Any]
+
+
+class Servers:
+    """Starts both servers of each family that is asked for, at most :data:`AT_ONCE` families at a time."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._running: dict[str, Future[Answers]] = {}
+
+    def of(self, name: str) -> Future[Answers]:
+        if name not in self._running:
+            # Engines that start together must not find the same port free.
+            self._running[name] = self._pool.submit(self._serve, name, PORT + 40 * len(self._running))
+        return self._running[name]
+
+    def end(self) -> None:
+        """Cancels what has not started."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _serve(self, name: str, port: int) -> Answers:
+        mix = family_mix(self._folder, name)
+        dense = dequantized(mix, mix.parent / "dense")
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(self._ask, name, path, port + 20 * i) for i, path in enumerate((mix, dense))]
+        return Answers(*(future.result() for future in both))
+
+    def _ask(self, name: str, path: Path, port: int) -> dict[str, Any]:
+        engine = {**ENGINE, **TINY[name].options, **FAMILIES[name], "nccl_port": port}
+        options = {"dtype": "bfloat16", "logits": True, "prompts": 8, "new_tokens": 16, "engine": engine}
+        command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=400, env=environment(HERE / "repeatable")
+        )
+        if done.returncode:
+            raise AssertionError(f"{' '.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}")
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+
+@pytest.fixture(scope="module")
+def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    servers = Servers(tmp_path_factory.mktemp("families"))
+    # All of this run at once; the tests then wait for theirs.
+    for item in request.session.items:
+        chosen = getattr(item, "callspec", None)
+        if chosen is not None and item.name.startswith("test_a_family"):
+            servers.of(chosen.params["name"])
+    yield servers
+    servers.end()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_answers_as_its_dequantized_weights(servers: Servers, name: str) -> None:
+    """Prefill and decoding differ from the BF16 class by what rounding activations to FP8 does, and no more.
+
+    Distances are relative, since some tiny models tell tokens apart much less than others: in prefill, to the
+    distance between neighbouring positions; in decoding, to the spread of logprobs over the vocabulary. In
+    transformers, rounded activations move the mean in prefill by 0.06 at most and the median by 0.02 where a token
+    goes to another of eight experts now and then, and both by 0.02 in dense models; one ``o_proj`` with its rows in
+    reverse moves both by 0.3 to 1.
+    """
+    answers = servers.of(name).result()
+    p, q = (torch.tensor(answer["distributions"], dtype=torch.float64) for answer in (answers.dense, answers.mix))
+    apart = _divergence(p, q).flatten()
+    between = _divergence(p[:, 1:], p[:, :-1]).mean()
+    steps = _decoded_apart(answers) / p.std(-1).mean()
+    print(
+        f"\n{name}: KL mean {apart.mean():.1e} median {apart.median():.1e} max {apart.max():.1e}, between positions "
+        f"{between:.1e}; {len(steps)} tokens decoded alike, logprobs apart by {steps.median():.1e} of their spread"
+    )
+    mean, median, step = EXPERTS if any(".experts." in pattern for pattern in TINY[name].lines) else DENSE
+    assert apart.mean() < mean * between
+    assert apart.median() < median * between
+    # How soon the two decode another token is chance: two of Qwen3.5's experts are near for many tokens.
+    assert len(steps) >= 2 and steps.median() < step
+
+
+def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _decoded_apart(answers: Answers) -> torch.Tensor:
+    """Differences of the logprobs of all tokens up to the first that the servers do not agree on, but the first of
+    each prompt, which is of its prefill."""
+    differences: list[float] = []
+    for number, tokens in enumerate(answers.mix["tokens"]):
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(tokens, answers.dense["tokens"][number], strict=True))
+        count = len(list(alike))
+        ours, theirs = answers.mix["logprobs"][number], answers.dense["logprobs"][number]
+        differences += [abs(a - b) for a, b in zip(ours[1:count], theirs[1:count], strict=True)]
+    return torch.tensor(differences, dtype=torch.float64)

@@ -1,0 +1,170 @@
+"""Names and shapes of all tensors of models beside an encoder of images, and tiny models of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from support.family_parts import (
+    _DECODER,
+    _DENSE_LINES,
+    _OUTER,
+    EXPERTS,
+    Config,
+    Tensor,
+    Tensors,
+    TinyModel,
+    _dense,
+    _layer_norms,
+    _linear,
+    _norm,
+)
+from support.more_families import GEMMA4, STEP, STEP_LINES, TRITON, gemma4_tensors, step_tensors
+
+__all__ = ["GEMMA3", "IMAGE_TENSORS", "IMAGE_TINY", "gemma3_tensors"]
+
+_GEMMA_NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)  # fmt: skip
+
+
+# Gemma 3
+
+
+def gemma3_tensors(config: Config, p: str = "model.", head: str = "lm_head") -> Tensors:
+    yield from _dense(config, p, head, norms="head", around=_GEMMA_NORMS)
+
+
+def _siglip(p: str, c: Config) -> Tensors:
+    hidden, size = c["hidden_size"], c["intermediate_size"]
+    yield Tensor(f"{p}embeddings.patch_embedding.weight", (hidden, 3, c["patch_size"], c["patch_size"]))
+    yield Tensor(f"{p}embeddings.patch_embedding.bias", (hidden,))
+    yield Tensor(f"{p}embeddings.position_embedding.weight", ((c["image_size"] // c["patch_size"]) ** 2, hidden))
+    for layer in range(c["num_hidden_layers"]):
+        at = f"{p}encoder.layers.{layer}."
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _linear(f"{at}self_attn.{name}", hidden, hidden, bias=True, linear=False)
+        yield from _linear(f"{at}mlp.fc1", size, hidden, bias=True, linear=False)
+        yield from _linear(f"{at}mlp.fc2", hidden, size, bias=True, linear=False)
+        yield from _norm(f"{at}layer_norm1", hidden, bias=True)
+        yield from _norm(f"{at}layer_norm2", hidden, bias=True)
+    yield from _norm(f"{p}post_layernorm", hidden, bias=True)
+
+
+def _gemma3(config: Config) -> Tensors:
+    text, vision = {**config["text_config"], "tie_word_embeddings": True}, config["vision_config"]
+    yield from gemma3_tensors(text, "language_model.model.", "language_model.lm_head")
+    yield from _siglip("vision_tower.vision_model.", vision)
+    yield Tensor("multi_modal_projector.mm_input_projection_weight", (vision["hidden_size"], text["hidden_size"]))
+    yield from _norm("multi_modal_projector.mm_soft_emb_norm", vision["hidden_size"])
+
+
+# Gemma 4
+
+
+def _gemma4(config: Config) -> Tensors:
+    text, c = config["text_config"], config["vision_config"]
+    yield from gemma4_tensors({**text, "tie_word_embeddings": True}, "model.language_model.")
+    hidden, size, patch = c["hidden_size"], c["intermediate_size"], 3 * c["patch_size"] ** 2
+    p, inner, kv = "model.vision_tower.", c["head_dim"] * c["num_attention_heads"], c["num_key_value_heads"]
+    yield Tensor(f"{p}patch_embedder.position_embedding_table", (2, c["position_embedding_size"], hidden))
+    yield from _linear(f"{p}patch_embedder.input_proj", hidden, patch, linear=False)
+    for layer in range(c["num_hidden_layers"]):
+        at = f"{p}encoder.layers.{layer}."
+        for name, outputs in (("q", inner), ("k", kv * c["head_dim"]), ("v", kv * c["head_dim"])):
+            yield from _linear(f"{at}self_attn.{name}_proj.linear", outputs, hidden, linear=False)
+        yield from _linear(f"{at}self_attn.o_proj.linear", hidden, inner, linear=False)
+        yield from _norm(f"{at}self_attn.q_norm", c["head_dim"])
+        yield from _norm(f"{at}self_attn.k_norm", c["head_dim"])
+        for name in ("gate", "up"):
+            yield from _linear(f"{at}mlp.{name}_proj.linear", size, hidden, linear=False)
+        yield from _linear(f"{at}mlp.down_proj.linear", hidden, size, linear=False)
+        yield from _layer_norms(at, hidden, *_GEMMA_NORMS)
+    yield from _linear("model.embed_vision.embedding_projection", text["hidden_size"], hidden, linear=False)
+
+
+# Step 3.7
+
+
+def _step(config: Config) -> Tensors:
+    yield from step_tensors({**config["text_config"], "tie_word_embeddings": False})
+    c, p = config["vision_config"], "vision_model."
+    hidden, size = c["width"], int(c["width"] * c["mlp_ratio"])
+    yield Tensor(f"{p}conv1.weight", (hidden, 3, c["patch_size"], c["patch_size"]))
+    yield Tensor(f"{p}positional_embedding", ((c["image_size"] // c["patch_size"]) ** 2, hidden))
+    yield from _norm(f"{p}ln_pre", hidden, bias=True)
+    for layer in range(c["layers"]):
+        at = f"{p}transformer.resblocks.{layer}."
+        yield Tensor(f"{at}attn.in_proj_weight", (3 * hidden, hidden))
+        yield Tensor(f"{at}attn.in_proj_bias", (3 * hidden,))
+        yield from _linear(f"{at}attn.out_proj", hidden, hidden, bias=True, linear=False)
+        yield from _linear(f"{at}mlp.c_fc", size, hidden, bias=True, linear=False)
+        yield from _linear(f"{at}mlp.c_proj", hidden, size, bias=True, linear=False)
+        for name in ("ln_1", "ln_2"):
+            yield from _norm(f"{at}{name}", hidden, bias=True)
+        for name in ("ls_1", "ls_2"):
+            yield Tensor(f"{at}{name}.gamma", (hidden,))
+    for number, width in ((1, hidden), (2, 2 * hidden)):
+        yield Tensor(f"{p}vit_downsampler{number}.weight", (2 * width, width, 3, 3))
+        yield Tensor(f"{p}vit_downsampler{number}.bias", (2 * width,))
+    yield from _linear("vit_large_projector", config["text_config"]["hidden_size"], 4 * hidden, linear=False)
+
+
+IMAGE_TENSORS: Mapping[str, Callable[[Config], Tensors]] = {
+    "Gemma3ForConditionalGeneration": _gemma3,
+    "Gemma4ForConditionalGeneration": _gemma4,
+    "Step3p7ForConditionalGeneration": _step,
+}
+
+
+# Tiny models
+
+GEMMA3: Config = {
+    **_DECODER, **_OUTER, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+    "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 128,
+    "sliding_window": 64, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+_SIGLIP: Config = {
+    "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "num_channels": 3, "vision_use_head": False,
+}  # fmt: skip
+_GEMMA4_VISION: Config = {
+    "model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "patch_size": 16, "pooling_kernel_size": 3,
+    "position_embedding_size": 16, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+IMAGE_TINY: Mapping[str, TinyModel] = {
+    "gemma3_images": TinyModel(
+        {
+            **_OUTER, "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
+            "tie_word_embeddings": True, "text_config": GEMMA3, "vision_config": _SIGLIP, "mm_tokens_per_image": 4,
+            "boi_token_index": 500, "eoi_token_index": 501, "image_token_index": 502,
+        },
+        _DENSE_LINES, degrees=((2, 1),),
+    ),
+    "gemma4_images": TinyModel(
+        {
+            **_OUTER, "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4",
+            "tie_word_embeddings": True, "vision_config": _GEMMA4_VISION, "image_token_id": 500,
+            "text_config": {
+                **GEMMA4, "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2,
+                "moe_intermediate_size": 256, "attention_k_eq_v": True, "global_head_dim": 256,
+                "num_global_key_value_heads": 1,
+            },
+        },
+        {**_DENSE_LINES, "*.experts.*": "fp8", "*.layers.1.experts.{0..2}.*": "bf16"},
+        options=TRITON, degrees=((2, 2),),
+    ),
+    "step3p7": TinyModel(
+        {
+            **_OUTER, "architectures": ["Step3p7ForConditionalGeneration"], "model_type": "step3p7",
+            "text_config": {**STEP, "dtype": "bfloat16"}, "image_token_id": 500,
+            "vision_config": {
+                "model_type": "perception_encoder", "width": 64, "layers": 1, "heads": 2, "image_size": 28,
+                "patch_size": 14, "mlp_ratio": 2.0,
+            },
+        },
+        STEP_LINES, degrees=((2, 1), (2, 2)),
+    ),
+}  # fmt: skip

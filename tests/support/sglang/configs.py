@@ -1,0 +1,22 @@
+"""Configs of models whose releases bring a class of their own for them, which transformers does not have."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+__all__ = ["register_configs"]
+
+_WITHOUT_CLASS = ("bailing_moe", "internlm2", "mimo_v2_flash")
+
+
+def register_configs() -> None:
+    """Registers a class for each of them that neither transformers nor SGLang has registered.
+
+    It takes any key, as releases' own classes do after their defaults.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    for model_type in _WITHOUT_CLASS:
+        made = type(f"{model_type}_config", (PretrainedConfig,), {"model_type": model_type})
+        with suppress(ValueError):
+            AutoConfig.register(model_type, made)
