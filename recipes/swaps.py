@@ -91,7 +91,7 @@ class InTransformers:
             for name, layer in self._layers.items()
         ]
         for window in self._windows:
-            self._exact.append(self._logprobs(window))
+            self._exact.append(self.logprobs(window))
             self._outputs.append(dict(outputs))
         for hook in hooks:
             hook.remove()
@@ -106,7 +106,7 @@ class InTransformers:
             for name in skipped:
                 self._layers[name].forward = lambda *_, out=self._outputs[at][name], **__: out  # type: ignore[method-assign]
             try:
-                mine = self._logprobs(window)
+                mine = self.logprobs(window)
             finally:
                 for name in skipped:
                     del self._layers[name].forward
@@ -115,10 +115,11 @@ class InTransformers:
             tokens += len(window)
         return total / tokens
 
-    def _logprobs(self, window: torch.Tensor) -> torch.Tensor:
+    def logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of every token after each of ``tokens`` ``[..., T]``: float32 ``[..., T, vocabulary]``."""
         with torch.no_grad():
-            logits = self._model(window[None].to(self.device), use_cache=False).logits[0]
-        return torch.log_softmax(logits.float(), -1)
+            logits = self._model(tokens.reshape(-1, tokens.shape[-1]).to(self.device), use_cache=False).logits
+        return torch.log_softmax(logits.float(), -1).reshape(*tokens.shape, -1)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -176,9 +177,8 @@ class Judge:
     ):
         self._runs, self._weights = runs, weights
         self._now: dict[str, str] = {}
-        kinds = {kind: [window.to(runs.device) for window in windows] for kind, windows in kinds.items()}
-        self._kinds = kinds
-        self._exact = {kind: [runs._logprobs(window) for window in windows] for kind, windows in kinds.items()}
+        self._kinds = {kind: [some.to(runs.device) for some in batches(windows)] for kind, windows in kinds.items()}
+        self._exact = {kind: [runs.logprobs(some) for some in each] for kind, each in self._kinds.items()}
 
     def judge(self, mix: Mix) -> dict[str, tuple[Floats, Floats]]:
         """Kind -> nats a token of the text, and KL from BF16, of each window."""
@@ -186,14 +186,19 @@ class Judge:
         self._runs.put({name: self._weights(name, source) for name, source in changed.items()})
         self._now |= changed
         out = {}
-        for kind, windows in self._kinds.items():
+        for kind, each in self._kinds.items():
             losses, kls = [], []
-            for window, exact in zip(windows, self._exact[kind], strict=True):
-                mine = self._runs._logprobs(window)
-                losses.append(-mine[:-1].gather(1, window[1:, None]).mean().item())
-                kls.append((exact.exp() * (exact - mine)).sum(-1).mean().item())
+            for windows, exact in zip(each, self._exact[kind], strict=True):
+                mine = self._runs.logprobs(windows)
+                losses += (-mine[:, :-1].gather(2, windows[:, 1:, None]).mean((1, 2))).tolist()
+                kls += (exact.exp() * (exact - mine)).sum(-1).mean(1).tolist()
             out[kind] = np.array(losses), np.array(kls)
         return out
+
+
+def batches(windows: Sequence[torch.Tensor], size: int = 8) -> list[torch.Tensor]:
+    """Windows ``[T]``, those of one length side by side: ``[B, T]``, up to ``size`` of them."""
+    return [some for _, alike in itertools.groupby(windows, len) for some in torch.stack(list(alike)).split(size)]
 
 
 def filled(groups: Sequence[Group], order: Iterable[str], room: int) -> Mix:
@@ -300,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     @functools.cache
     def weight(name: str, source: str) -> torch.Tensor:
-        return torch.from_numpy(sources.by_name[source].dequantize(name))
+        return torch.from_numpy(sources.by_name[source].dequantize(name)).to(runs.device)
 
     judge = Judge(runs, weight, {of: windows("held", of) for of in kinds})
     print("| MB | mix | " + " | ".join(f"{of}: perplexity | KL (95 %)" for of in kinds) + " |")

@@ -29,6 +29,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ TOY = QWEN3_MOE.of(experts=8)
 BATCHES = (1, 8, 32, 128, 256, 512)
 STEPS = 128
 PROMPT = 16
+PREFILL = 4096
 NAMES = ("fp8", "int4", "experts4", "mix")
 LOAD = {"random-input-len": 1024, "random-output-len": 256, "num-prompts": 256}
 Rates = Mapping[str, float]
@@ -101,16 +103,23 @@ def start(path: Path, port: int, batches: Sequence[int]) -> Served:
     engine = {
         "cuda_graph_max_bs_decode": max(batches),
         "cuda_graph_bs_decode": sorted({*batches}),
+        "cuda_graph_max_bs_prefill": PREFILL,
+        "cuda_graph_bs_prefill": [PREFILL],
         "mem_fraction_static": 0.9,
         "max_total_tokens": max(8192, max(batches) * (PROMPT + STEPS + 16)),
         "max_running_requests": max(batches),
         "sleep_on_idle": True,
         "nccl_port": port,
     }
-    options = {"dtype": "bfloat16", "answer": False, "speed": True, "engine": engine}
+    options = {"dtype": dtype_of(path.name), "answer": False, "speed": True, "engine": engine}
     found = Served(path, {**options, "batches": [*batches], "steps": STEPS})
     found.wait()
     return found
+
+
+def dtype_of(name: str) -> str:
+    """Stock SGLang runs GPTQ's experts in FP16 only."""
+    return "half" if name == "gptq_int4" else "bfloat16"
 
 
 def predicted(fp8: float, experts4: float, share: float) -> float:
@@ -144,8 +153,10 @@ def step_table(measured: Mapping[str, Sequence[Rates]], share: float) -> list[st
 
 
 def steps(folders: Mapping[str, Path], batches: Sequence[int], turns: int, share: float) -> None:
-    # One after the other: an engine sizes its cache by the memory that is free while it starts.
-    served = {name: start(path, 22000 + 20 * at, batches) for at, (name, path) in enumerate(folders.items())}
+    with ThreadPoolExecutor(len(folders)) as pool:
+        ports = range(22000, 23000, 20)
+        started = pool.map(lambda path, port: start(path, port, batches), folders.values(), ports)
+        served = dict(zip(folders, started, strict=True))
     measured: dict[str, list[Rates]] = {name: [] for name in served}
     for number in range(turns):
         for name in list(served)[:: -1 if number % 2 else 1]:
@@ -168,7 +179,7 @@ def load(folders: Mapping[str, Path], memory: Sequence[float], rates: Sequence[s
     for limit in memory:
         for name, path in folders.items():
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(path), "--port", str(port)]
-            command += ["--mem-fraction-static", str(limit), "--dtype", "bfloat16", "--disable-radix-cache"]
+            command += ["--mem-fraction-static", str(limit), "--dtype", dtype_of(path.name), "--disable-radix-cache"]
             log = path.parent / f"{name}-{limit}.log"
             with log.open("w") as file:
                 server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)

@@ -1,6 +1,7 @@
 """Trains a mixture of experts of Qwen3-MoE's architecture, on text that this machine has, for `frontier.py`.
 
-    PYTHONPATH=tests python tests/benchmarks/trained_moe.py FOLDER --minutes 9    # again to continue, until it is done
+    PYTHONPATH=tests python tests/benchmarks/trained_moe.py FOLDER --minutes 9                  # one run
+    PYTHONPATH=tests python tests/benchmarks/trained_moe.py FOLDER --minutes 9 --steps 4000    # again, until it is done
 
 270 million parameters: 12 layers, hidden size 768, 32 experts of 256, 4 a token, in sizes that SGLang's kernels run.
 It is trained from scratch, by next-token loss and the usual load-balancing loss of the router: SmolLM2's hidden size of
@@ -13,7 +14,8 @@ reStructuredText and descriptions of packages, and /usr/share/doc (licences besi
 but into FOLDER. One file of fifty, by a hash of its text, is held out. Its tokenizer is a byte-level BPE of the text.
 
 A run ends after `--minutes` with its state in FOLDER/state.pt; the last one writes the model to FOLDER/bf16, and the
-held-out tokens of each kind to FOLDER/held-KIND.npy, beside some of the trained ones, FOLDER/seen-KIND.npy.
+held-out tokens of each kind to FOLDER/held-KIND.npy, beside some of the trained ones, FOLDER/seen-KIND.npy. Without
+`--steps` there is one run, of as many as it has time for.
 """
 
 from __future__ import annotations
@@ -46,6 +48,9 @@ MOST_BYTES = 400_000
 """Longer files are tables and generated code."""
 HELD_OUT = 50
 WINDOW = 1024
+MOST_STEPS = 100_000
+TIMED = 10, 40
+"""Steps whose time says how many there is time for: the first ones compile."""
 FULL = {
     "vocab_size": 16384, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_key_value_heads": 4, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
@@ -224,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only-text", action="store_true", help="none but that of --text")
     parser.add_argument("--most", type=int, default=80_000_000, help="bytes of each kind")
     parser.add_argument("--minutes", type=float, default=9, help="end this run after as many")
-    parser.add_argument("--steps", type=int, default=4000, help="in all runs")
+    parser.add_argument("--steps", type=int, help="in all runs; by default as many as --minutes allow one")
     parser.add_argument("--batch", type=int, default=64, help="windows a step")
     parser.add_argument("--parts", type=int, default=4, help="forward passes a step")
     parser.add_argument("--window", type=int, default=WINDOW)
@@ -236,23 +241,30 @@ def main(arguments: list[str] | None = None) -> None:
     prepare(args.out, [] if args.only_text else default_folders(), more, args.most, sizes["vocab_size"])
     names: list[str] = json.loads((args.out / "kinds.json").read_text())
     kinds = {kind: np.load(args.out / f"train-{kind}.npy", mmap_mode="r") for kind in names}
-    training, state = Training(sizes, args.steps, args.rate), args.out / "state.pt"
-    if state.exists():
+    training, state = Training(sizes, args.steps or MOST_STEPS, args.rate), args.out / "state.pt"
+    if state.exists() and args.steps is not None:
         training.load(state)
     print(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, step {training.step}", flush=True)
-    while training.step < args.steps and time.monotonic() - started < args.minutes * 60:
+    marks, until = [time.monotonic()], started + args.minutes * 60
+    while training.step < training.steps and time.monotonic() < until:
         loss = training.train(batch_of(kinds, args.batch, args.window, training.step), args.parts)
+        marks.append(time.monotonic())
+        if args.steps is None and len(marks) == TIMED[1]:
+            each = (marks[-1] - marks[TIMED[0]]) / (TIMED[1] - 1 - TIMED[0])
+            training.steps = training.step + max(0, int((until - marks[-1]) / each * 0.97))
+            print(f"{each:.3f} s a step: {training.steps} steps", flush=True)
         if training.step % 50 == 0 or training.step == 1:
             print(f"step {training.step}: loss {loss:.3f}, {time.monotonic() - started:.0f} s", flush=True)
-    training.save(state)
+    if args.steps is not None:
+        training.save(state)
     training.model.eval()
     for kind in names:
         tokens: Tokens = np.load(args.out / f"held-{kind}.npy")
         print(
             f"{kind}, held out: {held_out_loss(training.model, tokens, args.window, 64):.3f} nats a token", flush=True
         )
-    if training.step < args.steps:
-        print(f"{training.step} of {args.steps} steps; the same command continues")
+    if args.steps is not None and training.step < training.steps:
+        print(f"{training.step} of {training.steps} steps; the same command continues")
         return
     training.model.config.output_router_logits = False
     training.model.to(torch.bfloat16).save_pretrained(args.out / "bf16")

@@ -25,17 +25,17 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from support.families import TINY  # noqa: E402
-from support.run import environment  # noqa: E402
+from support.run import ENGINES_AT_ONCE, environment  # noqa: E402
 from support.sglang.families import dequantized, family_mix  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 HERE = Path(__file__).parent
-AT_ONCE = 4
+AT_ONCE = ENGINES_AT_ONCE // 2
 PORT = 25000
 # For a few short prompts, one at a time.
 ENGINE: Mapping[str, Any] = {
-    "mem_fraction_static": 0.3,
+    "mem_fraction_static": 0.6,
     "max_total_tokens": 8192,
     "cuda_graph_max_bs_decode": 1, "cuda_graph_bs_decode": [1],
     "cuda_graph_max_bs_prefill": 64, "cuda_graph_bs_prefill": [64],

@@ -24,7 +24,7 @@ pytest.importorskip("sglang.srt")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from support.run import environment  # noqa: E402
+from support.run import ENGINES_AT_ONCE, environment  # noqa: E402
 from support.serving import DEEPSEEK, LLAMA, MIXTRAL, QWEN2_MOE, QWEN3, QWEN3_MOE, Shape, write_sources  # noqa: E402
 from support.sglang.ask import COMPILED  # noqa: E402
 
@@ -131,7 +131,7 @@ class Server:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._pool = ThreadPoolExecutor(8)
+        self._pool = ThreadPoolExecutor(ENGINES_AT_ONCE)
         self._sources: dict[Shape, dict[str, Path]] = {}
         self._running: dict[tuple[str, str], Future[dict[str, Any]]] = {}
 
@@ -170,7 +170,7 @@ class Server:
 
     def _run(self, path: Path, script: str, options: Mapping[str, Any], port: int) -> dict[str, Any]:
         engine = {
-            "mem_fraction_static": 0.3,
+            "mem_fraction_static": 0.6,
             "max_total_tokens": 32768,
             **GRAPHS,
             "nccl_port": port,

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from support.families import TinyModel  # noqa: E402
-from support.run import environment  # noqa: E402
+from support.run import ENGINES_AT_ONCE, environment  # noqa: E402
 from support.sglang.ask import prompts  # noqa: E402
 from support.sglang.families import write_family, write_recipe  # noqa: E402
 from support.speculative import (  # noqa: E402
@@ -158,7 +158,7 @@ class Servers:
     """Serves each checkpoint once, several side by side."""
 
     def __init__(self, folder: Folder):
-        self._folder, self._pool = folder, ThreadPoolExecutor(8)
+        self._folder, self._pool = folder, ThreadPoolExecutor(ENGINES_AT_ONCE)
         self._running: dict[str, Future[dict[str, Any]]] = {}
 
     def ask(self, name: str, run: Callable[[Folder], Run]) -> Future[dict[str, Any]]:
@@ -173,7 +173,7 @@ class Servers:
 
 
 def _ask(name: str, path: Path, engine: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = {"mem_fraction_static": 0.3, "max_total_tokens": 8192, "disable_cuda_graph": True}
+    sizes = {"mem_fraction_static": 0.6, "max_total_tokens": 8192, "disable_cuda_graph": True}
     options = {
         "dtype": "bfloat16", "prompts": PROMPTS, "new_tokens": NEW, "engine": {**sizes, **engine},
     }  # fmt: skip

@@ -24,7 +24,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32).e
 runs = script["InTransformers"](model, bf16.facts.family, [])
 for mix in ({}, json.loads(sys.argv[5])):
     runs.put({name: torch.from_numpy(int4.dequantize(name)) for name in mix})
-    print(json.dumps([-runs._logprobs(w)[:-1].gather(1, w[1:, None]).mean().item() for w in tokens.split(48)]))
+    print(json.dumps([-runs.logprobs(w)[:-1].gather(1, w[1:, None]).mean().item() for w in tokens.split(48)]))
 """
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-__all__ = ["SMALL", "Sizes", "config", "tensors", "unquantized", "write"]
+__all__ = ["SMALL", "Sizes", "config", "dequantized", "tensors", "unquantized", "write"]
 
 Array = np.ndarray[Any, Any]
 
@@ -70,6 +70,19 @@ def unquantized(sizes: Sizes = SMALL, seed: int = 0) -> dict[str, Array]:
             values = rng.standard_normal((experts, 32 * blocks, outputs)) / 8
             made[name.removesuffix("_blocks")] = values.astype(ml_dtypes.bfloat16)
     return made
+
+
+def dequantized(made: dict[str, Array]) -> dict[str, Array]:
+    """The tensors of ``made`` with experts in BF16, of the same values, as :func:`unquantized` has them."""
+    out = dict(made)
+    for name in [name for name in made if name.endswith("_blocks")]:
+        stem = name.removesuffix("_blocks")
+        blocks, exponents = out.pop(name), out.pop(f"{stem}_scales").astype(np.int32) - 127
+        codes = np.stack([blocks & 15, blocks >> 4], -1).astype(np.uint8)
+        values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32).reshape(*blocks.shape[:-1], 32)
+        values = np.ldexp(values, exponents[..., None]).reshape(*blocks.shape[:2], -1)
+        out[stem] = np.ascontiguousarray(values.swapaxes(1, 2).astype(ml_dtypes.bfloat16))
+    return out
 
 
 def config(sizes: Sizes = SMALL) -> dict[str, Any]:

@@ -21,7 +21,11 @@ from unittest.mock import patch
 
 from typer.testing import CliRunner
 
-__all__ = ["Ended", "Run", "at_most", "call", "cpu_seconds", "environment", "invoke", "run_python"]
+__all__ = ["ENGINES_AT_ONCE", "Ended", "Run", "at_most", "call", "cpu_seconds", "environment", "invoke", "run_python"]
+
+
+ENGINES_AT_ONCE = max(4, (os.cpu_count() or 0) // 2)
+"""Engines of SGLang that start side by side: their starts take cores, not the GPU."""
 
 
 class Ended(NamedTuple):

@@ -84,6 +84,13 @@ def test_a_moe_is_trained_over_two_runs_and_loads(tmp_path: Path, capsys: pytest
     names = open_source(str(tmp_path / "out" / "bf16")).checkpoint.modules
     assert "model.layers.1.mlp.experts.7.down_proj" in names
 
+    one_run = [word for word in arguments if word not in ("--steps", "16")]
+    script["main"].__globals__["TIMED"] = 1, 4
+    script["main"]([*one_run, "--minutes", "0.1"])
+    out = capsys.readouterr().out
+    steps = int(out.partition("s a step: ")[2].split()[0])
+    assert steps >= 4 and f"{tmp_path / 'out' / 'bf16'}: written" in out
+
 
 def test_the_frontier_of_a_small_moe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

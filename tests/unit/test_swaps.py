@@ -173,7 +173,7 @@ def test_a_swaps_loss_is_that_of_a_model_with_these_weights(tmp_path: Path, shap
         other.put(weights(names, source))
         expected, tokens = 0.0, 0
         for at, window in enumerate(ids.split(24)):
-            exact, mine = runs._exact[at], other._logprobs(window)
+            exact, mine = runs._exact[at], other.logprobs(window)
             expected += float((exact.double().exp() * (exact.double() - mine.double())).sum())
             tokens += len(window)
         assert loss == pytest.approx(expected / tokens, rel=1e-3, abs=1e-7)
