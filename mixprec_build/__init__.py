@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .api import build, inspect, memory, plan, split, suggest, verify
     from .errors import (
         BudgetError,
+        DeviceError,
         HubError,
         InterruptedBuildError,
         MissingPartsError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetError",
+    "DeviceError",
     "HubError",
     "InterruptedBuildError",
     "MissingPartsError",

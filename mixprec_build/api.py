@@ -22,6 +22,8 @@ Layout = Literal["merged", "presplit", "both"]
 """The files of a checkpoint: those of the complete model, those cut for ranks, or both."""
 Check = Literal["sample", "full"]
 """The quantized modules whose weights are compared with unquantized ones: a sample, or all."""
+Device = Literal["auto", "cpu", "cuda"]
+"""Numpy, torch on a GPU, or the latter where torch is installed and finds one. Both measure the same errors."""
 
 
 def plan(
@@ -285,6 +287,7 @@ def suggest(
     pins: Sequence[tuple[str, str]] = (),
     floors: Sequence[tuple[str, str]] = (),
     errors: str | PathLike[str] | None = None,
+    device: Device = "auto",
     allow_unservable: bool = False,
     jobs: int | None = None,
 ) -> Suggestion:
@@ -307,14 +310,16 @@ def suggest(
         pins: ``(pattern, source)``: the only source for these modules.
         floors: ``(pattern, format)``: no format of fewer bits for these modules.
         errors: a file that stores measured errors; below ``~/.cache/mixprec`` by default.
+        device: where errors are measured.
         allow_unservable: as for :func:`plan`.
-        jobs: measuring threads; one a CPU by default.
+        jobs: measuring threads; one a CPU by default, on a GPU at most 16.
 
     Returns:
         The plan of the mix, its bytes and loss, and the alternatives.
 
     Raises:
         BudgetError: no mix fits into the budget; the message states the smallest.
+        DeviceError: ``device`` is ``cuda``, and torch is missing or finds no GPU.
         OutputError: ``out`` exists, or cannot be written.
         RecipeError, SourceError, StatsError, RefusedError: see their docstrings.
     """
@@ -342,7 +347,7 @@ def suggest(
         allow_unservable=allow_unservable,
     )
     with DistortionCache(default_cache() if errors is None else Path(errors)) as cache:
-        suggestion = run(base, open_sources(base), request, cache, jobs=jobs)
+        suggestion = run(base, open_sources(base), request, cache, device=device, jobs=jobs)
     if out is not None:
         write_recipe(suggestion, Path(out), force=force)
     return suggestion

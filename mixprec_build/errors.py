@@ -5,6 +5,7 @@
     ├── SourceError              a checkpoint: a missing or damaged file, a format that contradicts itself
     │   └── HubError             a checkpoint on the Hugging Face Hub that cannot be reached or read
     ├── StatsError               expert activity that cannot be read, or that belongs to another model
+    ├── DeviceError              a GPU was asked for that cannot be used
     ├── BudgetError              no mix of the sources fits into the budget
     ├── RefusedError             the recipe and its sources are sound, the mix is not; carries every problem
     ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "BudgetError",
+    "DeviceError",
     "HubError",
     "InterruptedBuildError",
     "MissingPartsError",
@@ -74,6 +76,10 @@ class HubError(SourceError):
 
 class StatsError(MixprecError):
     """A file of expert activity that is damaged, of another kind, or of another model than the recipe's."""
+
+
+class DeviceError(MixprecError):
+    """A GPU that was asked for and cannot be used here."""
 
 
 class BudgetError(MixprecError):

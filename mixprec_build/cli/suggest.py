@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from ..storage.threads import Progress
 
 __all__ = ["suggest"]
+
+
+class Device(str, Enum):
+    """Values of ``--device``: where errors are measured."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 def suggest(
@@ -57,6 +66,10 @@ def suggest(
         Path | None,
         typer.Option(help="Where measured errors are kept; by default below ~/.cache/mixprec.", show_default=False),
     ] = None,
+    device: Annotated[
+        Device,
+        typer.Option(help="Measure errors by numpy, or by torch on a GPU; `auto`: there where torch finds one."),
+    ] = Device.AUTO,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
     allow: Allow = [],  # noqa: B006
     jobs: Jobs = None,
@@ -105,7 +118,7 @@ def suggest(
         def watch(total: int) -> Progress:
             return stack.enter_context(progress_bar("measuring", total, quiet or as_json))
 
-        suggestion = run(recipe, open_sources(recipe), request, cache, jobs=jobs, watch=watch)
+        suggestion = run(recipe, open_sources(recipe), request, cache, device=device.value, jobs=jobs, watch=watch)
     write_recipe(suggestion, out, force=force)
     if plot is not None:
         from ..report.figures import draw_frontier

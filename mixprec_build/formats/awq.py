@@ -27,8 +27,8 @@ from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import auto_round
+from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, FormatError, Kind, check_tensor, only_leaves, shape_text
-from .floats import to_float32
 from .grouped import Grouped, marlin_kind
 from .marlin import FLOATS
 
@@ -135,21 +135,19 @@ class Awq(Grouped):
     def row_join_limit(self) -> str | None:
         return "by rows, and packed formats hold outputs in columns"
 
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        weight = _unpack(tensors["qweight"])
-        weight -= self._by_input(_unpack(tensors["qzeros"]), weight.shape[1])
-        weight *= self._by_input(to_float32(tensors["scales"].T), weight.shape[1])
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
+        weight = _unpack(tensors["qweight"], on)
+        weight -= self._by_input(_unpack(tensors["qzeros"], on), weight.shape[1], on)
+        weight *= self._by_input(on.float32(tensors["scales"].T), weight.shape[1], on)
         return weight
 
 
-def _unpack(words: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _unpack(words: npt.NDArray[Any], on: Arrays) -> npt.NDArray[np.float32]:
     """``[R, C]`` 32-bit words -> ``[C * 8, R]`` values, in the order of the outputs."""
-    import numpy as np
-
-    rows = np.ascontiguousarray(words.T).view(np.int32)
-    values = np.empty((len(rows), _PACK, rows.shape[1]), np.float32)
+    rows = on.contiguous(words.T)
+    values = on.empty((len(rows), _PACK, rows.shape[1]))
     for output, place in enumerate(_PLACES):
-        values[:, output] = rows >> np.int32(4 * place) & np.int32(15)
+        values[:, output] = rows >> 4 * place & 15
     return values.reshape(-1, rows.shape[1])
 
 

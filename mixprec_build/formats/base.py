@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .arrays import NUMPY, Arrays
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -99,6 +101,9 @@ class Format(ABC):
     """SGLang's kernels for experts; others than Triton have fewer activations."""
     gated_experts_only: ClassVar[bool] = False
     """Whether SGLang runs only experts that have a gate."""
+    portable: ClassVar[bool] = False
+    """Whether :meth:`dequantize` computes with any :class:`~.arrays.Arrays`, as on a GPU; else it takes numpy's
+    alone."""
     methods: ClassVar[Mapping[str, Set[str] | None]] = {}
     """``quant_method`` of configurations that may declare it -> keys that are understood; None for those of any
     method."""
@@ -243,11 +248,12 @@ class Format(ABC):
         return None
 
     @abstractmethod
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
         """The weight in float32 from a module's tensors by leaf: a new array, or a tensor itself if that is the weight.
 
         Tensors may be those of some outputs: cut along :meth:`axes`, where no word of packed values and no block of
-        scales is of others too; or of outputs within one block, with its scales.
+        scales is of others too; or of outputs within one block, with its scales. Those that have the outputs' axis are
+        arrays of ``on``, as is the weight; all others are numpy's in any case.
         """
 
 

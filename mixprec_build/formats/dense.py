@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, Format, FormatError, Kind, only_leaves, shape_text
-from .floats import to_float32
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +39,7 @@ class Dense(Format):
         **{dtype.lower(): Kind(bits, words=None) for dtype, bits in _OTHER.items()},
     }
     leaves: ClassVar[frozenset[str]] = frozenset({"", "weight", "bias", "scale"})
+    portable: ClassVar[bool] = True
 
     dtype: str
 
@@ -90,8 +91,8 @@ class Dense(Format):
     def axes(self, leaf: str) -> Axes:
         return Axes(n=Axis(0)) if leaf == "bias" else Axes(n=Axis(0), k=Axis(1))
 
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        return to_float32(tensors[_leaf(tensors)])
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
+        return on.float32(tensors[_leaf(tensors)])
 
 
 def _leaf(leaves: Collection[str]) -> str:

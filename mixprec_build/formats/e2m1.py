@@ -9,24 +9,24 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .arrays import Arrays
+
 __all__ = ["unpack_pairs"]
 
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def unpack_pairs(codes: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def unpack_pairs(codes: npt.NDArray[Any], on: Arrays) -> npt.NDArray[np.float32]:
     """The values in bytes ``[..., C]``, of whatever dtype, as ``[..., 2 * C]``."""
-    import numpy as np
-
-    return _pairs().take(codes.view(np.uint8)).view(np.float32)
+    return on.lookup(_pairs(), codes)
 
 
 @lru_cache
-def _pairs() -> npt.NDArray[np.uint64]:
-    """The two values in each byte, in the bits of one number: both are looked up at once."""
+def _pairs() -> npt.NDArray[np.float32]:
+    """The two values in each byte: ``[256, 2]``."""
     import numpy as np
 
     values = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], np.float32)
     codes = np.arange(256)
-    return np.stack([values[codes & 15], values[codes >> 4]], axis=-1).view(np.uint64).reshape(-1)
+    return np.stack([values[codes & 15], values[codes >> 4]], axis=-1)

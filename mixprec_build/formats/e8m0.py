@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .floats import to_float32
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .arrays import Arrays
+
 __all__ = ["E8M0_DTYPES", "powers_of_two"]
 
 
@@ -17,11 +20,18 @@ E8M0_DTYPES = ("F8_E8M0", "U8")
 """The dtypes that producers store such scales in; the bytes are the same."""
 
 
-def powers_of_two(scales: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def powers_of_two(scales: npt.NDArray[Any], on: Arrays) -> npt.NDArray[np.float32]:
     """The values of E8M0 scales, in float32 and of the same shape.
 
     ``scales`` are of one byte each, of whatever dtype. 0 is 2**-127, which is subnormal in float32 and 0 in BF16.
     """
-    import ml_dtypes
+    return on.lookup(_powers(), scales)
 
-    return to_float32(scales.view(ml_dtypes.float8_e8m0fnu))
+
+@lru_cache
+def _powers() -> npt.NDArray[np.float32]:
+    """The value of each byte: ``[256, 1]``."""
+    import ml_dtypes
+    import numpy as np
+
+    return to_float32(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu)).reshape(-1, 1)

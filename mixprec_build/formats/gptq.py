@@ -30,8 +30,8 @@ from ..patterns.budget import MatchBudget
 from ..patterns.pattern import PatternError
 from ..patterns.regexes import plain_regex
 from . import auto_round
+from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, only_leaves, shape_text
-from .floats import to_float32
 from .grouped import Grouped, marlin_kind
 from .keys import check
 from .marlin import FLOATS, unpack
@@ -286,21 +286,19 @@ class Gptq(Grouped):
         unsigned = words.view(np.uint32)
         return next((layout for layout in _OTHER if (unsigned == _symmetric_word(self.bits, layout)).all()), None)
 
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
         """Ignores zero points of symmetric weights, as kernels do; :meth:`value_limits` checks them."""
-        import numpy as np
-
-        weight = to_float32(unpack(tensors["qweight"].T, self.bits))
+        weight = on.float32(unpack(tensors["qweight"].T, self.bits, on))
         order = tensors.get("g_idx")
         if self.sym:
             weight -= 1 << (self.bits - 1)
         else:
-            zeros = unpack(tensors["qzeros"], self.bits)  # [G, N]
+            zeros: npt.NDArray[Any] = unpack(tensors["qzeros"], self.bits, on)  # [G, N]
             if self.layout == "gptq":
                 # Modulo 2^bits: a zero point of 0 is stored as all ones.
-                zeros = (zeros + np.uint8(1)) & np.uint8((1 << self.bits) - 1)
-            weight -= self._by_input(to_float32(zeros.T), weight.shape[1], order)
-        weight *= self._by_input(to_float32(tensors["scales"].T), weight.shape[1], order)
+                zeros = (zeros + 1) & (1 << self.bits) - 1
+            weight -= self._by_input(on.float32(zeros.T), weight.shape[1], on, order)
+        weight *= self._by_input(on.float32(tensors["scales"].T), weight.shape[1], on, order)
         return weight
 
 

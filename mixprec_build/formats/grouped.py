@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .arrays import Arrays
 from .base import Axis, Format, FormatError, Kind, Reader, check_tensor, last_word, shape_text
 from .marlin import FLOATS, expert_shape_limits, half_range, linear_shape_limits, tile
 
@@ -32,6 +33,7 @@ class Grouped(Format):
     group_size: int
 
     experts_run_on: ClassVar[str] = "Marlin"
+    portable: ClassVar[bool] = True
     order: ClassVar[str] = ""
     """The tensor with each input's group; empty for a format that has none."""
     group_sizes: ClassVar[tuple[int, ...]] = (-1, 32, 64, 128)
@@ -95,7 +97,11 @@ class Grouped(Format):
         return None if self.act_order or self.group_size == -1 else Axis(dim, self.group_size)
 
     def _by_input(
-        self, groups: npt.NDArray[np.float32], inputs: int, order: npt.NDArray[np.integer[Any]] | None = None
+        self,
+        groups: npt.NDArray[np.float32],
+        inputs: int,
+        on: Arrays,
+        order: npt.NDArray[np.integer[Any]] | None = None,
     ) -> npt.NDArray[np.float32]:
         """A number for each input: ``[N, G]`` by groups -> ``[N, inputs]``, or ``[N, 1]`` where one is for all.
 
@@ -108,8 +114,8 @@ class Grouped(Format):
         size = inputs if self.group_size == -1 else min(self.group_size, inputs)
         # Most stored orders are the usual one, for which repeating takes a fourth of the time.
         if order is not None and not np.array_equal(order, np.arange(inputs, dtype=np.int32) // size):
-            return groups.take(order, axis=1)
-        return groups if groups.shape[1] == 1 else groups.repeat(size, axis=1)[:, :inputs]
+            return on.columns(groups, order)
+        return groups if groups.shape[1] == 1 else on.repeat(groups, size, 1)[:, :inputs]
 
     def _half_where_packed(self, leaf: str) -> int:
         """The filler of symmetric weights, whose zero point is half of the range."""

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .arrays import Arrays
+
 __all__ = ["FLOATS", "expert_shape_limits", "half_range", "linear_shape_limits", "tile", "unpack"]
 
 
@@ -54,15 +56,13 @@ def half_range(bits: int) -> int:
     return sum(1 << (bits - 1) << at for at in range(0, 32, bits)) - (1 << 32)
 
 
-def unpack(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+def unpack(words: npt.NDArray[Any], bits: int, on: Arrays) -> npt.NDArray[np.uint8]:
     """``[R, C]`` integers of ``bits``, 4 or 8, several to each -> ``[R, C * pack]`` values, lowest bits first."""
-    import numpy as np
-
-    octets: npt.NDArray[np.uint8] = np.ascontiguousarray(words).view(np.uint8)
+    octets = on.octets(words)
     if bits == 8:
         return octets
     # Each byte becomes two: its upper four bits are moved up by four more.
-    spread = octets.astype("<u2")
-    spread |= spread << np.uint16(4)
-    spread &= np.uint16(0x0F0F)
-    return spread.view(np.uint8)
+    spread = on.int16(octets)
+    spread |= spread << 4
+    spread &= 0x0F0F
+    return on.octets(spread)

@@ -26,6 +26,7 @@ from functools import partial
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, Format, FormatError, Kind, check_tensor, only_leaves, shape_text
 from .config_groups import METHODS, Scheme, first_fitting, groups_of
 from .e2m1 import unpack_pairs
@@ -60,6 +61,7 @@ class Mxfp4(Format):
     kinds: ClassVar[Mapping[str, Kind]] = {"mxfp4": _KIND}
     leaves: ClassVar[frozenset[str]] = frozenset({*_VALUES, *_SCALES, "bias"})
     experts_run_on: ClassVar[str] = "Marlin"
+    portable: ClassVar[bool] = True
     gated_experts_only: ClassVar[bool] = True
     methods: ClassVar[Mapping[str, Set[str] | None]] = {**QUARK, **METHODS, "mxfp4": frozenset()}
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
@@ -161,11 +163,11 @@ class Mxfp4(Format):
             hidden = 128
         return expert_shape_limits(hidden, intermediate, _BLOCK)
 
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
         import numpy as np
 
-        values = unpack_pairs(tensors[self.values])
+        values = unpack_pairs(tensors[self.values], on)
         blocks = values.reshape(len(values), -1, _BLOCK)
         with np.errstate(over="ignore"):
-            blocks *= powers_of_two(tensors[self.scales])[..., None]
+            blocks *= powers_of_two(tensors[self.scales], on)[..., None]
         return values

@@ -23,10 +23,10 @@ from functools import partial
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, last_word, only_leaves, shape_text
 from .config_groups import METHODS, Scheme, first_fitting, groups_of
 from .e2m1 import unpack_pairs
-from .floats import to_float32
 from .marlin import FLOATS, expert_shape_limits, linear_shape_limits, tile
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Nvfp4(Format):
         {"weight_scale", "bias"}.union(*((n.values, n.scale_of_all, n.inputs) for n in _NAMES.values()))
     )
     experts_run_on: ClassVar[str] = "Marlin"
+    portable: ClassVar[bool] = True
     methods: ClassVar[Mapping[str, Set[str] | None]] = {"modelopt": _KEYS, "modelopt_fp4": _KEYS, **METHODS}
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
 
@@ -196,14 +197,14 @@ class Nvfp4(Format):
     def row_join_limit(self) -> str | None:
         return f"and would keep one of their two {self.names.scale_of_all}"
 
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
         import numpy as np
 
         scale = np.float32(tensors[self.names.scale_of_all].reshape(-1)[0])
-        values = unpack_pairs(tensors[self.names.values])
+        values = unpack_pairs(tensors[self.names.values], on)
         blocks = values.reshape(len(values), -1, _BLOCK)
         with np.errstate(divide="ignore", invalid="ignore"):  # 1/g is 0 where nothing was loaded
             if self.producer == "compressed-tensors":
                 scale = 1 / scale
-            blocks *= (to_float32(tensors["weight_scale"]) * scale)[..., None]
+            blocks *= (on.float32(tensors["weight_scale"]) * scale)[..., None]
         return values

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, FormatError, Kind, Reader, check_tensor, last_word, only_leaves, shape_text
 from .config_groups import METHODS, Scheme, first_fitting, groups_of
-from .floats import to_float32
 from .grouped import Grouped, marlin_kind
 from .marlin import FLOATS, expert_shape_limits, unpack
 
@@ -207,16 +207,16 @@ class Packed(Grouped):
                 )
         return limits + (self._order_limits(parts, read, experts=experts) if self.actorder else [])
 
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
         """Ignores ``weight_shape``, which is checked in planning."""
-        weight = to_float32(unpack(tensors["weight_packed"], self.bits))
+        weight = on.float32(unpack(tensors["weight_packed"], self.bits, on))
         order = tensors["weight_g_idx"] if self.actorder else None
         if self.sym:
             weight -= 1 << (self.bits - 1)
         else:
-            zeros = unpack(tensors["weight_zero_point"].T, self.bits)  # [G, N]
-            weight -= self._by_input(to_float32(zeros.T), weight.shape[1], order)
-        weight *= self._by_input(to_float32(tensors["weight_scale"]), weight.shape[1], order)
+            zeros = unpack(tensors["weight_zero_point"].T, self.bits, on)  # [G, N]
+            weight -= self._by_input(on.float32(zeros.T), weight.shape[1], on, order)
+        weight *= self._by_input(on.float32(tensors["weight_scale"]), weight.shape[1], on, order)
         return weight
 
 

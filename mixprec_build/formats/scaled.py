@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, Format, FormatError, check_tensor, only_leaves, shape_text
 from .config_groups import Scheme, first_fitting, groups_of
 from .e8m0 import E8M0_DTYPES, powers_of_two
@@ -55,6 +56,7 @@ class Scaled(Format):
 
     leaves: ClassVar[frozenset[str]] = frozenset({"weight", *_SCALES, *_INPUTS, "bias"})
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
+    portable: ClassVar[bool] = True
     dtype: ClassVar[str]
     """The weight's safetensors dtype."""
     word: ClassVar[str]
@@ -283,20 +285,19 @@ class Scaled(Format):
     def _weight_only_limits(self, part: StoredModule) -> list[str]:
         return [f"{self.kind} with unquantized activations has no SGLang method"]
 
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        weight = to_float32(tensors["weight"])
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
+        weight = on.float32(tensors["weight"])
         stored = tensors[self.scale_leaf]
-        scale = powers_of_two(stored) if stored.itemsize == 1 else to_float32(stored)
-        if self.block is not None:
-            (n, k), (block_n, block_k) = weight.shape, self.block
-            # A block may not be larger than the weight: its size comes from a configuration.
-            scale = scale.repeat(min(block_k, k), axis=1)[:, :k]
-            if len(scale) > 1:
-                scale = scale.repeat(min(block_n, n), axis=0)[:n]
-        elif self.granularity == "channel":
-            scale = scale.reshape(-1, 1)
-        else:
-            scale = scale.reshape(())
+        if self.granularity == "tensor":
+            return weight * to_float32(stored).item()
+        scale = powers_of_two(stored, on) if stored.itemsize == 1 else on.float32(stored)
+        if self.block is None:
+            return weight * scale.reshape(-1, 1)
+        (n, k), (block_n, block_k) = weight.shape, self.block
+        # A block may not be larger than the weight: its size comes from a configuration.
+        scale = on.repeat(scale, min(block_k, k), 1)[:, :k]
+        if len(scale) > 1:
+            scale = on.repeat(scale, min(block_n, n), 0)[:n]
         return weight * scale
 
 

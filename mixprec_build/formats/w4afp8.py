@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, last_word, only_leaves, shape_text
-from .floats import to_float32
 from .marlin import unpack
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class W4afp8(Format):
     methods: ClassVar[Mapping[str, Set[str] | None]] = {"w4afp8": _KEYS | _MODELOPT_KEYS, "modelopt": _MODELOPT_KEYS}
     experts_whole: ClassVar[bool] = True
     experts_run_on: ClassVar[str] = "CUTLASS"
+    portable: ClassVar[bool] = True
     gated_experts_only: ClassVar[bool] = True
 
     @property
@@ -146,11 +147,9 @@ class W4afp8(Format):
             f"input_scale differs between {names}, which have one input, and SGLang would take one of them for both"
         ]
 
-    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-        import numpy as np
-
-        weight = to_float32(unpack(tensors["weight"], 4) ^ np.uint8(8))
+    def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
+        weight = on.float32(unpack(tensors["weight"], 4, on) ^ 8)
         weight -= 8  # codes are two's complement
         groups = weight.reshape(len(weight), -1, _GROUP)
-        groups *= to_float32(tensors["weight_scale_inv"])[..., None]
+        groups *= on.float32(tensors["weight_scale_inv"])[..., None]
         return weight

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..checkpoint.typed import Source
@@ -22,7 +23,7 @@ from ..recipe.sources import Sources
 from ..text import human, some
 from .activity import Activity
 from .choices import Choices, Group, Option, Request
-from .distortion import Distortion, DistortionCache, measure
+from .distortion import Distortion, DistortionCache, comparer_on, measure
 from .knapsack import Frontier, Solution, frontier, solve
 from .lines import recipe_lines
 from .measured import scaled
@@ -30,6 +31,7 @@ from .objective import Objective
 
 if TYPE_CHECKING:
     from ..storage.threads import Progress
+    from .comparing import Comparer
 
 __all__ = ["Suggestion", "Uniform", "suggest"]
 
@@ -73,20 +75,26 @@ def suggest(
     request: Request,
     cache: DistortionCache,
     *,
+    device: str = "auto",
     jobs: int | None = None,
     watch: Callable[[int], Progress] | None = None,
 ) -> Suggestion:
     """Measures what each choice loses, and picks the mix of least loss within the budget.
 
     Args:
+        device: where errors are measured, as :func:`~.distortion.comparer_on` has it.
         jobs: measuring threads.
         watch: called with the bytes to be measured; returns the function that is called with bytes as they are done.
 
     Raises:
         BudgetError: the smallest mix is larger than the budget.
+        DeviceError: there is no GPU for the ``device`` that was asked for.
         RecipeError: a pin or floor matches nothing or cannot be met.
         SourceError, StatsError, RefusedError: see their docstrings.
     """
+    comparer = partial(comparer_on, device)
+    if device == "cuda":
+        comparer()  # refuses at once; else the GPU is looked for when there is something to measure
     unscaled = Objective.RELATIVE_OUTPUT if request.moments else Objective.RELATIVE
     objective = request.objective or (Objective.MEASURED if request.swaps else unscaled)
     if objective.needs_moments and request.moments is None:
@@ -115,7 +123,7 @@ def suggest(
     if choices.fixed_bytes + least > request.budget:  # known before anything is measured
         raise _over_budget(planned(choices.groups, solve(costs, costs, least))[1], request.budget)
     weighed_by = unscaled if objective is Objective.MEASURED else objective
-    groups = _weighed(choices, frequencies, request, weighed_by, cache, jobs, watch)
+    groups = _weighed(choices, frequencies, request, weighed_by, cache, comparer, jobs, watch)
     notes = list(choices.notes)
     if objective is Objective.MEASURED and request.swaps is not None:
         groups, more = scaled(groups, request.swaps, list(sources.by_name))
@@ -166,6 +174,7 @@ def _weighed(
     request: Request,
     objective: Objective,
     cache: DistortionCache,
+    comparer: Callable[[], Comparer],
     jobs: int | None,
     watch: Callable[[int], Progress] | None,
 ) -> list[Group]:
@@ -187,9 +196,8 @@ def _weighed(
             "counts as exact"
         )
     total = sum(s.checkpoint.modules[name].nbytes for name, (_, others) in wanted.items() for s in others)
-    measured = measure(
-        wanted, cache, moments=request.moments, jobs=jobs, progress=None if watch is None else watch(total)
-    )
+    progress = None if watch is None else watch(total)
+    measured = measure(wanted, cache, moments=request.moments, jobs=jobs, progress=progress, comparer=comparer)
     powers = {name: distortion for (name, _), distortion in measured.items()}
     # The signal of an expert's projection is summed over all experts of its layer.
     signal: Counter[tuple[int | None, str]] = Counter()

@@ -1,46 +1,40 @@
-"""Measures how far a module's stored weights are from a reference's.
+"""Measures how far a module's stored weights are from a reference's, by numpy or on a GPU.
 
-Each thread reads one module at a time, and dequantizes and compares a few rows at a time: so many that what is made of
-them stays in a core's cache, which is several times as fast as making all of a weight. Results are appended to a file,
-a line for each module and source: a stopped run continues, and another budget measures nothing twice.
+Each thread has one module at a time. Results are appended to a file, a line for each module and source: a stopped run
+continues, and another budget measures nothing twice. They are the same wherever they were computed.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from ..checkpoint.typed import Source
-from ..errors import SourceError
+from ..errors import DeviceError, SourceError
 from ..formats.base import Format
 from ..storage.header import TensorInfo, parse_header, read_header
 from ..storage.reader import FileReader
+from .comparing import Comparer
 
-__all__ = ["Distortion", "DistortionCache", "Moments", "default_cache", "measure"]
+if TYPE_CHECKING:
+    from ..storage.reader import TensorReader
+
+__all__ = ["Distortion", "DistortionCache", "Moments", "comparer_on", "default_cache", "measure"]
 
 
 _VERSION = 1
 """Part of every key of the cache: after a change of it everything is measured again."""
-_CHUNK = 1 << 18
-"""Values dequantized at a time: 1 MiB in float32."""
-_ADDED = 64
-"""Squares that are added in float32, before float64 adds their sums."""
-_LEAST, _MOST = 1e-20, 1e30
-"""Between them a sum of squares in float32 is as good as one in float64."""
-_PANEL = 8
-"""Rows that are transposed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +159,15 @@ def measure(
     moments: Moments | None = None,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
+    comparer: Callable[[], Comparer] = Comparer,
 ) -> dict[tuple[str, str], Distortion]:
     """Measures modules. Returns ``(module, source's name)`` -> its distortion.
 
     Args:
         modules: name -> its reference, and the other sources that have it.
-        jobs: threads. Each has one module of all its sources in memory.
+        jobs: threads; as many as the comparer asks for by default. Each has one module of all its sources in memory.
         progress: called with the stored bytes of modules that are done, those of references not counted.
+        comparer: makes what compares, if anything is left to measure.
 
     Raises:
         SourceError: naming module and file, where a weight cannot be read, differs in shape or is no number.
@@ -196,18 +192,48 @@ def measure(
         if missing:
             todo.append((name, reference, missing))
 
+    if not todo:
+        return found
+    compares = comparer()
+    readers: dict[str, TensorReader] = {}
+
     def work(name: str, reference: Source, missing: Sequence[tuple[Source, str]]) -> None:
         m = None if moments is None else moments.of(name, _inputs(reference, name))
-        for (other, key), distortion in zip(
-            missing, _distortions(name, reference, [other for other, _ in missing], m), strict=True
-        ):
+        others = [other for other, _ in missing]
+        distortions = _distortions(compares, name, reference, others, readers, m)
+        for (other, key), distortion in zip(missing, distortions, strict=True):
             cache.put(key, distortion)
             found[name, other.name] = distortion
             if progress is not None:
                 progress(other.checkpoint.modules[name].nbytes)
 
-    _run(work, todo, jobs or os.cpu_count() or 1)
+    with ExitStack() as stack:
+        for source in {s.name: s for reference, others in modules.values() for s in (reference, *others)}.values():
+            readers[source.name] = stack.enter_context(source.checkpoint.storage.reader())
+        _run(work, todo, jobs or compares.jobs)
     return found
+
+
+def comparer_on(device: str) -> Comparer:
+    """What compares on a ``device``: ``cpu`` (numpy), ``cuda``, or ``auto``, the latter where torch finds a GPU.
+
+    Raises:
+        DeviceError: ``cuda``, but torch is missing, or finds no GPU.
+    """
+    if device == "cpu":
+        return Comparer()
+    try:
+        from .device import TorchComparer, why_unusable
+    except (ImportError, OSError, AttributeError) as error:  # it is missing, damaged or too old
+        reason: str | None = f"torch cannot be imported ({error})"
+        advice = "pip install -U torch"
+    else:
+        reason, advice = why_unusable(), "see `nvidia-smi` and `python -m torch.utils.collect_env`"
+        if reason is None:
+            return TorchComparer()
+    if device == "cuda":
+        raise DeviceError(f"--device cuda: {reason}; {advice}, or take --device cpu, which measures the same by numpy")
+    return Comparer()
 
 
 def _run(work: Callable[..., None], items: Iterable[tuple[Any, ...]], jobs: int) -> None:
@@ -233,115 +259,28 @@ def _inputs(source: Source, name: str) -> int:
 
 
 def _distortions(
-    name: str, reference: Source, others: Sequence[Source], moments: npt.NDArray[np.float64] | None
+    comparer: Comparer,
+    name: str,
+    reference: Source,
+    others: Sequence[Source],
+    readers: Mapping[str, TensorReader],
+    moments: npt.NDArray[np.float64] | None,
 ) -> list[Distortion]:
-    exact = _Rows(reference, name)
-    rounded = [_Rows(other, name) for other in others]
-    for other in rounded:
-        if other.shape != exact.shape:
-            raise SourceError(
-                f"{name}: {list(other.shape)}, but {list(exact.shape)} in {exact.where}", path=other.where
-            )
-    outputs, inputs = exact.shape
-    step = _step(max(1, _CHUNK // inputs), [exact, *rounded])
-    power = np.zeros(inputs)
-    errors = [np.zeros(inputs) for _ in rounded]
-    delta = np.empty((step, inputs), np.float32)
-    for start in range(0, outputs, step):
-        stop = min(outputs, start + step)
-        weight = exact.read(start, stop)
-        power += _sums_of_squares(weight)
-        for rows, error in zip(rounded, errors, strict=True):
-            with np.errstate(all="ignore"):
-                np.subtract(rows.read(start, stop), weight, out=delta[: stop - start])
-            error += _sums_of_squares(delta[: stop - start])
+    power, errors = comparer.squares(name, reference, others, readers)
     out = []
-    for rows, error in zip(rounded, errors, strict=True):
+    for other, error in zip(others, errors, strict=True):
         if not np.isfinite(error).all():
             raise SourceError(
-                f"{name} has weights that are infinite or no numbers, here or in {exact.where}", path=rows.where
+                f"{name} has weights that are infinite or no numbers, here or in {_where(reference, name)}",
+                path=_where(other, name),
             )
         known = None if moments is None else (float(error @ moments), float(power @ moments))
         out.append(Distortion(float(error.sum()), float(power.sum()), *(known or (None, None))))
     return out
 
 
-def _step(most: int, modules: Sequence[_Rows]) -> int:
-    """The number of outputs to dequantize at a time: ``most``, or fewer, or more where words of packed values need it.
-
-    Each time is of whole words, and of whole blocks of scales or within one.
-    """
-    words = math.lcm(*(rows.word for rows in modules))
-    blocks = {block for rows in modules for block in rows.blocks}
-    for step in range(most - most % words, 0, -words):
-        if all(step % block == 0 or block % step == 0 for block in blocks):
-            return step
-    return math.lcm(words, *blocks)
-
-
-def _sums_of_squares(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Σ_n v_nk², float64 ``[K]``, of values float32 ``[N, K]``."""
-    sums = np.zeros(values.shape[1])
-    for start in range(0, len(values), _ADDED):
-        few = values[start : start + _ADDED]
-        with np.errstate(all="ignore"):
-            squares = np.einsum("nk,nk->k", few, few)
-        # Others may be beyond what float32 has, or below.
-        if not _LEAST < squares.sum(dtype=np.float64) < _MOST:
-            squares = np.einsum("nk,nk->k", few, few, dtype=np.float64)
-        sums += squares
-    return sums
-
-
-class _Rows:
-    """A module of one source, in memory as it is stored; :meth:`read` dequantizes some of its outputs.
-
-    Attributes:
-        word: the number of outputs that share words of packed values.
-        blocks: the numbers of outputs that share a scale, of each tensor.
-    """
-
-    def __init__(self, source: Source, name: str):
-        self._name, self._format = name, source.format_of(name)
-        module = source.checkpoint.modules[name]
-        self.shape = self._format.shape(module)
-        self.where = source.checkpoint.path_of(next(iter(module.tensors.values())).file)
-        self._tensors: dict[str, npt.NDArray[Any]] = {}
-        self._cuts: dict[str, tuple[int, int]] = {}
-        self.word, self.blocks = 1, set[int]()
-        for leaf, info in module.tensors.items():
-            if leaf == "bias":
-                continue
-            tensor, axis = source.checkpoint.read(info), self._format.axes(leaf).n
-            if axis is not None:
-                tensor = _by_outputs(tensor, axis.dim)
-                self._cuts[leaf] = axis.dim, axis.per
-                if tensor.dtype == np.int32:
-                    self.word = math.lcm(self.word, axis.per)
-                else:
-                    self.blocks.add(axis.per)
-            self._tensors[leaf] = tensor
-
-    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Outputs ``start`` to ``stop`` in steps of :func:`_step`: float32 ``[stop - start, K]``, not to be changed."""
-        parts = dict(self._tensors)
-        for leaf, (dim, per) in self._cuts.items():
-            parts[leaf] = parts[leaf][(slice(None),) * dim + (slice(start // per, -(-stop // per)),)]
-        try:
-            with np.errstate(all="ignore"):
-                return self._format.dequantize(parts)
-        except (IndexError, ValueError) as error:  # a damaged g_idx, for example
-            raise SourceError(f"{self._name} cannot be dequantized: {error}", path=self.where) from error
-
-
-def _by_outputs(tensor: npt.NDArray[Any], dim: int) -> npt.NDArray[Any]:
-    """The same tensor, in memory with its axis ``dim`` first: a few outputs lie side by side."""
-    if dim != 1 or tensor.ndim != 2:
-        return tensor
-    out = np.empty(tensor.shape[::-1], tensor.dtype)
-    for start in range(0, len(tensor), _PANEL):  # at once it takes twice as long
-        out[:, start : start + _PANEL] = tensor[start : start + _PANEL].T
-    return out.T
+def _where(source: Source, name: str) -> str:
+    return source.checkpoint.path_of(next(iter(source.checkpoint.modules[name].tensors.values())).file)
 
 
 class _Keys:

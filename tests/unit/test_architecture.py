@@ -74,6 +74,8 @@ FOR_THE_RUNTIME = (
 """The rooms of the compiler that the runtime imports."""
 
 FOREIGN_TO_THE_COMPILER = ("torch", "sglang", "mixprec_runtime")
+COMPUTES_ON_A_GPU = "mixprec_build.suggesting.device"
+"""The one module that imports torch, which only `mixprec suggest` imports, and only to measure on a GPU."""
 
 MOST_LINES = 450
 
@@ -150,7 +152,7 @@ def test_what_the_compiler_never_imports() -> None:
         for target in imports(module)
         if target.partition(".")[0] in FOREIGN_TO_THE_COMPILER
     ]
-    assert not found
+    assert found == [f"{COMPUTES_ON_A_GPU} imports torch"]
 
 
 def test_what_the_runtime_imports_of_the_compiler() -> None:
@@ -273,6 +275,18 @@ def test_the_page_shows_these_rooms() -> None:
             assert f"| `{name}` | {purpose} |" in page
     shown = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `") and line.count("|") == 3]
     assert shown == [*COMPILER, *RUNTIME]
+
+
+def test_torch_is_imported_when_a_gpu_is_looked_for() -> None:
+    importing = [module for module in modules() if COMPUTES_ON_A_GPU in imports(module)]
+    assert importing == ["mixprec_build.suggesting.distortion"]
+    code = (
+        "import sys; from mixprec_build.suggesting import allocate, distortion\n"
+        "distortion.comparer_on('cpu'); print('torch' in sys.modules)\n"
+        "distortion.comparer_on('auto'); print('torch' in sys.modules)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout.split() == ["False", "True"]
 
 
 def test_importing_the_compiler_imports_nothing_heavy() -> None:

@@ -24,6 +24,7 @@ from mixprec_build.checkpoint.typed import Source, open_source
 from mixprec_build.errors import SourceError
 from mixprec_build.formats.floats import to_float32
 from mixprec_build.suggesting import distortion
+from mixprec_build.suggesting.comparing import Comparer
 from mixprec_build.suggesting.distortion import Distortion, DistortionCache, Moments, measure
 
 MODULE = "model.layers.0.mlp.down_proj"
@@ -48,7 +49,7 @@ def dense(folder: Path, variant: str, module: str = MODULE) -> torch.Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 128 * 40, 1 << 21])
 def test_errors_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(distortion, "_CHUNK", chunk)  # a few rows at a time, and all at once
+    monkeypatch.setattr(Comparer, "chunk", chunk)  # a few rows at a time, and all at once
     sources = opened(tmp_path)
     m = torch.rand(128, dtype=torch.float64) + 0.1
     save_file({f"{MODULE}.weight": m}, tmp_path / "moments.safetensors")
@@ -86,7 +87,7 @@ def test_errors_of_every_format_are_those_of_plain_arithmetic(
     """Whether a part of a block of scales is compared at a time, some blocks or all."""
     outputs, inputs = 320, 384  # the last block of scales has half of its rows
     if rows is not None:
-        monkeypatch.setattr(distortion, "_CHUNK", rows * inputs)
+        monkeypatch.setattr(Comparer, "chunk", rows * inputs)
     random = torch.Generator().manual_seed(0)
     weight = (torch.randn(outputs, inputs, generator=random) * 0.05).bfloat16()
     for each in ("BF16", variant):
@@ -108,7 +109,7 @@ def test_errors_of_every_format_are_those_of_plain_arithmetic(
 def test_squares_beyond_float32_are_added_too(scale: float) -> None:
     values = np.random.default_rng(0).standard_normal((300, 40)).astype(np.float32) * np.float32(scale)
     due = np.square(values.astype(np.float64)).sum(axis=0)
-    np.testing.assert_allclose(distortion._sums_of_squares(values), due, rtol=1e-6)
+    np.testing.assert_allclose(Comparer().sums_of_squares(values), due, rtol=1e-6)
 
 
 def test_the_error_of_outputs_is_that_of_real_inputs(tmp_path: Path) -> None:
@@ -182,6 +183,7 @@ import sys, time
 from pathlib import Path
 from mixprec_build.formats.floats import to_float32
 from mixprec_build.suggesting import distortion
+from mixprec_build.suggesting.comparing import Comparer
 from mixprec_build.suggesting.distortion import DistortionCache, measure
 from mixprec_build.checkpoint.typed import Source, open_source
 
