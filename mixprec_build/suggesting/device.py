@@ -126,7 +126,7 @@ class _Lane:
 
 class _Piece:
     def __init__(self, cuda: bool):
-        self._copied = _CUDA.Event() if cuda else None
+        self._copied = _CUDA.Event(blocking=True) if cuda else None  # waits leave the core to other threads
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def free(self, count: int) -> torch.Tensor:
@@ -146,6 +146,8 @@ class _Piece:
 class _TorchArrays(Arrays):
     def __init__(self, device: torch.device):
         self._device = device
+        self._tables: dict[int, tuple[Any, torch.Tensor]] = {}
+        """Tables on the device, by the ``id`` of numpy's, which is kept beside."""
 
     def float32(self, stored: Any) -> Any:
         return stored.float()
@@ -164,7 +166,9 @@ class _TorchArrays(Arrays):
         return octets.short()
 
     def lookup(self, table: Any, codes: Any) -> Any:
-        return torch.from_numpy(table).to(self._device)[codes.view(torch.uint8).long()].flatten(-2)
+        if id(table) not in self._tables:  # a copy waits for all that its stream has to do, so there is one
+            self._tables[id(table)] = table, torch.from_numpy(table).to(self._device)
+        return self._tables[id(table)][1][codes.view(torch.uint8).long()].flatten(-2)
 
     def repeat(self, values: Any, count: int, axis: int) -> Any:
         return values.repeat_interleave(count, dim=axis)
