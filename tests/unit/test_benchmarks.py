@@ -127,8 +127,18 @@ def test_the_frontier_of_a_small_moe(
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     shown = [row.split(" | ")[1] for row in rows[1:]]
     assert shown[:3] == ["all bf16", "all fp8", "all int4"]
-    expected = {"suggested, relative-output", "suggested, weight, no traffic", "frequency only", "random, seed 0"}
+    expected = {
+        "suggested, relative-output",
+        "suggested, weight",
+        "suggested, relative-output, no traffic",
+        "frequency only",
+        "random, seed 0",
+    }
     assert expected <= {*shown}
     kl = {name: float(row.split(" | ")[3].split()[0]) for name, row in zip(shown, rows[1:], strict=True)}
     assert kl["all bf16"] == 0 < kl["all fp8"] < kl["all int4"]
     assert all(0 < kl[name] < 2 * kl["all int4"] for name in shown if name != "all bf16")
+    default = "suggested, relative-output"
+    more = {name: row.split(" | ")[4] for name, row in zip(shown, rows[1:], strict=True)}
+    assert more["all int4"] == more[default] == ""
+    assert float(more["random, seed 0"].split()[0]) == pytest.approx(kl["random, seed 0"] - kl[default], rel=0.05)
