@@ -68,7 +68,9 @@ def suggest(
     ] = None,
     device: Annotated[
         Device,
-        typer.Option(help="Measure errors by numpy, or by torch on a GPU; `auto`: there where torch finds one."),
+        typer.Option(
+            help="Measure errors by numpy (`cpu`), or by torch on a GPU: `cuda`, or `auto` if torch finds one."
+        ),
     ] = Device.AUTO,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
     allow: Allow = [],  # noqa: B006

@@ -6,9 +6,11 @@ torch computes on its CPU here, and on a GPU as well where there is one.
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,15 @@ def test_shapes_that_differ_are_refused(folder: Path, tmp_path: Path, place: str
         measured(TorchComparer(place), opened(folder, "BF16"), opened(tmp_path, "GPTQ"))
 
 
+@pytest.mark.parametrize("comparer", [Comparer, *(partial(TorchComparer, place) for place in DEVICES)])
+@pytest.mark.parametrize("shape", [(0, 128), (128, 0)])
+def test_a_weight_without_values_has_no_error(tmp_path: Path, shape: tuple[int, int], comparer: Any) -> None:
+    for variant in ("BF16", "FP16"):
+        write_linears(tmp_path / variant, variant, {MODULE: torch.empty(shape)})
+    found = measured(comparer(), opened(tmp_path, "BF16"), opened(tmp_path, "FP16"))
+    assert found == {(MODULE, "FP16"): Distortion(0.0, 0.0)}
+
+
 @pytest.mark.parametrize("place", DEVICES)
 def test_a_format_that_knows_numpy_alone(tmp_path: Path, place: str) -> None:
     with with_format(Toy):
@@ -277,3 +288,21 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixpr
     assert asked == ["auto", "cpu", "cuda", "cuda", "cuda"]  # looked for at once; the last had nothing to measure
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
     assert mixprec("suggest", base, "--budget", "1GB", "-o", "x.yaml", "--device", "tpu").code == 2
+
+
+def test_the_benchmark_compares_with_numpy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "errors.py"))
+    size = ["--gigabytes", "0.001", "--hidden", "256", "--intermediate", "128", "--rounds", "1"]
+    arguments = ["--device", "cpu", "--folder", str(tmp_path / "errors"), *size, "--formats", "GPTQ", "NVFP4"]
+    monkeypatch.setattr(sys, "argv", ["errors.py", *arguments])
+    errors["main"]()
+    head, reading, *lines = capsys.readouterr().out.splitlines()
+    assert "16 modules of 128 x 256" in head and reading.startswith("reading alone: ")
+    assert [line.split()[0] for line in lines] == ["GPTQ", "NVFP4"]
+    assert all("GB/s numpy" in line and line.endswith(" apart") for line in lines)
+    assert not (tmp_path / "errors").exists()
+    monkeypatch.setattr(TorchComparer, "sums_of_squares", lambda _, values: values.double().square_().sum(0) * 1.001)
+    with pytest.raises(SystemExit, match="errors differ by more than a millionth"):
+        errors["main"]()
