@@ -110,7 +110,7 @@ def test_gated_delta_nets_answer_as_transformers(folder: Path, tmp_path: Path) -
     assert two["tokens"] == due["qwen3_5_moe_auto_round"]
 
 
-FAMILIES = ("glm4_moe", "olmoe", "granite", "gemma3", "phi3")
+FAMILIES = ("glm4_moe", "olmoe", "granite", "gemma3", "phi3", "cohere2", "ernie4_5")
 
 
 @pytest.fixture(scope="module")
