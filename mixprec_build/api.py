@@ -243,6 +243,8 @@ def split(
     dp: int = 1,
     ranks: Iterable[int] | None = None,
     layout: Layout = "both",
+    finish: bool = False,
+    take_over: bool = False,
     jobs: int | None = None,
 ) -> list[Path]:
     """Cuts a compiled checkpoint for the ranks that will serve it.
@@ -254,9 +256,11 @@ def split(
         tp: tensor-parallel ranks; None with ``layout="merged"``.
         ep: expert-parallel ranks among them.
         dp: replicas of attention among them (``--enable-dp-attention``).
-        ranks: cut only these; all by default.
+        ranks: cut only these; all by default. Machines that share the file system may cut others at the same time.
         layout: ``presplit`` drops the merged files afterwards, ``both`` keeps or restores them, ``merged`` restores
             them and drops the files of ranks.
+        finish: complete the checkpoint of ranks that were cut before, all of them.
+        take_over: cut ranks that another machine was cutting, without waiting until it was silent for long enough.
         jobs: copying threads; up to 8 by default.
 
     Returns:
@@ -264,6 +268,7 @@ def split(
 
     Raises:
         SplitError: the checkpoint cannot be cut for these ranks.
+        MissingRanksError: ``finish`` lacks ranks, which its ``ranks`` has.
         VerifyError: ``folder`` is not a compiled checkpoint, or was changed.
         OutputError, WriteError: as :func:`build`.
     """
@@ -271,7 +276,7 @@ def split(
     from .output.split import split as run
 
     degree = None if tp is None else Degree(tp, ep, dp)
-    return run(Path(folder), degree, layout=layout, ranks=ranks, jobs=jobs)
+    return run(Path(folder), degree, layout=layout, ranks=ranks, finish=finish, take_over=take_over, jobs=jobs)
 
 
 def suggest(

@@ -9,7 +9,8 @@
     ├── BudgetError              no mix of the sources fits into the budget
     ├── RefusedError             the recipe and its sources are sound, the mix is not; carries every problem
     ├── OutputError              exit code 2: the output folder exists, overlaps a source, cannot be used
-    │   └── MissingPartsError    a build on many machines cannot be finished yet; names the parts
+    │   ├── MissingPartsError    a build on many machines cannot be finished yet; names the parts
+    │   └── MissingRanksError    a split on many machines cannot be finished yet; names the ranks
     ├── WriteError               exit code 3: copying failed; the output folder was not created
     │   └── InterruptedBuildError  exit code 130 after Ctrl-C, 143 after SIGTERM
     ├── SplitError               a checkpoint that cannot be cut for so many ranks
@@ -30,6 +31,7 @@ __all__ = [
     "HubError",
     "InterruptedBuildError",
     "MissingPartsError",
+    "MissingRanksError",
     "MixprecError",
     "OutputError",
     "RecipeError",
@@ -111,6 +113,14 @@ class MissingPartsError(OutputError):
 
     def __init__(self, message: str, parts: Sequence[str] = ()):
         self.parts = tuple(parts)
+        super().__init__(message)
+
+
+class MissingRanksError(OutputError):
+    """A split on many machines that lacks ranks, which ``ranks`` names."""
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()):
+        self.ranks = tuple(ranks)
         super().__init__(message)
 
 

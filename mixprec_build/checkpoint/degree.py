@@ -52,6 +52,12 @@ class Degree:
         return self.tp // self.dp
 
     @property
+    def cut_options(self) -> str:
+        """The options to cut a checkpoint with."""
+        parts = (("tp", self.tp), ("ep", self.ep), ("dp", self.dp))
+        return " ".join(f"--{name} {number}" for name, number in parts if name == "tp" or number > 1)
+
+    @property
     def options(self) -> str:
         """The options to start SGLang with."""
         experts = f" --ep-size {self.ep}" if self.ep > 1 else ""

@@ -38,6 +38,8 @@ __all__ = [
     "TensorEntry",
     "checksum_of",
     "dump_manifest",
+    "is_new_manifest",
+    "new_manifest",
     "read_manifest",
 ]
 
@@ -50,6 +52,7 @@ _MAX_VALUES = 8_000_000  # a tensor takes 19
 _MAX_SOURCES = 100
 _MAX_TEXT = 4096  # as long as a path may be
 
+_NEW = re.compile(rf"\.{re.escape(MANIFEST)}(?:\.tp[-\w]{{1,100}})?\.new", re.ASCII)
 _SHARD_NAME = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _TENSOR_KEYS = {"dtype", "shape", "bytes", "file", "source", CHECKSUM}
 
@@ -237,6 +240,19 @@ class Manifest:
     def dump(self) -> Iterator[bytes]:
         """Yields its text, as :func:`dump_manifest`."""
         return dump_manifest(self.head, self.modules.items())
+
+
+def new_manifest(rank: str | None = None) -> str:
+    """The file that a manifest is written into before it replaces the old one.
+
+    Commands that each cut other ranks may do so at the same time: ``rank`` is a folder that only this one writes.
+    """
+    return f".{MANIFEST}.new" if rank is None else f".{MANIFEST}.{rank.partition('/')[2].replace('/', '-')}.new"
+
+
+def is_new_manifest(name: str) -> bool:
+    """Whether :func:`new_manifest` returns this name."""
+    return _NEW.fullmatch(name) is not None
 
 
 def checksum_of(data: bytes | memoryview) -> str:

@@ -27,8 +27,17 @@ def split(
         int, typer.Option("--dp", min=1, help="Replicas of attention among them, for --enable-dp-attention.")
     ] = 1,
     ranks: Annotated[
-        str | None, typer.Option("--ranks", help="Only these, as in 0-3 or 0,2: a node needs only its own.")
+        str | None,
+        typer.Option(
+            "--ranks", help="Only these, as in 0-3 or 0,2: a node needs only its own, and others may be cut meanwhile."
+        ),
     ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Complete it of ranks that were cut before, on any machines.")
+    ] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Continue a stopped split, even one that another machine began.")
+    ] = False,
     layout: Annotated[
         Layout | None,
         typer.Option(
@@ -47,10 +56,12 @@ def split(
     from ..ranks.splitter import Splitter
     from ..text import counted, human, printable
 
-    if tp is None and (layout is None or ep > 1 or dp > 1 or ranks is not None):
+    if tp is None and (layout is None or ep > 1 or dp > 1 or ranks is not None or finish):
         raise typer.BadParameter("how many ranks are there?", param_hint="--tp")
     if tp is not None and layout is Layout.MERGED:
         raise typer.BadParameter("no files are cut with --layout merged; leave out --tp", param_hint="--tp")
+    if finish and ranks is not None:
+        raise typer.BadParameter("some ranks are cut, or all are finished: give one of the two", param_hint="--ranks")
     degree = None if tp is None else Degree(tp, ep, dp)
     wanted = (layout or Layout.BOTH).value
     with ExitStack() as stack:
@@ -61,7 +72,16 @@ def split(
             return stack.enter_context(progress_bar("writing", nbytes, quiet))
 
         numbers = None if ranks is None or tp is None else _numbers(ranks, tp)
-        written = run(folder, degree, layout=wanted, ranks=numbers, jobs=jobs, watch=watch)
+        written = run(
+            folder,
+            degree,
+            layout=wanted,
+            ranks=numbers,
+            finish=finish,
+            take_over=take_over,
+            jobs=jobs,
+            watch=watch,
+        )
     if quiet:
         return
     if written:
@@ -69,6 +89,8 @@ def split(
         print(f"{printable(str(folder))}/presplit/{degree}: files of {counted(len(written), 'rank')}, {human(size)}")
     if layout is not None:
         print(f"{printable(str(folder))}: {_HAS[read_manifest(folder).layout]}")
+    if degree is not None and numbers is not None:
+        print(f"when all ranks are cut: mixprec split {printable(str(folder))} {degree.cut_options} --finish")
     if degree is not None and written:
         print(f"next: python -m sglang.launch_server --model-path {printable(str(folder))} {degree.options}")
 

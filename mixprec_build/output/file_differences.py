@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from ..checkpoint.manifest import MANIFEST, FileEntry, Manifest, is_new_manifest
 from ..errors import SourceError
 from ..planning.companions import CARD
 from ..ranks.layout import PRESPLIT
@@ -63,6 +63,8 @@ def file_differences(
     with source_errors(owned.path):
         entries = {entry.name: entry for entry in owned.entries()}
     for name, entry in entries.items():
+        if entry.is_file and is_new_manifest(name):
+            continue  # of a split that stopped, or that lists its ranks just now
         if name not in listed and name not in {MANIFEST, PRESPLIT, *left} and not _is_beside(entry, manifest):
             yield f"{name}: {_what(owned, entry)}not in the manifest"
     for name, line in listed.items():

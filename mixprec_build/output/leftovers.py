@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import parse_folder
-from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.manifest import Manifest, is_new_manifest
 from ..errors import SourceError, VerifyError
 from ..ranks.files import INDEX, read_index
-from ..ranks.layout import PRESPLIT, is_ours
+from ..ranks.layout import PRESPLIT, SPLIT_LOCK, is_ours
 from ..storage.disk import inside, write_errors
 from ..storage.owned import Entry, OwnedFolder
 
-__all__ = ["clear_leftovers", "leftovers", "unknown_entries"]
+__all__ = ["clear_leftovers", "leftovers", "locks", "unknown_entries"]
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[str]:
@@ -56,25 +56,33 @@ def _as_cached(folder: Path, entry: Entry) -> Entry:
 
 
 def clear_leftovers(owned: OwnedFolder, manifest: Manifest, keep: Collection[str] = ()) -> None:
-    """Removes what a stopped split left, except ``keep`` and files of ranks, which another machine may have cut."""
+    """Removes what stopped splits left, except ``keep`` and files of ranks, which another machine may have cut.
+
+    The caller holds :data:`SPLIT_LOCK`, which stays: all other locks are of splits that ended.
+    """
     with write_errors(owned.path):
         for name in _leftovers(owned, manifest):
-            if parse_folder(name) is None and name not in keep:
+            if parse_folder(name) is None and name not in keep and name != SPLIT_LOCK:
                 owned.remove(name, lambda entry: is_ours(entry) or "/" not in entry.name)
         owned.sync()
+
+
+def locks(owned: OwnedFolder) -> list[str]:
+    """The lock files of splits that run, or were stopped."""
+    return [entry.name for entry in _presplit(owned) if is_ours(entry) and entry.name.endswith(".lock")]
 
 
 def _leftovers(owned: OwnedFolder, manifest: Manifest) -> list[str]:
     listed = set(manifest.ranks)
     if manifest.rest is not None:
         listed.add(REST)
-    names = [f".{MANIFEST}.new", *(manifest.shards if REST in listed else ())]
-    there = {entry.name for entry in owned.entries() if not entry.is_folder}
-    found = [name for name in names if name in there]
+    there = [entry.name for entry in owned.entries() if not entry.is_folder]
+    dropped = manifest.shards if REST in listed else {}
+    found = [name for name in there if is_new_manifest(name) or name in dropped]
     for entry in _presplit(owned):
         last = entry.name.rpartition("/")[2]
-        left = last.startswith(".") or entry.name == REST or parse_folder(entry.name) is not None
-        if entry.is_folder and is_ours(entry) and left and entry.name not in listed:
+        folder = entry.is_folder and (entry.name == REST or parse_folder(entry.name) is not None)
+        if is_ours(entry) and (last.startswith(".") or folder) and entry.name not in listed:
             found.append(entry.name)
     return found
 

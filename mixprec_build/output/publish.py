@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.degree import Degree
-from ..checkpoint.manifest import MANIFEST, dump_manifest
+from ..checkpoint.manifest import MANIFEST, dump_manifest, new_manifest
 from ..errors import OutputError, WriteError
 from ..planning.companions import CARD, companion_files
 from ..planning.types import Plan
@@ -98,7 +98,7 @@ def _fill(
     adopt: Callable[[Mapping[str, str]], None] | None,
 ) -> None:
     """Completes the checkpoint in the stage's payload, and syncs it. ``adopt`` brings finished shards."""
-    stage.expect([*companions, *([CARD] if card else []), "config.json", INDEX, MANIFEST, f".{MANIFEST}.new"])
+    stage.expect([*companions, *([CARD] if card else []), "config.json", INDEX, MANIFEST, new_manifest()])
     checksums = Copier(plan, paths, stage, progress, adopt=adopt).run(jobs or min(8, os.cpu_count() or 1))
     files = write_companions(plan, stage.payload, companions, with_card=card)
     head = manifest_head(plan, stage.payload, files)
@@ -115,6 +115,7 @@ def _fill(
             stage.payload,
             degree,
             layout=layout,
+            take_over=True,  # the stage is locked
             jobs=jobs,
             shard_size=plan.recipe.shard_size,
             watch=lambda splitter, nbytes: progress,

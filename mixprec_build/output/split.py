@@ -3,6 +3,11 @@
 New files are written, synced and listed in the manifest before others are dropped, and files leave the manifest before
 the first of them is removed, so that all files in the manifest are complete at any moment. Nothing reads what a stopped
 split leaves beside them, and the same command removes or finishes it.
+
+Splits of some ranks that change nothing else run side by side, on any machines that share the file system. Each holds
+the locks of its ranks, writes nothing but these, and lists them in the manifest as it is by then. Where a file system
+does not lock folders for all machines, one may so list its ranks that another's are listed no more: these stay, and the
+finish, a split of all ranks that cuts none, lists all that are complete.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from ..checkpoint.manifest import (
     MANIFEST,
     Manifest,
     RankEntry,
+    new_manifest,
     read_manifest,
 )
 from ..checkpoint.typed import Source
@@ -30,7 +36,7 @@ from ..errors import InterruptedBuildError, OutputError, SplitError, VerifyError
 from ..families.parts import Role
 from ..ranks.assemble import as_parameter, write_parameters
 from ..ranks.files import RankIndex, damage, finished, read_index, write_rank
-from ..ranks.layout import PRESPLIT, RESTORED, is_ours
+from ..ranks.layout import PRESPLIT, RESTORED, SPLIT_LOCK, is_ours
 from ..ranks.merged import (
     CutFolder,
     Rectangle,
@@ -45,12 +51,12 @@ from ..ranks.splitter import Splitter
 from ..recipe.recipe import DEFAULT_SHARD_SIZE
 from ..storage.disk import check_space, inside, write_errors
 from ..storage.header import TensorInfo
-from ..storage.owned import OwnedFolder
 from ..storage.reader import TensorReader, checksum_on_disk
 from ..storage.threads import Progress, run_all
 from ..versions import __version__
 from .leftovers import clear_leftovers
-from .locked import locked
+from .locked import LockedFolder, manifest_version, opened
+from .missing_ranks import missing_ranks
 from .rank_differences import differences_of
 
 __all__ = ["split"]
@@ -62,6 +68,8 @@ def split(
     *,
     layout: str = "both",
     ranks: Iterable[int] | None = None,
+    finish: bool = False,
+    take_over: bool = False,
     jobs: int | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
     watch: Callable[[Splitter | None, int], Progress] | None = None,
@@ -73,7 +81,9 @@ def split(
     Args:
         layout: ``presplit`` drops the merged files afterwards, ``both`` keeps or restores them, ``merged`` restores
             them and drops the files of all ranks.
-        ranks: cut only these; all by default.
+        ranks: cut only these; all by default. Where the layout stays as it is, others may be cut at the same time.
+        finish: cut none, for all ranks were cut before.
+        take_over: also cut ranks that a split on another machine was cutting until just now.
         shard_size: most bytes of a file.
         watch: called with the splitter (None without ``degree``) and the bytes to be written; returns the function
             that is called with bytes as they are done.
@@ -81,27 +91,59 @@ def split(
     Raises:
         VerifyError: ``folder`` is no compiled checkpoint, or merged files that were restored are not what was built.
         SplitError: the checkpoint cannot be cut for ``degree``, or lacks files that are needed for it.
-        OutputError: another split or a build is writing there.
+        MissingRanksError: ``finish`` lacks ranks.
+        OutputError: another split, of the same ranks or of more than some, or a build is writing there.
         WriteError: the disk is full, fails, or forbids it.
         InterruptedBuildError: Ctrl-C.
     """
-    with locked(folder) as (owned, check):
+    if layout == "merged":
+        degree = None
+    if finish and (degree is None or ranks is not None):
+        raise ValueError("all ranks of a degree are finished: with its number of ranks, and without some of them")
+    wanted = _wanted(degree, ranks)
+    with opened(folder) as place, ExitStack() as stack:
+        place.begin()
+        place.check()
+        owned = place.owned
+        with write_errors(folder):
+            version = manifest_version(owned)
         manifest = read_manifest(folder)
-        check()
+        place.check()
         with write_errors(folder):
             if (found := owned.entry(PRESPLIT)) is not None and not is_ours(found):
                 raise OutputError(f"{folder / PRESPLIT}: is {found.kind}; remove it, ranks' files are written there")
-        clear_leftovers(owned, manifest, keep=manifest.shards)
+        beside: list[str] = []
+        if degree is not None and ranks is not None and layout == ("both" if manifest.rest is None else "presplit"):
+            beside = [degree.folder(rank) for rank in wanted]
+        mine = stack.enter_context(place.split_locks(beside, take_over))
+        with write_errors(folder):
+            changed = manifest_version(owned) != version  # as it can be where folders are not locked
+        if changed:
+            dropped, manifest = manifest.rest is not None, read_manifest(folder)
+            if dropped is (manifest.rest is None):
+                raise OutputError(f"{folder}: another `mixprec split` changed its layout meanwhile; repeat the command")
+        if beside:
+            place.unlock()
+        else:
+            clear_leftovers(owned, manifest, keep=manifest.shards)
         source = Source.of("", open_compiled(folder, manifest))
         with source.checkpoint.storage.reader() as reader:
             try:
                 with write_errors(folder):  # errors that no step reports itself
-                    return _Split(folder, owned, manifest, source, reader, shard_size, jobs, check).run(
-                        degree, layout, ranks, watch
-                    )
+                    work = _Split(place, mine, manifest, source, reader, shard_size, jobs, beside)
+                    return work.run(degree, layout, wanted, finish, watch)
             except KeyboardInterrupt:
                 kept = "what is finished is kept: the same command goes on from there"
                 raise InterruptedBuildError(f"{folder}: interrupted; {kept}") from None
+
+
+def _wanted(degree: Degree | None, ranks: Iterable[int] | None) -> list[int]:
+    if degree is None:
+        return []
+    wanted = sorted(range(degree.tp) if ranks is None else set(ranks))
+    if not wanted or not all(0 <= rank < degree.tp for rank in wanted):
+        raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
+    return wanted
 
 
 class _StoppedError(Exception):
@@ -109,22 +151,25 @@ class _StoppedError(Exception):
 
 
 class _Split:
-    """The steps of one :func:`split`. ``_manifest`` is always the one on the disk."""
+    """The steps of one :func:`split`.
+
+    ``beside`` are the ranks' folders of a split that others run beside; of any other one ``_manifest`` is always the
+    one on the disk. ``mine`` raises where another split has taken this one's locks over.
+    """
 
     def __init__(
         self,
-        folder: Path,
-        owned: OwnedFolder,
+        place: LockedFolder,
+        mine: Callable[[], None],
         manifest: Manifest,
         source: Source,
         reader: TensorReader,
         shard_size: int,
         jobs: int | None,
-        check: Callable[[], None],
+        beside: Sequence[str],
     ):
-        self._check = check
-        """Raises if the folder was replaced; called before each change of it."""
-        self._folder, self._owned, self._manifest = folder, owned, manifest
+        self._place, self._mine, self._beside = place, mine, beside
+        self._folder, self._owned, self._manifest = place.folder, place.owned, manifest
         self._source, self._reader = source, reader
         self._shard_size, self._jobs = shard_size, jobs or min(8, os.cpu_count() or 1)
         self._watch: Progress = lambda _: None
@@ -135,14 +180,10 @@ class _Split:
         self,
         degree: Degree | None,
         layout: str,
-        ranks: Iterable[int] | None,
+        wanted: Sequence[int],
+        finish: bool,
         watch: Callable[[Splitter | None, int], Progress] | None,
     ) -> list[Path]:
-        if layout == "merged":
-            degree = None
-        wanted = [] if degree is None else sorted(range(degree.tp) if ranks is None else set(ranks))
-        if degree is not None and (not wanted or not all(0 <= rank < degree.tp for rank in wanted)):
-            raise SplitError(f"--ranks: the ranks of {degree} are 0 to {degree.tp - 1}")
         names = [] if degree is None else [degree.folder(rank) for rank in wanted]
         if degree is not None:
             self._owned.entries(f"{PRESPLIT}/{degree}")  # refuses a link
@@ -166,6 +207,8 @@ class _Split:
             for name, head in heads.items()
             if splitter is not None and name not in entries
         }
+        if finish and plans and degree is not None:
+            raise missing_ranks(self._folder, self._manifest, degree, [heads[name]["rank"] for name in plans])
         storage = self._source.checkpoint.storage
         dropped = isinstance(storage, CutFolder)
         if isinstance(storage, CutFolder):
@@ -185,7 +228,8 @@ class _Split:
             if not dropped:
                 self._keep_rest(plans)
             self._check()
-            clear_leftovers(self._owned, self._manifest)
+            if not self._beside:
+                clear_leftovers(self._owned, self._manifest)
         if layout == "merged":
             self._drop_ranks()
         return [self._folder / name for name in names]
@@ -194,10 +238,16 @@ class _Split:
         """The listed ranks whose headers and sizes show no damage."""
         return [name for name, line in self._manifest.ranks.items() if damage(self._folder, name, line) is None]
 
+    def _check(self) -> None:
+        """Raises if the folder was replaced, or another split has taken over; called before each change."""
+        self._place.check()
+        self._mine()
+
     def _list(self, ranks: Mapping[str, RankEntry], rest: RankEntry | None) -> None:
         """Lists these ranks, and what is kept of dropped files, in a manifest that replaces the old by one rename."""
         manifest = self._manifest.listing(ranks, rest)
-        fresh = f".{MANIFEST}.new"
+        # Splits that run side by side may list at the same time, where the folder cannot be locked for all machines.
+        fresh = new_manifest(*self._beside[:1])
         self._check()
         with write_errors(self._folder / fresh):
             with suppress(FileNotFoundError):
@@ -234,10 +284,14 @@ class _Split:
         def write(name: str) -> None:
             self._check()
             entries[name] = write_rank(
-                self._owned, name, heads[name], self._reader, plans[name], self._shard_size, self._progress
+                self._owned, name, heads[name], self._reader, plans[name], self._shard_size, self._progress, self._mine
             )
 
         self._run(write, plans)
+        if self._beside:
+            self._place.wait()
+            self._check()
+            self._manifest = read_manifest(self._folder)
         self._list({**self._manifest.ranks, **entries}, self._manifest.rest)
 
     def _run(self, write: Callable[[str], None], names: Iterable[str]) -> None:
@@ -272,7 +326,7 @@ class _Split:
         rest = [as_parameter(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), in_ranks), *headers)]
         check_space(self._folder, sum(p.nbytes for p in rest))
         self._check()
-        kept = write_rank(self._owned, REST, {"padded": {}}, self._reader, rest, self._shard_size, None)
+        kept = write_rank(self._owned, REST, {"padded": {}}, self._reader, rest, self._shard_size, None, self._mine)
         for difference in differences_of(read_index(self._folder, REST, kept), rest, self._reader):
             raise VerifyError(f"{difference}: the merged files are kept: the same command writes it again")
         self._list(self._manifest.ranks, kept)
@@ -364,12 +418,12 @@ class _Split:
             clear_leftovers(self._owned, self._manifest)
 
     def _drop_ranks(self) -> None:
-        if self._owned.stat(PRESPLIT) is None and not self._manifest.ranks:
+        if not self._manifest.ranks and [entry.name for entry in self._owned.entries(PRESPLIT)] == [SPLIT_LOCK]:
             return
         self._compare_merged("bring it again; the files of ranks are kept")
         if self._manifest.ranks:
             self._list({}, self._manifest.rest)
         self._check()
         with write_errors(self._folder):
-            self._owned.remove(PRESPLIT, is_ours)
+            self._owned.remove(PRESPLIT, lambda entry: is_ours(entry) and entry.name != SPLIT_LOCK)
             self._owned.sync()

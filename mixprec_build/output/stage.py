@@ -26,15 +26,16 @@ from pathlib import Path
 
 import xxhash
 
+from ..checkpoint.manifest import MANIFEST, is_new_manifest
 from ..errors import OutputError
 from ..ranks.layout import is_ours
 from ..storage.owned import Entry, OwnedFolder
-from .stage_lock import Lock, beating, mark, stage_name, take_lock, write_and_close
+from .lock_file import Lock, beating
+from .stage_lock import mark, stage_name, take_lock, write_and_close
 
 __all__ = ["FinishedShard", "Stage", "remove_output"]
 
 
-_MANIFEST = "mixprec_manifest.json"
 _MOST_BYTES = 256 << 20
 
 
@@ -322,12 +323,13 @@ def remove_output(root: OwnedFolder, name: str) -> bool:
 
     def is_mine(entry: Entry) -> bool:
         inner = entry.name.removeprefix(name).removeprefix("/")
-        return (inner in listed and entry.is_file) or is_ours(Entry(inner, entry.mode))
+        written = inner in listed or (bool(listed) and is_new_manifest(inner))
+        return (written and entry.is_file) or is_ours(Entry(inner, entry.mode))
 
     for inner in root.entries(name):
         root.remove(inner.name, is_mine)
     for last in root.entries(name) if listed else ():
-        if last.name == f"{name}/{_MANIFEST}" and len(root.entries(name)) == 1:
+        if last.name == f"{name}/{MANIFEST}" and len(root.entries(name)) == 1:
             root.unlink(last.name)
     return root.remove(name, lambda entry: entry.name == name)
 
@@ -335,8 +337,8 @@ def remove_output(root: OwnedFolder, name: str) -> bool:
 def _listed(root: OwnedFolder, name: str) -> set[str]:
     """The files that a checkpoint's manifest lists; none where it has none."""
     try:
-        with os.fdopen(root.open_file(f"{name}/{_MANIFEST}", os.O_RDONLY), "rb") as file:
-            return {f".{_MANIFEST}.new", *json.loads(file.read(_MOST_BYTES))["files"]}
+        with os.fdopen(root.open_file(f"{name}/{MANIFEST}", os.O_RDONLY), "rb") as file:
+            return {*json.loads(file.read(_MOST_BYTES))["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..checkpoint.manifest import MANIFEST, read_manifest
+from ..checkpoint.manifest import MANIFEST, is_new_manifest, read_manifest
 from ..errors import OutputError, VerifyError
 from ..planning.companions import CARD
 from ..planning.types import Plan
@@ -62,9 +62,10 @@ def _foreign(out: Path) -> set[str]:
     there = {entry.name for entry in entries}
     try:
         manifest = read_manifest(out)
-        known = {MANIFEST, f".{MANIFEST}.new", *manifest.files}
+        known = {MANIFEST, *manifest.files}
         # mixprec writes a regular file under each of these names: a folder or a link is somebody else's.
-        ours = {entry.name for entry in entries if entry.is_file and entry.name in known}
+        files = [entry.name for entry in entries if entry.is_file]
+        ours = {name for name in files if name in known or is_new_manifest(name)}
         edited = {f"{CARD}, edited since"} if CARD in ours and edited_card(out, manifest) else set()  # a person's work
         return there - ours - {"presplit"} | {*unknown_entries(out, manifest)} | edited
     except VerifyError:

@@ -28,7 +28,7 @@ from ..storage.threads import Progress, map_in_order
 from ..text import printable, some
 from .file_differences import beside, edited_card, file_differences
 from .leftovers import leftovers
-from .locked import locked
+from .locked import locked, manifest_version
 from .rank_differences import rank_differences
 
 __all__ = ["Verification", "verify"]
@@ -97,13 +97,13 @@ def verify(
         read_manifest(folder)  # raises
     with locked(folder, shared=True) as (owned, check):
         with source_errors(folder / MANIFEST):
-            before = owned.stat(MANIFEST)
+            before = manifest_version(owned)
 
         def require_unchanged(cause: MixprecError | None = None) -> None:
             """Raises if another command changed the checkpoint, as it can where the file system has no locks."""
             try:
                 check()
-                if _version(owned.stat(MANIFEST)) == _version(before):
+                if manifest_version(owned) == before:
                     return
             except MixprecError:
                 pass
@@ -119,11 +119,6 @@ def verify(
         if result.differences:
             require_unchanged()
         return result
-
-
-def _version(state: os.stat_result | None) -> tuple[int, ...]:
-    """Differs between any two manifests that were put into one place."""
-    return () if state is None else (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
 
 
 def _verify(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..storage.owned import OwnedFolder
 from ..storage.reader import TensorReader
 from ..storage.threads import Progress
 from .assemble import write_parameters
-from .layout import is_ours
+from .layout import beside_rank, is_ours
 from .pieces import Parameter
 
 __all__ = [
@@ -85,16 +85,19 @@ def write_rank(
     parameters: Sequence[Parameter],
     shard_size: int,
     progress: Progress | None,
+    check: Callable[[], None],
 ) -> RankEntry:
     """Writes one rank's folder; returns its entry of the manifest.
+
+    ``check`` raises where another process writes this rank now; it is called before each change.
 
     Raises:
         WriteError: the disk is full, fails, or forbids it.
         OutputError: a link, or files that mixprec did not write, are in the way.
     """
-    parent, _, last = name.rpartition("/")
-    part = f"{parent}/.{last}.part"
+    part = beside_rank(name, "part")
     with write_errors(root.path / name), ExitStack() as stack:
+        check()
         for leftover in (part, name):  # of a split that was stopped before the manifest listed it
             if root.remove(leftover, is_ours):
                 continue
@@ -102,7 +105,7 @@ def write_rank(
             what = "holds files that mixprec did not write" if there is None or there.is_folder else f"is {there.kind}"
             raise OutputError(f"{root.path / leftover}: {what}; move it away, a rank's files are written there")
         root.make_folder(part)
-        stack.callback(_discard, root, part)  # if it was not renamed
+        stack.callback(_discard, root, part, check)  # if it was not renamed
         shards = _shards(parameters, shard_size)
         entries: dict[str, Any] = {}
         files: dict[str, Any] = {}
@@ -110,6 +113,7 @@ def write_rank(
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             header = build_header((p.name, p.dtype, p.shape, p.nbytes) for p in shard)
             files[file] = {"bytes": len(header) + sum(p.nbytes for p in shard), "header": checksum_of(header)}
+            check()
             fd = root.create(f"{part}/{file}")
             for parameter, checksum in write_parameters(fd, header, shard, reader, progress):
                 entries[parameter.name] = {
@@ -118,19 +122,22 @@ def write_rank(
         index = (
             json.dumps({"version": VERSION, **head, "files": files, "parameters": entries}, indent=1) + "\n"
         ).encode()
+        check()
         with os.fdopen(root.create(f"{part}/{INDEX}"), "wb") as out:
             out.write(index)
             out.flush()
             os.fsync(out.fileno())
         root.sync(part)
+        check()
         root.rename(part, name)
-        for folder in (parent, "presplit", "."):
+        for folder in (name.rpartition("/")[0], "presplit", "."):
             root.sync(folder)
     return _line(files, index)
 
 
-def _discard(root: OwnedFolder, part: str) -> None:
-    with suppress(OSError):  # the next split removes it, too
+def _discard(root: OwnedFolder, part: str, check: Callable[[], None]) -> None:
+    with suppress(OSError, OutputError):  # the next split removes it, too
+        check()
         root.remove(part, is_ours)
 
 

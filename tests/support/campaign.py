@@ -3,7 +3,7 @@
     python -m support.campaign RECIPE BUILT FOLDER build ENOSPC,kill 1
 
 builds ``RECIPE`` into copies of ``BUILT`` below ``FOLDER``, and prints the number of calls and of exit codes. Runs in a
-process of its own, without torch.
+process of its own, without torch. With ``unlocked`` as a last argument no file can be locked (flock).
 
 A run must leave the output from before or after it, and the same command must then finish, leaving nothing else.
 Each state is finished only once. Kills are made before calls that change the disk, since others leave the same state.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import io
 import json
 import os
@@ -31,7 +32,8 @@ from typing import Any
 import xxhash
 
 from mixprec_build.checkpoint.degree import Degree
-from mixprec_build.errors import MissingPartsError, MixprecError, VerifyError
+from mixprec_build.checkpoint.manifest import MANIFEST
+from mixprec_build.errors import MissingPartsError, MissingRanksError, MixprecError, VerifyError
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.parts import Part, shards_of
 from mixprec_build.output.split import split
@@ -52,12 +54,14 @@ _CHANGES = {
     "writelines", "flush",
 }  # fmt: skip
 _OF_FILES = ("write", "writelines", "read", "flush")
-_SIGNED = (".out.mixprec/lock", ".out.mixprec/made")
-"""Files with numbers of processes and inodes."""
+_SIGNED = ("/lock", ".lock", "/made")
+"""Endings of files with numbers of processes and inodes."""
 
-COMMANDS = ("build", "part", "finish", "split", "verify")
+COMMANDS = ("build", "part", "finish", "split", "rank", "other", "ranks", "verify")
 _PARTS = (Part(1, 2), Part(2, 2))
 """Those of a build; `part` writes the first one, `finish` is given both."""
+_RANK, _OTHER = 1, 0
+"""Those of a split; `rank` and `other` each cut one, `ranks` finishes it with both."""
 
 
 class Campaign:
@@ -75,7 +79,15 @@ class Campaign:
             self._plan = make_plan(small, self._plan.sources)
             assert all(shards_of(self._plan, part) for part in _PARTS)
         self._built, self._folder, self._what = built, folder, what
-        self.before = _tree(built)
+        if what in ("rank", "other", "ranks"):
+            plain = Path(shutil.copytree(built, folder / "plain"))
+            split(plain, Degree(2), jobs=1)
+            self._plain = _tree(plain)
+            """The output with both ranks, cut by one command."""
+        if what == "ranks":  # both are complete, and none is listed
+            self._built = Path(shutil.move(plain, folder / "cut"))
+            shutil.copy(built / MANIFEST, self._built)
+        self.before = _tree(self._built)
         self._finished: set[str] = set()
         self._beside = [folder / "parts" / part.stage(folder / "out") for part in _PARTS]
         """The stages of complete parts."""
@@ -106,13 +118,17 @@ class Campaign:
             kills = error == "kill"
             code = _ended(self._start(out, nth, error)) if kills else self._failing(out, nth, error)
             codes[code] += 1
+            for lock in out.rglob(".*.lock") if kills else ():
+                os.utime(lock, (0, 0))  # as long ago as a file system without locks needs to tell
             there = _tree(out) if out.exists() else None
             self._expect(code == -signal.SIGKILL if kills else code in (0, 1, 2, 3), f"{case}: exit {code}")
             self._expect(_open_files() == files, f"{case}: a file stays open")
             if self._what in ("build", "part", "finish"):
                 old_or_new = there in (self.before, self.due) or (code < 0 and there is None)
                 self._expect(old_or_new, f"{case}: neither the old output nor the new one")
-            self._expect(code != 0 or there == self.due, f"{case}: not finished")
+            # A lock that could not be removed in the end is removed by the next split.
+            done = {name: data for name, data in (there or {}).items() if not name.endswith(".lock")}
+            self._expect(code != 0 or done == self.due, f"{case}: not finished")
             self._finish(out, case)
         return codes
 
@@ -159,11 +175,14 @@ class Campaign:
             self._finished.add(state)
             published = self._what == "finish" and out.exists() and _tree(out) == self.due
             try:
+                if self._what in ("rank", "other"):
+                    self._finish_ranks(out, case)
                 try:
                     _command(self._what, self._plan, out)
                 except MissingPartsError:  # after it was published: nothing is left to finish
                     self._expect(published, f"{case}: parts are lost")
-                self._expect(_tree(out) == self.due, f"{case}: another output when it is repeated")
+                due = self._plain if self._what in ("rank", "other") else self.due
+                self._expect(_tree(out) == due, f"{case}: another output when it is repeated")
                 left = sorted(path.name for path in out.parent.iterdir())
                 if self._what == "part":
                     part = self._beside[0].name
@@ -173,6 +192,20 @@ class Campaign:
             except MixprecError as error:
                 self._expect(False, f"{case}: when it is repeated: {error}")
         shutil.rmtree(out.parent)
+
+    def _finish_ranks(self, out: Path, case: str) -> None:
+        """Cuts the other rank beside what is left of this one, which a finish takes only where it is complete."""
+        mine = f"rank-{_RANK if self._what == 'rank' else _OTHER}-of-2"
+        before = [path for path in _paths(out) if mine in path]
+        _command("other" if self._what == "rank" else "rank", self._plan, out)
+        self._expect([path for path in _paths(out) if mine in path] == before, f"{case}: another rank's were changed")
+        self._expect(verify(out).differences == (), f"{case}: something is listed that is not complete")
+        try:
+            split(out, Degree(2), finish=True, jobs=1)
+        except MissingRanksError as error:
+            self._expect(error.ranks == (int(mine[5]),), f"{case}: ranks {error.ranks} are missing")
+            _command(self._what, self._plan, out)
+            split(out, Degree(2), finish=True, jobs=1)
 
     def _failing(self, out: Path, nth: int, error: str) -> int:
         try:
@@ -306,6 +339,10 @@ def _command(what: str, plan: Plan, out: Path) -> None:
         run_plan(plan, out, finish=True, take_over=True, force=True, jobs=1)
     elif what == "split":
         split(out, Degree(2), layout="presplit", jobs=1)
+    elif what in ("rank", "other"):
+        split(out, Degree(2), ranks=[_RANK if what == "rank" else _OTHER], jobs=1)
+    elif what == "ranks":
+        split(out, Degree(2), layout="presplit", finish=True, jobs=1)
     else:
         differences = verify(out).differences
         if differences:
@@ -316,20 +353,30 @@ def _tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def _paths(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))]
+
+
 def _state(folder: Path) -> str:
-    """A checksum of a folder's contents, without the files in :data:`_SIGNED`."""
+    """A checksum of a folder's contents, without those of files like :data:`_SIGNED`."""
     digest = xxhash.xxh3_128()
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        data = path.read_bytes() if path.is_file() and name not in _SIGNED else b""
+        data = path.read_bytes() if path.is_file() and not name.endswith(_SIGNED) else b""
         digest.update(f"{name}\0{path.lstat().st_mode}\0{len(data)}\0".encode())
         digest.update(data)
     return str(digest.hexdigest())
 
 
+def _unsupported(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
 def main() -> None:
     os.fsync = lambda fd: None  # a process that is killed loses nothing of what it wrote
     recipe, built, folder, what, errors, step = sys.argv[1:7]
+    if sys.argv[7:] == ["unlocked"]:
+        fcntl.flock = _unsupported
     campaign = Campaign(Path(recipe), Path(built), Path(folder), what)
     print(campaign.calls, len(campaign.changes))
     for error in errors.split(","):

@@ -1,9 +1,10 @@
-"""The jobs of ``recipes/cluster``, run as a scheduler would: their commands build what a plain build does."""
+"""The jobs of ``recipes/cluster``, run as a scheduler would: their commands make what one build or split does."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 from support.files import tree
 from support.llama import write_recipe, write_sources
 from support.run import Run
+from support.serving import LLAMA
+from support.serving import write_sources as write_model
 
 CLUSTER = Path(__file__).parents[2] / "recipes/cluster"
 RECORDER = """#!/bin/sh
@@ -92,3 +95,42 @@ def test_the_kubernetes_jobs(data: Path, mixprec: Run) -> None:
     assert arguments is not None and mixprec(*arguments).code == 0
     assert tree(data / "out") == tree(data / "plain")
     assert in_a_pod(data, container) is None  # started again after that
+
+
+# Ranks of a finished checkpoint
+
+
+@pytest.fixture
+def finished(tmp_path: Path, mixprec: Run) -> Path:
+    """A folder with a checkpoint `out`, and with `plain`, cut for eight ranks by one command."""
+    shape = LLAMA.of(layers=1, hidden=512, intermediate=1024, heads=8, kv_heads=8, head_dim=64, vocab=256)
+    (source,) = write_model(tmp_path / "sources", shape, ["bf16"]).values()
+    (tmp_path / "mix.yaml").write_text(f"model: {source}\n")
+    assert mixprec("build", tmp_path / "mix.yaml", "-o", tmp_path / "out").code == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "plain")
+    assert mixprec("split", tmp_path / "plain", "--tp", 8).code == 0
+    return tmp_path
+
+
+def test_the_slurm_array_job_of_ranks(finished: Path, mixprec: Run) -> None:
+    script = CLUSTER / "split.slurm"
+    array = re.search(r"--array=0-(\d+) split", script.read_text())
+    assert array is not None
+    command = ["bash", str(script), str(finished / "out")]
+    for task in range(int(array[1]) + 1):
+        arguments = recorded(finished, command, {"SLURM_ARRAY_TASK_ID": str(task)})
+        assert arguments is not None and mixprec(*arguments).code == 0
+    arguments = recorded(finished, command, {})
+    assert arguments is not None and "--finish" in arguments and mixprec(*arguments).code == 0
+    assert tree(finished / "out") == tree(finished / "plain")
+
+
+def test_the_kubernetes_job_of_ranks(finished: Path, mixprec: Run) -> None:
+    spec, container = job("ranks-job.yaml")
+    assert spec["completionMode"] == "Indexed" and spec["template"]["spec"]["restartPolicy"] == "Never"
+    for index in range(spec["completions"]):
+        arguments = in_a_pod(finished, container, index)
+        assert arguments is not None and mixprec(*arguments).code == 0
+    finish = re.search(r"(?m)^# +mixprec (split .* --finish)$", (CLUSTER / "ranks-job.yaml").read_text())
+    assert finish is not None and mixprec(*finish[1].replace("/data", str(finished)).split()).code == 0
+    assert tree(finished / "out") == tree(finished / "plain")

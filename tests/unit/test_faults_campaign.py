@@ -1,4 +1,4 @@
-"""Every file-system call of a build, its parts and a split fails in turn, or is the last; two commands meet; bits flip.
+"""Every file-system call of a build or split, or of one on many machines, fails in turn or is the last; commands meet.
 
 ``MIXPREC_FAULTS=all`` (``make faults``) takes more errors, more pairs and more bits.
 """
@@ -41,15 +41,17 @@ def built(mix: Path) -> Path:
     return mix.parent / "built"
 
 
-def campaign(mix: Path, built: Path, folder: Path, what: str, how: str, count: int = 1) -> dict[str, dict[str, int]]:
+def campaign(
+    mix: Path, built: Path, folder: Path, what: str, how: str, count: int = 1, *options: str
+) -> dict[str, dict[str, int]]:
     """How often each ending came, for each error of ``how`` or the command that came between."""
-    arguments = [mix, built, folder, what, how, count]
+    arguments = [mix, built, folder, what, how, count, *options]
     command = [sys.executable, "-m", "support.campaign", *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=6000, env=environment())
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
     calls, *results = ended.stdout.splitlines()
     made, changes = map(int, calls.split())
-    few = what == "part"
+    few = what in ("part", "rank", "ranks")
     assert made > (250 if few else 500) and (changes > (20 if few else 50)) is (what != "verify")
     found = dict(map(json.loads, results))
     if "EIO" in found:
@@ -73,14 +75,20 @@ WRITES = "ENOSPC,EDQUOT,EACCES,ESTALE,kill" if ALL else "ENOSPC,kill"
         ("part", f"EIO,{WRITES}"),
         ("finish", WRITES if ALL else "kill"),
         ("finish", "EIO"),
+        ("rank", WRITES if ALL else "kill"),
+        ("rank", "EIO"),
+        ("ranks", WRITES if ALL else "kill"),
+        ("ranks", "EIO"),
     ],
 )
 def test_any_call_of_the_file_system_fails(mix: Path, built: Path, tmp_path: Path, what: str, how: str) -> None:
     """The output is the one before or the one after, and the same command finishes it and leaves nothing else."""
-    step = 1 if ALL or what != "finish" else 12 if how == "EIO" else 3
+    slow = what in ("finish", "ranks") or (what, how) == ("rank", "EIO")
+    step = 1 if ALL or not slow else 12 if how == "EIO" else 3
     found = campaign(mix, built, tmp_path, what, how, step)
+    least = 20 if what == "part" else 10 if what in ("rank", "ranks") else 30
     for error in {*how.split(",")} - {"kill"}:
-        assert sum(count for code, count in found[error].items() if code != "0") > (20 if what == "part" else 30)
+        assert sum(count for code, count in found[error].items() if code != "0") > least
 
 
 @pytest.mark.parametrize(
@@ -95,6 +103,25 @@ def test_a_command_meets_another_that_was_stopped(
     points = 50 if ALL else 4
     found = campaign(mix, built, tmp_path, what, other, points)
     assert sum(found[other].values()) == points
+
+
+@pytest.mark.parametrize("locks", [(), ("unlocked",)], ids=["flock", "no flock"])
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [("rank", "other"), ("rank", "rank"), ("rank", "verify"), ("rank", "split"), ("split", "rank"), ("ranks", "rank")],
+)
+def test_a_rank_is_cut_beside_what_was_stopped(
+    mix: Path, built: Path, tmp_path: Path, what: str, other: str, locks: tuple[str, ...]
+) -> None:
+    """Another rank in any case; and all ranks, with their finish, are then what one split makes."""
+    points = 50 if ALL else 4
+    found = campaign(mix, built, tmp_path, what, other, points, *locks)
+    assert sum(found[other].values()) == points
+    assert (found[other].keys() == {"0 0"}) is ((what, other) == ("rank", "other"))
+
+
+def test_a_rank_that_was_killed_without_locks_is_cut_again(mix: Path, built: Path, tmp_path: Path) -> None:
+    campaign(mix, built, tmp_path, "rank", "kill", 1 if ALL else 4, "unlocked")
 
 
 @pytest.mark.parametrize("layout", ["merged", "both", "presplit"])

@@ -18,7 +18,7 @@ from support.llama import write_recipe, write_sources
 from support.plans import planned
 
 from mixprec_build.errors import InterruptedBuildError, OutputError, WriteError
-from mixprec_build.output import stage_lock
+from mixprec_build.output import lock_file
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.publish import write
 from mixprec_build.output.stage import Stage
@@ -159,7 +159,7 @@ def signed(stage: Path, text: str, age: float) -> None:
 def test_a_build_killed_in_a_container_goes_on_in_the_next(mix: Path, tmp_path: Path, due: dict[str, bytes]) -> None:
     """Another host name, the same machine: the lock is free, and its kernel says that it can be trusted."""
     stage = interrupted(mix, tmp_path / "out", 3)
-    signed(stage, f"pod-a pid 7\n{stage_lock._boot()}\nabc\n", age=0)
+    signed(stage, f"pod-a pid 7\n{lock_file._boot()}\nabc\n", age=0)
     kept = {path.name: path.stat().st_ino for path in (stage / "out").glob("*.safetensors")}
     write(planned(mix), tmp_path / "out")
     assert tree(tmp_path / "out") == due
@@ -181,7 +181,7 @@ def test_a_silent_build_on_another_machine_is_dead(
     with pytest.raises(OutputError, match=r"on another host \(node-1 pid 7\) was writing there \d+ seconds ago.*kept"):
         write(planned(mix), tmp_path / "out")
     assert tree(stage / "out") == before
-    signed(stage, "node-1 pid 7\nanother-boot\nabc\n", age=stage_lock._SILENCE + 10)
+    signed(stage, "node-1 pid 7\nanother-boot\nabc\n", age=lock_file._SILENCE + 10)
     write(planned(mix), tmp_path / "out")
     assert tree(tmp_path / "out") == due and not stage.exists()
 
@@ -211,7 +211,7 @@ def test_a_build_that_was_taken_over_writes_no_more(mix: Path, tmp_path: Path) -
 
 
 def test_a_lock_is_touched_while_a_build_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_lock, "_BEAT", 0.01)
+    monkeypatch.setattr(lock_file, "_BEAT", 0.01)
     with Stage.open(tmp_path / "out"):
         os.utime(tmp_path / ".out.mixprec/lock", (0, 0))
         deadline = time.monotonic() + 20

@@ -27,6 +27,7 @@ from mixprec_build.checkpoint.manifest import checksum_of, read_manifest
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import OutputError, RecipeError, SourceError, SplitError, VerifyError
 from mixprec_build.families.llama import LLAMA as LLAMA_RULES
+from mixprec_build.output import locked as locked_module
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.locked import locked
 from mixprec_build.output.split import split
@@ -380,7 +381,8 @@ def test_a_split_that_stops_leaves_nothing_listed(out: Path, monkeypatch: pytest
     assert not verify(out).differences
 
 
-def test_two_splits_exclude_each_other(out: Path) -> None:
+def test_a_split_does_not_wait_forever_for_a_locked_folder(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locked_module, "_PATIENCE", 0.2)
     with (
         locked(out),
         pytest.raises(OutputError, match="another `mixprec split` or build is writing there; wait for it"),

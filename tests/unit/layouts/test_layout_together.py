@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,8 +39,8 @@ def test_a_build_does_not_replace_what_is_being_cut(small: Path, out: Path, layo
 
     split(out, Degree(2), layout=layout, watch=watch)
     assert ended[0].returncode == 2
-    why = f"{out}: another `mixprec split` or build is writing there; wait for it; 2 of 2 files are finished and kept"
-    assert why in ended[0].stderr
+    why = rf"{out}: another `mixprec split` is writing there \(.* pid {os.getpid()}\); wait for it; 2 of 2 files .*kept"
+    assert re.search(why, ended[0].stderr)
     assert not verify(out).differences and read_manifest(out).layout == layout
     assert rebuild(recipe, out).returncode == 0
     assert not verify(out).differences and len(list(out.glob("*.safetensors"))) == 2
@@ -98,7 +100,8 @@ def test_a_build_replaces_no_stranger_in_a_folder_of_ranks(small: Path, out: Pat
 
     with pytest.raises(InterruptedBuildError):
         split(out, Degree(2), watch=lambda *_: interrupt)
-    assert [path.name for path in out.glob("presplit/*")] == ["tp2-ep1"] and not read_manifest(out).ranks
+    assert not (out / "presplit").exists() and not read_manifest(out).ranks
+    (out / "presplit/tp2-ep1").mkdir(parents=True)
     plan = plan_recipe(small.parent / "recipe.yaml")
     (out / "presplit/thesis.tex").write_text("...")
     with pytest.raises(OutputError, match=r"files that mixprec did not write \(presplit/thesis\.tex\)"):
