@@ -298,6 +298,8 @@ class Stage:
                 self.root.remove(self.inner("names"), lambda entry: entry.is_file)
         elif self._recovered:
             self._drop_unfinished()
+        elif self.root.entry(self.inner("replaced")) is None:  # nothing was read: only a payload that is empty goes
+            self.root.remove(self.inner("out"), lambda entry: entry.name == self.inner("out"))
         left = {entry.name for entry in self.root.entries(name)} - {self.inner("lock"), self.inner("made")}
         if left:
             self.lock.release()
