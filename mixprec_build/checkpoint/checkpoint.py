@@ -49,7 +49,6 @@ class Checkpoint:
     storage: Files
     facts: ModelFacts
     declared: tuple[Declared, ...]
-    tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, Shard] = field(repr=False)
     modules: Mapping[str, StoredModule] = field(repr=False)
     absent: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -63,6 +62,10 @@ class Checkpoint:
     scales in four dimensions, and scales of inputs that are named unlike their weights. They cannot be linked."""
     values: dict[str, bytes] = field(default_factory=dict, repr=False)
     """Tensor -> its first bytes, of those that were read from the hub because their files are not on this machine."""
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by name, module by module."""
+        return {tensor.name: tensor for module in self.modules.values() for tensor in module.tensors.values()}
 
     @property
     def quantization(self) -> Mapping[str, object]:

@@ -29,8 +29,8 @@ def detect(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
     for name, module in checkpoint.modules.items():
         # Modules with equal tensors and equal settings are checked once: thousands of experts are alike. Bare
         # parameters are checked one by one, since buffers are known by their names.
-        alike = tuple([(leaf, t.dtype, t.shape) for leaf, t in module.tensors.items()])
-        what = name if "" in module.tensors else (alike, *[settings_by_name(name, said) for _, said in readings])
+        bare = "" in module.tensors
+        what = name if bare else (_outline(module), *[settings_by_name(name, said) for _, said in readings])
         if what not in known:
             known[what] = _recognise(module, readings)
         found[name] = known[what]
@@ -43,14 +43,29 @@ def _detect_compiled(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
         declaration = Declaration.from_json(checkpoint.quantization)
     except SourceError as error:
         raise SourceError(str(error), path=checkpoint.path_of(checkpoint.quantization_file)) from error
-    found: dict[str, Format | FormatError] = {}
+    known: dict[object, Format | FormatError] = {}
+    found = {}
     for name, module in checkpoint.modules.items():
-        found[name] = fmt = declaration.format_of(name)
-        try:
-            fmt.check(module)
-        except FormatError as error:
-            found[name] = error.with_traceback(None)
+        fmt = declaration.format_of(name)
+        what = (_outline(module), fmt)  # checked once, as above
+        if what not in known:
+            known[what] = _checked(module, fmt)
+        found[name] = known[what]
     return found
+
+
+def _outline(module: StoredModule) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """All that a format is checked by: leaf, dtype and shape of each tensor."""
+    return tuple([(leaf, tensor.dtype, tensor.shape) for leaf, tensor in module.tensors.items()])
+
+
+def _checked(module: StoredModule, fmt: Format) -> Format | FormatError:
+    """The format, or an error where the module's tensors contradict it."""
+    try:
+        fmt.check(module)
+    except FormatError as error:
+        return error.with_traceback(None)
+    return fmt
 
 
 def _recognise(module: StoredModule, readings: list[tuple[Declared, Quantization]]) -> Format | FormatError:

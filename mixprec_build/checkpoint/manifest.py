@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from reprlib import repr as brief
 from sys import intern
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
@@ -32,6 +32,7 @@ __all__ = [
     "MANIFEST",
     "FileEntry",
     "Manifest",
+    "ManifestHead",
     "ModuleEntry",
     "RankEntry",
     "SourceEntry",
@@ -40,12 +41,15 @@ __all__ = [
     "dump_manifest",
     "is_new_manifest",
     "new_manifest",
+    "read_head",
     "read_manifest",
 ]
 
 MANIFEST = "mixprec_manifest.json"
 CHECKSUM = "xxh3_128"
 """The algorithm of all checksums, and their key in the JSON."""
+
+_Read = TypeVar("_Read")
 
 _MAX_BYTES = 128 << 20
 _MAX_VALUES = 8_000_000  # a tensor takes 19
@@ -134,12 +138,11 @@ class RankEntry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """The manifest of a compiled checkpoint."""
+class ManifestHead:
+    """The manifest of a compiled checkpoint without its modules, which are nearly all of its text."""
 
     head: Mapping[str, Any]
     """All sections but the modules, as JSON. Unknown keys are kept when the manifest is written again."""
-    modules: Mapping[str, ModuleEntry]
     sources: Mapping[str, SourceEntry]
     formats: Mapping[str, Format]
     files: Mapping[str, FileEntry]
@@ -151,30 +154,9 @@ class Manifest:
     """The manifest's checksum. It covers the checksums of all tensors: equal values mean equal checkpoints."""
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+    def from_json(cls, data: Mapping[str, Any]) -> ManifestHead:
         """Raises ``KeyError``, ``TypeError`` or ``ValueError`` where it is not what :func:`dump_manifest` writes."""
-        sections = {key: _object(data[key], key) for key in ("sources", "formats", "files", "modules")}
-        if len(sections["sources"]) > _MAX_SOURCES:
-            raise ValueError(f"more than {_MAX_SOURCES} sources")
-        formats = {intern(str(name)): format_from_json(fmt) for name, fmt in sections["formats"].items()}
-        layout = data.get("layout")
-        if layout not in (None, "presplit"):
-            raise ValueError(f"the layout {brief(layout)}")
-        unservable = data.get("unservable", [])
-        if not isinstance(unservable, list):
-            raise TypeError(f"unservable is {type(unservable).__name__}")
-        for problem in unservable:
-            _text(problem, "unservable", most=1 << 20)
-        return cls(
-            head={key: value for key, value in data.items() if key not in ("modules", _SEAL_KEY)},
-            modules={name: _module(entry, formats) for name, entry in sections["modules"].items()},
-            sources={name: _source(entry) for name, entry in sections["sources"].items()},
-            formats=formats,
-            files={name: _file(name, entry) for name, entry in sections["files"].items()},
-            ranks={name: _rank(entry, name) for name, entry in _object(data.get("presplit", {}), "presplit").items()},
-            rest=None if layout is None else _rank(data["rest"]),
-            checksum=_text(data[_SEAL_KEY], _SEAL_KEY),
-        )
+        return cls(**_head_of(data))
 
     @property
     def layout(self) -> str:
@@ -210,6 +192,20 @@ class Manifest:
     def drops_mtp(self) -> bool:
         """Whether draft layers were left out with ``--drop-mtp``."""
         return self.head.get("drop_mtp") is True
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest(ManifestHead):
+    """The manifest of a compiled checkpoint."""
+
+    modules: Mapping[str, ModuleEntry]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """As :meth:`ManifestHead.from_json`."""
+        head = _head_of(data)
+        modules = _object(data["modules"], "modules")
+        return cls(**head, modules={name: _module(entry, head["formats"]) for name, entry in modules.items()})
 
     def tensors(self) -> dict[str, TensorEntry]:
         """All tensors by name."""
@@ -280,7 +276,7 @@ def _manifest_text(head: Mapping[str, Any], modules: Iterable[tuple[str, ModuleE
     for key, value in head.items():
         yield f"{before} {json.dumps(key)}: {json.dumps(value, indent=1, ensure_ascii=False)}"
         before = ",\n"
-    before += ' "modules": {\n'
+    before = _BEFORE_MODULES.decode()
     for name, entry in modules:
         text = json.dumps(entry.to_json(), separators=(",", ":"), ensure_ascii=False)
         yield f"{before}  {json.dumps(name)}: {text}"
@@ -288,6 +284,8 @@ def _manifest_text(head: Mapping[str, Any], modules: Iterable[tuple[str, ModuleE
     yield "\n },\n"
 
 
+_BEFORE_MODULES = b',\n "modules": {\n'
+"""The end of the head. A source may be named so as well, but no line of a module, which has two spaces, begins so."""
 _SEAL_KEY = f"manifest_{CHECKSUM}"
 
 
@@ -302,6 +300,25 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         VerifyError: there is none, or it is damaged, was changed, or is of another version.
     """
+
+    def parse(data: bytes) -> Any:
+        # Each tensor becomes a tuple as it is read: dictionaries of them all would take five times the memory.
+        return load_json(data, _MAX_VALUES, object_hook=_tensor_or_object)
+
+    return _read(folder, parse, Manifest.from_json)
+
+
+def read_head(folder: Path) -> ManifestHead:
+    """As :func:`read_manifest`, but parses no modules, whose text is only compared with the checksum."""
+
+    def parse(data: bytes) -> Any:
+        head, found, _ = data.rpartition(_BEFORE_MODULES)
+        return load_json(head + b"}" if found else data, _MAX_VALUES)
+
+    return _read(folder, parse, ManifestHead.from_json)
+
+
+def _read(folder: Path, parse: Callable[[bytes], Any], convert: Callable[[Any], _Read]) -> _Read:
     path = hide_password(str(folder / MANIFEST))
     try:
         with source_errors(folder / MANIFEST):
@@ -309,14 +326,14 @@ def read_manifest(folder: Path) -> Manifest:
         if not there:
             raise VerifyError(f"{path}: not there; this is for what `mixprec build` wrote")
         data = read_regular(inside(folder, MANIFEST), _MAX_BYTES)
-        # Each tensor becomes a tuple as it is read: dictionaries of them all would take five times the memory.
-        manifest = load_json(data, _MAX_VALUES, object_hook=_tensor_or_object)
+        manifest = parse(data)
         if manifest["version"] != VERSION or manifest["checksum"] != CHECKSUM:
             raise VerifyError(f"{path}: version {brief(manifest['version'])}; this mixprec reads version {VERSION}")
         body = memoryview(data)[: -len(_seal(checksum_of(b"")))]
-        if data[len(body) :] != _seal(checksum_of(body)):
+        manifest[_SEAL_KEY] = checksum_of(body)
+        if data[len(body) :] != _seal(manifest[_SEAL_KEY]):
             raise VerifyError(f"{path}: was changed after it was written; build the checkpoint again")
-        return Manifest.from_json(manifest)
+        return convert(manifest)
     except SourceError as error:
         raise VerifyError(str(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -331,6 +348,30 @@ def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _tensor_or_object(data: dict[str, Any]) -> dict[str, Any] | TensorEntry:
     return TensorEntry.from_json(data) if data.keys() == _TENSOR_KEYS else data
+
+
+def _head_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`ManifestHead`. Raises as its ``from_json``."""
+    sections = {key: _object(data[key], key) for key in ("sources", "formats", "files")}
+    if len(sections["sources"]) > _MAX_SOURCES:
+        raise ValueError(f"more than {_MAX_SOURCES} sources")
+    layout = data.get("layout")
+    if layout not in (None, "presplit"):
+        raise ValueError(f"the layout {brief(layout)}")
+    unservable = data.get("unservable", [])
+    if not isinstance(unservable, list):
+        raise TypeError(f"unservable is {type(unservable).__name__}")
+    for problem in unservable:
+        _text(problem, "unservable", most=1 << 20)
+    return {
+        "head": {key: value for key, value in data.items() if key not in ("modules", _SEAL_KEY)},
+        "sources": {name: _source(entry) for name, entry in sections["sources"].items()},
+        "formats": {intern(str(name)): format_from_json(fmt) for name, fmt in sections["formats"].items()},
+        "files": {name: _file(name, entry) for name, entry in sections["files"].items()},
+        "ranks": {name: _rank(entry, name) for name, entry in _object(data.get("presplit", {}), "presplit").items()},
+        "rest": None if layout is None else _rank(data["rest"]),
+        "checksum": data[_SEAL_KEY],
+    }
 
 
 def _module(data: Any, formats: Mapping[str, Format]) -> ModuleEntry:

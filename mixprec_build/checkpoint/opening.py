@@ -125,6 +125,7 @@ def open_storage(
             if unread is None:
                 raise changed
             unread[INDEX] = str(changed)
+    index = None  # it may take as much memory as the modules
 
     shown: Mapping[str, TensorInfo] = tensors
     apart: frozenset[str] = frozenset()
@@ -134,9 +135,7 @@ def open_storage(
         shown, renamed = beside_their_weights(shown, facts.family)
         apart |= flat | renamed
     modules = _modules(shown, leaves, location)
-    return Checkpoint(
-        location, storage, facts, declared, shown, shards, modules, absent, left, remarks, taken_apart=apart
-    )
+    return Checkpoint(location, storage, facts, declared, shards, modules, absent, left, remarks, taken_apart=apart)
 
 
 def _modules(tensors: Mapping[str, TensorInfo], leaves: Set[str], location: str) -> dict[str, StoredModule]:

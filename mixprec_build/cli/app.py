@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MissingPartsError, MixprecError, RecipeError, RefusedError
+from ..storage.garbage import give_back_large_blocks
 from ..text import printable
 from ..versions import __version__
 from .build import build
@@ -98,6 +99,7 @@ class _Stop:
 def main() -> None:
     """The console script ``mixprec``: errors become one message and an exit code."""
     open_streams()
+    give_back_large_blocks()
     stop = _Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background jobs inherit it

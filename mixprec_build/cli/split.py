@@ -51,7 +51,7 @@ def split(
 ) -> None:
     """Cut a compiled checkpoint for the ranks that will serve it: each then reads its own files only."""
     from ..checkpoint.degree import Degree
-    from ..checkpoint.manifest import read_manifest
+    from ..checkpoint.manifest import read_head
     from ..output.split import split as run
     from ..ranks.splitter import Splitter
     from ..text import counted, human, printable
@@ -88,7 +88,7 @@ def split(
         size = sum(file.stat().st_size for path in written for file in path.iterdir())
         print(f"{printable(str(folder))}/presplit/{degree}: files of {counted(len(written), 'rank')}, {human(size)}")
     if layout is not None:
-        print(f"{printable(str(folder))}: {_HAS[read_manifest(folder).layout]}")
+        print(f"{printable(str(folder))}: {_HAS[read_head(folder).layout]}")
     if degree is not None and numbers is not None:
         print(f"when all ranks are cut: mixprec split {printable(str(folder))} {degree.cut_options} --finish")
     if degree is not None and written:

@@ -32,7 +32,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare a compiled checkpoint with its sources, bit for bit."""
-    from ..checkpoint.manifest import read_manifest
+    from ..checkpoint.manifest import read_head
     from ..checkpoint.typed import open_source
     from ..output.verify import verify as run
     from ..output.weight_errors import comparable, weight_errors
@@ -40,7 +40,7 @@ def verify(
 
     moved = dict(_pair(item) for item in source)
     if against:
-        recorded = read_manifest(folder).sources.get(against)
+        recorded = read_head(folder).sources.get(against)
         reference = open_source(moved.get(against) or (recorded and recorded.place) or against)
         ours = open_on_disk(str(folder))
         comparable(ours, reference)  # before the hour that reading may take

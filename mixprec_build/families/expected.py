@@ -25,9 +25,10 @@ __all__ = [
 _MOST_LAYERS = 10_000
 
 _BUFFERS = (".inv_freq", ".cos_cached", ".sin_cached")
+_ENDS_LEFT_OUT = ("_scale", "_zero_point", ".input_scale_ub")
+"""Ends of all names that the next two match."""
 _CACHE_SCALE = re.compile(r".+\.([kvq]_scale|kv_scale|[kv]_zero_point|[kvq]_proj\.(output_scale|[kv]_scale))")
 _UPPER_BOUND = re.compile(r".+\.input_scale_ub")
-_DRAFT_WORDS = ("mtp", "nextn", "eagle")
 _DRAFTS = re.compile(r"(.+\.)?(mtp|mtp_block|nextn|eagle)(\.|_).+")
 
 _TOWER = re.compile(
@@ -97,7 +98,9 @@ def is_for_drafts(name: str) -> bool:
 
     Draft models load them; the model itself skips them.
     """
-    return any(word in name for word in _DRAFT_WORDS) and _DRAFTS.fullmatch(name) is not None
+    # Looked for first: this is asked of every tensor several times.
+    has_word = "mtp" in name or "nextn" in name or "eagle" in name
+    return has_word and _DRAFTS.fullmatch(name) is not None
 
 
 def left_out_of_builds(name: str) -> str | None:
@@ -105,6 +108,8 @@ def left_out_of_builds(name: str) -> str | None:
 
     Scales of the KV cache are taken with their attention.
     """
+    if not name.endswith(_ENDS_LEFT_OUT):
+        return None
     if _CACHE_SCALE.fullmatch(name):
         return "scales of an FP8 KV cache: those of attention from elsewhere, or of a kind that SGLang does not load"
     if _UPPER_BOUND.fullmatch(name):

@@ -17,7 +17,7 @@ def block_of_stacked(family: Family, name: str, shapes: Iterable[tuple[int, ...]
         shapes: those of the module's tensors. A stacked projection is ``[E, N, K]`` or ``[E, K, N]``.
         experts: the number of experts in a layer.
     """
-    if not layer_prefix(name) or not any(len(shape) == 3 and min(shape) > 1 for shape in shapes):
+    if not any(len(shape) == 3 and min(shape) > 1 for shape in shapes) or not layer_prefix(name):
         return None
     before, found, rest = name.partition(f".{family.experts}.")
     if found and not rest.partition(".")[0].isdecimal():

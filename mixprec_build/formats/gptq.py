@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +32,7 @@ from ..patterns.regexes import plain_regex
 from . import auto_round
 from .arrays import NUMPY, Arrays
 from .base import Axes, Axis, Format, FormatError, Kind, Reader, check_tensor, only_leaves, shape_text
-from .grouped import Grouped, marlin_kind
+from .grouped import Grouped, marlin_kind, usual_order
 from .keys import check
 from .marlin import FLOATS, unpack
 from .quantization import Quantization
@@ -239,7 +239,7 @@ class Gptq(Grouped):
                 order = read(part.tensors["g_idx"]) if "g_idx" in part.tensors else None
                 size = self.shape(part)[1] if self.group_size == -1 else self.group_size
                 # All zeros mean "no g_idx" in files that other tools converted.
-                if order is not None and order.any() and (order != np.arange(len(order)) // size).any():
+                if order is not None and not np.array_equal(order, usual_order(len(order), size)) and order.any():
                     limits.append(
                         "declared without desc_act, but its g_idx does not count inputs in groups of "
                         f"{size}: its configuration is wrong, and SGLang would not look at it"
@@ -281,10 +281,8 @@ class Gptq(Grouped):
 
     def _layout_of(self, words: npt.NDArray[Any]) -> str | None:
         """The layout in which these ``qzeros`` are those of a symmetric weight; None if there is none."""
-        import numpy as np
-
-        unsigned = words.view(np.uint32)
-        return next((layout for layout in _OTHER if (unsigned == _symmetric_word(self.bits, layout)).all()), None)
+        stored = words.tobytes()
+        return next((one for one in _OTHER if stored == _symmetric_words(self.bits, one, words.size)), None)
 
     def dequantize(self, tensors: Mapping[str, npt.NDArray[Any]], on: Arrays = NUMPY) -> npt.NDArray[np.float32]:
         """Ignores zero points of symmetric weights, as kernels do; :meth:`value_limits` checks them."""
@@ -302,13 +300,16 @@ class Gptq(Grouped):
         return weight
 
 
-@cache
-def _symmetric_word(bits: int, layout: str) -> np.uint32:
+def _symmetric_word(bits: int, layout: str) -> int:
     """The word of ``qzeros`` whose zero points are all half of the range."""
-    import numpy as np
-
     zero = (1 << (bits - 1)) - (layout == "gptq")
-    return np.uint32(sum(zero << at for at in range(0, 32, bits)))
+    return sum(zero << at for at in range(0, 32, bits))
+
+
+@lru_cache(maxsize=16)
+def _symmetric_words(bits: int, layout: str, count: int) -> bytes:
+    """``count`` such words. Bytes are compared in a third of the time that arrays take."""
+    return _symmetric_word(bits, layout).to_bytes(4, "little") * count
 
 
 def _settings(declared: Mapping[str, object]) -> Gptq:

@@ -5,6 +5,7 @@ compressed-tensors. SGLang runs them on its Marlin kernels.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..storage.module import StoredModule
 
-__all__ = ["Grouped", "marlin_kind"]
+__all__ = ["Grouped", "marlin_kind", "usual_order"]
 
 
 def marlin_kind(bits: int) -> Kind:
@@ -113,7 +114,7 @@ class Grouped(Format):
         # A group may not be larger than the weight: its size comes from a configuration.
         size = inputs if self.group_size == -1 else min(self.group_size, inputs)
         # Most stored orders are the usual one, for which repeating takes a fourth of the time.
-        if order is not None and not np.array_equal(order, np.arange(inputs, dtype=np.int32) // size):
+        if order is not None and not np.array_equal(order, usual_order(inputs, size)):
             return on.columns(groups, order)
         return groups if groups.shape[1] == 1 else on.repeat(groups, size, 1)[:, :inputs]
 
@@ -138,3 +139,13 @@ class Grouped(Format):
         if type(value) is not int or (value != -1 and value < 1):
             raise error(f"{what.format(brief(value))} is neither -1 nor a positive number")
         return value
+
+
+@lru_cache(maxsize=8)
+def usual_order(inputs: int, size: int) -> npt.NDArray[np.int32]:
+    """The group of each input where groups of ``size`` follow one another, ``[inputs]``; made once for many modules."""
+    import numpy as np
+
+    order = np.arange(inputs, dtype=np.int32) // size
+    order.flags.writeable = False
+    return order

@@ -186,7 +186,7 @@ def _place(checkpoint: Checkpoint, name: str) -> str:
     for file, shard in sorted(checkpoint.shards.items()):
         digest.update(f"{file}\0{shard.size}\0{shard.header_checksum}\n".encode(errors="backslashreplace"))
     model_type = _code(checkpoint.facts.model_type or "unknown type")
-    tensors = f"{len(checkpoint.tensors):,} tensors"
+    tensors = f"{sum(len(module.tensors) for module in checkpoint.modules.values()):,} tensors"
     return f"a local folder ({_code(name)}): {model_type}, {tensors}, headers {digest.hexdigest()}"
 
 

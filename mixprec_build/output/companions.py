@@ -75,9 +75,9 @@ def module_entries(plan: Plan, checksums: Mapping[str, Mapping[str, str]]) -> It
 def _shard_entry(path: Path) -> dict[str, object]:
     """A shard's size and the checksum of its header; its tensors have their own."""
     with path.open("rb") as file:
-        first = file.read(8)
-        header = first + file.read(int.from_bytes(first, "little"))
-        return {"bytes": os.fstat(file.fileno()).st_size, "header": checksum_of(header)}
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        return {"bytes": os.fstat(file.fileno()).st_size, "header": checksum_of(file.read(8 + length))}
 
 
 def write_companions(

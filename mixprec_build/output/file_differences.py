@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.manifest import MANIFEST, FileEntry, Manifest, is_new_manifest
+from ..checkpoint.manifest import MANIFEST, FileEntry, ManifestHead, is_new_manifest
 from ..errors import SourceError
 from ..planning.companions import CARD
 from ..ranks.layout import PRESPLIT
@@ -22,13 +22,13 @@ _TOOLS = {".git": True, ".cache": True, ".huggingface": True, ".gitattributes": 
 """Name of an entry that git, the hub's downloads or people put beside a checkpoint -> whether it is a folder."""
 
 
-def beside(owned: OwnedFolder, manifest: Manifest) -> list[str]:
+def beside(owned: OwnedFolder, manifest: ManifestHead) -> list[str]:
     """Names of the entries of git, of the hub's downloads and a card of the user's own: no part of the checkpoint."""
     with source_errors(owned.path):
         return [entry.name for entry in owned.entries() if _is_beside(entry, manifest)]
 
 
-def edited_card(folder: Path, manifest: Manifest) -> str | None:
+def edited_card(folder: Path, manifest: ManifestHead) -> str | None:
     """What became of the card that a build wrote: ``edited``, ``removed``, ``unreadable``; None for nothing.
 
     People edit a card, and nothing else reads it. Entries that are no files are left to :func:`file_differences`.
@@ -45,13 +45,13 @@ def edited_card(folder: Path, manifest: Manifest) -> str | None:
         return "unreadable"
 
 
-def _is_beside(entry: Entry, manifest: Manifest) -> bool:
+def _is_beside(entry: Entry, manifest: ManifestHead) -> bool:
     is_folder = None if entry.name in manifest.files else _TOOLS.get(entry.name)
     return is_folder is not None and (entry.is_folder if is_folder else entry.is_file)
 
 
 def file_differences(
-    owned: OwnedFolder, manifest: Manifest, checkpoint: Checkpoint, left: Sequence[str], unread: Container[str] = ()
+    owned: OwnedFolder, manifest: ManifestHead, checkpoint: Checkpoint, left: Sequence[str], unread: Container[str] = ()
 ) -> Iterator[str]:
     """Yields entries that do not belong to the checkpoint, and listed files that are not as they were written.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.checkpoint import REST
 from ..checkpoint.degree import parse_folder
-from ..checkpoint.manifest import Manifest, is_new_manifest
+from ..checkpoint.manifest import ManifestHead, is_new_manifest
 from ..errors import SourceError, VerifyError
 from ..ranks.files import INDEX, read_index
 from ..ranks.layout import PRESPLIT, SPLIT_LOCK, is_ours
@@ -19,13 +19,13 @@ from ..storage.owned import Entry, OwnedFolder
 __all__ = ["clear_leftovers", "leftovers", "locks", "unknown_entries"]
 
 
-def leftovers(folder: Path, manifest: Manifest) -> list[str]:
+def leftovers(folder: Path, manifest: ManifestHead) -> list[str]:
     """Names of entries that a stopped split left behind. Nothing reads them."""
     with write_errors(folder), OwnedFolder.open(folder) as owned:
         return _leftovers(owned, manifest)
 
 
-def unknown_entries(folder: Path, manifest: Manifest, *, cached: bool = False) -> list[str]:
+def unknown_entries(folder: Path, manifest: ManifestHead, *, cached: bool = False) -> list[str]:
     """Names of entries in ``presplit``, at any depth, that neither a build nor a split puts there.
 
     With ``cached`` a link into the hub's cache counts as a file.
@@ -55,7 +55,7 @@ def _as_cached(folder: Path, entry: Entry) -> Entry:
     return entry
 
 
-def clear_leftovers(owned: OwnedFolder, manifest: Manifest, keep: Collection[str] = ()) -> None:
+def clear_leftovers(owned: OwnedFolder, manifest: ManifestHead, keep: Collection[str] = ()) -> None:
     """Removes what stopped splits left, except ``keep`` and files of ranks, which another machine may have cut.
 
     The caller holds :data:`SPLIT_LOCK`, which stays: all other locks are of splits that ended.
@@ -72,7 +72,7 @@ def locks(owned: OwnedFolder) -> list[str]:
     return [entry.name for entry in _presplit(owned) if is_ours(entry) and entry.name.endswith(".lock")]
 
 
-def _leftovers(owned: OwnedFolder, manifest: Manifest) -> list[str]:
+def _leftovers(owned: OwnedFolder, manifest: ManifestHead) -> list[str]:
     listed = set(manifest.ranks)
     if manifest.rest is not None:
         listed.add(REST)

@@ -323,7 +323,8 @@ class _Split:
         for piece in (piece for rank in parameters.values() for parameter in rank for piece in parameter.pieces):
             in_ranks.setdefault(piece.tensor.name, set()).add((piece.rows, piece.columns))
         headers = (header_tensor(file, shard.header_bytes) for file, shard in checkpoint.shards.items())
-        rest = [as_parameter(tensor) for tensor in (*in_no_rank(checkpoint.tensors.values(), in_ranks), *headers)]
+        tensors = sorted(checkpoint.tensors().values(), key=lambda tensor: (tensor.file, tensor.start))
+        rest = [as_parameter(tensor) for tensor in (*in_no_rank(tensors, in_ranks), *headers)]
         check_space(self._folder, sum(p.nbytes for p in rest))
         self._check()
         kept = write_rank(self._owned, REST, {"padded": {}}, self._reader, rest, self._shard_size, None, self._mine)
@@ -383,7 +384,7 @@ class _Split:
             file: [(header_tensor(file, shard.header_bytes), self._manifest.files[file].checksum)]
             for file, shard in checkpoint.shards.items()
         }
-        for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.start):
+        for tensor in sorted(checkpoint.tensors().values(), key=lambda tensor: tensor.start):
             if tensor.name not in entries:
                 raise VerifyError(f"{tensor.name}: in {tensor.file}, but not in the manifest")
             built[tensor.file].append((tensor, entries[tensor.name].checksum))

@@ -133,12 +133,12 @@ def _verify(
     left = leftovers(folder, manifest)
     with no_garbage_collection():
         origins, stores, gone = _open_sources(manifest, sources)
-    recorded = manifest.tensors()
+    recorded, stored = manifest.tensors(), checkpoint.tensors()
     progress = None if watch is None else watch(sum(entry.nbytes for entry in recorded.values()))
     differences = [
         *(reason for file, reason in unread.items() if owned.entry(file) is not None),
         *file_differences(owned, manifest, checkpoint, left, unread),
-        *_structure_differences(manifest, checkpoint, unread),
+        *_structure_differences(manifest, checkpoint, stored, unread),
         *rank_differences(folder, manifest, checkpoint, not unread),
     ]
     bit_for_bit = 0
@@ -152,7 +152,7 @@ def _verify(
             origin = origins[entry.source].get(name) if entry.source in origins else None
             theirs = None if origin is None else (readers[entry.source], origin)
             try:
-                result = _compare(reader, checkpoint.tensors[name], entry, theirs)
+                result = _compare(reader, stored[name], entry, theirs)
             except SourceError as error:  # of the checkpoint's own file; the others can still be compared
                 result = _Compared(difference=str(error))
             if progress is not None:
@@ -162,7 +162,7 @@ def _verify(
         def check_all(batch: Sequence[tuple[str, TensorEntry]]) -> list[_Compared]:
             return [check(name, entry) for name, entry in batch]
 
-        there = [item for item in recorded.items() if item[0] in checkpoint.tensors]
+        there = [item for item in recorded.items() if item[0] in stored]
         jobs = min(8, os.cpu_count() or 1)
         # Closed before the readers, also on Ctrl-C.
         results = stack.enter_context(closing(map_in_order(check_all, _batches(there), jobs)))
@@ -210,15 +210,13 @@ def _open_sources(
     found: dict[str, dict[str, TensorInfo]] = {}
     stores: dict[str, Files] = {}
     gone: list[str] = []
-    taken: dict[str, list[str]] = {}
-    for name, entry in manifest.tensors().items():
-        taken.setdefault(entry.source, []).append(name)
+    recorded = manifest.tensors()
     unknown = moved.keys() - manifest.sources.keys()
     if unknown:
         known = ", ".join(manifest.sources)
         raise VerifyError(f"the checkpoint has no source `{min(unknown)}`; its sources are {known}")
-    for name, recorded in manifest.sources.items():
-        location = moved.get(name) or recorded.place
+    for name, place in manifest.sources.items():
+        location = moved.get(name) or place.place
         try:
             source = open_checkpoint(location)
         except SourceError as error:
@@ -226,9 +224,11 @@ def _open_sources(
                 raise
             gone.append(f"`{name}`: {error}")
             continue
-        stores[name], tensors = source.storage, source.tensors
-        found[name] = {tensor: tensors[tensor] for tensor in taken.get(name, ()) if tensor in tensors}
-        lacking = [tensor for tensor in taken.get(name, ()) if tensor not in tensors]
+        stores[name], tensors = source.storage, source.tensors()
+        taken = [tensor for tensor, entry in recorded.items() if entry.source == name]
+        # With the manifest's names: those of the source are let go with it.
+        found[name] = {tensor: tensors[tensor]._replace(name=tensor) for tensor in taken if tensor in tensors}
+        lacking = [tensor for tensor in taken if tensor not in tensors]
         if lacking:
             reason = f"`{name}`: {location} lacks {len(lacking):,} of its tensors: {some(compress(lacking))}"
             if name in moved:
@@ -238,13 +238,15 @@ def _open_sources(
     return found, stores, gone
 
 
-def _structure_differences(manifest: Manifest, checkpoint: Checkpoint, unread: Container[str]) -> Iterator[str]:
+def _structure_differences(
+    manifest: Manifest, checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], unread: Container[str]
+) -> Iterator[str]:
     """Yields differences of config and headers. The tensors of files that are ``unread`` are reported elsewhere."""
     if checkpoint.quantization.get("quant_method") != METHOD:
         yield f"config.json: quant_method is not {METHOD}"
     elif checkpoint.quantization.get("formats") != manifest.head["formats"]:
         yield "config.json: its formats are not those of the manifest"
-    for name, entry, info in manifest.differences(checkpoint.tensors):
+    for name, entry, info in manifest.differences(stored):
         if entry is not None and info is not None:
             yield (
                 f"{name}: {info.dtype} {list(info.shape)} in {info.file}, "

@@ -16,6 +16,8 @@ __all__ = ["compress", "natural_key"]
 _T = TypeVar("_T")
 _NUMBER = re.compile(r"(\d{1,15})")  # int() refuses digits without end
 _MAX_FOLDED_NUMBERS = 8
+_RANGED = re.compile(r"0|[1-9][0-9]{0,5}")
+_WORD = re.compile(r"\w+")
 
 
 def natural_key(name: str) -> str:
@@ -42,15 +44,18 @@ def compress(names: Iterable[str]) -> list[str]:
     Merges last words, then numbers from the last to the first, so that 4,512 names become
     ``model.layers.{0..93}.mlp.experts.{0..15}.{down_proj,gate_proj,up_proj}``.
     """
-    by_width: dict[int, set[tuple[str, ...]]] = defaultdict(set)
-    for name in names:
+    words: dict[str, list[str]] = defaultdict(list)
+    for name in {*names}:
         head, dot, word = name.rpartition(".")
-        row = (*_NUMBER.split(head + dot), word)
-        by_width[len(row)].add(row)
+        words[head + dot].append(word)
+    by_width: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+    for head, last_words in words.items():
+        before = _NUMBER.split(head)
+        by_width[len(before)].update((*before, word) for word in _braces(last_words))
     patterns: list[str] = []
     for width, rows in by_width.items():
         # Columns: text, number, text, ..., text, last word.
-        for column in [width - 1, *range(width - 3, 0, -2)[:_MAX_FOLDED_NUMBERS]]:
+        for column in range(width - 2, 0, -2)[:_MAX_FOLDED_NUMBERS]:
             rows = _fold(rows, column)
         patterns += ["".join(row) for row in rows]
     return sorted(patterns, key=natural_key)
@@ -69,10 +74,10 @@ def _braces(values: Sequence[str]) -> list[str]:
     if len(values) == 1:
         return list(values)
     # '007' and '7' are different names: only numbers without leading zeros that RANGE can read become ranges.
-    if all(re.fullmatch(r"0|[1-9][0-9]{0,5}", v) for v in values):
+    if all(map(_RANGED.fullmatch, values)):
         numbers = sorted(map(int, values))
         return ["{" + ",".join(_spans(some)) + "}" for some in _chunks(numbers)]
-    if all(re.fullmatch(r"\w+", v) for v in values):
+    if all(map(_WORD.fullmatch, values)):
         return ["{" + ",".join(some) + "}" for some in _chunks(sorted(values))]
     return list(values)
 

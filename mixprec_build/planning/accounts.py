@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
@@ -75,23 +76,20 @@ def left_out(
     modules: Mapping[str, PlannedModule], default: Source, recipe: Recipe, sources: Sources
 ) -> Iterator[LeftOut]:
     """Yields the tensors of each source that are not in the output, by reason."""
-    kept: dict[str, set[str]] = {name: set() for name in sources.by_name}
-    for taken in modules.values():
-        for planned in taken.tensors.values():
-            kept[planned.source].add(planned.info.name)
     for source in sources.by_name.values():
-        groups: dict[str, list[tuple[str, TensorInfo]]] = {}
-        mine = kept[source.name]
+        tensors, nbytes = Counter[str](), Counter[str]()
+        names: dict[str, set[str]] = {}
         for name, stored in source.checkpoint.modules.items():
             module = modules.get(name)
             for leaf, tensor in stored.tensors.items():
-                if tensor.name not in mine:
-                    why = _why_left_out(source, tensor, leaf, module, default, recipe, sources)
-                    groups.setdefault(why, []).append((name, tensor))
-        for reason, tensors in groups.items():
-            nbytes = sum(tensor.nbytes for _, tensor in tensors)
-            patterns = compress({name for name, _ in tensors})
-            yield LeftOut(source.name, reason, len(tensors), nbytes, tuple(patterns))
+                if module is not None and module.tensors.get(leaf) == (source.name, tensor):
+                    continue
+                why = _why_left_out(source, tensor, leaf, module, default, recipe, sources)
+                tensors[why] += 1
+                nbytes[why] += tensor.nbytes
+                names.setdefault(why, set()).add(name)
+        for reason, count in tensors.items():
+            yield LeftOut(source.name, reason, count, nbytes[reason], tuple(compress(names[reason])))
 
 
 def _why_left_out(

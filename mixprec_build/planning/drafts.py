@@ -46,10 +46,10 @@ def check_drafts(
         )
         return []
     drafts = [name for name in modules if name in chosen.drafts.globs]
-    completeness = _Completeness.of(modules, sources)
+    having = [source for source in sources.by_name.values() if sources.drafts_of(source)]
     if drafts:
-        return _check_complete(drafts, modules, completeness, sources, problems)
-    others = completeness.having_drafts(sources)
+        return _check_complete(drafts, modules, _Completeness.of(modules, sources), having, sources, problems)
+    others = _Completeness.of(modules, sources).in_order(having) if having else []
     other = others[0] if others else None
     if chosen.drafts.line is not None:
         rule = chosen.rules[chosen.drafts.line][0]
@@ -130,6 +130,7 @@ def _check_complete(
     drafts: list[str],
     modules: Mapping[str, PlannedModule],
     completeness: _Completeness,
+    having: Iterable[Source],
     sources: Sources,
     problems: Problems,
 ) -> list[str]:
@@ -147,8 +148,8 @@ def _check_complete(
     if not sources.family.checked:
         likely, missing = [*missing, *likely], []
     if missing:
-        having = completeness.having_drafts(sources)
-        other = next((name for name in having if not completeness.lacks(sources.by_name[name])), None)
+        others = completeness.in_order(having)
+        other = next((name for name in others if not completeness.lacks(sources.by_name[name])), None)
         has_all = "" if other is None else f"; `{other}` has all, and --drop-mtp leaves the draft layers out"
         problems.hard(
             f"{lack(missing)}, which SGLang's class for draft layers needs{has_all}",
@@ -173,11 +174,10 @@ class _Completeness:
         main = {name: module for name, module in modules.items() if not module.draft}
         return cls(sources.model.facts, kinds_of_blocks(main, sources.model.facts), sources)
 
-    def having_drafts(self, sources: Sources) -> list[str]:
-        """The sources that have draft layers, first those with complete ones that SGLang serves in their format."""
-        having = [source for source in sources.by_name.values() if sources.drafts_of(source)]
-        having.sort(key=lambda source: (bool(self.lacks(source)), self._is_limited(source)))
-        return [source.name for source in having]
+    def in_order(self, having: Iterable[Source]) -> list[str]:
+        """Names of sources with draft layers, first those with complete ones that SGLang serves in their format."""
+        best_first = sorted(having, key=lambda source: (bool(self.lacks(source)), self._is_limited(source)))
+        return [source.name for source in best_first]
 
     def lacks(self, source: Source) -> list[str]:
         """What the draft layers of a source lack."""

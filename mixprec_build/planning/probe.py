@@ -7,6 +7,7 @@ step, methods that shift errors between weights (GPTQ, AutoRound) about one. A l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import lcm, prod
 from typing import TYPE_CHECKING, Any
@@ -162,11 +163,12 @@ def check_weights(
     Compares a sample of the modules; with ``full`` all rows of each.
     """
     notes = []
+    used = Counter(module.source for module in modules.values())
     for name in sources.by_name:
         quantized = [m for m in modules.values() if m.source == name and m.format.quantized]
         different: dict[str, list[str]] = {}
         for module in quantized if full else _sample(quantized):
-            reference = _reference(module, modules, sources)
+            reference = _reference(module, used, sources)
             if reference is not None and _differs(module, reference.name, probe, full):
                 different.setdefault(reference.name, []).append(module.name)
         for reference_name, names in different.items():
@@ -191,13 +193,13 @@ def _sample(modules: Iterable[PlannedModule]) -> list[PlannedModule]:
     ]
 
 
-def _reference(module: PlannedModule, modules: Mapping[str, PlannedModule], sources: Sources) -> Source | None:
-    """The source to compare a module with: an unquantized one if possible, and the one that most of the mix is from."""
-    used: dict[str, int] = {}
-    for other in modules.values():
-        used[other.source] = used.get(other.source, 0) + 1
+def _reference(module: PlannedModule, used: Counter[str], sources: Sources) -> Source | None:
+    """The source to compare a module with: an unquantized one if possible, and the one that most of the mix is from.
+
+    ``used`` has the number of modules that come from each source.
+    """
     found = []
-    for source in sorted(sources.by_name.values(), key=lambda source: -used.get(source.name, 0)):
+    for source in sorted(sources.by_name.values(), key=lambda source: -used[source.name]):
         fmt = source.known_format(module.name)
         if fmt is not None and fmt.shape(source.checkpoint.modules[module.name]) == module.shape:
             found.append((fmt.quantized, source))

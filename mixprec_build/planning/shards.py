@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ..checkpoint.typed import Source
 from ..recipe.sources import Sources
 from ..storage.header import MOST_TENSORS
 from .types import PlannedModule, PlannedShard, PlannedTensor
@@ -65,11 +67,16 @@ def _files_used_completely(
     for module in modules.values():
         for tensor in module.tensors.values():
             wanted.setdefault((tensor.source, tensor.info.file), []).append(tensor)
+    in_files = {name: _tensors_in_files(source) for name, source in sources.by_name.items()}
     for (source, file), tensors in wanted.items():
         checkpoint = sources.by_name[source].checkpoint
         if file in checkpoint.taken_apart:
             continue
-        in_file = sum(info.file == file for info in checkpoint.tensors.values())
         metadata = checkpoint.shards[file].metadata
-        if in_file == len(tensors) and isinstance(metadata, dict) and metadata.get("format") == "pt":
+        if in_files[source][file] == len(tensors) and isinstance(metadata, dict) and metadata.get("format") == "pt":
             yield (source, file), sorted(tensors, key=lambda tensor: tensor.info.start)
+
+
+def _tensors_in_files(source: Source) -> Counter[str]:
+    """The number of tensors in each file of a source."""
+    return Counter(tensor.file for module in source.checkpoint.modules.values() for tensor in module.tensors.values())

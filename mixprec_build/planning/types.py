@@ -60,10 +60,15 @@ class PlannedShard:
     link: tuple[str, str] | None = None
     """(source, file) of a source's file that is linked in place of a copy."""
 
-    @cached_property
+    @property
     def header(self) -> bytes:
-        """The bytes before the data section, for a shard that is not linked."""
+        """The bytes before the data section, for a shard that is not linked. Made anew: all take much memory."""
         return build_header((*tensor.info[:3], tensor.info.nbytes) for tensor in self.tensors)
+
+    @cached_property
+    def header_bytes(self) -> int:
+        """The size of the header in bytes."""
+        return len(self.header)
 
     @property
     def data_bytes(self) -> int:
@@ -73,7 +78,7 @@ class PlannedShard:
         """The size of the file in bytes, header included."""
         if self.link is not None:
             return sources.by_name[self.link[0]].checkpoint.shards[self.link[1]].size
-        return len(self.header) + self.data_bytes
+        return self.header_bytes + self.data_bytes
 
 
 @dataclass(frozen=True, slots=True)

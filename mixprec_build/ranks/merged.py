@@ -205,7 +205,7 @@ class CutFolder:
                     found.setdefault(piece.tensor.name, {}).setdefault((piece.rows, piece.columns), back)
         parts = {name: tuple(pieces.values()) for name, pieces in found.items()}
         headers = (header_tensor(file, shard.header_bytes) for file, shard in self.checkpoint.shards.items())
-        for tensor in (*in_no_rank(self.checkpoint.tensors.values(), found), *headers):
+        for tensor in (*in_no_rank(self.checkpoint.tensors().values(), found), *headers):
             kept = self._kept.get(tensor.name)
             if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
                 raise SplitError(f"{tensor.name}: neither in the files of {degree} nor in {self._folder / REST}")

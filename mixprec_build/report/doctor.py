@@ -237,8 +237,12 @@ def _last_json(module: str, *arguments: str) -> Any:
 def _differences(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Finding]:
     """Reports tensors whose headers differ from the manifest; ``mixprec verify`` compares their bytes."""
     declared = manifest.tensors()
-    stored = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
-    changed = [name for name, t in declared.items() if stored.get(name) != (t.dtype, t.shape)]
+    stored = checkpoint.tensors()
+    changed = [
+        name
+        for name, entry in declared.items()
+        if (info := stored.get(name)) is None or (info.dtype, info.shape) != (entry.dtype, entry.shape)
+    ]
     changed += stored.keys() - declared.keys()
     if changed:
         yield Finding("fail", "tensors", f"not as they were built: {some(changed)}; build the checkpoint again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPE_BITS", "numpy_dtype"]
 
 
+@cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy dtype for a safetensors dtype, from ml_dtypes for BF16 and FP8. Raises :class:`SourceError` if none."""
     import numpy as np

@@ -188,9 +188,12 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> by
     # Joined as text: a dictionary of all entries would take many times the memory.
     out = bytearray(8) + b'{"__metadata__":{"format":"pt"}'
     at = 0
+    layouts: dict[tuple[str, tuple[int, ...]], str] = {}
     for name, dtype, shape, nbytes in tensors:
-        key, sizes = json_text(name), ",".join(map(str, shape))
-        out += f',{key}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{at},{at + nbytes}]}}'.encode()
+        if (layout := layouts.get((dtype, shape))) is None:
+            sizes = ",".join(map(str, shape))
+            layout = layouts[dtype, shape] = f'{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":'
+        out += f",{json_text(name)}:{layout}[{at},{at + nbytes}]}}".encode()
         at += nbytes
     out += b"}"
     out += b" " * (-len(out) % _PAGE)

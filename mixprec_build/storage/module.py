@@ -29,4 +29,4 @@ class StoredModule(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+        return sum([tensor.nbytes for tensor in self.tensors.values()])

@@ -9,7 +9,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -71,10 +71,41 @@ class TensorReader(ABC):
 
 @dataclass(slots=True)
 class _OpenFile:
+    """An open file. The body of a ``with`` statement reads from it; meanwhile it is not closed."""
+
     fd: int
     path: Path
+    lock: Lock
     readers: int = 0
     """Threads that read from it now."""
+
+    def __enter__(self) -> _OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.readers -= 1
+
+    def read(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
+        """``nbytes`` of a tensor from its byte ``at`` on."""
+        if not tensor.contiguous:
+            window = bytearray(nbytes)
+            read_tensor(self.fd, self.path, tensor, memoryview(window), at)
+            return bytes(window)
+        try:
+            data = pread_all(self.fd, nbytes, tensor.start + at)
+        except OSError as error:
+            raise _unread(tensor, self.path, error) from error
+        if len(data) < nbytes:
+            raise _unread(tensor, self.path)
+        return data
+
+    def has_hole_at(self, tensor: TensorInfo) -> bool:
+        """Whether nothing of a tensor was ever written."""
+        try:
+            return os.lseek(self.fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.span
+        except OSError as error:
+            return error.errno == errno.ENXIO  # a hole up to the end; reading meets any other error again
 
 
 class FileReader(TensorReader):
@@ -112,19 +143,7 @@ class FileReader(TensorReader):
     def read(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
         """``nbytes`` of a tensor from its byte ``at`` on."""
         with self._reading(tensor.file) as opened:
-            if opened is None:
-                return self._from_elsewhere(tensor, at, nbytes)
-            if not tensor.contiguous:
-                window = bytearray(nbytes)
-                read_tensor(opened.fd, opened.path, tensor, memoryview(window), at)
-                return bytes(window)
-            try:
-                data = pread_all(opened.fd, nbytes, tensor.start + at)
-            except OSError as error:
-                raise _unread(tensor, opened.path, error) from error
-            if len(data) < nbytes:
-                raise _unread(tensor, opened.path)
-            return data
+            return self._from_elsewhere(tensor, at, nbytes) if opened is None else opened.read(tensor, at, nbytes)
 
     def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
         most = BUFFER if tensor.contiguous else PANEL
@@ -142,7 +161,7 @@ class FileReader(TensorReader):
             if opened is None:
                 data = self._ahead.get(tensor.name)
             else:
-                data = self.read(tensor, 0, nbytes) if tensor.nbytes and not _is_hole(tensor, opened) else None
+                data = opened.read(tensor, 0, nbytes) if tensor.nbytes and not opened.has_hole_at(tensor) else None
         return None if data is None else np.frombuffer(data, dtype=numpy_dtype(tensor.dtype))
 
     def _from_elsewhere(self, tensor: TensorInfo, at: int, nbytes: int) -> bytes:
@@ -170,23 +189,17 @@ class FileReader(TensorReader):
         read_scattered(tensor, read_into, memoryview(out), at)
         return bytes(out)
 
-    @contextmanager
-    def _reading(self, file: str) -> Iterator[_OpenFile | None]:
-        """Yields an open file, which is not closed meanwhile; None where it is not on this machine."""
+    def _reading(self, file: str) -> AbstractContextManager[_OpenFile | None]:
+        """Opens a file for the body of a ``with`` statement, which gets None where it is not on this machine."""
         with self._lock:
             opened = self._open.pop(file, None)
             if opened is None and (path := self._path_of(file)) is not None:
                 self._make_room()
-                opened = _OpenFile(open_regular(path), path)
+                opened = _OpenFile(open_regular(path), path, self._lock)
             if opened is not None:
                 self._open[file] = opened
                 opened.readers += 1
-        try:
-            yield opened
-        finally:
-            if opened is not None:
-                with self._lock:
-                    opened.readers -= 1
+        return nullcontext() if opened is None else opened
 
     def _make_room(self) -> None:
         idle = [file for file, opened in self._open.items() if not opened.readers]
@@ -227,11 +240,3 @@ def read_tensor(fd: int, path: Path, tensor: TensorInfo, window: memoryview, at:
 def _unread(tensor: TensorInfo, path: Path | str, error: OSError | None = None) -> SourceError:
     what = f"ends inside {tensor.name}; fetch the file again"
     return SourceError(what if error is None else f"cannot read {tensor.name}: {error.strerror}", path=path)
-
-
-def _is_hole(tensor: TensorInfo, opened: _OpenFile) -> bool:
-    """Whether nothing of a tensor was ever written."""
-    try:
-        return os.lseek(opened.fd, tensor.start, os.SEEK_DATA) >= tensor.start + tensor.span
-    except OSError as error:
-        return error.errno == errno.ENXIO  # a hole up to the end; reading meets any other error again

@@ -193,7 +193,7 @@ def _changed(checkpoint: Checkpoint, manifest: Manifest) -> str | None:
     headers = {file: shard.header_checksum for file, shard in checkpoint.shards.items()}
     if headers == built:
         return None
-    for name, entry, info in manifest.differences(checkpoint.tensors):
+    for name, entry, info in manifest.differences(checkpoint.tensors()):
         if info is None:
             return f"{name}, which the manifest lists, is not in its files"
         if entry is None:

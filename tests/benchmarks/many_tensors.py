@@ -1,7 +1,8 @@
 """What commands take on sources with as many tensors as Kimi-K2 has: 140,000 in FP8, and twice 278,000 in GPTQ-Int4.
 
 Their experts are tiny, so that what is measured is the work for each tensor, and their weights are holes. Prints CPU
-seconds and peak memory of each command, in turns:
+seconds and peak memory of each command, in turns, and the same with half and a quarter of the layers, with the power of
+the number of tensors that the seconds grow with from a quarter to all of them:
 
     PYTHONPATH=tests python tests/benchmarks/many_tensors.py [--rounds 3] [--folder .demo/bench] [--layers 60]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -43,7 +45,8 @@ def make(folder: Path, layers: int) -> None:
     """The three sources and their recipe in ``folder``."""
     from support.write import QWEN3_MOE, Tiny, write_tiny
 
-    model = Tiny(QWEN3_MOE.family, layers=1, intermediate=128, experts=1)
+    # With four heads for keys and values, two ranks have complete blocks of FP8.
+    model = Tiny(QWEN3_MOE.family, layers=1, intermediate=128, experts=1, kv_heads=4)
     for name, (variant, options) in SOURCES.items():
 
         def enlarge(tensors: dict[str, Any], config: dict[str, Any]) -> None:
@@ -97,16 +100,11 @@ def measure(command: list[str]) -> tuple[float, float]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path(".demo/bench"))
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    args = parser.parse_args()
-    folder = args.folder.resolve() / "many"
+def run(folder: Path, layers: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median CPU seconds and greatest peak MiB of each command for sources of ``layers``, made in ``folder``."""
     shutil.rmtree(folder, ignore_errors=True)
     # In a child: a parent's peak memory would be counted as its children's.
-    maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, args.layers))
+    maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, layers))
     maker.start()
     maker.join()
     out = folder / "out"
@@ -117,16 +115,33 @@ def main() -> None:
         "inspect the mix": ["inspect", str(out)],
         "verify": ["verify", str(out)],
         "doctor": ["doctor", str(out)],
+        "split for two ranks": ["split", str(out), "--tp", "2", "--ep", "2", "-q"],
     }
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for _ in range(args.rounds):
+    for _ in range(rounds):
         shutil.rmtree(out, ignore_errors=True)
         for name, command in commands.items():
             taken[name].append(measure(command))
+    shutil.rmtree(folder)
+    medians = {}
     for name, found in taken.items():
         seconds, peaks = zip(*found, strict=True)
-        print(f"  {name:30} {statistics.median(seconds):6.1f} s of CPU  peak {max(peaks):5.0f} MiB")
-    shutil.rmtree(folder)
+        medians[name] = statistics.median(seconds), max(peaks)
+    return medians
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path(".demo/bench"))
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    args = parser.parse_args()
+    shares = {share: run(args.folder.resolve() / "many", args.layers // share, args.rounds) for share in (1, 2, 4)}
+    print(f"{'':22}{'seconds of CPU and peak MiB: all, half, a quarter':>49}   growth")
+    for name in shares[1]:
+        cells = [f"{seconds:8.1f} {peak:6.0f}" for seconds, peak in (found[name] for found in shares.values())]
+        power = math.log(shares[1][name][0] / shares[4][name][0], 4)
+        print(f"  {name:20}{''.join(cells):>49}   {power:6.2f}")
 
 
 if __name__ == "__main__":

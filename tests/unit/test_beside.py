@@ -36,7 +36,7 @@ def change(folder: Path, **config: Any) -> None:
 
 
 def drafts(folder: Path) -> set[str]:
-    return {name for name in open_checkpoint(str(folder)).tensors if name.startswith("mtp.")}
+    return {name for name in open_checkpoint(str(folder)).tensors() if name.startswith("mtp.")}
 
 
 @pytest.mark.parametrize("file", ["model_mtp.safetensors", EXTRA, "extra_weights.safetensors", "mtp.safetensors"])
@@ -71,16 +71,16 @@ def test_a_file_that_the_config_names_is_read(tmp_path: Path) -> None:
     assert open_checkpoint(str(folder)).left_aside == ("adapter.safetensors",)
     change(folder, extra={"files": ["adapter.safetensors"]})
     opened = open_checkpoint(str(folder))
-    assert "adapter.weight" in opened.tensors
+    assert "adapter.weight" in opened.tensors()
     assert opened.left_aside == ()
 
 
 def test_what_sglang_reads_is_read(tmp_path: Path) -> None:
     folder = Checkpoint(made.qwen3_moe()).write(tmp_path / "q")
     save_file({"model.layers.2.mlp.gate.weight": np.zeros((8, 8), np.float32)}, folder / "mtp.safetensors")
-    assert "model.layers.2.mlp.gate.weight" not in open_checkpoint(str(folder)).tensors
+    assert "model.layers.2.mlp.gate.weight" not in open_checkpoint(str(folder)).tensors()
     change(folder, architectures=["Glm4MoeForCausalLM"], num_nextn_predict_layers=1)
-    assert "model.layers.2.mlp.gate.weight" in open_checkpoint(str(folder)).tensors
+    assert "model.layers.2.mlp.gate.weight" in open_checkpoint(str(folder)).tensors()
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])

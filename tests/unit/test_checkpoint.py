@@ -131,7 +131,7 @@ def test_an_index_without_a_weight_map(tmp_path: Path) -> None:
 def test_what_an_index_says_otherwise_is_a_remark(tmp_path: Path, index: Mapping[str, str], remark: str) -> None:
     folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "y.weight"))
     opened = open_checkpoint(str(folder))
-    assert opened.remarks == (remark,) and list(opened.tensors) == ["x.weight", "y.weight"]
+    assert opened.remarks == (remark,) and list(opened.tensors()) == ["x.weight", "y.weight"]
 
 
 def test_a_tensor_is_in_another_shard_than_its_index_says(tmp_path: Path) -> None:
@@ -139,14 +139,14 @@ def test_a_tensor_is_in_another_shard_than_its_index_says(tmp_path: Path) -> Non
     folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "z.weight"), two=weights("y.weight"))
     opened = open_checkpoint(str(folder))
     assert opened.remarks == ("lists x.weight in another file than the one that holds it",)
-    assert opened.tensors["x.weight"].file == "one.safetensors"
+    assert opened.tensors()["x.weight"].file == "one.safetensors"
 
 
 @pytest.mark.parametrize("meant", ["one.safetensors", "two.safetensors"])
 def test_of_a_tensor_in_two_shards_the_index_says_which_is_meant(tmp_path: Path, meant: str) -> None:
     index = {"x.weight": meant, "y.weight": "two.safetensors", "z.weight": "one.safetensors"}
     folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "z.weight"), two=weights("x.weight", "y.weight"))
-    assert open_checkpoint(str(folder)).tensors["x.weight"].file == meant
+    assert open_checkpoint(str(folder)).tensors()["x.weight"].file == meant
 
 
 def test_a_tensor_in_two_shards_that_no_index_lists(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_index_of_another_checkpoint(tmp_path: Path) -> None:
 def test_counted_shards_need_no_index(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a", **{"model-00001-of-00002": weights("x.weight"), "b": weights("y.weight")})
     (folder / "b.safetensors").rename(folder / "model-00002-of-00002.safetensors")
-    assert sorted(open_checkpoint(str(folder)).tensors) == ["x.weight", "y.weight"]
+    assert sorted(open_checkpoint(str(folder)).tensors()) == ["x.weight", "y.weight"]
     (folder / "model-00001-of-00002.safetensors").rename(folder / "model-00003-of-00002.safetensors")
     assert refusal(folder) == f"{folder}: 2 .safetensors files but no {INDEX} that says which belong together"
 
@@ -189,7 +189,7 @@ def test_files_that_an_index_does_not_name_are_not_read(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a", {"x.weight": "one.safetensors"}, one=weights("x.weight"))
     (folder / "consolidated.safetensors").write_bytes(b"not one at all")
     os.mkfifo(folder / "adapter.safetensors")
-    assert list(open_checkpoint(str(folder)).tensors) == ["x.weight"]
+    assert list(open_checkpoint(str(folder)).tensors()) == ["x.weight"]
 
 
 # Which files are the checkpoint
@@ -204,7 +204,7 @@ def test_a_single_file_of_any_name_opens(tmp_path: Path) -> None:
 
 def test_the_standard_name_goes_before_others(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a", model=weights("x.weight"), consolidated=weights("y.weight"))
-    assert list(open_checkpoint(str(folder)).tensors) == ["x.weight"]
+    assert list(open_checkpoint(str(folder)).tensors()) == ["x.weight"]
 
 
 def test_several_files_need_an_index(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_relative_locations_and_the_home_folder(tmp_path: Path, monkeypatch: Pat
     monkeypatch.setenv("HOME", str(tmp_path))
     for opened in (open_checkpoint("a", relative_to=tmp_path), open_checkpoint("~/a"), open_checkpoint(str(folder))):
         assert opened.folder == str(folder)
-        assert list(opened.tensors) == ["x.weight"]
+        assert list(opened.tensors()) == ["x.weight"]
 
 
 def test_a_snapshot_of_the_hub_cache_is_followed(tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_a_snapshot_of_the_hub_cache_is_followed(tmp_path: Path) -> None:
         path.rename(blob)
         (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
     opened = open_checkpoint(str(snapshot))
-    assert opened.tensors.keys() == folder_tensors(snapshot).keys()
-    assert all(opened.read(t).nbytes == t.nbytes for t in opened.tensors.values())
+    assert opened.tensors().keys() == folder_tensors(snapshot).keys()
+    assert all(opened.read(t).nbytes == t.nbytes for t in opened.tensors().values())
 
     (snapshot / ONE).resolve().unlink()
     assert refusal(snapshot) == f"{snapshot}: the shard {ONE} is missing; fetch it again"
@@ -411,7 +411,7 @@ def test_values_are_those_that_torch_reads(tmp_path: Path, monkeypatch: Patch) -
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:3]], offset))
     for name, tensor in tensors.items():
-        values = opened.read(opened.tensors[name])
+        values = opened.read(opened.tensors()[name])
         assert values.shape == tuple(tensor.shape)
         assert np.array_equal(values.astype(np.float64), tensor.double().numpy())
 
@@ -421,7 +421,7 @@ def test_values_of_four_bits_are_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(build_header([("x.weight", "F4", (2,), 1)]) + b"1")
     opened = open_checkpoint(str(folder))
     with pytest.raises(SourceError, match="values of dtype F4 are not read"):
-        opened.read(opened.tensors["x.weight"])
+        opened.read(opened.tensors()["x.weight"])
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
     with ValueReader({"a": opened}) as reader:
         for read in (opened.read, lambda tensor: reader.read("a", tensor)):
             with pytest.raises(SourceError) as caught:
-                read(opened.tensors["x.weight"])
+                read(opened.tensors()["x.weight"])
             assert str(caught.value) == f"{folder}/model.safetensors: ends inside x.weight; fetch the file again"
     with pytest.raises(SourceError) as caught:
         opened.storage.read("model.safetensors", 0, size)
@@ -456,7 +456,7 @@ def sparse(folder: Path) -> Checkpoint:
 
 def test_holes_are_not_read(tmp_path: Path) -> None:
     opened = sparse(tmp_path / "a")
-    info = opened.tensors
+    info = opened.tensors()
     with (tmp_path / "a" / "model.safetensors").open("rb") as file:
         if os.lseek(file.fileno(), info["a.weight"].start, os.SEEK_DATA) == info["a.weight"].start:
             pytest.skip("this file system does not tell holes from data")
@@ -480,9 +480,9 @@ def test_values_of_files_that_are_elsewhere_or_empty(tmp_path: Path) -> None:
     object.__setattr__(away, "storage", Remote())
     object.__setattr__(away, "values", {})
     with ValueReader({"here": opened, "away": away}) as reader:
-        assert reader.read("away", opened.tensors["x.weight"]) is None
-        assert reader.read("here", opened.tensors["empty.weight"]) is None
-        values = reader.read("here", opened.tensors["x.weight"])
+        assert reader.read("away", opened.tensors()["x.weight"]) is None
+        assert reader.read("here", opened.tensors()["empty.weight"]) is None
+        values = reader.read("here", opened.tensors()["x.weight"])
     assert values is not None and values.tolist() == [0, 1, 2]
 
 
@@ -490,7 +490,7 @@ def test_value_reader_closes_its_files(tmp_path: Path) -> None:
     opened = open_checkpoint(str(checkpoint(tmp_path / "a", model=weights("x.weight"))))
     before = set(Path("/proc/self/fd").iterdir())
     with ValueReader({"a": opened}) as reader:
-        reader.read("a", opened.tensors["x.weight"])
+        reader.read("a", opened.tensors()["x.weight"])
     assert set(Path("/proc/self/fd").iterdir()) == before
 
 
@@ -585,7 +585,7 @@ def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
     assert module.tensors.keys() == {"weight", "weight_scale_inv"} and module.nbytes == 128 * 128 + 4
     stored = {
         name: (t.dtype, list(t.shape), (folder / t.file).read_bytes()[t.start : t.start + t.nbytes])
-        for name, t in opened.tensors.items()
+        for name, t in opened.tensors().items()
     }
     assert stored == folder_tensors(folder)
 

@@ -406,7 +406,7 @@ def check_accounts(plan: Plan) -> None:
     kept = {(t.source, t.info.name) for shard in plan.shards for t in shard.tensors}
     assert sum(len(shard.tensors) for shard in plan.shards) == len(kept)
     for name, source in plan.sources.by_name.items():
-        tensors = source.checkpoint.tensors
+        tensors = source.checkpoint.tensors()
         left = [account for account in plan.left_out if account.source == name]
         assert len({account.reason for account in left}) == len(left)
         mine = {tensor for owner, tensor in kept if owner == name}

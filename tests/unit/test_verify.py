@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from support.llama import LINEARS, write_recipe, write_sources, write_tiny
 from support.manifest import rewrite_manifest, sealed
 from support.run import at_most
 
-from mixprec_build.checkpoint.manifest import read_manifest
+from mixprec_build.checkpoint.manifest import read_head, read_manifest
 from mixprec_build.checkpoint.opening import open_checkpoint
 from mixprec_build.checkpoint.typed import open_source
 from mixprec_build.errors import MixprecError, SourceError, VerifyError
@@ -429,6 +430,22 @@ def test_a_manifest_without_its_last_line(out: Path) -> None:
     (out / MANIFEST).write_bytes(b"".join([*lines[:-3], lines[-3].replace(b",\n", b"\n"), lines[-1]]))
     json.loads((out / MANIFEST).read_bytes())
     assert found(out) == f"{out / MANIFEST}: was changed after it was written; build the checkpoint again"
+
+
+@pytest.mark.parametrize("name", ["fp8", "modules"])
+def test_the_head_of_a_manifest_is_that_of_the_whole(out: Path, name: str) -> None:
+    """Also where a source is named as the section that follows the head."""
+    rewrite_manifest(out, lambda m: m["sources"].update({name: {"location": "x", "path": None, "commit": None}}))
+    head, whole = read_head(out), read_manifest(out)
+    assert name in head.sources and whole.modules
+    assert all(getattr(head, field.name) == getattr(whole, field.name) for field in fields(head))
+
+
+def test_the_head_of_a_manifest_whose_modules_were_changed(out: Path) -> None:
+    data = (out / MANIFEST).read_bytes()
+    (out / MANIFEST).write_bytes(data.replace(b'"dtype":"BF16"', b'"dtype":"FP16"', 1))
+    with pytest.raises(VerifyError, match="was changed after it was written"):
+        read_head(out)
 
 
 def first_tensor(manifest: dict[str, Any]) -> dict[str, Any]:

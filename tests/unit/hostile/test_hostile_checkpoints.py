@@ -188,7 +188,7 @@ def test_a_block_larger_than_the_weight(mix: Path) -> None:
 def test_a_g_idx_that_points_nowhere(mix: Path) -> None:
     """A weight that cannot be dequantized is named."""
     shard = next((mix / "out").glob("*.safetensors"))
-    tensors = open_checkpoint(str(mix / "out")).tensors
+    tensors = open_checkpoint(str(mix / "out")).tensors()
     g_idx = next(t for name, t in tensors.items() if name.endswith("g_idx"))
     data = bytearray(shard.read_bytes())
     data[g_idx.start : g_idx.start + g_idx.nbytes] = b"\x7f" * g_idx.nbytes

@@ -52,7 +52,7 @@ def test_links_that_are_followed(mix: Path, tmp_path: Path) -> None:
     (mix / "bf16" / "model.safetensors").rename(mix / "bf16" / "sub" / "weights")
     link(mix / "bf16" / "model.safetensors", "sub/weights")
     link(tmp_path / "alias", mix / "bf16")
-    assert open_checkpoint(str(tmp_path / "alias")).tensors
+    assert open_checkpoint(str(tmp_path / "alias")).tensors()
 
 
 def test_links_of_the_hub_cache_are_followed(mix: Path, snapshot: Path) -> None:

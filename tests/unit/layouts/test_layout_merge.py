@@ -39,8 +39,8 @@ def test_what_is_merged_again_is_what_was_built(folder: Path, tmp_path: Path, na
     split(out, first, layout="presplit")
     assert not list(out.glob("*.safetensors")) and len(list(merged.glob("*.safetensors"))) > 1
     checkpoint, opened = open_compiled(out, read_manifest(out)), open_compiled(merged, read_manifest(merged))
-    assert checkpoint.tensors.keys() == opened.tensors.keys()
-    for tensor in opened.tensors.values():
+    assert checkpoint.tensors().keys() == opened.tensors().keys()
+    for tensor in opened.tensors().values():
         values, stored = checkpoint.read(tensor), opened.read(tensor)
         assert (values.dtype, values.shape, values.tobytes()) == (stored.dtype, stored.shape, stored.tobytes())
     result = verify(out)
