@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..checkpoint.manifest import MANIFEST, is_new_manifest, read_head
+from ..checkpoint.manifest import MANIFEST, is_new_manifest, read_manifest
 from ..errors import OutputError, VerifyError
 from ..planning.companions import CARD
 from ..planning.types import Plan
@@ -61,7 +61,7 @@ def _foreign(out: Path) -> set[str]:
         entries = owned.entries()
     there = {entry.name for entry in entries}
     try:
-        manifest = read_head(out)
+        manifest = read_manifest(out)
         known = {MANIFEST, *manifest.files}
         # mixprec writes a regular file under each of these names: a folder or a link is somebody else's.
         files = [entry.name for entry in entries if entry.is_file]
