@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from .base import Family
 from .names import layer_prefix
@@ -10,7 +10,7 @@ from .names import layer_prefix
 __all__ = ["block_of_stacked"]
 
 
-def block_of_stacked(family: Family, name: str, shapes: Iterable[tuple[int, ...]], experts: int | None) -> str | None:
+def block_of_stacked(family: Family, name: str, shapes: Collection[tuple[int, ...]], experts: int | None) -> str | None:
     """The block, ``model.layers.3.mlp.experts``, whose experts are all in the module ``name``; None for other modules.
 
     Args:

@@ -26,7 +26,7 @@ def _blocks_of(source: Source, names: Iterable[str] | None = None) -> dict[str, 
     found = {}
     for name in source.checkpoint.modules if names is None else names:
         module = source.checkpoint.modules.get(name)
-        shapes = () if module is None else (tensor.shape for tensor in module.tensors.values())
+        shapes = [] if module is None else [tensor.shape for tensor in module.tensors.values()]
         block = block_of_stacked(facts.family, name, shapes, facts.experts)
         if block is not None:
             found[name] = block

@@ -139,7 +139,7 @@ def _stacked(source: Source) -> Iterator[str]:
     modules, facts = source.checkpoint.modules, source.facts
     found: dict[str, list[str]] = defaultdict(list)
     for name, module in modules.items():
-        if block_of_stacked(facts.family, name, (t.shape for t in module.tensors.values()), facts.experts):
+        if block_of_stacked(facts.family, name, [t.shape for t in module.tensors.values()], facts.experts):
             found[" + ".join(f"{t.dtype} {list(t.shape)}" for t in module.tensors.values())].append(name)
     for stored, names in found.items():
         nbytes = sum(modules[name].nbytes for name in names)

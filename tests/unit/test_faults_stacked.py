@@ -145,6 +145,21 @@ def test_inspect_shows_them(tmp_path: Path) -> None:
     ]
 
 
+def test_inspect_shows_those_that_lie_in_no_block_of_experts(tmp_path: Path) -> None:
+    def joined(tensors: Tensors, config: Config) -> None:
+        """As Granite has them, of a type that nothing is known of."""
+        of_unknown_class(tensors, config)
+        for layer in range(2):
+            block, home = BLOCK.format(layer), f"model.layers.{layer}.block_sparse_moe"
+            for part, name in (("gate_up_proj", "input_linear"), ("down_proj", "output_linear")):
+                tensors[f"{home}.{name}.weight"] = tensors.pop(f"{block}.{part}")
+
+    write_tiny(tmp_path / "bf16", QWEN3_MOE, "bf16", edit=joined)
+    notes = inspect_facts(open_source(str(tmp_path / "bf16")), tmp_path / "bf16")["notes"]
+    (names, *_), (others, *_) = (note.partition(": ") for note in sorted(notes))
+    assert {names, others} == {f"model.layers.{{0..1}}.block_sparse_moe.{n}put_linear" for n in ("in", "out")}
+
+
 def test_suggest_says_that_no_source_can_be_chosen_for_them(tmp_path: Path) -> None:
     base = load_recipe(recipe(tmp_path, "model.layers.*.self_attn.*: int4"))
     notes = Choices(base, open_sources(base), Request(1 << 30)).notes
