@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +17,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from torch.overrides import TorchFunctionMode
 
-from ..loading.ledger import DTYPES
+from ..loading.ledger import DTYPES, default_dtype
 
 __all__ = ["Answer", "ask"]
 
@@ -171,7 +170,7 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
 
     model_class, _ = get_model_architecture(model_config)
     recorder, copies = _Recorder(), _Copies()
-    with _default_dtype(model_config.dtype), torch.device("meta"), _ReadAsZeros():
+    with default_dtype(model_config.dtype), torch.device("meta"), _ReadAsZeros():
         model = model_class(config=model_config.hf_config, quant_config=recorder)
     sizes: dict[str, int] = {}
 
@@ -214,13 +213,3 @@ class _ReadAsZeros(TorchFunctionMode):
             zeros = torch.zeros(args[0].shape, dtype=args[0].dtype, device="cpu")
             return zeros if func is torch.Tensor.cpu else zeros.item()
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

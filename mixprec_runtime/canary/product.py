@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from mixprec_build.patterns.pattern import Pattern
 
 from ..config import MixPrecConfig
 from ..formats.registry import served
-from ..loading.ledger import DTYPES
+from ..loading.ledger import DTYPES, default_dtype
 from ..native import NativeFormat
 from .choice import Experts, Linear
 
@@ -64,7 +63,7 @@ class Result:
 
 def compare(case: Linear | Experts, stored: Stored, dtype: torch.dtype, device: torch.device) -> Result:
     """Runs SGLang's kernels for ``case``, on weights that ``stored`` reads; ``dtype`` is that of activations."""
-    with torch.device(device), _default_dtype(dtype), torch.no_grad():
+    with torch.device(device), default_dtype(dtype), torch.no_grad():
         made = _linear(case, stored, dtype) if isinstance(case, Linear) else _experts(case, stored, dtype)
         formats = {case.fmt} if isinstance(case, Linear) else {fmt for pair in case.formats for fmt in pair}
         limit = max(served(fmt).product_error(fmt) for fmt in formats)
@@ -208,16 +207,6 @@ def _process(module: Any) -> None:
     method = getattr(module, "quant_method", None)
     if method is not None:
         method.process_weights_after_loading(module)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def device_of_run() -> torch.device:

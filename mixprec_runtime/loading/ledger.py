@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from threading import Lock
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from mixprec_build.checkpoint.manifest import TensorEntry
 
-__all__ = ["CASTS", "DTYPES", "Convert", "Ledger", "LoadError", "casts"]
+__all__ = ["CASTS", "DTYPES", "Convert", "Ledger", "LoadError", "casts", "default_dtype"]
 
 
 DTYPES = {
@@ -31,6 +32,17 @@ def casts(stored: torch.dtype | None, parameter: torch.dtype) -> bool:
     """
     exact = (stored, parameter) == (torch.float8_e8m0fnu, torch.float32)
     return stored == parameter or {stored, parameter} <= CASTS or exact
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes ``dtype`` torch's default while the context lasts."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
