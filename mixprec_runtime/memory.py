@@ -54,8 +54,11 @@ def drafts() -> list[Module]:
 
 
 def name_files(model: Module, where: str) -> None:
-    """Notes the files that the weights of ``model`` come from, for the line that :func:`serve` logs."""
-    model.__dict__["mixprec_files"] = where
+    """Notes the files that the weights of ``model`` come from, for the line that :func:`serve` logs.
+
+    The class of Mistral-3 is no module, and SGLang serves the module inside: the first of ``modules()`` in any case.
+    """
+    next(model.modules()).__dict__["mixprec_files"] = where
 
 
 def serve(*models: Module) -> None:
@@ -113,8 +116,11 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def check_placement(model: Module, device: torch.device) -> None:
-    """Raises :class:`RuntimeError` if a parameter or buffer of ``model`` is on another kind of device."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
+    """Raises :class:`RuntimeError` if a parameter or buffer of ``model`` is on another kind of device.
+
+    Buffers that are not of the checkpoint count as little as natively: Kimi-K2.5's vision tower makes one on the CPU.
+    """
+    tensors = model.state_dict(keep_vars=True).items()
     strays = [f"{name} ({tensor.device})" for name, tensor in tensors if tensor.device.type != device.type]
     if strays:
         raise RuntimeError(

@@ -9,7 +9,8 @@ out again. A swap is q/k/v, gate/up, another linear, or all experts of a layer, 
 KL(reference ‖ swapped) of the next token, in nats a token over the text. `--together` measures random sets of swaps in
 addition, so that `suggest` can say how far their losses add up.
 
-`transformers` runs the model in this process, in float32 on a CPU. `sglang` runs stock SGLang with the default source,
+`transformers` runs the model in this process, in float32 on a CPU; on a GPU in the dtype of its weights, whose rounding
+hides losses below 10⁻⁴ or so, or with `--float32`. `sglang` runs stock SGLang with the default source,
 which must be unquantized, and replaces its weights by `update_weights_from_tensor`; its KL is of the `--top` likeliest
 tokens and the sum of all others, which is at most the KL of all tokens. Activations are quantized in neither.
 
@@ -233,6 +234,7 @@ def main(
     engine: Annotated[Engine, typer.Option(help="What runs the model.")] = Engine.TRANSFORMERS,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks of SGLang.", min=1)] = 1,
     top: Annotated[int, typer.Option(help="Tokens whose logprobs are compared in SGLang.", min=2)] = 128,
+    float32: Annotated[bool, typer.Option("--float32", help="Run transformers in float32 on a GPU, too.")] = False,
     engine_options: Annotated[str, typer.Option(help="More arguments of `sglang.Engine`, as JSON.")] = "{}",
     allow_unservable: Annotated[bool, typer.Option(help="Measure choices that SGLang could not serve, too.")] = False,
 ) -> None:
@@ -284,7 +286,7 @@ def main(
         runs = InSGLang(served, windows, top)
     else:
         config = AutoConfig.from_pretrained(folder)
-        dtype: Any = "auto" if torch.cuda.is_available() else torch.float32
+        dtype: Any = "auto" if torch.cuda.is_available() and not float32 else torch.float32
         where = {"device_map": "auto"} if torch.cuda.is_available() else {}
         if hasattr(config, "quantization_config"):
             raise typer.BadParameter(f"the default source, `{default.name}`, must be unquantized")

@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +123,7 @@ def on_one_core(folder: Path, variants: list[str], rounds: int, beside: Path | N
 def on_a_device(folder: Path, variants: list[str], args: argparse.Namespace) -> bool:
     """Returns whether all errors agree."""
     import torch
+    from support.page_cache import seconds_to_read
 
     from mixprec_build.suggesting.comparing import Comparer
     from mixprec_build.suggesting.device import TorchComparer
@@ -140,7 +140,9 @@ def on_a_device(folder: Path, variants: list[str], args: argparse.Namespace) -> 
     print(
         f"{name_of}, {os.cpu_count()} cores, torch {torch.__version__}; {2 * layers} modules of {size[1]} x {size[0]}"
     )
-    print(f"reading alone: {reading(folder / REFERENCE, args.jobs or TorchComparer.jobs):.1f} GB/s")
+    nbytes = (folder / REFERENCE / "model.safetensors").stat().st_size
+    alone = min(seconds_to_read(folder / REFERENCE, args.jobs or TorchComparer.jobs) for _ in range(2))
+    print(f"reading alone: {nbytes / alone / 1e9:.1f} GB/s")
     agree = True
     for variant in variants:
         make(folder / variant, variant, layers, *size)
@@ -175,28 +177,6 @@ def on_a_device(folder: Path, variants: list[str], args: argparse.Namespace) -> 
     if args.device == "cuda":
         print(f"most GPU memory: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
     return agree
-
-
-def reading(folder: Path, jobs: int) -> float:
-    """GB/s of reading a source's file into memory that is used again, 8 MiB at a time in ``jobs`` threads."""
-    piece = 8 << 20
-    path = folder / "model.safetensors"
-    size = path.stat().st_size
-    buffers = [bytearray(piece) for _ in range(jobs)]
-    fd = os.open(path, os.O_RDONLY)
-
-    def work(at: int) -> None:
-        for start in range(at * piece, size, jobs * piece):
-            os.preadv(fd, [buffers[at]], start)
-
-    best = float("inf")
-    for _ in range(2):
-        start = time.perf_counter()
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(work, range(jobs)))
-        best = min(best, time.perf_counter() - start)
-    os.close(fd)
-    return size / best / 1e9
 
 
 def main() -> None:

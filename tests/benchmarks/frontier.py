@@ -9,7 +9,7 @@ mix and all FP8, it makes the mix that `mixprec suggest` chooses by default, tho
 traffic, and others of the same bytes, and measures them on held-out text of that kind and of the others, with
 dequantized weights in transformers. KL is that of BF16 and the mix, in nats a token. Beside it stands how much more
 that is than the default's of the same budget, window by window, with 95 % of 1,000 bootstrap samples of windows. The
-mixes stay in FOLDER/mixes.json, for `served_mixes.py`.
+mixes stay in FOLDER/mixes.json, with what each window loses, for `served_mixes.py`.
 """
 
 from __future__ import annotations
@@ -321,8 +321,9 @@ def main(arguments: list[str] | None = None) -> None:
             more = "" if beside is None else "{:.2g} ({:.2g} to {:.2g})".format(*interval(kls - beside[of]))
             cells += [f"{math.exp(losses.mean()):.3f}", f"{kls.mean():.4g}", more]
         print(f"| {size:.1f} | {name} | {' | '.join(cells)} |", flush=True)
-        losses_of = {of: losses.tolist() for of, (losses, _) in results.items()}
-        kept.append({"megabytes": round(size, 1), "name": name, "mix": dict(mix), "losses": losses_of})
+        both = {"losses": 0, "kl": 1}
+        values = {key: {of: pair[at].tolist() for of, pair in results.items()} for key, at in both.items()}
+        kept.append({"megabytes": round(size, 1), "name": name, "mix": dict(mix), **values})
         (args.folder / "mixes.json").write_text(json.dumps({"window": args.window, "mixes": kept}))
         return {of: kls for of, (_, kls) in results.items()}
 

@@ -3,6 +3,7 @@
     PYTHONPATH=tests python tests/benchmarks/full_size.py make /dev/shm/full     # 31 GB FP8, 17 GB Int4, two mixes
     PYTHONPATH=tests python tests/benchmarks/full_size.py steps /dev/shm/full    # decode at batch 1 to 512, prefill
     PYTHONPATH=tests python tests/benchmarks/full_size.py load /dev/shm/full --memory 0.3 0.4 0.85 --rate inf 16
+    PYTHONPATH=tests python tests/benchmarks/full_size.py cold /dev/shm/full --disk /var/tmp/cold    # first tokens
 
 `make` rounds random weights to block FP8 and GPTQ-Int4 (on the GPU if there is one), builds two mixes, and verifies
 them: `mix`, with attention and 16 of 128 experts a layer in FP8, the others in Int4; and `experts4`, with attention in
@@ -15,6 +16,9 @@ all else as in both. It prints the parts of each start as well.
 `load` starts servers one after the other and runs SGLang's `bench_serving` against each: 1,024 tokens in, 256 out, all
 at once (`inf`) and at rates of requests a second, at limits of memory (`--mem-fraction-static`) at which a checkpoint
 of more bytes holds fewer sequences.
+
+`cold` copies one checkpoint after the other to a disk, has the kernel forget its files, reads them alone, has it forget
+them again, and starts an engine: how fast weights come in beside that reading, and what the first token waits for.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from support.engine import Served
+from support.page_cache import forget, seconds_to_read
 from support.serving import QWEN3_MOE, Shape, write_sources
 
 FULL = QWEN3_MOE.of(
@@ -45,6 +51,7 @@ BATCHES = (1, 8, 32, 128, 256, 512)
 STEPS = 128
 PROMPT = 16
 PREFILL = 4096
+READERS = 16
 NAMES = ("fp8", "int4", "experts4", "mix")
 LOAD = {"random-input-len": 1024, "random-output-len": 256, "num-prompts": 256}
 Rates = Mapping[str, float]
@@ -180,6 +187,9 @@ def load(folders: Mapping[str, Path], memory: Sequence[float], rates: Sequence[s
         for name, path in folders.items():
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(path), "--port", str(port)]
             command += ["--mem-fraction-static", str(limit), "--dtype", dtype_of(path.name), "--disable-radix-cache"]
+            command += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
+            # Of the prompts' lengths only: all sizes take minutes.
+            command += ["--cuda-graph-bs-prefill", "1024", "2048"]
             log = path.parent / f"{name}-{limit}.log"
             with log.open("w") as file:
                 server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -193,6 +203,38 @@ def load(folders: Mapping[str, Path], memory: Sequence[float], rates: Sequence[s
                     print(load_row(limit, name, rate, found, took), flush=True)
             finally:
                 end(server)
+
+
+def cold(folders: Mapping[str, Path], disk: Path, turns: int) -> None:
+    """Prints a row for each checkpoint and turn: seconds of each part of a start from files that are not in memory."""
+    disk.mkdir(parents=True, exist_ok=True)
+    rows = "checkpoint | GB | read alone | GB/s | weights loaded | share of that speed | start | parts"
+    print(f"| {rows} |\n" + "|---" * 8 + "|", flush=True)
+    for name, path in folders.items():
+        copy = disk / path.name
+        shutil.copytree(path, copy, dirs_exist_ok=True)
+        nbytes = sum(file.stat().st_size for file in copy.glob("*.safetensors"))
+        for turn in range(turns):
+            forget(copy)
+            alone = seconds_to_read(copy, READERS)
+            forget(copy)
+            engine = {"cuda_graph_bs_decode": [1], "cuda_graph_bs_prefill": [64], "nccl_port": 22800 + 20 * turn}
+            options = {"dtype": dtype_of(path.name), "prompts": 1, "new_tokens": 1, "engine": engine}
+            found = ask(copy, options)
+            loaded = found["startup"]["load_weight"]
+            print(
+                f"| {name} | {nbytes / 1e9:.1f} | {alone:.1f} s | {nbytes / alone / 1e9:.2f} | {loaded:.1f} s | "
+                f"{alone / loaded:.2f} | {found['start_s']:.1f} s | {found['startup']} |",
+                flush=True,
+            )
+        shutil.rmtree(copy)
+
+
+def ask(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 def end(server: subprocess.Popen[Any]) -> None:
@@ -249,15 +291,16 @@ def load_row(limit: float, name: str, rate: str, found: Sequence[Mapping[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["make", "steps", "load"])
+    parser.add_argument("what", choices=["make", "steps", "load", "cold"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--toy", action="store_true", help="two small layers, for a test without a GPU")
     parser.add_argument("--layers", type=int, help="fewer layers")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--turns", type=int, help="5 for steps, 1 for load")
+    parser.add_argument("--turns", type=int, help="5 for steps, 1 for load and cold")
     parser.add_argument("--memory", nargs="+", type=float, default=[0.85], help="--mem-fraction-static")
     parser.add_argument("--rate", nargs="+", default=["inf"], help="requests a second")
+    parser.add_argument("--disk", type=Path, default=Path("/var/tmp/cold"), help="a folder on a disk, for cold")
     parser.add_argument("--port", type=int, default=30000)
     args = parser.parse_args()
     shape = TOY if args.toy else FULL
@@ -269,8 +312,10 @@ def main() -> None:
         make(args.folder, shape)
     elif args.what == "steps":
         steps(folders, args.batches, args.turns or 5, eighth(shape) / shape.experts)
-    else:
+    elif args.what == "load":
         load(folders, args.memory, args.rate, args.port, args.turns or 1)
+    else:
+        cold(folders, args.disk, args.turns or 1)
 
 
 if __name__ == "__main__":

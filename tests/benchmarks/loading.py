@@ -11,7 +11,6 @@ forget them); prints seconds from the first tensor made to the last one processe
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import statistics
 import subprocess
@@ -21,20 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.page_cache import forget
 from support.serving import QWEN3_MOE, write_sources
 from support.sglang import layers
 
 WARM, COLD = 5, 2
-
-
-def forget(folder: Path) -> None:
-    """Drops a folder's files from the page cache."""
-    for path in folder.rglob("*"):
-        if not path.is_file():
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def load(path: Path, load_format: str = "auto", **extra: Any) -> tuple[float, torch.nn.Module]:

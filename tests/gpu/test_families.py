@@ -64,7 +64,6 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5_moe": {},
     "olmoe": {},
     "gemma3": {},
-    "cohere2": {},
     "phi3": {},
     "granite": {},
 }

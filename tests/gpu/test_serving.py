@@ -148,7 +148,8 @@ class Server:
     def build(self, shape: Shape, name: str, lines: list[str]) -> Path:
         out = self._folder / f"{shape.family}-{name.replace(' ', '-').replace(',', '')}"
         if not out.exists():
-            sources = self.sources(shape)
+            # In dense models W4AFP8 is FP8 in blocks, and a source of that name is refused.
+            sources = {v: p for v, p in self.sources(shape).items() if v != "w4afp8" or shape.experts}
             text = [f"model: {sources['bf16']}", "sources:", *(f"  {v}: {p}" for v, p in sources.items())]
             text += ["default: bf16", "weights:", *(f"  '{a}': {b}" for a, b in (line.split(": ") for line in lines))]
             recipe = out.with_suffix(".yaml")

@@ -35,7 +35,7 @@ if "racing" in wrong:
             calls = []
             def often():
                 calls.append(1)
-                return run() * (1.01 if len(calls) == 2 else 1)
+                return run() * (1.01 if len(calls) == 3 else 1)
             return often, due
         return product._Made(made.inputs, on)
     linear = product._linear
@@ -94,3 +94,18 @@ def test_wrong_and_racing_kernels_are_seen(folder: Path) -> None:
     racing = last_json(run_python(RESULTS, checkpoint, "racing"))
     assert all(differing == 2 and not right for *_, differing, right, _ in racing)
     assert all("2 of 6 launches on the same input differ" in text for *_, text in racing)
+
+
+def test_launches_are_repeated_without_atomic_additions(sglang: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
+
+    from mixprec_runtime.canary import product
+
+    calls: list[tuple[object, ...]] = []
+    name = "moe_wna16_marlin_gemm"  # which SGLang imports on a GPU only
+    gemm = lambda *args, **kwargs: calls.append((args, kwargs))  # noqa: E731
+    monkeypatch.setattr(fused_marlin_moe, name, gemm, raising=False)
+    with product._without_atomic_additions():
+        getattr(fused_marlin_moe, name)(1, size_m=2, use_atomic_add=True)
+    assert calls == [((1,), {"size_m": 2, "use_atomic_add": False})]
+    assert getattr(fused_marlin_moe, name) is gemm
