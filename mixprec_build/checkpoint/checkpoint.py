@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,7 +12,9 @@ from ..storage.folder import Files, LocalFolder
 from ..storage.header import TensorInfo
 from ..storage.module import StoredModule
 from ..storage.reader import FileReader
+from ..text import some
 from .declared import Declared
+from .mistral_layout import is_consolidated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,6 +93,17 @@ class Checkpoint:
     def folder(self) -> str | None:
         """The absolute path of a local checkpoint."""
         return str(self.storage.folder.resolve()) if isinstance(self.storage, LocalFolder) else None
+
+    def notes_on_files(self) -> Iterator[str]:
+        """Yields sentences on the files that are :attr:`left_aside`."""
+        copies = [file for file in self.left_aside if is_consolidated(file)]
+        if copies:
+            yield f"{some(copies)}: not read, by name a copy of the weights in Mistral's own layout"
+        if others := [file for file in self.left_aside if file not in copies]:
+            yield (
+                f"{some(others)} beside the files that the index lists: not read, as neither config.json names them "
+                "nor SGLang reads them"
+            )
 
     def path_of(self, file: str) -> str:
         """The name of a file of this checkpoint in messages."""

@@ -31,6 +31,7 @@ from .declared import read_declarations
 from .experts_apart import take_experts_apart
 from .flat_scales import without_reduced_dimensions
 from .input_scales import beside_their_weights
+from .mistral_layout import is_consolidated, lacks_config, refuse_own_names
 
 __all__ = ["open_checkpoint", "open_storage"]
 
@@ -77,7 +78,8 @@ def open_storage(
     if config is None and _ADAPTER in storage.files:
         raise SourceError(_IS_ADAPTER, path=location)
     if config is None:
-        raise SourceError("no config.json: this is no Hugging Face checkpoint", path=location)
+        reason = lacks_config(storage.files) or "no config.json: this is no Hugging Face checkpoint"
+        raise SourceError(reason, path=location)
     facts = ModelFacts.of(config)
     declared = read_declarations(config, lambda name: _read_json(storage, location, name, _MAX_CONFIG_BYTES), location)
 
@@ -130,6 +132,7 @@ def open_storage(
     shown: Mapping[str, TensorInfo] = tensors
     apart: frozenset[str] = frozenset()
     if not compiled:
+        refuse_own_names(((tensor.name, tensor.file) for tensor in tensors.values()), location)
         shown, apart = take_experts_apart(tensors, facts.family, facts.experts)
         shown, flat = without_reduced_dimensions(shown)
         shown, renamed = beside_their_weights(shown, facts.family)
@@ -308,8 +311,10 @@ def _shard_names(
         raise SourceError(_IS_ADAPTER, path=location)
     if "model.safetensors" in found or len(found) == 1:
         return ["model.safetensors" if "model.safetensors" in found else found[0]], None
-    if found and _are_all_shards(found):
-        return sorted(found), None
+    # A copy of the weights in Mistral's own layout beside them is no part of these.
+    for complete in (found, [name for name in found if not is_consolidated(name)]):
+        if complete and _are_all_shards(complete):
+            return sorted(complete), None
     if found:
         raise SourceError(
             f"{len(found)} .safetensors files but no {INDEX} that says which belong together", path=location

@@ -1,4 +1,4 @@
-"""Refuses an output folder that has other files in it."""
+"""Refuses an output folder that has other files in it, or that SGLang would not open by its name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..checkpoint.manifest import MANIFEST, is_new_manifest, read_manifest
+from ..checkpoint.mistral_layout import PARAMS, taken_for_own
 from ..errors import OutputError, VerifyError
 from ..planning.companions import CARD
 from ..planning.types import Plan
@@ -19,7 +20,12 @@ __all__ = ["check_output"]
 
 
 def check_output(plan: Plan, out: Path, *, force: bool) -> None:
-    """Raises :class:`OutputError` if an output folder has other files in it, or overlaps a source."""
+    """Raises :class:`OutputError` if an output folder has other files in it, overlaps a source or has a wrong name."""
+    if (words := taken_for_own(str(out))) is not None:
+        raise OutputError(
+            f"{out}: SGLang takes a folder with {words} in its path for one in Mistral's own layout, and stops as this "
+            f"one would have no {PARAMS}; name another folder"
+        )
     try:
         if out.is_symlink():
             raise OutputError(f"{out}: is a link; name the folder itself")

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..checkpoint.checkpoint import INDEX, Checkpoint
 from ..checkpoint.declared import DECLARATION_FILES
 from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.mistral_layout import PARAMS
 from ..errors import SourceError
 from ..storage.disk import MAX_FILE_BYTES, open_size
 from ..storage.folder import LocalFolder
@@ -18,8 +19,9 @@ CARD = "README.md"
 MAX_CARD_BYTES = 4 << 20
 
 
-# Not copied: these describe the source's weights, not the output's.
-_STALE = {"config.json", INDEX, MANIFEST, *DECLARATION_FILES}
+# Not copied: these describe the source's weights, not the output's. With params.json SGLang would take a folder whose
+# path has the name of some models of Mistral's for one in Mistral's own layout, and look for consolidated*.safetensors.
+_STALE = {"config.json", INDEX, MANIFEST, PARAMS, *DECLARATION_FILES}
 _KEPT_SUFFIXES = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt", ".vocab"}
 _KEPT_NAMES = {"LICENSE", "LICENCE", "NOTICE", "USE_POLICY.md"}
 

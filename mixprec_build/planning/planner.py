@@ -18,7 +18,6 @@ from ..formats.registry import kinds_of_word
 from ..ranks.splitter import Splitter
 from ..recipe.recipe import Recipe
 from ..recipe.sources import Sources
-from ..text import some
 from ..versions import beside
 from .accounts import left_out, notes_on_heads, notes_on_rules
 from .choose import Chosen, check_same_model, choose, with_followers
@@ -158,11 +157,7 @@ def _notes_on_sources(default: Source, sources: Sources) -> Iterator[str]:
     for source in sources.by_name.values():
         index = source.checkpoint.path_of(INDEX)
         yield from (f"`{source.name}`: {index} {remark}" for remark in source.checkpoint.remarks)
-        if source.checkpoint.left_aside:
-            yield (
-                f"`{source.name}`: {some(source.checkpoint.left_aside)} beside the files that the index lists: not "
-                "read, as neither config.json names them nor SGLang reads them"
-            )
+        yield from (f"`{source.name}`: {note}" for note in source.checkpoint.notes_on_files())
         yield from _notes_on_declarations(source)
         if source.checkpoint.offline is not None:
             yield f"`{source.name}` is read from the cache: {source.checkpoint.offline}"

@@ -108,7 +108,8 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         "serve": f"python -m sglang.launch_server --model-path {shlex.quote(source.checkpoint.location)}"
         + (f" --quantization {METHOD}" if compiled else ""),
     }
-    remarks = [*(f"{INDEX} {remark}" for remark in source.checkpoint.remarks), *_stacked(source)]
+    opened = source.checkpoint
+    remarks = [*(f"{INDEX} {remark}" for remark in opened.remarks), *opened.notes_on_files(), *_stacked(source)]
     if remarks or compiled:
         facts["notes"] = remarks
     if compiled:

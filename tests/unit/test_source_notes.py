@@ -33,11 +33,9 @@ def test_files_beside_the_index_that_are_not_read(tmp_path: Path) -> None:
     int4 = sources(tmp_path)
     for name in ("consolidated", "adapter_model"):
         save_file({"layers.0.wq.weight": np.zeros((8, 8), np.float32)}, int4 / f"{name}.safetensors")
-    (note,) = notes(tmp_path)
-    assert note.startswith(
-        "`int4`: adapter_model.safetensors, consolidated.safetensors beside the files that the index"
-    )
-    assert "not read" in note
+    copy, other = notes(tmp_path)
+    assert copy == "`int4`: consolidated.safetensors: not read, by name a copy of the weights in Mistral's own layout"
+    assert other.startswith("`int4`: adapter_model.safetensors beside the files that the index lists: not read")
 
 
 def test_two_declarations_that_differ(tmp_path: Path) -> None:
