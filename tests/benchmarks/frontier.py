@@ -342,10 +342,9 @@ def main(arguments: list[str] | None = None) -> None:
             budget = int(sizes[args.small] + share * (sizes["fp8"] - sizes[args.small]))
             default: dict[str, Floats] | None = None
             for objective, traffic in ways:
-                request = Request(
-                    budget, objective, traffic, Moments(moments) if objective.needs_moments else None, **more,
-                    allow_unservable=True,
-                )  # fmt: skip
+                # `measured` shares out the losses of swaps by moments where there are some.
+                of = Moments(moments) if objective.needs_moments or objective is Objective.MEASURED else None
+                request = Request(budget, objective, traffic, of, **more, allow_unservable=True)
                 suggestion = suggest(recipe, sources, request, cache)
                 name = f"suggested, {objective.value}" + ("" if traffic else ", no traffic")
                 found_kls = show(suggestion.nbytes / 1e6, name, picked(suggestion), default)

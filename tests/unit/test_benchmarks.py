@@ -142,3 +142,16 @@ def test_the_frontier_of_a_small_moe(
     more = {name: row.split(" | ")[4] for name, row in zip(shown, rows[1:], strict=True)}
     assert more["all int4"] == more[default] == ""
     assert float(more["random, seed 0"].split()[0]) == pytest.approx(kl["random, seed 0"] - kl[default], rel=0.05)
+
+    parts = {"self_attn.{q,k,v}_proj": 0.3, "self_attn.o_proj": 0.1, "mlp.experts.*": 0.2}
+    swaps = [
+        {"modules": [f"model.layers.{layer}.{part}"], "source": source, "loss": loss * share}
+        for layer in range(2)
+        for part, loss in parts.items()
+        for source, share in (("int4", 1), ("fp8", 0.1))
+    ]
+    (tmp_path / "swaps.json").write_text(json.dumps({"swaps": swaps}))
+    frontier["main"]([str(tmp_path), *arguments, "--swaps", str(tmp_path / "swaps.json")])
+    kept = json.loads((tmp_path / "mixes.json").read_text())["mixes"]
+    assert kept[3]["name"] == "suggested, measured" and len(kept) == len(shown) + 1
+    assert 0 < sum(kept[3]["kl"]["a"]) < 2 * sum(kept[2]["kl"]["a"])
