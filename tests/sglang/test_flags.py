@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import pytest
 import torch
 from packaging.version import Version
 from support.sglang.harness import Changed, serve, server_args
+from support.sglang.http_server import options
 from support.sglang.mixes import mix
 
 from mixprec_runtime import launch
@@ -60,21 +59,14 @@ def test_the_table_has_rows_of_each_state() -> None:
     assert {row.state for row in rows()} == set(STATES)
 
 
-def _options() -> dict[str, Any]:
-    """SGLang's flags -> their argparse actions."""
-    parser = argparse.ArgumentParser()
-    importlib.import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
-    return dict(parser._option_string_actions)
-
-
 def _has(row: Row, release: str) -> bool:
     return not row.removed or Version(release) <= Version(row.removed)
 
 
 def test_every_flag_of_the_table_is_sglangs() -> None:
-    options = _options()
+    known = options()
     for row in rows():
-        assert [flag for flag in row.flags if (flag in options) != _has(row, installed())] == []
+        assert [flag for flag in row.flags if (flag in known) != _has(row, installed())] == []
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -140,12 +132,12 @@ PROBLEMS: dict[str, Callable[[Any], list[str]]] = {
 
 
 def test_what_the_table_refuses_is_refused_in_its_words() -> None:
-    options = _options()
+    known = options()
     for row in rows():
         if row.state != "refused" or not _has(row, installed()):
             continue
         (flag,) = row.flags
-        action = options[flag]
+        action = known[flag]
         value: Any = (action.type or str)(row.value) if row.value else True
         changed = {action.dest: [value] if action.nargs in ("*", "+") else value}
         if flag.startswith("--lora-"):

@@ -23,7 +23,7 @@ from support.sglang.answers import (
 )
 from support.sglang.classifiers import classifier
 from support.sglang.families import dequantized as dequantized_checkpoint
-from support.sglang.http_server import Server, words, write_tokenizer
+from support.sglang.http_server import Server, options, words, write_tokenizer
 from support.sglang.mixes import MIXES, mix
 
 GREEDY = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
@@ -63,6 +63,8 @@ def servers(folder: Path, home: Path, added: Any, rewarding: Path) -> Iterator[d
     flags += (memory := ["--mem-fraction-static", "0.5"])
     without_text = [*memory, "--skip-tokenizer-init"]
     decoding = ["--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake"]
+    if (backup := "--disaggregation-decode-retraction-backup") in options():
+        decoding += [backup, "cpu_tensor"]  # 0.5.23's default takes memory that a GPU can read
     started = {
         "text": Server(checkpoint, home / "text.log", *flags, **variables),
         "embeddings": Server(mix(folder, "qwen3"), home / "embeddings.log", "--is-embedding", *without_text),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -19,9 +21,16 @@ import psutil
 
 from support.sglang.harness import free_port
 
-__all__ = ["Server", "word", "words", "write_tokenizer"]
+__all__ = ["Server", "options", "word", "words", "write_tokenizer"]
 
 _CHARACTERS = [chr(code) for code in range(33, 127)]
+
+
+def options() -> dict[str, Any]:
+    """SGLang's flags -> their argparse actions."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
+    return dict(parser._option_string_actions)
 
 
 def word(token: int) -> str:
