@@ -33,9 +33,11 @@ from .contact.names import SESSIONS_SINCE
 from .contact.start import hooked_here, require_all
 from .cpu import delta_net, reference
 from .experts import deepep, runner
+from .formats.registry import served
 from .formats.repair import never_called
 from .loading import cache_scales, heads, loader, names
 from .loading.strict import draft_of, load_strictly
+from .moves import move_layer
 
 __all__ = ["register"]
 
@@ -66,6 +68,7 @@ def _hooks() -> Iterator[tuple[str, Callable[..., Any], str]]:
     yield "sglang.srt.managers.scheduler.Scheduler.__init__", ready, "AFTER"
     yield "sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_to_internal_state, "AFTER"
     yield "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle", activity.handle_request, "AROUND"
+    yield "sglang.srt.eplb.expert_location_updater.update_expert_weights_single_layer", move_layer, "AROUND"
     for name, update in {**_UPDATES, **(_SESSIONS if between(SESSIONS_SINCE, "", installed()) else {})}.items():
         yield f"{_MANAGER}.{name}", update, "AROUND"
 
@@ -94,6 +97,17 @@ def _check_contact(quant_config: MixPrecConfig) -> None:
     warning = untested(installed())
     if warning is not None and get_parallel().tp_rank == 0:
         logger.warning("mixprec: %s", warning)
+
+
+def _unmoved(quant_config: MixPrecConfig) -> dict[tuple[str, str], list[str]]:
+    """Format and what of its experts does not move with them -> the layers of such experts."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, formats in quant_config.expert_layers.items():
+        for fmt in formats:
+            why = served(fmt).stays_behind(fmt)
+            if why:
+                found.setdefault((fmt.kind, why), []).append(name)
+    return found
 
 
 def _check_release(manifest: Manifest) -> None:
@@ -135,6 +149,7 @@ def initialize_model(
     _check_contact(quant_config)
     _check_release(manifest)
     launch.check_mixed_experts(quant_config.mixed_layers)
+    launch.check_moved_experts(_unmoved(quant_config))
     asked = runner.asked_for(draft=model_config.is_draft_model)
     deepep.check(quant_config.expert_layers, asked)
     quant_config.runner = runner.settle(quant_config.expert_layers, draft=model_config.is_draft_model)
@@ -301,16 +316,16 @@ def ready(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """After ``Scheduler.__init__``: begins to count activity, checks where tensors are, and logs their memory."""
     worker = scheduler.tp_worker.model_runner
     activity.begin(worker)
-    served = [worker.model] if worker.model_config.quantization == METHOD else []
+    models = [worker.model] if worker.model_config.quantization == METHOD else []
     for draft in memory.drafts():
         if draft_of(draft) is not None:
             drafts.check_shared(worker.model, draft)
-        served.append(draft)
-    for model in served:
+        models.append(draft)
+    for model in models:
         _check_repairs(model)
         memory.check_placement(model, torch.device(worker.device))
-    if served:
-        memory.serve(*served)
+    if models:
+        memory.serve(*models)
         if is_cpu():
             reference.announce(logger)
 

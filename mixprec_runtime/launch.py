@@ -22,6 +22,7 @@ __all__ = [
     "check_counted_experts",
     "check_experts_elsewhere",
     "check_mixed_experts",
+    "check_moved_experts",
     "check_padded",
     "check_quantized_head",
     "deterministic",
@@ -62,6 +63,18 @@ def check_arguments() -> None:
 def check_mixed_experts(layers: Collection[str]) -> None:
     """Checks the arguments for ``layers`` whose experts differ in format."""
     refuse(mixed_problems(server_args(), layers))
+
+
+def check_moved_experts(unmoved: Mapping[tuple[str, str], Collection[str]]) -> None:
+    """Checks the arguments for experts of a format that does not move as a whole: (kind, what stays) -> layers."""
+    if value_of(server_args(), "enable_eplb"):
+        refuse(
+            [
+                f"--enable-eplb moves experts between ranks, and {why} would stay behind, for the {kind} experts of "
+                f"{some(compress(layers))}; leave it out, or build these experts in another format"
+                for (kind, why), layers in unmoved.items()
+            ]
+        )
 
 
 def check_counted_experts() -> None:

@@ -152,6 +152,12 @@ NAMES = (
         ANY,
         call="self layer_id logical_expert_id",
     ),
+    Name(
+        "sglang.srt.eplb.expert_location_updater:update_expert_weights_single_layer",
+        ANY,
+        call="routed_experts_weights temp_buffers old_physical_to_logical_map= new_physical_to_logical_map= "
+        "num_local_physical_experts= num_gpu_per_node= rank=",
+    ),
     Name(f"{_MOE}.utils:MoeRunnerBackend", ANY, fields="AUTO DEEP_GEMM"),
     Name(f"{_MOE}.utils:MOE_RUNNER_BACKEND", ANY, until="0.5.16"),
     Name(f"{_MOE}.utils:SPECULATIVE_MOE_RUNNER_BACKEND", ANY, until="0.5.16"),

@@ -59,6 +59,10 @@ class Served(ABC, Generic[F]):
         """Whether a parameter needs no tensor in the files, which may omit it, or it is made after loading."""
         return False
 
+    def stays_behind(self, fmt: F) -> str:
+        """What of a rank's experts is one value for all of them, so that EPLB cannot move it; empty if nothing."""
+        return ""
+
     def product_error(self, fmt: F) -> float:
         """How far a linear may be off float64 arithmetic, as a share of the norm: sums are rounded to BF16."""
         return 0.012

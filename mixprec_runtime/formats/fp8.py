@@ -108,6 +108,10 @@ class ServedFp8(ServedScaled[Fp8]):
         usual = fmt.block == _USUAL_BLOCK and fmt.activations == "dynamic"
         return ("triton", "deep_gemm") if usual else ("triton",)
 
+    def stays_behind(self, fmt: Fp8) -> str:
+        # _create_runner repeats scales of weights once, and SGLang keeps the largest scale of inputs.
+        return "the scales that their kernel reads" if fmt.granularity == "tensor" else ""
+
     def product_error(self, fmt: Fp8) -> float:
         # Activations are rounded to FP8.
         return super().product_error(fmt) if fmt.activations == "none" else 0.06
