@@ -100,11 +100,11 @@ def _check_contact(quant_config: MixPrecConfig) -> None:
 
 
 def _unmoved(quant_config: MixPrecConfig) -> dict[tuple[str, str], list[str]]:
-    """Format and what of its experts does not move with them -> the layers of such experts."""
+    """Format and why experts in it cannot move -> the layers of such experts."""
     found: dict[tuple[str, str], list[str]] = {}
     for name, formats in quant_config.expert_layers.items():
         for fmt in formats:
-            why = served(fmt).stays_behind(fmt)
+            why = served(fmt).unmovable(fmt)
             if why:
                 found.setdefault((fmt.kind, why), []).append(name)
     return found

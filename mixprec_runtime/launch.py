@@ -66,12 +66,12 @@ def check_mixed_experts(layers: Collection[str]) -> None:
 
 
 def check_moved_experts(unmoved: Mapping[tuple[str, str], Collection[str]]) -> None:
-    """Checks the arguments for experts of a format that does not move as a whole: (kind, what stays) -> layers."""
+    """Checks the arguments for experts that cannot move to another rank: (kind, why) -> layers."""
     if value_of(server_args(), "enable_eplb"):
         refuse(
             [
-                f"--enable-eplb moves experts between ranks, and {why} would stay behind, for the {kind} experts of "
-                f"{some(compress(layers))}; leave it out, or build these experts in another format"
+                f"--enable-eplb moves experts between ranks, and the {kind} experts of {some(compress(layers))} {why}; "
+                "leave it out, or build these experts in another format"
                 for (kind, why), layers in unmoved.items()
             ]
         )

@@ -13,8 +13,9 @@ from mixprec_build.formats.base import Format
 
 from .repair import Repair
 
-__all__ = ["Served", "may_have_biases", "no_kernel"]
+__all__ = ["NEVER_MOVED", "Served", "may_have_biases", "no_kernel"]
 
+NEVER_MOVED = "were never moved in a test"
 F = TypeVar("F", bound=Format)
 
 
@@ -59,9 +60,9 @@ class Served(ABC, Generic[F]):
         """Whether a parameter needs no tensor in the files, which may omit it, or it is made after loading."""
         return False
 
-    def stays_behind(self, fmt: F) -> str:
-        """What of a rank's experts is one value for all of them, so that EPLB cannot move it; empty if nothing."""
-        return ""
+    def unmovable(self, fmt: F) -> str:
+        """Why EPLB cannot move experts in ``fmt`` to another rank; empty if it can."""
+        return NEVER_MOVED
 
     def product_error(self, fmt: F) -> float:
         """How far a linear may be off float64 arithmetic, as a share of the norm: sums are rounded to BF16."""

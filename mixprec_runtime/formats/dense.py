@@ -19,6 +19,9 @@ class ServedDense(Served[Dense]):
     format: ClassVar[type[Format]] = Dense
     biased_experts: ClassVar[bool] = True
 
+    def unmovable(self, fmt: Dense) -> str:
+        return ""
+
     def sglang_config(self, fmt: Dense) -> None:
         return None
 

@@ -16,7 +16,7 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 
 from .. import launch
-from .base import no_kernel
+from .base import NEVER_MOVED, no_kernel
 from .marlin import may_get_negative_ids, require_shapes
 from .one_scheme import OneScheme
 from .repair import Call, Repair
@@ -108,9 +108,10 @@ class ServedFp8(ServedScaled[Fp8]):
         usual = fmt.block == _USUAL_BLOCK and fmt.activations == "dynamic"
         return ("triton", "deep_gemm") if usual else ("triton",)
 
-    def stays_behind(self, fmt: Fp8) -> str:
-        # _create_runner repeats scales of weights once, and SGLang keeps the largest scale of inputs.
-        return "the scales that their kernel reads" if fmt.granularity == "tensor" else ""
+    def unmovable(self, fmt: Fp8) -> str:
+        if fmt.granularity == "tensor":  # _create_runner
+            return "have scales that the rank which loads them repeats once for its kernel"
+        return NEVER_MOVED if fmt.activations == "none" else ""
 
     def product_error(self, fmt: Fp8) -> float:
         # Activations are rounded to FP8.

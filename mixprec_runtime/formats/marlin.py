@@ -58,6 +58,9 @@ class ServedGrouped(Served[G]):
                 f"{ADVICE}"
             )
 
+    def unmovable(self, fmt: G) -> str:
+        return ""
+
     def runners(self, fmt: G) -> tuple[str, ...]:
         return ("marlin",)
 

@@ -21,6 +21,9 @@ S = TypeVar("S", bound=Scaled)
 
 
 class ServedScaled(Served[S]):
+    def unmovable(self, fmt: S) -> str:
+        return ""
+
     def as_loaded(self, fmt: S, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
         # SGLang's parameters are in F32. Its loaders would copy exponents that are stored as U8 as numbers.
         if leaf == fmt.scale_leaf and tensor.dtype in (torch.uint8, torch.float8_e8m0fnu):

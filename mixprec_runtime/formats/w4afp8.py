@@ -107,8 +107,8 @@ class ServedW4afp8(Served[W4afp8]):
     def runners(self, fmt: W4afp8) -> tuple[str, ...]:
         return ("cutlass",)
 
-    def stays_behind(self, fmt: W4afp8) -> str:
-        return "the scale of their inputs, the largest of those that a rank loads,"
+    def unmovable(self, fmt: W4afp8) -> str:
+        return "share one scale of inputs, the largest of those that a rank loads"
 
     def product_error(self, fmt: W4afp8) -> float:
         # Activations are rounded to FP8.

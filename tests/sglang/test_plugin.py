@@ -86,6 +86,7 @@ def test_a_fresh_process_knows_the_method(folder: Path) -> None:
     sessions = ["begin", "end"] if between(SESSIONS_SINCE, "", sglang.version.__version__) else []
     assert out["worker"] == [
         "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
+        "sglang.srt.eplb.expert_location_updater.update_expert_weights_single_layer",
         "sglang.srt.managers.scheduler.Scheduler.__init__",
         "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle",
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
