@@ -183,8 +183,8 @@ def fused_qkvzba_split_reshape_cat_contiguous_cpu(
     return qkv.contiguous(), z.reshape(-1, heads_v, size_v), b.contiguous(), a.contiguous()
 
 
-def fused_sigmoid_mul_cpu(attn_output: Tensor, gate: Tensor, inplace: bool = False) -> Tensor:
-    """The output of attention ``[T, H V]``, by the sigmoid of its gate."""
+def fused_sigmoid_mul_cpu(attn_output: Tensor, gate: Tensor, inplace: bool = True) -> Tensor:
+    """The output of attention ``[T, H V]``, by the sigmoid of its gate; 0.5.23 reads it from ``attn_output`` itself."""
     product = attn_output * gate.reshape(attn_output.shape).float().sigmoid().to(attn_output.dtype)
     return attn_output.copy_(product) if inplace else product
 

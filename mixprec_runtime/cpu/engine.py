@@ -6,9 +6,12 @@ Starts stock ``python -m sglang.launch_server`` with these settings and the argu
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
+
+from mixprec_build.versions import between
 
 __all__ = ["ENGINE", "environment"]
 
@@ -37,8 +40,10 @@ def environment(ranks: int = 1, stages: int = 1) -> dict[str, str]:
     site = str(Path(__file__).with_name("site"))
     paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {}
-    if ranks > 1:
-        own["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+    # Cores for the ranks of a stage; from 0.5.19 on, for those of all stages.
+    bound = ranks * stages if stages > 1 and between("0.5.19", "", importlib.metadata.version("sglang")) else ranks
+    if bound > 1:
+        own["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(bound)))
     if ranks * stages > 1:
         # Without the library of NCCL, ranks use gloo; with it they would use NCCL, GPU or not.
         own["SGLANG_NCCL_SO_PATH"] = os.devnull
