@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("sglang")
 
 
 ABSENT = {
-    "0.5.15.post1": {"Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"},
+    # LongCat's rotary embedding needs another version of transformers than these tests have
+    "0.5.15.post1": {"Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "LongcatFlashForCausalLM"},
     # they need another version of transformers than these tests have
     "0.5.23": {"Mistral3ForConditionalGeneration", "Gemma4ForConditionalGeneration"},
 }
