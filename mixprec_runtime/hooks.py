@@ -32,12 +32,11 @@ from .contact.check import differs, installed
 from .contact.names import SESSIONS_SINCE
 from .contact.start import hooked_here, require_all
 from .cpu import delta_net, reference
-from .experts import deepep, runner
+from .experts import deepep, moves, runner
 from .formats.registry import served
 from .formats.repair import never_called
 from .loading import cache_scales, heads, loader, names
 from .loading.strict import draft_of, load_strictly
-from .moves import move_layer
 
 __all__ = ["register"]
 
@@ -68,7 +67,7 @@ def _hooks() -> Iterator[tuple[str, Callable[..., Any], str]]:
     yield "sglang.srt.managers.scheduler.Scheduler.__init__", ready, "AFTER"
     yield "sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_to_internal_state, "AFTER"
     yield "sglang.srt.managers.scheduler.Scheduler.expert_distribution_handle", activity.handle_request, "AROUND"
-    yield "sglang.srt.eplb.expert_location_updater.update_expert_weights_single_layer", move_layer, "AROUND"
+    yield "sglang.srt.eplb.expert_location_updater.update_expert_weights_single_layer", moves.move_layer, "AROUND"
     for name, update in {**_UPDATES, **(_SESSIONS if between(SESSIONS_SINCE, "", installed()) else {})}.items():
         yield f"{_MANAGER}.{name}", update, "AROUND"
 
