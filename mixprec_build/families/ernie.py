@@ -23,5 +23,6 @@ ERNIE = Family(
         needs_tensors=True,
     ),
     can_be_cut=True,
+    quantized_head=True,
     inner=(("moe_statics", "gate"),),
 )

@@ -1,4 +1,4 @@
-"""gpt-oss (``models/gpt_oss.py``): attention without a quantization config, and experts with biases.
+"""gpt-oss (``models/gpt_oss.py``): attention and head without a quantization config, and experts with biases.
 
 All experts of a layer are in one tensor, in which rows of gate and up alternate; columns, in BF16, where inputs come
 first. They are taken apart, and mixprec's loader fills SGLang's layers with single experts, which the class's own

@@ -14,6 +14,7 @@ GRANITE = Family(
     architectures=frozenset({"GraniteForCausalLM"}),
     checked=True,
     can_be_cut=True,
+    quantized_head=True,
 )
 
 GRANITE_MOE = Family(
@@ -27,4 +28,5 @@ GRANITE_MOE = Family(
     ),
     checked=True,
     can_be_cut=True,
+    quantized_head=True,
 )

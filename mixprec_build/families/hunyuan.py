@@ -1,4 +1,4 @@
-"""Hunyuan 1, dense and MoE (``models/hunyuan.py``), whose class does not tell its layers their numbers."""
+"""Hunyuan 1, dense and MoE (``models/hunyuan.py``), whose class tells its layers no numbers, and its head no name."""
 
 from __future__ import annotations
 

@@ -14,4 +14,5 @@ OLMOE = Family(
     architectures=frozenset({"OlmoeForCausalLM"}),
     checked=True,
     can_be_cut=True,
+    quantized_head=True,
 )

@@ -18,6 +18,7 @@ from support.sglang.families import (
     dense_parameters,
     dequantized,
     family_mix,
+    heads_asked_for,
     skip_unless_made,
     write_family,
     write_recipe,
@@ -85,6 +86,11 @@ HEADS = [
     "phimoe",
     "apertus",
     "longcat",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "olmoe",
+    "granite",
+    "granitemoe",
 ]
 
 
@@ -111,10 +117,20 @@ def test_a_quantized_head_is_that_of_a_native_load(folder: Path, tmp_path: Path,
         assert all(torch.equal(_bits(second[key].data), _bits(stock[key].data)) for key in names)
 
 
-def test_a_head_that_its_class_does_not_quantize_is_refused(folder: Path) -> None:
-    """models/minimax_m2.py makes it with no quantization config at all."""
+@pytest.mark.parametrize(("name", "asked"), [("minimax_m2", []), ("hunyuan", [""]), ("hunyuan_dense", [""])])
+def test_a_head_that_its_class_does_not_quantize_is_refused(
+    folder: Path, tmp_path: Path, name: str, asked: list[str]
+) -> None:
+    """models/minimax_m2.py makes it with no quantization config at all, models/hunyuan.py without its name."""
+    tiny = TINY[name]
+    with heads_asked_for() as found:
+        serve(family_mix(folder, name), **tiny.options)
+    assert found == asked
+    lines = {**tiny.lines, "lm_head": "fp8"}
+    model = replace(tiny, config={**tiny.config, "tie_word_embeddings": False}, lines=lines)
+    sources = write_family(tmp_path, model, head=True)
     with pytest.raises(RefusedError, match="no quantized lm_head of this family"):
-        family_mix(folder, "minimax_m2", head=True)
+        plan_recipe(write_recipe(tmp_path / "recipe.yaml", sources, lines))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from support.formats import fp8_block, fp8_config
 from support.gpt_oss import tensors, unquantized, write
+from support.sglang.families import heads_asked_for
 from support.sglang.harness import load, publish, rank_of, serve, server_args
 from support.sglang.hopper import hopper
+
+from mixprec_build.errors import RefusedError
+from mixprec_build.output.build import plan_recipe
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -223,6 +229,25 @@ def test_experts_are_computed_with_biases_and_limits(
             gate, up = both[::2].clamp(max=7), both[1::2].clamp(-7, 7)
             due[token] += weight * (w2[expert] @ ((up + 1) * gate * torch.sigmoid(1.702 * gate)) + b2[expert])
     assert (out - due).abs().max() < 1e-4 * due.abs().max()
+
+
+def test_its_head_is_unquantized(release: Path, plain: Path, compiled: Path, kernels: None) -> None:
+    """models/gpt_oss.py makes it without a quantization config; `plan` refuses another format."""
+    with heads_asked_for() as asked:
+        serve(compiled)
+    assert asked == []
+    held = load_file(plain / "model.safetensors")
+    head = fp8_block(held.pop("lm_head.weight").float())
+    quantized = release.with_name("head")
+    left = sorted({name.removesuffix(".weight") for name in held})
+    write(quantized, {}, quantization_config={**fp8_config(), "modules_to_not_convert": left})
+    save_file(held | {f"lm_head.{leaf}": value for leaf, value in head.items()}, quantized / "model.safetensors")
+    recipe = release.with_name("head.yaml")
+    recipe.write_text(
+        f"model: {release}\nsources: {{mx: {release}, fp8: {quantized}}}\ndefault: mx\nweights: {{lm_head: fp8}}\n"
+    )
+    with pytest.raises(RefusedError, match="no quantized lm_head of this family"):
+        plan_recipe(recipe)
 
 
 def test_the_runner_that_sglang_chose_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

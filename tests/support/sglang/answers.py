@@ -37,13 +37,19 @@ def write_dequantized(checkpoint: Path, weights: dict[str, torch.Tensor], scratc
 
 
 def reference(checkpoint: Path) -> Any:
-    """The model of transformers, in float32."""
+    """The model of transformers, in float32 but for parameters that SGLang has in BF16."""
     import transformers
 
     (architecture,) = json.loads((checkpoint / "config.json").read_text())["architectures"]
     # Of ERNIE, whose class SGLang and the release spell otherwise, transformers knows the type.
     named = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
-    return named.from_pretrained(checkpoint, dtype=torch.float32)
+    model = named.from_pretrained(checkpoint, dtype=torch.float32)
+    for module in model.modules():
+        if type(module).__name__ == "XIELUActivation":
+            # SGLang has these parameters in BF16, and rounds what it computes of them, in a model of any dtype
+            # (`XIELU` in layers/activation.py).
+            module.to(torch.bfloat16)
+    return model
 
 
 def prompt_logprobs(checkpoint: Path) -> list[list[float]]:

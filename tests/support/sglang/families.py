@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ __all__ = [
     "dense_parameters",
     "dequantized",
     "family_mix",
+    "heads_asked_for",
     "random_values",
     "skip_unless_made",
     "write_family",
@@ -201,6 +204,25 @@ def dense_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
     for name, parameter in model.named_parameters():
         if parameter.numel() and not any(name.startswith(f"{path}.") for path in mixed):
             yield name, parameter.data.float()
+
+
+@contextmanager
+def heads_asked_for() -> Iterator[list[str]]:
+    """Yields the names, filled in as models are made, by which SGLang's classes ask how their heads are stored."""
+    from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from mixprec_runtime.config import MixPrecConfig
+
+    asked: list[str] = []
+    method = MixPrecConfig.get_quant_method
+
+    def get_quant_method(config: MixPrecConfig, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, ParallelLMHead):
+            asked.append(prefix)
+        return method(config, layer, prefix)
+
+    with patch.object(MixPrecConfig, "get_quant_method", get_quant_method):
+        yield asked
 
 
 def skip_unless_made(name: str) -> None:
