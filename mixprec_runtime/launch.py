@@ -92,20 +92,15 @@ def check_counted_experts() -> None:
         )
 
 
-def check_experts_elsewhere(kind: str, *, scales_stay: bool = False) -> None:
-    """Checks the arguments for experts of ``kind`` on several ranks, whose runner is repaired to skip ids of -1.
-
-    ``scales_stay``: the repair keeps the scales of the experts that the rank began with.
-    """
-    args, problems = server_args(), []
-    if scales_stay and value_of(args, "enable_eplb"):
-        problems.append(f"--enable-eplb moves the scales of {kind} experts; leave it out")
-    if lora_on_mlps(args):  # lora/layers.py:1027 makes other runners, without the repair
-        problems.append(
-            f"--enable-lora and --lora-paths run {kind} experts by kernels that read experts of other ranks under "
-            f"--ep-size; {_LORA_ON_ATTENTION}"
+def check_experts_elsewhere(kind: str) -> None:
+    """Checks the arguments for experts of ``kind`` on several ranks, whose runner is repaired to skip ids of -1."""
+    if lora_on_mlps(server_args()):  # lora/layers.py:1027 makes other runners, without the repair
+        refuse(
+            [
+                f"--enable-lora and --lora-paths run {kind} experts by kernels that read experts of other ranks under "
+                f"--ep-size; {_LORA_ON_ATTENTION}"
+            ]
         )
-    refuse(problems)
 
 
 def check_padded(padded: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from ..errors import SourceError
+from ..storage.header import TensorInfo
 from ..text import some
 
 __all__ = ["PARAMS", "is_consolidated", "lacks_config", "refuse_own_names", "taken_for_own"]
@@ -48,13 +49,13 @@ def lacks_config(files: Collection[str]) -> str | None:
     return f"no config.json, but {some(own)}: Mistral's own layout, which mixprec does not read. {remedy}"
 
 
-def refuse_own_names(tensors: Iterable[tuple[str, str]], location: str) -> None:
-    """Raises :class:`SourceError` where one of the tensors, as (name, file), has a name of Mistral's own layout."""
-    for name, file in tensors:
-        if name.startswith(("layers.", "tok_embeddings.")) and _OWN.fullmatch(name):
+def refuse_own_names(tensors: Iterable[TensorInfo], location: str) -> None:
+    """Raises :class:`SourceError` where one of the tensors has a name of Mistral's own layout."""
+    for tensor in tensors:
+        if tensor.name.startswith(("layers.", "tok_embeddings.")) and _OWN.fullmatch(tensor.name):
             raise SourceError(
-                f"tensor {name!r} has its name in Mistral's own layout, which mixprec does not read. {_INSTEAD}",
-                path=f"{location}/{file}",
+                f"tensor {tensor.name!r} has its name in Mistral's own layout, which mixprec does not read. {_INSTEAD}",
+                path=f"{location}/{tensor.file}",
             )
 
 

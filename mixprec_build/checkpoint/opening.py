@@ -132,7 +132,7 @@ def open_storage(
     shown: Mapping[str, TensorInfo] = tensors
     apart: frozenset[str] = frozenset()
     if not compiled:
-        refuse_own_names(((tensor.name, tensor.file) for tensor in tensors.values()), location)
+        refuse_own_names(tensors.values(), location)
         shown, apart = take_experts_apart(tensors, facts.family, facts.experts)
         shown, flat = without_reduced_dimensions(shown)
         shown, renamed = beside_their_weights(shown, facts.family)

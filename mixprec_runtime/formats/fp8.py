@@ -45,7 +45,7 @@ def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
     call.stock(layer, *args, **kwargs)
     if not may_get_negative_ids(layer):
         return
-    launch.check_experts_elsewhere("fp8_tensor", scales_stay=True)
+    launch.check_experts_elsewhere("fp8_tensor")
     runner: Any = call.method.runner
     run = runner.run
     columns: dict[str, torch.Tensor] = {}

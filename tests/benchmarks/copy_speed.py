@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 from support.hollow import hollow_config, hollow_tensors
+from support.page_cache import forget
 
 from mixprec_build.storage.header import build_header
 
@@ -99,13 +100,6 @@ def timed(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-def evict(path: Path) -> None:
-    """Drops a file from the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -131,7 +125,7 @@ def main() -> None:
                 shutil.rmtree(out, ignore_errors=True)
                 os.sync()
                 if cache == "cold":
-                    evict(file)
+                    forget(source)
                 else:
                     shutil.copyfile(file, os.devnull)
                 taken, peak = timed(command)

@@ -321,9 +321,9 @@ def main(arguments: list[str] | None = None) -> None:
             more = "" if beside is None else "{:.2g} ({:.2g} to {:.2g})".format(*interval(kls - beside[of]))
             cells += [f"{math.exp(losses.mean()):.3f}", f"{kls.mean():.4g}", more]
         print(f"| {size:.1f} | {name} | {' | '.join(cells)} |", flush=True)
-        both = {"losses": 0, "kl": 1}
-        values = {key: {of: pair[at].tolist() for of, pair in results.items()} for key, at in both.items()}
-        kept.append({"megabytes": round(size, 1), "name": name, "mix": dict(mix), **values})
+        losses_of = {of: losses.tolist() for of, (losses, _) in results.items()}
+        kl_of = {of: kls.tolist() for of, (_, kls) in results.items()}
+        kept.append({"megabytes": round(size, 1), "name": name, "mix": dict(mix), "losses": losses_of, "kl": kl_of})
         (args.folder / "mixes.json").write_text(json.dumps({"window": args.window, "mixes": kept}))
         return {of: kls for of, (_, kls) in results.items()}
 

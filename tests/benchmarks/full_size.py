@@ -38,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from support.engine import Served
+from support.engine import Served, ask
 from support.page_cache import forget, seconds_to_read
 from support.serving import QWEN3_MOE, Shape, write_sources
 
@@ -228,13 +228,6 @@ def cold(folders: Mapping[str, Path], disk: Path, turns: int) -> None:
                 flush=True,
             )
         shutil.rmtree(copy)
-
-
-def ask(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
 
 
 def end(server: subprocess.Popen[Any]) -> None:

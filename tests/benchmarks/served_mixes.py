@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 from support.bootstrap import interval
+from support.engine import ask
 
 import mixprec_build as mp
 
@@ -42,11 +42,7 @@ def build(folder: Path, number: int, mix: Mapping[str, str]) -> Path:
 def losses(checkpoint: Path, texts: Path, engine: Mapping[str, Any]) -> list[float]:
     """Nats a token of each text, in an engine of its own."""
     options = {"dtype": "bfloat16", "answer": False, "texts": str(texts), "engine": dict(engine)}
-    command = [sys.executable, "-m", "support.sglang.ask", str(checkpoint), json.dumps(options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{checkpoint}: the engine ended; its log is above")
-    found: list[float] = json.loads(done.stdout.splitlines()[-1])["losses"]
+    found: list[float] = ask(checkpoint, options)["losses"]
     return found
 
 

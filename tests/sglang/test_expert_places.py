@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,8 +136,8 @@ def processed(checkpoint: Path, places: list[int]) -> Any:
     return model
 
 
-def move(model: Any, layers: Sequence[int], before: list[int], after: list[int]) -> None:
-    """Has SGLang move the experts of ``layers`` as its EPLB does, on one rank."""
+def move(model: Any, before: list[int], after: list[int]) -> None:
+    """Has SGLang move the experts of all layers as its EPLB does, on one rank."""
     from sglang.srt.eplb import expert_location_updater
 
     def at(places: list[int]) -> Any:
@@ -149,7 +149,7 @@ def move(model: Any, layers: Sequence[int], before: list[int], after: list[int])
         routed_experts_weights_of_layer=model.routed_experts_weights_of_layer,
         old_expert_location_metadata=at(before),
         new_expert_location_metadata=at(after),
-        update_layer_ids=list(layers),
+        update_layer_ids=list(range(len(MOVED))),
         nnodes=1,
         rank=0,
     )
@@ -158,7 +158,7 @@ def move(model: Any, layers: Sequence[int], before: list[int], after: list[int])
 def test_moved_experts_are_those_of_a_load_at_the_new_places(each_format: Path, repacked: None) -> None:
     """Every parameter of every format, as kernels take it, bit for bit; layers of all formats in one call."""
     moved, due = processed(each_format, BEFORE), processed(each_format, REDUNDANT)
-    move(moved, range(len(MOVED)), BEFORE, REDUNDANT)
+    move(moved, BEFORE, REDUNDANT)
     for kind, layer, wanted in zip(MOVED, moved.model.layers, due.model.layers, strict=True):
         found, expected = parameters_of(layer.mlp.experts), parameters_of(wanted.mlp.experts)
         assert found.keys() == expected.keys()

@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Served"]
+__all__ = ["Served", "ask"]
+
+
+def ask(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What one engine answers, in a process of its own. ``options`` are those of ``support.sglang.ask``."""
+    command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{path}: the engine ended; its log is above")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 class Served:
