@@ -29,6 +29,7 @@ LLAMA4 = Family(
     activation=ExpertActivation(weighted_inputs=True),
     checked=True,
     can_be_cut=True,
+    quantized_head=True,
     # one parameter, of which the class permutes two parts
     class_loads=tuple(f".self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")),
 )

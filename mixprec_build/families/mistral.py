@@ -1,6 +1,7 @@
 """Mistral-Small-3 beside its encoder of images (``models/mistral.py``, ``Mistral3ForConditionalGeneration``).
 
-Releases call the decoder ``language_model.model.``, as SGLang does, or ``model.language_model.``.
+Releases call the decoder ``language_model.model.``, as SGLang does; those that transformers 5 wrote have all tensors
+below ``model.``, the decoder's below ``model.language_model.``, but for ``lm_head``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ MISTRAL3 = Family(
     architectures=frozenset({"Mistral3ForConditionalGeneration"}),
     embedding="language_model.model.embed_tokens",
     head="language_model.lm_head",
-    renamed=(("model.language_model.", "language_model.model."),),
+    renamed=(
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head", "language_model.lm_head"),
+    ),
     left_out=("language_model.", "model."),
     checked=True,
     can_be_cut=True,
+    quantized_head=True,
 )

@@ -17,6 +17,7 @@ PHI3 = Family(
     can_be_cut=True,
     cuts={**Family().cuts, "qkv_proj": CutBy.QKV_SECTIONS, "gate_up_proj": CutBy.GATE_AND_UP},
     attention_inputs=frozenset({"qkv_proj"}),
+    quantized_head=True,
 )
 
 PHIMOE = Family(

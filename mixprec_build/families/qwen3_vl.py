@@ -15,7 +15,6 @@ QWEN3_VL = replace(
     architectures=frozenset({"Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"}),
     embedding="model.language_model.embed_tokens",
     renamed=(("model.language_model.", "model."), ("model.visual.", "visual.")),
-    quantized_head=False,
     stacked_experts=(
         StackedExperts("gate_up_proj", ("gate_proj", "up_proj"), transposed=True),
         StackedExperts("down_proj", ("down_proj",), transposed=True),

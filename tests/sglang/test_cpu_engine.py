@@ -113,7 +113,7 @@ def test_gated_delta_nets_answer_as_transformers(folder: Path, tmp_path: Path) -
 
 
 FAMILIES = ("glm4_moe", "olmoe", "granite", "gemma3", "phi3", "cohere2", "ernie4_5", "mistral3", "apertus")
-HEADS_IN_FP8 = ("olmoe", "granite", "ernie4_5")
+HEADS_IN_FP8 = ("olmoe", "granite", "phi3", "ernie4_5", "mistral3")
 """Families whose ``lm_head`` is quantized here; Granite scales its logits besides."""
 
 

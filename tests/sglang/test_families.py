@@ -7,6 +7,7 @@ tested here; ``test_cpu_engine.py`` serves the classes that run on a CPU.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from support.sglang.harness import rank_of, serve, tensors_of
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import RefusedError
+from mixprec_build.families.expected import ties_head
+from mixprec_build.families.facts import ModelFacts
 from mixprec_build.output.build import plan_recipe
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
@@ -39,10 +42,16 @@ NOT_LOADED = "g_idx_sort_indices"
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str) -> None:
+    """The class asks how its head is stored where the family says so, and nowhere else."""
     skip_unless_made(name)
     model = TINY[name]
     mix = family_mix(folder, name)
-    ours = dict(dense_parameters(serve(mix, **model.options)))
+    with heads_asked_for() as heads:
+        ours = dict(dense_parameters(serve(mix, **model.options)))
+    facts = ModelFacts.of(model.config)
+    if not ties_head(facts):
+        asked = {stored for layer in heads for stored in facts.family.stored_names(layer)}
+        assert (facts.family.head in asked) == facts.family.quantized_head
     theirs = dict(dense_parameters(serve(dequantized(mix, tmp_path / "dense"), **model.options)))
     ours = {key: value for key, value in ours.items() if not key.endswith(NOT_LOADED)}
     assert ours.keys() == theirs.keys()
@@ -91,12 +100,18 @@ HEADS = [
     "olmoe",
     "granite",
     "granitemoe",
+    "phi3",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "llama4",
+    "mistral3",
 ]
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_quantized_head_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str) -> None:
     """By mixprec's loader and by SGLang's; cut for ranks where the family is."""
+    skip_unless_made(name)
     model = TINY[name]
     mix = family_mix(folder, name, head=True)
     native = dict(dense_parameters(serve(dequantized(mix, tmp_path / "dense"), **model.options)))
@@ -117,16 +132,24 @@ def test_a_quantized_head_is_that_of_a_native_load(folder: Path, tmp_path: Path,
         assert all(torch.equal(_bits(second[key].data), _bits(stock[key].data)) for key in names)
 
 
-@pytest.mark.parametrize(("name", "asked"), [("minimax_m2", []), ("hunyuan", [""]), ("hunyuan_dense", [""])])
+@pytest.mark.parametrize(
+    ("name", "head", "asked"),
+    [
+        ("minimax_m2", "lm_head", []),
+        ("internlm2", "output", []),
+        ("hunyuan", "lm_head", [""]),
+        ("hunyuan_dense", "lm_head", [""]),
+    ],
+)
 def test_a_head_that_its_class_does_not_quantize_is_refused(
-    folder: Path, tmp_path: Path, name: str, asked: list[str]
+    folder: Path, tmp_path: Path, name: str, head: str, asked: list[str]
 ) -> None:
-    """models/minimax_m2.py makes it with no quantization config at all, models/hunyuan.py without its name."""
+    """SGLang's minimax_m2.py and internlm2.py make it with no quantization config, hunyuan.py without its name."""
     tiny = TINY[name]
     with heads_asked_for() as found:
         serve(family_mix(folder, name), **tiny.options)
     assert found == asked
-    lines = {**tiny.lines, "lm_head": "fp8"}
+    lines = {**tiny.lines, head: "fp8"}
     model = replace(tiny, config={**tiny.config, "tie_word_embeddings": False}, lines=lines)
     sources = write_family(tmp_path, model, head=True)
     with pytest.raises(RefusedError, match="no quantized lm_head of this family"):
@@ -201,16 +224,39 @@ def test_ranks_read_their_own_files_beside_an_encoder_of_images(
     folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Files cut for two ranks, the merged ones gone: the encoder's tensors are in them as they are stored."""
-    options = TINY[name].options
-    out = shutil.copytree(family_mix(folder, name), tmp_path / "out")
-    with rank_of(0, 2, 2):
+    own = _read_of_own_files(family_mix(folder, name), tmp_path / "out", TINY[name].options, 2, caplog)
+    assert any("vis" in key for key in own) == (name != "step3p5")
+
+
+def test_ranks_read_their_own_files_of_a_decoder_of_another_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mistral-Small-3 as transformers 5 writes it: all below ``model.``, but for ``lm_head``, here in FP8."""
+    skip_unless_made("mistral3")
+    names = (("language_model.model.", "model.language_model."), ("language_model.lm_head", "lm_head"), ("", "model."))
+    monkeypatch.setitem(TINY, "mistral3_renamed", replace(TINY["mistral3"], renamed=names))
+    mix = family_mix(folder, "mistral3_renamed", head=True)
+    assert "lm_head.weight_scale_inv" in tensors_of(mix)
+    own = _read_of_own_files(mix, tmp_path / "out", {}, 1, caplog)
+    assert "language_model.lm_head.weight" in own and any(key.startswith("vision_tower.") for key in own)
+
+
+def _read_of_own_files(
+    mix: Path, out: Path, options: Mapping[str, Any], ep: int, caplog: pytest.LogCaptureFixture
+) -> dict[str, torch.nn.Parameter]:
+    """The parameters of the first of two ranks from its own files, equal to those from the merged ones.
+
+    ``ep``: in how many groups the ranks share experts.
+    """
+    shutil.copytree(mix, out)
+    with rank_of(0, 2, ep):
         merged = dict(serve(out, **options).named_parameters())
-    split(out, Degree(2, 2), layout="presplit")
+    split(out, Degree(2, ep), layout="presplit")
     assert not verify(out).differences
-    with rank_of(0, 2, 2), caplog.at_level("DEBUG", "mixprec_runtime"):
+    with rank_of(0, 2, ep), caplog.at_level("DEBUG", "mixprec_runtime"):
         own = dict(serve(out, **options).named_parameters())
         assert "mixprec: read the files in" in caplog.text
     for key, parameter in own.items():
         if not key.endswith(NOT_LOADED):
             assert torch.equal(_bits(parameter.data), _bits(merged[key].data)), key
-    assert any("vis" in key for key in own) == (name != "step3p5")
+    return own

@@ -170,6 +170,8 @@ class TinyModel:
     """Of SGLang's ServerArgs."""
     degrees: tuple[tuple[int, int], ...] = ()
     """Ranks, and groups of experts among them, that it can be cut for."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Prefixes of tensors' names, and what some releases have in their place; the first that fits counts."""
 
 
 HIDDEN, EXPERTS = 256, 8

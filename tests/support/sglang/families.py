@@ -67,7 +67,7 @@ def write_family(
     of each tensor.
     """
     quantized = sorted({*model.lines.values(), *(["fp8"] if head else [])} - {"bf16"})
-    whole = list(tensors_of(model.config))
+    whole = [tensor._replace(name=_renamed(tensor.name, model)) for tensor in tensors_of(model.config)]
     values = {tensor.name: values_of(tensor) for tensor in whole}
     stacked = STACKED.get(model.config["architectures"][0])
     _write(folder / "bf16", values if stacked is None else _stacked(values, stacked), model.config)
@@ -78,7 +78,8 @@ def write_family(
         for tensor in whole:
             module = tensor.name.removesuffix(".weight")
             draft = module.startswith("mtp.") and not drafts
-            linear = tensor.linear or (head and module.endswith("lm_head"))
+            # The last is InternLM2's.
+            linear = tensor.linear or (head and (module.endswith("lm_head") or module == "output"))
             dense = variant != "fp8" and bool(model.dense) and module.endswith(model.dense)
             if linear and not draft and not dense and (variant != "packed" or ".mlp.experts." in module):
                 stored = store(values[tensor.name].float())
@@ -91,6 +92,10 @@ def write_family(
             tensors = _stacked_each(tensors)
         _write(folder / variant, tensors, _declared(model.config, {**(quantization or {}), **skipped}, variant))
     return {variant: folder / variant for variant in ("bf16", *quantized)}
+
+
+def _renamed(name: str, model: TinyModel) -> str:
+    return next((new + name[len(old) :] for old, new in model.renamed if name.startswith(old)), name)
 
 
 def _declared(config: dict[str, Any], quantization: dict[str, Any], variant: str) -> dict[str, Any]:
