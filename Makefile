@@ -16,6 +16,10 @@ sites = $(subst $() $(),:,$(1:%=$(CURDIR)/.venv-sglang/versions/%))
 # What tests share lies in tests/support: pytest finds it by itself, other commands by this.
 bench fuzz gpu-bench: export PYTHONPATH := $(CURDIR)/tests$(addprefix :,$(PYTHONPATH))
 
+# torch's threads wait for each other in busy loops: beside another process on the same two cores, tiny tensors take up
+# to forty times as long as with one thread.
+test faults test-sglang test-versions test-between: export OMP_NUM_THREADS ?= 1
+
 .PHONY: setup demo test lint format bench faults fuzz sglang test-sglang test-versions test-between \
         serve-demo gpu-test gpu-bench clean
 

@@ -46,6 +46,8 @@ WEIGHTS = {
     },
 }
 RADIX = {"disable_radix_cache": False}
+# Compiling FlashInfer's fused all-reduce takes minutes.
+SEVERAL = {"enforce_disable_flashinfer_allreduce_fusion": True, "disable_custom_all_reduce": True}
 FLAGS: dict[str, dict[str, Any]] = {
     "radix cache": RADIX,
     "hierarchical cache": {**RADIX, "enable_hierarchical_cache": True, "hicache_ratio": 2.0, "page_size": 16},
@@ -55,15 +57,22 @@ FLAGS: dict[str, dict[str, Any]] = {
     "memory saver": {"enable_memory_saver": True, "enable_weights_cpu_backup": True},
     # The base model's answers, through SGLang's layers around those of attention.
     "adapters": {"enable_lora": True, "lora_target_modules": ATTENTION, "max_lora_rank": 8},
-    "pipeline stages": {
-        "pp_size": 2, "enforce_disable_flashinfer_allreduce_fusion": True, "disable_custom_all_reduce": True,
-    },
+    "pipeline stages": {"pp_size": 2, **SEVERAL},
     "deep_gemm": {"moe_runner_backend": "deep_gemm"},
+    # Experts move between two ranks after each eighth step.
+    "EPLB": {
+        "tp_size": 2, "ep_size": 2, **SEVERAL, "enable_eplb": True, "ep_num_redundant_experts": 2,
+        "eplb_rebalance_num_iterations": 8, "expert_distribution_recorder_buffer_size": 8, "log_level": "info",
+    },
 }  # fmt: skip
-OF_ITS_OWN = {"deep_gemm": BY_LAYER}
+OF_ITS_OWN = {"deep_gemm": BY_LAYER, "EPLB": BY_LAYER}
 """Flags of other mixes than :data:`MIXED`."""
+SAID = {"EPLB": "[EPLBManager] rebalance end"}
+"""What a server logs when it did what it is asked for."""
 SETTINGS = {
     "pipeline stages": {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
+    # SGLang compares places of experts with numbers that it sends along with their weights.
+    "EPLB": {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0", "SGLANG_EXPERT_LOCATION_UPDATER_CANARY": "1"},
     # Only the kernels that the prompts need: those for all numbers of tokens take minutes.
     "deep_gemm": {"SGLANG_ENABLE_JIT_DEEPGEMM": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"},
 }
@@ -102,13 +111,14 @@ class Servers:
         asked = {"dtype": "bfloat16", "logits": True, "prompts": 8, "new_tokens": 32, "sleep": name == "memory saver"}
         command = [sys.executable, "-m", "support.sglang.ask", str(home), json.dumps({**asked, "engine": engine})]
         settings = dict(SETTINGS.get(name, {}))
-        if flags.get("pp_size", 1) > torch.cuda.device_count():
+        if flags.get("pp_size", 1) * flags.get("tp_size", 1) > torch.cuda.device_count():
             settings |= {"SHARED_GPUS": str(torch.cuda.device_count()), "NCCL_SOCKET_IFNAME": "lo"}
 
         def run() -> dict[str, Any]:
             variables = environment(HERE / "repeatable", **settings)
             done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=variables)
             assert not done.returncode, f"{name}\n{done.stdout[-1000:]}\n{done.stderr[-5000:]}"
+            assert SAID.get(name, "") in done.stdout + done.stderr
             answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
             return answer
 
