@@ -49,32 +49,33 @@ Floats = npt.NDArray[np.float64]
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, group: int = GROUP, damp: float = 0.01) -> torch.Tensor:
-    """The weight ``[N, K]`` that GPTQ chooses for inputs of ``hessian`` ``[K, K]``, on a grid that
+    """The weights ``[..., N, K]`` that GPTQ chooses for inputs of ``hessian`` ``[..., K, K]``, on a grid that
     :func:`support.formats.gptq` stores exactly: each group of inputs has the scale of its weights before the error of
     others was added to it, as with static groups."""
     w, h = weight.double().clone(), hessian.double().clone()
-    dead = h.diagonal() == 0
-    h[dead, dead] = 1
-    w[:, dead] = 0
-    h += damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    w.masked_fill_(dead[..., None, :], 0)
+    diagonal += damp * diagonal.mean(-1, keepdim=True)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     out = torch.empty_like(w)
-    for start in range(0, w.shape[1], group):
+    for start in range(0, w.shape[-1], group):
         stop = start + group
-        scale = scales_of(weight[:, start:stop]).double()
-        errors = torch.empty_like(w[:, start:stop])
+        scale = scales_of(weight[..., start:stop]).double()
+        errors = torch.empty_like(w[..., start:stop])
         for k in range(start, stop):
-            q = (w[:, k] / scale).round().clamp(-8, 7)
-            out[:, k] = q * scale
-            errors[:, k - start] = (w[:, k] - out[:, k]) / upper[k, k]
-            w[:, k + 1 : stop] -= errors[:, k - start, None] * upper[k, None, k + 1 : stop]
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
+            q = (w[..., k] / scale).round().clamp(-8, 7)
+            out[..., k] = q * scale
+            errors[..., k - start] = (w[..., k] - out[..., k]) / upper[..., k, k, None]
+            w[..., k + 1 : stop] -= errors[..., k - start, None] * upper[..., k, None, k + 1 : stop]
+        w[..., stop:] -= errors @ upper[..., start:stop, stop:]
     return out.float()
 
 
 def scales_of(weight: torch.Tensor) -> torch.Tensor:
-    """The scale of a group of inputs, ``[N]``, as it is stored: FP16."""
-    return (weight.abs().amax(1) / 7).clamp(min=1e-6).half().float()
+    """The scale of a group of inputs, ``[..., N]``, as it is stored: FP16."""
+    return (weight.abs().amax(-1) / 7).clamp(min=1e-6).half().float()
 
 
 def stored_int4(chosen: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -140,11 +141,19 @@ def quantize(folder: Path, windows: Sequence[torch.Tensor]) -> dict[str, Path]:
     for layer in layers:
         mine = [name for name in linears if name.startswith(f"model.layers.{layer}.")]
         found = hessians_of(model, mine, family, windows)
-        for name in mine:
-            weight = tensors[f"{name}.weight"].float().to(model.device)
-            h = found.get(name, torch.eye(weight.shape[1], device=weight.device))
-            chosen = gptq(weight, h)
-            put.put({name: chosen})
+        weights = {name: tensors[f"{name}.weight"].float().to(model.device) for name in mine}
+        # Those of one shape at once: on a GPU, single experts take as long as all of a layer.
+        by_shape: dict[torch.Size, list[str]] = {}
+        for name, weight in weights.items():
+            by_shape.setdefault(weight.shape, []).append(name)
+        rounded: dict[str, torch.Tensor] = {}
+        for shape, alike in by_shape.items():
+            unseen = torch.eye(shape[1], device=model.device)
+            hessians = torch.stack([found.get(name, unseen) for name in alike])
+            rounded |= zip(alike, gptq(torch.stack([weights[name] for name in alike]), hessians), strict=True)
+        put.put(rounded)
+        for name, weight in weights.items():
+            chosen = rounded[name]
             for source, made in (
                 ("fp8", formats.fp8_block(weight)),
                 ("int4", stored_int4(chosen, weight)),
