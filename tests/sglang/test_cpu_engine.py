@@ -72,11 +72,11 @@ def ask(folder: Path, jobs: list[tuple[Path, dict[str, Any]]], ranks: int = 1, s
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
     """The answers of engines of one rank, by the name of the mix."""
-    names = ["llama", "qwen3_moe", "split_experts"]
+    names = ["llama", "qwen2", "qwen3_moe", "split_experts"]
     return dict(zip(names, ask(folder, [(mix(folder, name), {}) for name in names]), strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "split_experts"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "split_experts"])
 def test_the_engine_answers_as_transformers(alone: Any, folder: Path, tmp_path: Path, name: str) -> None:
     assert alone[name]["tokens"] == transformers_tokens(folder, name, tmp_path)
 
@@ -112,8 +112,11 @@ def test_gated_delta_nets_answer_as_transformers(folder: Path, tmp_path: Path) -
     assert two["tokens"] == due["qwen3_5_moe_auto_round"]
 
 
-FAMILIES = ("glm4_moe", "olmoe", "granite", "gemma3", "phi3", "cohere2", "ernie4_5", "mistral3", "apertus")
-HEADS_IN_FP8 = ("olmoe", "granite", "phi3", "ernie4_5", "mistral3")
+FAMILIES = (
+    "glm4_moe", "olmoe", "granite", "granitemoe", "gemma3", "gemma3_images", "phi3", "cohere2", "ernie4_5", "mistral3",
+    "apertus",
+)  # fmt: skip
+HEADS_IN_FP8 = ("olmoe", "granite", "granitemoe", "phi3", "ernie4_5", "mistral3")
 """Families whose ``lm_head`` is quantized here; Granite scales its logits besides."""
 
 

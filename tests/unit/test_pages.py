@@ -84,7 +84,7 @@ def test_every_checked_family_is_listed() -> None:
             assert said == tuple("yes" if one else "no" for one in has), model_type
 
 
-OF_SHAPES = {"llama", "mixtral", "qwen2_moe", "qwen3_moe"}
+OF_SHAPES = {"llama", "mixtral", "qwen2", "qwen2_moe", "qwen3_moe"}
 """Types of ``support.serving`` that ``test_cpu_engine.py`` serves."""
 
 

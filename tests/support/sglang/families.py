@@ -158,7 +158,8 @@ _LEAVES = (
 def dequantized(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, *, stacked: bool = False) -> Path:
     """Writes a checkpoint with the dequantized weights of a compiled one.
 
-    With ``stacked``, all experts of a layer are in one tensor ``[E, N, K]``, as transformers reads them.
+    With ``stacked``, all experts of a layer are in one tensor ``[E, N, K]``, as transformers reads them, named as in
+    the family's release.
     """
     tensors = stored_tensors(checkpoint)
     quantized = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _LEAVES}
@@ -175,7 +176,8 @@ def dequantized(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.bfloa
     release = STACKED.get(config["architectures"][0])
     if release is not None and len(release.names) == 3:  # SGLang's class loads no others
         out = _stacked_each(out)
-    _write(folder, _stacked(out, StackedRelease(False)) if stacked else out, config)
+    named = StackedRelease(False) if release is None else release._replace(transposed=False)
+    _write(folder, _stacked(out, named) if stacked else out, config)
     return folder
 
 
