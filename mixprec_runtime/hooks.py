@@ -177,6 +177,8 @@ def initialize_model(
         model = _counted(original(model_config, load_config, quant_config), model_config)
     if model_config.is_draft_model:
         memory.add_draft(model)
+    else:
+        moves.prepare(model)
     if is_cpu():
         reference.replace_model_kernels()
     heads.drop_unstored_biases(model, manifest.tensors())
@@ -316,6 +318,8 @@ def ready(_: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     worker = scheduler.tp_worker.model_runner
     activity.begin(worker)
     models = [worker.model] if worker.model_config.quantization == METHOD else []
+    if models and launch.moves_experts():
+        moves.take_present(worker.model)
     for draft in memory.drafts():
         if draft_of(draft) is not None:
             drafts.check_shared(worker.model, draft)

@@ -12,7 +12,9 @@ from typing import Any
 from mixprec_build.families.registry import FAMILIES
 from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
+from mixprec_build.versions import between
 
+from .contact.check import installed
 from .contact.flags import choose, server_args, value_of
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "drop_chosen_runner",
     "lora_on_mlps",
     "mixed_problems",
+    "moves_experts",
     "padded_problems",
+    "places_experts",
     "quantized_head_problems",
     "refuse",
     "server_args",
@@ -67,7 +71,7 @@ def check_mixed_experts(layers: Collection[str]) -> None:
 
 def check_moved_experts(unmoved: Mapping[tuple[str, str], Collection[str]]) -> None:
     """Checks the arguments for experts that cannot move to another rank: (kind, why) -> layers."""
-    if value_of(server_args(), "enable_eplb"):
+    if moves_experts():
         refuse(
             [
                 f"--enable-eplb moves experts between ranks, and the {kind} experts of {some(compress(layers))} {why}; "
@@ -75,6 +79,16 @@ def check_moved_experts(unmoved: Mapping[tuple[str, str], Collection[str]]) -> N
                 for (kind, why), layers in unmoved.items()
             ]
         )
+
+
+def moves_experts() -> bool:
+    """Whether EPLB moves experts of the model while it serves; those of drafts stay."""
+    return bool(value_of(server_args(), "enable_eplb"))
+
+
+def places_experts() -> bool:
+    """Whether a file says where experts begin."""
+    return _places_experts(server_args())
 
 
 def check_counted_experts() -> None:
@@ -189,6 +203,19 @@ def _places_experts(args: Any) -> bool:
     return bool(value_of(args, "init_expert_location") != "trivial")
 
 
+def _chooses_copies_by_rank(args: Any) -> bool:
+    """Whether ranks that see the same tokens may choose different copies of an expert.
+
+    Before 0.5.17, each has a table of its own where places change (eplb/expert_location_dispatch.py); without DeepEP,
+    the answers of all are added up.
+    """
+    moved = value_of(args, "enable_eplb") or _places_experts(args)
+    together = value_of(args, "moe_a2a_backend") in (None, "none")
+    return bool(moved and together and value_of(args, "ep_num_redundant_experts")) and between(
+        "", "0.5.17", installed()
+    )
+
+
 def refuse(problems: Sequence[str]) -> None:
     """Raises ``RuntimeError`` if there are problems."""
     if problems:
@@ -198,6 +225,8 @@ def refuse(problems: Sequence[str]) -> None:
 def argument_problems(args: Any) -> list[str]:
     """One sentence for each flag of ``args`` (``ServerArgs``) that no compiled checkpoint can be served with."""
     problems = []
+    if _chooses_copies_by_rank(args):
+        problems.append(f"--ep-num-redundant-experts {args.ep_num_redundant_experts} {_COPIES}")
     if value_of(args, "tokenizer_worker_num") > 1:
         problems.append("--tokenizer-worker-num above 1 starts processes that load no plugins; leave it out")
     if value_of(args, "moe_a2a_backend") not in (None, "none", "deepep"):
@@ -242,6 +271,11 @@ BY_LAYER = {
 _ONE_RUNNER = (
     "changes routing, layers or the order of weights of all formats at once; give one of "
     f"{', '.join(BY_LAYER)}, for layers that take it only, or leave it out, and each layer gets its own"
+)
+
+_COPIES = (
+    "makes copies of experts, of which each rank chooses another one where experts move, with SGLang before 0.5.17; "
+    "leave it out, or serve it with a newer release"
 )
 
 _ALL_TO_ALL = (

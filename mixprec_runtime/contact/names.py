@@ -158,6 +158,10 @@ NAMES = (
         call="routed_experts_weights temp_buffers old_physical_to_logical_map= new_physical_to_logical_map= "
         "num_local_physical_experts= num_gpu_per_node= rank=",
     ),
+    Name("sglang.srt.eplb.expert_location_dispatch:ExpertLocationDispatchInfo.init_new", ANY, call="cls layer_id="),
+    Name(
+        f"{_MOE}.topk:TopK.forward_cuda", ANY, call="self hidden_states router_logits expert_location_dispatch_info="
+    ),
     Name(f"{_MOE}.utils:MoeRunnerBackend", ANY, fields="AUTO DEEP_GEMM"),
     Name(f"{_MOE}.utils:MOE_RUNNER_BACKEND", ANY, until="0.5.16"),
     Name(f"{_MOE}.utils:SPECULATIVE_MOE_RUNNER_BACKEND", ANY, until="0.5.16"),

@@ -13,9 +13,10 @@ from mixprec_build.formats.base import Format
 
 from .repair import Repair
 
-__all__ = ["NEVER_MOVED", "Served", "may_have_biases", "no_kernel"]
+__all__ = ["NEVER_MOVED", "ONE_INPUT_SCALE", "Served", "may_have_biases", "no_kernel"]
 
 NEVER_MOVED = "were never moved in a test"
+ONE_INPUT_SCALE = "share one scale of inputs, the largest of those that a rank loads"
 F = TypeVar("F", bound=Format)
 
 

@@ -11,12 +11,13 @@ from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
+from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.fp8 import Fp8
 
 from .. import launch
-from .base import NEVER_MOVED, no_kernel
+from .base import NEVER_MOVED, ONE_INPUT_SCALE, no_kernel
 from .marlin import may_get_negative_ids, require_shapes
 from .one_scheme import OneScheme
 from .repair import Call, Repair
@@ -40,6 +41,15 @@ def _create_in_blocks(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None
     call.stock(layer, *args, **kwargs)
 
 
+def _process_experts(call: Call, layer: Any) -> None:
+    call.stock(layer)
+    if may_get_negative_ids(layer):
+        for weight in ("w13", "w2"):
+            scale = layer._parameters[f"{weight}_weight_scale"].data.reshape(-1, 1, 1)
+            columns = scale.expand(-1, layer._parameters[f"{weight}_weight"].shape[1], 1).contiguous()
+            layer.register_parameter(f"{weight}_weight_scale", Parameter(columns, requires_grad=False))
+
+
 def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
     """Has activations scaled token by token, with the same weights and weight scales."""
     call.stock(layer, *args, **kwargs)
@@ -48,14 +58,8 @@ def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
     launch.check_experts_elsewhere("fp8_tensor")
     runner: Any = call.method.runner
     run = runner.run
-    columns: dict[str, torch.Tensor] = {}
 
     def run_by_token(dispatch_output: Any, quant_info: Any, *args: Any, **kwargs: Any) -> Any:
-        for name, weight in (("w13_scale", quant_info.w13_weight), ("w2_scale", quant_info.w2_weight)):
-            if name not in columns:
-                scale = getattr(quant_info, name).reshape(-1, 1, 1)
-                columns[name] = scale.expand(-1, weight.shape[1], 1).contiguous()
-            setattr(quant_info, name, columns[name])
         quant_info.per_channel_quant = True
         return run(dispatch_output, quant_info, *args, **kwargs)
 
@@ -79,10 +83,12 @@ class ServedFp8(ServedScaled[Fp8]):
         Repair(
             name="one scale for activations of experts",
             why="With one scale for a weight, activations have one scale as well, for the largest value of all rows. "
-            "Rows of experts on other ranks are uninitialized, and may set it.",
+            "Rows of experts on other ranks are uninitialized, and may set it. Here each token has one, and the scale "
+            "of a weight is repeated for its outputs.",
             where="kernels/ops/moe/fused_moe_triton_kernels.py:765",
             layer="experts",
             applies=lambda fmt: fmt.granularity == "tensor" and fmt.activations == "dynamic",
+            process=_process_experts,
             runner=_create_runner,
         ),
         WITHOUT_GATE,
@@ -109,8 +115,8 @@ class ServedFp8(ServedScaled[Fp8]):
         return ("triton", "deep_gemm") if usual else ("triton",)
 
     def unmovable(self, fmt: Fp8) -> str:
-        if fmt.granularity == "tensor":  # _create_runner
-            return "have scales that the rank which loads them repeats once for its kernel"
+        if fmt.granularity == "tensor" and fmt.activations == "static":
+            return ONE_INPUT_SCALE
         return NEVER_MOVED if fmt.activations == "none" else ""
 
     def product_error(self, fmt: Fp8) -> float:

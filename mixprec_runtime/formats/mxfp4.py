@@ -201,6 +201,9 @@ class ServedMxfp4(Served[Mxfp4]):
                 f"intermediate columns a rank. {ADVICE}"
             )
 
+    def unmovable(self, fmt: Mxfp4) -> str:
+        return ""
+
     def runners(self, fmt: Mxfp4) -> tuple[str, ...]:
         return ("marlin",)
 

@@ -27,6 +27,7 @@ from .marlin import (
     require_shapes,
     skip_negative_ids,
 )
+from .places import make_input_scale
 from .repair import ADVICE, ISSUES, PULLS, Call, Repair
 
 __all__ = ["ServedNvfp4"]
@@ -114,21 +115,8 @@ def _create_experts(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
     call.stock(layer, *args, **kwargs)
     for weight in ("w13", "w2"):
         layer._parameters.pop(f"{weight}_blockscale_swizzled", None)
-        shape: tuple[int, ...] = (layer.num_local_experts,)
-        if weight == "w13" and _is_compressed(call.fmt) and layer.moe_runner_config.is_gated:
-            shape = (*shape, 2)
-        scale = Parameter(torch.ones(shape, dtype=torch.float32), requires_grad=False)
-        scale.weight_loader = _load_input_scale(layer)  # type: ignore[attr-defined]
-        layer.register_parameter(f"{weight}_input_scale", scale)
-
-
-def _load_input_scale(layer: Any) -> Callable[..., None]:
-    def load(parameter: Parameter, tensor: torch.Tensor, weight_name: str, *, expert_id: int, **_: Any) -> None:
-        local = layer._map_global_expert_id_to_local_expert_id(expert_id)
-        if local >= 0:
-            parameter.data[local] = tensor.reshape(())  # gate's and up's alike: nobody reads them
-
-    return load
+        both = weight == "w13" and _is_compressed(call.fmt) and layer.moe_runner_config.is_gated
+        make_input_scale(layer, f"{weight}_input_scale", *([2] if both else []))
 
 
 def _process_experts(call: Call, layer: Any) -> None:
@@ -180,6 +168,9 @@ class ServedNvfp4(Served[Nvfp4]):
                 f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {hidden} and {intermediate} "
                 f"intermediate columns a rank. {ADVICE}"
             )
+
+    def unmovable(self, fmt: Nvfp4) -> str:
+        return ""
 
     def runners(self, fmt: Nvfp4) -> tuple[str, ...]:
         return ("marlin",)

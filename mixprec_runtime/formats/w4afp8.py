@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,13 +9,13 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
-from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.w4afp8 import W4afp8
 
-from .base import Served
+from .base import ONE_INPUT_SCALE, Served
 from .marlin import may_get_negative_ids
+from .places import make_input_scale
 from .repair import ADVICE, Call, Repair
 
 __all__ = ["ServedW4afp8"]
@@ -35,18 +34,7 @@ class _ExpertsOnly(W4AFp8Config):
 def _create_input_scales(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
     call.stock(layer, *args, **kwargs)
     for weight in ("w13", "w2"):
-        scale = Parameter(torch.ones(layer.num_local_experts, dtype=torch.float32), requires_grad=False)
-        scale.weight_loader = _load_input_scale(layer)  # type: ignore[attr-defined]
-        layer.register_parameter(f"{weight}_input_scale", scale)
-
-
-def _load_input_scale(layer: Any) -> Callable[..., None]:
-    def load(parameter: Parameter, tensor: torch.Tensor, weight_name: str, *, expert_id: int, **_: Any) -> None:
-        local = layer._map_global_expert_id_to_local_expert_id(expert_id)
-        if local >= 0:
-            parameter.data[local] = tensor.reshape(())  # gate's and up's are equal
-
-    return load
+        make_input_scale(layer, f"{weight}_input_scale")
 
 
 def _run(call: Call, layer: Any, dispatch_output: StandardDispatchOutput, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +96,7 @@ class ServedW4afp8(Served[W4afp8]):
         return ("cutlass",)
 
     def unmovable(self, fmt: W4afp8) -> str:
-        return "share one scale of inputs, the largest of those that a rank loads"
+        return ONE_INPUT_SCALE
 
     def product_error(self, fmt: W4afp8) -> float:
         # Activations are rounded to FP8.

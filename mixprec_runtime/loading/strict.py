@@ -25,6 +25,7 @@ from mixprec_build.patterns.compress import compress
 from mixprec_build.text import some
 
 from ..formats.lm_head import filled_elements
+from ..formats.places import local_places
 from ..formats.registry import served
 from ..native import format_of
 from .ledger import Convert, Ledger, LoadError
@@ -166,20 +167,10 @@ def expected_on_this_rank(model: Module) -> Callable[[str], bool]:
         forms = () if part is None else name_forms(block_name if draft is None else draft.sglang_name(block_name))
         block = next((form for form in forms if form in moe), None)
         if part is not None and block is not None:
-            return _has_expert(moe[block], part[1])
+            return bool(local_places(moe[block], part[1]))
         return True
 
     return belongs
-
-
-def _has_expert(layer: Any, expert: int) -> bool:
-    """Whether this rank loads an expert of the checkpoint: by its places, of which redundant ones have several."""
-    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
-
-    metadata = get_global_expert_location_metadata()
-    moved = metadata is not None and getattr(layer, "uses_expert_location", True)  # 0.5.23: not those of drafts
-    places = metadata.logical_to_all_physical(layer.layer_id, expert) if moved else [expert]
-    return any(layer._map_global_expert_id_to_local_expert_id(place) >= 0 for place in places)
 
 
 def has_no_towers(model: Module) -> bool:

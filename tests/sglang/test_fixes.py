@@ -568,24 +568,31 @@ def test_marlin_is_told_that_ids_may_be_of_other_ranks(monkeypatch: pytest.Monke
 
 
 def test_tensor_scaled_experts_scale_activations_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the scale of a weight for each of its outputs, in a parameter, which EPLB moves with the expert."""
+    from sglang.srt.layers.quantization import fp8
+
+    monkeypatch.setattr(fp8, "scaled_fp8_quant", lambda values, scale: ((values / scale).to(torch.float8_e4m3fn), None))
     runner = Runner(monkeypatch)
-    info = {
-        "w13_weight": torch.empty(2, 6, 4), "w2_weight": torch.empty(2, 4, 3), "per_channel_quant": False,
-        "w13_scale": torch.tensor([1.0, 2.0]), "w2_scale": torch.tensor([3.0, 4.0]),
-    }  # fmt: skip
     with rank_of(1, 2, 2):
         shared = experts_of(ours("fp8_tensor"))
-    given = runner.given(shared.quant_method.runner, **info)
-    assert given.per_channel_quant
-    assert given.w13_scale.tolist() == [[[1.0]] * 6, [[2.0]] * 6]
-    assert given.w2_scale.tolist() == [[[3.0]] * 4, [[4.0]] * 4]
     alone = experts_of(ours("fp8_tensor"))
-    assert not runner.given(alone.quant_method.runner, **info).per_channel_quant
+    for layer in (shared, alone):
+        for weight in (layer.w13_weight, layer.w2_weight):
+            weight.data.zero_()
+        numbers = torch.arange(1.0, 1 + layer.num_local_experts)
+        layer.w13_weight_scale.data.copy_(torch.stack([numbers / 2, numbers], 1))
+        layer.w2_weight_scale.data.copy_(8 * numbers)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert layer.w13_weight_scale.shape[1:] == (() if layer is alone else (2 * INTERMEDIATE, 1))
+        assert layer.w2_weight_scale.shape[1:] == (() if layer is alone else (HIDDEN, 1))
+        for number in range(layer.num_local_experts):
+            assert layer.w13_weight_scale[number].unique().tolist() == [1 + number]
+            assert layer.w2_weight_scale[number].unique().tolist() == [8 * (1 + number)]
+    assert runner.given(shared.quant_method.runner, per_channel_quant=False).per_channel_quant
+    assert not runner.given(alone.quant_method.runner, per_channel_quant=False).per_channel_quant
 
 
-@pytest.mark.parametrize(
-    ("kind", "option"), [("fp8_tensor", "enable_eplb"), ("fp8_tensor", "enable_lora"), ("ct_int4", "enable_lora")]
-)
+@pytest.mark.parametrize(("kind", "option"), [("fp8_tensor", "enable_lora"), ("ct_int4", "enable_lora")])
 def test_what_other_ranks_do_not_go_with(monkeypatch: pytest.MonkeyPatch, kind: str, option: str) -> None:
     from mixprec_runtime import launch
 
