@@ -182,6 +182,7 @@ def initialize_model(
     if is_cpu():
         reference.replace_model_kernels()
     heads.drop_unstored_biases(model, manifest.tensors())
+    heads.add_left_out_biases(model)
     scales = quant_config.cache_scales
     cache_scales.make(model, quant_config, scales)
     load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]

@@ -131,6 +131,7 @@ NAMES = (
         fields="shard_indices org_vocab_size embedding_dim num_embeddings_padded tp_size",
     ),
     Name("sglang.srt.layers.vocab_parallel_embedding:ParallelLMHead", ANY),
+    Name("sglang.srt.layers.logits_processor:LogitsProcessor._compute_lm_head", ANY, call="self hidden_states lm_head"),
     Name(
         "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbeddingShardIndices",
         ANY,
