@@ -87,14 +87,14 @@ def moves_experts() -> bool:
 
 
 def places_experts() -> bool:
-    """Whether a file says where experts begin."""
+    """Whether a file, or a list in its stead, says where experts begin."""
     return _places_experts(server_args())
 
 
 def check_counted_experts() -> None:
     """Checks the arguments for counting expert activity, of any model."""
     args = server_args()
-    if _moves_experts(args) or _places_experts(args):
+    if moves_experts() or places_experts() or value_of(args, "ep_num_redundant_experts"):
         raise RuntimeError(
             "expert activity is counted by the positions of experts: leave out --enable-eplb, "
             "--ep-num-redundant-experts and --init-expert-location while MIXPREC_EXPERT_ACTIVITY is set"
@@ -193,10 +193,6 @@ def lora_on_mlps(args: Any) -> bool:
     """
     named = value_of(args, "lora_target_modules")
     return _asks_for_lora(args) and (not named or not _MLPS.isdisjoint(named))
-
-
-def _moves_experts(args: Any) -> bool:
-    return bool(value_of(args, "enable_eplb") or value_of(args, "ep_num_redundant_experts"))
 
 
 def _places_experts(args: Any) -> bool:
