@@ -440,11 +440,11 @@ class Family:
         return (layer, *(beginning + layer for beginning in self.left_out))
 
     def stored_names(self, layer: str) -> Iterator[str]:
-        """Yields names that such a layer may have in the checkpoint."""
+        """Yields names that such a layer may have in the checkpoint, where some may have SGLang's words."""
         for served in self.served_names(layer):
-            for stored, inner in self.inner:
-                served = with_words(served, inner, stored)
-            yield served
-            for stored, beginning in self.renamed:
-                if served.startswith(beginning):
-                    yield stored + served[len(beginning) :]
+            stored = served
+            for word, inner in self.inner:
+                stored = with_words(stored, inner, word)
+            for name in dict.fromkeys((stored, served)):
+                yield name
+                yield from (old + name[len(new) :] for old, new in self.renamed if name.startswith(new))

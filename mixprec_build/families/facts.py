@@ -69,6 +69,8 @@ class ModelFacts:
     """``attention_heads`` by default."""
     heads_of: Mapping[int, tuple[int, int]]
     """Layer -> its attention heads and key-value heads, where a layer has others than most."""
+    index_heads: int | None
+    """The number of heads of the index of sparse attention."""
     head_dim: int | None
     state_keys: tuple[int, int] | None
     """Number and size of a delta net's key heads, or of a Mamba block's groups."""
@@ -115,6 +117,7 @@ class ModelFacts:
             attention_heads=_number(flat, "num_attention_heads"),
             key_value_heads=shared,
             heads_of=_heads_of(flat, family, shared),
+            index_heads=_at(flat, "sparse_attention_config.sparse_num_index_heads"),
             head_dim=_number(flat, "head_dim"),
             state_keys=_pair(flat, "linear_num_key_heads", "linear_key_head_dim")
             or _pair(flat, "n_groups", "ssm_state_size"),

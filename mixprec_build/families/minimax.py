@@ -1,17 +1,63 @@
-"""MiniMax-M2 (``models/minimax_m2.py``): Mixtral's names of experts, and norms over all heads, cut with these."""
+"""MiniMax-M2 (``models/minimax_m2.py``): Mixtral's names of experts, and norms over all heads, cut with these; and
+MiniMax-M3 (``models/minimax_m3.py``), alone or beside an encoder of images (``models/minimax_m3_vl.py``).
+
+M3's sparse attention chooses blocks of keys by q and k of a small index beside its own, ``index_q_proj`` and
+``index_k_proj``. Releases have no ``index_v_proj`` (``sparse_disable_index_value``). Experts, shared experts and dense
+layers are activated as gpt-oss's, without biases. On GPUs its class joins ``qkv_proj`` and ``index_qkv_proj`` after
+loading, where both are unquantized.
+"""
 
 from __future__ import annotations
 
-from .base import Family
-from .parts import CutBy
+from dataclasses import replace
 
-__all__ = ["MINIMAX_M2"]
+from .base import Family
+from .parts import CutBy, ExpertActivation, FusedGroup, Restriction, StoredFormat
+
+__all__ = ["MINIMAX_M2", "MINIMAX_M3", "MINIMAX_M3_IMAGES"]
+
+_COMMON = Family()
 
 MINIMAX_M2 = Family(
     model_types=frozenset({"minimax_m2"}),
     architectures=frozenset({"MiniMaxM2ForCausalLM"}),
     checked=True,
     can_be_cut=True,
-    cuts={**Family().cuts, "q_norm": CutBy.QUERY_HEADS, "k_norm": CutBy.KEY_VALUE_HEADS},
+    cuts={**_COMMON.cuts, "q_norm": CutBy.QUERY_HEADS, "k_norm": CutBy.KEY_VALUE_HEADS},
     attention_replicas=True,
+)
+
+
+def _no_mxfp4(fmt: StoredFormat) -> str | None:
+    """quantization/mxfp4_marlin_moe.py takes gate and up for rows that alternate where there is an alpha."""
+    if fmt.kind != "mxfp4":
+        return None
+    return "with this activation, mixprec serves experts in MXFP4 only where they have biases"
+
+
+MINIMAX_M3 = Family(
+    model_types=frozenset({"minimax_m3"}),
+    architectures=frozenset({"MiniMaxM3SparseForCausalLM"}),
+    inner=(("block_sparse_moe", "mlp"),),
+    fused=(*_COMMON.fused, FusedGroup("index_qkv_proj", ("index_q_proj", "index_k_proj", "index_v_proj"))),
+    in_some_layers=frozenset({"index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"}),
+    shared_experts=("shared_experts",),
+    activation=ExpertActivation("swiglu_oai"),
+    restrictions=(Restriction(("w1", "w2", "w3"), _no_mxfp4),),
+    checked=True,
+    can_be_cut=True,
+    cuts={**_COMMON.cuts, "index_q_proj": CutBy.INDEX_HEADS},
+    attention_replicas=True,
+    quantized_head=True,
+    attention_inputs=_COMMON.attention_inputs | {"index_q_proj", "index_k_proj", "index_v_proj"},
+)
+
+MINIMAX_M3_IMAGES = replace(
+    MINIMAX_M3,
+    model_types=frozenset({"minimax_m3_vl"}),
+    architectures=frozenset({"MiniMaxM3SparseForConditionalGeneration"}),
+    embedding="language_model.model.embed_tokens",
+    head="language_model.lm_head",
+    renamed=(("language_model.model.", "model."), ("language_model.lm_head", "lm_head")),
+    in_prefixes=(("language_model.model", "model"), ("language_model.lm_head", "lm_head")),
 )

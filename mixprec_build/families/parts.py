@@ -46,6 +46,7 @@ class CutBy(Enum):
     QUERY_HEADS = "its outputs, by attention heads"
     KEY_VALUE_HEADS = "its outputs, by key-value heads; where these are fewer than ranks, several hold the same"
     HEAD_INPUTS = "its inputs, by attention heads"
+    INDEX_HEADS = "its outputs, by heads of a sparse index; where these are fewer than ranks, several hold the same"
     QKV_SECTIONS = "its outputs: queries, keys and values, each by heads"
     GATE_AND_UP = "its outputs: gate and up, each by columns of the MLP"
     VOCABULARY = "its rows, by entries of the vocabulary"
@@ -168,7 +169,7 @@ class ExpertActivation:
             return f"{kernels} ignores the limit that {self.limits} of config.json sets for this layer's activation"
         if self.weighted_inputs:
             return f"SGLang multiplies inputs of these experts by the router's weights, which {kernels} does not do"
-        if self.gated and self.name not in ("silu", "swiglu_oai"):
+        if self.gated and self.name not in (("silu", "swiglu_oai") if kernels == "Marlin" else ("silu",)):
             return f"SGLang has no {kernels} kernel for experts with this activation ({self.name})"
         return None
 

@@ -21,7 +21,7 @@ from .llama import LLAMA
 from .llama4 import LLAMA4
 from .longcat import LONGCAT
 from .mimo import MIMO_V2
-from .minimax import MINIMAX_M2
+from .minimax import MINIMAX_M2, MINIMAX_M3, MINIMAX_M3_IMAGES
 from .mistral import MISTRAL3
 from .mixtral import MIXTRAL
 from .moving import GPT2, INTERNVL, PERSIMMON
@@ -39,7 +39,7 @@ __all__ = ["FAMILIES", "checked_types", "cuttable_types", "find_alike", "find_fa
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_VL, QWEN3_NEXT, QWEN3_5, QWEN3_5_TEXT,
-    DEEPSEEK, DEEPSEEK_V32, KIMI_K25, GLM4_MOE, GLM_DSA, MINIMAX_M2,
+    DEEPSEEK, DEEPSEEK_V32, KIMI_K25, GLM4_MOE, GLM_DSA, MINIMAX_M2, MINIMAX_M3, MINIMAX_M3_IMAGES,
     MISTRAL3, ERNIE, OLMOE, GEMMA3, GEMMA3_IMAGES, COHERE, PHI3, GRANITE,
     LLAMA4, NEMOTRON_H, MIMO_V2, BAILING_MOE, HUNYUAN, GRANITE_MOE, PHIMOE, LONGCAT, GEMMA4, GEMMA4_IMAGES,
     APERTUS, INTERNLM2, STEP35, STEP37, GPT_OSS,

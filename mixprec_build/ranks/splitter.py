@@ -292,6 +292,9 @@ class Splitter:
             return Cut(name, n=self._even(name, shape[0], self._heads(name)[0], rank, tp))
         if cut is CutBy.KEY_VALUE_HEADS:
             return Cut(name, n=self._by_heads(name, shape[0], self._heads(name)[1], rank, copied=True))
+        if cut is CutBy.INDEX_HEADS:
+            heads = known(self.facts.index_heads, "sparse_attention_config.sparse_num_index_heads")
+            return Cut(name, n=self._by_heads(name, shape[0], heads, rank, copied=True))
         if cut is CutBy.STATE_KEY_HEADS:
             return Cut(name, n=self._even(name, shape[0], self._state_heads()[0][0], rank, tp))
         if cut is CutBy.STATE_VALUE_HEADS:
@@ -319,7 +322,7 @@ class Splitter:
         copies = max(1, tp // heads) if copied else 1
         if copied and heads < tp and tp % heads:
             raise SplitError(
-                f"{name}: {heads} key-value heads on {tp} ranks; one must be a multiple of the other{self._advice()}"
+                f"{name}: {heads} shared heads on {tp} ranks; one must be a multiple of the other{self._advice()}"
             )
         return self._even(name, size, heads, rank // copies, tp // copies)
 

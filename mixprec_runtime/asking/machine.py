@@ -92,8 +92,8 @@ def model_config(config: Mapping[str, object], folder: Path, *, draft: bool = Fa
 
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
-    # GLM's class for draft layers takes this from the arguments, which the model's own class changes before.
-    args = _server_args(folder, **({"disable_shared_experts_fusion": True} if draft else {}))
+    # Or classes for DeepSeek's kind may take the shared experts for routed ones, which says nothing of their names.
+    args = _server_args(folder, disable_shared_experts_fusion=True)
     _publish(args)
     return ModelConfig.from_server_args(args, is_draft_model=draft)
 

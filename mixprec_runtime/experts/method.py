@@ -37,7 +37,7 @@ __all__ = ["MixedExpertsMethod"]
 _PASSED_ON = frozenset({
     "num_experts", "num_local_experts", "hidden_size", "intermediate_size_per_partition", "layer_id", "top_k",
     "num_fused_shared_experts", "params_dtype", "routing_method_type", "runner_backend", "activation", "is_gated",
-    "apply_router_weight_on_input", "inplace", "no_combine", "routed_scaling_factor", "gemm1_alpha",
+    "apply_router_weight_on_input", "inplace", "no_combine", "routed_scaling_factor", "gemm1_alpha", "gemm1_beta",
     "gemm1_clamp_limit", "gate_up_interleaved", "swiglu_limit", "layer",
 })  # fmt: skip
 """Fields of SGLang's ``MoeRunnerConfig`` that groups get, that are refused here, or that change no result."""
@@ -150,6 +150,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
     ) -> ExpertGroup:
         """A group of ``experts``, whose ``size`` is their hidden size and their columns on this rank."""
         config, (hidden, intermediate) = layer.moe_runner_config, size
+        since_0_5_18 = {name: getattr(config, name) for name in ("gemm1_beta",) if hasattr(config, name)}
         with only_rank():
             group = ExpertGroup(
                 num_experts=experts,
@@ -170,6 +171,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 is_gated=config.is_gated,
                 with_bias=with_bias,
                 gate_up_interleaved=config.gate_up_interleaved,
+                **since_0_5_18,
             )
         # The Triton runner skips ids of -1 only where the layer has more experts than the rank.
         group.moe_runner_config.num_experts = experts + 1

@@ -77,6 +77,14 @@ def _run_with_map(call: Call, layer: Any, dispatch_output: Any) -> Any:
     return scheme.runner.run(dispatch_output, info)
 
 
+def _run_with_alpha(call: Call, layer: Any, dispatch_output: Any) -> Any:
+    scheme = layer.scheme
+    plain = scheme.moe_runner_config.gemm1_alpha is None or not scheme.runner.runner_backend.is_marlin()
+    if plain or may_get_negative_ids(layer):  # these are left out by the runner, in the repair above
+        return call.stock(layer, dispatch_output)
+    return scheme.runner.run(dispatch_output, scheme.get_marlin_quant_info(layer))
+
+
 class ServedPacked(ServedGrouped[Packed]):
     format: ClassVar[type[Format]] = Packed
     repairs: ClassVar[tuple[Repair, ...]] = (
@@ -115,6 +123,14 @@ class ServedPacked(ServedGrouped[Packed]):
             layer="experts",
             runner=create_runner,
             run=_run_with_map,
+        ),
+        Repair(
+            name="activations with an alpha",
+            why="The class calls Marlin without the alpha and the limit of the activation (MiniMax-M3's), and so "
+            "computes SiLU. SGLang's runner passes both.",
+            where=f"srt/layers/quantization/{_MOE}.py:474",
+            layer="experts",
+            run=_run_with_alpha,
         ),
         WITHOUT_GATE,
     )

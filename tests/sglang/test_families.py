@@ -104,6 +104,7 @@ HEADS = [
     "qwen3_vl",
     "qwen3_vl_moe",
     "llama4",
+    "minimax_m3",
     "mistral3",
 ]
 
@@ -178,6 +179,7 @@ def test_a_head_that_its_class_does_not_quantize_is_refused(
             r"no Marlin kernel for experts with this activation \(gelu\)",
         ),
         ("llama4", {}, ("*.feed_forward.experts.*", "int4"), "which Marlin does not do"),
+        ("minimax_m3", {}, ("*.layers.1.*.experts.*.w2", "bf16"), "format by format, and need one: w1 is"),
     ],
 )
 def test_experts_that_no_kernel_activates_are_refused(
@@ -219,11 +221,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() and tensor.numel() else tensor
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_moe", "kimi_k25", *STEPS])
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "kimi_k25", "minimax_m3_images", *STEPS])
 def test_ranks_read_their_own_files_beside_an_encoder_of_images(
     folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Files cut for two ranks, the merged ones gone: the encoder's tensors are in them as they are stored."""
+    skip_unless_made(name)
     own = _read_of_own_files(family_mix(folder, name), tmp_path / "out", TINY[name].options, 2, caplog)
     assert any("vis" in key for key in own) == (name != "step3p5")
 

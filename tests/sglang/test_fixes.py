@@ -543,6 +543,18 @@ def test_packed_experts_leave_out_ids_of_other_ranks(monkeypatch: pytest.MonkeyP
     assert group.quant_method.apply(group, None).expert_map is not None
 
 
+def test_packed_experts_are_activated_with_an_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SGLang's runner, which passes the alpha on; its class for them calls Marlin without."""
+    Runner(monkeypatch)
+    for alpha, ours_runs in ((1.702, True), (None, False)):
+        layer = experts_of(ours("ct_int4"), gemm1_alpha=alpha, gemm1_clamp_limit=alpha and 7.0)
+        layer.scheme.is_k_full = True
+        monkeypatch.setattr(type(layer.scheme), "apply_weights", lambda *_: "without an alpha")
+        ran = layer.quant_method.apply(layer, None)
+        assert (ran != "without an alpha") == ours_runs
+        assert layer.scheme.runner.config.gemm1_alpha == alpha
+
+
 class Runner:
     """Records what SGLang's runner gets."""
 

@@ -72,6 +72,9 @@ MARKS: dict[str, list[tuple[str, str]]] = {
     "ids of experts in other groups": [
         ("compressed_tensors_wNa16_moe.py", r"expert_map = layer\.dispatcher\.local_expert_mapping")
     ],
+    "activations with an alpha": [
+        ("compressed_tensors_wNa16_moe.py", r"clamp_limit=self\.moe_runner_config\.swiglu_limit,\s*workspace=")
+    ],
     "scales that Marlin does not use": [("modelopt_quant.py", r'"w13_blockscale_swizzled"')],
     # mixprec's own choice; from 0.5.22 on, SGLang has methods for compressed-tensors on Marlin, too.
     "NVFP4 of compressed-tensors (linear)": [("compressed_tensors_w4a4_nvfp4.py", r"return 100")],

@@ -18,7 +18,17 @@ from support.family_parts import (
     _linear,
     _norm,
 )
-from support.more_families import GEMMA4, STEP, STEP_LINES, TRITON, gemma4_tensors, step_tensors
+from support.more_families import (
+    GEMMA4,
+    MINIMAX_M3,
+    MINIMAX_M3_LINES,
+    STEP,
+    STEP_LINES,
+    TRITON,
+    gemma4_tensors,
+    minimax_m3_tensors,
+    step_tensors,
+)
 
 __all__ = ["GEMMA3", "IMAGE_TENSORS", "IMAGE_TINY", "gemma3_tensors"]
 
@@ -109,10 +119,39 @@ def _step(config: Config) -> Tensors:
     yield from _linear("vit_large_projector", config["text_config"]["hidden_size"], 4 * hidden, linear=False)
 
 
+# MiniMax-M3
+
+
+def _minimax_m3(config: Config) -> Tensors:
+    text, c, p = config["text_config"], config["vision_config"], "vision_tower.vision_model."
+    yield from minimax_m3_tensors(
+        {**text, "tie_word_embeddings": False}, "language_model.model.", "language_model.lm_head"
+    )
+    hidden, size, outer = c["hidden_size"], c["intermediate_size"], text["hidden_size"]
+    compression = c["img_token_compression_config"]
+    patch = 3, compression["temporal_patch_size"], c["patch_size"], c["patch_size"]
+    yield Tensor(f"{p}embeddings.patch_embedding.weight", (hidden, *patch))
+    yield from _norm(f"{p}pre_layrnorm", hidden, bias=True)
+    for layer in range(c["num_hidden_layers"]):
+        at = f"{p}encoder.layers.{layer}."
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _linear(f"{at}self_attn.{name}", hidden, hidden, bias=True, linear=False)
+        yield from _linear(f"{at}mlp.fc1", size, hidden, bias=True, linear=False)
+        yield from _linear(f"{at}mlp.fc2", hidden, size, bias=True, linear=False)
+        yield from _norm(f"{at}layer_norm1", hidden, bias=True)
+        yield from _norm(f"{at}layer_norm2", hidden, bias=True)
+    yield from _norm(f"{p}post_layernorm", hidden, bias=True)
+    merged = outer * compression["spatial_merge_size"] ** 2
+    for projector, inputs in (("multi_modal_projector", hidden), ("patch_merge_mlp", merged)):
+        yield from _linear(f"{projector}.linear_1", outer, inputs, bias=True, linear=False)
+        yield from _linear(f"{projector}.linear_2", outer, outer, bias=True, linear=False)
+
+
 IMAGE_TENSORS: Mapping[str, Callable[[Config], Tensors]] = {
     "Gemma3ForConditionalGeneration": _gemma3,
     "Gemma4ForConditionalGeneration": _gemma4,
     "Step3p7ForConditionalGeneration": _step,
+    "MiniMaxM3SparseForConditionalGeneration": _minimax_m3,
 }
 
 
@@ -166,5 +205,20 @@ IMAGE_TINY: Mapping[str, TinyModel] = {
             },
         },
         STEP_LINES, degrees=((2, 1), (2, 2)),
+    ),
+    "minimax_m3_images": TinyModel(
+        {
+            **_OUTER, "architectures": ["MiniMaxM3SparseForConditionalGeneration"], "model_type": "minimax_m3_vl",
+            "text_config": {**MINIMAX_M3, "model_type": "minimax_m2", "dtype": "bfloat16"}, "image_token_index": 500,
+            "video_token_index": 501, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+            "vision_config": {
+                "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "num_channels": 3, "image_size": 28,
+                "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "position_embedding_type": "rope",
+                "rope_mode": "3d", "rope_theta": 10000.0, "vision_segment_max_frames": None,
+                "img_token_compression_config": {"temporal_patch_size": 2, "spatial_merge_size": 2},
+            },
+        },
+        MINIMAX_M3_LINES, degrees=((2, 1), (2, 2)),
     ),
 }  # fmt: skip

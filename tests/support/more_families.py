@@ -30,7 +30,19 @@ from support.family_parts import (
     _norm,
 )
 
-__all__ = ["GEMMA4", "MORE_TENSORS", "MORE_TINY", "STEP", "STEP_LINES", "TRITON", "gemma4_tensors", "step_tensors"]
+__all__ = [
+    "GEMMA4",
+    "MINIMAX_M3",
+    "MINIMAX_M3_LINES",
+    "MORE_TENSORS",
+    "MORE_TINY",
+    "STEP",
+    "STEP_LINES",
+    "TRITON",
+    "gemma4_tensors",
+    "minimax_m3_tensors",
+    "step_tensors",
+]
 
 
 def _up_and_down(p: str, hidden: int, size: int) -> Tensors:
@@ -344,6 +356,32 @@ def step_tensors(config: Config) -> Tensors:
     yield from _around("model.", config, layers())
 
 
+def minimax_m3_tensors(config: Config, p: str = "model.", head: str = "lm_head") -> Tensors:
+    hidden, count = config["hidden_size"], config["num_local_experts"]
+    sparse = config["sparse_attention_config"]
+
+    def layers() -> Tensors:
+        for layer in range(config["num_hidden_layers"]):
+            at, size = f"{p}layers.{layer}.", sparse["sparse_index_dim"]
+            yield from _attention(f"{at}self_attn.", config)
+            if sparse["sparse_attention_freq"][layer]:
+                yield from _linear(f"{at}self_attn.index_q_proj", sparse["sparse_num_index_heads"] * size, hidden)
+                yield from _linear(f"{at}self_attn.index_k_proj", size, hidden)
+                yield from _norm(f"{at}self_attn.index_q_norm", size)
+                yield from _norm(f"{at}self_attn.index_k_norm", size)
+            if config["moe_layer_freq"][layer]:
+                moe = f"{at}block_sparse_moe."
+                yield from _linear(f"{moe}gate", count, hidden, linear=False)
+                yield Tensor(f"{moe}e_score_correction_bias", (count,), dtype="F32")
+                yield from _experts(moe, count, hidden, config["intermediate_size"], names=("w1", "w3", "w2"))
+                yield from _mlp(f"{moe}shared_experts.", hidden, config["intermediate_size"])
+            else:
+                yield from _mlp(f"{at}mlp.", hidden, config["dense_intermediate_size"])
+            yield from _layer_norms(at, hidden)
+
+    yield from _around(p, config, layers(), head=head)
+
+
 MORE_TENSORS: Mapping[str, Callable[[Config], Tensors]] = {
     "Llama4ForConditionalGeneration": _llama4,
     "NemotronHForCausalLM": _nemotron_h,
@@ -359,6 +397,7 @@ MORE_TENSORS: Mapping[str, Callable[[Config], Tensors]] = {
     "ApertusForCausalLM": _apertus,
     "InternLM2ForCausalLM": _internlm2,
     "Step3p5ForCausalLM": step_tensors,
+    "MiniMaxM3SparseForCausalLM": minimax_m3_tensors,
 }
 
 
@@ -408,6 +447,25 @@ STEP_LINES = {
     "*.self_attn.*": "fp8", "*.moe.experts.*": "int4", "*.layers.1.moe.experts.{0..2}.*": "fp8",
     "*.layers.2.moe.experts.{3,5}.*": "bf16", "*.share_expert.*": "int4", "*.layers.0.mlp.*": "fp8",
 }  # fmt: skip
+MINIMAX_M3: Config = {
+    **_DECODER, **_OUTER, "architectures": ["MiniMaxM3SparseForCausalLM"], "model_type": "minimax_m3",
+    "hidden_act": "swigluoai", "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "intermediate_size": 256,
+    "dense_intermediate_size": 512, "shared_intermediate_size": 256, "n_shared_experts": 1,
+    "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "moe_layer_freq": [0, 1, 1],
+    "partial_rotary_factor": 0.5, "rotary_dim": 64, "routed_scaling_factor": 2.0, "scoring_func": "sigmoid",
+    "use_routing_bias": True, "use_gemma_norm": True, "use_qk_norm": True, "qk_norm_type": "per_head",
+    "num_mtp_modules": 0,
+    "sparse_attention_config": {
+        "use_sparse_attention": True, "sparse_attention_freq": [0, 1, 1], "sparse_disable_index_value": [0, 1, 1],
+        "sparse_num_index_heads": 2, "sparse_index_dim": 128, "sparse_block_size": 128, "sparse_init_block": 0,
+        "sparse_local_block": 1, "sparse_score_type": "max", "sparse_topk_blocks": 16,
+    },
+}  # fmt: skip
+MINIMAX_M3_LINES = {
+    "*.self_attn.*": "fp8", "*.layers.2.self_attn.*": "bf16", "*.block_sparse_moe.experts.*": "int4",
+    "*.layers.1.block_sparse_moe.experts.{0..2}.*": "fp8", "*.layers.2.block_sparse_moe.experts.{3,5}.*": "bf16",
+    "*.shared_experts.*": "int4", "*.layers.0.mlp.*": "fp8",
+}  # fmt: skip
 TRITON = {"attention_backend": "triton"}
 _MOE_LINES = {
     "*.self_attn.*": "fp8", "*.block_sparse_moe.experts.*": "int4",
@@ -416,6 +474,7 @@ _MOE_LINES = {
 
 MORE_TINY: Mapping[str, TinyModel] = {
     "step3p5": TinyModel(STEP, STEP_LINES, degrees=((2, 1), (2, 2))),
+    "minimax_m3": TinyModel(MINIMAX_M3, MINIMAX_M3_LINES, degrees=((2, 1), (2, 2))),
     "llama4": TinyModel(
         {
             "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", **_OUTER,

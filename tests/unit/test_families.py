@@ -11,6 +11,7 @@ from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.glm import GLM_DSA
 from mixprec_build.families.gpt_oss import GPT_OSS
 from mixprec_build.families.mimo import MIMO_V2
+from mixprec_build.families.minimax import MINIMAX_M3
 from mixprec_build.families.parts import Role
 from mixprec_build.families.qwen3_5 import QWEN3_5
 from mixprec_build.families.qwen3_next import QWEN3_NEXT
@@ -19,6 +20,9 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.dense import Dense
 from mixprec_build.formats.fp8 import Fp8
 from mixprec_build.formats.gptq import Gptq
+from mixprec_build.formats.mxfp4 import Mxfp4
+from mixprec_build.formats.nvfp4 import Nvfp4
+from mixprec_build.formats.w4afp8 import W4afp8
 
 BLOCK = Fp8("block", "dynamic", (128, 128))
 SMALL = Fp8("block", "dynamic", (64, 64))
@@ -48,6 +52,19 @@ def test_what_a_class_has_no_place_for(
     assert [fmt for fmt in (*served, *refused) if family.format_limit(name, Role.LINEAR, fmt) is not None] == refused
 
 
+def test_experts_with_an_alpha_are_refused_in_what_no_kernel_has_it_for() -> None:
+    """MiniMax-M3's run on Triton and on Marlin, but for MXFP4, whose class takes rows in another order then."""
+    module = "model.layers.3.block_sparse_moe.experts.5.w1"
+    for fmt in (Mxfp4(), Nvfp4("modelopt", "none"), INT4, BLOCK):
+        limit = MINIMAX_M3.format_limit(module, Role.EXPERT, fmt)
+        assert (limit is not None) == (fmt.kind == "mxfp4"), fmt
+    shared = "model.layers.3.block_sparse_moe.shared_experts.gate_proj"
+    assert MINIMAX_M3.format_limit(shared, Role.LINEAR, INT4) is None
+    kernels = {kernel: MINIMAX_M3.activation.limit_on(kernel) for kernel in ("Triton", "Marlin", W4afp8.experts_run_on)}
+    assert [kernel for kernel, limit in kernels.items() if limit is not None] == ["CUTLASS"]
+    assert "no CUTLASS kernel for experts with this activation (swiglu_oai)" in str(kernels["CUTLASS"])
+
+
 def test_every_family_says_its_classes_and_is_found_by_them() -> None:
     for family in FAMILIES:
         assert family.architectures or family.alike, sorted(family.model_types)
@@ -61,7 +78,10 @@ def test_a_cut_is_named_of_modules_that_a_family_can_have() -> None:
     for family in FAMILIES:
         for group in family.fused if family.can_be_cut else ():
             cuts = {str(family.cuts.get(member)).partition("_")[0] for member in group.members}
-            assert len(cuts) == 1 or group.name == "qkv_proj", (sorted(family.model_types), group.name)
+            assert len(cuts) == 1 or group.name in ("qkv_proj", "index_qkv_proj"), (
+                sorted(family.model_types),
+                group.name,
+            )
 
 
 def test_names_of_draft_layers_in_sglangs_classes_for_them() -> None:

@@ -121,9 +121,9 @@ def answer_of(asked: Asked, folder: Path, *, draft: bool = False) -> Answer:
     from sglang.srt.layers.rotary_embedding import factory
 
     (folder / "config.json").write_text(json.dumps(asked.config))
-    # GLM's class for draft layers takes this from the arguments, which the model's own class changes before.
-    alone = {"disable_shared_experts_fusion": True} if draft else {}
-    args = server_args(folder, dtype="bfloat16", load_format="dummy", **asked.options, **alone)
+    # As the runtime asks; and GLM's class for draft layers takes this from the arguments.
+    options = {**asked.options, "disable_shared_experts_fusion": True}
+    args = server_args(folder, dtype="bfloat16", load_format="dummy", **options)
     publish(args)
     tensors = ((name, dtype, shape) for name, (dtype, shape) in asked.tensors.items())
     # SGLang keeps rotary embeddings for all models of a process: those of this one have no values.

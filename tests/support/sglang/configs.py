@@ -6,7 +6,7 @@ from contextlib import suppress
 
 __all__ = ["register_configs"]
 
-_WITHOUT_CLASS = ("bailing_moe", "internlm2", "mimo_v2_flash")
+_WITHOUT_CLASS = ("bailing_moe", "internlm2", "mimo_v2_flash", "minimax_m3")
 
 
 def register_configs() -> None:
