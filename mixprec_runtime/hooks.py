@@ -18,6 +18,7 @@ from mixprec_build.checkpoint.declaration import METHOD
 from mixprec_build.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from mixprec_build.errors import MixprecError
 from mixprec_build.families.facts import ModelFacts
+from mixprec_build.families.unserved import why_unserved
 from mixprec_build.formats.base import Format
 from mixprec_build.storage.hub import HubRepo
 from mixprec_build.text import some
@@ -136,6 +137,9 @@ def initialize_model(
         return _counted(original(model_config, load_config, quant_config), model_config)
     folder, manifest, fetch = _checkpoint(model_config)
     facts = ModelFacts.of_loaded(model_config.hf_config)
+    unserved = why_unserved(facts)
+    if unserved is not None:
+        raise RuntimeError(unserved)
     launch.drop_chosen_runner(facts.family.architectures)
     launch.check_arguments()
     draft = None

@@ -140,6 +140,9 @@ class StackedExperts:
         return before if before.endswith(f".{experts}") else None
 
 
+_ON_MARLIN = ("silu", "swiglu_oai", "situ")
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertActivation:
     """What experts compute between up and down: by default SiLU of the gate, times up."""
@@ -169,7 +172,7 @@ class ExpertActivation:
             return f"{kernels} ignores the limit that {self.limits} of config.json sets for this layer's activation"
         if self.weighted_inputs:
             return f"SGLang multiplies inputs of these experts by the router's weights, which {kernels} does not do"
-        if self.gated and self.name not in (("silu", "swiglu_oai") if kernels == "Marlin" else ("silu",)):
+        if self.gated and self.name not in (_ON_MARLIN if kernels == "Marlin" else ("silu",)):
             return f"SGLang has no {kernels} kernel for experts with this activation ({self.name})"
         return None
 

@@ -16,7 +16,7 @@ from .gpt_oss import GPT_OSS
 from .granite import GRANITE, GRANITE_MOE
 from .hunyuan import HUNYUAN
 from .internlm2 import INTERNLM2
-from .kimi import KIMI_K25
+from .kimi import KIMI_K3, KIMI_K25
 from .llama import LLAMA
 from .llama4 import LLAMA4
 from .longcat import LONGCAT
@@ -44,7 +44,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA4, NEMOTRON_H, MIMO_V2, BAILING_MOE, HUNYUAN, GRANITE_MOE, PHIMOE, LONGCAT, GEMMA4, GEMMA4_IMAGES,
     APERTUS, INTERNLM2, STEP35, STEP37, GPT_OSS,
     # not checked
-    STEP, DEEPSEEK_RELATIVES, INTERNVL, PERSIMMON, GPT2,
+    STEP, KIMI_K3, DEEPSEEK_RELATIVES, INTERNVL, PERSIMMON, GPT2,
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ planned with these taken from its BF16 sibling.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from support import producers as made
 from support.producers import Checkpoint, Storage, real_config, weight_of
 
 from mixprec_build.checkpoint.typed import Source, open_source
-from mixprec_build.errors import MixprecError
+from mixprec_build.errors import MixprecError, RefusedError
 from mixprec_build.formats.base import FormatError
-from mixprec_build.output.build import plan_recipe
+from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.report.doctor import examine
 
 Config = dict[str, Any]
 
@@ -335,6 +337,26 @@ def test_a_release_is_planned_or_refused_by_name(name: str, tmp_path: Path) -> N
     plan = plan_recipe(recipe, allow_unservable=True)
     planned = {module for module in plan.modules if not _scale_of_cache(module)}
     assert planned == {part.name for part in checkpoint.skeleton.parts}
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "text"),
+    [
+        ("deepseek-v4-flash", "unserved_model", "joins wq_a with wkv.*Serve the release by itself"),
+        ("quark-deepseek-v4-pro-mxfp4", "unserved_model", "mixprec serves no DeepSeek-V4"),
+        ("kimi-k3-mxfp4", "role_limit", r"experts.\{0..1\}.*with this activation \(SiTU\)"),
+    ],
+)
+def test_what_no_server_takes_is_refused_before_a_build(name: str, code: str, text: str, tmp_path: Path) -> None:
+    CHECKPOINTS[name].write(tmp_path / "q", real_config(name))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: q\n")
+    with pytest.raises(RefusedError, match=text) as refused:
+        plan_recipe(recipe)
+    assert {problem.code for problem in refused.value.problems} == {code}
+    run_plan(plan_recipe(recipe, allow_unservable=True), tmp_path / "out")
+    told = [finding.text for finding in examine(tmp_path / "out") if finding.status == "fail"]
+    assert any(re.search(text, one) for one in told)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
