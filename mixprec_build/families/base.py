@@ -84,9 +84,7 @@ class Family:
     """Matches all of their last words."""
     parameters: frozenset[str] = frozenset({"conv1d"})
     """Modules whose weights SGLang's classes never quantize, beside routers and norms."""
-    last_norms: tuple[str, ...] = (
-        "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm",
-    )  # fmt: skip
+    last_norms: tuple[str, ...] = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
     """Last words of the norm after the last layer."""
 
     in_some_layers: frozenset[str] = frozenset()
@@ -144,6 +142,8 @@ class Family:
     class_loads: tuple[str, ...] = ()
     """Ends of names of modules and parameters that are complete on every rank and that SGLang's class loads itself,
     because it computes a parameter from several tensors."""
+    taken_in_part: tuple[str, ...] = ()
+    """Ends of names of tensors of which SGLang's class takes the first entries, and ignores the others."""
     needs_own_loader: bool = False
     """Whether SGLang's class cannot load single experts: only mixprec's loader can, and ``load_weights`` gets none."""
     attention_replicas: bool = False

@@ -2,15 +2,18 @@
 
 Kimi-K2 and K2-Thinking are DeepSeek-V3 by their class.
 
-Of Kimi-K3 (``models/kimi_k3.py``) only the activation of its experts is known here.
+Kimi-K3 (``models/kimi_k3.py``): linear attention (KDA) beside latent attention, each with a gate ``g_proj``, and
+experts between two projections of all of them, activated by SiTU. Its class joins weights of small projections, and
+multiplies by them without their scales.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from .deepseek import DEEPSEEK, DEEPSEEK_RELATIVES
-from .parts import ExpertActivation, Restriction, StoredFormat
+from .base import Family
+from .deepseek import DEEPSEEK
+from .parts import ExpertActivation, FusedGroup, Restriction, StoredFormat, never_quantized
 
 __all__ = ["KIMI_K3", "KIMI_K25"]
 
@@ -32,11 +35,57 @@ def _no_mxfp4(fmt: StoredFormat) -> str | None:
     return "with this activation (SiTU), mixprec serves no experts in MXFP4"
 
 
-KIMI_K3 = replace(
-    DEEPSEEK_RELATIVES,
+def _without_scales(_: StoredFormat) -> str:
+    return "SGLang's class multiplies by its weight outside of quantization methods, without scales"
+
+
+def _joined_without_scales(_: StoredFormat) -> str:
+    return "SGLang's class joins q_a_proj and kv_a_proj_with_mqa by rows of their weights, and no scales"
+
+
+def _needs_weight(fmt: StoredFormat) -> str | None:
+    return None if fmt.has_weight else "SGLang's class looks for its weight, and packed formats have none of that name"
+
+
+_COMMON = Family()
+_CONVOLUTIONS = "q_conv1d", "k_conv1d", "v_conv1d"
+_WITHOUT_SCALES = "f_a_proj", "f_b_proj", "b_proj"
+_PLAIN = (
+    "routed_expert_down_proj", "routed_expert_up_proj", "self_attention_res_proj", "mlp_res_proj",
+    "output_attn_res_proj",
+)  # fmt: skip
+_OF_ONE_ATTENTION = (
+    "A_log", "dt_bias", "o_norm", "q_proj", "k_proj", "v_proj",
+    "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj",
+)  # fmt: skip
+_SHARED = tuple(f"shared_experts.{word}" for word in _COMMON.projections[0].words)
+
+KIMI_K3 = Family(
     model_types=frozenset({"kimi_k3"}),
     architectures=frozenset({"KimiK3ForConditionalGeneration"}),
-    alike=(),
+    embedding="language_model.model.embed_tokens",
+    head="language_model.lm_head",
+    left_out=("language_model.", "model."),
+    inner=(("block_sparse_moe", "mlp"),),
+    parameters=frozenset({*_CONVOLUTIONS, *_WITHOUT_SCALES, *_PLAIN}),
+    in_some_layers=frozenset({*_CONVOLUTIONS, *_WITHOUT_SCALES, *_OF_ONE_ATTENTION}),
+    fused=(
+        FusedGroup("fused_qkvg_proj", ("q_proj", "k_proj", "v_proj", "g_proj")),
+        FusedGroup("gate_up_proj", ("gate_proj", "up_proj")),
+        *(group for group in DEEPSEEK.fused if group not in _COMMON.fused),
+    ),
     activation=ExpertActivation("situ"),
-    restrictions=(*DEEPSEEK_RELATIVES.restrictions, Restriction(("w1", "w2", "w3"), _no_mxfp4)),
+    restrictions=(
+        *DEEPSEEK.restrictions,
+        Restriction(("q_a_proj", "kv_a_proj_with_mqa"), _joined_without_scales),
+        Restriction(("w1", "w2", "w3"), _no_mxfp4),
+        Restriction(_WITHOUT_SCALES, _without_scales),
+        Restriction(("self_attn.o_proj", *_SHARED), _needs_weight),
+        never_quantized(*_PLAIN),
+    ),
+    taken_in_part=(".self_attn.A_log",),  # a release's is as long as a head, and one entry for each head is used
+    checked=True,
+    quantized_head=True,
+    attention_inputs=DEEPSEEK.attention_inputs | {"g_proj", "f_a_proj", "b_proj"},
+    norms_beside=DEEPSEEK.norms_beside,
 )

@@ -172,6 +172,9 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     recorder, copies = _Recorder(), _Copies()
     with default_dtype(model_config.dtype), torch.device("meta"), _ReadAsZeros():
         model = model_class(config=model_config.hf_config, quant_config=recorder)
+    # Some classes join parameters once they are filled, which leaves them with other memory: Kimi-K3, MiniMax-M3.
+    made = {name: parameter.untyped_storage() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = frozenset(name for name, _ in model.named_parameters())
     sizes: dict[str, int] = {}
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
@@ -185,8 +188,9 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     except Exception as error:  # any type: steps after loading may need values
         stopped = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.untyped_storage()._cdata, []).append(name)
+    now = {name: parameter.untyped_storage() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, storage in (*made.items(), *now.items()):
+        owners.setdefault(storage._cdata, []).append(name)
     reached = {
         name: frozenset(parameter for storage in into for parameter in owners.get(storage, ()))
         for name, into in copies.into.items()
@@ -197,7 +201,6 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
         filled = [parameter for owned in owners.values() for parameter in owned if parameter.split(".")[-3:] == words]
         reached[name] = frozenset(filled)
     offered = frozenset(path for path, module in model.named_modules() if id(module) in recorder.layers)
-    parameters = frozenset(name for name, _ in model.named_parameters())
     partial = frozenset(name for name, copied in copies.elements.items() if copied < sizes[name])
     return Answer(model_class.__name__, parameters, offered, reached, partial, frozenset(copies.moved), stopped)
 

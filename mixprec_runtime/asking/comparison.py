@@ -65,8 +65,9 @@ def compare(answer: Answer, facts: ModelFacts, modules: Mapping[str, Module]) ->
     if answer.stopped is None:
         replaced = frozenset[str]() if draft is None else OF_THE_MODEL
         found += [Disagreement(True, text) for text in _unfilled(answer, replaced)]
-    if answer.partial:
-        found.append(Disagreement(True, f"{answer.model} loads only a part of {some(compress(answer.partial))}"))
+    partial = [name for name in answer.partial if not name.endswith(family.taken_in_part)]
+    if partial:
+        found.append(Disagreement(True, f"{answer.model} loads only a part of {some(compress(partial))}"))
     found += [Disagreement(False, text) for text in _misplaced(answer, family, modules, roles, draft)]
     found += [Disagreement(True, text) for text in _not_offered(answer, family, modules, roles)]
     found += [Disagreement(True, text) for text in _moved(answer, family, modules, roles)]

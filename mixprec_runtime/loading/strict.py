@@ -110,10 +110,13 @@ def incomplete(ledger: Ledger, model: Module) -> tuple[list[str], list[str]]:
     padded = {f"{path}.{leaf}": due for path, module in vocabularies.items() for leaf, due in _filled_rows(module)}
     # Encoders' have other beginnings in the checkpoint.
     ends = tuple(f".{path}" for path in vocabularies) if ranks > 1 else ()
+    in_part = ModelFacts.of_loaded(getattr(model, "config", None)).family.taken_in_part
     lost = [
         name
         for name in ledger.unused(ranks)
-        if belongs(name) and not (ends and f".{name.rpartition('.')[0]}".endswith(ends))
+        if belongs(name)
+        and not (ends and f".{name.rpartition('.')[0]}".endswith(ends))
+        and not (name.endswith(in_part) and ledger.used[name])
     ]
     empty = may_be_empty(model)
     return lost, [name for name in ledger.unfilled(padded) if not empty(name)]

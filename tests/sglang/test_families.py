@@ -86,6 +86,7 @@ HEADS = [
     "qwen3_next",
     "kimi_k2",
     "kimi_k25",
+    "kimi_k3",
     "deepseek_v32",
     "glm_moe_dsa",
     "glm4_moe",

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import TINY
 from support.family_parts import EXPERTS
+from support.sglang.asked import ASKED, answer_of, modules_of
 from support.sglang.families import dense_parameters, dequantized, family_mix, skip_unless_made
 from support.sglang.harness import rank_of, serve, tensors_of
 
 from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.families.facts import ModelFacts
 from mixprec_build.output.split import split
+from mixprec_runtime.asking.comparison import compare
 from mixprec_runtime.memory import measure
 
 pytestmark = pytest.mark.usefixtures("sglang", "streams")
@@ -52,6 +56,13 @@ def test_q_k_v_and_the_index_are_joined_where_both_are_unquantized(
     assert "model.layers.1.self_attn.fused_qkv_index_proj.weight" not in held
     sizes = {value.data_ptr(): value.nbytes for value in held.values() if value.numel()}
     assert sum(measure(model)["bytes_by_format"].values()) == sum(sizes.values())
+
+
+def test_the_class_is_asked_as_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """What it joins after loading has other memory, and was filled before."""
+    asked = ASKED[TINY[name].config["architectures"][0]]
+    answer = answer_of(asked, tmp_path)
+    assert compare(answer, ModelFacts.of(asked.config), modules_of(asked)) == []
 
 
 def test_shared_experts_in_another_format_than_routed_ones_are_not_fused(folder: Path, name: str) -> None:

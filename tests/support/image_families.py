@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from support.family_parts import (
+    _A_PROJECTIONS,
     _DECODER,
     _DENSE_LINES,
+    _HYBRID,
+    _MLA,
     _OUTER,
     EXPERTS,
     Config,
     Tensor,
     Tensors,
     TinyModel,
+    _around,
     _dense,
+    _experts,
+    _latent_attention,
     _layer_norms,
     _linear,
+    _mlp,
     _norm,
 )
 from support.more_families import (
@@ -147,11 +154,79 @@ def _minimax_m3(config: Config) -> Tensors:
         yield from _linear(f"{projector}.linear_2", outer, outer, bias=True, linear=False)
 
 
+# Kimi-K3
+
+
+def _delta_attention(p: str, c: Config) -> Tensors:
+    linear, hidden = c["linear_attn_config"], c["hidden_size"]
+    heads, size = linear["num_heads"], linear["head_dim"]
+    yield Tensor(f"{p}A_log", (size,), dtype="F32")  # of which the class takes one for each head
+    yield Tensor(f"{p}dt_bias", (heads * size,), dtype="F32")
+    for name in "qkvg":
+        yield from _linear(f"{p}{name}_proj", heads * size, hidden)
+    for name in "qkv":
+        yield Tensor(f"{p}{name}_conv1d.weight", (heads * size, 1, linear["short_conv_kernel_size"]))
+    yield from _linear(f"{p}b_proj", heads, hidden, linear=False)
+    yield from _linear(f"{p}f_a_proj", size, hidden, linear=False)
+    yield from _linear(f"{p}f_b_proj", heads * size, size, linear=False)
+    yield from _norm(f"{p}o_norm", size)
+    yield from _linear(f"{p}o_proj", hidden, heads * size)
+
+
+def _kimi_k3(config: Config) -> Tensors:
+    c, p, v = config["text_config"], "language_model.model.", config["vision_config"]
+    hidden, latent, size = c["hidden_size"], c["routed_expert_hidden_size"], c["moe_intermediate_size"]
+
+    def layers() -> Tensors:
+        for layer in range(c["num_hidden_layers"]):
+            at = f"{p}layers.{layer}."
+            if layer + 1 in c["linear_attn_config"]["kda_layers"]:
+                yield from _delta_attention(f"{at}self_attn.", c)
+            else:
+                yield from _latent_attention(f"{at}self_attn.", c)
+                yield from _linear(f"{at}self_attn.g_proj", c["num_attention_heads"] * c["v_head_dim"], hidden)
+            if layer < c["first_k_dense_replace"]:
+                yield from _mlp(f"{at}mlp.", hidden, c["intermediate_size"])
+            else:
+                moe = f"{at}block_sparse_moe."
+                yield from _linear(f"{moe}gate", c["num_experts"], hidden, linear=False)
+                yield Tensor(f"{moe}gate.e_score_correction_bias", (c["num_experts"],))
+                yield from _linear(f"{moe}routed_expert_down_proj", latent, hidden, linear=False)
+                yield from _norm(f"{moe}routed_expert_norm", latent)
+                yield from _linear(f"{moe}routed_expert_up_proj", hidden, latent, linear=False)
+                yield from _experts(moe, c["num_experts"], latent, size, names=("w1", "w3", "w2"))
+                yield from _mlp(f"{moe}shared_experts.", hidden, c["num_shared_experts"] * size)
+            names = "input_layernorm", "post_attention_layernorm", "self_attention_res_norm", "mlp_res_norm"
+            yield from _layer_norms(at, hidden, *names)
+            for name in ("self_attention", "mlp"):
+                yield from _linear(f"{at}{name}_res_proj", 1, hidden, linear=False)
+
+    yield from _around(p, {**c, "tie_word_embeddings": False}, layers(), head="language_model.lm_head")
+    yield from _norm(f"{p}output_attn_res_norm", hidden)
+    yield from _linear(f"{p}output_attn_res_proj", 1, hidden, linear=False)
+    width, inner, patch, q = v["vt_hidden_size"], v["vt_intermediate_size"], v["patch_size"], v["qkv_hidden_size"]
+    yield Tensor("vision_tower.patch_embed.proj.weight", (width, 3, patch, patch))
+    positions = v["init_pos_emb_height"], v["init_pos_emb_width"], width
+    yield Tensor("vision_tower.patch_embed.pos_emb.weight", positions)
+    for layer in range(v["vt_num_hidden_layers"]):
+        at = f"vision_tower.encoder.blocks.{layer}."
+        yield from _layer_norms(at, width, "norm0", "norm1")
+        for name, shape in (("mlp.fc0", (inner, width)), ("mlp.fc1", (width, inner)), ("wqkv", (3 * q, width))):
+            yield from _linear(f"{at}{name}", *shape, linear=False)
+        yield from _linear(f"{at}wo", width, q, linear=False)
+    yield from _norm("vision_tower.encoder.final_layernorm", width)
+    merged = width * 4
+    yield from _linear("mm_projector.proj.0", merged, merged, linear=False)
+    yield from _linear("mm_projector.proj.2", hidden, merged, linear=False)
+    yield from _norm("mm_projector.post_norm", hidden)
+
+
 IMAGE_TENSORS: Mapping[str, Callable[[Config], Tensors]] = {
     "Gemma3ForConditionalGeneration": _gemma3,
     "Gemma4ForConditionalGeneration": _gemma4,
     "Step3p7ForConditionalGeneration": _step,
     "MiniMaxM3SparseForConditionalGeneration": _minimax_m3,
+    "KimiK3ForConditionalGeneration": _kimi_k3,
 }
 
 
@@ -220,5 +295,42 @@ IMAGE_TINY: Mapping[str, TinyModel] = {
             },
         },
         MINIMAX_M3_LINES, degrees=((2, 1), (2, 2)),
+    ),
+    "kimi_k3": TinyModel(
+        {
+            **_OUTER, "architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "pad_token_id": 0,
+            "media_placeholder_token_id": 500,
+            "text_config": {
+                **{key: value for key, value in _DECODER.items() if key != "head_dim"}, **_MLA,
+                "model_type": "kimi_linear", "dtype": "bfloat16", "hidden_act": "situ", "activation_situ_beta": 4.0,
+                "activation_situ_linear_beta": 25.0, "attn_res_block_size": 2, "first_k_dense_replace": 1,
+                "latent_moe_use_norm": True, "mla_use_nope": True, "mla_use_output_gate": True,
+                "moe_intermediate_size": 256, "moe_layer_freq": 1, "moe_renormalize": True, "num_expert_group": 1,
+                "moe_router_activation_func": "sigmoid", "num_experts": EXPERTS, "num_experts_per_token": 2,
+                "num_shared_experts": 2, "routed_expert_hidden_size": 128, "routed_scaling_factor": 1.0,
+                "topk_group": 1, "topk_method": "noaux_tc", "use_grouped_topk": True, "num_nextn_predict_layers": 0,
+                "linear_attn_config": {
+                    "full_attn_layers": [3], "kda_layers": [1, 2], "gate_lower_bound": -5.0, "head_dim": 128,
+                    "num_heads": 4, "short_conv_kernel_size": 4, "use_full_rank_gate": True,
+                },
+            },
+            "vision_config": {
+                "activation_func": "gelu_pytorch_tanh", "attn_bias": False, "init_pos_emb_height": 4,
+                "init_pos_emb_time": 4, "init_pos_emb_width": 4, "linear_bias": False, "merge_kernel_size": [2, 2],
+                "merge_type": "sd2_tpool", "mlp_type": "mlp2", "mm_hidden_size": 64,
+                "mm_projector_type": "patchmergerv2", "norm_type": "rmsnorm", "patch_embed_proj_bias": False,
+                "patch_size": 14, "pos_emb_interpolation_mode": "bilinear", "pos_emb_type": "divided_fixed",
+                "projector_hidden_act": "gelu", "projector_ln_eps": 1e-5, "qkv_hidden_size": 64,
+                "text_hidden_size": 256, "vt_hidden_size": 64, "vt_intermediate_size": 128,
+                "vt_num_attention_heads": 2, "vt_num_hidden_layers": 1,
+            },
+        },
+        {
+            "*.self_attn.{q_proj,k_proj,v_proj,g_proj,o_proj,q_b_proj}": "fp8", "*.block_sparse_moe.experts.*": "int4",
+            "*.layers.1.block_sparse_moe.experts.{0..2}.*": "fp8",
+            "*.layers.2.block_sparse_moe.experts.{3,5}.*": "bf16", "*.shared_experts.*": "fp8",
+            "*.layers.0.mlp.*": "int4",
+        },
+        dense=_A_PROJECTIONS, options=_HYBRID,
     ),
 }  # fmt: skip

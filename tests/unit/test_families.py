@@ -10,6 +10,7 @@ from mixprec_build.families.draft_class import Draft
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.families.glm import GLM_DSA
 from mixprec_build.families.gpt_oss import GPT_OSS
+from mixprec_build.families.kimi import KIMI_K3
 from mixprec_build.families.mimo import MIMO_V2
 from mixprec_build.families.minimax import MINIMAX_M3
 from mixprec_build.families.parts import Role
@@ -41,6 +42,12 @@ DENSE = Dense("BF16")
         (DEEPSEEK_V32, "self_attn.indexer.wk", [DENSE, BLOCK, INT4], []),
         (DEEPSEEK_V32, "self_attn.indexer.weights_proj", [DENSE], [BLOCK, INT4]),
         (GPT_OSS, "self_attn.q_proj", [DENSE], [BLOCK, INT4]),
+        (KIMI_K3, "self_attn.q_proj", [DENSE, BLOCK, INT4], []),
+        (KIMI_K3, "self_attn.f_a_proj", [DENSE], [BLOCK, INT4]),
+        (KIMI_K3, "self_attn.q_a_proj", [DENSE], [BLOCK, INT4]),
+        (KIMI_K3, "self_attn.o_proj", [DENSE, BLOCK], [INT4]),
+        (KIMI_K3, "block_sparse_moe.shared_experts.up_proj", [DENSE, BLOCK], [INT4]),
+        (KIMI_K3, "block_sparse_moe.routed_expert_down_proj", [DENSE], [BLOCK, INT4]),
         (MIMO_V2, "self_attn.qkv_proj", [DENSE], [BLOCK, INT4]),
         (MIMO_V2, "self_attn.q_proj", [DENSE, BLOCK, INT4], []),
     ],
