@@ -12,6 +12,7 @@ from support.sglang.harness import sources
 
 from mixprec_build.checkpoint.mistral_layout import refuse_own_names, taken_for_own
 from mixprec_build.errors import SourceError
+from mixprec_build.storage.header import TensorInfo
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -32,8 +33,9 @@ def test_names_that_its_classes_rename_are_refused() -> None:
         assert len(linears) >= 4
         for name in linears:
             for leaf in ("weight", "qscale_weight", "qscale_act"):
+                tensor = TensorInfo(name.replace(r"(\w+)", leaf), "BF16", (1,), "a.safetensors", 0, 2)
                 with pytest.raises(SourceError, match="Mistral's own layout"):
-                    refuse_own_names([(name.replace(r"(\w+)", leaf), "a.safetensors")], "there")
+                    refuse_own_names([tensor], "there")
 
 
 def test_queries_and_keys_are_in_another_order() -> None:
