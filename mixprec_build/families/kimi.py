@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from .base import Family
 from .deepseek import DEEPSEEK
-from .parts import ExpertActivation, FusedGroup, Restriction, StoredFormat, never_quantized
+from .parts import ExpertActivation, FusedGroup, Restriction, StoredFormat, never_quantized, no_mxfp4_experts
 
 __all__ = ["KIMI_K3", "KIMI_K25"]
 
@@ -26,13 +26,6 @@ KIMI_K25 = replace(
     left_out=("language_model.", "model."),
     draft_class=None,  # SGLang has none for this class
 )
-
-
-def _no_mxfp4(fmt: StoredFormat) -> str | None:
-    """quantization/mxfp4_marlin_moe.py takes gate and up for rows that alternate where there is an alpha."""
-    if fmt.kind != "mxfp4":
-        return None
-    return "with this activation (SiTU), mixprec serves no experts in MXFP4"
 
 
 def _without_scales(_: StoredFormat) -> str:
@@ -78,7 +71,7 @@ KIMI_K3 = Family(
     restrictions=(
         *DEEPSEEK.restrictions,
         Restriction(("q_a_proj", "kv_a_proj_with_mqa"), _joined_without_scales),
-        Restriction(("w1", "w2", "w3"), _no_mxfp4),
+        no_mxfp4_experts("with this activation (SiTU), mixprec serves no experts in MXFP4"),
         Restriction(_WITHOUT_SCALES, _without_scales),
         Restriction(("self_attn.o_proj", *_SHARED), _needs_weight),
         never_quantized(*_PLAIN),

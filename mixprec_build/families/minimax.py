@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
-from .parts import CutBy, ExpertActivation, FusedGroup, Restriction, StoredFormat
+from .parts import CutBy, ExpertActivation, FusedGroup, no_mxfp4_experts
 
 __all__ = ["MINIMAX_M2", "MINIMAX_M3", "MINIMAX_M3_IMAGES"]
 
@@ -28,13 +28,6 @@ MINIMAX_M2 = Family(
 )
 
 
-def _no_mxfp4(fmt: StoredFormat) -> str | None:
-    """quantization/mxfp4_marlin_moe.py takes gate and up for rows that alternate where there is an alpha."""
-    if fmt.kind != "mxfp4":
-        return None
-    return "with this activation, mixprec serves experts in MXFP4 only where they have biases"
-
-
 MINIMAX_M3 = Family(
     model_types=frozenset({"minimax_m3"}),
     architectures=frozenset({"MiniMaxM3SparseForCausalLM"}),
@@ -43,7 +36,9 @@ MINIMAX_M3 = Family(
     in_some_layers=frozenset({"index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"}),
     shared_experts=("shared_experts",),
     activation=ExpertActivation("swiglu_oai"),
-    restrictions=(Restriction(("w1", "w2", "w3"), _no_mxfp4),),
+    restrictions=(
+        no_mxfp4_experts("with this activation, mixprec serves experts in MXFP4 only where they have biases"),
+    ),
     checked=True,
     can_be_cut=True,
     cuts={**_COMMON.cuts, "index_q_proj": CutBy.INDEX_HEADS},

@@ -21,6 +21,7 @@ __all__ = [
     "StackedExperts",
     "StoredFormat",
     "never_quantized",
+    "no_mxfp4_experts",
 ]
 
 
@@ -220,6 +221,14 @@ class Restriction:
 def never_quantized(*modules: str) -> Restriction:
     """The restriction of modules to unquantized formats."""
     return Restriction(modules, lambda _: "SGLang's class for this model makes it without a quantization config")
+
+
+def no_mxfp4_experts(reason: str) -> Restriction:
+    """The restriction of experts of Mixtral's names to other formats than MXFP4, for ``reason``.
+
+    Where an activation has an alpha, quantization/mxfp4_marlin_moe.py takes rows of gate and up to alternate.
+    """
+    return Restriction(("w1", "w2", "w3"), lambda fmt: reason if fmt.kind == "mxfp4" else None)
 
 
 @dataclass(frozen=True, slots=True)

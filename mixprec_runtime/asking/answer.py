@@ -161,6 +161,11 @@ def _wrapped(result: Any, copies: _Copies, names: tuple[str, ...], moved: bool) 
     return result
 
 
+def _storages(model: torch.nn.Module) -> dict[str, torch.UntypedStorage]:
+    """The memory of each parameter, of tied ones under each of their names."""
+    return {name: parameter.untyped_storage() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
 def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Answer:
     """Has SGLang's class for ``model_config`` load ``tensors``: name, dtype (as in safetensors) and shape of each.
 
@@ -173,7 +178,7 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     with default_dtype(model_config.dtype), torch.device("meta"), _ReadAsZeros():
         model = model_class(config=model_config.hf_config, quant_config=recorder)
     # Some classes join parameters once they are filled, which leaves them with other memory: Kimi-K3, MiniMax-M3.
-    made = {name: parameter.untyped_storage() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    made = _storages(model)
     parameters = frozenset(name for name, _ in model.named_parameters())
     sizes: dict[str, int] = {}
 
@@ -188,8 +193,7 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     except Exception as error:  # any type: steps after loading may need values
         stopped = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     owners: dict[int, list[str]] = {}
-    now = {name: parameter.untyped_storage() for name, parameter in model.named_parameters(remove_duplicate=False)}
-    for name, storage in (*made.items(), *now.items()):
+    for name, storage in (*made.items(), *_storages(model).items()):
         owners.setdefault(storage._cdata, []).append(name)
     reached = {
         name: frozenset(parameter for storage in into for parameter in owners.get(storage, ()))

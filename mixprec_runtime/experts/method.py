@@ -150,7 +150,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
     ) -> ExpertGroup:
         """A group of ``experts``, whose ``size`` is their hidden size and their columns on this rank."""
         config, (hidden, intermediate) = layer.moe_runner_config, size
-        since_0_5_18 = {name: getattr(config, name) for name in ("gemm1_beta",) if hasattr(config, name)}
+        beta = {"gemm1_beta": config.gemm1_beta} if hasattr(config, "gemm1_beta") else {}  # since 0.5.18
         with only_rank():
             group = ExpertGroup(
                 num_experts=experts,
@@ -171,7 +171,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 is_gated=config.is_gated,
                 with_bias=with_bias,
                 gate_up_interleaved=config.gate_up_interleaved,
-                **since_0_5_18,
+                **beta,
             )
         # The Triton runner skips ids of -1 only where the layer has more experts than the rank.
         group.moe_runner_config.num_experts = experts + 1

@@ -51,11 +51,9 @@ def gemma3_tensors(config: Config, p: str = "model.", head: str = "lm_head") -> 
     yield from _dense(config, p, head, norms="head", around=_GEMMA_NORMS)
 
 
-def _siglip(p: str, c: Config) -> Tensors:
+def _clip_layers(p: str, c: Config) -> Tensors:
+    """The layers of an encoder as in CLIP and SigLIP, and the norm after them."""
     hidden, size = c["hidden_size"], c["intermediate_size"]
-    yield Tensor(f"{p}embeddings.patch_embedding.weight", (hidden, 3, c["patch_size"], c["patch_size"]))
-    yield Tensor(f"{p}embeddings.patch_embedding.bias", (hidden,))
-    yield Tensor(f"{p}embeddings.position_embedding.weight", ((c["image_size"] // c["patch_size"]) ** 2, hidden))
     for layer in range(c["num_hidden_layers"]):
         at = f"{p}encoder.layers.{layer}."
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -65,6 +63,14 @@ def _siglip(p: str, c: Config) -> Tensors:
         yield from _norm(f"{at}layer_norm1", hidden, bias=True)
         yield from _norm(f"{at}layer_norm2", hidden, bias=True)
     yield from _norm(f"{p}post_layernorm", hidden, bias=True)
+
+
+def _siglip(p: str, c: Config) -> Tensors:
+    hidden = c["hidden_size"]
+    yield Tensor(f"{p}embeddings.patch_embedding.weight", (hidden, 3, c["patch_size"], c["patch_size"]))
+    yield Tensor(f"{p}embeddings.patch_embedding.bias", (hidden,))
+    yield Tensor(f"{p}embeddings.position_embedding.weight", ((c["image_size"] // c["patch_size"]) ** 2, hidden))
+    yield from _clip_layers(p, c)
 
 
 def _gemma3(config: Config) -> Tensors:
@@ -134,20 +140,12 @@ def _minimax_m3(config: Config) -> Tensors:
     yield from minimax_m3_tensors(
         {**text, "tie_word_embeddings": False}, "language_model.model.", "language_model.lm_head"
     )
-    hidden, size, outer = c["hidden_size"], c["intermediate_size"], text["hidden_size"]
+    hidden, outer = c["hidden_size"], text["hidden_size"]
     compression = c["img_token_compression_config"]
     patch = 3, compression["temporal_patch_size"], c["patch_size"], c["patch_size"]
     yield Tensor(f"{p}embeddings.patch_embedding.weight", (hidden, *patch))
     yield from _norm(f"{p}pre_layrnorm", hidden, bias=True)
-    for layer in range(c["num_hidden_layers"]):
-        at = f"{p}encoder.layers.{layer}."
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _linear(f"{at}self_attn.{name}", hidden, hidden, bias=True, linear=False)
-        yield from _linear(f"{at}mlp.fc1", size, hidden, bias=True, linear=False)
-        yield from _linear(f"{at}mlp.fc2", hidden, size, bias=True, linear=False)
-        yield from _norm(f"{at}layer_norm1", hidden, bias=True)
-        yield from _norm(f"{at}layer_norm2", hidden, bias=True)
-    yield from _norm(f"{p}post_layernorm", hidden, bias=True)
+    yield from _clip_layers(p, c)
     merged = outer * compression["spatial_merge_size"] ** 2
     for projector, inputs in (("multi_modal_projector", hidden), ("patch_merge_mlp", merged)):
         yield from _linear(f"{projector}.linear_1", outer, inputs, bias=True, linear=False)
