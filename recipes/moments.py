@@ -3,8 +3,9 @@
     python recipes/moments.py MODEL TEXT.txt -o moments.safetensors
 
 MODEL is the unquantized checkpoint, a folder or a hub id. It runs in transformers, on GPUs where there are any (with
-accelerate over several of them). For experts the moments are those of the tokens that each one gets; an expert that
-gets none has the mean of its layer's. Needs torch and transformers: `pip install '.[demo]'`.
+accelerate over several of them). For experts the moments are those of the tokens that each one gets, times the weight
+that the router gives it there: E[(g xₖ)²], of which a layer's sum has as much. An expert that gets no token has the mean
+of its layer's. Needs torch and transformers: `pip install '.[demo]'`.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ class Moments:
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
 
-    def add(self, module: str, inputs: torch.Tensor) -> None:
-        """``inputs`` ``[..., K]`` of one module."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        seen = rows.float().square().sum(0).double().cpu()
+    def add(self, module: str, inputs: torch.Tensor, gates: torch.Tensor | None = None) -> None:
+        """``inputs`` ``[..., K]`` of one module; ``gates`` ``[..., 1]`` is what the router multiplies its outputs with."""
+        rows = (inputs.float() if gates is None else inputs.float() * gates).reshape(-1, inputs.shape[-1])
+        seen = rows.square().sum(0).double().cpu()
         self._sums[module] = self._sums.get(module, 0) + seen
         self._tokens[module] = self._tokens.get(module, 0) + len(rows)
 
     def mean(self, modules: Iterable[str]) -> torch.Tensor | None:
-        """E[x_k²] over the tokens of several modules, ``[K]``; None where they got none."""
+        """E[(g x_k)²] over the tokens of several modules, ``[K]``; None where they got none."""
         seen = [module for module in modules if self._tokens.get(module)]
         if not seen:
             return None
@@ -50,7 +51,7 @@ class Moments:
 def collect(
     model: torch.nn.Module, modules: Iterable[str], family: Family, ids: torch.Tensor, window: int
 ) -> dict[str, torch.Tensor]:
-    """E[x_k²] ``[K]``, float32, for those of a checkpoint's ``modules`` that ``model``, which is of ``family``, has,
+    """E[x_k²] ``[K]``, of experts E[(g x_k)²] with the router's weight ``g``, float32, for those of a checkpoint's ``modules`` that ``model``, which is of ``family``, has,
     over tokens ``ids`` ``[T]`` in windows of ``window``.
 
     Raises:
@@ -102,15 +103,19 @@ def _experts(module: Any, members: dict[int, dict[str, str]], family: Family, mo
     signature = inspect.signature(module.forward)
 
     def add(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states, chosen = list(signature.bind(*args, **kwargs).arguments.values())[:2]
-        rows, chosen = hidden_states.reshape(-1, hidden), chosen.reshape(-1, chosen.shape[-1])
+        hidden_states, chosen, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]
+        if weights.shape != chosen.shape:
+            raise ValueError(f"{type(module).__name__} weighs its experts in a way that is not known here")
+        rows, top_k = hidden_states.reshape(-1, hidden), chosen.shape[-1]
+        chosen, weights = chosen.reshape(-1, top_k), weights.reshape(-1, top_k)
         for expert in chosen.unique().tolist():
             if expert not in members:
                 continue
-            x = rows[(chosen == expert).any(-1)]
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            x, gates = rows[token], weights[token, place, None]
             gate, up = torch.nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
             for name in members[expert].values():
-                moments.add(name, module.act_fn(gate) * up if family.is_down(name) else x)
+                moments.add(name, module.act_fn(gate) * up if family.is_down(name) else x, gates)
 
     return add
 

@@ -97,7 +97,8 @@ class Hessians:
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
 
-    def add(self, module: str, inputs: torch.Tensor) -> None:
+    def add(self, module: str, inputs: torch.Tensor, gates: torch.Tensor | None = None) -> None:
+        """GPTQ's sums are not weighted by ``gates``."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         self.sums[module] = self.sums.get(module, 0) + rows.t() @ rows
 

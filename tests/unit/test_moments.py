@@ -52,13 +52,15 @@ def test_moments_are_those_of_each_modules_own_tokens(tmp_path: Path, shape: Sha
                     due.setdefault(f"{prefix}.mlp.down_proj", []).append(middle)
                     continue
                 gate, up, down = ("gate_proj", "up_proj", "down_proj") if block == "mlp" else ("w1", "w3", "w2")
-                for expert in (layer.mlp.gate.weight @ x).topk(shape.top_k).indices.tolist():
+                gates, chosen = (layer.mlp.gate.weight @ x).softmax(0).topk(shape.top_k)
+                # Both models normalize the weights of the chosen.
+                for g, expert in zip(gates / gates.sum(), chosen.tolist(), strict=True):
                     name = f"{prefix}.{block}.experts.{expert}"
                     joined = layer.mlp.experts.gate_up_proj[expert] @ x
                     first, second = joined.chunk(2)
-                    due.setdefault(f"{name}.{gate}", []).append(x)
-                    due.setdefault(f"{name}.{up}", []).append(x)
-                    due.setdefault(f"{name}.{down}", []).append(layer.mlp.experts.act_fn(first) * second)
+                    due.setdefault(f"{name}.{gate}", []).append(g * x)
+                    due.setdefault(f"{name}.{up}", []).append(g * x)
+                    due.setdefault(f"{name}.{down}", []).append(g * layer.mlp.experts.act_fn(first) * second)
     for name, rows in due.items():
         expected = torch.stack(rows).double().square().mean(0)
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-9, msg=name)
