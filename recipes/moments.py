@@ -4,8 +4,8 @@
 
 MODEL is the unquantized checkpoint, a folder or a hub id. It runs in transformers, on GPUs where there are any (with
 accelerate over several of them). For experts the moments are those of the tokens that each one gets, times the weight
-that the router gives it there: E[(g xₖ)²], of which a layer's sum has as much. An expert that gets no token has the mean
-of its layer's. Needs torch and transformers: `pip install '.[demo]'`.
+that the router gives it there, E[(g xₖ)²]: so much of its output is in the layer's sum. An expert that gets no token
+has the mean of its layer's. Needs torch and transformers: `pip install '.[demo]'`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Moments:
         self._tokens: dict[str, int] = {}
 
     def add(self, module: str, inputs: torch.Tensor, gates: torch.Tensor | None = None) -> None:
-        """``inputs`` ``[..., K]`` of one module; ``gates`` ``[..., 1]`` is what the router multiplies its outputs with."""
+        """``inputs`` ``[..., K]`` of one module; ``gates`` ``[..., 1]``: what the router multiplies its output with."""
         rows = (inputs.float() if gates is None else inputs.float() * gates).reshape(-1, inputs.shape[-1])
         seen = rows.square().sum(0).double().cpu()
         self._sums[module] = self._sums.get(module, 0) + seen
@@ -51,8 +51,8 @@ class Moments:
 def collect(
     model: torch.nn.Module, modules: Iterable[str], family: Family, ids: torch.Tensor, window: int
 ) -> dict[str, torch.Tensor]:
-    """E[x_k²] ``[K]``, of experts E[(g x_k)²] with the router's weight ``g``, float32, for those of a checkpoint's ``modules`` that ``model``, which is of ``family``, has,
-    over tokens ``ids`` ``[T]`` in windows of ``window``.
+    """E[x_k²] ``[K]``, of experts E[(g x_k)²] with the router's weight ``g``, float32, for those of a checkpoint's
+    ``modules`` that ``model``, which is of ``family``, has, over tokens ``ids`` ``[T]`` in windows of ``window``.
 
     Raises:
         ValueError: the model keeps its experts in a way that is not known here.

@@ -385,6 +385,8 @@ def _check_index(
 
     What the files have counts: SGLang loads all of it.
     """
+    if index == {tensor.name: tensor.file for tensor in tensors.values()}:
+        return
     absent, moved = [], []
     for name, shard in index.items():
         tensor = tensors.get(name)

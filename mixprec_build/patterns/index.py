@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from .budget import MatchBudget
 from .match import Words
@@ -87,6 +88,19 @@ class PatternIndex:
                 return number
         return exact if exact >= 0 else None
 
+    def lasts(self, names: Iterable[str], budget: MatchBudget) -> Iterator[int | None]:
+        """Yields :meth:`last` of each name.
+
+        Raises:
+            PatternError: matching takes more than is left of ``budget``.
+        """
+        rest, count = iter(names), 1
+        while some := [*islice(rest, count)]:
+            with budget:
+                found = [*map(self.last, some)]
+            yield from found
+            count = min(2 * count, 64)  # looking at the clock takes as long as matching a name does
+
     def _candidates(self, name: str) -> Iterator[tuple[int, Pattern]]:
         """Yields the globs that may match, the last one first."""
         if not self._globs:
@@ -109,14 +123,17 @@ class PatternIndex:
 
 
 def _words_of(pattern: Pattern) -> tuple[list[_Word], list[_Word], list[_Word]]:
-    """The words that a matching name begins with, those that it ends with (last first), and those anywhere between."""
+    """The words that a matching name begins with, those that it ends with (last first), and those anywhere between.
+
+    Where the first words are all there are, the last ones say nothing more: none.
+    """
     segments = [_runs(segment) for segment in segments_of(pattern.text)]
-    alone = len(segments) == 1
+    between = [word for runs in segments for run in runs for word in run[1:-1]]
     first, last = segments[0][0], segments[-1][-1]
+    if len(segments) == len(segments[0]) == 1:
+        return first, [], between
     # A word beside a wildcard is only a part of a name's word.
-    first = first if alone and len(segments[0]) == 1 else first[:-1]
-    last = last if alone and len(segments[0]) == 1 else last[1:]
-    return first, last[::-1], [word for runs in segments for run in runs for word in run[1:-1]]
+    return first[:-1], last[:0:-1], between
 
 
 def _runs(segment: Sequence[Words]) -> list[list[_Word]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import METHOD, name_formats
-from ..checkpoint.manifest import CHECKSUM, MANIFEST, read_manifest
+from ..checkpoint.manifest import CHECKSUM, MANIFEST, read_head
 from ..families.base import Family
 from ..families.parts import Role
 from ..families.stacked import block_of_stacked
@@ -93,7 +93,7 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
             shape = fmt.shape(module)
             stored.append(_Stored(name, family.role_of(name, shape, module.tensors), fmt, shape, module.nbytes))
     compiled = source.checkpoint.quantization.get("quant_method") == METHOD
-    recorded = read_manifest(folder) if compiled and (folder / MANIFEST).exists() else None
+    recorded = read_head(folder) if compiled and (folder / MANIFEST).exists() else None
     drafts = [module for module in stored if family.is_draft(module.name, source.facts.layers)]
     about, names = _facts(stored, family, {module.name for module in drafts})
     dropped = recorded is not None and recorded.drops_mtp

@@ -1,4 +1,4 @@
-"""`recipes/moments.py` beside the moments of a model's layers computed here, one token at a time."""
+"""`recipes/moments.py` beside the moments of a model's layers computed here, token by token."""
 
 from __future__ import annotations
 

@@ -49,6 +49,18 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "another version": (lambda m: m.update(version=2), "version 2; this mixprec reads version 1"),
     "a version that is a list": (lambda m: m.update(version=[1] * 1000), "version [1, 1, 1, 1, 1, 1, ...]; this"),
     "a version that is no number": (lambda m: m.update(version=float("nan")), "version nan; this"),
+    "sources a list": (lambda m: m.update(sources=[]), "sources is list"),
+    "101 sources": (lambda m: m["sources"].update({str(i): first_source(m) for i in range(101)}), "more than 100"),
+    "a location null": (lambda m: first_source(m).update(location=None), "location is NoneType"),
+    "a path that is a number": (lambda m: first_source(m).update(path=0), "path is int"),
+    "a commit that is a list": (lambda m: first_source(m).update(commit=[]), "commit is list"),
+    "unservable an object": (lambda m: m.update(unservable={"x": "x"}), "unservable is dict"),  # found by fuzzing
+    "unservable of numbers": (lambda m: m.update(unservable=[1]), "unservable is int"),
+    "unservable null": (lambda m: m.update(unservable=None), "unservable is NoneType"),
+    **{f"the file {name}": (lambda m, name=name: m["files"].update({name: NO_FILE}), "is not in this folder")  # type: ignore[misc]
+       for name in ESCAPES},
+}  # fmt: skip
+MODULES: dict[str, tuple[Change, str]] = {
     "modules null": (lambda m: m.update(modules=None), "modules is NoneType"),
     "modules a list": (lambda m: m.update(modules=[]), "modules is list"),
     "a module null": (lambda m: m["modules"].update(x=None), "damaged"),
@@ -62,17 +74,19 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "a shape that is deep": (lambda m: first_tensor(m).update(shape=deep(900)), "more than whole numbers"),
     "a source as a list": (lambda m: first_tensor(m).update(source=[]), "source is list"),
     "a name of 5000": (lambda m: first_tensor(m).update(source="x" * 5000), "source has 5000 characters"),
-    "sources a list": (lambda m: m.update(sources=[]), "sources is list"),
-    "101 sources": (lambda m: m["sources"].update({str(i): first_source(m) for i in range(101)}), "more than 100"),
-    "a location null": (lambda m: first_source(m).update(location=None), "location is NoneType"),
-    "a path that is a number": (lambda m: first_source(m).update(path=0), "path is int"),
-    "a commit that is a list": (lambda m: first_source(m).update(commit=[]), "commit is list"),
-    "unservable an object": (lambda m: m.update(unservable={"x": "x"}), "unservable is dict"),  # found by fuzzing
-    "unservable of numbers": (lambda m: m.update(unservable=[1]), "unservable is int"),
-    "unservable null": (lambda m: m.update(unservable=None), "unservable is NoneType"),
-    **{f"the file {name}": (lambda m, name=name: m["files"].update({name: NO_FILE}), "is not in this folder")  # type: ignore[misc]
-       for name in ESCAPES},
-}  # fmt: skip
+}
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_hostile_modules_of_a_manifest(mix: Path, mixprec: Any, case: str) -> None:
+    """``inspect`` shows what the files hold, and of the manifest nothing but its head."""
+    how, message = MODULES[case]
+    before = json.loads(mixprec("inspect", "--json", mix / "out").out)
+    change(mix / "out" / MANIFEST, how)
+    assert message in refused(mixprec("verify", mix / "out"))
+    after = json.loads(mixprec("inspect", "--json", mix / "out").out)
+    assert before.pop("manifest_checksum") != after.pop("manifest_checksum")
+    assert before == after
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
