@@ -185,6 +185,7 @@ def initialize_model(
         moves.prepare(model)
     if is_cpu():
         reference.replace_model_kernels()
+    names.keep_names(model)
     heads.drop_unstored_biases(model, manifest.tensors())
     heads.add_left_out_biases(model)
     scales = quant_config.cache_scales

@@ -14,7 +14,7 @@ from ..storage.module import StoredModule
 from ..storage.reader import FileReader
 from ..text import some
 from .declared import Declared
-from .mistral_layout import is_consolidated
+from .mistral_layout import OWN_INDEX, PARAMS, is_consolidated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +61,10 @@ class Checkpoint:
     """Differences between the index and its files."""
     taken_apart: frozenset[str] = frozenset()
     """Files with tensors that have other names or shapes here: those of all experts of a layer, which are taken apart,
-    scales in four dimensions, and scales of inputs that are named unlike their weights. They cannot be linked."""
+    scales in four dimensions, scales of inputs that are named unlike their weights, all in Mistral's own layout. They
+    cannot be linked."""
+    own_layout: bool = False
+    """Whether it is in Mistral's own layout: tensors have the names of DeepSeek-V3 here, see :mod:`.mistral_layout`."""
     values: dict[str, bytes] = field(default_factory=dict, repr=False)
     """Tensor -> its first bytes, of those that were read from the hub because their files are not on this machine."""
 
@@ -80,6 +83,11 @@ class Checkpoint:
         return self.declared[0].file if self.declared else "config.json"
 
     @property
+    def index_file(self) -> str:
+        """The name of its index, whether there is one or not."""
+        return OWN_INDEX if self.own_layout else INDEX
+
+    @property
     def commit(self) -> str | None:
         """The hub commit, for provenance."""
         return getattr(self.storage, "commit", None)
@@ -95,7 +103,13 @@ class Checkpoint:
         return str(self.storage.folder.resolve()) if isinstance(self.storage, LocalFolder) else None
 
     def notes_on_files(self) -> Iterator[str]:
-        """Yields sentences on the files that are :attr:`left_aside`."""
+        """Yields sentences on the files that are :attr:`left_aside`, and on another layout."""
+        if self.own_layout:
+            yield (
+                f"{PARAMS} and consolidated*.safetensors are read, Mistral's own layout: tensors have the names of "
+                "DeepSeek-V3 here and in what is built (model.layers.3.mlp.experts.0.gate_proj for "
+                "layers.3.experts.0.w1)"
+            )
         copies = [file for file in self.left_aside if is_consolidated(file)]
         if copies:
             yield f"{some(copies)}: not read, by name a copy of the weights in Mistral's own layout"

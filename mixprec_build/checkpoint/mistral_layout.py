@@ -1,27 +1,44 @@
-"""Refuses checkpoints in Mistral's own layout: ``params.json``, ``consolidated*.safetensors`` and names of their own.
+"""Checkpoints in Mistral's own layout, ``params.json`` and ``consolidated*.safetensors``: those of latent attention.
 
-Only renaming their tensors would be wrong: in attention with heads of keys and values, their rows of q and k are in an
-order for rotary embedding of neighbouring pairs, those of the same release in Hugging Face's layout for pairs half a
-head apart. SGLang renames them and turns them as the former (``rope_is_neox_style`` in
-``utils/hf_transformers/mistral_utils.py`` of 0.5.15.post1 to 0.5.23), which a ``config.json`` does not say.
+:func:`with_usual_names` gives their tensors the names of DeepSeek-V3, and :mod:`mixprec_build.families.mistral_config`
+makes a ``config.json``, so that such a release is a source like any other, and what is built of it an ordinary folder.
+
+Other models in that layout are refused. Only renaming their tensors would be wrong: in attention with heads of keys and
+values, their rows of q and k are in an order for rotary embedding of neighbouring pairs, those of the same release in
+Hugging Face's layout for pairs half a head apart. SGLang renames them and turns them as the former
+(``rope_is_neox_style`` in ``utils/hf_transformers/mistral_utils.py`` of 0.5.15.post1 to 0.5.23), which no
+``config.json`` says.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from ..errors import SourceError
+from ..families.mistral_large import hugging_face_name
 from ..storage.header import TensorInfo
 from ..text import some
 
-__all__ = ["PARAMS", "is_consolidated", "lacks_config", "refuse_own_names", "taken_for_own"]
+__all__ = [
+    "OWN_INDEX",
+    "PARAMS",
+    "is_consolidated",
+    "is_own",
+    "lacks_config",
+    "refuse_own_names",
+    "taken_for_own",
+    "usual_name",
+    "with_usual_names",
+]
 
 PARAMS = "params.json"
 """The facts of the model in Mistral's own layout, which SGLang reads instead of ``config.json``."""
+OWN_INDEX = "consolidated.safetensors.index.json"
 
 # models/mistral.py, mistral_large_3.py and mistral_eagle.py of SGLang. InternLM2 has such words after a prefix.
 _OWN = re.compile(r"layers\.\d+\.attention\.(w[qkvo]|wq_a|wq_b|wkv_a_with_mqa|wkv_b)\.\w+|tok_embeddings\.weight")
+_LATENT = ("wq_a", "wq_b", "wkv_a_with_mqa", "wkv_b")
 
 # is_mistral_model in utils/hf_transformers/mistral_utils.py of SGLang: all words of one of these, in any case
 _TAKEN_FOR_OWN = (("mistral-large-3",), ("mistral-small-4",), ("leanstral",), ("eagle", "mistral"))
@@ -31,11 +48,62 @@ _INSTEAD = (
     "convert this one with the script that transformers' repository has for the model: other names alone would not do, "
     "as rows of q and k are in another order"
 )
+_WITH_PARAMS = (
+    f"This one has it: put it into files called consolidated*.safetensors again, beside its {PARAMS} and with no "
+    "model*.safetensors there"
+)
 
 
 def is_consolidated(file: str) -> bool:
     """Whether the name of a file is one of weights in Mistral's own layout."""
     return file.startswith("consolidated") and file.endswith((".safetensors", ".pth"))
+
+
+def is_own(files: Collection[str]) -> bool:
+    """Whether these are files of a release in Mistral's own layout, and none of its weights in Hugging Face's."""
+    weights = [file for file in files if file.endswith(".safetensors")]
+    return (
+        PARAMS in files
+        and any(is_consolidated(file) for file in weights)
+        and not any(file.startswith("model") for file in weights)
+    )
+
+
+def with_usual_names(tensors: Mapping[str, TensorInfo], location: str) -> dict[str, TensorInfo]:
+    """The tensors of a release by their names in DeepSeek-V3; those of the encoder of images keep theirs.
+
+    Raises:
+        SourceError: a tensor of the decoder has no name there.
+    """
+    found: dict[str, TensorInfo] = {}
+    for name, tensor in tensors.items():
+        other = usual_name(name)
+        if other is None:
+            raise SourceError(
+                f"tensor {name!r} is none of those that SGLang loads of Mistral-Large-3 (`remapping` in "
+                "models/mistral_large_3.py); "
+                + (
+                    "a draft model (EAGLE) is no source: give it to SGLang by --speculative-draft-model-path"
+                    if name.startswith("eagle")
+                    else "name a release that has no other"
+                ),
+                path=f"{location}/{tensor.file}",
+            )
+        found[other] = tensor._replace(name=other)
+    return found
+
+
+_ENCODER = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
+_FAKE_QUANTIZER = re.compile(r"(.+\.([qkv])_fake_quantizer)\.qscale_act")
+
+
+def usual_name(tensor: str) -> str | None:
+    """The name of a tensor in DeepSeek-V3, for the encoder of images its own; None for one of another model."""
+    if not tensor.startswith(_ENCODER):
+        return hugging_face_name(tensor)
+    # SGLang's class leaves these out, and a plan does so with scales of caches.
+    fake = _FAKE_QUANTIZER.fullmatch(tensor)
+    return f"{fake[1]}.{fake[2]}_scale" if fake else tensor
 
 
 def lacks_config(files: Collection[str]) -> str | None:
@@ -46,15 +114,21 @@ def lacks_config(files: Collection[str]) -> str | None:
     remedy = _INSTEAD
     if any(file.startswith("model") and file.endswith(".safetensors") for file in files):
         remedy = "The model*.safetensors beside them are in Hugging Face's: fetch their config.json, too"
-    return f"no config.json, but {some(own)}: Mistral's own layout, which mixprec does not read. {remedy}"
+    return (
+        f"no config.json, but {some(own)}: Mistral's own layout, which mixprec reads only of models with latent "
+        f"attention. {remedy}"
+    )
 
 
 def refuse_own_names(tensors: Iterable[TensorInfo], location: str) -> None:
     """Raises :class:`SourceError` where one of the tensors has a name of Mistral's own layout."""
     for tensor in tensors:
-        if tensor.name.startswith(("layers.", "tok_embeddings.")) and _OWN.fullmatch(tensor.name):
+        found = _OWN.fullmatch(tensor.name) if tensor.name.startswith(("layers.", "tok_embeddings.")) else None
+        if found is not None:
+            remedy = _WITH_PARAMS if found[1] in _LATENT else _INSTEAD
             raise SourceError(
-                f"tensor {tensor.name!r} has its name in Mistral's own layout, which mixprec does not read. {_INSTEAD}",
+                f"tensor {tensor.name!r} has its name in Mistral's own layout, which mixprec reads only of models with "
+                f"latent attention. {remedy}",
                 path=f"{location}/{tensor.file}",
             )
 

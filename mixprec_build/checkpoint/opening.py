@@ -15,6 +15,7 @@ import xxhash
 
 from ..errors import HubError, SourceError
 from ..families.facts import ModelFacts
+from ..families.mistral_config import config_of, has_latent_attention
 from ..formats.registry import leaves as known_leaves
 from ..patterns.compress import compress
 from ..patterns.pattern import MAX_NAME
@@ -31,7 +32,16 @@ from .declared import read_declarations
 from .experts_apart import take_experts_apart
 from .flat_scales import without_reduced_dimensions
 from .input_scales import beside_their_weights
-from .mistral_layout import is_consolidated, lacks_config, refuse_own_names
+from .mistral_layout import (
+    OWN_INDEX,
+    PARAMS,
+    is_consolidated,
+    is_own,
+    lacks_config,
+    refuse_own_names,
+    usual_name,
+    with_usual_names,
+)
 
 __all__ = ["open_checkpoint", "open_storage"]
 
@@ -74,7 +84,10 @@ def open_storage(
     unread: dict[str, str] | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint whose files are found. ``headers``: (file, header) of its shards, instead of reading them."""
-    config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
+    config = _config_of_own(storage, location)
+    own = config is not None
+    if config is None:
+        config = _read_json(storage, location, "config.json", _MAX_CONFIG_BYTES)
     if config is None and _ADAPTER in storage.files:
         raise SourceError(_IS_ADAPTER, path=location)
     if config is None:
@@ -91,7 +104,7 @@ def open_storage(
     left: tuple[str, ...] = ()
     with ThreadPoolExecutor(max_workers=8) as pool:
         if headers is None:
-            names, index = _shard_names(storage, location, unread)
+            names, index = _shard_names(storage, location, unread, own=own)
             reader = _HeaderReader(storage, location)
             read = reader.read if unread is None else reader.try_to_read
             # At once only where a network is waited for: memory in which threads read is given back late.
@@ -116,9 +129,11 @@ def open_storage(
         if unread:
             index = {name: shard for name, shard in index.items() if shard not in unread}
         if _offline(storage):
-            absent = {split_name(name, leaves)[0]: shard for name, shard in index.items() if shard not in storage.files}
+            away = {name: shard for name, shard in index.items() if shard not in storage.files}
+            here = {(usual_name(name) if own else None) or name: shard for name, shard in away.items()}
+            absent = {split_name(name, leaves)[0]: shard for name, shard in here.items()}
             index = {name: shard for name, shard in index.items() if shard in storage.files}
-        remarks = tuple(_check_index(index, tensors, beside, f"{location}/{INDEX}"))
+        remarks = tuple(_check_index(index, tensors, beside))
         if remarks and compiled:
             files = [shard for name, shard in index.items() if name not in tensors or tensors[name].file != shard]
             files += [tensor.file for name, tensor in tensors.items() if name not in index]
@@ -131,14 +146,25 @@ def open_storage(
 
     shown: Mapping[str, TensorInfo] = tensors
     apart: frozenset[str] = frozenset()
-    if not compiled:
+    if own:
+        shown = with_usual_names(tensors, location)
+        apart = frozenset(shards)
+    elif not compiled:
         refuse_own_names(tensors.values(), location)
         shown, apart = take_experts_apart(tensors, facts.family, facts.experts)
         shown, flat = without_reduced_dimensions(shown)
         shown, renamed = beside_their_weights(shown, facts.family)
         apart |= flat | renamed
     modules = _modules(shown, leaves, location)
-    return Checkpoint(location, storage, facts, declared, shards, modules, absent, left, remarks, taken_apart=apart)
+    return Checkpoint(
+        location, storage, facts, declared, shards, modules, absent, left, remarks, taken_apart=apart, own_layout=own
+    )
+
+
+def _config_of_own(storage: Files, location: str) -> dict[str, object] | None:
+    """The ``config.json`` of a release in Mistral's own layout; None for all others, and for those that are refused."""
+    params = _read_json(storage, location, PARAMS, _MAX_CONFIG_BYTES) if is_own(storage.files) else None
+    return None if params is None or not has_latent_attention(params) else config_of(params, f"{location}/{PARAMS}")
 
 
 def _modules(tensors: Mapping[str, TensorInfo], leaves: Set[str], location: str) -> dict[str, StoredModule]:
@@ -274,20 +300,24 @@ def _size(storage: Files, name: str) -> int:
 
 
 def _shard_names(
-    storage: Files, location: str, unread: dict[str, str] | None = None
+    storage: Files, location: str, unread: dict[str, str] | None = None, *, own: bool = False
 ) -> tuple[list[str], dict[str, str] | None]:
-    """The shards of a checkpoint, and the index's tensor -> shard map if there is an index."""
-    index = _read_json(storage, location, INDEX, _MAX_INDEX_BYTES, _MAX_INDEX_VALUES)
+    """The shards of a checkpoint, and the index's tensor -> shard map if there is an index.
+
+    ``own``: whether it is in Mistral's own layout.
+    """
+    index_file = OWN_INDEX if own else INDEX
+    index = _read_json(storage, location, index_file, _MAX_INDEX_BYTES, _MAX_INDEX_VALUES)
     if index is not None:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise SourceError("`weight_map` must map tensor names to file names", path=f"{location}/{INDEX}")
+            raise SourceError("`weight_map` must map tensor names to file names", path=f"{location}/{index_file}")
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             pure = PureWindowsPath(shard)  # recognises backslashes and drives as well
             if pure.anchor or pure.drive or len(pure.parts) != 1 or PurePosixPath(shard).suffix != ".safetensors":
                 raise SourceError(
-                    f"names the file {shard!r}, which is no shard in this folder", path=f"{location}/{INDEX}"
+                    f"names the file {shard!r}, which is no shard in this folder", path=f"{location}/{index_file}"
                 )
             if shard not in storage.files and not _offline(storage):
                 remedy = "fetch it again"
@@ -309,6 +339,8 @@ def _shard_names(
     found = [name for name in storage.files if name.endswith(".safetensors")]
     if found and all(name.startswith("adapter_model") for name in found):
         raise SourceError(_IS_ADAPTER, path=location)
+    if own:
+        found = [name for name in found if is_consolidated(name)]
     if "model.safetensors" in found or len(found) == 1:
         return ["model.safetensors" if "model.safetensors" in found else found[0]], None
     # A copy of the weights in Mistral's own layout beside them is no part of these.
@@ -317,7 +349,7 @@ def _shard_names(
             return sorted(complete), None
     if found:
         raise SourceError(
-            f"{len(found)} .safetensors files but no {INDEX} that says which belong together", path=location
+            f"{len(found)} .safetensors files but no {index_file} that says which belong together", path=location
         )
     if any(name.endswith((".bin", ".pt", ".pth", ".gguf")) for name in storage.files):
         raise SourceError(
@@ -378,9 +410,7 @@ def _bad_name(tensor: TensorInfo, location: str) -> SourceError:
     return SourceError(f"tensor name {name!r} has characters no model uses", path=path)
 
 
-def _check_index(
-    index: Mapping[str, str], tensors: Mapping[str, TensorInfo], beside: frozenset[str], path: str
-) -> Iterator[str]:
+def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], beside: frozenset[str]) -> Iterator[str]:
     """Yields remarks on differences between the index and its files; those ``beside`` it are not its own.
 
     What the files have counts: SGLang loads all of it.

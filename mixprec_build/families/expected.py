@@ -34,7 +34,8 @@ _DRAFTS = re.compile(r"(.+\.)?(mtp|mtp_block|nextn|eagle)(\.|_).+")
 _TOWER = re.compile(
     r"(?:(?:model|language_model|thinker)\.)*"
     r"(vision|visual|audio|speech|vit|image|vision_\w+|visual_\w+|audio_\w+|speech_\w+|vit_\w+|image_\w+|"
-    r"multi_modal_projector|mm_projector|multimodal_projector|patch_merge_mlp|embed_vision|embed_audio)(?:\..+)?"
+    r"multi_modal_projector|mm_projector|multimodal_projector|patch_merge_mlp|patch_merger|pre_mm_projector_norm|"
+    r"embed_vision|embed_audio)(?:\..+)?"
 )
 
 

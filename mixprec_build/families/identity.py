@@ -67,6 +67,10 @@ _DEFAULTS: Mapping[str, object] = {
 }  # fmt: skip
 
 
+# DeepSeek's class of SGLang's makes the last of any that scales.
+_SAME_ROPE = {"mrope": "default", "deepseek_yarn": "yarn"}
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One difference of two config.json. ``counts``: whether it is known to change what the model computes."""
@@ -142,7 +146,7 @@ def _rope(config: Mapping[str, object]) -> dict[str, object]:
         if theta is not None:
             found[f"{at}rope_theta"] = _plain(theta)
         type_ = part.get("rope_type", part.get("type")) or "default"
-        found[f"{at}rope_type"] = "default" if type_ == "mrope" else type_
+        found[f"{at}rope_type"] = _SAME_ROPE.get(type_, type_) if isinstance(type_, str) else type_
         if type_ != "default":
             for key, value in part.items():
                 if key not in ("rope_theta", "rope_type", "type", "mrope_section") and value is not None:

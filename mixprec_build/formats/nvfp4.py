@@ -1,13 +1,13 @@
 """NVFP4: 4-bit floats in blocks of 16 inputs, with two levels of scales.
 
-===================  ==============================  ==============================
+===================  ==============================  ====================================
 of a weight [N, K]   ModelOpt (``nvfp4``)            compressed-tensors (``ct_nvfp4``)
-===================  ==============================  ==============================
+===================  ==============================  ====================================
 values               ``weight`` U8 [N, K/2]          ``weight_packed`` U8 [N, K/2]
 scales of blocks     ``weight_scale`` E4M3 [N, K/16] ``weight_scale`` E4M3 [N, K/16]
 scale of all         ``weight_scale_2`` F32 [], g    ``weight_global_scale`` F32 [1], 1/g
-scale of the inputs  ``input_scale`` F32 []          ``input_global_scale`` F32 [1]
-===================  ==============================  ==============================
+scale of the inputs  ``input_scale`` F32 []          ``input_global_scale`` F32 [1], or BF16
+===================  ==============================  ====================================
 
 A byte holds two values, each an E2M1 (:mod:`.e2m1`).
 ``W[n, k] = value[n, k] * weight_scale[n, k // 16] * g``. Only W4A4, which quantizes activations too, has a scale of the
@@ -149,7 +149,9 @@ class Nvfp4(Format):
         for leaf in (names.scale_of_all, names.inputs):
             if leaf in module.tensors:
                 shape = module.tensors[leaf].shape
-                check_tensor(module, leaf, ["F32"], shape if shape in ((), (1,)) else (1,), "")
+                # Mistral-Small-4's release has those of inputs of shared experts in BF16.
+                dtypes = ["F32", "BF16"] if leaf == names.inputs else ["F32"]
+                check_tensor(module, leaf, dtypes, shape if shape in ((), (1,)) else (1,), "")
         if (names.inputs in module.tensors) != (self.activations == "static"):
             have = "has" if names.inputs in module.tensors else "has no"
             raise FormatError(f"{have} {names.inputs} although its activations are declared {self.activations}")

@@ -16,6 +16,7 @@ from ..checkpoint.declaration import VERSION, name_formats, quantization_config
 from ..checkpoint.declared import without_declarations
 from ..checkpoint.manifest import CHECKSUM, FileEntry, ModuleEntry, TensorEntry, checksum_of
 from ..families.draft_layers import with_declared_drafts
+from ..families.mistral_config import PROCESSOR_FILES, processor_of
 from ..planning.companions import CARD
 from ..planning.types import Plan
 from ..storage.disk import read_chunks, write_errors
@@ -23,7 +24,7 @@ from ..storage.header import json_text
 from ..versions import __version__
 from .card import card
 
-__all__ = ["manifest_head", "module_entries", "write_companions", "write_file"]
+__all__ = ["files_of_own", "manifest_head", "module_entries", "write_companions", "write_file"]
 
 
 def manifest_head(plan: Plan, folder: Path, files: Mapping[str, FileEntry]) -> dict[str, Any]:
@@ -95,10 +96,20 @@ def write_companions(
         **{name: write_file(stage / name, read_chunks(path)) for name, path in companions.items() if name != CARD},
         "config.json": write_file(stage / "config.json", [_json(config)]),
         INDEX: write_file(stage / INDEX, _index(plan)),
+        **{name: write_file(stage / name, [_json(data)]) for name, data in files_of_own(plan, companions).items()},
     }
     if with_card:
         written[CARD] = write_file(stage / CARD, card(plan, written, companions.get(CARD)))
     return written
+
+
+def files_of_own(plan: Plan, companions: Mapping[str, Path]) -> dict[str, object]:
+    """Files that SGLang needs beside a ``config.json`` and not in Mistral's own layout -> their contents, as JSON."""
+    model = plan.sources.model
+    if not model.own_layout or not companions.keys().isdisjoint(PROCESSOR_FILES):
+        return {}
+    processor = processor_of(model.facts.config)
+    return {} if processor is None else {PROCESSOR_FILES[0]: processor}
 
 
 def _index(plan: Plan) -> Iterator[bytes]:

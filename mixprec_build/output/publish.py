@@ -24,7 +24,7 @@ from ..ranks.layout import is_ours
 from ..storage.disk import sync_folder, write_errors
 from ..storage.owned import Entry, OwnedFolder
 from ..storage.threads import Progress
-from .companions import manifest_head, module_entries, write_companions, write_file
+from .companions import files_of_own, manifest_head, module_entries, write_companions, write_file
 from .copier import Copier
 from .locked import locked
 from .parts import adopt_parts, refuse_parts
@@ -98,7 +98,8 @@ def _fill(
     adopt: Callable[[Mapping[str, str]], None] | None,
 ) -> None:
     """Completes the checkpoint in the stage's payload, and syncs it. ``adopt`` brings finished shards."""
-    stage.expect([*companions, *([CARD] if card else []), "config.json", INDEX, MANIFEST, new_manifest()])
+    beside = [*companions, *files_of_own(plan, companions), *([CARD] if card else [])]
+    stage.expect([*beside, "config.json", INDEX, MANIFEST, new_manifest()])
     checksums = Copier(plan, paths, stage, progress, adopt=adopt).run(jobs or min(8, os.cpu_count() or 1))
     files = write_companions(plan, stage.payload, companions, with_card=card)
     head = manifest_head(plan, stage.payload, files)

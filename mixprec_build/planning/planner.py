@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..checkpoint.checkpoint import INDEX, ValueReader
+from ..checkpoint.checkpoint import ValueReader
 from ..checkpoint.declared import differences
 from ..checkpoint.degree import Degree
 from ..checkpoint.typed import Source
@@ -155,7 +155,7 @@ def _notes_on_declarations(source: Source) -> Iterator[str]:
 
 def _notes_on_sources(default: Source, sources: Sources) -> Iterator[str]:
     for source in sources.by_name.values():
-        index = source.checkpoint.path_of(INDEX)
+        index = source.checkpoint.path_of(source.checkpoint.index_file)
         yield from (f"`{source.name}`: {index} {remark}" for remark in source.checkpoint.remarks)
         yield from (f"`{source.name}`: {note}" for note in source.checkpoint.notes_on_files())
         yield from _notes_on_declarations(source)

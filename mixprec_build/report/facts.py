@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.declaration import METHOD, name_formats
 from ..checkpoint.manifest import CHECKSUM, MANIFEST, read_head
 from ..families.base import Family
@@ -109,7 +108,11 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         + (f" --quantization {METHOD}" if compiled else ""),
     }
     opened = source.checkpoint
-    remarks = [*(f"{INDEX} {remark}" for remark in opened.remarks), *opened.notes_on_files(), *_stacked(source)]
+    remarks = [
+        *(f"{opened.index_file} {remark}" for remark in opened.remarks),
+        *opened.notes_on_files(),
+        *_stacked(source),
+    ]
     if remarks or compiled:
         facts["notes"] = remarks
     if compiled:

@@ -18,6 +18,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from torch.overrides import TorchFunctionMode
 
 from ..loading.ledger import DTYPES, default_dtype
+from ..loading.names import keep_names
 
 __all__ = ["Answer", "ask"]
 
@@ -177,6 +178,7 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     recorder, copies = _Recorder(), _Copies()
     with default_dtype(model_config.dtype), torch.device("meta"), _ReadAsZeros():
         model = model_class(config=model_config.hf_config, quant_config=recorder)
+    keep_names(model)
     # Some classes join parameters once they are filled, which leaves them with other memory: Kimi-K3, MiniMax-M3.
     made = _storages(model)
     parameters = frozenset(name for name, _ in model.named_parameters())

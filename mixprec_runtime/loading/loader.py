@@ -298,8 +298,9 @@ def load(model: Module, share: Share, finish: Callable[[Iterable[tuple[str, torc
     except (MixprecError, OSError) as error:
         raise LoadError(str(error)) from error
     # Some models derive tensors for the names that load_weights got, and it got none: SGLang wants this call of loaders
-    # that do not use load_weights (model_loader/loader.py:333).
-    derive = getattr(model, "post_load_weights", None)
+    # that do not use load_weights (model_loader/loader.py:333). Pixtral's class does not pass it on to its decoder.
+    decoder = getattr(model, "language_model", None)
+    derive = getattr(model, "post_load_weights", getattr(decoder, "post_load_weights", None))
     if derive is not None:
         derive()
     return result

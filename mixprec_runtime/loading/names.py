@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
+from torch.nn import Module
 
 from mixprec_build.formats.base import Format
 
 from ..formats.registry import served
 
-__all__ = ["as_parameters", "converter"]
+__all__ = ["as_parameters", "converter", "keep_names"]
 
 
 _KNOWN = "weight_scale"
@@ -33,6 +34,17 @@ def as_parameters(
         module, _, leaf = name.rpartition(".")
         other = renamed.get(formats[module], {}).get(leaf) if module in formats else None
         yield name if other is None else f"{module}.{other}", tensor
+
+
+def keep_names(model: Module) -> None:
+    """Has SGLang's class for Mistral-Large-3 load tensors by the names of parameters, those of compiled checkpoints.
+
+    Stock, it takes them for those of its release, and drops what has another one (``remapping`` in
+    models/mistral_large_3.py of 0.5.15.post1 to 0.5.23).
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "remapping", None), dict):
+            module.remapping = {"(.+)": r"\1"}  # type: ignore[assignment]
 
 
 def converter(formats: Mapping[str, Format]) -> Callable[[str, torch.Tensor], torch.Tensor]:

@@ -107,6 +107,8 @@ HEADS = [
     "llama4",
     "minimax_m3",
     "mistral3",
+    "mistral_large_3",
+    "mistral_large_3_images",
 ]
 
 
@@ -222,7 +224,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() and tensor.numel() else tensor
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_moe", "kimi_k25", "minimax_m3_images", *STEPS])
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "kimi_k25", "minimax_m3_images", "mistral_large_3_images", *STEPS])
 def test_ranks_read_their_own_files_beside_an_encoder_of_images(
     folder: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

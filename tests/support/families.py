@@ -49,6 +49,7 @@ from support.family_parts import (
     _norm,
 )
 from support.image_families import GEMMA3, IMAGE_TENSORS, IMAGE_TINY, gemma3_tensors
+from support.mistral_large import LARGE_TENSORS, LARGE_TINY
 from support.more_families import MORE_TENSORS, MORE_TINY
 
 __all__ = ["STACKED", "TINY", "StackedRelease", "Tensor", "TinyModel", "tensors_of"]
@@ -350,6 +351,7 @@ _FAMILIES: Mapping[str, Callable[[Config], Tensors]] = {
     "MiniMaxM2ForCausalLM": _minimax_m2,
     **MORE_TENSORS,
     **IMAGE_TENSORS,
+    **LARGE_TENSORS,
 }
 
 
@@ -550,4 +552,5 @@ TINY: Mapping[str, TinyModel] = {
     ),
     **MORE_TINY,
     **IMAGE_TINY,
+    **LARGE_TINY,
 }  # fmt: skip

@@ -179,8 +179,13 @@ def test_packages_of_rooms_hold_no_code() -> None:
                 assert isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign), module
 
 
-READERS = {"mixprec_build.families.facts", "mixprec_build.families.cache", "mixprec_build.families.identity"}
-"""What knows the keys of ``config.json``: all of it, those of caches, and two of them side by side."""
+READERS = {
+    "mixprec_build.families.facts",
+    "mixprec_build.families.cache",
+    "mixprec_build.families.identity",
+    "mixprec_build.families.mistral_config",
+}
+"""What knows the keys of ``config.json``: all of it, those of caches, two of them side by side, one that is made."""
 
 WHOLE_CONFIG = {
     "mixprec_build.families.facts",

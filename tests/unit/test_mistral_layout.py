@@ -1,4 +1,7 @@
-"""Checkpoints in Mistral's own layout: refused by name, whatever lies beside them, and never taken for another."""
+"""Checkpoints in Mistral's own layout: those of latent attention are sources, others are refused by name.
+
+Whatever lies beside them, they are never taken for another.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from support import mistral_large as large
+from support.mistral_large import LARGE_TINY, MIX, own_name, write_own, write_releases
 from support.run import Run
 from support.write import LLAMA, write_tiny
 
+from mixprec_build.checkpoint.manifest import read_manifest
 from mixprec_build.checkpoint.opening import open_checkpoint
-from mixprec_build.errors import OutputError, SourceError
+from mixprec_build.errors import OutputError, RefusedError, SourceError
+from mixprec_build.families.identity import config_differences
+from mixprec_build.families.mistral_large import MISTRAL_LARGE3, MISTRAL_LARGE3_IMAGES, hugging_face_name
 from mixprec_build.output.build import plan_recipe, run_plan
+from mixprec_build.output.verify import verify
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -86,8 +96,8 @@ def test_without_a_config(hf: Path, files: int) -> None:
     )  # fmt: skip
     said = refusal(folder)
     assert said.startswith(
-        f"{folder}: no config.json, but params.json, {there}: Mistral's own layout, which mixprec does not read. "
-        f"{INSTEAD}"
+        f"{folder}: no config.json, but params.json, {there}: Mistral's own layout, which mixprec reads only of models "
+        f"with latent attention. {INSTEAD}"
     )
     assert "rows of q and k are in another order" in said
 
@@ -199,3 +209,190 @@ def test_an_output_that_sglang_would_take_for_one(hf: Path, name: str) -> None:
     with pytest.raises(OutputError, match=r"in its path for one in Mistral's own layout.* name another folder"):
         run_plan(plan_recipe(recipe), hf.parent / name)
     assert not (hf.parent / name).exists()
+
+
+# Latent attention
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("releases")
+    write_releases(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights() -> large.Weights:
+    return large.weights()
+
+
+def recipe_of(folder: Path, lines: Mapping[str, str], *, default: str = "bf16", **sources: Path) -> Path:
+    named = {**{name: folder / name for name in ("bf16", "static", "ct_nvfp4", "int4")}, **sources}
+    text = [f"model: {named[default]}", f"default: {default}", "sources:"]
+    text += [f"  {name}: {path}" for name, path in named.items()]
+    text += ["weights:", *(f"  '{pattern}': {source}" for pattern, source in lines.items())]
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("\n".join(text))
+    return recipe
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def torch_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file as load
+
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load(file).items()}
+
+
+@pytest.mark.parametrize("files", [1, 2, 3])
+@pytest.mark.parametrize("config", [None, {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}])
+def test_latent_attention_is_read(tmp_path: Path, weights: large.Weights, files: int, config: object) -> None:
+    """By the names of DeepSeek-V3, and by the facts in params.json, whatever a config.json beside it says."""
+    folder = write_own(tmp_path / "own", weights, files=files)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if files == 3:
+        (folder / "consolidated.safetensors.index.json").unlink()
+    opened = open_checkpoint(str(folder))
+    assert sorted(opened.tensors()) == sorted(weights)
+    assert opened.facts.family is MISTRAL_LARGE3_IMAGES and opened.facts.names_family
+    assert opened.facts.config == LARGE_TINY["mistral_large_3_images"].config
+    assert (opened.facts.layers, opened.facts.experts, opened.facts.hidden_size) == (3, 8, 256)
+    for tensor in opened.tensors().values():
+        assert torch.equal(bits(torch.from_numpy(opened.read(tensor).view(np.uint8))), bits(weights[tensor.name]))
+
+
+def test_a_decoder_alone(tmp_path: Path, weights: large.Weights) -> None:
+    decoder = {name: value for name, value in weights.items() if name.startswith(("model.", "lm_head"))}
+    opened = open_checkpoint(str(write_own(tmp_path / "own", decoder, vision_encoder=None)))
+    assert opened.facts.family is MISTRAL_LARGE3
+    assert opened.facts.architectures == ("MistralLarge3ForCausalLM",)
+
+
+def test_a_mix_has_the_bytes_of_releases_and_their_files(releases: Path, tmp_path: Path, mixprec: Run) -> None:
+    """Static FP8 and NVFP4 in Mistral's layout beside Int4 in Hugging Face's: an ordinary folder with a config.json."""
+    (releases / "bf16" / "tekken.json").write_text("{}")
+    plan = plan_recipe(recipe_of(releases, MIX))
+    assert sum("Mistral's own layout: tensors have the names of DeepSeek-V3" in note for note in plan.notes) == 3
+    out = tmp_path / "out"
+    run_plan(plan, out)
+    assert not verify(out).differences
+    manifest, built = read_manifest(out), torch_tensors(out)
+    kinds = {module.format for module in manifest.modules.values()}
+    assert {manifest.formats[name].kind for name in kinds} == {"bf16", "fp8_tensor", "ct_nvfp4", "gptq_int4"}
+    stored = {name: torch_tensors(releases / name) for name in ("bf16", "static", "ct_nvfp4", "int4")}
+    for name, entry in manifest.tensors().items():
+        theirs = name if entry.source == "int4" else own_name(name, scales=entry.source == "static")
+        assert torch.equal(bits(built[name]), bits(stored[entry.source][theirs])), name
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "mixprec"
+    assert config == LARGE_TINY["mistral_large_3_images"].config
+    written = {path.name for path in out.iterdir()}
+    assert "tekken.json" in written and not {name for name in written if name.startswith(("params", "consolidated"))}
+    assert json.loads((out / "processor_config.json").read_text())["patch_size"] == 14
+    for command in (["inspect", out], ["split", out, "--tp", 2], ["split", out, "--tp", 2, "--ep", 2], ["verify", out]):
+        assert mixprec(*command).code == 0
+    assert not verify(out).differences
+
+
+def test_the_processor_of_a_release_is_kept(tmp_path: Path, weights: large.Weights) -> None:
+    write_own(tmp_path / "own", weights)
+    (tmp_path / "own" / "preprocessor_config.json").write_text('{"patch_size": 15}')
+    (tmp_path / "recipe.yaml").write_text("model: own\nsources: {a: own}\n")
+    run_plan(plan_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*processor*")] == ["preprocessor_config.json"]
+    assert not verify(tmp_path / "out").differences
+
+
+def test_scales_that_sglang_leaves_out_are_left_out_with_the_reason(releases: Path) -> None:
+    """Of what trained with quantized keys and values: SGLang caches their latent, and drops these without a word."""
+    plan = plan_recipe(recipe_of(releases, {"*.mlp.experts.*": "ct_nvfp4"}, default="ct_nvfp4"))
+    left = [one for one in plan.left_out if "mla_attn" in str(one.modules) or "fake_quantizer" in str(one.modules)]
+    assert left and all("KV cache" in one.reason for one in left), plan.left_out
+
+
+def test_a_source_is_what_was_built_of_it(releases: Path, tmp_path: Path) -> None:
+    """And the other way round: what was built is a source beside a release."""
+    run_plan(plan_recipe(recipe_of(releases, MIX)), tmp_path / "out")
+    lines = {"*.layers.1.mlp.experts.*": "built", "*.self_attn.o_proj": "built"}
+    plan = plan_recipe(recipe_of(releases, lines, built=tmp_path / "out"))
+    assert {m.format.kind for m in plan.modules.values()} == {"bf16", "fp8_tensor", "ct_nvfp4", "gptq_int4"}
+
+
+def test_another_spelling_of_its_rotary_embedding_is_the_same() -> None:
+    """DeepSeek's class makes its own of any that scales (models/deepseek_v2.py:1783 of SGLang 0.5.17)."""
+    text = LARGE_TINY["mistral_large_3"].config
+    usual = {**text, "rope_scaling": {**text["rope_scaling"], "rope_type": "yarn"}}
+    assert not config_differences(text, usual)
+    other = {**text, "rope_scaling": {**text["rope_scaling"], "factor": 8}}
+    assert [difference.key for difference in config_differences(text, other) if difference.counts]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"moe": None}, "params.json: latent attention, but no `moe` with `num_shared_experts`.*EAGLE.* is no source"),
+        ({"moe": {**large.PARAMS["moe"], "num_shared_experts": 0}}, "no `moe` with `num_shared_experts`"),
+        ({"moe": [1]}, "params.json: `moe` is not an object"),
+        ({"llama_4_scaling": None}, "`llama_4_scaling` has no `original_max_position_embeddings`"),
+        ({"llama_4_scaling": {"original_max_position_embeddings": 8192}}, "`llama_4_scaling` has no `beta`"),
+        ({"yarn": {"factor": 4, "gamma": 1}}, "`yarn` has `gamma`, which neither SGLang nor mixprec knows"),
+        ({"multimodal": {"whisper_model_args": {}}}, "`multimodal`: an encoder that SGLang's class does not make"),
+        ({"quantization": {"qformat_weight": "int8"}}, "`quantization` is {'qformat_weight': 'int8'}, which mixprec"),
+        ({"quantization": {**large.STATIC, "qscheme_act": ["TENSOR"]}}, "which mixprec does not read, only fp8_e4m3"),
+        ({"kv_lora_rank": None}, "no config.json, but params.json.*which mixprec reads only of models with latent"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path: Path, weights: large.Weights, params: Any, message: str) -> None:
+    folder = write_own(tmp_path / "own", weights, files=1, **params)
+    with pytest.raises(SourceError, match=message):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layers.1.router_biases", "is none of those that SGLang loads of Mistral-Large-3"),
+        ("layers.0.attention.wk.weight", "is none of those that SGLang loads of Mistral-Large-3"),
+        ("eagle_linear.weight", "a draft model .EAGLE. is no source: give it to SGLang by --speculative-draft-model"),
+    ],
+)
+def test_tensors_that_are_refused(tmp_path: Path, weights: large.Weights, name: str, message: str) -> None:
+    folder = write_own(tmp_path / "own", {**weights, name: torch.ones(8)}, files=1)
+    with pytest.raises(SourceError, match=f"consolidated.safetensors: tensor '{name}' .*{message}"):
+        open_checkpoint(str(folder))
+
+
+def test_without_its_params_it_is_refused(tmp_path: Path, weights: large.Weights) -> None:
+    folder = write_own(tmp_path / "own", weights, files=1)
+    (folder / "params.json").rename(folder / "config.json")
+    assert "This one has it: put it into files called consolidated" in refusal(folder)
+    assert hugging_face_name("layers.0.attention.wk.weight") is None
+
+
+def test_a_shard_that_is_missing(tmp_path: Path, weights: large.Weights) -> None:
+    folder = write_own(tmp_path / "own", weights)
+    (folder / "consolidated-00002-of-00002.safetensors").unlink()
+    assert "the shard consolidated-00002-of-00002.safetensors is missing; fetch it again" in refusal(folder)
+
+
+def test_an_index_that_differs_is_named(tmp_path: Path, weights: large.Weights) -> None:
+    folder = write_own(tmp_path / "own", weights)
+    path = folder / "consolidated.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["norm.weight"]
+    path.write_text(json.dumps(index))
+    (tmp_path / "recipe.yaml").write_text("model: own\nsources: {a: own}\n")
+    notes = plan_recipe(tmp_path / "recipe.yaml").notes
+    assert [note for note in notes if "own/consolidated.safetensors.index.json does not list norm.weight" in note]
+
+
+def test_what_deepseeks_class_cannot_serve_is_refused_of_it_too(releases: Path) -> None:
+    """A quantized ``kv_b_proj``, by its name in the plan."""
+    fp8 = large.stored_as("fp8_tensor", r"model.*\.kv_b_proj", large.weights())
+    write_own(releases / "latent", fp8, scales=True, quantization={**large.STATIC, "qscheme_act": "NO_SCALES"})
+    recipe = recipe_of(releases, {"*.kv_b_proj": "latent"}, latent=releases / "latent")
+    with pytest.raises(RefusedError, match="SGLang reads kv_b_proj outside its quantization methods"):
+        plan_recipe(recipe)

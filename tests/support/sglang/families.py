@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from support import formats
 from support.families import STACKED, TINY, StackedRelease, Tensor, TinyModel, tensors_of
+from support.mistral_large import LARGE_TENSORS, own_name
 from support.serving import VARIANTS
 from support.sglang.harness import tensors_of as stored_tensors
 
@@ -152,6 +153,7 @@ def _write(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
 
 _LEAVES = (
     "qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "weight_packed", "weight_scale", "weight_shape",
+    "weight_global_scale",
 )  # fmt: skip
 
 
@@ -176,6 +178,8 @@ def dequantized(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.bfloa
     release = STACKED.get(config["architectures"][0])
     if release is not None and len(release.names) == 3:  # SGLang's class loads no others
         out = _stacked_each(out)
+    if config["architectures"][0] in LARGE_TENSORS:  # by its stock class, which has these names only
+        out = {own_name(name): value for name, value in out.items()}
     named = StackedRelease(False) if release is None else release._replace(transposed=False)
     _write(folder, _stacked(out, named) if stacked else out, config)
     return folder
@@ -243,7 +247,7 @@ def is_made(name: str) -> bool:
 _NOT_MADE = {
     "0.5.15.post1": ("minimax_m3", "minimax_m3_images", "kimi_k3"),  # their classes came with 0.5.16 and 0.5.17
     # their configs and encoders are transformers' there, of another version than these tests have
-    "0.5.23": ("mistral3", "gemma4_images"),
+    "0.5.23": ("mistral3", "gemma4_images", "mistral_large_3_images"),
 }
 
 
