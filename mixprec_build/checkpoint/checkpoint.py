@@ -23,6 +23,7 @@ __all__ = ["Checkpoint", "ValueReader"]
 
 
 INDEX = "model.safetensors.index.json"
+_WITHOUT_CLASS = "Hugging Face's layout, for which SGLang has no class of this model"
 REST = "presplit/rest"
 """The folder of what a compiled checkpoint keeps of merged files that were dropped."""
 
@@ -110,9 +111,12 @@ class Checkpoint:
                 "DeepSeek-V3 here and in what is built (model.layers.3.mlp.experts.0.gate_proj for "
                 "layers.3.experts.0.w1)"
             )
-        copies = [file for file in self.left_aside if is_consolidated(file)]
+        if self.own_layout:
+            copies, layout = [file for file in self.left_aside if file.startswith("model")], _WITHOUT_CLASS
+        else:
+            copies, layout = [file for file in self.left_aside if is_consolidated(file)], "Mistral's own layout"
         if copies:
-            yield f"{some(copies)}: not read, by name a copy of the weights in Mistral's own layout"
+            yield f"{some(copies)}: not read, by name a copy of the weights in {layout}"
         if others := [file for file in self.left_aside if file not in copies]:
             yield (
                 f"{some(others)} beside the files that the index lists: not read, as neither config.json names them "

@@ -48,10 +48,7 @@ _INSTEAD = (
     "convert this one with the script that transformers' repository has for the model: other names alone would not do, "
     "as rows of q and k are in another order"
 )
-_WITH_PARAMS = (
-    f"This one has it: put it into files called consolidated*.safetensors again, beside its {PARAMS} and with no "
-    "model*.safetensors there"
-)
+_WITH_PARAMS = f"This one has it: put it into files called consolidated*.safetensors again, beside its {PARAMS}"
 
 
 def is_consolidated(file: str) -> bool:
@@ -60,20 +57,15 @@ def is_consolidated(file: str) -> bool:
 
 
 def is_own(files: Collection[str]) -> bool:
-    """Whether these are files of a release in Mistral's own layout, and none of its weights in Hugging Face's."""
-    weights = [file for file in files if file.endswith(".safetensors")]
-    return (
-        PARAMS in files
-        and any(is_consolidated(file) for file in weights)
-        and not any(file.startswith("model") for file in weights)
-    )
+    """Whether these are files of a release in Mistral's own layout, perhaps beside another in Hugging Face's."""
+    return PARAMS in files and any(is_consolidated(file) and file.endswith(".safetensors") for file in files)
 
 
 def with_usual_names(tensors: Mapping[str, TensorInfo], location: str) -> dict[str, TensorInfo]:
     """The tensors of a release by their names in DeepSeek-V3; those of the encoder of images keep theirs.
 
     Raises:
-        SourceError: a tensor of the decoder has no name there.
+        SourceError: a tensor of the decoder has no name there, or two have the same.
     """
     found: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
@@ -87,6 +79,12 @@ def with_usual_names(tensors: Mapping[str, TensorInfo], location: str) -> dict[s
                     if name.startswith("eagle")
                     else "name a release that has no other"
                 ),
+                path=f"{location}/{tensor.file}",
+            )
+        if other in found:
+            raise SourceError(
+                f"tensor {name!r} and another one are both {other!r} by the names of DeepSeek-V3; remove the one that "
+                "is left over",
                 path=f"{location}/{tensor.file}",
             )
         found[other] = tensor._replace(name=other)

@@ -210,6 +210,11 @@ def stored_as(kind: str, linears: str, tensors: Weights) -> Weights:
     return found
 
 
+def declared(kind: str) -> Config:
+    """A declaration of llm-compressor's with names that are left out."""
+    return {**(VARIANTS[kind][1] or {}), "ignore": IGNORED}
+
+
 def write_releases(folder: Path) -> dict[str, Path]:
     """One in BF16, one in static FP8 and one in NVFP4 in Mistral's own layout, and Int4 in Hugging Face's."""
     whole = weights()
@@ -224,8 +229,7 @@ def write_releases(folder: Path) -> dict[str, Path]:
     # SGLang's class leaves these out.
     for block in ("layers.0", "vision_encoder.transformer.layers.0"):
         fp4 |= {f"{block}.attention.{one}_fake_quantizer.qscale_act": torch.ones(()) for one in "kv"}
-    declared = {**(VARIANTS["ct_nvfp4"][1] or {}), "ignore": IGNORED}
-    write_own(folder / "ct_nvfp4", fp4, files=1, quantization_config=declared)
+    write_own(folder / "ct_nvfp4", fp4, files=1, quantization_config=declared("ct_nvfp4"))
     int4 = folder / "int4"
     int4.mkdir()
     save_file(

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 from support import mistral_large as large
 from support.mistral_large import LARGE_TINY, MIX, own_name, write_own, write_releases
 from support.run import Run
@@ -241,9 +243,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def torch_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file as load
-
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load(file).items()}
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_torch(file).items()}
 
 
 @pytest.mark.parametrize("files", [1, 2, 3])
@@ -295,6 +295,36 @@ def test_a_mix_has_the_bytes_of_releases_and_their_files(releases: Path, tmp_pat
     for command in (["inspect", out], ["split", out, "--tp", 2], ["split", out, "--tp", 2, "--ep", 2], ["verify", out]):
         assert mixprec(*command).code == 0
     assert not verify(out).differences
+
+
+def test_of_both_layouts_its_own_is_read(tmp_path: Path, weights: large.Weights) -> None:
+    """SGLang has no class for Mistral-Small-4 as transformers has it, and reads the other by the name of the folder."""
+    folder = write_own(tmp_path / "own", weights)
+    save_torch(
+        {"model.language_model.embed_tokens.weight": torch.ones(8, 8)}, folder / "model-00001-of-00001.safetensors"
+    )
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "mistral4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    opened = open_checkpoint(str(folder))
+    assert sorted(opened.tensors()) == sorted(weights)
+    (note,) = [
+        note for note in opened.notes_on_files() if note.startswith("model-00001-of-00001.safetensors: not read")
+    ]
+    assert note.endswith("a copy of the weights in Hugging Face's layout, for which SGLang has no class of this model")
+
+
+@pytest.mark.parametrize(("kind", "stored"), [("ct_fp8_block", "fp8_block"), ("ct_int4", "ct_int4")])
+def test_declarations_of_llm_compressor_are_read(
+    tmp_path: Path, weights: large.Weights, kind: str, stored: str
+) -> None:
+    """As in Mistral-Large-3's release in FP8: a declaration by names of DeepSeek-V3, in params.json."""
+    experts = large.stored_as(kind, r"model.*\.experts\.\d+\.\w+_proj", weights)
+    folder = write_own(tmp_path / "own", experts, quantization_config=large.declared(kind))
+    (tmp_path / "recipe.yaml").write_text("model: own\nsources: {a: own}\n")
+    formats = {name: module.format.kind for name, module in plan_recipe(tmp_path / "recipe.yaml").modules.items()}
+    assert {formats[name] for name in formats if ".experts." in name} == {stored}
+    assert {formats[name] for name in formats if ".experts." not in name} == {"bf16"}
+    assert folder.is_dir()
 
 
 def test_the_processor_of_a_release_is_kept(tmp_path: Path, weights: large.Weights) -> None:
@@ -356,11 +386,18 @@ def test_settings_that_are_refused(tmp_path: Path, weights: large.Weights, param
     [
         ("layers.1.router_biases", "is none of those that SGLang loads of Mistral-Large-3"),
         ("layers.0.attention.wk.weight", "is none of those that SGLang loads of Mistral-Large-3"),
+        (
+            "layers.1.experts.0.w1.weight_scale",
+            "and another one are both 'model.layers.1.mlp.experts.0.gate_proj.weight_",
+        ),
         ("eagle_linear.weight", "a draft model .EAGLE. is no source: give it to SGLang by --speculative-draft-model"),
     ],
 )
 def test_tensors_that_are_refused(tmp_path: Path, weights: large.Weights, name: str, message: str) -> None:
-    folder = write_own(tmp_path / "own", {**weights, name: torch.ones(8)}, files=1)
+    folder = write_own(tmp_path / "own", weights, files=1)
+    there = load_torch(folder / "consolidated.safetensors")
+    scale = {"layers.1.experts.0.w1.qscale_weight": torch.ones(())}
+    save_torch({**there, **scale, name: torch.ones(8)}, folder / "consolidated.safetensors")
     with pytest.raises(SourceError, match=f"consolidated.safetensors: tensor '{name}' .*{message}"):
         open_checkpoint(str(folder))
 
