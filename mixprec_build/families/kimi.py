@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from .base import Family
 from .deepseek import DEEPSEEK
-from .parts import ExpertActivation, FusedGroup, Restriction, StoredFormat, never_quantized, no_mxfp4_experts
+from .parts import ExpertActivation, FusedGroup, Restriction, StoredFormat, never_quantized
 
 __all__ = ["KIMI_K3", "KIMI_K25"]
 
@@ -71,7 +71,6 @@ KIMI_K3 = Family(
     restrictions=(
         *DEEPSEEK.restrictions,
         Restriction(("q_a_proj", "kv_a_proj_with_mqa"), _joined_without_scales),
-        no_mxfp4_experts("with this activation (SiTU), mixprec serves no experts in MXFP4"),
         Restriction(_WITHOUT_SCALES, _without_scales),
         Restriction(("self_attn.o_proj", *_SHARED), _needs_weight),
         never_quantized(*_PLAIN),

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
-from .parts import CutBy, ExpertActivation, FusedGroup, no_mxfp4_experts
+from .parts import CutBy, ExpertActivation, FusedGroup
 
 __all__ = ["MINIMAX_M2", "MINIMAX_M3", "MINIMAX_M3_IMAGES"]
 
@@ -36,9 +36,6 @@ MINIMAX_M3 = Family(
     in_some_layers=frozenset({"index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"}),
     shared_experts=("shared_experts",),
     activation=ExpertActivation("swiglu_oai"),
-    restrictions=(
-        no_mxfp4_experts("with this activation, mixprec serves experts in MXFP4 only where they have biases"),
-    ),
     checked=True,
     can_be_cut=True,
     cuts={**_COMMON.cuts, "index_q_proj": CutBy.INDEX_HEADS},

@@ -21,7 +21,6 @@ __all__ = [
     "StackedExperts",
     "StoredFormat",
     "never_quantized",
-    "no_mxfp4_experts",
 ]
 
 
@@ -149,7 +148,7 @@ class ExpertActivation:
     """What experts compute between up and down: by default SiLU of the gate, times up."""
 
     name: str = "silu"
-    """SGLang's name of it; ``swiglu_oai`` for gpt-oss's, which has an alpha, a limit and biases."""
+    """SGLang's name of it; ``swiglu_oai`` for gpt-oss's and MiniMax-M3's, which have an alpha and a limit."""
     gated: bool = True
     """Whether experts have a gate."""
     weighted_inputs: bool = False
@@ -221,14 +220,6 @@ class Restriction:
 def never_quantized(*modules: str) -> Restriction:
     """The restriction of modules to unquantized formats."""
     return Restriction(modules, lambda _: "SGLang's class for this model makes it without a quantization config")
-
-
-def no_mxfp4_experts(reason: str) -> Restriction:
-    """The restriction of experts of Mixtral's names to other formats than MXFP4, for ``reason``.
-
-    Where an activation has an alpha, quantization/mxfp4_marlin_moe.py takes rows of gate and up to alternate.
-    """
-    return Restriction(("w1", "w2", "w3"), lambda fmt: reason if fmt.kind == "mxfp4" else None)
 
 
 @dataclass(frozen=True, slots=True)

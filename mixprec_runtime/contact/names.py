@@ -278,6 +278,7 @@ NAMES = (
     Name(f"{_Q}.modelopt_quant:ModelOptNvFp4A16LinearMethod", "NVFP4", call="_"),
     Name(f"{_Q}.mxfp4:Mxfp4Config", "MXFP4", call="is_checkpoint_mxfp4_serialized="),
     Name(f"{_Q}.mxfp4_marlin_moe:Mxfp4MarlinMoEMethod", "MXFP4", call="fp8_method prefix"),
+    Name(f"{_MOE}:MoeRunnerConfig", "MXFP4", fields="gemm1_alpha gate_up_interleaved"),
     Name(f"{_Q}.w4afp8:W4AFp8Config", "W4AFP8", call=""),
     Name(
         f"{_MOE}.token_dispatcher.standard:StandardDispatchOutput",
@@ -312,6 +313,7 @@ NAMES = (
         call="hidden_states hidden_states_scale topk_output",
     ),
     Name(f"{_MOE}.topk:StandardTopKOutput", GROUPS, call="topk_weights= topk_ids= router_logits="),
+    Name("sglang.srt.layers.zero_copy_context:set_moe_output", GROUPS, call="_", since="0.5.17"),
     Name("sglang.srt.runtime_context:get_parallel", GROUPS, call="", result="_overrides"),
     Name(f"{_MOE}:MoeRunner", CHAINS, fields="fused_func runner_backend"),
     Name(

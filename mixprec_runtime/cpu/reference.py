@@ -234,10 +234,16 @@ def _biases(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
 def _activated(rows: torch.Tensor, config: Any) -> torch.Tensor:
     """``rows [T, 2I]``, or ``[T, I]`` where experts have no gate, activated to ``[T, I]`` as SGLang's Triton runner
     does (``moe_runner/triton_utils/fused_moe.py`` of 0.5.17)."""
+    alpha, limit = config.gemm1_alpha, config.gemm1_clamp_limit
+    if config.activation == "situ":  # Kimi-K3's, in float32, with betas as alpha and limit
+        gate, up = rows.float().chunk(2, dim=-1)
+        beta = 4.0 if alpha is None else alpha
+        gate = beta * torch.tanh(gate / beta) * torch.sigmoid(gate)
+        up = up if limit is None else limit * torch.tanh(up / limit)
+        return (gate * up).to(rows.dtype)
     activation = _ACTIVATIONS[config.activation]
     if not config.is_gated:
         return activation(rows)
-    alpha, limit = config.gemm1_alpha, config.gemm1_clamp_limit
     alternate = alpha is not None and config.gate_up_interleaved
     gate, up = (rows[..., ::2], rows[..., 1::2]) if alternate else rows.chunk(2, dim=-1)
     if limit is not None:

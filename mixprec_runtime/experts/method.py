@@ -12,6 +12,7 @@ have no output of their own, so only :mod:`.chains` (on a CPU the reference) can
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 from weakref import WeakValueDictionary
@@ -252,11 +253,25 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             )
         ids = routing.numbers_in_groups(topk.topk_ids, layer.up_numbers)
         outputs = []
-        for group, numbers in zip(layer.groups, ids, strict=True):
-            mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
-            out = group.quant_method.apply(group, mine).hidden_states
-            outputs.append(out[:, : hidden_states.shape[1]])  # some methods have padded weights
+        with _outputs_apart():
+            for group, numbers in zip(layer.groups, ids, strict=True):
+                mine = dispatch_output._replace(topk_output=topk._replace(topk_ids=numbers))
+                out = group.quant_method.apply(group, mine).hidden_states
+                outputs.append(out[:, : hidden_states.shape[1]])  # some methods have padded weights
         return routing.add_up(outputs)
+
+
+def _outputs_apart() -> AbstractContextManager[None]:
+    """Has Marlin's runners make memory for their outputs while the context lasts.
+
+    SGLang's class of Kimi-K3 gives them that of the layer's output, which all groups would write to.
+    """
+    try:
+        from sglang.srt.layers.zero_copy_context import set_moe_output
+    except ModuleNotFoundError:  # before 0.5.17
+        return nullcontext()
+    apart: AbstractContextManager[None] = set_moe_output(None)
+    return apart
 
 
 @torch.library.custom_op("mixprec::mixed_experts", mutates_args=())

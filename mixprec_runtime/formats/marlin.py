@@ -20,9 +20,11 @@ from mixprec_build.formats.grouped import Grouped
 
 from .. import launch
 from .base import Served
+from .places import add_alias
 from .repair import ADVICE, PULLS, Call, Repair
 
 __all__ = [
+    "PACKED_AS_WEIGHT",
     "PLACEHOLDER_MAP",
     "ServedGrouped",
     "changed_attributes",
@@ -217,6 +219,30 @@ ids_of_other_ranks = Repair(
     issues=(f"{PULLS}/38115",),
     layer="experts",
     runner=_create_runner_with_map,
+)
+
+
+def _add_aliases(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+    call.stock(layer, *args, **kwargs)
+    for weight in ("w13", "w2"):
+        add_alias(layer, f"{weight}_weight", of=f"{weight}_weight_packed")
+
+
+def _drop_aliases(call: Call, layer: Any) -> None:
+    for weight in ("w13", "w2"):
+        layer._parameters.pop(f"{weight}_weight", None)
+    call.stock(layer)
+
+
+PACKED_AS_WEIGHT = Repair(
+    name="packed values by another name",
+    why="Kimi-K3's class looks for weight_packed under the name weight, whatever the format, since SGLang's method for "
+    "MXFP4 has a parameter of that name. It drops tensors without one, and says nothing.",
+    where="srt/models/kimi_k3.py:2763",
+    layer="experts",
+    applies=lambda fmt: fmt.values_leaf == "weight_packed",
+    create=_add_aliases,
+    process=_drop_aliases,
 )
 
 

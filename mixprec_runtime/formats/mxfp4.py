@@ -20,7 +20,16 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.mxfp4 import Mxfp4
 
 from .base import Served, may_have_biases
-from .marlin import create_runner, may_get_negative_ids, recast, rename, require_activation, skip_negative_ids
+from .marlin import (
+    PACKED_AS_WEIGHT,
+    changed_attributes,
+    create_runner,
+    may_get_negative_ids,
+    recast,
+    rename,
+    require_activation,
+    skip_negative_ids,
+)
 from .repair import ADVICE, Call, Repair
 
 __all__ = ["ServedMxfp4"]
@@ -64,10 +73,11 @@ def _create_experts(
     params_dtype: torch.dtype,
     **kwargs: Any,
 ) -> None:
-    if layer.moe_runner_config.gemm1_alpha is not None and not kwargs.get("with_bias"):
-        raise ValueError("Marlin runs no such experts with this activation.")  # 0.5.15 tells only now
-    call.stock(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
     method: Any = call.method
+    # Again, for 0.5.15 tells only now whether there are biases.
+    biases = bool(kwargs.get("with_bias"))
+    _require_tiles(method.prefix, call.fmt, hidden_size, intermediate_size_per_partition, biases=biases)
+    call.stock(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **kwargs)
     method.hidden_pad = 0
     sizes = {
         "w13": (2 * intermediate_size_per_partition, hidden_size),
@@ -78,10 +88,20 @@ def _create_experts(
             shape = (num_experts, outputs, inputs // in_one)
             recast(layer, f"{weight}_{theirs}", _DTYPES[dtype], shape)
             rename(layer, f"{weight}_{theirs}", f"{weight}_{name}")
-        if kwargs.get("with_bias"):
+        if biases:
             bias = torch.empty((num_experts, outputs), dtype=params_dtype, device=next(layer.parameters()).device)
             layer.register_parameter(f"{weight}_bias", Parameter(bias, requires_grad=False))
     layer.moe_runner_config.gate_up_interleaved = False  # gate and up are two halves, whatever the activation
+
+
+def _require_tiles(prefix: str, fmt: Format, hidden: int, columns: int, *, biases: bool) -> None:
+    """Raises ``ValueError`` for sizes of a rank's experts that Marlin's tiles do not divide; with biases, they are
+    padded."""
+    if hidden % (64 if biases else 128) or columns % 64:
+        raise ValueError(
+            f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {hidden} and {columns} "
+            f"intermediate columns a rank. {ADVICE}"
+        )
 
 
 def _process_experts(call: Call, layer: Any) -> None:
@@ -94,11 +114,15 @@ def _process_experts(call: Call, layer: Any) -> None:
         if layer.moe_tp_rank:  # the ranks' outputs are added up
             layer.w2_bias.data.zero_()
         _pad_as_sglang(layer)
-    if layer.moe_runner_config.gemm1_alpha is not None:
-        _alternate_rows(layer)
     call.stock(layer)
     for weight in ("w13", "w2"):
         layer._parameters.pop(f"{weight}_bias", None)
+        layer._parameters.pop(f"{weight}_{_SCALES}", None)  # 0.5.15 and 0.5.16 keep them beside repacked ones
+
+
+def _process_halves(call: Call, layer: Any) -> None:
+    with changed_attributes(layer.moe_runner_config, gemm1_alpha=None):  # which the method's runner has, too
+        call.stock(layer)
 
 
 def _pad_as_sglang(layer: Any) -> None:
@@ -114,15 +138,6 @@ def _pad_as_sglang(layer: Any) -> None:
     w13, w2 = layer.w13_bias, layer.w2_bias
     w13.data = pad(w13.data.unflatten(1, (2, columns)), (0, more_columns)).flatten(1, 2)
     w2.data = pad(w2.data, (0, more_inputs))
-
-
-def _alternate_rows(layer: Any) -> None:
-    """Has rows of gate and up alternate, as gpt-oss stores them, since SGLang's class takes them apart again."""
-    layer._parameters[f"w13_{_SCALES}"].data = layer._parameters[f"w13_{_SCALES}"].data.view(torch.uint8)
-    for name in (_VALUES, _SCALES, "bias"):
-        parameter = layer._parameters.get(f"w13_{name}")
-        if parameter is not None:
-            parameter.data = parameter.data.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
 
 
 def _stored(fmt: Mxfp4) -> tuple[tuple[str, str, str], ...]:
@@ -162,6 +177,16 @@ class ServedMxfp4(Served[Mxfp4]):
             create=_create_experts,
             process=_process_experts,
         ),
+        PACKED_AS_WEIGHT,
+        Repair(
+            name="rows of gate and up that do not alternate",
+            why="Where activations have an alpha, the class moves rows of w13 as if those of gate and up alternated, "
+            "as in gpt-oss's release. Here they are two halves, for gpt-oss, Kimi-K3 and MiniMax-M3 alike, and stay "
+            "where they are.",
+            where=f"{_FILE}:168",
+            layer="experts",
+            process=_process_halves,
+        ),
         Repair(
             name="ids of experts elsewhere, of MXFP4",
             why="Ids of -1 are left out only where the layer's dispatcher has a map of experts, which a group of "
@@ -185,21 +210,13 @@ class ServedMxfp4(Served[Mxfp4]):
 
     def check_experts(self, layer: Any, fmt: Mxfp4, prefix: str) -> None:
         require_activation(layer, fmt, prefix)
-        config = layer.moe_runner_config
-        if not config.is_gated or (config.gemm1_alpha is not None and not may_have_biases(layer)):
-            # SGLang's class takes w13 for gate and up, which alternate where activations have an alpha. Those of
-            # gpt-oss, which have biases, are put into that order.
-            unfit = "with this activation" if config.is_gated else "without a gate"
+        if not layer.moe_runner_config.is_gated:  # SGLang's class takes w13 for gate and up
             raise ValueError(
-                f"{prefix} ({fmt.kind}): Marlin runs no such experts {unfit}. Build the checkpoint with another format "
-                "for this module."
+                f"{prefix} ({fmt.kind}): Marlin runs no such experts without a gate. Build the checkpoint with another "
+                "format for this module."
             )
-        hidden, intermediate = layer.hidden_size, layer.intermediate_size_per_partition
-        if hidden % (64 if may_have_biases(layer) else 128) or intermediate % 64:
-            raise ValueError(
-                f"{prefix} ({fmt.kind}): Marlin has no kernel for experts of hidden size {hidden} and {intermediate} "
-                f"intermediate columns a rank. {ADVICE}"
-            )
+        sizes = layer.hidden_size, layer.intermediate_size_per_partition
+        _require_tiles(prefix, fmt, *sizes, biases=may_have_biases(layer))
 
     def unmovable(self, fmt: Mxfp4) -> str:
         return ""

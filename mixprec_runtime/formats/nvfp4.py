@@ -20,6 +20,7 @@ from mixprec_build.formats.nvfp4 import Nvfp4
 
 from .base import Served
 from .marlin import (
+    PACKED_AS_WEIGHT,
     create_runner,
     may_get_negative_ids,
     rename,
@@ -147,6 +148,7 @@ class ServedNvfp4(Served[Nvfp4]):
         ),
         _compressed("linear", ("",)),
         _compressed("experts", ("w13_", "w2_")),
+        PACKED_AS_WEIGHT,
         Repair(
             name="ids of experts elsewhere, of NVFP4",
             why="Ids of -1 are left out only where the layer's dispatcher has a map of experts, which a group of "

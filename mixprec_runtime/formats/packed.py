@@ -12,6 +12,7 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.packed import Packed
 
 from .marlin import (
+    PACKED_AS_WEIGHT,
     PLACEHOLDER_MAP,
     ServedGrouped,
     create_runner,
@@ -108,6 +109,7 @@ class ServedPacked(ServedGrouped[Packed]):
             layer="experts",
             create=_create_experts,
         ),
+        PACKED_AS_WEIGHT,
         permute_by_groups(f"srt/layers/quantization/{_MOE}.py:300", "w13_weight_scale", "w2_weight_scale"),
         Repair(
             name="shapes of experts that nobody reads",

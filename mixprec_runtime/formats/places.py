@@ -1,4 +1,5 @@
-"""Where experts of the checkpoint are on this rank, and the scales of inputs that are loaded by it."""
+"""Where experts of the checkpoint are on this rank, the scales of inputs that are loaded by it, and parameters that
+SGLang's classes look for by other names."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-__all__ = ["local_places", "make_input_scale"]
+__all__ = ["add_alias", "local_places", "make_input_scale"]
 
 
 def local_places(layer: Any, expert: int) -> list[int]:
@@ -44,3 +45,15 @@ def _load_input_scale(layer: Any) -> Callable[..., None]:
             parameter.data[place] = tensor.reshape(())
 
     return load
+
+
+def add_alias(layer: Any, name: str, of: str) -> None:
+    """Registers an empty parameter ``name``, whose loader loads into the parameter ``of``."""
+
+    def load(_: Parameter, loaded_weight: torch.Tensor, *shard: Any, **expert: Any) -> None:
+        parameter = layer._parameters[of]
+        parameter.weight_loader(parameter, loaded_weight, *shard, **expert)
+
+    alias = Parameter(torch.empty(0), requires_grad=False)
+    alias.weight_loader = load  # type: ignore[attr-defined]
+    layer.register_parameter(name, alias)

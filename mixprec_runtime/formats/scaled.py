@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch.nn import Parameter
 
 from mixprec_build.formats.base import Format
 from mixprec_build.formats.scaled import Scaled
 
 from .base import Served
+from .places import add_alias
 from .repair import PULLS, Call, Repair
 
 __all__ = ["BLOCK_REPAIRS", "ServedScaled"]
@@ -52,9 +51,7 @@ def _alias_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
     def create_weights(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
         call.stock(layer, *args, **kwargs)
         for prefix in prefixes:
-            alias = Parameter(torch.empty(0), requires_grad=False)
-            alias.weight_loader = _loader_of(layer, f"{prefix}weight_scale_inv")  # type: ignore[attr-defined]
-            layer.register_parameter(f"{prefix}weight_scale", alias)
+            add_alias(layer, f"{prefix}weight_scale", of=f"{prefix}weight_scale_inv")
 
     def process_weights_after_loading(call: Call, layer: Any) -> None:
         for prefix in prefixes:
@@ -72,14 +69,6 @@ def _alias_weight_scale(layer: str, prefixes: tuple[str, ...]) -> Repair:
         create=create_weights,
         process=process_weights_after_loading,
     )
-
-
-def _loader_of(layer: Any, name: str) -> Callable[..., None]:
-    def load(_: Parameter, loaded_weight: torch.Tensor, *shard: Any, **expert: Any) -> None:
-        parameter = layer._parameters[name]
-        parameter.weight_loader(parameter, loaded_weight, *shard, **expert)
-
-    return load
 
 
 BLOCK_REPAIRS = (

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,19 +216,27 @@ def test_experts_in_mxfp4_are_right(kind: str, hidden: int, intermediate: int) -
         assert error < ERRORS["other"], f"{tokens} tokens: {error:.4f}"
 
 
-def test_experts_in_mxfp4_are_to_the_bit_those_of_sglangs_class_for_other_producers() -> None:
-    """``Mxfp4MoEMethod``, which SGLang takes for compressed-tensors' with ``--moe-runner-backend marlin``."""
+ALPHAS = {name: case for name, case in layers.ACTIVATIONS.items() if "gemm1_alpha" in case.options}
+"""MiniMax-M3's activation and Kimi-K3's, with small limits."""
+
+
+@pytest.mark.parametrize("name", ["silu", *ALPHAS])
+def test_experts_in_mxfp4_are_to_the_bit_those_of_sglangs_class_for_other_producers(name: str) -> None:
+    """``Mxfp4MoEMethod``, which SGLang takes for compressed-tensors' with ``--moe-runner-backend marlin``, and so for
+    Kimi-K3."""
     from unittest.mock import patch
 
     from sglang.srt.layers.moe.utils import MoeRunnerBackend
     from sglang.srt.layers.quantization import mxfp4
 
-    sizes = {"hidden": HIDDEN, "intermediate": INTERMEDIATE}
+    options: dict[str, Any] = {"hidden": HIDDEN, "intermediate": INTERMEDIATE}
+    if name in ALPHAS:
+        options |= ALPHAS[name].options
     with patch.object(mxfp4, "get_moe_runner_backend", lambda: MoeRunnerBackend.MARLIN):
         config = mxfp4.Mxfp4Config(is_checkpoint_mxfp4_serialized=True)
-        stock, _ = layers.make_layer([("mxfp4", EXPERTS)], config=config, **sizes)
+        stock, _ = layers.make_layer([("mxfp4", EXPERTS)], config=config, **options)
     assert type(stock.quant_method).__name__ == "Mxfp4MoEMethod"
-    ours, _ = layers.make_layer([("mxfp4", EXPERTS)], **sizes)
+    ours, _ = layers.make_layer([("mxfp4", EXPERTS)], **options)
     for tokens in TOKENS[1:]:
         ids = routings(tokens, 1)["random"].cuda()
         x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
@@ -241,6 +250,9 @@ OTHER_PAIRS = [
     ("bf16", "fp8_block"), ("bf16", "fp8_channel"), ("bf16", "fp8_tensor"), ("bf16", "int8_channel"),
     ("bf16", "gptq_int4"), ("bf16", "awq_int4"), ("bf16", "ct_int4"), ("bf16", "nvfp4"), ("fp8_block", "gptq_int4"),
     ("fp8_channel", "nvfp4"),
+    # Of Marlin's, two groups can be in MXFP4, by different names.
+    ("bf16", "ct_mxfp4"), ("fp8_block", "ct_mxfp4"), ("gptq_int4", "ct_mxfp4"), ("nvfp4", "ct_mxfp4"),
+    ("ct_mxfp4", "mxfp4"),
 ]  # fmt: skip
 
 
@@ -248,9 +260,11 @@ OTHER_PAIRS = [
 @pytest.mark.parametrize("kinds", OTHER_PAIRS, ids="+".join)
 def test_other_activations_and_experts_without_a_gate(kinds: tuple[str, ...], name: str) -> None:
     """Each format is a fused MoE of its own here, and its ids of other groups are -1."""
-    case = layers.ACTIVATIONS[name]
-    if not case.marlin and any(layers.FORMATS[kind].experts_run_on != "Triton" for kind in kinds):
+    case, formats = layers.ACTIVATIONS[name], [layers.FORMATS[kind] for kind in kinds]
+    if not case.marlin and any(fmt.experts_run_on != "Triton" for fmt in formats):
         pytest.skip("refused: Marlin has no such kernel")
+    if not case.options.get("is_gated", True) and any(fmt.gated_experts_only for fmt in formats):
+        pytest.skip("refused: SGLang's class is for experts with a gate")
     layer, dense = layers.make_layer(
         [(kind, EXPERTS // 2) for kind in kinds], hidden=HIDDEN, intermediate=INTERMEDIATE, **case.options
     )
@@ -265,3 +279,68 @@ def test_other_activations_and_experts_without_a_gate(kinds: tuple[str, ...], na
             error = ((out.double() - due).norm() / due.norm()).item()
             # Squares and cut values double what rounding did.
             assert error < 2 * limit, f"{name}, {tokens} tokens, {routing}: error {error:.4f} of {2 * limit}"
+
+
+REAL = {
+    "MiniMax-M3": ({"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}, layers.swiglu(1.702, 7.0)),
+    "Kimi-K3": ({"activation": "situ", "gemm1_alpha": 4.0, "gemm1_clamp_limit": 25.0}, layers.situ(4.0, 25.0)),
+}
+"""Activations with the constants of releases, which large inputs reach."""
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "kinds", [("ct_mxfp4",), ("ct_mxfp4", "fp8_block"), ("ct_mxfp4", "mxfp4", "bf16")], ids="+".join
+)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (384, 192), (3584, 384)])
+def test_experts_in_mxfp4_are_activated_as_their_models_are(
+    kinds: tuple[str, ...], name: str, hidden: int, intermediate: int
+) -> None:
+    """Alone in their layer and beside others, also where Kimi-K3's class offers memory for the layer's output; the last
+    size is Kimi-K3's on eight ranks."""
+    from sglang.srt.layers import zero_copy_context
+
+    options, activate = REAL[name]
+    layer, dense = layers.make_layer(
+        [(kind, EXPERTS // len(kinds)) for kind in kinds],
+        hidden=hidden, intermediate=intermediate, gate_up_interleaved=False, **options,
+    )  # fmt: skip
+    limit = ERRORS["fp8"] if "fp8_block" in kinds else ERRORS["other"]
+    for tokens in (1, 64, 1024):
+        x = 8 * torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+        weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+        for routing, ids in routings(tokens, len(kinds)).items():
+            if routing == "other ranks" and len(kinds) == 1:
+                continue  # a layer of one rank gets no ids of -1
+            ids = ids.cuda()
+            due = layers.reference(x, ids, weights, dense, activate)
+            with zero_copy_context.set_moe_output(torch.empty_like(x)):
+                out = layers.run(layer, x, ids, weights)
+            error = ((out.double() - due).norm() / due.norm()).item()
+            assert error < 2 * limit, f"{tokens} tokens, {routing}: error {error:.4f} of {2 * limit}"
+
+
+@pytest.mark.parametrize("kinds", [("ct_mxfp4",), ("ct_mxfp4", "mxfp4", "fp8_block")], ids="+".join)
+def test_experts_in_mxfp4_in_a_cuda_graph(kinds: tuple[str, ...]) -> None:
+    """Activated by SiTU: captured with some tokens, replayed with others."""
+    options, activate = REAL["Kimi-K3"]
+    layer, dense = layers.make_layer(
+        [(kind, EXPERTS // len(kinds)) for kind in kinds],
+        hidden=HIDDEN, intermediate=INTERMEDIATE, gate_up_interleaved=False, **options,
+    )  # fmt: skip
+    for tokens in (1, 48):
+        x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        ids = routings(tokens, len(kinds))["random"].cuda()
+        weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+        layers.run(layer, x, ids, weights)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [layers.run(layer, x, ids, weights) for _ in range(3)]
+        for name in ("random", "one group", "all groups"):
+            ids.copy_(routings(tokens, len(kinds))[name])
+            x.normal_()
+            graph.replay()
+            due = layers.reference(x, ids, weights, dense, activate)
+            for out in outs:
+                assert ((out.double() - due).norm() / due.norm()).item() < 2 * ERRORS["fp8"], name

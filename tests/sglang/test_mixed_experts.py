@@ -90,6 +90,7 @@ def test_a_group_of_one_projection_takes_no_memory_for_the_other(kind: str) -> N
 
 
 NO_TRITON = {kind for kind, fmt in FORMATS.items() if fmt.experts_run_on != "Triton"}
+ON_CUTLASS = {kind for kind, fmt in FORMATS.items() if fmt.experts_run_on == "CUTLASS"}
 GATED = {kind for kind, fmt in FORMATS.items() if fmt.gated_experts_only}
 # Each quantized format beside BF16, and beside one other.
 PAIRS = [("bf16", kind) for kind in FORMATS if kind != "bf16"] + [("fp8_block", "gptq_int4"), ("nvfp4", "fp8_tensor")]
@@ -99,13 +100,13 @@ PAIRS = [("bf16", kind) for kind in FORMATS if kind != "bf16"] + [("fp8_block", 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_other_activations_and_experts_without_a_gate(first: str, second: str, name: str) -> None:
     case = ACTIVATIONS[name]
-    unfit = (set() if case.marlin else NO_TRITON) | (GATED if case.options.keys() != {"activation"} else set())
+    gated = case.options.get("is_gated", True)
+    unfit = ON_CUTLASS | (set() if case.marlin else NO_TRITON) | (set() if gated else GATED)
     if unfit & {first, second}:
         with pytest.raises(ValueError, match=rf"{PREFIX}\.\w+ \(\w+\): (Marlin|SGLang's kernel)"):
             layer_of((first, 3), (second, 5), **case.options)
         return
     layer, weights = layer_of((first, 3), (second, 5), **case.options)
-    gated = case.options.get("is_gated", True)
     assert {group.w13_weight.shape[1] for group in layer.groups} == {INTERMEDIATE * (2 if gated else 1)}
     x, ids, topk = routed(64, 8)
     ids[3] = -1

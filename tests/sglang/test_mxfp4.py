@@ -1,17 +1,20 @@
-"""MXFP4 experts in SGLang's class for Marlin: what is repacked, what is multiplied, and what is refused by name."""
+"""MXFP4 experts in SGLang's class for Marlin: what is repacked, multiplied and activated; what is refused by name."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from types import SimpleNamespace
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from support.serving import quantize
 from support.sglang.harness import publish, server_args
 from support.sglang.hopper import hopper
-from support.sglang.layers import FORMATS, PREFIX, mixed_config
+from support.sglang.layers import ACTIVATIONS, FORMATS, PREFIX, mixed_config, reference, silu_gate
 
 pytestmark = pytest.mark.usefixtures("stage")
 
@@ -31,7 +34,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def repack(b_q_weight: torch.Tensor, perm: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
         assert b_q_weight.shape == (size_k // 8, size_n) and num_bits == 4 and not perm.numel()
-        return b_q_weight.clone()
+        return b_q_weight.clone().view(size_k // 16, 2 * size_n)  # the shape of what the kernel returns
 
     monkeypatch.setattr(marlin_utils_fp4, "gptq_marlin_repack", repack, raising=False)
     monkeypatch.setattr(marlin_utils_fp4, "marlin_make_workspace", lambda *_: None)
@@ -39,19 +42,22 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def experts_of(kind: str, **options: Any) -> Any:
+def experts_of(*kinds: str, **options: Any) -> Any:
+    """A layer with experts in these formats, or in the one format."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     from mixprec_runtime.config import MixPrecConfig
 
-    sizes = {"num_experts": EXPERTS, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "top_k": 2}
-    config = mixed_config(MixPrecConfig, [kind] * EXPERTS)
+    each = list(kinds) if len(kinds) > 1 else [*kinds] * EXPERTS
+    sizes = {"num_experts": len(each), "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "top_k": 2}
+    config = mixed_config(MixPrecConfig, each)
     return FusedMoE(layer_id=0, params_dtype=torch.bfloat16, quant_config=config, prefix=PREFIX, **{**sizes, **options})
 
 
-def load(layer: Any, kind: str) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+def load(layer: Any, *kinds: str) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
     generator, stored = torch.Generator().manual_seed(0), {}
-    for expert in range(EXPERTS):
+    for expert in range(layer.num_experts):
+        kind = kinds[expert % len(kinds)]
         for shard in ("w1", "w3", "w2"):
             n, k = (HIDDEN, INTERMEDIATE) if shard == "w2" else (INTERMEDIATE, HIDDEN)
             # Scales of many sizes, in no order.
@@ -65,14 +71,22 @@ def load(layer: Any, kind: str) -> dict[tuple[int, str], dict[str, torch.Tensor]
     return stored
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_marlin_gets_the_bytes_of_every_layout(kind: str, kernels: None) -> None:
-    from sglang.srt.layers.quantization.marlin_utils import marlin_permute_scales
+ALPHAS = {name: case.options for name, case in ACTIVATIONS.items() if "gemm1_alpha" in case.options}
+"""MiniMax-M3's activation and Kimi-K3's."""
 
-    layer = experts_of(kind)
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(kind, {}) for kind in KINDS] + [("ct_mxfp4", options) for options in ALPHAS.values()],
+    ids=[*KINDS, *ALPHAS],
+)
+def test_marlin_gets_the_bytes_of_every_layout(kind: str, options: dict[str, Any], kernels: None) -> None:
+    """Rows of gate and up are two halves, whatever the activation."""
+    layer = experts_of(kind, **options)
     assert type(layer.quant_method).__name__ == "Mxfp4MarlinMoEMethod"
     fmt: Any = FORMATS[kind]
-    assert layer._parameters.keys() == {f"{w}_{leaf}" for w in ("w13", "w2") for leaf in (fmt.values, fmt.scales)}
+    names = {"weight", fmt.values, fmt.scales}  # "weight" also where it is another name, for Kimi-K3's class
+    assert layer._parameters.keys() == {f"{w}_{leaf}" for w in ("w13", "w2") for leaf in names}
     stored = load(layer, kind)
     layer.quant_method.process_weights_after_loading(layer)
     assert layer._parameters.keys() == {"w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"}
@@ -81,12 +95,156 @@ def test_marlin_gets_the_bytes_of_every_layout(kind: str, kernels: None) -> None
         assert values.dtype == torch.int32 and scales.dtype == torch.float8_e8m0fnu
         for expert in range(EXPERTS):
             codes = torch.cat([stored[expert, shard][fmt.values].view(torch.uint8) for shard in shards])
-            assert torch.equal(values[expert], codes.contiguous().view(torch.int32).t())
+            assert torch.equal(values[expert].view(-1, len(codes)), codes.contiguous().view(torch.int32).t())
             powers = torch.cat([stored[expert, shard][fmt.scales].view(torch.uint8) for shard in shards])
-            n, groups = powers.shape
-            due = marlin_permute_scales(powers.t().contiguous(), 32 * groups, n, 32)
-            due = due.view(-1, 4)[:, [0, 2, 1, 3]].reshape(groups, n)
-            assert torch.equal(scales[expert].view(torch.uint8), due)
+            assert torch.equal(scales[expert].view(torch.uint8), permuted(powers.t().contiguous()))
+
+
+def permuted(scales: torch.Tensor) -> torch.Tensor:
+    """Scales ``[groups, N]`` in Marlin's order."""
+    from sglang.srt.layers.quantization.marlin_utils import marlin_permute_scales
+
+    groups, n = scales.shape
+    return marlin_permute_scales(scales, 32 * groups, n, 32).view(-1, 4)[:, [0, 2, 1, 3]].reshape(groups, n)
+
+
+def dense_of(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The weight ``[N, K]`` in float64, of values that ``kernels`` left in order and scales in Marlin's."""
+    codes = values.view(-1, scales.shape[1]).t().contiguous().view(torch.uint8)
+    powers = torch.empty(scales.shape, dtype=torch.uint8)
+    order = permuted(torch.arange(powers.numel()).view(scales.shape))
+    powers.view(-1)[order.flatten()] = scales.view(torch.uint8).flatten()
+    fmt: Any = FORMATS["mxfp4"]
+    stored = {"weight": codes.numpy(), "weight_scale": powers.t().contiguous().numpy()}
+    return torch.from_numpy(fmt.dequantize(stored)).double()
+
+
+@pytest.fixture
+def runner(kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """SGLang's own runner and ``fused_marlin_moe``, of which only kernels are replaced, by what they stand for.
+
+    Yields the activations that ran.
+    """
+    from sglang.srt.layers.moe import fused_moe_triton
+    from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe as stock
+    from sglang.srt.layers.quantization import marlin_utils
+
+    ran: list[str] = []
+    file = copied(stock)
+    monkeypatch.setattr(stock, "fused_marlin_moe", file.fused_marlin_moe)
+
+    def align(ids: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return ids, ids, ids
+
+    def product(
+        x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, _: Any, scales: torch.Tensor, *rest: Any,
+        top_k: int, mul_topk_weights: bool, is_ep: bool, **__: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        ids, topk_weights = rest[5].flatten(), rest[8].flatten()
+        assert is_ep or (ids >= 0).all()  # without a map, the kernel reads before the weights for -1
+        for row, expert in enumerate(ids.tolist()):
+            if expert >= 0:
+                value = dense_of(weight[expert], scales[expert]) @ x[row // top_k].double()
+                out[row] = (value * topk_weights[row] if mul_topk_weights else value).to(out.dtype)
+            elif mul_topk_weights:
+                out[row] = 0
+        return out
+
+    def oai(x: torch.Tensor, alpha: float, beta: float, limit: float, out: torch.Tensor) -> None:
+        ran.append("swiglu with alpha and limit")
+        gate, up = x.double().chunk(2, -1)
+        gate = gate.clamp(max=limit)
+        out.copy_(gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + beta))
+
+    def situ(out: torch.Tensor, x: torch.Tensor, situ_beta: float, linear_beta: float) -> None:
+        ran.append("situ")
+        gate, up = x.double().chunk(2, -1)
+        up = linear_beta * torch.tanh(up / linear_beta)
+        out.copy_(situ_beta * torch.tanh(gate / situ_beta) * torch.sigmoid(gate) * up)
+
+    def silu(x: torch.Tensor, out: torch.Tensor) -> None:
+        ran.append("silu")
+        gate, up = x.double().chunk(2, -1)
+        out.copy_(torch.nn.functional.silu(gate) * up)
+
+    def add_up(rows: torch.Tensor, out: torch.Tensor, *_: Any) -> None:
+        out.copy_(rows.double().sum(1))
+
+    monkeypatch.setattr(fused_moe_triton, "moe_align_block_size", align)
+    monkeypatch.setattr(marlin_utils, "marlin_make_workspace", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(file, "get_scalar_type", lambda *_: None)
+    for name, stand_in in (
+        ("moe_wna16_marlin_gemm", product),
+        ("silu_and_mul", silu),
+        ("moe_sum_reduce", add_up),
+        ("situ_and_mul", situ),
+        ("swiglu_oai_split", oai),
+        ("swiglu_gpt_oss_sigmoid_alpha_contiguous", lambda out, x, alpha, limit: oai(x, alpha, 1.0, limit, out)),
+    ):
+        monkeypatch.setattr(file, name, stand_in, raising=False)
+    try:
+        from sglang.kernels.ops.moe import moe_topk_sum
+    except ImportError:  # before 0.5.17
+        pass
+    else:
+        monkeypatch.setattr(moe_topk_sum, "moe_topk_sum", add_up)
+    yield ran
+
+
+def copied(file: ModuleType) -> ModuleType:
+    """A copy of the module, whose functions are not operations of torch, which SGLang registers for CUDA only."""
+    from sglang.srt.utils import custom_op
+
+    spec = importlib.util.spec_from_file_location(f"{file.__name__}_of_a_test", str(file.__file__))
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    with patch.object(custom_op, "register_custom_op", lambda **_: lambda function: function):
+        spec.loader.exec_module(copy)
+    return copy
+
+
+def routed(tokens: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.bfloat16)
+    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :2].to(torch.int32)
+    return x, ids, torch.rand(tokens, 2, generator=generator)
+
+
+@pytest.mark.parametrize("kinds", [("ct_mxfp4",), ("ct_mxfp4", "mxfp4", "deepseek_mxfp4")], ids="+".join)
+@pytest.mark.parametrize("name", ["silu", *ALPHAS])
+def test_experts_are_activated_by_sglangs_runner_as_their_models_are(
+    name: str, kinds: tuple[str, ...], runner: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone in their layer, and in groups of it; Kimi-K3's class offers memory for the layer's output."""
+    from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from mixprec_runtime.experts import chains
+
+    if name == "situ" and not hasattr(fused_marlin_moe, "zero_copy_context"):
+        pytest.skip("this SGLang has no SiTU for experts")
+    layer = experts_of(*kinds, **ALPHAS.get(name, {}))
+    stored = load(layer, *kinds)
+    for part in (*getattr(layer, "groups", ()), layer):
+        part.quant_method.process_weights_after_loading(part)
+    monkeypatch.setattr(chains, "of", lambda *_: chains.Chains([], []))  # with SiLU, they are computed together
+    x, ids, weights = routed(5, layer.num_experts)
+    given = StandardDispatchOutput(x, None, StandardTopKOutput(weights, ids, weights))
+    offered = nullcontext()
+    if hasattr(fused_marlin_moe, "zero_copy_context"):
+        offered = fused_marlin_moe.zero_copy_context.set_moe_output(torch.empty_like(x))
+    with offered:
+        out = layer.quant_method.apply(layer, given).hidden_states
+    dense = {}
+    for (expert, shard), tensors in stored.items():
+        fmt: Any = FORMATS[kinds[expert % len(kinds)]]
+        found = {leaf: tensor.view(torch.uint8).numpy() for leaf, tensor in tensors.items()}
+        dense[expert, shard] = torch.from_numpy(fmt.dequantize(found))
+    due = reference(x, ids, weights, dense, ACTIVATIONS[name].activate if name in ALPHAS else silu_gate)
+    assert ((out.double() - due).norm() / due.norm()).item() < 0.012
+    assert runner == [name] * len(kinds)
 
 
 @pytest.mark.parametrize(("in_router", "group"), [(False, False), (True, False), (True, True)])

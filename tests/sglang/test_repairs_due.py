@@ -86,6 +86,11 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("mxfp4_marlin_moe.py", r"w13_weight_scale_inv"),
         ("mxfp4_marlin_moe.py", r"round_up\("),
     ],
+    # In the class of Kimi-K3, too, which came with 0.5.17.
+    "packed values by another name": [("deepseek_v4.py", r'name\.replace\("weight_packed", "weight"\)')],
+    "rows of gate and up that do not alternate": [
+        ("mxfp4_marlin_moe.py", r"gemm1_alpha is not None:\s+deinterleave_moe_mxfp4_w13_for_marlin\(layer\)")
+    ],
     "ids of experts elsewhere, of MXFP4": [
         # 0.5.15 and 0.5.16 pass no map at all.
         (

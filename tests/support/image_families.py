@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from support.family_parts import (
     _A_PROJECTIONS,
@@ -37,7 +38,7 @@ from support.more_families import (
     step_tensors,
 )
 
-__all__ = ["GEMMA3", "IMAGE_TENSORS", "IMAGE_TINY", "gemma3_tensors"]
+__all__ = ["GEMMA3", "IMAGE_TENSORS", "IMAGE_TINY", "KIMI_K3_WIDE", "gemma3_tensors"]
 
 _GEMMA_NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
@@ -324,11 +325,21 @@ IMAGE_TINY: Mapping[str, TinyModel] = {
             },
         },
         {
-            "*.self_attn.{q_proj,k_proj,v_proj,g_proj,o_proj,q_b_proj}": "fp8", "*.block_sparse_moe.experts.*": "int4",
-            "*.layers.1.block_sparse_moe.experts.{0..2}.*": "fp8",
-            "*.layers.2.block_sparse_moe.experts.{3,5}.*": "bf16", "*.shared_experts.*": "fp8",
-            "*.layers.0.mlp.*": "int4",
+            "*.self_attn.{q_proj,k_proj,v_proj,g_proj,o_proj,q_b_proj}": "fp8",
+            "*.block_sparse_moe.experts.*": "mxfp4", "*.layers.1.block_sparse_moe.experts.{0..2}.*": "fp8",
+            "*.layers.1.block_sparse_moe.experts.{3,5}.*": "int4", "*.layers.1.block_sparse_moe.experts.6.*": "bf16",
+            "*.layers.2.*.shared_experts.*": "fp8", "*.layers.0.mlp.*": "int4",
         },
         dense=_A_PROJECTIONS, options=_HYBRID,
     ),
 }  # fmt: skip
+_K3 = IMAGE_TINY["kimi_k3"]
+KIMI_K3_WIDE = replace(
+    _K3,
+    config={
+        **_K3.config,
+        "text_config": {**_K3.config["text_config"], "hidden_size": 512, "routed_expert_hidden_size": 256},
+        "vision_config": {**_K3.config["vision_config"], "text_hidden_size": 512},
+    },
+)
+"""Experts of sizes to which SGLang's own method for MXFP4 pads none; it cannot load those that it pads."""

@@ -463,7 +463,8 @@ MINIMAX_M3: Config = {
 }  # fmt: skip
 MINIMAX_M3_LINES = {
     "*.self_attn.*": "fp8", "*.layers.2.self_attn.*": "bf16", "*.block_sparse_moe.experts.*": "int4",
-    "*.layers.1.block_sparse_moe.experts.{0..2}.*": "fp8", "*.layers.2.block_sparse_moe.experts.{3,5}.*": "bf16",
+    "*.layers.1.block_sparse_moe.experts.{0..2}.*": "fp8", "*.layers.1.block_sparse_moe.experts.{4,6}.*": "mxfp4",
+    "*.layers.2.block_sparse_moe.experts.{3,5}.*": "bf16",
     "*.shared_experts.*": "int4", "*.layers.0.mlp.*": "fp8",
 }  # fmt: skip
 TRITON = {"attention_backend": "triton"}

@@ -59,17 +59,17 @@ def test_what_a_class_has_no_place_for(
     assert [fmt for fmt in (*served, *refused) if family.format_limit(name, Role.LINEAR, fmt) is not None] == refused
 
 
-def test_experts_with_an_alpha_are_refused_in_what_no_kernel_has_it_for() -> None:
-    """MiniMax-M3's run on Triton and on Marlin, but for MXFP4, whose class takes rows in another order then."""
+@pytest.mark.parametrize(("family", "activation"), [(MINIMAX_M3, "swiglu_oai"), (KIMI_K3, "situ")])
+def test_experts_with_an_alpha_are_refused_in_what_no_kernel_has_it_for(family: Family, activation: str) -> None:
+    """MiniMax-M3's and Kimi-K3's run on Triton and on Marlin."""
     module = "model.layers.3.block_sparse_moe.experts.5.w1"
-    for fmt in (Mxfp4(), Nvfp4("modelopt", "none"), INT4, BLOCK):
-        limit = MINIMAX_M3.format_limit(module, Role.EXPERT, fmt)
-        assert (limit is not None) == (fmt.kind == "mxfp4"), fmt
+    for fmt in (Mxfp4(), Mxfp4("weight_packed"), Nvfp4("modelopt", "none"), INT4, BLOCK):
+        assert family.format_limit(module, Role.EXPERT, fmt) is None, fmt
     shared = "model.layers.3.block_sparse_moe.shared_experts.gate_proj"
     assert MINIMAX_M3.format_limit(shared, Role.LINEAR, INT4) is None
-    kernels = {kernel: MINIMAX_M3.activation.limit_on(kernel) for kernel in ("Triton", "Marlin", W4afp8.experts_run_on)}
+    kernels = {kernel: family.activation.limit_on(kernel) for kernel in ("Triton", "Marlin", W4afp8.experts_run_on)}
     assert [kernel for kernel, limit in kernels.items() if limit is not None] == ["CUTLASS"]
-    assert "no CUTLASS kernel for experts with this activation (swiglu_oai)" in str(kernels["CUTLASS"])
+    assert f"no CUTLASS kernel for experts with this activation ({activation})" in str(kernels["CUTLASS"])
 
 
 def test_every_family_says_its_classes_and_is_found_by_them() -> None:

@@ -40,8 +40,11 @@ _QUANTIZED = {
     "fp8": (formats.fp8_block, formats.fp8_config()),
     "int4": (formats.gptq, formats.gptq_config()),
     "packed": VARIANTS["ct_int4_g32"],
+    "mxfp4": VARIANTS["ct_mxfp4"],
     "auto_round": (_STORE_AUTO_ROUND, {**(_AUTO_ROUND or {}), "block_name_to_quantize": "model.language_model.layers"}),
 }
+_OF_EXPERTS = "packed", "mxfp4"
+"""Variants of which only routed experts are quantized."""
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -82,7 +85,7 @@ def write_family(
             # The last is InternLM2's.
             linear = tensor.linear or (head and (module.endswith("lm_head") or module == "output"))
             dense = variant != "fp8" and bool(model.dense) and module.endswith(model.dense)
-            if linear and not draft and not dense and (variant != "packed" or ".mlp.experts." in module):
+            if linear and not draft and not dense and (variant not in _OF_EXPERTS or ".experts." in module):
                 stored = store(values[tensor.name].float())
                 tensors |= {f"{module}.{leaf}": value for leaf, value in stored.items()}
             else:
@@ -100,10 +103,18 @@ def _renamed(name: str, model: TinyModel) -> str:
 
 
 def _declared(config: dict[str, Any], quantization: dict[str, Any], variant: str) -> dict[str, Any]:
-    """``config.json`` with a declaration; of packed experts it is where Kimi-K2.5's releases have it."""
-    if variant != "packed":
+    """``config.json`` with a declaration; of experts alone it is where Kimi-K2.5's and K3's releases have it."""
+    if variant not in _OF_EXPERTS or "text_config" not in config:
         return {**config, "quantization_config": quantization}
-    left = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
+    left = [
+        "lm_head",
+        "self_attn",
+        "shared_experts",
+        r"mlp\.(gate|up|gate_up|down)_proj",
+        "vision_tower",
+        "mm_projector",
+    ]
+    left = [f"re:.*{words}.*" for words in left]
     return {**config, "text_config": {**config["text_config"], "quantization_config": {**quantization, "ignore": left}}}
 
 

@@ -26,7 +26,21 @@ from mixprec_build.formats.w4afp8 import W4afp8
 from mixprec_build.patterns.pattern import Pattern
 from support.serving import quantize
 
-__all__ = ["ACTIVATIONS", "DEVICE", "FORMATS", "PROJECTIONS", "make_layer", "reference", "run", "start_sglang"]
+__all__ = [
+    "ACTIVATIONS",
+    "DEVICE",
+    "FORMATS",
+    "PREFIX",
+    "PROJECTIONS",
+    "make_layer",
+    "mixed_config",
+    "reference",
+    "run",
+    "silu_gate",
+    "situ",
+    "start_sglang",
+    "swiglu",
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {
@@ -208,10 +222,25 @@ def _limited(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     return torch.nn.functional.silu(gate).clamp(max=0.5) * up.clamp(-0.5, 0.5)
 
 
-def _with_alpha(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
-    assert up is not None
-    gate = gate.clamp(max=0.5)
-    return gate * torch.sigmoid(1.7 * gate) * (up.clamp(-0.5, 0.5) + 1)
+def swiglu(alpha: float, limit: float) -> Activation:
+    """That of gpt-oss and MiniMax-M3."""
+
+    def activate(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        assert up is not None
+        gate = gate.clamp(max=limit)
+        return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
+
+    return activate
+
+
+def situ(beta: float, linear_beta: float) -> Activation:
+    """That of Kimi-K3."""
+
+    def activate(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        assert up is not None
+        return beta * torch.tanh(gate / beta) * torch.sigmoid(gate) * linear_beta * torch.tanh(up / linear_beta)
+
+    return activate
 
 
 def _gelu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
@@ -236,7 +265,11 @@ ACTIVATIONS: Mapping[str, OtherActivation] = {
     ),
     "gelu": OtherActivation({"activation": "gelu"}, _gelu, marlin=False),
     "swiglu with alpha and limit": OtherActivation(
-        {"gemm1_alpha": 1.7, "gemm1_clamp_limit": 0.5, "gate_up_interleaved": False}, _with_alpha
+        {"gemm1_alpha": 1.7, "gemm1_clamp_limit": 0.5, "gate_up_interleaved": False}, swiglu(1.7, 0.5)
+    ),
+    "situ": OtherActivation(
+        {"activation": "situ", "gemm1_alpha": 1.5, "gemm1_clamp_limit": 0.7, "gate_up_interleaved": False},
+        situ(1.5, 0.7),
     ),
     "silu with a limit": OtherActivation({"gemm1_clamp_limit": 0.5}, _limited, marlin=False),
     "weighted inputs": OtherActivation(

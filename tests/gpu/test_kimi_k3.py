@@ -1,0 +1,58 @@
+"""Kimi-K3's release in small, with experts in MXFP4, compiled, against the release in stock SGLang on Marlin: tokens
+and logprobs to the bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sglang.srt")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from support.image_families import KIMI_K3_WIDE  # noqa: E402
+from support.run import environment  # noqa: E402
+from support.sglang.families import write_family  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+HERE = Path(__file__).parent
+ENGINE = {
+    **KIMI_K3_WIDE.options, "enable_multimodal": False, "mem_fraction_static": 0.3, "max_total_tokens": 8192,
+    "max_mamba_cache_size": 32, "max_running_requests": 4, "cuda_graph_max_bs_decode": 1, "cuda_graph_bs_decode": [1],
+    "cuda_graph_max_bs_prefill": 32, "cuda_graph_bs_prefill": [32],
+}  # fmt: skip
+
+
+def ask(path: Path, port: int, **engine: Any) -> dict[str, Any]:
+    options = {"dtype": "bfloat16", "logits": True, "engine": {**ENGINE, "nccl_port": port, **engine}}
+    command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment(HERE / "repeatable"))
+    assert not done.returncode, f"{' '.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}"
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def test_it_answers_as_natively_on_marlin(tmp_path: Path) -> None:
+    release, out = write_family(tmp_path, KIMI_K3_WIDE)["mxfp4"], tmp_path / "compiled"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {release}\n")
+    subprocess.run([sys.executable, "-m", "mixprec_build", "build", recipe, "-o", out], check=True)
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.submit(ask, out, 27000), pool.submit(ask, release, 27020, moe_runner_backend="marlin")
+    found, due = (future.result() for future in both)
+    each = zip(found["tokens"], due["tokens"], found["logprobs"], due["logprobs"], strict=True)
+    apart = [number for number, (a, b, p, q) in enumerate(each) if (a, p) != (b, q)]
+    first = apart[0] if apart else 0
+    assert not apart, (
+        f"prompts {apart} differ; the first: tokens {found['tokens'][first]} and {due['tokens'][first]}, logprobs "
+        f"{found['logprobs'][first][:4]} and {due['logprobs'][first][:4]}"
+    )
+    print(f"\nmemory: {found['memory']}")
