@@ -236,9 +236,10 @@ def _drop_aliases(call: Call, layer: Any) -> None:
 
 PACKED_AS_WEIGHT = Repair(
     name="packed values by another name",
-    why="Kimi-K3's class looks for weight_packed under the name weight, whatever the format, since SGLang's method for "
-    "MXFP4 has a parameter of that name. It drops tensors without one, and says nothing.",
-    where="srt/models/kimi_k3.py:2763",
+    why="As DeepSeek-V4's class, Kimi-K3's (models/kimi_k3.py:2763) looks for weight_packed under the name weight, "
+    "whatever the format, since SGLang's method for MXFP4 has a parameter of that name. It drops tensors without one, "
+    "and says nothing.",
+    where="srt/models/deepseek_v4.py:2970",
     layer="experts",
     applies=lambda fmt: fmt.values_leaf == "weight_packed",
     create=_add_aliases,

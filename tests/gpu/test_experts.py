@@ -292,7 +292,7 @@ REAL = {
 @pytest.mark.parametrize(
     "kinds", [("ct_mxfp4",), ("ct_mxfp4", "fp8_block"), ("ct_mxfp4", "mxfp4", "bf16")], ids="+".join
 )
-@pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (384, 192), (3584, 384)])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(512, 256), (384, 384), (3584, 384)])
 def test_experts_in_mxfp4_are_activated_as_their_models_are(
     kinds: tuple[str, ...], name: str, hidden: int, intermediate: int
 ) -> None:
@@ -342,5 +342,6 @@ def test_experts_in_mxfp4_in_a_cuda_graph(kinds: tuple[str, ...]) -> None:
             x.normal_()
             graph.replay()
             due = layers.reference(x, ids, weights, dense, activate)
+            limit = 2 * ERRORS["fp8" if "fp8_block" in kinds else "other"]
             for out in outs:
-                assert ((out.double() - due).norm() / due.norm()).item() < 2 * ERRORS["fp8"], name
+                assert ((out.double() - due).norm() / due.norm()).item() < limit, name

@@ -121,6 +121,8 @@ def test_marlin_gets_what_it_gets_natively(
         assert dict(mine.named_parameters()).keys() == due.keys()
         for name, parameter in mine.named_parameters():
             a, b = (t.data.contiguous().view(torch.uint8) for t in (parameter, due[name]))
+            if name.endswith("scale"):  # 0.5.15 and 0.5.16 fill them up with 0, where values are 0
+                b = torch.where(b == 0, 127, b)
             assert parameter.shape == due[name].shape and torch.equal(a, b), name
         config_of = mine.moe_runner_config
         assert (config_of.gemm1_alpha, config_of.gemm1_clamp_limit) == (1.702, 7.0)

@@ -11,7 +11,17 @@ import pytest
 import torch
 from support.serving import quantize
 from support.sglang.harness import Changed, publish, rank_of, run_python, server_args
-from support.sglang.layers import ACTIVATIONS, FORMATS, PREFIX, PROJECTIONS, make_layer, mixed_config, reference, run
+from support.sglang.layers import (
+    ACTIVATIONS,
+    FORMATS,
+    PREFIX,
+    PROJECTIONS,
+    make_layer,
+    mixed_config,
+    reference,
+    run,
+    skip_unless_activated,
+)
 
 HIDDEN, INTERMEDIATE, TOP_K = 256, 128, 3
 
@@ -99,6 +109,7 @@ PAIRS = [("bf16", kind) for kind in FORMATS if kind != "bf16"] + [("fp8_block", 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_other_activations_and_experts_without_a_gate(first: str, second: str, name: str) -> None:
+    skip_unless_activated(name)
     case = ACTIVATIONS[name]
     gated = case.options.get("is_gated", True)
     unfit = ON_CUTLASS | (set() if case.marlin else NO_TRITON) | (set() if gated else GATED)

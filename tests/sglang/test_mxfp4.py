@@ -14,7 +14,15 @@ import torch
 from support.serving import quantize
 from support.sglang.harness import publish, server_args
 from support.sglang.hopper import hopper
-from support.sglang.layers import ACTIVATIONS, FORMATS, PREFIX, mixed_config, reference, silu_gate
+from support.sglang.layers import (
+    ACTIVATIONS,
+    FORMATS,
+    PREFIX,
+    mixed_config,
+    reference,
+    silu_gate,
+    skip_unless_activated,
+)
 
 pytestmark = pytest.mark.usefixtures("stage")
 
@@ -82,6 +90,7 @@ ALPHAS = {name: case.options for name, case in ACTIVATIONS.items() if "gemm1_alp
 )
 def test_marlin_gets_the_bytes_of_every_layout(kind: str, options: dict[str, Any], kernels: None) -> None:
     """Rows of gate and up are two halves, whatever the activation."""
+    skip_unless_activated(options.get("activation", "silu"))
     layer = experts_of(kind, **options)
     assert type(layer.quant_method).__name__ == "Mxfp4MarlinMoEMethod"
     fmt: Any = FORMATS[kind]
@@ -223,8 +232,7 @@ def test_experts_are_activated_by_sglangs_runner_as_their_models_are(
 
     from mixprec_runtime.experts import chains
 
-    if name == "situ" and not hasattr(fused_marlin_moe, "zero_copy_context"):
-        pytest.skip("this SGLang has no SiTU for experts")
+    skip_unless_activated(name)
     layer = experts_of(*kinds, **ALPHAS.get(name, {}))
     stored = load(layer, *kinds)
     for part in (*getattr(layer, "groups", ()), layer):
