@@ -339,6 +339,15 @@ def test_a_release_is_planned_or_refused_by_name(name: str, tmp_path: Path) -> N
     assert planned == {part.name for part in checkpoint.skeleton.parts}
 
 
+def test_a_release_of_kimi_k3_alone_is_planned_for_a_server(tmp_path: Path) -> None:
+    """It has experts in MXFP4, and there is none in another format to mix it with."""
+    CHECKPOINTS["kimi-k3-mxfp4"].write(tmp_path / "q", real_config("kimi-k3-mxfp4"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: q\n")
+    plan = plan_recipe(recipe)
+    assert {planned.format.kind for name, planned in plan.modules.items() if ".experts." in name} == {"mxfp4"}
+
+
 @pytest.mark.parametrize(
     ("name", "code", "text"),
     [
