@@ -32,6 +32,7 @@ _FUNCTION = (
     "attn_output_gate", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim",
     "linear_num_key_heads", "linear_num_value_heads", "full_attention_interval", "layer_types", "sliding_window",
     "use_sliding_window", "attention_chunk_size", "no_rope_layers", "num_kv_shared_layers", "alibi", "parallel_attn",
+    "llama_4_scaling",
 )  # fmt: skip
 
 # Keys that do not: settings of a run, of training or of one library, and facts that the weights show.

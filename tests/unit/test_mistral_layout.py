@@ -356,8 +356,9 @@ def test_another_spelling_of_its_rotary_embedding_is_the_same() -> None:
     text = LARGE_TINY["mistral_large_3"].config
     usual = {**text, "rope_scaling": {**text["rope_scaling"], "rope_type": "yarn"}}
     assert not config_differences(text, usual)
-    other = {**text, "rope_scaling": {**text["rope_scaling"], "factor": 8}}
-    assert [difference.key for difference in config_differences(text, other) if difference.counts]
+    for key, changed in (("rope_scaling", {"factor": 8}), ("llama_4_scaling", {"beta": 0.2})):
+        (found,) = config_differences(text, {**text, key: {**text[key], **changed}})
+        assert found.counts and found.key.startswith(key)
 
 
 @pytest.mark.parametrize(
