@@ -279,6 +279,11 @@ NAMES = (
     Name(f"{_Q}.mxfp4:Mxfp4Config", "MXFP4", call="is_checkpoint_mxfp4_serialized="),
     Name(f"{_Q}.mxfp4_marlin_moe:Mxfp4MarlinMoEMethod", "MXFP4", call="fp8_method prefix"),
     Name(f"{_MOE}:MoeRunnerConfig", "MXFP4", fields="gemm1_alpha gate_up_interleaved"),
+    Name(
+        "sglang.srt.models.deepseek_v2:maybe_fuse_routed_scale_and_shared_add",
+        "MXFP4",
+        call="experts routed shared routed_scaling_factor",
+    ),
     Name(f"{_Q}.w4afp8:W4AFp8Config", "W4AFP8", call=""),
     Name(
         f"{_MOE}.token_dispatcher.standard:StandardDispatchOutput",

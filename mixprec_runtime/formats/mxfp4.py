@@ -6,7 +6,8 @@ takes; SGLang pads them, and so are they here.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import importlib
+from typing import Any, ClassVar, cast
 
 import torch
 from sglang.srt.layers.linear import LinearBase
@@ -151,6 +152,24 @@ def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
         skip_negative_ids(call.method.runner)
 
 
+def _create_scaled(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
+    call.stock(layer, *args, **kwargs)
+    models: Any = importlib.import_module("sglang.srt.models.deepseek_v2")
+    add = models.maybe_fuse_routed_scale_and_shared_add
+    if hasattr(add, "leaves_to_runner"):
+        return
+
+    def add_scaled(
+        experts: Any, routed: torch.Tensor, shared: torch.Tensor | None, routed_scaling_factor: float
+    ) -> torch.Tensor:
+        """DeepSeek's blocks multiply by the factor where the method of their experts is SGLang's for MXFP4."""
+        ours = hasattr(experts.quant_method, "mixprec_repairs")
+        return cast(torch.Tensor, add(experts, routed, shared, 1.0 if ours else routed_scaling_factor))
+
+    add_scaled.leaves_to_runner = True  # type: ignore[attr-defined]
+    models.maybe_fuse_routed_scale_and_shared_add = add_scaled
+
+
 def _run_scaled(call: Call, layer: Any, dispatch_output: Any) -> Any:
     factor = layer.moe_runner_config.routed_scaling_factor
     # A group's router is that of the mixed layer, whose method does not ask it to multiply.
@@ -197,10 +216,12 @@ class ServedMxfp4(Served[Mxfp4]):
         ),
         Repair(
             name="the scaling factor of routed experts",
-            why="Marlin's runner leaves it out for MXFP4, and models that rely on runners for it, as DeepSeek's, lose "
-            "it. Here the router's weights are multiplied by it, where the router has not done so.",
+            why="Marlin's runner leaves it out for MXFP4, and models that rely on runners for it lose it. Here the "
+            "router's weights are multiplied by it, where the router has not done so, and DeepSeek's blocks, which "
+            "multiply by it for this class alone, do not.",
             where="srt/layers/moe/fused_moe_triton/fused_marlin_moe.py:418",
             layer="experts",
+            create=_create_scaled,
             run=_run_scaled,
         ),
     )

@@ -280,6 +280,22 @@ def test_routed_scaling_is_applied_once(in_router: bool, group: bool, kernels: N
     assert torch.equal(passed[0], weights if in_router and not group else weights * 2.5)
 
 
+def test_deepseeks_blocks_do_not_multiply_by_the_factor_again() -> None:
+    """They do for SGLang's own class, whose runner has not."""
+    from sglang.srt.layers.quantization.mxfp4_marlin_moe import Mxfp4MarlinMoEMethod
+    from sglang.srt.models import deepseek_v2
+
+    ours = experts_of("ct_mxfp4", routed_scaling_factor=2.5)
+    stock = SimpleNamespace(
+        quant_method=Mxfp4MarlinMoEMethod(None, ""), should_fuse_routed_scaling_factor_in_topk=False
+    )
+    routed, shared = torch.full((2, HIDDEN), 2.0), torch.full((2, HIDDEN), 3.0)
+    for layer, factor in ((ours, 1.0), (stock, 2.5), (experts_of("ct_mxfp4"), 1.0)):
+        add = deepseek_v2.maybe_fuse_routed_scale_and_shared_add
+        assert torch.equal(add(layer, routed.clone(), shared.clone(), 2.5), factor * routed + shared)
+        assert torch.equal(add(layer, routed.clone(), None, 2.5), factor * routed)
+
+
 def test_sglangs_class_would_pad_what_cannot_be_loaded() -> None:
     """Shown on the class alone: 0.5.17 pads to 128 columns, and to 256 inputs, which its loader then cannot fill."""
     from sglang.srt.layers.quantization import mxfp4_marlin_moe
