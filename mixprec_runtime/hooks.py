@@ -18,7 +18,6 @@ from mixprec_build.checkpoint.declaration import METHOD
 from mixprec_build.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from mixprec_build.errors import MixprecError
 from mixprec_build.families.facts import ModelFacts
-from mixprec_build.families.unserved import why_unserved
 from mixprec_build.formats.base import Format
 from mixprec_build.storage.hub import HubRepo
 from mixprec_build.text import some
@@ -36,7 +35,7 @@ from .cpu import delta_net, reference
 from .experts import deepep, moves, runner
 from .formats.registry import served
 from .formats.repair import never_called
-from .loading import cache_scales, heads, loader, names
+from .loading import cache_scales, heads, loader, names, output_groups
 from .loading.strict import draft_of, load_strictly
 
 __all__ = ["register"]
@@ -73,7 +72,7 @@ def _hooks() -> Iterator[tuple[str, Callable[..., Any], str]]:
         yield f"{_MANAGER}.{name}", update, "AROUND"
 
 
-def _check_contact(quant_config: MixPrecConfig) -> None:
+def _check_contact(quant_config: MixPrecConfig, facts: ModelFacts) -> None:
     """Checks that SGLang has all that this checkpoint needs, and that the hooks are in place.
 
     Raises:
@@ -85,6 +84,8 @@ def _check_contact(quant_config: MixPrecConfig) -> None:
     uses |= {fmt.name for fmt in quant_config.native}
     if quant_config.mixed_layers:
         uses |= {names_of_sglang.GROUPS, names_of_sglang.CHAINS, names_of_sglang.KERNELS}
+    if output_groups.are_in(facts.family):
+        uses.add(names_of_sglang.DEEPSEEK_V4)
     if deepep.in_use():
         uses.add(names_of_sglang.DEEPEP)
     if activity.enabled():
@@ -137,9 +138,6 @@ def initialize_model(
         return _counted(original(model_config, load_config, quant_config), model_config)
     folder, manifest, fetch = _checkpoint(model_config)
     facts = ModelFacts.of_loaded(model_config.hf_config)
-    unserved = why_unserved(facts)
-    if unserved is not None:
-        raise RuntimeError(unserved)
     launch.drop_chosen_runner(facts.family.architectures)
     launch.check_arguments()
     draft = None
@@ -149,7 +147,7 @@ def initialize_model(
         drafts.check_own(facts, manifest.modules)
     formats = quant_config.bind(manifest.modules, facts.family, draft)
     _check_declared(formats, manifest)
-    _check_contact(quant_config)
+    _check_contact(quant_config, facts)
     _check_release(manifest)
     launch.check_mixed_experts(quant_config.mixed_layers)
     launch.check_moved_experts(_unmoved(quant_config))
@@ -177,6 +175,7 @@ def initialize_model(
         launch.check_padded(share.padded)
     else:
         leave_to_sglang(f"this run is {loader.this_run()}")
+    output_groups.dequantize(facts.family)
     with deepep.made_by_format(quant_config):
         model = _counted(original(model_config, load_config, quant_config), model_config)
     if model_config.is_draft_model:
@@ -190,7 +189,7 @@ def initialize_model(
     heads.add_left_out_biases(model)
     scales = quant_config.cache_scales
     cache_scales.make(model, quant_config, scales)
-    load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
+    load_weights = output_groups.load_apart(facts.family, model.load_weights)  # type: ignore[arg-type]
 
     def load_once(weights: Any, *args: Any, **kwargs: Any) -> Any:
         model.load_weights = _refuse_update  # type: ignore[assignment]
@@ -207,11 +206,12 @@ def initialize_model(
             leave_to_sglang(reason)
             logger.warning("mixprec: SGLang's loader, which is slower, reads the merged files: %s", reason)
         declared = manifest.tensors()
+        renamed = {name: fmt for name, fmt in formats.items() if not facts.family.is_left_to_class(name)}
         memory.name_files(model, f"the merged files in {folder}, by SGLang's loader")
         return load_strictly(
             model,
             lambda tensors: load_weights(
-                names.as_parameters(cache_scales.take(model, tensors, scales), formats), *args, **kwargs
+                names.as_parameters(cache_scales.take(model, tensors, scales), renamed), *args, **kwargs
             ),
             weights,
             declared,

@@ -7,7 +7,7 @@ last words of names, so that they also apply to a decoder inside of a larger mod
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,6 +28,7 @@ from .parts import (
     Role,
     StackedExperts,
     StoredFormat,
+    group_finder,
 )
 
 __all__ = ["EXPERTS_COLUMN", "Family"]
@@ -180,8 +181,8 @@ class Family:
         return re.compile(rf"\.{re.escape(self.experts)}\.\d+(\.w13|\.w2)?$")
 
     @cached_property
-    def _joined(self) -> dict[str, FusedGroup]:
-        return {member: group for group in self.fused for member in group.members}
+    def _group_of(self) -> Callable[[str], FusedGroup | None]:
+        return group_finder(self.fused)
 
     @cached_property
     def _router_ends(self) -> tuple[str, ...]:
@@ -245,12 +246,12 @@ class Family:
 
     def fused_groups(self, names: Iterable[str]) -> dict[str, list[str]]:
         """SGLang's name of each fused module or expert -> its members among ``names``; others are groups of one."""
-        expert_of, joined = self._expert.fullmatch, self._joined
+        expert_of, group_of = self._expert.fullmatch, self._group_of
         groups: dict[str, list[str]] = {}
         for name in names:
             expert = expert_of(name)
-            parent, _, last = name.rpartition(".")
-            key = expert[1] if expert else f"{parent}.{joined[last].name}" if last in joined else name
+            group = None if expert else group_of(name)
+            key = expert[1] if expert else name if group is None else f"{name.rpartition('.')[0]}.{group.name}"
             groups.setdefault(key, []).append(name)
         return groups
 
@@ -259,7 +260,7 @@ class Family:
         groups = {}
         for joined, members in self.fused_groups(names).items():
             if len(members) > 1:
-                order = self._joined[last_word(members[0])].members
+                order = self.members_of(last_word(joined))
                 groups[joined] = sorted(members, key=lambda name: order.index(last_word(name)))
             else:  # DeepSeek-V2-Lite's q_proj has no partners.
                 groups[members[0]] = members
@@ -267,11 +268,8 @@ class Family:
 
     def ragged_end(self, names: Iterable[str]) -> str | None:
         """The part of a fused linear that may end inside of a block of scales; None where none may."""
-        for name in names:
-            group = self._joined.get(last_word(name))
-            if group is not None and group.ragged_end and last_word(name) == group.members[-1]:
-                return name
-        return None
+        groups = ((name, self._group_of(name)) for name in names)
+        return next((n for n, g in groups if g and g.ragged_end and last_word(n) == g.members[-1]), None)
 
     def members_of(self, joined: str) -> tuple[str, ...]:
         """Last words of the linears that a layer whose last word is ``joined`` is made of; empty for others."""

@@ -42,7 +42,7 @@ _MLP_BLOCK = re.compile(
 )
 # Linears at the end of a block, or in the middle of it: what feeds them is in the block, too.
 _INSIDE = re.compile(
-    r"o_proj|down_proj|w2|wo|out_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|output_linear|.*norm\d?|.*_(a|b)_proj|wq_b|"
+    r"o_proj|down_proj|w2|wo|wo_a|wo_b|out_proj|c_proj|dense|dense_4h_to_h|fc2|fc_out|output_linear|.*norm\d?|.*_(a|b)_proj|wq_b|"
     r".*(bias|scale|A_log|conv1d)|D"
 )
 

@@ -28,6 +28,7 @@ __all__ = [
     "PLAIN",
     "QWEN_MTP",
     "STEP_MTP",
+    "V4_MTP",
     "DraftLayout",
     "DraftPlace",
     "declared_drafts",
@@ -43,7 +44,7 @@ DRAFT_KEYS = (
 """Keys of ``config.json`` with the number of draft layers."""
 
 _MARK = re.compile(r"(^|\.)(mtp|nextn|eagle)(?=[._])")
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<![^.])(layers\.)(\d+)(?=\.)")
 _LAST_NUMBER = re.compile(r"(?:(.+)\.)?([^.]+)\.(\d+)")
 
 
@@ -97,6 +98,8 @@ LONGCAT_MTP = DraftLayout(
 """``longcat_flash_nextn.py``, where ``eh_proj`` may be quantized."""
 NEMOTRON_MTP = DraftLayout()
 """``nemotron_h_mtp.py``: the first of several blocks of a layer has ``eh_proj``, which may be quantized."""
+V4_MTP = DraftLayout(("e_proj", "h_proj", "enorm", "hnorm", "norm", "hc_head_fn", "hc_head_base", "hc_head_scale"))
+"""``deepseek_v4_nextn.py``, where ``e_proj`` and ``h_proj`` may be quantized."""
 NEXTN_OF_RELATIVES = DraftLayout(("eh_proj", "enorm", "hnorm"))
 """What the classes of DeepSeek's relatives have in common: ``eh_proj`` may be quantized in some of them."""
 
@@ -150,7 +153,7 @@ def without_marks(name: str, layers: int | None, prefixes: Iterable[str] = ()) -
     name = _MARK.sub(lambda found: found[1] + "x" * len(found[2]), name)
     if layers is None:
         return name
-    return _LAYER.sub(lambda found: "x" * len(found[0]) if int(found[0]) >= layers else found[0], name)
+    return _LAYER.sub(lambda found: found[1] + ("x" * len(found[2]) if int(found[2]) >= layers else found[2]), name)
 
 
 def declared_drafts(config: Mapping[str, object]) -> dict[tuple[str, ...], int]:

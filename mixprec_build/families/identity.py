@@ -33,6 +33,7 @@ _FUNCTION = (
     "linear_num_key_heads", "linear_num_value_heads", "full_attention_interval", "layer_types", "sliding_window",
     "use_sliding_window", "attention_chunk_size", "no_rope_layers", "num_kv_shared_layers", "alibi", "parallel_attn",
     "llama_4_scaling",
+    "compress_ratios", "compress_rope_theta", "hc_mult", "num_hash_layers", "o_groups", "o_lora_rank", "swiglu_limit",
 )  # fmt: skip
 
 # Keys that do not: settings of a run, of training or of one library, and facts that the weights show.
@@ -56,7 +57,7 @@ _HARMLESS = frozenset(
         "exponential_decay_length_penalty", "remove_invalid_values", "return_dict_in_generate", "output_scores",
         "tf_legacy_loss", "use_flash_attn", "use_mrope", "max_window_layers", *DRAFT_KEYS,
         "rope_theta", "rope_scaling", "rope_parameters", "tokenizer_version", "model_id",
-        "language_model_only", "torch_compile", "fused_rms_norm", "use_fused_rope",
+        "language_model_only", "torch_compile", "fused_rms_norm", "use_fused_rope", "expert_dtype",
     }
 )  # fmt: skip
 

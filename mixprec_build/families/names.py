@@ -7,7 +7,7 @@ import re
 __all__ = ["SHARDS", "last_word", "layer_of", "layer_prefix", "numbered_part", "with_words"]
 
 _FIRST_NUMBER = re.compile(r"\.(\d+)\.")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _NUMBERED = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
+
+from .names import last_word
 
 __all__ = [
     "ComparedFormats",
@@ -20,6 +22,7 @@ __all__ = [
     "Role",
     "StackedExperts",
     "StoredFormat",
+    "group_finder",
     "never_quantized",
 ]
 
@@ -67,6 +70,22 @@ class FusedGroup(NamedTuple):
     """Last words of the checkpoint's linears, in the order of their outputs."""
     ragged_end: bool = False
     """Whether the last one may end inside of a block of scales, since SGLang never cuts the layer."""
+    within: str = ""
+    """The last word of their parent, where linears of the same names elsewhere are in no group or in another."""
+
+
+def group_finder(groups: Iterable[FusedGroup]) -> Callable[[str], FusedGroup | None]:
+    """Returns a function of a linear's name, which returns the group that it is in, or None."""
+    anywhere = {member: group for group in groups if not group.within for member in group.members}
+    within = {f"{group.within}.{member}": group for group in groups if group.within for member in group.members}
+
+    def find(name: str) -> FusedGroup | None:
+        last = last_word(name)
+        if within and (found := within.get(f"{last_word(name[: -len(last) - 1])}.{last}")) is not None:
+            return found
+        return anywhere.get(last)
+
+    return find
 
 
 class Projections(NamedTuple):
@@ -153,6 +172,9 @@ class ExpertActivation:
     """Whether experts have a gate."""
     weighted_inputs: bool = False
     """Whether SGLang multiplies inputs of experts by the router's weights, instead of their outputs."""
+    limit: str = ""
+    """The key of ``config.json`` with one limit for outputs of gate and up in all layers, which SGLang's runners on
+    Triton and Marlin heed."""
     limits: str = ""
     """The key of ``config.json`` with the limit of each layer's activation, 0 where it has none."""
     limited_layers: frozenset[int] = frozenset()
@@ -168,6 +190,8 @@ class ExpertActivation:
         """The reason why SGLang cannot run such experts on ``kernels``, Triton or others; None if it can."""
         if kernels == "Triton":
             return None
+        if self.limit and kernels != "Marlin":
+            return f"{kernels} ignores the limit of activations ({self.limit} of config.json)"
         if self.limited:
             return f"{kernels} ignores the limit that {self.limits} of config.json sets for this layer's activation"
         if self.weighted_inputs:
@@ -199,6 +223,8 @@ class StoredFormat(Protocol):
     def has_weight(self) -> bool: ...
     @property
     def row_join_limit(self) -> str | None: ...
+    @property
+    def fp8_blocks(self) -> tuple[str, int, int] | None: ...
     def shared_experts_limit(self, down: Any) -> str | None: ...
 
 

@@ -239,6 +239,11 @@ class Format(ABC):
         return None
 
     @property
+    def fp8_blocks(self) -> tuple[str, int, int] | None:
+        """Of FP8 with scales of blocks, the name of the scales, and a block's outputs and inputs; None for others."""
+        return None
+
+    @property
     def states_block(self) -> bool:
         """Whether the config of SGLang's method for it has an attribute ``weight_block_size``, even if it is None."""
         return False

@@ -108,6 +108,10 @@ class Fp8(Scaled):
         return "and would keep one of their two per-tensor scales" if self.granularity == "tensor" else None
 
     @property
+    def fp8_blocks(self) -> tuple[str, int, int] | None:
+        return None if self.block is None else (self.scale_leaf, *self.block)
+
+    @property
     def states_block(self) -> bool:
         # Fp8Config's and compressed-tensors' do, W8A8Fp8Config does not.
         return self.granularity != "channel" or self.activations == "none"

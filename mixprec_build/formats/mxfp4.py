@@ -144,6 +144,9 @@ class Mxfp4(Format):
         n, pairs = module.tensors[self.values].shape
         return n, 2 * pairs
 
+    def sglang_name(self, leaf: str) -> str:
+        return "weight_scale_inv" if leaf == "scale" else leaf  # as SGLang's class for DeepSeek-V4 loads it
+
     def axes(self, leaf: str) -> Axes:
         if leaf == self.values:
             return Axes(n=Axis(0), k=Axis(1, 2))

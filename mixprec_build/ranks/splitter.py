@@ -373,9 +373,8 @@ class Splitter:
 
     def _joined(self, joined: str, parts: Sequence[Cut]) -> Iterator[Parameter]:
         """One layer of SGLang's, of one module or of several that run as one."""
-        served = self.family.sglang_name(joined)
         for stacked in self._leaves(joined, [part.name for part in parts]):
-            name = f"{served}.{stacked.name}" if stacked.name else served
+            name = self.family.sglang_name(f"{joined}.{stacked.name}" if stacked.name else joined)
             if stacked.axes == Axes() and prod(stacked.tensors[0].shape) == 1:
                 pieces = [Piece(t, (0, 1), (0, 1), (0, i, 0)) for i, t in enumerate(stacked.tensors)]
                 yield Parameter(name, stacked.dtype, (len(pieces),), tuple(pieces))

@@ -47,10 +47,10 @@ def examine(out: Path) -> dict[str, object]:
     names: dict[str, list[str]] = {name: [] for name in manifest.modules}
     for tensor, _, _ in tensors:
         module, _, leaf = tensor.rpartition(".")
-        if module in names:
-            names[module].append(leaf)
-        else:
+        if tensor in names:  # a bare parameter, whose parent may be a module: DeepSeek-V4's gate.tid2eid
             names[tensor].append("")
+        else:
+            names[module].append(leaf)
     modules = {
         name: Module(tuple(entry.shape), tuple(names[name]), manifest.formats[entry.format].quantized)
         for name, entry in manifest.modules.items()

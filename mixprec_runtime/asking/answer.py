@@ -17,7 +17,10 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from torch.overrides import TorchFunctionMode
 
-from ..loading.ledger import DTYPES, default_dtype
+from mixprec_build.families.facts import ModelFacts
+
+from ..loading import output_groups
+from ..loading.ledger import DTYPES, default_dtype, ends_alike
 from ..loading.names import keep_names
 
 __all__ = ["Answer", "ask"]
@@ -175,6 +178,7 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     from sglang.srt.model_loader.utils import get_model_architecture
 
     model_class, _ = get_model_architecture(model_config)
+    output_groups.dequantize(ModelFacts.of_loaded(model_config.hf_config).family)
     recorder, copies = _Recorder(), _Copies()
     with default_dtype(model_config.dtype), torch.device("meta"), _ReadAsZeros():
         model = model_class(config=model_config.hf_config, quant_config=recorder)
@@ -203,9 +207,8 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
     }
     # A value that was read fills the parameter whose name has the same last words.
     for name in copies.asked - reached.keys():
-        words = name.split(".")[-3:]
-        filled = [parameter for owned in owners.values() for parameter in owned if parameter.split(".")[-3:] == words]
-        reached[name] = frozenset(filled)
+        known = [parameter for owned in owners.values() for parameter in owned]
+        reached[name] = frozenset(parameter for parameter in known if ends_alike(name, parameter, parameters))
     offered = frozenset(path for path, module in model.named_modules() if id(module) in recorder.layers)
     partial = frozenset(name for name, copied in copies.elements.items() if copied < sizes[name])
     return Answer(model_class.__name__, parameters, offered, reached, partial, frozenset(copies.moved), stopped)

@@ -46,6 +46,7 @@ class _Any:
     has_weight = True
     rows_in_fused = 1
     row_join_limit = None
+    fp8_blocks = None
 
     def shared_experts_limit(self, down: object) -> None:
         return None

@@ -49,6 +49,7 @@ def prepare() -> None:
     """Sets up server arguments and process groups of one rank."""
     import torch
 
+    os.environ["SGLANG_OPT_USE_TILELANG_MHC_PRE"] = "0"  # a kernel that DeepSeek-V4's class runs once it is loaded
     if not torch.cuda.is_available():
         _stand_in()
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel

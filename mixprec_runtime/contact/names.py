@@ -17,6 +17,7 @@ __all__ = [
     "COUNTING",
     "CPU",
     "DEEPEP",
+    "DEEPSEEK_V4",
     "GROUPS",
     "KERNELS",
     "NAMES",
@@ -38,6 +39,7 @@ COUNTING = "expert activity"
 CPU = "serving without a GPU"
 CANARY = "the comparison of kernels"
 ASKING = "mixprec doctor with a checkpoint"
+DEEPSEEK_V4 = "DeepSeek-V4"
 SESSIONS_SINCE = "0.5.21"
 """The first release with requests that begin and end an update of weights."""
 
@@ -106,6 +108,7 @@ NAMES = (
     ),
     Name("sglang.srt.configs.model_config:ModelConfig._verify_quantization", ANY, call="self"),
     Name("sglang.srt.configs.load_config:LoadConfig", ANY, fields="load_format download_dir"),
+    Name("sglang.srt.models.deepseek_v4:_FP8_WO_A_GEMM", DEEPSEEK_V4),
     Name(f"{_BASE}:QuantizationConfig", ANY, fields="packed_modules_mapping"),
     Name(f"{_BASE}:QuantizationConfig.get_quant_method", ANY, call="self layer prefix"),
     Name(f"{_BASE}:QuantizeMethodBase.process_weights_after_loading", ANY, call="self layer"),
@@ -295,7 +298,8 @@ NAMES = (
         f"{_LAYER}:FusedMoE",
         GROUPS,
         call="num_experts= hidden_size= intermediate_size= layer_id= top_k= params_dtype= quant_config= prefix= "
-        "activation= inplace= routed_scaling_factor= gemm1_alpha= gemm1_clamp_limit= is_gated=",
+        "activation= inplace= routed_scaling_factor= gemm1_alpha= gemm1_clamp_limit= is_gated= "
+        "swiglu_limit=",
     ),
     Name(
         f"{_LAYER}:FusedMoE._weight_loader_impl",

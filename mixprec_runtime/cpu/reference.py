@@ -246,6 +246,8 @@ def _activated(rows: torch.Tensor, config: Any) -> torch.Tensor:
         return activation(rows)
     alternate = alpha is not None and config.gate_up_interleaved
     gate, up = (rows[..., ::2], rows[..., 1::2]) if alternate else rows.chunk(2, dim=-1)
+    if config.swiglu_limit is not None:
+        gate, up = gate.clamp(max=config.swiglu_limit), up.clamp(-config.swiglu_limit, config.swiglu_limit)
     if limit is not None:
         up = up.clamp(-limit, limit)
     if alpha is not None:

@@ -206,7 +206,10 @@ def of(layer: Any, dispatch_output: Any) -> Chains:
 
 
 def activates(config: Any) -> bool:
-    """Whether chains support the activation of a runner's config: gated SiLU without limits, of inputs as they are."""
+    """Whether chains support the activation of a runner's config: gated SiLU of inputs as they are.
+
+    Of limits, it may have DeepSeek-V4's (``swiglu_limit``), and no others.
+    """
     limits = config.gemm1_alpha, config.gemm1_clamp_limit
     plain = limits == (None, None) and not config.apply_router_weight_on_input
     return config.activation == "silu" and bool(config.is_gated) and plain
@@ -258,6 +261,16 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
     if each.split:
         downs = _routed(each.downs, x, ids, layer.down_numbers)
     up, activated = x.new_empty((rows, 2 * columns)), x.new_empty((rows, columns))
+    limit = layer.moe_runner_config.swiglu_limit
+    # The kernel for a chain's own rows has no limit, and torch's would write the rows of chains beside it.
+    at_once = each.split or limit is not None
+
+    def activate_all() -> None:
+        if limit is not None:
+            up[:, :columns].clamp_(max=limit)
+            up[:, columns:].clamp_(-limit, limit)
+        silu_and_mul(up, activated)
+
     if torch.cuda.is_current_stream_capturing():
         down = x.new_empty((rows, x.shape[1]))
 
@@ -266,16 +279,16 @@ def run(layer: Any, x: torch.Tensor, topk: Any) -> torch.Tensor:
             silu_and_mul(up, activated, expert_ids=route.numbers, expert_step=1)
             chain.down(activated, down, route, topk, tiles)
 
-        if each.split:
+        if at_once:
             _side_by_side([partial(chain.up, x, up, route, topk, tiles) for chain, route, tiles in ups])
-            silu_and_mul(up, activated)
+            activate_all()
             _side_by_side([partial(chain.down, activated, down, route, topk, tiles) for chain, route, tiles in downs])
         else:
             _side_by_side([partial(run_chain, *one) for one in ups])
     else:
         for chain, route, tiles in ups:
             chain.up(x, up, route, topk, tiles)
-        silu_and_mul(up, activated)
+        activate_all()
         del up  # large with many tokens
         down = x.new_empty((rows, x.shape[1]))
         for chain, route, tiles in downs:

@@ -125,12 +125,8 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 f"{self._prefix}: experts in several formats cannot include the shared ones; start SGLang with "
                 "--disable-shared-experts-fusion"
             )
-        for name, unfit in (
-            ("no_combine", config.no_combine),
-            ("swiglu_limit", getattr(config, "swiglu_limit", None)),
-        ):
-            if unfit:
-                raise ValueError(f"{self._prefix}: experts in several formats do not go with {name} in this version")
+        if config.no_combine:
+            raise ValueError(f"{self._prefix}: experts in several formats do not go with no_combine in this version")
         # What a later SGLang adds to its runners' config would be lost on the way to the groups.
         for field in fields(config):
             if field.name not in _PASSED_ON and getattr(config, field.name) != field.default:
@@ -172,6 +168,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 is_gated=config.is_gated,
                 with_bias=with_bias,
                 gate_up_interleaved=config.gate_up_interleaved,
+                swiglu_limit=config.swiglu_limit,
                 **beta,
             )
         # The Triton runner skips ids of -1 only where the layer has more experts than the rank.

@@ -7,6 +7,7 @@ takes; SGLang pads them, and so are they here.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -142,8 +143,8 @@ def _pad_as_sglang(layer: Any) -> None:
 
 
 def _stored(fmt: Mxfp4) -> tuple[tuple[str, str, str], ...]:
-    """SGLang's name, the checkpoint's name and its dtype, of the values and of the scales."""
-    return (_VALUES, fmt.values, fmt.values_dtype), (_SCALES, fmt.scales, fmt.scales_dtype)
+    """SGLang's name, that by which it is loaded, and its dtype, of the values and of the scales."""
+    return (_VALUES, fmt.values, fmt.values_dtype), (_SCALES, fmt.sglang_name(fmt.scales), fmt.scales_dtype)
 
 
 def _create_runner(call: Call, layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -238,6 +239,11 @@ class ServedMxfp4(Served[Mxfp4]):
             )
         sizes = layer.hidden_size, layer.intermediate_size_per_partition
         _require_tiles(prefix, fmt, *sizes, biases=may_have_biases(layer))
+
+    def as_stored(
+        self, fmt: Mxfp4, tensors: dict[str, torch.Tensor], widths: list[int] | None
+    ) -> tuple[Format, dict[str, torch.Tensor]]:
+        return replace(fmt, scales=fmt.sglang_name(fmt.scales)), tensors
 
     def unmovable(self, fmt: Mxfp4) -> str:
         return ""

@@ -13,7 +13,7 @@ import torch
 
 from mixprec_build.checkpoint.manifest import TensorEntry
 
-__all__ = ["CASTS", "DTYPES", "Convert", "Ledger", "LoadError", "casts", "default_dtype"]
+__all__ = ["CASTS", "DTYPES", "Convert", "Ledger", "LoadError", "casts", "default_dtype", "ends_alike"]
 
 
 DTYPES = {
@@ -28,9 +28,10 @@ CASTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 def casts(stored: torch.dtype | None, parameter: torch.dtype) -> bool:
     """Whether a tensor may be copied into a parameter: in its dtype, or its values are floats that are not quantized.
 
-    Scales that are powers of two (E8M0) are exact in float32.
+    Scales that are powers of two (E8M0) are exact in float32, and numbers of experts, of which DeepSeek-V4 has a table,
+    in int32.
     """
-    exact = (stored, parameter) == (torch.float8_e8m0fnu, torch.float32)
+    exact = (stored, parameter) in ((torch.float8_e8m0fnu, torch.float32), (torch.int64, torch.int32))
     return stored == parameter or {stored, parameter} <= CASTS or exact
 
 
@@ -123,8 +124,8 @@ class Ledger:
         names = set(names)
         for name in names:
             dtype = self._dtypes[name]
-            # What was made of a weight and its scales is dequantized, as SGLang does with indexer.wk of DSA.
-            dequantized = into.dtype in CASTS and not names.isdisjoint(_scales_of(name))
+            # What was made of a weight and its scales is dequantized, as SGLang does with DSA's indexer.wk, V4's wo_a.
+            dequantized = into.dtype in CASTS and not names.isdisjoint(_dequantized_with(name))
             if not casts(dtype, into.dtype) and not dequantized:
                 raise LoadError(
                     f"{name} is {dtype}, and {owners[0]}, which SGLang loads it into, is "
@@ -143,8 +144,7 @@ class Ledger:
         parameter = self._parameters[name]
         if parameter.numel() != 1:
             return False
-        ending = name.split(".")[-3:]
-        asked = [value for tensor, value in self._values.items() if tensor.split(".")[-3:] == ending]
+        asked = [value for tensor, value in self._values.items() if ends_alike(tensor, name, self._parameters)]
         return any(parameter.item() == torch.tensor(value, dtype=parameter.dtype).item() for value in asked)
 
     def unused(self, ranks: int) -> list[str]:
@@ -162,8 +162,19 @@ class Ledger:
         ]
 
 
-def _scales_of(weight: str) -> tuple[str, str]:
-    return f"{weight}_scale_inv", f"{weight}_scale"
+def ends_alike(tensor: str, parameter: str, parameters: Iterable[str]) -> bool:
+    """Whether a tensor's name ends as a parameter's does: by three words, or by one that ends no other's."""
+    ours, theirs = tensor.split("."), parameter.split(".")
+    if ours[-3:] == theirs[-3:]:
+        return True
+    last = f".{theirs[-1]}"
+    return ours[-1] == theirs[-1] and sum(f".{name}".endswith(last) for name in parameters) == 1
+
+
+def _dequantized_with(name: str) -> tuple[str, str, str]:
+    """The tensors with one of which a weight is dequantized, or scales are."""
+    module, _, leaf = name.rpartition(".")
+    return f"{name}_scale_inv", f"{name}_scale", f"{module}.{'scale' if leaf == 'weight' else 'weight'}"
 
 
 class _Arriving(torch.Tensor):

@@ -41,6 +41,7 @@ def sglang() -> Iterator[None]:
 def streams(sglang: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the calls for a GPU that models make in their constructors."""
     import torch
+    from support.sglang.harness import prepare_deepseek_v4
 
     class NoStream:
         """A class, since annotations of modules that are imported later join it with others."""
@@ -50,3 +51,4 @@ def streams(sglang: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
+    prepare_deepseek_v4(monkeypatch)

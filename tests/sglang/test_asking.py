@@ -17,6 +17,7 @@ import torch
 from support import serving
 from support.sglang.asked import ASKED, DRAFTED, Asked, answer_of, modules_of
 from support.sglang.families import family_mix
+from support.sglang.harness import prepare_deepseek_v4
 
 from mixprec_build.families.base import Family
 from mixprec_build.families.draft_class import Draft
@@ -58,6 +59,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory, "_ROPE_DICT", {})  # on the meta device, without values
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
+    prepare_deepseek_v4(monkeypatch)
 
 
 def disagreements(asked: Asked, answer: Answer, family: Family | None = None) -> list[Disagreement]:

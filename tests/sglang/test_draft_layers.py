@@ -14,6 +14,7 @@ from mixprec_build.families.draft_layers import DraftLayout
 CLASSES = [
     ("deepseek_nextn", layers.NEXTN),
     ("glm4_moe_nextn", layers.NEXTN),
+    ("deepseek_v4_nextn", layers.V4_MTP),
     ("step3p5_mtp", layers.STEP_MTP),
     ("mimo_v2_nextn", layers.MIMO_V2_MTP),
     ("bailing_moe_nextn", layers.BAILING_NEXTN),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.families import TINY, TinyModel
 from support.sglang.families import dense_parameters, dequantized, write_family, write_recipe
-from support.sglang.harness import Changed, make, rank_of, serve
+from support.sglang.harness import Changed, make, prepare_deepseek_v4, rank_of, serve
 from support.sglang.mixes import mix
 
 from mixprec_build.checkpoint.degree import Degree
@@ -43,6 +43,10 @@ LINES: Mapping[str, Mapping[str, str]] = {
             "deepseek_v3": _LATENT, "deepseek_v32": _LATENT, "glm_moe_dsa": _LATENT, "glm4_moe": _GLM,
         }.items()
     },
+    "deepseek_v4": {
+        "mtp.0.{e_proj,h_proj}": "v4_fp8", "mtp.0.attn.*": "v4_fp8", "mtp.0.ffn.shared_experts.*": "v4_fp8",
+        "mtp.0.ffn.experts.*": "v4_mxfp4", "mtp.0.ffn.experts.{0..2}.*": "v4_fp8",
+    },
     "ernie4_5_moe": {"model.mtp_block.0.self_attn.*": "fp8", "model.mtp_block.0.mlp.*": "int4"},
     **{
         name: {f"mtp.layers.0.{inner}": source for inner, source in lines.items()}
@@ -59,6 +63,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the calls for a GPU that models make in their constructors."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, **__: (9, 0))
+    prepare_deepseek_v4(monkeypatch)
 
 
 def draft_mix(folder: Path, name: str, model: TinyModel | None = None) -> Path:

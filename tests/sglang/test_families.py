@@ -36,6 +36,8 @@ from mixprec_build.output.verify import verify
 
 pytestmark = pytest.mark.usefixtures("sglang", "streams")
 
+ASKED_IN_VAIN = ("deepseek_v4",)
+"""Classes that ask how their heads are stored, and whose own loaders find none of the tensors of quantized ones."""
 NOT_LOADED = "g_idx_sort_indices"
 """Parameters of GPTQ that are made after loading."""
 
@@ -51,7 +53,7 @@ def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, 
     facts = ModelFacts.of(model.config)
     if not ties_head(facts):
         asked = {stored for layer in heads for stored in facts.family.stored_names(layer)}
-        assert (facts.family.head in asked) == facts.family.quantized_head
+        assert (facts.family.head in asked) == (facts.family.quantized_head or name in ASKED_IN_VAIN)
     theirs = dict(dense_parameters(serve(dequantized(mix, tmp_path / "dense"), **model.options)))
     ours = {key: value for key, value in ours.items() if not key.endswith(NOT_LOADED)}
     assert ours.keys() == theirs.keys()

@@ -16,6 +16,7 @@ from support.sglang.layers import (
     FORMATS,
     PREFIX,
     PROJECTIONS,
+    limited_inputs,
     make_layer,
     mixed_config,
     reference,
@@ -125,6 +126,23 @@ def test_other_activations_and_experts_without_a_gate(first: str, second: str, n
     assert close(run(layer, x, ids, topk), due)
     if not case.weighted_inputs:
         assert not close(due, reference(x, ids, topk, weights, weighted_inputs=True, activate=case.activate))
+
+
+LIMITED = [
+    ("bf16", "fp8_block"),
+    ("deepseek_mxfp4", "fp8_block"),
+    ("gptq_int4/fp8_block", "deepseek_mxfp4"),
+    ("nvfp4",),
+]
+
+
+@pytest.mark.parametrize("kinds", LIMITED)
+def test_outputs_of_gate_and_up_have_deepseek_v4s_limit(kinds: tuple[str, ...]) -> None:
+    layer, weights = layer_of(*((kind, 8 // len(kinds)) for kind in kinds), swiglu_limit=0.5)
+    assert {group.moe_runner_config.swiglu_limit for group in getattr(layer, "groups", [layer])} == {0.5}
+    x, ids, topk = routed(64, 8)
+    assert close(run(layer, x, ids, topk), reference(x, ids, topk, weights, limited_inputs(0.5)))
+    assert not close(run(layer, x, ids, topk), reference(x, ids, topk, weights))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in GATED])

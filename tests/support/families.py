@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from support.deepseek_v4 import deepseek_v4_tensors, tiny_deepseek_v4
 from support.family_parts import (
     _A_PROJECTIONS,
     _DECODER,
@@ -336,6 +337,7 @@ _FAMILIES: Mapping[str, Callable[[Config], Tensors]] = {
     "Cohere2ForCausalLM": _cohere2,
     "Phi3ForCausalLM": _phi3,
     "GraniteForCausalLM": _dense,
+    "DeepseekV4ForCausalLM": deepseek_v4_tensors,
     "Qwen2MoeForCausalLM": _qwen2_moe,
     "Qwen3MoeForCausalLM": _qwen3,
     "Qwen3_5ForConditionalGeneration": _qwen3_5,
@@ -550,6 +552,7 @@ TINY: Mapping[str, TinyModel] = {
         },
         _DENSE_LINES, degrees=((2, 1),),
     ),
+    "deepseek_v4": tiny_deepseek_v4(),
     **MORE_TINY,
     **IMAGE_TINY,
     **LARGE_TINY,

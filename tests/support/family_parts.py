@@ -162,8 +162,8 @@ class TinyModel:
 
     config: Config
     lines: Mapping[str, str]
-    """The recipe: patterns of modules -> ``fp8``, ``int4`` (GPTQ), ``auto_round`` or ``packed`` (Kimi's Int4: experts
-    in groups of 32); the rest is BF16."""
+    """The recipe: patterns of modules -> ``fp8``, ``int4`` (GPTQ), ``auto_round``, ``packed`` (Kimi's Int4: experts in
+    groups of 32), ``v4_fp8`` or ``v4_mxfp4`` (DeepSeek-V4's); the rest is BF16."""
     dense: tuple[str, ...] = ()
     """Endings of linears that Int4 releases do not quantize."""
     options: Mapping[str, Any] = field(default_factory=dict)

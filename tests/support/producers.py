@@ -462,6 +462,10 @@ def deepseek_v4(layers: int = 2) -> Skeleton:
         parts += _mlp(f"{at}.ffn.shared_experts", ("w1", "w3", "w2"))
         for expert in range(EXPERTS):
             parts += _mlp(f"{at}.ffn.experts.{expert}", ("w1", "w3", "w2"))
+    parts += [Part(f"mtp.0.{name}", (HIDDEN, HIDDEN)) for name in ("e_proj", "h_proj")]
+    parts += [Part(f"mtp.0.{name}", (HIDDEN,)) for name in ("enorm", "hnorm", "norm")]
+    sizes = {"fn": (4, 4 * HIDDEN), "base": (4,), "scale": (1,)}
+    parts += [Part(f"mtp.0.hc_head_{name}", shape, bare=True) for name, shape in sizes.items()]
     config = _sizes(layers, model_type="deepseek_v4", n_routed_experts=EXPERTS, n_shared_experts=1, **_MOE)
     return Skeleton(parts, config | {"num_nextn_predict_layers": 1}, layers=layers)
 

@@ -255,7 +255,8 @@ def test_config_json_is_read_in_one_place() -> None:
 OTHER_WORDS = {
     "w2",  # a tensor of SGLang's
     "lm_head",  # a setting of GPTQ's
-    "gate", "router", "output",  # plain words
+    "gate", "router", "output", "head",  # plain words
+    "wq_a",  # in Mistral's own layout
 }  # fmt: skip
 """Modules' names that mean something else, too."""
 

@@ -97,7 +97,8 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
     ),
     "deepseek-v4-flash": Checkpoint(
         made.deepseek_v4(),
-        {EXPERTS: made.DSV4_MXFP4, "*.shared_experts.*": made.DSV4_FP8, "*.attn.w*": made.DSV4_FP8},
+        {EXPERTS: made.DSV4_MXFP4, "*.shared_experts.*": made.DSV4_FP8, "*.attn.w*": made.DSV4_FP8}
+        | {"mtp.0.[eh]_proj": made.DSV4_FP8},
     ),
     "llama4-maverick-bf16": Checkpoint(made.llama4(), stack=made.llama4_stacked),
     "minimax-m3-mxfp8": Checkpoint(
@@ -339,9 +340,10 @@ def test_a_release_is_planned_or_refused_by_name(name: str, tmp_path: Path) -> N
     assert planned == {part.name for part in checkpoint.skeleton.parts}
 
 
-def test_a_release_of_kimi_k3_alone_is_planned_for_a_server(tmp_path: Path) -> None:
-    """It has experts in MXFP4, and there is none in another format to mix it with."""
-    CHECKPOINTS["kimi-k3-mxfp4"].write(tmp_path / "q", real_config("kimi-k3-mxfp4"))
+@pytest.mark.parametrize("name", ["kimi-k3-mxfp4", "deepseek-v4-flash"])
+def test_a_release_with_experts_in_mxfp4_alone_is_planned_for_a_server(name: str, tmp_path: Path) -> None:
+    """Of Kimi-K3 there is none in another format to mix it with; DeepSeek-V4 declares FP8 only."""
+    CHECKPOINTS[name].write(tmp_path / "q", real_config(name))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: q\n")
     plan = plan_recipe(recipe)
@@ -351,8 +353,7 @@ def test_a_release_of_kimi_k3_alone_is_planned_for_a_server(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "code", "text"),
     [
-        ("deepseek-v4-flash", "unserved_model", "joins wq_a with wkv.*Serve the release by itself"),
-        ("quark-deepseek-v4-pro-mxfp4", "unserved_model", "mixprec serves no DeepSeek-V4"),
+        ("quark-deepseek-v4-pro-mxfp4", "role_limit", "wo_a.*whose scales are called `scale`, as DeepSeek's"),
     ],
 )
 def test_what_no_server_takes_is_refused_before_a_build(name: str, code: str, text: str, tmp_path: Path) -> None:

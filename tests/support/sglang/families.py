@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from support import formats
 from support.families import STACKED, TINY, StackedRelease, Tensor, TinyModel, tensors_of
+from support.family_parts import EXPERTS
 from support.mistral_large import LARGE_TENSORS, own_name
 from support.serving import VARIANTS
 from support.sglang.harness import tensors_of as stored_tensors
@@ -36,11 +38,14 @@ __all__ = [
 Tensors = dict[str, torch.Tensor]
 
 _STORE_AUTO_ROUND, _AUTO_ROUND = VARIANTS["auto_round_int4"]
+_V4_CONFIG = {**formats.fp8_config(), "fmt": "e4m3", "scale_fmt": "ue8m0"}
 _QUANTIZED = {
     "fp8": (formats.fp8_block, formats.fp8_config()),
     "int4": (formats.gptq, formats.gptq_config()),
     "packed": VARIANTS["ct_int4_g32"],
     "mxfp4": VARIANTS["ct_mxfp4"],
+    "v4_fp8": (partial(formats.fp8_exponents, leaf="scale"), _V4_CONFIG),
+    "v4_mxfp4": (partial(formats.mxfp4, layout="deepseek"), _V4_CONFIG),
     "auto_round": (_STORE_AUTO_ROUND, {**(_AUTO_ROUND or {}), "block_name_to_quantize": "model.language_model.layers"}),
 }
 _OF_EXPERTS = "packed", "mxfp4"
@@ -51,6 +56,8 @@ _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 def random_values(tensor: Tensor) -> torch.Tensor:
     """Random values, distributed roughly as in a trained weight."""
     generator = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode()))
+    if tensor.dtype == "I64":  # a table of experts
+        return torch.randint(EXPERTS, tensor.shape, generator=generator)
     values = torch.randn(tensor.shape, generator=generator)
     if len(tensor.shape) == 1:
         return (0.1 * values if tensor.name.endswith("bias") else 1 + values / 8).to(_DTYPES[tensor.dtype])
@@ -164,7 +171,7 @@ def _write(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
 
 _LEAVES = (
     "qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "weight_packed", "weight_scale", "weight_shape",
-    "weight_global_scale",
+    "weight_global_scale", "scale",
 )  # fmt: skip
 
 
@@ -176,6 +183,8 @@ def dequantized(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.bfloa
     """
     tensors = stored_tensors(checkpoint)
     quantized = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _LEAVES}
+    # Gemma-4 has scales of other kinds.
+    quantized = {module for module in quantized if f"{module}.scale" not in tensors or f"{module}.weight" in tensors}
     out: Tensors = {}
     for name, value in tensors.items():
         module, _, leaf = name.rpartition(".")

@@ -27,8 +27,8 @@ from support.serving import Shape, write_sources
 
 __all__ = [
     "Changed", "Lacking", "build", "change_config", "change_tensors", "experts_at", "free_port", "groups_of",
-    "last_json", "load", "make", "parameters_of", "rank_of", "run_python", "serve", "server_args", "sources",
-    "stage_of", "start", "tensors_of",
+    "last_json", "load", "make", "parameters_of", "prepare_deepseek_v4", "rank_of", "run_python", "serve",
+    "server_args", "sources", "stage_of", "start", "tensors_of",
 ]  # fmt: skip
 
 VARIANTS = [
@@ -137,6 +137,17 @@ def start() -> None:
         world_size=1, rank=0, local_rank=0, distributed_init_method=f"tcp://127.0.0.1:{free_port()}", backend="gloo"
     )
     initialize_model_parallel()
+
+
+def prepare_deepseek_v4(monkeypatch: Any) -> None:
+    """Has SGLang's class for DeepSeek-V4 run no kernel once loaded, and make rotary embeddings as on a GPU."""
+    from sglang.srt.layers.rotary_embedding import factory
+
+    monkeypatch.setenv("SGLANG_OPT_USE_TILELANG_MHC_PRE", "0")
+    stock = factory.get_rope_cpu  # 0.5.23 also calls it without a scaling, which it refuses
+    monkeypatch.setattr(
+        factory, "get_rope_cpu", lambda *given: stock(*given) if given[5] is not None else factory.get_rope(*given[:8])
+    )
 
 
 def free_port() -> int:

@@ -32,6 +32,7 @@ __all__ = [
     "FORMATS",
     "PREFIX",
     "PROJECTIONS",
+    "limited_inputs",
     "make_layer",
     "mixed_config",
     "reference",
@@ -142,7 +143,7 @@ def make_layer(
             tensors, weights[expert, shard] = quantize(weight, of_part)
             fmt = FORMATS[of_part]
             for leaf, tensor in tensors.items():
-                name = f"{'w2' if shard == 'w2' else 'w13'}_{leaf}"
+                name = f"{'w2' if shard == 'w2' else 'w13'}_{fmt.sglang_name(leaf)}"
                 parameter, loaded = dict(layer.named_parameters())[name], served(fmt).as_loaded(fmt, leaf, tensor)
                 parameter.weight_loader(parameter, loaded, f"experts.{name}", shard_id=shard, expert_id=expert)
     for module in list(layer.modules()):
@@ -230,6 +231,16 @@ def swiglu(alpha: float, limit: float) -> Activation:
         assert up is not None
         gate = gate.clamp(max=limit)
         return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
+
+    return activate
+
+
+def limited_inputs(limit: float) -> Activation:
+    """DeepSeek-V4's activation."""
+
+    def activate(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        assert up is not None
+        return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
     return activate
 
