@@ -62,6 +62,8 @@ class Suggestion:
     lines: tuple[tuple[str, tuple[Rule, ...]], ...]
     """Blocks of the recipe's ``weights:``: a comment and its rules."""
     notes: tuple[str, ...]
+    exponent: float
+    """Losses of swaps count to this power, see :meth:`.Swaps.exponent`; 1 for other objectives."""
 
     def picked(self) -> Iterable[tuple[Group, Option]]:
         """Yields each group with the option that was chosen for it."""
@@ -124,9 +126,10 @@ def suggest(
         raise _over_budget(planned(choices.groups, solve(costs, costs, least))[1], request.budget)
     weighed_by = unscaled if objective is Objective.MEASURED else objective
     groups = _weighed(choices, frequencies, request, weighed_by, cache, comparer, jobs, watch)
-    notes = list(choices.notes)
+    notes, exponent = list(choices.notes), 1.0
     if objective is Objective.MEASURED and request.swaps is not None:
-        groups, more = scaled(groups, request.swaps, list(sources.by_name))
+        exponent = request.swaps.exponent()
+        groups, more = scaled(groups, request.swaps, list(sources.by_name), exponent)
         notes += more
     losses = [[group.options[i].loss for i in group.allowed] for group in groups]
     overhead = 0  # of headers, known once there is a plan
@@ -158,6 +161,7 @@ def suggest(
         uniform=tuple(_uniform(source, groups, choices, beside) for source in sources.by_name),
         lines=lines,
         notes=tuple(notes),
+        exponent=exponent,
     )
 
 

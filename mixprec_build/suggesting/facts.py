@@ -34,6 +34,7 @@ def suggestion_facts(suggestion: Suggestion) -> dict[str, Any]:
         "budget": suggestion.request.budget,
         "bytes": suggestion.nbytes,
         "objective": suggestion.objective.value,
+        "exponent": suggestion.exponent,
         "loss": suggestion.solution.loss,
         "bound": suggestion.solution.bound,
         "gap": suggestion.solution.gap,

@@ -4,6 +4,10 @@ Errors of weights and of outputs are not comparable between kinds of modules and
 size does more harm in one place than in another. A swap measures it at the end of the model, and its loss is shared
 out over the modules that were swapped together, in proportion to their errors. Modules that no swap measured have
 their errors scaled as swaps of the same column were in the layers around them.
+
+Two things were seen on a trained mixture of experts (``tests/benchmarks/README.md``). Losses of swaps do not add up,
+powers of them do, see :meth:`.Swaps.exponent`. And a swap of small errors loses more than its share, because some token
+is always about to go to another expert: its loss does not say what these errors add to those of a mix.
 """
 
 from __future__ import annotations
@@ -24,13 +28,18 @@ __all__ = ["scaled"]
 
 _LEAST = 1e-30
 """Stands for a loss of zero, where a logarithm is taken."""
+_SMALL = 1 / 4
+"""A swap of smaller errors than this share of another's, of the same modules, counts by its errors."""
 
 
-def scaled(groups: Sequence[Group], swaps: Swaps, sources: Sequence[str]) -> tuple[list[Group], list[str]]:
-    """Groups whose options' losses are in nats a token, and notes.
+def scaled(
+    groups: Sequence[Group], swaps: Swaps, sources: Sequence[str], exponent: float
+) -> tuple[list[Group], list[str]]:
+    """Groups whose options' losses are nats a token to the power of ``exponent``, and notes.
 
     ``groups`` have losses of another objective, in proportion to which a swap's loss is shared out. A group that
-    several swaps of one source cover has the loss of the one that covers the fewest groups.
+    several swaps of one source cover has the loss of the one that covers the fewest groups. Of swaps of the same
+    modules from several sources, those of much smaller errors than the greatest lose as much less than it.
 
     Raises:
         StatsError: a swap is of a source or of modules that the recipe does not have, or has only a part of a group;
@@ -43,10 +52,11 @@ def scaled(groups: Sequence[Group], swaps: Swaps, sources: Sequence[str]) -> tup
             f"{', '.join(f'`{name}`' for name in sources)}"
         )
     covered = _covered(groups, swaps)
+    powers, small = _powers(groups, swaps, covered, exponent)
     measured: dict[tuple[int, str], tuple[int, float]] = {}
     """Group, source -> how many groups were swapped together, and the loss."""
     ratios: dict[tuple[str, str], dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for swap, mine in zip(swaps.swaps, covered, strict=True):
+    for swap, power, mine in zip(swaps.swaps, powers, covered, strict=True):
         losses = {at: _loss_of(groups[at], swap.source) for at in mine}
         mine = [at for at in mine if losses[at] is not None]
         if not mine:
@@ -56,7 +66,7 @@ def scaled(groups: Sequence[Group], swaps: Swaps, sources: Sequence[str]) -> tup
             )
         total = sum(losses[at] or 0.0 for at in mine)
         for at in mine:
-            loss = swap.loss * (losses[at] or 0.0) / total if total else swap.loss / len(mine)
+            loss = power * (losses[at] or 0.0) / total if total else power / len(mine)
             before = measured.get((at, swap.source))
             if before is not None and before[0] == len(mine):
                 raise StatsError(f"{swaps.path}: {groups[at].name} from `{swap.source}` was measured twice")
@@ -64,8 +74,36 @@ def scaled(groups: Sequence[Group], swaps: Swaps, sources: Sequence[str]) -> tup
                 measured[at, swap.source] = (len(mine), loss)
         if total:
             for column, layer in {(groups[at].column, groups[at].layer) for at in mine}:
-                ratios[column, swap.source][layer].append(max(swap.loss / total, _LEAST))
-    return _filled(groups, swaps, measured, ratios)
+                ratios[column, swap.source][layer].append(max(power / total, _LEAST))
+    out, notes = _filled(groups, swaps, measured, ratios)
+    if small:
+        notes.append(
+            f"{small:,} of the swaps count by their errors, which are far smaller than other swaps' of the same modules"
+        )
+    return out, [*notes, _on_additivity(swaps, exponent)]
+
+
+def _powers(
+    groups: Sequence[Group], swaps: Swaps, covered: Sequence[Sequence[int]], exponent: float
+) -> tuple[list[float], int]:
+    """The loss of each swap to the power of ``exponent``; of how many swaps it was replaced, see :func:`scaled`."""
+    errors = [
+        sum(_loss_of(groups[at], swap.source) or 0.0 for at in mine)
+        for swap, mine in zip(swaps.swaps, covered, strict=True)
+    ]
+    greatest: dict[tuple[int, ...], int] = {}
+    for number, mine in enumerate(map(tuple, covered)):
+        if errors[number] > errors[greatest.setdefault(mine, number)]:
+            greatest[mine] = number
+    powers, small = [], 0
+    for number, mine in enumerate(map(tuple, covered)):
+        most = greatest[mine]
+        share = errors[number] / errors[most] if errors[most] else 1.0
+        small += share < _SMALL
+        powers.append(
+            swaps.swaps[most].loss ** exponent * share if share < _SMALL else swaps.swaps[number].loss ** exponent
+        )
+    return powers, small
 
 
 def _covered(groups: Sequence[Group], swaps: Swaps) -> list[list[int]]:
@@ -145,12 +183,14 @@ def _notes(swaps: Swaps, estimated: int, borrowed: set[tuple[str, str]]) -> Iter
         yield f"{estimated:,} choices were not swapped: their errors are scaled as those of their column were elsewhere"
     for column, source in sorted(borrowed):
         yield f"{column} was not swapped from `{source}`: its errors are scaled as other sources' were"
-    found = swaps.additivity()
+
+
+def _on_additivity(swaps: Swaps, exponent: float) -> str:
+    found = swaps.additivity(exponent)
     if found is None:
-        yield "no sets of swaps were measured at once, so how far their losses add up is not known"
-        return
+        return "no sets of swaps were measured at once, so how far their losses add up is not known"
     least, most = found
-    yield (
-        f"{len(swaps.together)} sets of swaps, measured at once, lose {least:.2f} to {most:.2f} times the sum of their "
-        "parts" + (": swaps interact, and this mix may lose more or less than is said" if most > 2 * least else "")
+    parts = "the sum of their parts" if exponent == 1 else f"(Σ lossᵖ)^(1/p) of their parts, p = {exponent:.2f}"
+    return f"{len(swaps.together)} sets of swaps, measured at once, lose {least:.2f} to {most:.2f} times {parts}" + (
+        ": swaps interact, and this mix may lose more or less than is said" if most > 2 * least else ""
     )

@@ -19,7 +19,7 @@ class Objective(str, Enum):
     ``output``                    ``f Σ_k m_k ‖Δ_k‖²``: the error of the module's output, given the inputs' second
                                   moments ``m``. Modules with large outputs count most.
     ``relative-output``           ``f Σ_k m_k ‖Δ_k‖² / Σ_k m_k ‖W_k‖²``: noise to signal of the module's output.
-    ``measured``                  What the whole model loses, in nats a token, by swaps that were measured
+    ``measured``                  What the whole model loses, in powers of nats a token, by swaps that were measured
                                   (:mod:`.measured`), shared out by ``relative-output`` with moments, else ``relative``.
     ============================  ===================================================================================
 

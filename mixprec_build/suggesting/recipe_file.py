@@ -79,7 +79,8 @@ def _head(suggestion: Suggestion) -> Iterator[str]:
     yield ""
     yield f"Bytes   {suggestion.nbytes:,} in files, {_below(suggestion)} under the budget of {request.budget:,}"
     yield f"Loss    {solution.loss:.6g}, {_gap(suggestion)}"
-    yield f"        {suggestion.objective.value}: {_MEASURES[suggestion.objective]}, added up over modules"
+    power = "" if suggestion.exponent == 1 else f", to the power of {suggestion.exponent:.2f}"
+    yield f"        {suggestion.objective.value}: {_MEASURES[suggestion.objective]}{power}, added up over modules"
     if solution.price:
         yield f"Price   {solution.price * 1e6:.3g} of loss for a megabyte: what saves more got its bytes"
     for line in suggestion.notes:

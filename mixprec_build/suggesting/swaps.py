@@ -9,6 +9,8 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
+import numpy as np
+
 from ..errors import SourceError, StatsError
 from ..patterns.pattern import Pattern, PatternError
 from ..storage.disk import read_regular
@@ -46,14 +48,34 @@ class Swaps:
     swaps: tuple[Swap, ...]
     together: tuple[Together, ...]
 
-    def additivity(self) -> tuple[float, float] | None:
-        """The least and the greatest ratio of what swaps lose at once to the sum of what they lose one by one."""
-        ratios = []
-        for one in self.together:
-            parts = sum(self.swaps[i].loss for i in one.swaps)
-            if parts > 0:
-                ratios.append(one.loss / parts)
+    def exponent(self) -> float:
+        """The ``p`` from 1 to 2 by whose powers losses add up: ``(Σ lossᵖ)^(1/p)`` is nearest, in logarithms, to what
+        sets lose at once; 1 where none was measured.
+
+        What a dense model loses goes with the square of small errors, so that losses of independent ones add up.
+        Where errors change which experts a router takes, the loss goes with the errors themselves, and a second one
+        adds less to it.
+        """
+        sets = self._sets()
+        if not sets:
+            return 1.0
+        powers = np.linspace(1, 2, 101)
+        misses = [sum(math.log(_at_once(parts, p) / loss) ** 2 for parts, loss in sets) for p in powers]
+        return float(powers[int(np.argmin(misses))])
+
+    def additivity(self, exponent: float) -> tuple[float, float] | None:
+        """The least and the greatest ratio of what sets lose at once to ``(Σ lossᵖ)^(1/p)`` of their swaps."""
+        ratios = [loss / _at_once(parts, exponent) for parts, loss in self._sets()]
         return (min(ratios), max(ratios)) if ratios else None
+
+    def _sets(self) -> list[tuple[list[float], float]]:
+        """What the swaps of each set lose one by one, and at once."""
+        found = [([self.swaps[i].loss for i in one.swaps], one.loss) for one in self.together]
+        return [(parts, loss) for parts, loss in found if loss > 0 and sum(parts) > 0]
+
+
+def _at_once(parts: list[float], exponent: float) -> float:
+    return float(np.sum(np.array(parts) ** exponent) ** (1 / exponent))
 
 
 def read_swaps(path: Path) -> Swaps:

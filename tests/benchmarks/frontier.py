@@ -9,7 +9,8 @@ mix and all FP8, it makes the mix that `mixprec suggest` chooses by default, tho
 traffic, and others of the same bytes, and measures them on held-out text of that kind and of the others, with
 dequantized weights in transformers. KL is that of BF16 and the mix, in nats a token. Beside it stands how much more
 that is than the default's of the same budget, window by window, with 95 % of 1,000 bootstrap samples of windows. The
-mixes stay in FOLDER/mixes.json, with what each window loses, for `served_mixes.py`.
+mixes stay in FOLDER/mixes.json, with what each window loses, for `served_mixes.py`. Last comes how well each objective
+knows what a mix loses: the correlation, over all these mixes, of the logarithms of its loss and of KL.
 """
 
 from __future__ import annotations
@@ -277,6 +278,11 @@ def picked(suggestion: Suggestion) -> Mix:
     return {member: option.source for group, option in suggestion.picked() for member in group.members}
 
 
+def loss_of(mix: Mix, groups: Iterable[Group]) -> float:
+    """What an objective, whose losses ``groups`` have, says of a mix."""
+    return sum(o.loss for group in groups for o in group.options if o.source == mix[group.members[0]])
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -347,6 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
     others = [one for one in Objective if one is not first and (more or one is not Objective.MEASURED)]
     ways = [(first, activity), (first, None), *((one, activity) for one in others)]
     shares = (np.arange(args.budgets) + 1) / (args.budgets + 1)
+    weighed: dict[str, Sequence[Group]] = {}
     with DistortionCache(args.folder / "errors.jsonl") as cache:
         for share in shares:
             budget = int(sizes[args.small] + share * (sizes["fp8"] - sizes[args.small]))
@@ -357,11 +364,17 @@ def main(arguments: list[str] | None = None) -> None:
                 request = Request(budget, objective, traffic, of, **more, allow_unservable=True)
                 suggestion = suggest(recipe, sources, request, cache)
                 name = f"suggested, {objective.value}" + ("" if traffic else ", no traffic")
+                weighed[name] = suggestion.groups
                 found_kls = show(suggestion.nbytes / 1e6, name, picked(suggestion), default)
                 default = default or found_kls
             groups, room = suggestion.groups, suggestion.solution.cost
             for name, order in orders_of(groups, activity, args.seeds).items():
                 show(budget / 1e6, name, filled(groups, order, room), default)
+    mixed = [one for one in kept if not one["name"].startswith("all ")]
+    for name, groups in weighed.items():
+        said = np.log([loss_of(one["mix"], groups) for one in mixed])
+        fits = [np.corrcoef(said, np.log([np.mean(one["kl"][of]) for one in mixed]))[0, 1] for of in kinds]
+        print(f"{name}: r of {', '.join(f'{of} {r:.3f}' for of, r in zip(kinds, fits, strict=True))}", flush=True)
 
 
 def swapping_of(path: Path) -> Any:

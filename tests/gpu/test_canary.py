@@ -33,6 +33,7 @@ def test_kernels_are_right(tmp_path: Path, name: str) -> None:
 def test_a_server_runs_the_canary(tmp_path: Path) -> None:
     code = (
         "import sys, sglang; engine = sglang.Engine(model_path=sys.argv[1], skip_tokenizer_init=True, "
+        "log_level='info', attention_backend='triton', sampling_backend='pytorch', grammar_backend='none', "
         "disable_cuda_graph=True, mem_fraction_static=0.2); engine.shutdown()"
     )
     done = subprocess.run(

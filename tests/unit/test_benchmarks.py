@@ -155,3 +155,5 @@ def test_the_frontier_of_a_small_moe(
     kept = json.loads((tmp_path / "mixes.json").read_text())["mixes"]
     assert kept[3]["name"] == "suggested, measured" and len(kept) == len(shown) + 1
     assert 0 < sum(kept[3]["kl"]["a"]) < 2 * sum(kept[2]["kl"]["a"])
+    fits = [line for line in capsys.readouterr().out.splitlines() if ": r of a " in line]
+    assert fits[0].startswith("suggested, measured: r of a ") and len(fits) == 6

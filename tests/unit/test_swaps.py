@@ -21,6 +21,7 @@ from mixprec_build.suggesting.allocate import Suggestion, suggest
 from mixprec_build.suggesting.choices import Choices, Request
 from mixprec_build.suggesting.distortion import DistortionCache
 from mixprec_build.suggesting.objective import Objective
+from mixprec_build.suggesting.recipe_file import recipe_text
 from mixprec_build.suggesting.swaps import read_swaps
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "swaps.py"
@@ -88,6 +89,38 @@ def test_a_swaps_loss_is_shared_out_and_scales_what_was_not_swapped(moe: Path) -
     text = "\n".join(found.notes)
     assert "measured at once, lose 1.50 to 1.50 times the sum" in text
     assert "self_attn.o_proj was not swapped from `fp8`" in text
+
+
+def test_losses_add_up_as_their_powers(moe: Path) -> None:
+    """Of what goes with the square root of errors, as the sum of their squares."""
+    parts = [entry["loss"] for entry in EVERYWHERE]
+    for power, due in ((1.0, 1.0), (1.5, 1.5), (2.0, 2.0), (0.5, 1.0), (4.0, 2.0)):
+        sets = [
+            {"swaps": one, "loss": sum(parts[i] ** power for i in one) ** (1 / power)} for one in ([0, 3], [1, 2, 3])
+        ]
+        found = chosen(moe, {"swaps": EVERYWHERE, "together": sets})
+        assert found.exponent == pytest.approx(due, abs=0.01)
+        experts = [loss for name, loss in losses(found, "int4").items() if ".0.mlp.experts." in name]
+        assert sum(experts) == pytest.approx(0.3**due, rel=0.01)
+    assert chosen(moe, {"swaps": EVERYWHERE}).exponent == 1
+    assert "p = 2.00" in "\n".join(found.notes)
+    assert "by measured swaps, to the power of 2.00, added up" in recipe_text(found, moe.parent)
+
+
+def test_a_swap_of_small_errors_counts_by_them(moe: Path) -> None:
+    """Its loss may be a floor, as where any error changes which experts some tokens go to."""
+    errors = {
+        source: losses(chosen(moe, {"swaps": EVERYWHERE}, objective=Objective.RELATIVE), source)
+        for source in ("fp8", "int4")
+    }
+    experts = [f"model.layers.0.mlp.experts.{e}" for e in range(4)]
+    share = sum(errors["fp8"][name] for name in experts) / sum(errors["int4"][name] for name in experts)
+    assert share < 0.1
+    found = chosen(moe, {"swaps": [*EVERYWHERE, swap("model.layers.0.mlp.experts.*", "fp8", 0.2)]})
+    assert sum(losses(found, "fp8")[name] for name in experts) == pytest.approx(0.3 * share)
+    assert any(note.startswith("1 of the swaps count by their errors") for note in found.notes)
+    alone = chosen(moe, {"swaps": [*EVERYWHERE[:3], swap("model.layers.0.mlp.experts.*", "fp8", 0.2)]})
+    assert sum(losses(alone, "fp8")[name] for name in experts) == pytest.approx(0.2)
 
 
 def test_the_swap_of_fewest_groups_decides(moe: Path) -> None:
