@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..families.names import last_word, layer_of
 from ..families.parts import Role
+from ..families.unserved import why_unserved
 from .problems import Problems
 from .rules import (
     by_votes,
@@ -43,7 +44,10 @@ def check_servable(
     problems: Problems,
 ) -> None:
     """Adds to ``problems`` all that SGLang's layers would not run as planned."""
-    family = sources.family
+    family, unserved = sources.family, why_unserved(sources.model.facts)
+    if unserved is not None:
+        problems.soft((), unserved, code="unserved_model")
+        return
     fixed = folding.check(modules, problems)
     quantized = any(module.format.quantized for module in modules.values())
     for group, fused in family.fused_groups(modules if quantized else ()).items():

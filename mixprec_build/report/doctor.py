@@ -23,6 +23,7 @@ from ..checkpoint.manifest import Manifest, read_manifest
 from ..errors import MixprecError
 from ..families.base import Family
 from ..families.parts import Role
+from ..families.unserved import why_unserved
 from ..formats.base import Format, Kind
 from ..formats.registry import kinds
 from ..planning.rules import half_only
@@ -179,13 +180,17 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
     counts = Counter(formats.values())
     problems = [*_differences(checkpoint, manifest), *_not_served(checkpoint, manifest, counts, gpu)]
     problems += _unfit_experts(formats, gpu, checkpoint.facts.family)
+    unserved = why_unserved(checkpoint.facts)
+    if unserved is not None and unserved not in manifest.unservable:
+        problems.append(Finding("fail", "model class", unserved))
     if gpu is None:
         yield from _gpu_needed(formats, checkpoint.facts.family)
     if not problems:
         stored = {name: (formats[name], module) for name, module in checkpoint.modules.items() if name in formats}
         problems = [Finding("warn", "dtype", remark) for remark in half_only(stored, checkpoint.facts)]
     yield from problems
-    yield from _model_class(out)
+    if unserved is None:
+        yield from _model_class(out)
     if not problems:
         modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())
         yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}{options}")
