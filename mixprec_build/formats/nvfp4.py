@@ -43,6 +43,8 @@ _BLOCK = 16
 # SGLang's native kernels need Blackwell, which mixprec does not serve yet; Marlin runs it on older GPUs.
 _KIND = Kind(4, words=("fp4",), kernels="Marlin, with unquantized activations", least=80, most=90)
 _KEYS = {"quant_algo", "config_groups", "group_size", "quantized_layers", "quantization", "quant_mode"}
+_KEYS_BESIDE_FP8 = {"quant_algo", "moe_quant_algo", "config_groups", "group_size", "quantized_layers", "expert_dtype"}
+"""In ModelOpt's releases of models whose other linears stay in the FP8 of the original, and so its ``quant_method``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,9 @@ class Nvfp4(Format):
     )
     experts_run_on: ClassVar[str] = "Marlin"
     portable: ClassVar[bool] = True
-    methods: ClassVar[Mapping[str, Set[str] | None]] = {"modelopt": _KEYS, "modelopt_fp4": _KEYS, **METHODS}
+    methods: ClassVar[Mapping[str, Set[str] | None]] = {
+        "modelopt": _KEYS, "modelopt_fp4": _KEYS, "fp8": _KEYS_BESIDE_FP8, **METHODS,
+    }  # fmt: skip
     name_keys: ClassVar[tuple[Callable[[str, Quantization], Hashable], ...]] = (groups_of,)
 
     producer: str

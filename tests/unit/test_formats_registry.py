@@ -35,6 +35,13 @@ Config = dict[str, Any]
 GPTQ: Config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 BLOCK: Config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 MODELOPT_FP4: Config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+# Of DeepSeek-V4's releases with experts in NVFP4, whose draft layers keep their experts in MXFP4
+NVFP4_BESIDE_FP8: Config = BLOCK | {
+    "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "expert_dtype": "fp4", "group_size": 16,
+    "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"], "producer": {"name": "modelopt"},
+    "quantized_layers": {"layers.0.ffn.experts": {"group_size": 16, "quant_algo": "NVFP4"}},
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 16}}},
+}  # fmt: skip
 PACKED_INT4: Config = packed_config()
 CHANNEL: Config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 AWQ: Config = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
@@ -69,6 +76,10 @@ SOUND: list[tuple[Tensors, Config, Format]] = [
     (nvfp4(256, 512, input_scale=None, weight_scale_2=ONE), MODELOPT_FP4, Nvfp4("modelopt", "none")),
     (nvfp4(256, 512, bias=("BF16", (256,))), {"quant_method": "fp8", "moe_quant_algo": "NVFP4"},
      Nvfp4("modelopt", "static")),
+    (nvfp4(256, 512), NVFP4_BESIDE_FP8, Nvfp4("modelopt", "static")),
+    (fp8_block(256, 512), NVFP4_BESIDE_FP8, Fp8("block", "dynamic", (128, 128))),
+    (mxfp4(256, 512, weight=("I8", (256, 256)), weight_scale=None, scale=("F8_E8M0", (256, 16))), NVFP4_BESIDE_FP8,
+     Mxfp4("weight", "I8", "scale", "F8_E8M0")),
     (mxfp4(256, 512), {"quant_method": "quark", "algo_config": [{"name": "awq"}]}, Mxfp4()),
     (mxfp4(256, 512, weight_scale=("F8_E8M0", (256, 16))), {}, Mxfp4(scales_dtype="F8_E8M0")),
     (mxfp4(256, 512, weight=("I8", (256, 256)), weight_scale=None, scale=("F8_E8M0", (256, 16))), BLOCK,
