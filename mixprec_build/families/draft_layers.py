@@ -64,6 +64,9 @@ class DraftLayout:
     """Whether its decoder layers are of a kind that the model has none of; ``in_each`` names all of them then."""
     quantized: bool = True
     """Whether the class passes a quantization config to the decoder layers in it."""
+    other: tuple[str, str] = ("", "")
+    """The first word of modules that only draft layers of another kind have, for which mixprec knows no class, and what
+    these are called."""
 
 
 # Of the draft classes in sglang/srt/models, as 0.5.15.post1, 0.5.17 and 0.5.23 have them
@@ -98,7 +101,10 @@ LONGCAT_MTP = DraftLayout(
 """``longcat_flash_nextn.py``, where ``eh_proj`` may be quantized."""
 NEMOTRON_MTP = DraftLayout()
 """``nemotron_h_mtp.py``: the first of several blocks of a layer has ``eh_proj``, which may be quantized."""
-V4_MTP = DraftLayout(("e_proj", "h_proj", "enorm", "hnorm", "norm", "hc_head_fn", "hc_head_base", "hc_head_scale"))
+V4_MTP = DraftLayout(
+    ("e_proj", "h_proj", "enorm", "hnorm", "norm", "hc_head_fn", "hc_head_base", "hc_head_scale"),
+    other=("main_proj", "stages of DSpark"),
+)
 """``deepseek_v4_nextn.py``, where ``e_proj`` and ``h_proj`` may be quantized."""
 NEXTN_OF_RELATIVES = DraftLayout(("eh_proj", "enorm", "hnorm"))
 """What the classes of DeepSeek's relatives have in common: ``eh_proj`` may be quantized in some of them."""

@@ -135,6 +135,18 @@ def _check_complete(
     problems: Problems,
 ) -> list[str]:
     homes = Counter(modules[name].source for name in drafts)
+    layout = sources.family.draft_layout
+    of_other = [] if layout is None else [name for name in drafts if place_of_draft(name).inner == layout.other[0]]
+    if layout is not None and of_other:
+        source = modules[of_other[0]].source
+        problems.hard(
+            f"{of_other[0]}: the draft layers (MTP) from `{source}` are {layout.other[1]}, for which mixprec serves no "
+            "class of SGLang's",
+            code="unserved_model",
+            modules=of_other,
+            advice="Leave them out with --drop-mtp, or take draft layers from a source of this model that has others",
+        )
+        return []
     facts = sources.by_name[homes.most_common(1)[0][0]].facts
     bare = {name for name in drafts if "" in modules[name].tensors}
     missing = completeness.missing(drafts, bare, facts.draft_layers)

@@ -30,7 +30,7 @@ CODES = {
     "role_limit": "modules of this role are served unquantized only",
     "shared_experts": "SGLang compares shared experts' formats in a way that this mix does not pass",
     "stacked_experts": "all experts of a layer are stored in one tensor, which cannot be taken apart",
-    "unserved_model": "no class of SGLang's serves the model as it is compiled",
+    "unserved_model": "no class of SGLang's serves the model, or its draft layers, as compiled",
 }
 """Code of a problem, for programs -> its meaning."""
 

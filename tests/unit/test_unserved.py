@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,22 @@ def test_a_type_that_no_server_knows_is_a_source_beside_one_that_it_knows(tmp_pa
     assert {module.source for module in plan.modules.values() if module.draft} == {"fp8"}
     run_plan(plan, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "deepseek_v4"
+
+
+def test_stages_of_dspark_are_no_draft_layers_that_a_server_loads(tmp_path: Path) -> None:
+    """As releases of DeepSeek-V4 have them since 0731: three, of which the first projects hidden states."""
+    skeleton = made.deepseek_v4()
+    own = ("e_proj", "h_proj", "enorm", "hnorm", "norm", "hc_head")
+    parts = [part for part in skeleton.parts if not part.name.startswith(tuple(f"mtp.0.{name}" for name in own))]
+    stage = [part for part in parts if part.name.startswith("mtp.0.")]
+    parts += [part._replace(name=part.name.replace("mtp.0", f"mtp.{n}")) for n in (1, 2) for part in stage]
+    parts += [made.Part("mtp.0.main_proj", (256, 768)), made.Part("mtp.0.main_norm", (256,))]
+    parts += [made.Part("mtp.2.norm", (256,)), made.Part("mtp.2.markov_head.markov_w1", (256, 32))]
+    release = made.Checkpoint(replace(skeleton, parts=parts), V4 | {"mtp.0.main_proj": made.DSV4_FP8})
+    real = made.real_config("deepseek-v4-flash")
+    release.write(tmp_path / "v4", {**real, "config": {**real["config"], "dspark_block_size": 5}})
+    recipe = recipe_of(tmp_path, "model: v4\n")
+    with pytest.raises(RefusedError, match=r"mtp\.0\.main_proj: .*are stages of DSpark.*--drop-mtp") as refused:
+        plan_recipe(recipe)
+    assert [problem.code for problem in refused.value.problems] == ["unserved_model"]
+    assert not [name for name in plan_recipe(recipe, drop_mtp=True).modules if name.startswith("mtp")]
