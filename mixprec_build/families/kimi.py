@@ -4,7 +4,8 @@ Kimi-K2 and K2-Thinking are DeepSeek-V3 by their class.
 
 Kimi-K3 (``models/kimi_k3.py``): linear attention (KDA) beside latent attention, each with a gate ``g_proj``, and
 experts between two projections of all of them, activated by SiTU. Its class joins weights of small projections, and
-multiplies by them without their scales.
+multiplies by them without their scales. Outputs of attention (``self_attn.o_proj``) are unquantized in both kinds of
+attention, although only those of linear attention have to be.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ def _without_scales(_: StoredFormat) -> str:
 
 def _joined_without_scales(_: StoredFormat) -> str:
     return "SGLang's class joins q_a_proj and kv_a_proj_with_mqa by rows of their weights, and no scales"
+
+
+def _compiled_for(_: StoredFormat) -> str:
+    return (
+        "SGLang 0.5.17 compiles a kernel of linear attention for the dtype of its weight, and stops for quantized ones"
+    )
 
 
 def _needs_weight(fmt: StoredFormat) -> str | None:
@@ -72,7 +79,8 @@ KIMI_K3 = Family(
         *DEEPSEEK.restrictions,
         Restriction(("q_a_proj", "kv_a_proj_with_mqa"), _joined_without_scales),
         Restriction(_WITHOUT_SCALES, _without_scales),
-        Restriction(("self_attn.o_proj", *_SHARED), _needs_weight),
+        Restriction(("self_attn.o_proj",), _compiled_for),
+        Restriction(_SHARED, _needs_weight),
         never_quantized(*_PLAIN),
     ),
     taken_in_part=(".self_attn.A_log",),  # a release's is as long as a head, and one entry for each head is used

@@ -101,6 +101,8 @@ class Format(ABC):
     """SGLang's kernels for experts; others than Triton have fewer activations."""
     gated_experts_only: ClassVar[bool] = False
     """Whether SGLang runs only experts that have a gate."""
+    expert_activations_refused: ClassVar[frozenset[str]] = frozenset()
+    """Activations of experts, by SGLang's names, that its method for the format refuses, whatever its kernels have."""
     portable: ClassVar[bool] = False
     """Whether :meth:`dequantize` computes with any :class:`~.arrays.Arrays`, as on a GPU; else it takes numpy's
     alone."""

@@ -73,6 +73,8 @@ class Nvfp4(Format):
         {"weight_scale", "bias"}.union(*((n.values, n.scale_of_all, n.inputs) for n in _NAMES.values()))
     )
     experts_run_on: ClassVar[str] = "Marlin"
+    # modelopt_quant.py, _SUPPORTED_ACT_STRS
+    expert_activations_refused: ClassVar[frozenset[str]] = frozenset({"situ"})
     portable: ClassVar[bool] = True
     methods: ClassVar[Mapping[str, Set[str] | None]] = {
         "modelopt": _KEYS, "modelopt_fp4": _KEYS, "fp8": _KEYS_BESIDE_FP8, **METHODS,

@@ -155,6 +155,8 @@ def _shape_limits(fmt: Format, parts: Sequence[StoredModule], expert: bool, fami
     activation = family.activation.in_layer(layer_of(parts[0].name))
     if (limit := activation.limit_on(fmt.experts_run_on)) is not None:
         limits.append(limit)
+    if activation.name in fmt.expert_activations_refused:
+        limits.append(f"SGLang's method for {fmt.name} experts refuses their activation ({activation.name})")
     if fmt.gated_experts_only and not activation.gated:
         limits.append(f"SGLang runs no {fmt.name} experts without a gate")
     return limits

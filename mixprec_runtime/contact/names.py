@@ -279,6 +279,7 @@ NAMES = (
         call="is_checkpoint_nvfp4_serialized= group_size= exclude_modules=",
     ),
     Name(f"{_Q}.modelopt_quant:ModelOptNvFp4A16LinearMethod", "NVFP4", call="_"),
+    Name(f"{_Q}.modelopt_quant:_SUPPORTED_ACT_STRS", "NVFP4"),
     Name(f"{_Q}.mxfp4:Mxfp4Config", "MXFP4", call="is_checkpoint_mxfp4_serialized="),
     Name(f"{_Q}.mxfp4_marlin_moe:Mxfp4MarlinMoEMethod", "MXFP4", call="fp8_method prefix"),
     Name(f"{_MOE}:MoeRunnerConfig", "MXFP4", fields="gemm1_alpha gate_up_interleaved"),

@@ -164,6 +164,12 @@ class ServedNvfp4(Served[Nvfp4]):
 
     def check_experts(self, layer: Any, fmt: Nvfp4, prefix: str) -> None:
         require_activation(layer, fmt, prefix)
+        activation, supported = layer.moe_runner_config.activation, modelopt_quant._SUPPORTED_ACT_STRS
+        if activation not in supported:  # SGLang asserts it when it first runs
+            raise ValueError(
+                f"{prefix} ({fmt.kind}): SGLang's method for NVFP4 experts has no {activation}, only "
+                f"{', '.join(supported)}. Build the checkpoint with another format for this module."
+            )
         hidden, intermediate = layer.hidden_size, layer.intermediate_size_per_partition
         if hidden % 128 or intermediate % 64:
             raise ValueError(

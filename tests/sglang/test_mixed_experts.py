@@ -114,8 +114,9 @@ def test_other_activations_and_experts_without_a_gate(first: str, second: str, n
     case = ACTIVATIONS[name]
     gated = case.options.get("is_gated", True)
     unfit = ON_CUTLASS | (set() if case.marlin else NO_TRITON) | (set() if gated else GATED)
+    unfit |= {kind for kind, fmt in FORMATS.items() if case.name in fmt.expert_activations_refused}
     if unfit & {first, second}:
-        with pytest.raises(ValueError, match=rf"{PREFIX}\.\w+ \(\w+\): (Marlin|SGLang's kernel)"):
+        with pytest.raises(ValueError, match=rf"{PREFIX}\.\w+ \(\w+\): (Marlin|SGLang's (kernel|method))"):
             layer_of((first, 3), (second, 5), **case.options)
         return
     layer, weights = layer_of((first, 3), (second, 5), **case.options)

@@ -325,7 +325,7 @@ IMAGE_TINY: Mapping[str, TinyModel] = {
             },
         },
         {
-            "*.self_attn.{q_proj,k_proj,v_proj,g_proj,o_proj,q_b_proj}": "fp8",
+            "*.self_attn.{q_proj,k_proj,v_proj,g_proj,q_b_proj}": "fp8",
             "*.block_sparse_moe.experts.*": "mxfp4", "*.layers.1.block_sparse_moe.experts.{0..2}.*": "fp8",
             "*.layers.1.block_sparse_moe.experts.{3,5}.*": "int4", "*.layers.1.block_sparse_moe.experts.6.*": "bf16",
             "*.layers.2.*.shared_experts.*": "fp8", "*.layers.0.mlp.*": "int4",

@@ -45,7 +45,7 @@ DENSE = Dense("BF16")
         (KIMI_K3, "self_attn.q_proj", [DENSE, BLOCK, INT4], []),
         (KIMI_K3, "self_attn.f_a_proj", [DENSE], [BLOCK, INT4]),
         (KIMI_K3, "self_attn.q_a_proj", [DENSE], [BLOCK, INT4]),
-        (KIMI_K3, "self_attn.o_proj", [DENSE, BLOCK], [INT4]),
+        (KIMI_K3, "self_attn.o_proj", [DENSE], [BLOCK, CHANNEL, Nvfp4("modelopt", "none"), INT4]),
         (KIMI_K3, "block_sparse_moe.shared_experts.up_proj", [DENSE, BLOCK], [INT4]),
         (KIMI_K3, "block_sparse_moe.routed_expert_down_proj", [DENSE], [BLOCK, INT4]),
         (MIMO_V2, "self_attn.qkv_proj", [DENSE], [BLOCK, INT4]),

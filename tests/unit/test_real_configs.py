@@ -368,6 +368,32 @@ def test_what_no_server_takes_is_refused_before_a_build(name: str, code: str, te
     assert any(re.search(text, one) for one in told)
 
 
+def test_experts_of_kimi_k3_in_nvfp4_are_refused_before_a_build(tmp_path: Path) -> None:
+    """There are releases: SGLang's method for NVFP4 has their activation on Blackwell alone."""
+
+    def in_nvfp4(files: Config) -> None:
+        group = _block(files["config"])["config_groups"]["group_0"]
+        group["weights"] = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+        group |= {"format": "nvfp4-pack-quantized", "input_activations": {**group["weights"], "dynamic": "local"}}
+
+    name, parts = "kimi-k3-mxfp4", {"*.A_log": made.F32, EXPERTS: made.CT_NVFP4}
+    CHECKPOINTS[name].write(tmp_path / "mx", real_config(name))
+    Checkpoint(made.kimi_k3(), parts, edit=in_nvfp4).write(tmp_path / "nv", real_config(name))
+    recipe, why = tmp_path / "recipe.yaml", r"SGLang's method for NVFP4 experts refuses their activation \(situ\)\."
+    recipe.write_text("model: nv\n")
+    with pytest.raises(RefusedError, match=rf"`model` \(the default\): {why} No source .*: add one that can"):
+        plan_recipe(recipe)
+    recipe.write_text("model: mx\nsources: {mx: mx, nv: nv}\ndefault: mx\nweights:\n  '*.experts.1.*': nv\n")
+    with pytest.raises(
+        RefusedError, match=rf"line 5 `\*\.experts\.1\.\*: nv`\): {why} Add below line 5: .*: mx`"
+    ) as refused:
+        plan_recipe(recipe)
+    assert [problem.code for problem in refused.value.problems] == ["kernel_limit"]
+    run_plan(plan_recipe(recipe, allow_unservable=True), tmp_path / "out")
+    told = [finding.text for finding in examine(tmp_path / "out") if finding.status == "fail"]
+    assert any(re.search(why.removesuffix(r"\."), one) for one in told)
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_a_refused_release_has_that_is_read_is_planned(name: str, tmp_path: Path) -> None:
     """With the refused modules taken from the model's BF16 release, as the refusal advises."""

@@ -278,6 +278,11 @@ class OtherActivation(NamedTuple):
     marlin: bool = True
     """Whether Marlin computes it."""
 
+    @property
+    def name(self) -> str:
+        """SGLang's name of it."""
+        return str(self.options.get("activation", "silu"))
+
 
 ACTIVATIONS: Mapping[str, OtherActivation] = {
     "relu2": OtherActivation({"activation": "relu2", "is_gated": False}, lambda up, _: torch.relu(up).square()),
