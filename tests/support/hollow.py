@@ -40,7 +40,9 @@ GROUP = 128
 PACK = 8  # int4 values in one int32
 
 # The safetensors library orders a file by dtype, widest first, then by name.
-_DTYPE_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
+_DTYPE_BYTES = {
+    "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1,
+}  # fmt: skip
 _DTYPE_ORDER = {dtype: order for order, dtype in enumerate(_DTYPE_BYTES)}
 
 
@@ -377,6 +379,60 @@ MODELS |= {
         "vocab_size": 151552,
     },
     "DeepSeek-V3.1": {**MODELS["DeepSeek-V3"], "transformers_version": "4.44.2"},
+    "DeepSeek-V4-Flash": {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "compress_rope_theta": 160000,
+        "eos_token_id": 1,
+        "expert_dtype": "fp4",
+        "hc_eps": 1e-06,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "head_dim": 512,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "index_head_dim": 128,
+        "index_n_heads": 64,
+        "index_topk": 512,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 1048576,
+        "model_type": "deepseek_v4",
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 6,
+        "num_hash_layers": 3,
+        "num_hidden_layers": 43,
+        "num_key_value_heads": 1,
+        "num_nextn_predict_layers": 1,
+        "o_groups": 8,
+        "o_lora_rank": 1024,
+        "q_lora_rank": 1024,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+        "sliding_window": 128,
+        "swiglu_limit": 10.0,
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+        "transformers_version": "4.57.1",
+        "use_cache": True,
+        "vocab_size": 129280,
+        "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "type": "yarn",
+        },
+    },
 }
 
 _TOKENIZER_CLASS = {
@@ -387,6 +443,7 @@ _TOKENIZER_CLASS = {
     "qwen2": "Qwen2Tokenizer",
     "llama": "PreTrainedTokenizerFast",
     "deepseek_v3": "LlamaTokenizerFast",
+    "deepseek_v4": "PreTrainedTokenizerFast",
 }
 
 
@@ -518,6 +575,7 @@ _FAMILIES: dict[str, Callable[[Config, bool], Modules]] = {
 def _modules_of_family(config: Config, mtp: bool) -> Modules:
     """Those of the models that :mod:`support.families` describes."""
     text = config.get("text_config", config)
+    quantized_drafts = config["model_type"] == "deepseek_v4"
     modules: dict[str, Module] = {}
     for tensor in tensors_of(config):
         layer = re.match(r"model\.layers\.(\d+)\.", tensor.name)
@@ -526,9 +584,10 @@ def _modules_of_family(config: Config, mtp: bool) -> Modules:
         if draft and not mtp:
             continue
         if leaf == "weight":
-            modules[name] = Module(tensor.shape, tensor.linear and not draft)
+            modules[name] = Module(tensor.shape, tensor.linear and (quantized_drafts or not draft))
         elif leaf == "bias":
-            modules[name] = modules[name]._replace(bias_name="bias")
+            dtype = "" if tensor.dtype == "BF16" else tensor.dtype
+            modules[name] = modules[name]._replace(bias_name="bias", bias_dtype=dtype)
         else:
             modules[tensor.name] = Module(tensor.shape, parameter=tensor.dtype)
     yield from modules.items()
@@ -580,6 +639,10 @@ class Release:
     mtp: bool = True
     left_out: str = ""
     """Matches in the names of linears that stay unquantized."""
+    in_fp8: str = ""
+    """The same of those in FP8 by blocks, in a variant of another format."""
+    scales: str = ""
+    """The name of scales, if it is not the usual one."""
 
 
 _Layout = tuple[tuple[str, str, Shape], ...]
@@ -593,7 +656,7 @@ def _dense_layout(shape: Shape, release: Release) -> _Layout:
 def _fp8_block_layout(shape: Shape, release: Release) -> _Layout:
     """weight F8_E4M3 [N, K], weight_scale_inv [ceil(N / 128), ceil(K / 128)]."""
     scales = tuple(math.ceil(size / BLOCK) for size in shape)
-    return ("weight", "F8_E4M3", shape), ("weight_scale_inv", release.scale, scales)
+    return ("weight", "F8_E4M3", shape), (release.scales or "weight_scale_inv", release.scale, scales)
 
 
 def _fp8_channel_layout(shape: Shape, release: Release) -> _Layout:
@@ -630,8 +693,10 @@ def _nvfp4_layout(shape: Shape, release: Release) -> _Layout:
 
 
 def _mxfp4_layout(shape: Shape, release: Release) -> _Layout:
-    """Quark's: weight U8 [N, K / 2], weight_scale U8 [N, K / 32]."""
+    """Quark's: weight U8 [N, K / 2], weight_scale U8 [N, K / 32]; DeepSeek-V4's: weight I8, scale F8_E8M0."""
     out, in_ = shape
+    if release.scales:
+        return ("weight", "I8", (out, in_ // 2)), (release.scales, release.scale, (out, in_ // 32))
     return ("weight", "U8", (out, in_ // 2)), ("weight_scale", "U8", (out, in_ // 32))
 
 
@@ -645,6 +710,8 @@ def _fp8_block_config(config: Config) -> Config:
     if config["model_type"] == "deepseek_v3":
         powers = {"scale_fmt": "ue8m0"} if config["transformers_version"] == "4.44.2" else {}  # from V3.1 on
         return {**quantization, **powers}
+    if config["model_type"] == "deepseek_v4":
+        return {**quantization, "scale_fmt": "ue8m0"}
     skipped = ["lm_head"]
     if config["model_type"] == "qwen3_moe":
         names = ("input_layernorm", "mlp.gate", "post_attention_layernorm")
@@ -731,7 +798,9 @@ def _nvfp4_config(config: Config) -> Config:
 
 
 def _mxfp4_config(config: Config) -> Config:
-    """Quark's config of the weights, and of activations that it quantizes as well."""
+    """Quark's config of the weights, and of activations that it quantizes as well; DeepSeek-V4 declares FP8 only."""
+    if config["model_type"] == "deepseek_v4":
+        return _fp8_block_config(config)
     spec = {"dtype": "fp4", "group_size": 32, "qscheme": "per_group", "scale_format": "e8m0", "ch_axis": -1}
     return {
         "algo_config": None,
@@ -772,6 +841,8 @@ _RELEASES: dict[tuple[str, str], Release] = {
     ("DeepSeek-V3", "gptq_int4"): Release(scale="F16", mtp=False),
     ("DeepSeek-V3.1", "fp8_block"): Release(scale="F32"),
     ("DeepSeek-V3.1", "gptq_int4"): Release(scale="F16", mtp=False),
+    ("DeepSeek-V4-Flash", "fp8_block"): Release(scale="F8_E8M0", scales="scale"),
+    ("DeepSeek-V4-Flash", "mxfp4"): Release(scale="F8_E8M0", scales="scale", in_fp8=r"^(?!.*\.ffn\.experts\.)"),
 }
 
 
@@ -842,7 +913,7 @@ def hollow_tensors(
     release, layout = _release(model, variant), VARIANTS[variant].layout
 
     @cache
-    def stored(module: Module) -> _Layout:
+    def stored(module: Module, layout: Callable[[Shape, Release], _Layout]) -> _Layout:
         tensors = layout(module.shape, release) if module.linear else _dense_layout(module.shape, release)
         if module.bias_name:
             tensors += ((module.bias_name, module.bias_dtype or release.dense, module.shape[:1]),)
@@ -857,7 +928,9 @@ def hollow_tensors(
             yield Tensor(name, release.dense if module.parameter == "BF16" else module.parameter, module.shape)
             continue
         plain = bool(release.left_out and re.search(release.left_out, name))
-        for suffix, dtype, shape in stored(module._replace(linear=False) if plain else module):
+        in_fp8 = bool(release.in_fp8 and re.search(release.in_fp8, name))
+        of_format = _fp8_block_layout if in_fp8 else layout
+        for suffix, dtype, shape in stored(module._replace(linear=False) if plain else module, of_format):
             yield Tensor(f"{name}.{suffix}", dtype, shape)
 
 

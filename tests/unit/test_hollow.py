@@ -94,6 +94,11 @@ def test_deepseek_is_671b_and_a_prediction_module_of_14b() -> None:
     assert billions("model.layers.61.embed_tokens.") + billions("model.layers.61.shared_head.") == 1.8
 
 
+def test_deepseek_v4_flash_is_284b() -> None:
+    tensors = [tensor for tensor in hollow_tensors("DeepSeek-V4-Flash", "bf16") if not tensor.name.startswith("mtp.")]
+    assert round(sum(tensor.elements for tensor in tensors) / 1e9) == 284
+
+
 # One line for each kind of tensor that differs between releases.
 SAMPLES = [
     ("Qwen3-235B-A22B", "fp8_block", "layers.0.self_attn.q_proj.weight_scale_inv", "BF16", (64, 32)),
