@@ -20,6 +20,7 @@ from typing import Any
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.declaration import METHOD, Declaration
 from ..checkpoint.manifest import Manifest, read_manifest
+from ..checkpoint.mistral_layout import PARAMS, taken_for_own
 from ..errors import MixprecError
 from ..families.base import Family
 from ..families.parts import Role
@@ -183,6 +184,9 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
     unserved = why_unserved(checkpoint.facts)
     if unserved is not None and unserved not in manifest.unservable:
         problems.append(Finding("fail", "model class", unserved))
+    if (words := taken_for_own(str(out))) is not None:
+        text = f"SGLang takes a path with {words} in it for a release in Mistral's own layout, and stops without {PARAMS}"
+        problems.append(Finding("fail", "path", f"{text}; move the folder, or serve it by a path without them"))
     if gpu is None:
         yield from _gpu_needed(formats, checkpoint.facts.family)
     if not problems:

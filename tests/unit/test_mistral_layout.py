@@ -29,6 +29,7 @@ from mixprec_build.families.identity import config_differences
 from mixprec_build.families.mistral_large import MISTRAL_LARGE3, MISTRAL_LARGE3_IMAGES, hugging_face_name
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.verify import verify
+from mixprec_build.report.doctor import examine
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -211,6 +212,17 @@ def test_an_output_that_sglang_would_take_for_one(hf: Path, name: str) -> None:
     with pytest.raises(OutputError, match=r"in its path for one in Mistral's own layout.* name another folder"):
         run_plan(plan_recipe(recipe), hf.parent / name)
     assert not (hf.parent / name).exists()
+
+
+def test_doctor_sees_that_a_folder_was_moved_to_such_a_path(hf: Path) -> None:
+    recipe = hf.parent / "recipe.yaml"
+    recipe.write_text("model: hf\nsources: {a: hf}\n")
+    run_plan(plan_recipe(recipe), hf.parent / "out")
+    assert "path" not in {finding.subject for finding in examine(hf.parent / "out")}
+    moved = (hf.parent / "out").rename(hf.parent / "Mistral-Large-3-mix")
+    (found,) = [finding for finding in examine(moved) if finding.subject == "path"]
+    assert found.status == "fail" and "'mistral-large-3' in it" in found.text and "params.json" in found.text
+    assert not [finding for finding in examine(moved) if "serve: python" in finding.text]
 
 
 # Latent attention
