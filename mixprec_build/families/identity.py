@@ -34,6 +34,7 @@ _FUNCTION = (
     "use_sliding_window", "attention_chunk_size", "no_rope_layers", "num_kv_shared_layers", "alibi", "parallel_attn",
     "llama_4_scaling",
     "compress_ratios", "compress_rope_theta", "hc_mult", "num_hash_layers", "o_groups", "o_lora_rank", "swiglu_limit",
+    "index_topk", "index_n_heads", "index_head_dim", "hc_eps", "hc_sinkhorn_iters",
 )  # fmt: skip
 
 # Keys that do not: settings of a run, of training or of one library, and facts that the weights show.
@@ -68,6 +69,8 @@ _DEFAULTS: Mapping[str, object] = {
     "attention_chunk_size": None, "q_lora_rank": None,
 }  # fmt: skip
 
+# Keys without which SGLang leaves out what the key is for: the model's config.json must not lack one that a source has.
+_LEFT_OUT_WITHOUT = ("swiglu_limit",)
 
 # DeepSeek's class of SGLang's makes the last of any that scales.
 _SAME_ROPE = {"mrope": "default", "deepseek_yarn": "yarn"}
@@ -94,6 +97,8 @@ def config_differences(ours: Mapping[str, object], theirs: Mapping[str, object])
     """
     ours, theirs = _flat(ours), _flat(theirs)
     found = [Difference(key, a, b, counts=True) for key in _FUNCTION for a, b in _both(key, ours, theirs) if a != b]
+    lacking = [key for key in _LEFT_OUT_WITHOUT if ours.get(key) is None and theirs.get(key) is not None]
+    found += [Difference(key, None, theirs[key], counts=True) for key in lacking]
     ours_rope, theirs_rope = _rope(ours), _rope(theirs)
     for key in dict.fromkeys((*ours_rope, *theirs_rope)):
         a, b = ours_rope.get(key), theirs_rope.get(key)

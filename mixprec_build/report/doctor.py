@@ -185,7 +185,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
     if unserved is not None and unserved not in manifest.unservable:
         problems.append(Finding("fail", "model class", unserved))
     if (words := taken_for_own(str(out))) is not None:
-        text = f"SGLang takes a path with {words} in it for a release in Mistral's own layout, and stops without {PARAMS}"
+        text = f"SGLang takes a path with {words} in it for one of Mistral's own layout, and stops without {PARAMS}"
         problems.append(Finding("fail", "path", f"{text}; move the folder, or serve it by a path without them"))
     if gpu is None:
         yield from _gpu_needed(formats, checkpoint.facts.family)

@@ -67,6 +67,8 @@ def test_another_models_config_is_refused(tmp_path: Path, values: Config, said: 
         ({"final_logit_softcapping": 30.0}, {}, ["final_logit_softcapping"]),
         ({"attention_bias": False}, {}, []),
         ({"num_experts_per_tok": 8}, {"num_experts_per_tok": 4}, ["num_experts_per_tok"]),
+        ({"index_topk": 512}, {"index_topk": 2048}, ["index_topk"]),
+        ({"swiglu_limit": 10.0}, {"swiglu_limit": 7.0}, ["swiglu_limit"]),
         ({"routed_scaling_factor": 2.5}, {"routed_scaling_factor": 1.0}, ["routed_scaling_factor"]),
         ({"text_config": {"rms_norm_eps": 1e-5}}, {"rms_norm_eps": 1e-6}, ["rms_norm_eps"]),
         ({"layer_types": ["full_attention"]}, {"layer_types": ["sliding_attention"]}, ["layer_types"]),
@@ -77,6 +79,13 @@ def test_another_models_config_is_refused(tmp_path: Path, values: Config, said: 
 def test_what_counts(ours: Config, theirs: Config, keys: list[str]) -> None:
     for a, b in ((ours, theirs), (theirs, ours)):
         assert [found.key for found in config_differences(a, b) if found.counts] == keys
+
+
+def test_a_limit_of_activations_that_the_model_lacks_is_refused_and_one_that_a_source_lacks_is_not() -> None:
+    """SGLang limits none without it."""
+    (found,) = config_differences({"swiglu_limit": None}, {"swiglu_limit": 10.0})
+    assert found.counts and str(found) == "swiglu_limit None and 10"
+    assert not config_differences({"swiglu_limit": 10.0}, {})
 
 
 def test_a_key_that_nobody_knows_is_said(tmp_path: Path) -> None:
