@@ -8,9 +8,6 @@ several families at a time; a family that fails leaves the others alone.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import takewhile
@@ -25,7 +22,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from support.families import TINY  # noqa: E402
-from support.run import ENGINES_AT_ONCE, environment  # noqa: E402
+from support.run import ENGINES_AT_ONCE, answer_of  # noqa: E402
 from support.sglang.families import dequantized, family_mix  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -106,14 +103,7 @@ class Servers:
     def _ask(self, name: str, path: Path, port: int) -> dict[str, Any]:
         engine = {**ENGINE, **TINY[name].options, **FAMILIES[name], "nccl_port": port}
         options = {"dtype": "bfloat16", "logits": True, "prompts": 8, "new_tokens": 16, "engine": engine}
-        command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=400, env=environment(HERE / "repeatable")
-        )
-        if done.returncode:
-            raise AssertionError(f"{' '.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}")
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return answer
+        return answer_of(path, options, HERE / "repeatable", timeout=400)
 
 
 @pytest.fixture(scope="module")

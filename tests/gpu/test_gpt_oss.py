@@ -3,7 +3,6 @@ experts in BF16, of the same values, it answers almost the same."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from support.gpt_oss import Sizes, dequantized, tensors, write  # noqa: E402
-from support.run import environment  # noqa: E402
+from support.run import answer_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -34,11 +33,7 @@ GRAPHS = {
 
 def ask(path: Path, port: int, **engine: Any) -> dict[str, Any]:
     options = {"dtype": "bfloat16", "logits": True, "engine": {**GRAPHS, "nccl_port": port, **engine}}
-    command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment(HERE / "repeatable"))
-    assert not done.returncode, f"{' '.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}"
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return answer_of(path, options, HERE / "repeatable")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ and logprobs."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from support.image_families import KIMI_K3_WIDE  # noqa: E402
-from support.run import environment  # noqa: E402
+from support.run import answer_of  # noqa: E402
 from support.sglang.families import write_family  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -36,11 +35,7 @@ ENGINE = {
 
 def ask(path: Path, port: int, **engine: Any) -> dict[str, Any]:
     options = {"dtype": "bfloat16", "logits": True, "engine": {**ENGINE, "nccl_port": port, **engine}}
-    command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment(HERE / "repeatable"))
-    assert not done.returncode, f"{' '.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}"
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return answer_of(path, options, HERE / "repeatable")
 
 
 def test_it_answers_as_natively_on_marlin(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ Tests that read the output use the fixture ``mixprec`` of ``tests/unit/conftest.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,18 @@ from unittest.mock import patch
 
 from typer.testing import CliRunner
 
-__all__ = ["ENGINES_AT_ONCE", "Ended", "Run", "at_most", "call", "cpu_seconds", "environment", "invoke", "run_python"]
+__all__ = [
+    "ENGINES_AT_ONCE",
+    "Ended",
+    "Run",
+    "answer_of",
+    "at_most",
+    "call",
+    "cpu_seconds",
+    "environment",
+    "invoke",
+    "run_python",
+]
 
 
 ENGINES_AT_ONCE = max(4, (os.cpu_count() or 0) // 2)
@@ -67,6 +79,16 @@ def environment(*folders: Path, **variables: str) -> dict[str, str]:
     """This process's environment, with ``folders`` and the folder of this package first in PYTHONPATH."""
     paths = [*map(str, folders), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def answer_of(path: Path, options: Mapping[str, Any], *folders: Path, timeout: float = 550) -> dict[str, Any]:
+    """What an engine of SGLang's answers in a process of its own. ``options`` are those of ``support.sglang.ask``,
+    ``folders`` those of :func:`environment`. Fails with the end of its log where it ends without an answer."""
+    command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(*folders))
+    assert not done.returncode, f"{' '.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}"
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 @contextmanager
