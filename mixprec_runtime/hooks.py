@@ -183,7 +183,7 @@ def initialize_model(
     else:
         moves.prepare(model)
     if is_cpu():
-        reference.replace_model_kernels()
+        reference.replace_model_kernels(model)
     names.keep_names(model)
     heads.drop_unstored_biases(model, manifest.tensors())
     heads.add_left_out_biases(model)

@@ -91,9 +91,12 @@ def stand_in(method: QuantizeMethodBase, fmt: Format, as_stored: AsStored, *, ex
         method.apply = lambda layer, x, bias=None: F.linear(x, layer.weight, bias)
 
 
-def replace_model_kernels() -> None:
+def replace_model_kernels(model: torch.nn.Module) -> None:
     """Replaces Triton kernels that SGLang's models call also on a CPU: those of Qwen2-MoE and models built on it
-    (``models/qwen2_moe.py:591`` of 0.5.17), and of norms behind gated delta nets, kernels without AMX."""
+    (``models/qwen2_moe.py:591`` of 0.5.17), and of norms behind gated delta nets, kernels without AMX. Llama 4's
+    attention takes rotary embedding to change q and k in place (``models/llama4.py:336``), as on a GPU."""
+    for rotary in {m.rotary_emb for m in model.modules() if type(m).__name__ == "Llama4Attention"} - {None}:
+        rotary.register_forward_hook(_in_place)
     for name, kernel, own in (
         ("sglang.srt.models.qwen2_moe", "fused_gate_sigmoid_mul_add", _add_gated),
         ("sglang.kernels.ops.attention.fla.layernorm_gated", "layernorm_fn", delta_net.gated_norm),
@@ -105,6 +108,12 @@ def replace_model_kernels() -> None:
         module = sys.modules.get(name)
         if module is not None:
             setattr(module, kernel, own)
+
+
+def _in_place(_: Any, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Writes what rotary embedding makes of q and k into them."""
+    for before, after in zip(inputs[1:], outputs, strict=True):
+        before.copy_(after)
 
 
 def _add_gated(x: torch.Tensor, gate: torch.Tensor, shared: torch.Tensor, total: torch.Tensor) -> None:

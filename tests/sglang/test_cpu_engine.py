@@ -114,9 +114,9 @@ def test_gated_delta_nets_answer_as_transformers(folder: Path, tmp_path: Path) -
 
 FAMILIES = (
     "glm4_moe", "olmoe", "granite", "granitemoe", "gemma3", "gemma3_images", "phi3", "cohere2", "ernie4_5", "mistral3",
-    "apertus", "phimoe",
+    "apertus", "phimoe", "llama4",
 )  # fmt: skip
-HEADS_IN_FP8 = ("olmoe", "granite", "granitemoe", "phi3", "ernie4_5", "mistral3", "phimoe")
+HEADS_IN_FP8 = ("olmoe", "granite", "granitemoe", "phi3", "ernie4_5", "mistral3", "phimoe", "llama4")
 """Families whose ``lm_head`` is quantized here; Granite scales its logits besides, Phi-3.5-MoE adds a bias."""
 
 

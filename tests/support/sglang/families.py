@@ -200,7 +200,9 @@ def dequantized(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.bfloa
         out = _stacked_each(out)
     if config["architectures"][0] in LARGE_TENSORS:  # by its stock class, which has these names only
         out = {own_name(name): value for name, value in out.items()}
-    named = StackedRelease(False) if release is None else release._replace(transposed=False)
+    named = StackedRelease(False) if release is None else release
+    if config["model_type"] != "llama4":  # the only one that transformers has transposed as well
+        named = named._replace(transposed=False)
     _write(folder, _stacked(out, named) if stacked else out, config)
     return folder
 
