@@ -95,7 +95,8 @@ def replace_model_kernels(model: torch.nn.Module) -> None:
     """Replaces Triton kernels that SGLang's models call also on a CPU: those of Qwen2-MoE and models built on it
     (``models/qwen2_moe.py:591`` of 0.5.17), and of norms behind gated delta nets, kernels without AMX. Llama 4's
     attention takes rotary embedding to change q and k in place (``models/llama4.py:336``), as on a GPU."""
-    for rotary in {m.rotary_emb for m in model.modules() if type(m).__name__ == "Llama4Attention"} - {None}:
+    shared: set[Any] = {m.rotary_emb for m in model.modules() if type(m).__name__ == "Llama4Attention"}
+    for rotary in shared - {None}:
         rotary.register_forward_hook(_in_place)
     for name, kernel, own in (
         ("sglang.srt.models.qwen2_moe", "fused_gate_sigmoid_mul_add", _add_gated),
