@@ -355,7 +355,8 @@ class Expected:
         leaves = [leaf for leaf in _AXES if f"{modules[0]}.{leaf}" in self._tensors]
         out = {}
         for leaf in leaves:
-            name = "weight_scale_inv" if leaf == "weight_scale" and self.variant(modules[0]) in _SAME else leaf
+            renamed = leaf == "scale" or (leaf == "weight_scale" and self.variant(modules[0]) in _SAME)
+            name = "weight_scale_inv" if renamed else leaf
             cut = [self._cut(f"{module}.{leaf}", leaf, last, tp, rank) for module in modules]
             outputs = _AXES[leaf][0]
             if cut[0].dim() == 0:
