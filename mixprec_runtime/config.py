@@ -82,7 +82,7 @@ class MixPrecConfig(QuantizationConfig):
 
         With ``draft``, the model consists of these layers only. Returns the format of each module.
         """
-        declared = {name: self.declaration.format_of(name) for name in modules}
+        declared = self.declaration.formats_of(modules)
         own = declared if draft is None else {name: fmt for name, fmt in declared.items() if draft.expects(name)}
         mapped = own if self._mapper is None else self._mapper.apply_dict(own)
         formats = {**_other_names({**own, **mapped}), **own, **mapped}

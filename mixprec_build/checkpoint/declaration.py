@@ -6,7 +6,7 @@ line wins, as in a recipe)."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
@@ -62,13 +62,15 @@ class Declaration:
 
     def format_of(self, module: str) -> Format:
         """The format of a module. Raises :class:`SourceError` when the patterns take too long."""
-        return next(self.formats_of([module]))
+        return self.formats_of([module])[module]
 
-    def formats_of(self, modules: Iterable[str]) -> Iterator[Format]:
-        """Yields :meth:`format_of` of each module."""
+    def formats_of(self, modules: Iterable[str]) -> dict[str, Format]:
+        """Module -> :meth:`format_of` it, in their order."""
         try:
-            for line in self._index.lasts(modules, self._budget):
-                yield self.formats[self.default if line is None else self.rules[line][1]]
+            return {
+                module: self.formats[self.default if line is None else self.rules[line][1]]
+                for module, line in self._index.lasts(modules, self._budget)
+            }
         except PatternError as error:
             raise SourceError(f"quantization_config of method mixprec {error}") from error
 

@@ -45,8 +45,8 @@ def _detect_compiled(checkpoint: Checkpoint) -> dict[str, Format | FormatError]:
         raise SourceError(str(error), path=checkpoint.path_of(checkpoint.quantization_file)) from error
     known: dict[object, Format | FormatError] = {}
     found = {}
-    modules = checkpoint.modules
-    for (name, module), fmt in zip(modules.items(), declaration.formats_of(modules), strict=True):
+    for name, fmt in declaration.formats_of(checkpoint.modules).items():
+        module = checkpoint.modules[name]
         what = (_outline(module), fmt)  # checked once, as above
         if what not in known:
             known[what] = _checked(module, fmt)

@@ -88,8 +88,8 @@ class PatternIndex:
                 return number
         return exact if exact >= 0 else None
 
-    def lasts(self, names: Iterable[str], budget: MatchBudget) -> Iterator[int | None]:
-        """Yields :meth:`last` of each name.
+    def lasts(self, names: Iterable[str], budget: MatchBudget) -> Iterator[tuple[str, int | None]]:
+        """Yields each name with :meth:`last` of it.
 
         Raises:
             PatternError: matching takes more than is left of ``budget``.
@@ -98,7 +98,7 @@ class PatternIndex:
         while some := [*islice(rest, count)]:
             with budget:
                 found = [*map(self.last, some)]
-            yield from found
+            yield from zip(some, found, strict=True)
             count = min(2 * count, 64)  # looking at the clock takes as long as matching a name does
 
     def _candidates(self, name: str) -> Iterator[tuple[int, Pattern]]:

@@ -173,7 +173,7 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
             return
         manifest = read_manifest(out)
         declaration = Declaration.from_json(checkpoint.quantization)
-        formats = dict(zip(manifest.modules, declaration.formats_of(manifest.modules), strict=True))
+        formats = declaration.formats_of(manifest.modules)
         options = f" {smallest_complete_degree(out, manifest.ranks).options}" if manifest.rest is not None else ""
     except MixprecError as error:
         yield Finding("fail", str(out), str(error))

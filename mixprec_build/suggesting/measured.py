@@ -99,10 +99,11 @@ def _powers(
     for number, mine in enumerate(map(tuple, covered)):
         most = greatest[mine]
         share = errors[number] / errors[most] if errors[most] else 1.0
-        small += share < _SMALL
-        powers.append(
-            swaps.swaps[most].loss ** exponent * share if share < _SMALL else swaps.swaps[number].loss ** exponent
-        )
+        if share < _SMALL:
+            small += 1
+            powers.append(swaps.swaps[most].loss ** exponent * share)
+        else:
+            powers.append(swaps.swaps[number].loss ** exponent)
     return powers, small
 
 

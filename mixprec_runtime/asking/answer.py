@@ -206,8 +206,8 @@ def ask(model_config: Any, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) 
         for name, into in copies.into.items()
     }
     # A value that was read fills the parameter whose name has the same last words.
+    known = [parameter for owned in owners.values() for parameter in owned]
     for name in copies.asked - reached.keys():
-        known = [parameter for owned in owners.values() for parameter in owned]
         reached[name] = frozenset(parameter for parameter in known if ends_alike(name, parameter, parameters))
     offered = frozenset(path for path, module in model.named_modules() if id(module) in recorder.layers)
     partial = frozenset(name for name, copied in copies.elements.items() if copied < sizes[name])

@@ -57,7 +57,7 @@ def results(out: Path, dtype: torch.dtype | None = None) -> Iterator[Result]:
     declaration = Declaration.from_json(checkpoint.quantization)
     # The smallest modules first: the choice takes the first of each format.
     by_size = sorted(checkpoint.modules.values(), key=lambda module: module.nbytes)
-    formats = {module.name: declaration.format_of(module.name) for module in by_size}
+    formats = declaration.formats_of([module.name for module in by_size])
 
     with FileReader(checkpoint.storage.cached, ahead=checkpoint.values) as reader:
 

@@ -17,6 +17,7 @@ from support.sglang.hopper import hopper
 
 from mixprec_build.errors import RefusedError
 from mixprec_build.output.build import plan_recipe
+from mixprec_runtime.loading.ledger import default_dtype
 
 pytestmark = pytest.mark.usefixtures("sglang")
 
@@ -88,12 +89,8 @@ def with_own_loader(plain: Path, runner: str, quantization: Any = None) -> Any:
     args = server_args(plain, dtype="bfloat16", moe_runner_backend=runner)
     publish(args)
     config = ModelConfig.from_server_args(args)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(config.dtype)
-    try:
+    with default_dtype(config.dtype):
         model = GptOssForCausalLM(config.hf_config, quantization)
-    finally:
-        torch.set_default_dtype(before)
     load(model, config)
     return model
 

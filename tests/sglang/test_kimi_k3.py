@@ -16,6 +16,7 @@ from support.sglang.hopper import hopper
 
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.verify import verify
+from mixprec_runtime.loading.ledger import default_dtype
 
 pytestmark = pytest.mark.usefixtures("sglang", "streams")
 
@@ -64,12 +65,8 @@ def natively(release: Path) -> Any:
     config = ModelConfig.from_server_args(args)
     declared = json.loads((release / "config.json").read_text())["text_config"]["quantization_config"]
     quantization = CompressedTensorsConfig.from_config({**declared, "packed_modules_mapping": {}})
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(config.dtype)
-    try:
+    with default_dtype(config.dtype):
         model = KimiK3ForConditionalGeneration(config.hf_config, quantization)
-    finally:
-        torch.set_default_dtype(before)
     load(model, config)
     return model
 

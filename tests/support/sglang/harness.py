@@ -23,6 +23,7 @@ from unittest.mock import patch
 import torch
 
 import mixprec_runtime.cpu.engine
+from mixprec_runtime.loading.ledger import default_dtype
 from support.serving import Shape, write_sources
 
 __all__ = [
@@ -285,13 +286,9 @@ def make(
     config = ModelConfig.from_server_args(args, is_draft_model=draft)
     how = LoadConfig(load_format=args.load_format)
     quantization = loader._get_quantization_config(config, how)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(config.dtype)
-    try:
+    with default_dtype(config.dtype):
         # Read from the module, which has mixprec's hook around it.
         return loader._initialize_model(config, how, quantization), config
-    finally:
-        torch.set_default_dtype(before)
 
 
 def load(model: torch.nn.Module, config: Any) -> None:

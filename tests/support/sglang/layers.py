@@ -7,7 +7,6 @@ run(layer, x, ids, topk_weights)
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from mixprec_build.formats.nvfp4 import Nvfp4
 from mixprec_build.formats.packed import Packed
 from mixprec_build.formats.w4afp8 import W4afp8
 from mixprec_build.patterns.pattern import Pattern
+from mixprec_runtime.loading.ledger import default_dtype
 from support.serving import quantize
 
 __all__ = [
@@ -118,7 +118,7 @@ def make_layer(
     kinds = [kind for kind, count in groups for _ in range(count)]
     if config is None:
         config = mixed_config(MixPrecConfig, kinds)
-    with torch.device(DEVICE), _default_dtype(dtype):
+    with torch.device(DEVICE), default_dtype(dtype):
         layer = FusedMoE(
             num_experts=len(kinds),
             hidden_size=hidden,
@@ -164,16 +164,6 @@ def mixed_config(config: Any, kinds: Sequence[str]) -> Any:
     made = config(Declaration({kind: FORMATS[kind] for kind in used}, rules, "bf16"))
     made.bind([f"{PREFIX}.{expert}.{part}" for expert in range(len(kinds)) for part in parts])
     return made
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def run(layer: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
