@@ -22,6 +22,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,21 @@ def hessians_of(model: Any, names: Sequence[str], family: Any, windows: Sequence
         elif name.startswith(layer) and isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
             hook = recorder._experts(module, experts, family, found)
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    for window in windows:
-        model(window[None].to(model.device), use_cache=False)
+    hooks.append(model.get_submodule(layer.rstrip(".")).register_forward_hook(_stop))
+    for some in batches(windows):
+        with suppress(_LayerDone):
+            model(some.to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     return found.sums
+
+
+class _LayerDone(Exception):
+    """No later layer has to run."""
+
+
+def _stop(*_: Any) -> None:
+    raise _LayerDone
 
 
 @torch.no_grad()
@@ -267,8 +278,8 @@ def activity_of(model: Any, windows: Sequence[torch.Tensor]) -> Activity:
                 counts[layer] += np.bincount(out[2].flatten().cpu().numpy(), minlength=experts)
 
             hooks.append(module.register_forward_hook(add))
-    for window in windows:
-        model(window[None].to(model.device), use_cache=False)
+    for some in batches(windows):
+        model(some.to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
     return Activity(counts, {})
