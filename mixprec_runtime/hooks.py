@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,19 @@ def initialize_model(
         if fetch is not None:
             raise RuntimeError(f"{canary.SWITCH} needs a checkpoint on this machine: download it first")
         canary.require(folder, model_config.dtype)
-    # With --download-dir, SGLang's loader fetches to a folder of its own.
-    own_folder = fetch is not None and load_config.download_dir is not None
-    share = None
-    if not own_folder:
-        share = loader.rank_share(folder, manifest, fetch, merged=load_config.load_format == "auto")
+    can_leave = partial(loader.require_class, facts)
+    if fetch is not None and load_config.download_dir is not None:
+        can_leave("--download-dir has SGLang's loader fetch files to a folder of its own; leave it out")
+        share = None
+    else:
+        share = loader.rank_share(
+            folder,
+            manifest,
+            fetch,
+            merged=load_config.load_format == "auto",
+            draft=model_config.is_draft_model,
+            can_leave=can_leave,
+        )
     if share is not None and draft is not None:
         share = share.of_draft(draft)
 
@@ -203,6 +212,7 @@ def initialize_model(
                 raise RuntimeError(
                     f"{reason}; at {loader.this_run()} zeros are added to them, so nothing else can be read"
                 )
+            can_leave(reason)
             leave_to_sglang(reason)
             logger.warning("mixprec: SGLang's loader, which is slower, reads the merged files: %s", reason)
         declared = manifest.tensors()

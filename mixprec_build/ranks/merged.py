@@ -7,7 +7,7 @@ So the merged files can be restored as they were.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -41,12 +41,18 @@ __all__ = [
 ]
 
 
-def splitter_of(source: Source, degree: Degree, *, replicated_head: bool = False) -> Splitter:
-    """The splitter of a checkpoint for a degree. Raises :class:`SplitError` if it cannot be cut."""
+def splitter_of(
+    source: Source, degree: Degree, *, replicated_head: bool = False, places: Mapping[int, Sequence[int]] | None = None
+) -> Splitter:
+    """The splitter of a checkpoint for a degree, with the :attr:`.Splitter.places` of experts.
+
+    Raises:
+        SplitError: it cannot be cut.
+    """
     modules: dict[str, tuple[Format, Any]] = {
         name: (source.format_of(name), module) for name, module in source.checkpoint.modules.items()
     }
-    return Splitter(modules, source.facts, degree, replicated_head)
+    return Splitter(modules, source.facts, degree, replicated_head, places=places or {})
 
 
 def open_compiled(folder: Path, manifest: Manifest, unread: dict[str, str] | None = None) -> Checkpoint:

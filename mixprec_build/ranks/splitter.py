@@ -70,6 +70,8 @@ class Splitter:
     """Whether each replica of attention has all of ``lm_head`` (``--enable-dp-lm-head``)."""
     part: bool = False
     """Whether ``modules`` are only some of a checkpoint's: experts may be missing, and no degrees are advised."""
+    places: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Layer -> the expert at each place of all ranks, where that is not each expert at its own number."""
     singles: list[str] = field(init=False, default_factory=list)
     """The modules of the decoder that belong to no expert."""
     left_to_class: list[str] = field(init=False, default_factory=list)
@@ -392,18 +394,19 @@ class Splitter:
 
     def _experts(self, prefix: str, stored: Sequence[Expert], rank: int) -> Iterator[Parameter]:
         """The parameters of a FusedMoE: this rank's experts, format by format."""
-        share = self.shares[prefix]
-        ep, here = rank // self.degree.moe_tp, len(stored) // self.degree.ep
-        if len(stored) % self.degree.ep:
+        share, layer = self.shares[prefix], layer_of(prefix)
+        places = self.places.get(-1 if layer is None else layer, range(len(stored)))
+        ep, here = rank // self.degree.moe_tp, len(places) // self.degree.ep
+        if len(places) % self.degree.ep:
             raise SplitError(
-                f"{prefix}: {len(stored)} experts cannot be shared by {self.degree.ep} expert-parallel ranks"
+                f"{prefix}: {len(places)} experts cannot be shared by {self.degree.ep} expert-parallel ranks"
             )
         columns = (*share.of(rank % self.degree.moe_tp), share.columns)
         kinds: dict[int, tuple[object, object]] = {
             expert: (self.modules[parts.ups[0]][0].fuses_as, self.modules[parts.down][0].fuses_as)
             for expert, parts in enumerate(stored)
         }
-        groups = expert_groups(kinds, range(ep * here, (ep + 1) * here))
+        groups = expert_groups(kinds, places[ep * here : (ep + 1) * here])
         mixed = len({kind for both in kinds.values() for kind in both}) > 1
         served = self.family.sglang_name(prefix)
         for number, (ups, downs) in enumerate(groups):

@@ -46,7 +46,7 @@ from .ledger import DTYPES, Ledger, LoadError, casts
 from .repack import Repacking
 from .strict import draft_of, expected_on_this_rank, has_no_towers, incomplete, may_be_empty
 
-__all__ = ["Fetch", "Share", "load", "mismatch", "rank_share", "require_merged", "this_run"]
+__all__ = ["Fetch", "Share", "load", "mismatch", "rank_share", "require_class", "require_merged", "this_run"]
 
 
 logger = logging.getLogger(__name__)
@@ -85,17 +85,27 @@ class Share:
         )
 
 
-def rank_share(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, merged: bool = True) -> Share | None:
+def rank_share(
+    folder: Path,
+    manifest: Manifest,
+    fetch: Fetch | None = None,
+    *,
+    merged: bool = True,
+    draft: bool = False,
+    can_leave: Callable[[str], object] = lambda reason: None,
+) -> Share | None:
     """Finds what this rank reads: its own files, else, with ``merged``, its share of the merged ones.
 
     None where SGLang's loader must read the merged files, because of arguments that change how tensors are cut, or of
-    an unknown family of models.
+    an unknown family of models; ``can_leave`` is told why before. None, too, where merged files are missing.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
         fetch: downloads files, by their paths, from the hub to ``folder``; called for those to read only.
         merged: whether the merged files may be read.
+        draft: whether it is for the model that drafts.
+        can_leave: raises where SGLang's loader cannot read them, such as :func:`require_class`.
 
     Raises:
         RuntimeError: files are damaged, changed since the build, or cannot be fetched.
@@ -109,40 +119,50 @@ def rank_share(folder: Path, manifest: Manifest, fetch: Fetch | None = None, *, 
         and (parallel.moe_tp_size, parallel.moe_ep_rank) == (degree.moe_tp, rank // degree.moe_tp)
         and value_of(args, "moe_dense_tp_size") in (None, degree.tp)
     )
-    if not usual or _experts_moved():
+    if not usual:
+        can_leave("--moe-dense-tp-size, --moe-dp-size and context parallelism change what ranks have; leave them out")
+        return None
+    places = _places()
+    if places and draft:
+        can_leave("--init-expert-location and --ep-num-redundant-experts are not looked at for drafts; leave them out")
         return None
     try:
         own = degree.folder(rank)
         download: Fetch = fetch or (lambda _: None)
-        if own in manifest.ranks:
+        if own in manifest.ranks and not places:
             download([f"{own}/{INDEX}"])
-        index = read_rank(folder, manifest, degree, rank)
+        index = None if places else read_rank(folder, manifest, degree, rank)
         if index is not None:
             download([f"{own}/{file}" for file in index.files])
             files = index.folder
             check_headers(index)
             stored = _with_head({name: _stored(tensor) for name, tensor in open_rank(index).items()})
             return Share(f"the files in {files}", stored, index.padded, lambda file: inside(files, file))
-        if merged and manifest.rest is None:
+        if not merged:
+            can_leave("--load-format safetensors has SGLang's loader read the merged files; leave it out")
+        elif manifest.rest is None:
             names = deque(["config.json", "model.safetensors.index.json", *manifest.shards])
             names.rotate(-rank)  # ranks fetch at the same time: each begins with another file
             download(names)
-            return _of_merged(folder, manifest, degree, rank, replicated_head=bool(value_of(args, "enable_dp_lm_head")))
+            how = {"replicated_head": bool(value_of(args, "enable_dp_lm_head")), "places": places}
+            return _of_merged(folder, manifest, degree, rank, how, can_leave)
         return None
     except MixprecError as error:
         raise RuntimeError(str(error)) from error
 
 
-def _experts_moved() -> bool:
-    """Whether experts are not in the checkpoint's order (``--init-expert-location``)."""
+def _places() -> dict[int, list[int]]:
+    """Layer -> the expert at each place, by ``--init-expert-location`` and ``--ep-num-redundant-experts``.
+
+    Empty where each expert has the place of its number.
+    """
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
     metadata = get_global_expert_location_metadata()
     if metadata is None:
-        return False
-    experts = metadata.physical_to_logical_map_cpu
-    # The default device is that of the model while it is made.
-    return not bool((experts == torch.arange(experts.shape[-1], device=experts.device)).all())
+        return {}
+    layers: list[list[int]] = metadata.physical_to_logical_map_cpu.tolist()
+    return {} if all(places == [*range(len(places))] for places in layers) else dict(enumerate(layers))
 
 
 def _degree() -> Degree:
@@ -171,8 +191,18 @@ def _stored(tensor: TensorInfo) -> Parameter:
     return Parameter(tensor.name, tensor.dtype, tensor.shape, as_parameter(flat).pieces, experts=True)
 
 
-def _of_merged(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, replicated_head: bool) -> Share | None:
-    """A rank's share of the merged files; None where a file is missing, or tensors cannot be cut for it."""
+def _of_merged(
+    folder: Path,
+    manifest: Manifest,
+    degree: Degree,
+    rank: int,
+    how: Mapping[str, Any],
+    can_leave: Callable[[str], object],
+) -> Share | None:
+    """A rank's share of the merged files; None where a file is missing, or tensors cannot be cut for it.
+
+    ``how`` are options of :func:`.splitter_of`.
+    """
     if not all((folder / name).exists() for name in manifest.shards):
         return None
     checkpoint = open_compiled(folder, manifest)
@@ -180,9 +210,10 @@ def _of_merged(folder: Path, manifest: Manifest, degree: Degree, rank: int, *, r
     if changed is not None:
         raise VerifyError(f"{folder}: {changed}; `mixprec verify` finds all differences; build it again")
     try:
-        splitter = splitter_of(Source.of("", checkpoint), degree, replicated_head=replicated_head)
+        splitter = splitter_of(Source.of("", checkpoint), degree, **how)
         parameters = _with_head({parameter.name: parameter for parameter in splitter.parameters(rank)})
     except SplitError as error:
+        can_leave(str(error))
         logger.warning("mixprec: SGLang's loader, which is slower, reads the files: %s", error)
         return None
     padded = {name: (share.native, share.columns) for name, share in splitter.padded.items()}
@@ -231,9 +262,18 @@ def require_merged(folder: Path, manifest: Manifest, because: str, *, on_hub: bo
     raise RuntimeError(f"{folder}: {missing[0]} is not there, and {because}; {have}: {', or '.join(remedies)}")
 
 
+def require_class(facts: ModelFacts, because: str) -> None:
+    """Raises ``RuntimeError`` where SGLang's class cannot load a checkpoint; ``because`` says why mixprec cannot."""
+    if facts.family.needs_own_loader:
+        raise RuntimeError(
+            f"SGLang's class for {facts.own_model_type} cannot load single experts, as compiled checkpoints have them, "
+            f"and mixprec's loader cannot be used: {because}"
+        )
+
+
 def this_run() -> str:
-    """The degree of this run, such as ``"tp4-ep1"``."""
-    return str(_degree())
+    """The degree of this run, such as ``"tp4-ep1"``, and whether experts have places of their own."""
+    return f"{_degree()}{', with experts at other places' if _places() else ''}"
 
 
 def mismatch(model: Module, share: Share) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.families import TINY
 from support.serving import QWEN3_MOE
+from support.sglang.families import family_mix
 from support.sglang.harness import build, change_tensors, experts_at, make, parameters_of, rank_of, serve, sources
 
 pytestmark = pytest.mark.usefixtures("sglang")
@@ -37,12 +40,13 @@ def without(checkpoint: Path, gone: str, out: Path) -> Path:
     return out
 
 
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
 @pytest.mark.parametrize("places", [REVERSED, REDUNDANT])
-def test_each_rank_loads_the_experts_of_its_places(uniform: Path, places: list[int]) -> None:
+def test_each_rank_loads_the_experts_of_its_places(uniform: Path, places: list[int], load_format: str) -> None:
     due, each = serve(uniform), len(places) // 2
     for rank in range(2):
         with rank_of(rank, 2, 2), experts_at([places] * SHAPE.layers):
-            model = serve(uniform, ep_num_redundant_experts=len(places) - SHAPE.experts)
+            model = serve(uniform, ep_num_redundant_experts=len(places) - SHAPE.experts, load_format=load_format)
         for layer in range(SHAPE.layers):
             path = f"model.layers.{layer}.mlp.experts"
             held = parameters_of(model.get_submodule(path))
@@ -51,19 +55,34 @@ def test_each_rank_loads_the_experts_of_its_places(uniform: Path, places: list[i
                     assert torch.equal(held[name], tensor[places[rank * each : (rank + 1) * each]]), (path, name)
 
 
+def test_a_class_that_loads_no_single_experts_gets_them_at_their_places(folder: Path) -> None:
+    """Step-3.5's; gpt-oss is beside its releases in test_gpt_oss.py."""
+    mix = family_mix(folder, "step3p5", lines={"*.experts.*": "int4", "*.layers.*.mlp.experts.{0..7}.*": "int4"})
+    options, places = TINY["step3p5"].options, [[*REVERSED[layer:], *REVERSED[:layer]] for layer in range(5)]
+    due = serve(mix, **options)
+    with experts_at(places):
+        model = serve(mix, **options)
+    loaded = {name: tensor for name, tensor in due.named_parameters() if tensor.numel() and "indices" not in name}
+    assert any(".experts." in name for name in loaded)
+    for name, tensor in loaded.items():
+        layer = re.search(r"layers\.(\d+)\.\w+\.experts\.", name)
+        assert torch.equal(model.get_parameter(name), tensor[places[int(layer[1])]] if layer else tensor), name
+
+
 @pytest.mark.parametrize("places", [REVERSED, REDUNDANT])
 def test_an_expert_is_missed_where_it_has_a_place(uniform: Path, tmp_path: Path, places: list[int]) -> None:
+    """By SGLang's loader; mixprec's compares all headers."""
     gone = "model.layers.1.mlp.experts.6.down_proj.scales"
     damaged = without(uniform, gone, tmp_path / "damaged")
-    redundant = len(places) - SHAPE.experts
+    options: Any = {"ep_num_redundant_experts": len(places) - SHAPE.experts, "load_format": "safetensors"}
     with rank_of(1, 2, 2), experts_at([places] * SHAPE.layers):
-        serve(damaged, ep_num_redundant_experts=redundant)
+        serve(damaged, **options)
     with (
         rank_of(0, 2, 2),
         experts_at([places] * SHAPE.layers),
         pytest.raises(RuntimeError, match=rf"{gone}.*not in its files"),
     ):
-        serve(damaged, ep_num_redundant_experts=redundant)
+        serve(damaged, **options)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.formats import fp8_block, fp8_config
 from support.gpt_oss import tensors, unquantized, write
 from support.sglang.families import heads_asked_for
-from support.sglang.harness import load, publish, rank_of, serve, server_args
+from support.sglang.harness import experts_at, load, make, parameters_of, publish, rank_of, serve, server_args
 from support.sglang.hopper import hopper
 
 from mixprec_build.errors import RefusedError
@@ -71,13 +71,13 @@ def mixed(release: Path, plain: Path) -> Path:
     return recipe.with_suffix("")
 
 
-def natively(release: Path) -> Any:
+def natively(release: Path, made: dict[str, Any] | None = None) -> Any:
     """SGLang's model with its own config and loader, on Marlin; in this process it has no method mxfp4 by name."""
     from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 
     plain = release.with_name("plain")
     if not plain.exists():
-        write(plain, tensors(), quantization_config=None)
+        write(plain, made or tensors(), quantization_config=None)
     return with_own_loader(plain, "marlin", Mxfp4Config(is_checkpoint_mxfp4_serialized=True))
 
 
@@ -99,6 +99,17 @@ def experts_of(model: Any) -> list[Any]:
     return [layer.mlp.experts for layer in model.model.layers]
 
 
+def assert_as_natively(mine: Any, theirs: Any) -> None:
+    """Every parameter of two layers of experts, to the bit."""
+    due = dict(theirs.named_parameters())
+    assert dict(mine.named_parameters()).keys() == due.keys()
+    for name, parameter in mine.named_parameters():
+        a, b = (t.data.contiguous().view(torch.uint8) for t in (parameter, due[name]))
+        if name.endswith("scale"):  # 0.5.15 and 0.5.16 fill them up with 0, where values are 0
+            b = torch.where(b == 0, 127, b)
+        assert parameter.shape == due[name].shape and torch.equal(a, b), name
+
+
 @pytest.mark.parametrize(("rank", "tp", "ep"), [(0, 1, 1), (1, 2, 2)])
 def test_marlin_gets_what_it_gets_natively(
     release: Path, compiled: Path, kernels: None, rank: int, tp: int, ep: int
@@ -114,16 +125,70 @@ def test_marlin_gets_what_it_gets_natively(
         assert type(theirs.quant_method).__name__ == "Mxfp4MoEMethod"
         for layer in (mine, theirs):
             layer.quant_method.process_weights_after_loading(layer)
-        due = dict(theirs.named_parameters())
-        assert dict(mine.named_parameters()).keys() == due.keys()
-        for name, parameter in mine.named_parameters():
-            a, b = (t.data.contiguous().view(torch.uint8) for t in (parameter, due[name]))
-            if name.endswith("scale"):  # 0.5.15 and 0.5.16 fill them up with 0, where values are 0
-                b = torch.where(b == 0, 127, b)
-            assert parameter.shape == due[name].shape and torch.equal(a, b), name
+        assert_as_natively(mine, theirs)
         config_of = mine.moe_runner_config
         assert (config_of.gemm1_alpha, config_of.gemm1_clamp_limit) == (1.702, 7.0)
         assert mine.quant_method.runner.runner_backend.is_marlin()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_experts_at_other_places_are_those_of_a_release_in_that_order(
+    release: Path, compiled: Path, kernels: None, tmp_path: Path, rank: int
+) -> None:
+    """SGLang's own class, which loads all experts of a layer at once, ignores places."""
+    order = [3, 1, 0, 2]
+    turned = {name: array[order] if ".experts." in name else array for name, array in tensors().items()}
+    with rank_of(rank, 2, 2):
+        with experts_at([order] * 2):
+            ours, stock = serve(compiled), natively(release)
+        due, unmoved = natively(tmp_path / "turned", turned), natively(release)
+    for layers in zip(*map(experts_of, (ours, due, stock, unmoved)), strict=True):
+        for layer in layers:
+            layer.quant_method.process_weights_after_loading(layer)
+        found, wanted, ignoring, first = layers
+        assert_as_natively(found, wanted)
+        assert torch.equal(ignoring.w13_weight, first.w13_weight)
+        assert not torch.equal(wanted.w13_weight, first.w13_weight)
+
+
+@pytest.mark.parametrize("which", ["compiled", "plain"])
+def test_redundant_experts_are_on_each_rank_that_has_a_place(
+    compiled: Path, plain: Path, kernels: None, tmp_path: Path, which: str
+) -> None:
+    from mixprec_build.output.build import plan_recipe, run_plan
+
+    if which == "plain":
+        recipe = tmp_path / "plain.yaml"
+        recipe.write_text(f"model: {plain}\n")
+        run_plan(plan_recipe(recipe), recipe.with_suffix(""))
+        compiled = recipe.with_suffix("")
+    places = [[3, 1, 0, 2, 3, 1], [0, 1, 2, 3, 0, 1]]  # the second is SGLang's own order
+    due = experts_of(serve(compiled))
+    for rank in range(2):
+        with rank_of(rank, 2, 2), experts_at(places):
+            found = experts_of(serve(compiled, ep_num_redundant_experts=2))
+        for number, layer in enumerate(found):
+            held = parameters_of(layer)
+            assert {"w13_weight", "w2_weight", "w13_bias", "w2_bias"} <= held.keys()
+            for name, tensor in parameters_of(due[number]).items():
+                assert torch.equal(held[name], tensor[places[number][3 * rank :][:3]]), (number, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"load_format": "safetensors"}, "--load-format safetensors has SGLang's loader read the merged files"),
+        ({"moe_dense_tp_size": 1}, "--moe-dense-tp-size, --moe-dp-size and context parallelism change what ranks have"),
+    ],
+)
+def test_what_only_sglangs_loader_could_load_is_refused_before_layers_are_made(
+    compiled: Path, kernels: None, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], why: str
+) -> None:
+    from sglang.srt.models.gpt_oss import GptOssForCausalLM
+
+    monkeypatch.setattr(GptOssForCausalLM, "__init__", lambda *_, **__: pytest.fail("a layer was made"))
+    with rank_of(0, 2), pytest.raises(RuntimeError, match=f"gpt_oss cannot load single experts, .*: {why}; leave"):
+        make(compiled, **options)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
