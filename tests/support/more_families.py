@@ -406,7 +406,7 @@ MORE_TENSORS: Mapping[str, Callable[[Config], Tensors]] = {
 
 _NEMOTRON: Config = {
     **_DECODER, **_MOE, **_OUTER, "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h",
-    "hybrid_override_pattern": "ME*E-", "num_hidden_layers": 5, "n_routed_experts": EXPERTS, "n_shared_experts": 1,
+    "hybrid_override_pattern": "*EME-", "num_hidden_layers": 5, "n_routed_experts": EXPERTS, "n_shared_experts": 1,
     "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": 256, "mlp_hidden_act": "relu2",
     "mlp_bias": False, "mamba_num_heads": 128, "mamba_head_dim": 4, "ssm_state_size": 64, "n_groups": 8,
     "conv_kernel": 4, "expand": 2, "use_conv_bias": True, "use_bias": False, "mamba_hidden_act": "silu",

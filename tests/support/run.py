@@ -13,11 +13,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from unittest.mock import patch
 
 from typer.testing import CliRunner
@@ -81,14 +82,47 @@ def environment(*folders: Path, **variables: str) -> dict[str, str]:
     return {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def answer_of(path: Path, options: Mapping[str, Any], *folders: Path, timeout: float = 550) -> dict[str, Any]:
-    """What an engine of SGLang's answers in a process of its own. ``options`` are those of ``support.sglang.ask``,
-    ``folders`` those of :func:`environment`. Fails with the end of its log where it ends without an answer."""
+def answer_of(
+    path: Path,
+    options: Mapping[str, Any],
+    *folders: Path,
+    timeout: float = 550,
+    variables: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What an engine of SGLang's answers in a process of its own.
+
+    Args:
+        path: a checkpoint.
+        options: those of ``support.sglang.ask``.
+        folders: those of :func:`environment`, and ``variables`` as well.
+        timeout: seconds, after which the engine is ended with all its processes.
+
+    Raises:
+        AssertionError: it ended without an answer or too late; with the end of its log.
+    """
     command = [sys.executable, "-m", "support.sglang.ask", str(path), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(*folders))
-    assert not done.returncode, f"{' '.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-6000:]}"
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    # Files, not pipes: processes of an engine may live on with the other end of a pipe.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as log:
+        engine = subprocess.Popen(
+            command, stdout=out, stderr=log, env=environment(*folders, **(variables or {})), start_new_session=True
+        )
+        try:
+            ended = f"ended with {engine.wait(timeout)}"
+        except subprocess.TimeoutExpired:
+            ended = f"gave no answer in {timeout:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(engine.pid, signal.SIGKILL)
+            code = engine.wait()
+        lines, messages = (_all_of(file) for file in (out, log))
+    assert not code, f"{' '.join(command)}\n{ended}\n{lines[-1500:]}\n{messages[-6000:]}"
+    answer: dict[str, Any] = json.loads(lines.splitlines()[-1])
     return answer
+
+
+def _all_of(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 @contextmanager

@@ -7,6 +7,10 @@ row. Both servers of a comparison run under this, so that what differs is not th
 With ``SHORT_GROUPS=1`` groups with zero points are as short as a tile of the kernels in stock SGLang, too, which
 otherwise computes wrong values now and then (``zero_points_by_tiles`` of ``mixprec_runtime/formats/marlin.py``).
 
+Triton's attention lacks two things that FlashAttention 3, which may not be installed, has: outputs with a row for each
+token where q has one for each head (Hunyuan 1), and windows whose size the class does not tell (Command-A). Here it
+has them, too.
+
 With ``SHARED_GPUS=2`` the ranks of a server take turns on two GPUs, however many there are. NCCL refuses two ranks of
 one host on one GPU, so every process says that it is a host of its own: what ranks exchange goes through sockets.
 """
@@ -71,12 +75,33 @@ def _shared(_: Callable[..., Any]) -> Callable[..., Any]:
     return maybe_reindex_device_id
 
 
+def _rows_of_tokens(backend: Any) -> Any:
+    extend = backend.forward_extend
+
+    def forward_extend(self: Any, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        width = layer.tp_q_head_num * layer.qk_head_dim
+        if q.dim() == 2 and q.shape[1] != width:
+            q = q.reshape(-1, width)
+        return extend(self, q, k, v, layer, *args, **kwargs)
+
+    backend.forward_extend = forward_extend
+    return backend
+
+
+def _with_size_of_window(model: Any) -> Any:
+    if not hasattr(model, "get_attention_sliding_window_size"):
+        model.get_attention_sliding_window_size = lambda self: self.config.sliding_window
+    return model
+
+
 # module -> function -> what takes its place
 _REPLACED = {
     "sglang.kernels.ops.moe.moe_wna16_marlin": ("moe_wna16_marlin_gemm", _repeatable),
     "sglang.kernels.ops.quantization.gptq_marlin": ("gptq_marlin_gemm", _repeatable),
     "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size": ("moe_align_block_size", _aligned_in_order),
     "mixprec_runtime.experts.routing": ("sort", _sorted_in_order),
+    "sglang.srt.layers.attention.triton_backend": ("TritonAttnBackend", _rows_of_tokens),
+    "sglang.srt.models.commandr": ("Cohere2ForCausalLM", _with_size_of_window),
 }
 if "SHARED_GPUS" in os.environ:
     _REPLACED["sglang.srt.utils.common"] = ("maybe_reindex_device_id", _shared)

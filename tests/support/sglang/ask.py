@@ -21,6 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from support.sglang.configs import register_configs
+
+# Not in main: the processes that an engine starts import this module, too.
+register_configs()
+
 QUIET = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",

@@ -288,10 +288,17 @@ def write_recipe(recipe: Path, sources: Mapping[str, Path], lines: Mapping[str, 
     return recipe
 
 
-def family_mix(folder: Path, name: str, *, head: bool = False, lines: Mapping[str, str] | None = None) -> Path:
+def family_mix(
+    folder: Path,
+    name: str,
+    *,
+    head: bool = False,
+    lines: Mapping[str, str] | None = None,
+    model: TinyModel | None = None,
+) -> Path:
     """The mix of a tiny model, planned, built and verified once below ``folder``; with ``head``, its head is FP8.
 
-    ``lines`` are added to those of its recipe.
+    ``lines`` are added to those of its recipe; ``model`` takes the place of ``TINY[name]``.
     """
     from mixprec_build.output.build import plan_recipe, run_plan
     from mixprec_build.output.verify import verify
@@ -301,8 +308,9 @@ def family_mix(folder: Path, name: str, *, head: bool = False, lines: Mapping[st
     out = folder / "families" / f"{name}{changed}" / "mix"
     if out.exists():
         return out
-    sources = write_family(out.parent, TINY[name], head=head)
-    plan = plan_recipe(write_recipe(out.with_suffix(".yaml"), sources, {**TINY[name].lines, **added}))
+    made = model or TINY[name]
+    sources = write_family(out.parent, made, head=head)
+    plan = plan_recipe(write_recipe(out.with_suffix(".yaml"), sources, {**made.lines, **added}))
     assert not [note for note in plan.notes if "is not among the families checked" in note]
     run_plan(plan, out)
     assert not verify(out).differences
