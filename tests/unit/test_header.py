@@ -20,6 +20,7 @@ from support.files import file_tensors
 from support.run import at_most
 
 from mixprec_build.errors import SourceError
+from mixprec_build.storage import header as headers
 from mixprec_build.storage.disk import open_regular, pread_all, read_regular
 from mixprec_build.storage.dtypes import DTYPE_BITS
 from mixprec_build.storage.header import MAX_HEADER_BYTES, TensorInfo, build_header, header_length, parse_header
@@ -257,6 +258,38 @@ def test_refuses_a_header_over_the_cap_before_reading_it() -> None:
 def test_accepts_what_the_library_accepts(header: bytes) -> None:
     data = pack(header, b"1" if b"[0,1]" in header else b"")
     assert set(read(data)[0]) == {name for name, _ in judge(data)}
+
+
+ENTRIES = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
+    st.tuples(st.sampled_from(["U8", "BF16", "F4", "I64"]), st.lists(st.integers(0, 9), max_size=3)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(ENTRIES, st.data())
+@settings(max_examples=400)
+def test_headers_as_they_are_usually_written_are_read_as_json(
+    entries: Mapping[str, tuple[str, Sequence[int]]], data: st.DataObject
+) -> None:
+    """The library's own headers and ours, and the same with bytes changed, left out, doubled or added."""
+    at, tensors = 0, []
+    for name, (dtype, shape) in entries.items():
+        nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+        tensors.append((name, dtype, tuple(shape), nbytes))
+        at += nbytes
+    written = build_header(tensors)[8:]
+    assert headers._as_written(written) is not None or any(json.dumps(name) != f'"{name}"' for name in entries)
+    start = data.draw(st.integers(0, len(written)))
+    end = data.draw(st.integers(start, min(start + 9, len(written))))
+    other = data.draw(st.sampled_from([b"", b"0", b"1", b",", b'"', b" ", b"}", b"\\", b".0", written[start:end] * 2]))
+    for text in (written, written[:start] + other + written[end:]):
+        fast = headers._as_written(text)
+        if fast is not None:
+            metadata, found = headers._as_json(text)
+            read_fast = [(name, dtype, tuple(json.loads(f"[{shape}]")), *at) for name, dtype, shape, *at in fast[1]]
+            assert (fast[0], read_fast) == (metadata, [*found])
 
 
 @pytest.mark.parametrize("name", ["", "../../x", "/etc/passwd", "a\0b", "a b", "é▁", "\u202e", "x" * 10_000])
