@@ -68,6 +68,11 @@ class Pattern:
         object.__setattr__(self, "size", _size(segments))
         object.__setattr__(self, "_match", match)
 
+    @property
+    def lists(self) -> bool:
+        """Whether it writes out every name that it matches, with braces at most."""
+        return not {"*", "?"} & {*self.text}
+
     def matches(self, name: str) -> bool:
         return name == self.text if self.exact else self._match(name) is not None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -68,7 +68,8 @@ class Chosen:
 
 
 def choose(recipe: Recipe, sources: Sources) -> Chosen:
-    """Applies the lines of a recipe to the modules of the default source, and to those that exact lines name.
+    """Applies the lines of a recipe to the modules of the default source, and to those that lines name: exactly, or by
+    braces without a wildcard.
 
     The last glob that matches decides; an exact name beats every glob. Norms, routers and parameters, which are never
     quantized, are decided only by globs that match nothing else. Draft layers have a default source and globs of their
@@ -85,7 +86,8 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
         named = {i: name for i, name in named.items() if not sources.is_draft(name)}
     exact = {name: i for i, name in named.items()}
     mains = (n for n in default.checkpoint.modules if left_out_of_builds(n) is None and not sources.is_draft(n))
-    hits = recipe.globs_matching({*mains, *(name for name in exact if not sources.is_draft(name))})
+    listed = _listed_beside(default, rules, sources)
+    hits = recipe.globs_matching({*mains, *listed, *(name for name in exact if not sources.is_draft(name))})
     drafts = find_drafts(recipe, rules, sources, exact, {i for found in hits.values() for i in found})
     hits |= drafts.globs
     names = sorted(hits, key=natural_key)
@@ -109,7 +111,7 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
     choices = {}
     for name in names:
         found, home = hits[name], drafts.home if name in drafts.globs else default
-        if name in fixed and not (name in drafts.globs and home.module(name) is None):
+        if name in fixed and home.module(name) is not None:
             found = [i for i in found if i in means_fixed]
         winner = exact.get(name, found[-1] if found else drafts.line if name in drafts.globs else None)
         if winner is None:
@@ -119,6 +121,16 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
             choices[name] = Choice(rules[winner][1], rules[winner][0])
     uses = tuple(RuleUse(rule, len(matched[i]), won[i]) for i, rule in enumerate(recipe.rules))
     return Chosen(choices, roles, rules, uses, matched, drafts, tuple(notes))
+
+
+def _listed_beside(default: Source, rules: Iterable[tuple[Rule, Source]], sources: Sources) -> Iterator[str]:
+    """Yields modules that ``default`` lacks and that a line takes from its source by names listed in braces."""
+    for rule, source in rules:
+        if rule.mtp or rule.exact or not rule.pattern.lists:
+            continue
+        for name in source.checkpoint.modules.keys() - default.checkpoint.modules.keys():
+            if rule.pattern.matches(name) and left_out_of_builds(name) is None and not sources.is_draft(name):
+                yield name
 
 
 def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) -> str | None:

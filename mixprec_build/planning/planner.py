@@ -26,6 +26,7 @@ from .companions import companion_files
 from .complete import check_complete, check_tied_head
 from .drafts import check_draft_formats, check_drafts, planned_drafts
 from .folding import Folding
+from .lacking import check_biases, check_lacking
 from .moved import check_moved
 from .probe import WeightProbe, check_weights
 from .problems import Problems
@@ -79,6 +80,8 @@ def make_plan(
             notes_on_checks += check_complete(mains, sources.model.facts, _offered(sources), problems)
             notes_on_checks += check_drafts(modules, chosen, recipe, sources, problems)
         if not problems:
+            check_lacking({name: module for name, module in modules.items() if not module.draft}, sources, problems)
+            check_biases(modules, sources, reader, problems)
             modules = without_zero_biases(modules, default, sources, reader, problems)
             modules, remarks = as_stored(modules, reader)
             notes_on_checks += remarks

@@ -175,10 +175,18 @@ class Problems:
         about = tuple(compress(modules))
         self._hard[self._problem(code, text, about, replacement, change, hard=True, advice=advice)] = None
 
-    def warn(self, text: str, replacement: Replacement, *, code: str, modules: Iterable[str] = ()) -> None:
-        """Adds what the user most likely did not mean. It prevents nothing."""
+    def warn(
+        self,
+        text: str,
+        replacement: Replacement,
+        change: Sequence[str] = (),
+        *,
+        code: str,
+        modules: Iterable[str] = (),
+    ) -> None:
+        """Adds what the user most likely did not mean. It prevents nothing. Arguments are as in :meth:`hard`."""
         about = tuple(compress(modules))
-        self._warnings[self._problem(code, text, about, replacement, (), hard=False)] = None
+        self._warnings[self._problem(code, text, about, replacement, change, hard=False)] = None
 
     def warnings(self) -> tuple[Problem, ...]:
         """All that :meth:`warn` added."""
