@@ -28,6 +28,7 @@ from mixprec_build.formats import registry
 from mixprec_build.formats.base import Format
 
 from ..cpu import reference
+from ..formats.marlin import in_float32
 from ..native import NativeFormat
 from . import chains, routing
 from .group import ExpertGroup, keep_one_projection, only_rank
@@ -231,7 +232,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 
     def run(self, layer: Any, dispatch_output: Any) -> torch.Tensor:
         """The layer's output ``[tokens, hidden]``."""
-        hidden_states, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        hidden_states, topk = dispatch_output.hidden_states, in_float32(dispatch_output.topk_output)
         if not len(hidden_states):  # some of SGLang's runners fail without rows
             return torch.empty_like(hidden_states)
         if not len(layer.groups):

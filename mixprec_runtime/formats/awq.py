@@ -12,6 +12,7 @@ from mixprec_build.formats.awq import Awq
 from mixprec_build.formats.base import Format
 
 from .marlin import (
+    ROUTER_WEIGHTS,
     ServedGrouped,
     ids_of_other_ranks,
     permute_by_groups,
@@ -36,6 +37,7 @@ class ServedAwq(ServedGrouped[Awq]):
             "experts", ("w13_scales", "w13_qzeros"), ("w2_scales", "w2_qzeros"), applies=lambda fmt: True
         ),
         ids_of_other_ranks,
+        ROUTER_WEIGHTS,
         WITHOUT_GATE,
     )
     # In a prefill CUDA graph, AWQ linears read this from the model's config (marlin_utils.py:921).

@@ -14,7 +14,7 @@ from mixprec_build.formats.base import Format
 from mixprec_build.formats.gptq import Gptq
 
 from .base import no_kernel
-from .marlin import ServedGrouped, ids_of_other_ranks, permute_by_groups, recast
+from .marlin import ROUTER_WEIGHTS, ServedGrouped, ids_of_other_ranks, permute_by_groups, recast
 from .repair import ISSUES, PULLS, Call, Repair
 from .ungated import WITHOUT_GATE
 
@@ -110,6 +110,7 @@ class ServedGptq(ServedGrouped[Gptq]):
             create=_refuse_cut_orders,
         ),
         ids_of_other_ranks,
+        ROUTER_WEIGHTS,
         WITHOUT_GATE,
     )
 

@@ -26,10 +26,12 @@ from .repair import ADVICE, PULLS, Call, Repair
 __all__ = [
     "PACKED_AS_WEIGHT",
     "PLACEHOLDER_MAP",
+    "ROUTER_WEIGHTS",
     "ServedGrouped",
     "changed_attributes",
     "create_runner",
     "ids_of_other_ranks",
+    "in_float32",
     "may_get_negative_ids",
     "permute_by_groups",
     "recast",
@@ -244,6 +246,30 @@ PACKED_AS_WEIGHT = Repair(
     applies=lambda fmt: fmt.values_leaf == "weight_packed",
     create=_add_aliases,
     process=_drop_aliases,
+)
+
+
+def in_float32(topk: Any) -> Any:
+    """A router's output with its weights in float32, as Marlin reads them whatever they are."""
+    weights = getattr(topk, "topk_weights", None)
+    if weights is None or weights.dtype == torch.float32:
+        return topk
+    return topk._replace(topk_weights=weights.float())
+
+
+def _run_with_float32(call: Call, layer: Any, dispatch_output: Any) -> Any:
+    topk = getattr(dispatch_output, "topk_output", None)
+    exact = in_float32(topk)
+    return call.stock(layer, dispatch_output if exact is topk else dispatch_output._replace(topk_output=exact))
+
+
+ROUTER_WEIGHTS = Repair(
+    name="router weights that are not float32",
+    why="The kernel reads the router's weights as float32 without a look at their dtype, and so beyond their end. The "
+    "router of Phi-3.5-MoE (models/phimoe.py:105) has them in the model's dtype.",
+    where="kernels/jit/csrc/gemm/marlin_moe/moe_wna16_marlin.cuh:670",
+    layer="experts",
+    run=_run_with_float32,
 )
 
 

@@ -24,6 +24,7 @@ from mixprec_build.formats.mxfp4 import Mxfp4
 from .base import Served, may_have_biases
 from .marlin import (
     PACKED_AS_WEIGHT,
+    ROUTER_WEIGHTS,
     changed_attributes,
     create_runner,
     may_get_negative_ids,
@@ -215,6 +216,7 @@ class ServedMxfp4(Served[Mxfp4]):
             layer="experts",
             runner=_create_runner,
         ),
+        ROUTER_WEIGHTS,
         Repair(
             name="the scaling factor of routed experts",
             why="Marlin's runner leaves it out for MXFP4, and models that rely on runners for it lose it. Here the "

@@ -21,6 +21,7 @@ from mixprec_build.formats.nvfp4 import Nvfp4
 from .base import Served
 from .marlin import (
     PACKED_AS_WEIGHT,
+    ROUTER_WEIGHTS,
     create_runner,
     may_get_negative_ids,
     rename,
@@ -157,6 +158,7 @@ class ServedNvfp4(Served[Nvfp4]):
             layer="experts",
             runner=_create_runner,
         ),
+        ROUTER_WEIGHTS,
     )
 
     def sglang_config(self, fmt: Nvfp4) -> QuantizationConfig:

@@ -14,6 +14,7 @@ from mixprec_build.formats.packed import Packed
 from .marlin import (
     PACKED_AS_WEIGHT,
     PLACEHOLDER_MAP,
+    ROUTER_WEIGHTS,
     ServedGrouped,
     create_runner,
     may_get_negative_ids,
@@ -134,6 +135,7 @@ class ServedPacked(ServedGrouped[Packed]):
             layer="experts",
             run=_run_with_alpha,
         ),
+        ROUTER_WEIGHTS,
         WITHOUT_GATE,
     )
 

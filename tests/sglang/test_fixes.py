@@ -555,6 +555,53 @@ def test_packed_experts_are_activated_with_an_alpha(monkeypatch: pytest.MonkeyPa
         assert layer.scheme.runner.config.gemm1_alpha == alpha
 
 
+def routed(dtype: torch.dtype) -> Any:
+    """Three tokens, and weights of their experts in ``dtype`` that are exact in BF16."""
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    x = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
+    weights = torch.tensor([[0.5, 0.25], [0.75, 0.125], [0.5, 0.5]], dtype=dtype)
+    return StandardDispatchOutput(x, None, StandardTopKOutput(weights, torch.zeros(3, 2, dtype=torch.int64), x[:, :1]))
+
+
+ON_MARLIN = [kind for kind in FORMATS if re.search("gptq|awq|ct_int|nvfp4|mxfp4", kind)]
+
+
+@pytest.mark.parametrize("kind", ON_MARLIN)
+def test_marlin_gets_router_weights_in_float32(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Phi-3.5-MoE's router has them in BF16, and the kernel reads float32 whatever they are."""
+    from sglang.srt.layers.quantization import modelopt_quant
+
+    from mixprec_runtime.formats.registry import served
+
+    monkeypatch.setattr(modelopt_quant, "is_cuda", lambda: True)
+    monkeypatch.setattr(modelopt_quant, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(modelopt_quant, "swizzle_blockscale", lambda scales: scales.data)  # for Blackwell
+    assert [kind for kind, fmt in FORMATS.items() if "marlin" in served(fmt).runners(fmt)] == ON_MARLIN
+    stock = type(experts_of(ours(kind)).quant_method)
+    monkeypatch.setattr(stock, "apply", lambda method, layer, dispatch_output: dispatch_output)
+    layer = experts_of(ours(kind))
+    if "ct_int" in kind:
+        layer.scheme.moe_runner_config = SimpleNamespace(gemm1_alpha=None)
+    exact = routed(torch.float32)
+    assert layer.quant_method.apply(layer, exact) is exact
+    given = layer.quant_method.apply(layer, routed(torch.bfloat16)).topk_output
+    assert given.topk_weights.dtype == torch.float32
+    assert torch.equal(given.topk_weights, exact.topk_output.topk_weights)
+
+
+def test_a_mixed_layer_has_router_weights_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixprec_runtime.experts import chains
+
+    layer = experts_of(mixed_config(type(ours("bf16")), ["fp8_block", "gptq_int4"]))
+    layer.chains = SimpleNamespace(ups=True)
+    monkeypatch.setattr(chains, "run", lambda layer, x, topk: topk.topk_weights)
+    given = layer.quant_method.run(layer, routed(torch.bfloat16))
+    assert given.dtype == torch.float32
+    assert torch.equal(given, routed(torch.float32).topk_output.topk_weights)
+
+
 class Runner:
     """Records what SGLang's runner gets."""
 

@@ -52,6 +52,11 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("gptq_kernels.py", r"(?s)\A(?!.*expert_map)"),
         ("awq_kernels.py", r"(?s)\A(?!.*expert_map)"),
     ],
+    # The kernel of all releases; the router that has others is Phi-3.5-MoE's.
+    "router weights that are not float32": [
+        ("marlin_moe/moe_wna16_marlin.cuh", r"const float\* topk_weights_ptr = \(const float\*\)topk_weights"),
+        ("models/phimoe.py", r"masked_gates = torch\.softmax\(masked_gates, dim=-1\)"),
+    ],
     "shapes that Marlin does not take": [
         ("awq/awq.py", r"if not check_marlin_supports_layer\(layer, self\.group_size\)")
     ],
