@@ -6,6 +6,7 @@ tested here; ``test_cpu_engine.py`` serves the classes that run on a CPU.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -61,6 +62,15 @@ def test_every_parameter_is_that_of_a_native_load(folder: Path, tmp_path: Path, 
         assert ours[key].shape == value.shape, key
         # Scales of GPTQ are rounded to BF16 as SGLang loads them.
         assert (ours[key] - value).abs().max() <= 0.01 * value.abs().max(), key
+
+
+@pytest.mark.parametrize("name", ["bailing_moe", "internlm2", "mimo_v2", "minimax_m3"])
+def test_a_config_without_a_class_in_transformers_goes_to_other_processes(name: str) -> None:
+    """As an engine sends it to its scheduler."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**TINY[name].config)
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
 
 
 STEPS = ("step3p5", "step3p7")

@@ -12,11 +12,14 @@ _WITHOUT_CLASS = ("bailing_moe", "internlm2", "mimo_v2_flash", "minimax_m3")
 def register_configs() -> None:
     """Registers a class for each of them that neither transformers nor SGLang has registered.
 
-    It takes any key, as releases' own classes do after their defaults.
+    It takes any key, as releases' own classes do after their defaults. Engines send configs to their processes, which
+    must have called this.
     """
     from transformers import AutoConfig, PretrainedConfig
 
     for model_type in _WITHOUT_CLASS:
-        made = type(f"{model_type}_config", (PretrainedConfig,), {"model_type": model_type})
+        name = f"{model_type}_config"
+        made = type(name, (PretrainedConfig,), {"model_type": model_type, "__module__": __name__})
+        globals()[name] = made  # where pickle looks for it
         with suppress(ValueError):
             AutoConfig.register(model_type, made)
