@@ -19,6 +19,11 @@ def _parts_of_blocks(fmt: StoredFormat) -> str | None:
     return None if fmt.rows_in_fused == 1 else "SGLang joins parts in in_proj that end inside of a block of scales"
 
 
+def _needs_weight(fmt: StoredFormat) -> str | None:
+    """``NemotronHMoE._apply_fc1_latent_proj``, which chooses a GEMM for it."""
+    return None if fmt.has_weight else "SGLang's class looks for its weight, and packed formats have none of that name"
+
+
 NEMOTRON_H = Family(
     model_types=frozenset({"nemotron_h"}),
     architectures=frozenset({"NemotronHForCausalLM"}),
@@ -29,7 +34,10 @@ NEMOTRON_H = Family(
     projections=(Projections(None, "up_proj", "down_proj"),),
     activation=ExpertActivation("relu2", gated=False),
     fused=(_COMMON.fused[0],),
-    restrictions=(Restriction(("mixer.in_proj",), _parts_of_blocks),),
+    restrictions=(
+        Restriction(("mixer.in_proj",), _parts_of_blocks),
+        Restriction(("mixer.fc1_latent_proj",), _needs_weight),
+    ),
     # The norm within a Mamba block feeds out_proj.
     norms_beside={"out_proj": "norm"},
     linears_before={"o_proj": "v_proj"},

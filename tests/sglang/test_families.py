@@ -210,6 +210,20 @@ def test_experts_that_no_kernel_activates_are_refused(
     assert "layers.2.moe.experts" not in str(refused.value)
 
 
+def test_packed_formats_have_no_place_where_a_class_chooses_a_gemm_by_the_weight(tmp_path: Path) -> None:
+    """Nemotron-3 Super's: only on a GPU, when it first runs, does SGLang look for it; fc2 takes any format."""
+    tiny = TINY["nemotron_h_latent"]
+    recipe = tmp_path / "recipe.yaml"
+    lines = {**tiny.lines, "*.fc2_latent_proj": "int4"}
+    sources = write_family(tmp_path / "fc2", replace(tiny, lines=lines))
+    assert plan_recipe(write_recipe(recipe, sources, lines))
+    lines = {**tiny.lines, "*_latent_proj": "int4"}
+    sources = write_family(tmp_path / "both", replace(tiny, lines=lines))
+    with pytest.raises(RefusedError, match=r"fc1_latent_proj: .*packed formats have none of that name") as refused:
+        plan_recipe(write_recipe(recipe, sources, lines))
+    assert "fc2_latent_proj" not in str(refused.value)
+
+
 RANKS = [(name, ep) for name, model in TINY.items() for _, ep in model.degrees if name not in STEPS]
 
 
