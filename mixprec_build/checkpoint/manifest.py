@@ -51,8 +51,8 @@ CHECKSUM = "xxh3_128"
 
 _Read = TypeVar("_Read")
 
-_MAX_BYTES = 128 << 20
-_MAX_VALUES = 8_000_000  # a tensor takes 19
+_MAX_BYTES = 1 << 30  # enough for the most tensors that `opening` reads; one of 500,000 takes 145 MB
+_MAX_VALUES = 40_000_000  # a tensor takes 19 and more, with its module
 _MAX_SOURCES = 100
 _MAX_TEXT = 4096  # as long as a path may be
 

@@ -28,8 +28,7 @@ from .drafts import check_draft_formats, check_drafts, planned_drafts
 from .folding import Folding
 from .lacking import check_biases, check_lacking
 from .moved import check_moved
-from .probe import WeightProbe, check_weights
-from .problems import Problems
+from .problems import Problem, Problems
 from .releases import check_release
 from .rules import half_only, offers
 from .servable import check_servable
@@ -38,6 +37,7 @@ from .stacked import check_stacked
 from .stored import as_stored
 from .types import Plan, PlannedModule
 from .untraced import check_untraced
+from .weights import check_weights
 
 __all__ = ["make_plan", "plan_modules"]
 
@@ -92,11 +92,10 @@ def make_plan(
             notes_on_checks += check_untraced(modules, sources, folding, problems)
             check_moved(modules, sources, problems)
             notes_on_checks += folding.unseen()
-    companion_files(sources.model)  # refuses what a build could not copy
-    found = problems.found()
-    if any(p.hard for p in found) or (found and not allow_unservable):
-        raise RefusedError(found)
-    notes_on_checks += check_weights(modules, sources, WeightProbe(sources), full=check_all)
+        companion_files(sources.model)  # refuses what a build could not copy
+        _refuse(problems, allow_unservable)
+        notes_on_checks += check_weights(modules, sources, folding, problems, full=check_all)
+        found = _refuse(problems, allow_unservable)
     quantized = {name: (m.format, m.stored) for name, m in modules.items() if m.format.quantized}
     notes_on_checks += half_only(quantized, sources.model.facts)
     splitters = list(_splitters(recipe, sources, modules))
@@ -124,6 +123,14 @@ def make_plan(
         drafts=planned_drafts(modules.values(), chosen, recipe, sources),
         presplit={str(splitter.degree): nbytes for splitter, nbytes in splitters},
     )
+
+
+def _refuse(problems: Problems, allow_unservable: bool) -> list[Problem]:
+    """The problems that were found. Raises :class:`RefusedError` where any is not allowed."""
+    found = problems.found()
+    if any(p.hard for p in found) or (found and not allow_unservable):
+        raise RefusedError(found)
+    return found
 
 
 def plan_modules(chosen: Chosen, recipe: Recipe, sources: Sources) -> Mapping[str, PlannedModule]:

@@ -18,7 +18,7 @@ __all__ = ["CODES", "Problem", "Problems", "Replacement"]
 
 CODES = {
     "different_models": "sources, or their config.json, are of different models",
-    "different_weights": "sources hold different weights of one model",
+    "different_weights": "sources hold different weights of one model, or scales that mean something else or nothing",
     "folded_scales": "scales of activations are folded into modules that come from elsewhere",
     "fused_formats": "modules that SGLang runs as one GEMM are in different formats",
     "incomplete_model": "the mix lacks modules that its model needs",

@@ -151,3 +151,84 @@ def test_a_pair_without_scales_may_part(tmp_path: Path) -> None:
     write_tiny(tmp_path / "base", MODEL, "bf16")
     write_tiny(tmp_path / "q", MODEL, "ct_int4")
     assert plan_of(tmp_path, {"*.mlp.*": "q", "*.down_proj": "base"}).notes == ()
+
+
+# Scales that mean something else, or nothing
+
+
+def scaled(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Tensors, Config], None]:
+    """Changes every scale of weights, in float32."""
+
+    def edit(tensors: Tensors, config: Config) -> None:
+        for name in [name for name in tensors if name.endswith(("scale_inv", "scale", "scales"))]:
+            if "input" not in name and "k_proj" not in name:
+                with np.errstate(all="ignore"):
+                    tensors[name] = change(tensors[name].astype(np.float32)).astype(tensors[name].dtype)
+
+    return edit
+
+
+@pytest.mark.parametrize("variant", [*VARIANT_NAMES, "ct_nvfp4"])
+def test_scales_stored_as_their_reciprocals_are_refused(tmp_path: Path, variant: str) -> None:
+    """Of NVFP4, the scale of blocks in E4M3, too; the scale of all is a reciprocal in ct_nvfp4, and not in nvfp4."""
+    write_tiny(tmp_path / "base", MODEL, "bf16")
+    write_tiny(tmp_path / "q", MODEL, variant, edit=scaled(np.reciprocal))
+    with pytest.raises(RefusedError) as refused:
+        plan_of(tmp_path, {"*.mlp.*": "q"})
+    assert {problem.code for problem in refused.value.problems} == {"different_weights"}
+    text = str(refused.value)
+    assert "`q` has the weights of `base` times about 1e" in text
+    assert all(word in text for word in ("gate_proj", "up_proj", "down_proj", "Fetch `q` again"))
+    plan = plan_of(tmp_path, {"*.mlp.*": "q"}, allow=True)
+    assert [problem.code for problem in plan.problems] == [problem.code for problem in refused.value.problems]
+
+
+@pytest.mark.parametrize("variant", ["fp8_block", "fp8_channel", "gptq_int4", "ct_int4"])
+@pytest.mark.parametrize("factor", [2, 0.5, 16])
+def test_weights_times_one_factor_are_refused(tmp_path: Path, variant: str, factor: float) -> None:
+    """Two: bytes of E4M3 as AMD's MI300 reads them, with another bias of exponents."""
+    write_tiny(tmp_path / "base", MODEL, "bf16")
+    write_tiny(tmp_path / "q", MODEL, variant, edit=scaled(lambda scale: scale * factor))
+    with pytest.raises(RefusedError, match=f"`q` has the weights of `base` times about {factor:.2g}"):
+        plan_of(tmp_path, {"*.mlp.*": "q"})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, r"no numbers \(NaN or infinite\)"), (np.inf, "no numbers"), (0, "scales of zero")]
+)
+def test_scales_that_are_no_numbers_or_zero_are_refused(tmp_path: Path, value: float, said: str) -> None:
+    write_tiny(tmp_path / "base", MODEL, "bf16")
+    write_tiny(tmp_path / "q", MODEL, "fp8_block", edit=scaled(lambda scale: np.full_like(scale, value)))
+    with pytest.raises(RefusedError, match=rf"mlp\.{{down_proj,gate_proj,up_proj}}: `q` has .*{said}"):
+        plan_of(tmp_path, {"*.mlp.*": "q"})
+
+
+def test_one_scale_of_zero_is_found_where_all_are_looked_at(tmp_path: Path) -> None:
+    def edit(tensors: Tensors, config: Config) -> None:
+        scale = tensors["model.layers.1.mlp.up_proj.weight_scale_inv"].copy()
+        scale[-1, -1] = 0
+        tensors["model.layers.1.mlp.up_proj.weight_scale_inv"] = scale
+
+    write_tiny(tmp_path / "base", MODEL, "bf16")
+    write_tiny(tmp_path / "q", MODEL, "fp8_block", edit=edit)
+    assert plan_of(tmp_path, {"*.mlp.*": "q"}).notes == ()
+    with pytest.raises(RefusedError, match=r"- model\.layers\.1\.mlp\.up_proj: `q` has scales of zero"):
+        plan_recipe(tmp_path / "recipe.yaml", check_all=True)
+
+
+def test_inputs_of_which_no_weight_is_left_are_no_damage(tmp_path: Path) -> None:
+    """Blocks of zeros have scales of zero in some tools, and of one in others."""
+
+    def emptied(tensors: Tensors, config: Config) -> None:
+        for name in [name for name in tensors if name.endswith("up_proj.weight")]:
+            weight = tensors[name].copy()
+            weight[:, :128] = 0
+            tensors[name] = weight
+        for name in [name for name in tensors if name.endswith("up_proj.weight_scale_inv")]:
+            scale = tensors[name].copy()
+            scale[:, 0] = 0
+            tensors[name] = scale
+
+    write_tiny(tmp_path / "base", MODEL, "bf16", edit=emptied)
+    write_tiny(tmp_path / "q", MODEL, "fp8_block", edit=emptied)
+    assert plan_of(tmp_path, {"*.mlp.*": "q"}).notes == ()
