@@ -36,7 +36,7 @@ from .cpu import delta_net, reference
 from .experts import deepep, moves, runner
 from .formats.registry import served
 from .formats.repair import never_called
-from .loading import cache_scales, heads, loader, names, output_groups
+from .loading import ahead, cache_scales, heads, loader, names, output_groups
 from .loading.strict import draft_of, load_strictly
 
 __all__ = ["register"]
@@ -180,6 +180,7 @@ def initialize_model(
             loader.require_merged(folder, manifest, reason, on_hub=fetch is not None)
 
     if share is not None:
+        ahead.begin(share)
         quant_config.padded = share.padded
         launch.check_padded(share.padded)
     else:
