@@ -172,6 +172,9 @@ class TinyModel:
     """Ranks, and groups of experts among them, that it can be cut for."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Prefixes of tensors' names, and what some releases have in their place; the first that fits counts."""
+    norms_add_one: bool = False
+    """Whether norms scale by 1 and their weights. Weights around 1 would double what attention compares, and a
+    hundredth more or less anywhere then changes all answers."""
 
 
 HIDDEN, EXPERTS = 256, 8

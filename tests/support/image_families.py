@@ -278,7 +278,7 @@ IMAGE_TINY: Mapping[str, TinyModel] = {
                 "patch_size": 14, "mlp_ratio": 2.0,
             },
         },
-        STEP_LINES, degrees=((2, 1), (2, 2)),
+        STEP_LINES, degrees=((2, 1), (2, 2)), norms_add_one=True,
     ),
     "minimax_m3_images": TinyModel(
         {

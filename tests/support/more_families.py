@@ -474,7 +474,7 @@ _MOE_LINES = {
 }  # fmt: skip
 
 MORE_TINY: Mapping[str, TinyModel] = {
-    "step3p5": TinyModel(STEP, STEP_LINES, degrees=((2, 1), (2, 2))),
+    "step3p5": TinyModel(STEP, STEP_LINES, degrees=((2, 1), (2, 2)), norms_add_one=True),
     "minimax_m3": TinyModel(MINIMAX_M3, MINIMAX_M3_LINES, degrees=((2, 1), (2, 2))),
     "llama4": TinyModel(
         {

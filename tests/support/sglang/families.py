@@ -80,6 +80,8 @@ def write_family(
     quantized = sorted({*model.lines.values(), *(["fp8"] if head else [])} - {"bf16"})
     whole = [tensor._replace(name=_renamed(tensor.name, model)) for tensor in tensors_of(model.config)]
     values = {tensor.name: values_of(tensor) for tensor in whole}
+    if model.norms_add_one:
+        values |= {name: value - 1 for name, value in values.items() if "norm" in name and value.ndim == 1}
     stacked = STACKED.get(model.config["architectures"][0])
     _write(folder / "bf16", values if stacked is None else _stacked(values, stacked), model.config)
     for variant in quantized:
