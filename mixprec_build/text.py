@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["URL", "counted", "hide_password", "human", "printable", "some"]
+__all__ = ["URL", "as_word", "counted", "hide_password", "human", "printable", "some"]
 
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
@@ -19,6 +21,11 @@ def hide_password(text: str) -> str:
 def printable(text: str) -> str:
     """Escapes control characters, line ends and changes of direction: untrusted names must not control a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def as_word(path: Path | str) -> str:
+    """A path as one word of a command that a user copies into a shell: in quotes where it has spaces and the like."""
+    return shlex.quote(str(path))
 
 
 def human(nbytes: float) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
-from ..errors import SourceError, VerifyError
+from ..errors import OutputError, SourceError, VerifyError
 from ..formats.base import Format
 from ..formats.registry import format_from_json
 from ..storage.disk import inside, read_regular, source_errors
@@ -37,6 +37,7 @@ __all__ = [
     "RankEntry",
     "SourceEntry",
     "TensorEntry",
+    "check_outside",
     "checksum_of",
     "dump_manifest",
     "is_new_manifest",
@@ -249,6 +250,16 @@ def new_manifest(rank: str | None = None) -> str:
 def is_new_manifest(name: str) -> bool:
     """Whether :func:`new_manifest` returns this name."""
     return _NEW.fullmatch(name) is not None
+
+
+def check_outside(path: Path) -> None:
+    """Raises :class:`OutputError` for a place within a compiled checkpoint, whose verification would find it there."""
+    for folder in path.absolute().parents:
+        if (folder / MANIFEST).is_file():
+            raise OutputError(
+                f"{path}: lies in {folder}, a checkpoint that mixprec built, and would be a difference to `mixprec "
+                "verify`; name a place outside of it"
+            )
 
 
 def checksum_of(data: bytes | memoryview) -> str:

@@ -6,7 +6,7 @@ Weights are never mapped into memory, and are read only by :meth:`Checkpoint.rea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Lock
@@ -17,20 +17,20 @@ from ..errors import HubError, SourceError
 from ..families.facts import ModelFacts
 from ..families.mistral_config import config_of, has_latent_attention
 from ..formats.registry import leaves as known_leaves
-from ..patterns.compress import compress
 from ..patterns.pattern import MAX_NAME
 from ..storage.disk import source_errors
 from ..storage.folder import Files, LocalFolder
 from ..storage.header import TensorInfo, header_length, parse_header
 from ..storage.limits import load_json
 from ..storage.module import StoredModule, split_name
-from ..text import URL, hide_password, some
+from ..text import URL, as_word, hide_password
 from .beside import BesideFiles
 from .checkpoint import INDEX, REST, Checkpoint, Shard
 from .declaration import METHOD
 from .declared import read_declarations
 from .experts_apart import take_experts_apart
 from .flat_scales import without_reduced_dimensions
+from .index_remarks import remarks_on_index
 from .input_scales import beside_their_weights
 from .mistral_layout import (
     OWN_INDEX,
@@ -102,6 +102,7 @@ def open_storage(
     shards: dict[str, Shard] = {}
     beside: frozenset[str] = frozenset()
     left: tuple[str, ...] = ()
+    twice: set[str] = set()
     with ThreadPoolExecutor(max_workers=8) as pool:
         if headers is None:
             names, index = _shard_names(storage, location, unread, own=own)
@@ -113,7 +114,7 @@ def open_storage(
                 try:
                     if isinstance(data, SourceError):
                         raise data
-                    _add_shard(storage, location, shard, data, tensors, shards, None if compiled else index)
+                    twice |= _add_shard(storage, location, shard, data, tensors, shards, None if compiled else index)
                 except SourceError as error:
                     if unread is None:
                         raise
@@ -133,7 +134,7 @@ def open_storage(
             here = {(usual_name(name) if own else None) or name: shard for name, shard in away.items()}
             absent = {split_name(name, leaves)[0]: shard for name, shard in here.items()}
             index = {name: shard for name, shard in index.items() if shard in storage.files}
-        remarks = tuple(_check_index(index, tensors, beside))
+        remarks = tuple(remarks_on_index(index, tensors, beside, twice))
         if remarks and compiled:
             files = [shard for name, shard in index.items() if name not in tensors or tensors[name].file != shard]
             files += [tensor.file for name, tensor in tensors.items() if name not in index]
@@ -192,14 +193,22 @@ def _add_shard(
     tensors: dict[str, TensorInfo],
     shards: dict[str, Shard],
     index: Mapping[str, str] | None = None,
-) -> None:
-    """Adds the tensors in the header of a file. A tensor in two files is taken from the one that ``index`` names."""
+) -> set[str]:
+    """Adds the tensors in the header of a file, and returns those that a file before has, too.
+
+    Such a tensor is taken from the one of both that ``index`` names.
+    """
     size = _size(storage, shard)
     found, metadata = parse_header(data, path=f"{location}/{shard}", file=shard, file_size=size)
-    for name in found.keys() & tensors.keys():
+    twice = found.keys() & tensors.keys()
+    for name in twice:
         meant = None if index is None else index.get(name)
         if meant not in (tensors[name].file, shard):
-            raise SourceError(f"tensor {name!r} is in {tensors[name].file} and in {shard}", path=location)
+            raise SourceError(
+                f"tensor {name!r} is in {tensors[name].file} and in {shard}, and no index says which of them is meant; "
+                "fetch both again, or remove the file that is left over",
+                path=location,
+            )
         if meant != shard:
             del found[name]
     tensors |= found
@@ -211,6 +220,7 @@ def _add_shard(
     # Only `format` is needed of the metadata, which may take as much memory as the headers of all tensors.
     kept = {"format": metadata["format"]} if isinstance(metadata, dict) and "format" in metadata else None
     shards[shard] = Shard(size, len(data), xxhash.xxh3_128_hexdigest(data), kept, modified)
+    return twice
 
 
 def _add_beside(
@@ -329,7 +339,7 @@ def _shard_names(
                 if isinstance(storage, LocalFolder) and (storage.folder / REST).is_dir():
                     remedy = (
                         "this checkpoint has files cut for ranks only: restore the merged ones with "
-                        f"`mixprec split {storage.folder.absolute()} --layout both`"
+                        f"`mixprec split {as_word(storage.folder.absolute())} --layout both`"
                     )
                 missing = SourceError(f"the shard {shard} is missing; {remedy}", path=location)
                 if unread is None:
@@ -408,32 +418,3 @@ def _bad_name(tensor: TensorInfo, location: str) -> SourceError:
     if len(name) > MAX_NAME:
         return SourceError(f"tensor name {name[:MAX_NAME]!r}... is longer than any model's", path=path)
     return SourceError(f"tensor name {name!r} has characters no model uses", path=path)
-
-
-def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], beside: frozenset[str]) -> Iterator[str]:
-    """Yields remarks on differences between the index and its files; those ``beside`` it are not its own.
-
-    What the files have counts: SGLang loads all of it.
-    """
-    if index == {tensor.name: tensor.file for tensor in tensors.values()}:
-        return
-    absent, moved = [], []
-    for name, shard in index.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            absent.append(name)
-        elif tensor.file != shard:
-            moved.append(name)
-    unlisted = []
-    if len(tensors) > len(index) - len(absent):
-        unlisted = [name for name in tensors.keys() - index.keys() if tensors[name].file not in beside]
-    if absent:
-        yield f"lists {_listed(absent)}, which its files do not hold"
-    if moved:
-        yield f"lists {_listed(moved)} in another file than the one that holds it"
-    if unlisted:
-        yield f"does not list {_listed(unlisted)}, which its files hold"
-
-
-def _listed(names: Iterable[str]) -> str:
-    return some(compress(names))

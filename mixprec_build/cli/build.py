@@ -96,14 +96,14 @@ def build(
 
         print_json({"output": str(out), "manifest": str(written), **plan_facts(plan)})
     elif not quiet:
-        from ..text import counted, human, printable
+        from ..text import as_word, counted, human, printable
 
         only_ranks = plan.recipe.layout == Layout.PRESPLIT.value
         cut = "files cut for ranks only" if only_ranks else counted(len(plan.shards), "file")
         print(f"{printable(str(out))}: {len(plan.modules):,} modules, {human(plan.tensor_bytes)} in {cut}")
         for degree, nbytes in plan.presplit.items():
             print(f"{printable(str(out))}/presplit/{degree}: files of all ranks, {human(nbytes)}")
-        print(f"next: mixprec verify {printable(str(out))}")
+        print(f"next: mixprec verify {printable(as_word(out))}")
 
 
 def _part(text: str) -> Part:
@@ -119,7 +119,7 @@ def _show_part(
     recipe: Path, out: Path, part: Part, files: list[str], nbytes: int, written: Path, quiet: bool, as_json: bool
 ) -> None:
     """Prints what a part has; ``nbytes`` are those of its tensors, and ``written`` is where its files are."""
-    from ..text import counted, human, printable
+    from ..text import as_word, counted, human, printable
 
     if as_json:
         folder = str(written) if files else None
@@ -128,4 +128,5 @@ def _show_part(
         print(f"part {part}: nothing to do, there are more parts than files")
     elif not quiet:
         print(f"part {part}: {counted(len(files), 'file')}, {human(nbytes)}, in {printable(str(written))}")
-        print(f"when all parts are there: mixprec build {printable(str(recipe))} -o {printable(str(out))} --finish")
+        finish = f"mixprec build {as_word(recipe)} -o {as_word(out)} --finish"
+        print(f"when all parts are there: {printable(finish)}")

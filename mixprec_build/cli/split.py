@@ -54,7 +54,7 @@ def split(
     from ..checkpoint.manifest import read_head
     from ..output.split import split as run
     from ..ranks.splitter import Splitter
-    from ..text import counted, human, printable
+    from ..text import as_word, counted, human, printable
 
     if tp is None and (layout is None or ep > 1 or dp > 1 or ranks is not None or finish):
         raise typer.BadParameter("how many ranks are there?", param_hint="--tp")
@@ -90,9 +90,9 @@ def split(
     if layout is not None:
         print(f"{printable(str(folder))}: {_HAS[read_head(folder).layout]}")
     if degree is not None and numbers is not None:
-        print(f"when all ranks are cut: mixprec split {printable(str(folder))} {degree.cut_options} --finish")
+        print(f"when all ranks are cut: mixprec split {printable(as_word(folder))} {degree.cut_options} --finish")
     if degree is not None and written:
-        print(f"next: python -m sglang.launch_server --model-path {printable(str(folder))} {degree.options}")
+        print(f"next: python -m sglang.launch_server --model-path {printable(as_word(folder))} {degree.options}")
 
 
 _HAS = {

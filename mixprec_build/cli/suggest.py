@@ -140,9 +140,9 @@ def suggest(
         print_json({"recipe": str(out), **suggestion_facts(suggestion)})
     elif not quiet:
         show_suggestion(suggestion_facts(suggestion), console())
-        from ..text import printable
+        from ..text import as_word, printable
 
-        print(f"next: mixprec plan {printable(str(out))}")
+        print(f"next: mixprec plan {printable(as_word(out))}")
 
 
 def _wish(text: str, flag: str) -> tuple[str, str]:

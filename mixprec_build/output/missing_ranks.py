@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.degree import Degree
 from ..checkpoint.manifest import Manifest
 from ..errors import MissingRanksError
-from ..text import counted, some
+from ..text import as_word, counted, some
 
 __all__ = ["missing_ranks"]
 
@@ -24,7 +24,8 @@ def missing_ranks(folder: Path, manifest: Manifest, degree: Degree, ranks: Seque
             why = "is damaged"
         elif (folder / name).exists():
             why = "is not of this checkpoint and this mixprec, or is damaged"
-        reasons.append(f"rank {rank} {why}: `mixprec split {folder} {degree.cut_options}{layout} --ranks {rank}`")
+        command = f"mixprec split {as_word(folder)} {degree.cut_options}{layout} --ranks {rank}"
+        reasons.append(f"rank {rank} {why}: `{command}`")
     verb, each = ("is", "it") if len(ranks) == 1 else ("are", "each")
     return MissingRanksError(
         f"{folder}: {len(ranks)} of the {counted(degree.tp, 'rank')} of {degree} {verb} not complete; cut {each}, on "

@@ -25,7 +25,7 @@ from ..planning.types import Plan, PlannedShard
 from ..storage.disk import write_errors
 from ..storage.owned import OwnedFolder
 from ..storage.threads import Progress
-from ..text import counted, some
+from ..text import as_word, counted, some
 from ..versions import __version__
 from .copier import Copier
 from .stage import Stage
@@ -235,7 +235,7 @@ def _kept(stage: Stage, keys: Mapping[str, str]) -> list[str]:
 
 
 def _missing(plan: Plan, out: Path, count: int | None, missing: set[str], begun: bool) -> MissingPartsError:
-    command = f"`mixprec build {plan.recipe.path} -o {out} --part"
+    command = f"`mixprec build {as_word(plan.recipe.path)} -o {as_word(out)} --part"
     if count is None:
         there = "files of a build in parts are missing" if begun else "no part of it is there"
         return MissingPartsError(f"{out}: {there}; build each part before --finish: {command} 1/N` to `N/N`")

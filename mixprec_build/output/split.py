@@ -53,6 +53,7 @@ from ..storage.disk import check_space, inside, write_errors
 from ..storage.header import TensorInfo
 from ..storage.reader import TensorReader, checksum_on_disk
 from ..storage.threads import Progress, run_all
+from ..text import as_word
 from ..versions import __version__
 from .leftovers import clear_leftovers
 from .locked import LockedFolder, manifest_version, opened
@@ -358,8 +359,8 @@ class _Split:
         def compare(file: str) -> None:
             if not self._is_intact(file, built[file]):
                 raise VerifyError(
-                    f"{self._folder / file}: is not as it was built, `mixprec verify {self._folder}` says where; "
-                    f"nothing was dropped: {remedy}"
+                    f"{self._folder / file}: is not as it was built, `mixprec verify {as_word(self._folder)}` "
+                    f"says where; nothing was dropped: {remedy}"
                 )
 
         self._run(compare, built)
@@ -399,8 +400,8 @@ class _Split:
                 if checksum != due:
                     raise VerifyError(
                         f"{parameter.name}: put together from the files of ranks it is not what was built; "
-                        f"`mixprec verify {self._folder}` says which file was changed: bring that again, or remove its "
-                        "folder where all ranks of another degree are there"
+                        f"`mixprec verify {as_word(self._folder)}` says which file was changed: bring that again, "
+                        "or remove its folder where all ranks of another degree are there"
                     )
             self._check()
             # The merged files are listed as dropped until all are restored: nothing reads one that is being copied.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..checkpoint.manifest import MANIFEST, is_new_manifest, read_manifest
+from ..checkpoint.manifest import MANIFEST, check_outside, is_new_manifest, read_manifest
 from ..checkpoint.mistral_layout import PARAMS, taken_for_own
 from ..errors import OutputError, VerifyError
 from ..planning.companions import CARD
@@ -30,6 +30,7 @@ def check_output(plan: Plan, out: Path, *, force: bool) -> None:
         if out.is_symlink():
             raise OutputError(f"{out}: is a link; name the folder itself")
         _check_overlap(plan, out)
+        check_outside(out)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: is a file; name a folder")
         if os.path.ismount(out):

@@ -31,7 +31,7 @@ from ..planning.rules import half_only
 from ..ranks.merged import smallest_complete_degree
 from ..ranks.on_disk import open_on_disk
 from ..storage.garbage import no_garbage_collection
-from ..text import some
+from ..text import as_word, some
 from ..versions import INSTALL, __version__, untested, version_problem
 
 __all__ = ["Finding", "examine"]
@@ -197,7 +197,9 @@ def _checkpoint(out: Path, gpu: Gpu | None) -> Iterator[Finding]:
         yield from _model_class(out)
     if not problems:
         modules = ", ".join(f"{count:,} {fmt.kind}" for fmt, count in counts.most_common())
-        yield Finding("ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {out}{options}")
+        yield Finding(
+            "ok", str(out), f"{modules}; serve: python -m sglang.launch_server --model-path {as_word(out)}{options}"
+        )
 
 
 def _model_class(out: Path) -> Iterator[Finding]:

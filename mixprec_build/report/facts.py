@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from ..families.stacked import block_of_stacked
 from ..formats.base import Format, FormatError
 from ..patterns.compress import compress
 from ..planning.rules import half_only
-from ..text import human, some
+from ..text import as_word, human, some
 from .drafts import draft_facts, planned_draft_facts
 from .projections import ShownModule, projections
 
@@ -104,7 +103,7 @@ def inspect_facts(source: Source, folder: Path) -> dict[str, Any]:
         "file_bytes": sum(shard.size for shard in source.checkpoint.shards.values()),
         "shards": len(source.checkpoint.shards),
         "unread": [{"reason": reason, "modules": compress(names)} for reason, names in unread.items()],
-        "serve": f"python -m sglang.launch_server --model-path {shlex.quote(source.checkpoint.location)}"
+        "serve": f"python -m sglang.launch_server --model-path {as_word(source.checkpoint.location)}"
         + (f" --quantization {METHOD}" if compiled else ""),
     }
     opened = source.checkpoint

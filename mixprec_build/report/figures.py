@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..checkpoint.manifest import check_outside
 from ..errors import OutputError
 from ..suggesting.activity import Activity
 
@@ -33,6 +34,7 @@ def check_picture(path: Path, *, page: bool = False) -> None:
     """Raises :class:`OutputError` where no picture can be drawn to ``path``; ``page`` allows HTML, too."""
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
+    check_outside(path)
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file")
     if page and path.suffix == ".html":

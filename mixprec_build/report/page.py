@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.manifest import check_outside
 from ..errors import OutputError, StatsError
 from ..families.facts import ModelFacts
 from ..families.parts import Role
@@ -67,6 +68,7 @@ def check_page(path: Path) -> None:
     """Raises :class:`OutputError` where no page can be written to ``path``."""
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
+    check_outside(path)
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file")
     if path.suffix != ".html":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from ..text import counted, human, printable
+from ..text import as_word, counted, human, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ def show_inspect(facts: Mapping[str, Any], console: Console) -> None:
     for degree, sizes in by_degree.items():
         _say(f"cut for ranks, {degree}: files of {len(sizes)} ranks, {human(sum(sizes))}", console)
     if facts.get("layout") == "presplit":
-        _say(f"merged files: none; restore them: mixprec split {facts['location']} --layout both", console)
+        _say(f"merged files: none; restore them: mixprec split {as_word(facts['location'])} --layout both", console)
     if "checksum" in facts:
         _say(f"checksums: {facts['checksum']} of every tensor, {facts['manifest_checksum']} of the manifest", console)
     if "memory" in facts:

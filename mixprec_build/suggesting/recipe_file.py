@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from ..checkpoint.manifest import check_outside
 from ..errors import OutputError
 from ..recipe.recipe import Recipe
 from ..recipe.writer import quoted
@@ -36,6 +37,7 @@ def check_target(out: Path, base: Path, *, force: bool) -> None:
         raise OutputError(f"{out}: exists; pass --force to replace it, or name another file")
     if not out.parent.is_dir():
         raise OutputError(f"{out}: there is no folder {out.parent}; make it first")
+    check_outside(out)
 
 
 def write_recipe(suggestion: Suggestion, out: Path, *, force: bool = False) -> None:

@@ -39,7 +39,7 @@ from mixprec_build.ranks.pieces import Parameter
 from mixprec_build.storage.disk import inside
 from mixprec_build.storage.header import TensorInfo
 from mixprec_build.storage.reader import FileReader, TensorReader
-from mixprec_build.text import some
+from mixprec_build.text import as_word, some
 
 from ..contact.flags import server_args, value_of
 from .ledger import DTYPES, Ledger, LoadError, casts
@@ -258,7 +258,7 @@ def require_merged(folder: Path, manifest: Manifest, because: str, *, on_hub: bo
             "download the whole repository, and restore its merged files with `mixprec split --layout both`"
         )
     else:
-        remedies.append(f"restore the merged files with `mixprec split {folder} --layout both`")
+        remedies.append(f"restore the merged files with `mixprec split {as_word(folder)} --layout both`")
     raise RuntimeError(f"{folder}: {missing[0]} is not there, and {because}; {have}: {', or '.join(remedies)}")
 
 

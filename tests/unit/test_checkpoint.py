@@ -146,13 +146,18 @@ def test_a_tensor_is_in_another_shard_than_its_index_says(tmp_path: Path) -> Non
 def test_of_a_tensor_in_two_shards_the_index_says_which_is_meant(tmp_path: Path, meant: str) -> None:
     index = {"x.weight": meant, "y.weight": "two.safetensors", "z.weight": "one.safetensors"}
     folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "z.weight"), two=weights("x.weight", "y.weight"))
-    assert open_checkpoint(str(folder)).tensors()["x.weight"].file == meant
+    opened = open_checkpoint(str(folder))
+    assert opened.tensors()["x.weight"].file == meant
+    assert opened.remarks == ("lists x.weight in one of two files that hold it: that one is read",)
 
 
 def test_a_tensor_in_two_shards_that_no_index_lists(tmp_path: Path) -> None:
     index = {"z.weight": "one.safetensors", "y.weight": "two.safetensors"}
     folder = checkpoint(tmp_path / "a", index, one=weights("x.weight", "z.weight"), two=weights("x.weight", "y.weight"))
-    assert refusal(folder) == f"{folder}: tensor 'x.weight' is in one.safetensors and in two.safetensors"
+    assert refusal(folder) == (
+        f"{folder}: tensor 'x.weight' is in one.safetensors and in two.safetensors, and no index says which of them is "
+        "meant; fetch both again, or remove the file that is left over"
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -250,6 +252,51 @@ def test_a_wrong_recipe(mixprec: Run, mix: Path, tmp_path: Path, name: str, comm
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("mixprec: " + where.format(recipe=recipe)) and what in ended.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_that_are_printed_run_as_printed(mixprec: Run, mix: Path, tmp_path: Path) -> None:
+    """In a folder whose name a shell would take apart."""
+    folder = tmp_path / "it's $HOME & co"
+    folder.mkdir()
+
+    def commands(text: str) -> list[list[str]]:
+        """Those after `serve: `, `next: `, `--finish: ` and so on, and in backquotes."""
+        found = re.findall(r"`(mixprec [^`]+)`|: ((?:mixprec|python -m sglang.launch_server) .+)", text)
+        return [[word for word in shlex.split(one or other) if word != "mixprec"] for one, other in found]
+
+    out = folder / "out"
+    ended = mixprec("build", mix, "-o", out, "--part", "1/1")
+    assert commands(ended.out) == [["build", str(mix), "-o", str(out), "--finish"]]
+    ended = mixprec("build", mix, "-o", folder / "other", "--finish")
+    ((*begin, part),) = commands(ended.err)[:1]
+    assert begin == ["build", str(mix), "-o", str(folder / "other"), "--part"] and part == "1/N"
+    ended = mixprec(*commands(mixprec("build", mix, "-o", out, "--part", "1/1").out)[0])
+    assert ended.code == 0 and commands(ended.out) == [["verify", str(out)]]
+    assert mixprec(*commands(ended.out)[0]).code == 0
+    (cut,) = commands(mixprec("split", out, "--tp", 1, "--finish").err)
+    assert cut == ["split", str(out), "--tp", "1", "--ranks", "0"]
+    finish, serve = commands(mixprec(*cut).out)
+    assert finish == ["split", str(out), "--tp", "1", "--finish"] and serve[-3:] == [str(out), "--tp", "1"]
+    assert mixprec(*finish).code == 0
+    assert mixprec("split", out, "--layout", "presplit").code == 0
+    restore, serve = commands(mixprec("inspect", out).out)
+    assert restore == ["split", str(out), "--layout", "both"] and str(out) in serve
+    assert mixprec(*restore).code == 0 and mixprec("verify", out).code == 0
+
+
+def test_nothing_else_is_written_into_a_checkpoint(mixprec: Run, mix: Path) -> None:
+    """Of which `verify` would say that it differs."""
+    out = mix.parent / "out"
+    within = f"lies in {out}, a checkpoint that mixprec built"
+    for command in (
+        ("build", mix, "-o", out / "more"),
+        ("build", mix, "-o", out / "more", "--part", "1/2"),
+        ("inspect", out, "--html", out / "map.html"),
+        ("suggest", mix, "--budget", "1GB", "-o", out / "mix.yaml"),
+    ):
+        ended = mixprec(*command)
+        assert ended.code == 2 and within in ended.err
+    assert mixprec("verify", out).code == 0
 
 
 def test_a_recipe_that_is_a_folder(mixprec: Run, tmp_path: Path) -> None:
