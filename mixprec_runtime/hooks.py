@@ -150,6 +150,7 @@ def initialize_model(
     _check_declared(formats, manifest)
     _check_contact(quant_config, facts)
     _check_release(manifest)
+    output_groups.check(facts)
     launch.check_mixed_experts(quant_config.mixed_layers)
     launch.check_moved_experts(_unmoved(quant_config))
     asked = runner.asked_for(draft=model_config.is_draft_model)

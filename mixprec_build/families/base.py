@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from .blocks import ATTENTION, ATTENTION_NORMS, JOINED_BEFORE, LINEARS_BEFORE, MLP, MLP_NORMS, block_fed_by_norm
+from .degrees import DegreeLimits
 from .draft_class import DraftClass
 from .draft_layers import PLAIN, DraftLayout, place_of_draft, without_marks
 from .expected import is_for_drafts, tower_of
 from .names import last_word, layer_of, layer_prefix, with_words
 from .parts import (
+    CUTS,
     ComparedFormats,
     CutBy,
     ExpertActivation,
@@ -35,11 +37,6 @@ __all__ = ["EXPERTS_COLUMN", "Family"]
 
 EXPERTS_COLUMN = "experts"
 """The column of all experts in a layer map."""
-
-_CUTS = {
-    "q_proj": CutBy.QUERY_HEADS, "k_proj": CutBy.KEY_VALUE_HEADS, "v_proj": CutBy.KEY_VALUE_HEADS,
-    "o_proj": CutBy.HEAD_INPUTS, "embed_tokens": CutBy.VOCABULARY, "lm_head": CutBy.VOCABULARY,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +133,12 @@ class Family:
 
     can_be_cut: bool = False
     """Whether ``cuts`` were compared with SGLang's model code."""
-    cuts: Mapping[str, CutBy] = field(default_factory=lambda: _CUTS)
+    cuts: Mapping[str, CutBy] = field(default_factory=lambda: CUTS)
     """Last word, or last two, -> how ranks share such a module. Others are complete on every rank, except projections
     of MLPs."""
     other_heads: OtherHeads | None = None
+    degrees: DegreeLimits = DegreeLimits()  # noqa: RUF009  (immutable)
+    """Which degrees SGLang's class refuses beside."""
     class_loads: tuple[str, ...] = ()
     """Ends of names of modules and parameters that are complete on every rank and that SGLang's class loads itself,
     because it computes a parameter from several tensors."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
+from .degrees import DegreeLimits
 from .draft_class import APPENDED_LAYER, DraftClass
 from .draft_layers import NEXTN, NEXTN_OF_RELATIVES
 from .parts import ComparedFormats, CutBy, FusedGroup, Restriction, StoredFormat, never_quantized
@@ -59,6 +60,7 @@ DEEPSEEK = Family(
     ),
     checked=True,
     can_be_cut=True,
+    degrees=DegreeLimits(ranks_up_to_experts=True),
     cuts={**_COMMON.cuts, "q_b_proj": CutBy.QUERY_HEADS, "kv_b_proj": CutBy.QUERY_HEADS},
     attention_replicas=True,
     quantized_head=True,

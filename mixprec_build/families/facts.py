@@ -26,6 +26,7 @@ _READ = (
     "linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim",
     "n_groups", "ssm_state_size", "mamba_num_heads", "mamba_head_dim", "hybrid_layer_pattern",
     "swa_num_attention_heads", "swa_num_key_value_heads", "attention_other_setting", "num_global_key_value_heads",
+    "o_groups",
     *_SHARED_HEADS, *_EXPERTS, *DRAFT_KEYS, *CACHE_KEYS,
 )  # fmt: skip
 """Keys of a config object of transformers' that are read."""
@@ -71,6 +72,8 @@ class ModelFacts:
     """Layer -> its attention heads and key-value heads, where a layer has others than most."""
     index_heads: int | None
     """The number of heads of the index of sparse attention."""
+    output_groups: int | None
+    """The number of groups in which the output of attention is projected."""
     head_dim: int | None
     state_keys: tuple[int, int] | None
     """Number and size of a delta net's key heads, or of a Mamba block's groups."""
@@ -81,6 +84,8 @@ class ModelFacts:
     cache: CacheFacts | UnknownCache
     encoder: tuple[int, int] | None
     """Number of layers and width of an encoder of images, by the keys that SGLang asks for, or its defaults."""
+    encoder_sizes: Mapping[str, int]
+    """All numbers of the encoder, by the keys of ``vision_config``; empty without one."""
     config: Mapping[str, object] = field(repr=False)
     """All of it as it was parsed, to be written again."""
 
@@ -118,6 +123,7 @@ class ModelFacts:
             key_value_heads=shared,
             heads_of=_heads_of(flat, family, shared),
             index_heads=_at(flat, "sparse_attention_config.sparse_num_index_heads"),
+            output_groups=_number(flat, "o_groups"),
             head_dim=_number(flat, "head_dim"),
             state_keys=_pair(flat, "linear_num_key_heads", "linear_key_head_dim")
             or _pair(flat, "n_groups", "ssm_state_size"),
@@ -127,6 +133,7 @@ class ModelFacts:
             experts_per_token=_number(flat, "num_experts_per_tok"),
             cache=cache_facts(flat, (*own_classes, *classes)),
             encoder=_encoder(config.get("vision_config")),
+            encoder_sizes=_numbers(config.get("vision_config")),
             config=config,
         )
 
@@ -204,6 +211,11 @@ def _encoder(config: object) -> tuple[int, int] | None:
     if not isinstance(config, Mapping):
         return None
     return _number(config, "num_hidden_layers") or 24, _number(config, "hidden_size") or 1024
+
+
+def _numbers(config: object) -> dict[str, int]:
+    named = config.items() if isinstance(config, Mapping) else ()
+    return {key: value for key, value in named if isinstance(key, str) and type(value) is int and value >= 1}
 
 
 def _first(values: Any) -> int | None:

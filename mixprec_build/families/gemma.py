@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
-from .parts import ExpertActivation, StackedExperts
+from .degrees import DegreeLimits
+from .parts import ExpertActivation, OtherHeads, StackedExperts
 
 __all__ = ["GEMMA3", "GEMMA3_IMAGES", "GEMMA4", "GEMMA4_IMAGES"]
 
@@ -30,6 +31,7 @@ GEMMA3_IMAGES = replace(
     architectures=frozenset({"Gemma3ForConditionalGeneration"}),
     embedding="language_model.model.embed_tokens",
     head="language_model.lm_head",
+    degrees=DegreeLimits(encoder=("num_attention_heads", "intermediate_size"), positions="image_size"),
 )
 
 GEMMA4 = Family(
@@ -58,4 +60,6 @@ GEMMA4_IMAGES = replace(
     embedding="model.language_model.embed_tokens",
     renamed=(("model.", ""),),
     in_prefixes=(("model.language_model", "language_model"),),
+    other_heads=OtherHeads("layer_types", "full_attention", "num_attention_heads", "num_global_key_value_heads"),
+    degrees=DegreeLimits(encoder=("num_attention_heads", "num_key_value_heads", "intermediate_size")),
 )

@@ -25,6 +25,7 @@ GLM4_MOE = Family(
     compared=DEEPSEEK.compared,
     checked=True,
     can_be_cut=True,
+    degrees=DEEPSEEK.degrees,
     attention_replicas=True,
     quantized_head=True,
 )

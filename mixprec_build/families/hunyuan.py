@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Family
+from .degrees import DegreeLimits
 
 __all__ = ["HUNYUAN"]
 
@@ -13,4 +14,5 @@ HUNYUAN = Family(
     routers=frozenset({"gate", "wg"}),
     checked=True,
     can_be_cut=True,
+    degrees=DegreeLimits(ranks_up_to_experts=True),
 )

@@ -24,6 +24,7 @@ INTERNLM2 = Family(
     checked=True,
     can_be_cut=True,
     cuts={
+        "wqkv": CutBy.QKV_SECTIONS,
         "wo": CutBy.HEAD_INPUTS,
         "tok_embeddings": CutBy.VOCABULARY,
         "output": CutBy.VOCABULARY,

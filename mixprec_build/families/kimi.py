@@ -26,6 +26,7 @@ KIMI_K25 = replace(
     head="language_model.lm_head",
     left_out=("language_model.", "model."),
     draft_class=None,  # SGLang has none for this class
+    degrees=DEEPSEEK.degrees._replace(encoder=("vt_num_attention_heads", "num_attention_heads"), whole_encoder=True),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Family
+from .degrees import DegreeLimits
 from .draft_layers import MIMO_V2_MTP
 from .parts import CutBy, OtherHeads, Restriction, StoredFormat
 
@@ -19,6 +20,7 @@ MIMO_V2 = Family(
     architectures=frozenset({"MiMoV2ForCausalLM", "MiMoV2FlashForCausalLM"}),
     checked=True,
     can_be_cut=True,
+    degrees=DegreeLimits(ranks_up_to_experts=True),
     cuts={**Family().cuts, "attention_sink_bias": CutBy.QUERY_HEADS},
     other_heads=OtherHeads("hybrid_layer_pattern", 1, "swa_num_attention_heads", "swa_num_key_value_heads"),
     quantized_head=True,

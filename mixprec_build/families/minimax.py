@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
+from .degrees import DegreeLimits
 from .parts import CutBy, ExpertActivation, FusedGroup
 
 __all__ = ["MINIMAX_M2", "MINIMAX_M3", "MINIMAX_M3_IMAGES"]
@@ -23,6 +24,7 @@ MINIMAX_M2 = Family(
     architectures=frozenset({"MiniMaxM2ForCausalLM"}),
     checked=True,
     can_be_cut=True,
+    degrees=DegreeLimits(ranks_up_to_experts=True),
     cuts={**_COMMON.cuts, "q_norm": CutBy.QUERY_HEADS, "k_norm": CutBy.KEY_VALUE_HEADS},
     attention_replicas=True,
 )
@@ -38,6 +40,7 @@ MINIMAX_M3 = Family(
     activation=ExpertActivation("swiglu_oai"),
     checked=True,
     can_be_cut=True,
+    degrees=MINIMAX_M2.degrees,
     cuts={**_COMMON.cuts, "index_q_proj": CutBy.INDEX_HEADS},
     attention_replicas=True,
     quantized_head=True,
@@ -51,5 +54,6 @@ MINIMAX_M3_IMAGES = replace(
     embedding="language_model.model.embed_tokens",
     head="language_model.lm_head",
     renamed=(("language_model.model.", "model."), ("language_model.lm_head", "lm_head")),
+    degrees=MINIMAX_M2.degrees._replace(encoder=("num_attention_heads", "intermediate_size"), whole_encoder=True),
     in_prefixes=(("language_model.model", "model"), ("language_model.lm_head", "lm_head")),
 )

@@ -7,6 +7,7 @@ below ``model.``, the decoder's below ``model.language_model.``, but for ``lm_he
 from __future__ import annotations
 
 from .base import Family
+from .degrees import DegreeLimits
 
 __all__ = ["MISTRAL3"]
 
@@ -24,5 +25,6 @@ MISTRAL3 = Family(
     left_out=("language_model.", "model."),
     checked=True,
     can_be_cut=True,
+    degrees=DegreeLimits(encoder=("num_attention_heads", "intermediate_size")),
     quantized_head=True,
 )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from .names import last_word
 
 __all__ = [
+    "CUTS",
     "ComparedFormats",
     "CutBy",
     "ExpertActivation",
@@ -49,6 +50,8 @@ class CutBy(Enum):
     QUERY_HEADS = "its outputs, by attention heads"
     KEY_VALUE_HEADS = "its outputs, by key-value heads; where these are fewer than ranks, several hold the same"
     HEAD_INPUTS = "its inputs, by attention heads"
+    OUTPUT_GROUPS = "its outputs, by groups in which the output of attention is projected"
+    GROUP_INPUTS = "its inputs, by these groups"
     INDEX_HEADS = "its outputs, by heads of a sparse index; where these are fewer than ranks, several hold the same"
     QKV_SECTIONS = "its outputs: queries, keys and values, each by heads"
     GATE_AND_UP = "its outputs: gate and up, each by columns of the MLP"
@@ -59,6 +62,13 @@ class CutBy(Enum):
     STATE_KEY_HEADS = "its outputs, by key heads of a delta net"
     STATE_VALUE_HEADS = "its outputs, by value heads of a delta net"
     STATE_INPUTS = "its inputs, by value heads of a delta net"
+
+
+CUTS = {
+    "q_proj": CutBy.QUERY_HEADS, "k_proj": CutBy.KEY_VALUE_HEADS, "v_proj": CutBy.KEY_VALUE_HEADS,
+    "o_proj": CutBy.HEAD_INPUTS, "embed_tokens": CutBy.VOCABULARY, "lm_head": CutBy.VOCABULARY,
+}  # fmt: skip
+"""The cuts of Llama."""
 
 
 class FusedGroup(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Family
+from .degrees import DegreeLimits
 
 __all__ = ["QWEN2", "QWEN2_MOE"]
 
@@ -21,6 +22,7 @@ QWEN2_MOE = Family(
     shared_experts=("shared_expert",),
     checked=True,
     can_be_cut=True,
+    degrees=DegreeLimits(ranks_up_to_experts=True),
     attention_replicas=True,
     quantized_head=True,
 )

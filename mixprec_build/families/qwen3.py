@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Family
+from .degrees import DegreeLimits
 from .draft_layers import QWEN_MTP
 
 __all__ = ["QWEN3"]
@@ -12,6 +13,7 @@ QWEN3 = Family(
     architectures=frozenset({"Qwen3ForCausalLM", "Qwen3MoeForCausalLM"}),
     checked=True,
     can_be_cut=True,
+    degrees=DegreeLimits(ranks_up_to_experts=True),
     attention_replicas=True,
     quantized_head=True,
     draft_layout=QWEN_MTP,

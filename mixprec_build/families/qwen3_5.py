@@ -13,6 +13,7 @@ from .draft_class import DraftClass
 from .draft_layers import QWEN_MTP
 from .parts import CutBy, FusedGroup, StackedExperts
 from .qwen2 import QWEN2_MOE
+from .qwen3_vl import QWEN3_VL
 
 __all__ = ["DELTA_NET", "DRAFT_NAMES", "QWEN3_5", "QWEN3_5_TEXT"]
 
@@ -39,6 +40,7 @@ QWEN3_5_TEXT = Family(
     ),
     checked=True,
     can_be_cut=True,
+    degrees=QWEN2_MOE.degrees,
     attention_replicas=True,
     complete_in_replicas=frozenset({"embed_tokens"}),
     quantized_head=True,
@@ -58,4 +60,5 @@ QWEN3_5 = replace(
     architectures=frozenset({"Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"}),
     embedding="model.language_model.embed_tokens",
     renamed=(("model.language_model.", "model."), ("model.visual.", "visual.")),
+    degrees=QWEN3_VL.degrees,
 )

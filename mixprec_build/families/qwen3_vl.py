@@ -15,6 +15,9 @@ QWEN3_VL = replace(
     architectures=frozenset({"Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"}),
     embedding="model.language_model.embed_tokens",
     renamed=(("model.language_model.", "model."), ("model.visual.", "visual.")),
+    degrees=QWEN3.degrees._replace(
+        encoder=("num_heads", "intermediate_size"), positions="num_position_embeddings", whole_encoder=True
+    ),
     stacked_experts=(
         StackedExperts("gate_up_proj", ("gate_proj", "up_proj"), transposed=True),
         StackedExperts("down_proj", ("down_proj",), transposed=True),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .base import Family
+from .degrees import DegreeLimits
 from .draft_layers import STEP_MTP
 from .parts import CutBy, ExpertActivation, OtherHeads, StackedExperts, never_quantized
 from .unknown import UNKNOWN
@@ -46,6 +47,7 @@ STEP35 = Family(
     cuts={**_COMMON.cuts, "g_proj": CutBy.QUERY_HEADS},
     checked=True,
     can_be_cut=True,
+    degrees=DegreeLimits(ranks_up_to_experts=True),
     quantized_head=True,
     needs_own_loader=True,
     draft_layout=STEP_MTP,
@@ -62,6 +64,7 @@ STEP37 = replace(
         ("model.", "language_model.model."),
         ("lm_head", "language_model.lm_head"),
     ),
+    degrees=STEP35.degrees._replace(encoder=("heads",)),
 )
 
 STEP = replace(UNKNOWN, alike=("step3p",), draft_layout=STEP_MTP)

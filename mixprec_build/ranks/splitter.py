@@ -37,9 +37,9 @@ from ..families.parts import CutBy, Role
 from ..families.registry import cuttable_types, replicated_types
 from ..families.stacked import block_of_stacked
 from ..formats.base import Axes, Format
-from ..patterns.compress import compress
 from ..storage.module import StoredModule
 from .assemble import as_parameter
+from .limits import refused_degree, remarks_on_encoder, remarks_on_zeros
 from .pieces import Parameter, Piece
 from .sample import one_layer_of_each
 from .shares import Expert, Share, known, projections, step_of
@@ -50,8 +50,9 @@ __all__ = ["Share", "Splitter"]
 
 # Sections of the outputs: K for keys or groups, V for values, H for one output of each value head
 _STATES = {CutBy.STATE_SECTIONS: "KKV", CutBy.MAMBA_SECTIONS: "VKK", CutBy.MAMBA_PROJECTIONS: "VVKKH"}
+_OF_INPUTS = (CutBy.HEAD_INPUTS, CutBy.STATE_INPUTS, CutBy.GROUP_INPUTS)
+_COPIED = (CutBy.KEY_VALUE_HEADS, CutBy.INDEX_HEADS)  # where these are fewer than ranks
 _VOCABULARY_STEP = 64  # DEFAULT_VOCAB_PADDING_SIZE
-WASTEFUL = 0.4
 _MOST_ADVISED = 16
 
 
@@ -95,6 +96,9 @@ class Splitter:
             )
         self._find_experts()
         self._share_columns()
+        refused = refused_degree(self.facts, self.degree, self.left_to_class, experts=bool(self.experts))
+        if refused is not None:
+            raise SplitError(f"{refused}{self._advice()}")
 
     @property
     def family(self) -> Family:
@@ -118,7 +122,10 @@ class Splitter:
                 out += self._joined(joined, cuts)
         for prefix, stored in self.experts.items():
             out += self._experts(prefix, stored, rank)
-        # SGLang names and cuts these itself.
+        # SGLang names and cuts these itself, and refuses the degrees that are refused here.
+        for name in self.left_to_class:
+            if tower_of(name) is None and self.family.cut_of(name) is not None:
+                self._cuts(name, rank)
         out += [
             as_parameter(tensor) for name in self.left_to_class for tensor in self.modules[name][1].tensors.values()
         ]
@@ -131,19 +138,9 @@ class Splitter:
         return sum(p.nbytes for rank in firsts for p in self.parameters(rank)) * self.degree.moe_tp
 
     def remarks(self) -> list[str]:
-        """Remarks for the user on added zeros."""
-        by_share: dict[Share, list[str]] = {}
-        for name, share in self.padded.items():
-            by_share.setdefault(share, []).append(name)
-        remarks = []
-        for share, names in by_share.items():
-            fitting = [n for n in range(share.ranks - 1, 0, -1) if share.total % (n * share.step) == 0]
-            advice = f"; {fitting[0]} ranks would need none" if share.padding > WASTEFUL and fitting else ""
-            remarks.append(
-                f"{self.degree}: a rank's {share.native} columns of {', '.join(compress(names)[:3])} are filled up to "
-                f"{share.columns} with zeros ({share.padding:.0%} more weights there){advice}"
-            )
-        return remarks
+        """Remarks for the user on added zeros, and on flags that SGLang needs for the degree."""
+        on_encoder = remarks_on_encoder(self.facts, self.degree, self.left_to_class)
+        return [*remarks_on_zeros(self.degree, self.padded), *on_encoder]
 
     def _find_experts(self) -> None:
         stored: dict[str, dict[int, dict[str, str]]] = {}
@@ -290,26 +287,29 @@ class Splitter:
             return Cut(name)
         if cut is CutBy.VOCABULARY:
             return self._vocabulary(name, shape[0], rank, tp)
-        if cut is CutBy.QUERY_HEADS:
-            return Cut(name, n=self._even(name, shape[0], self._heads(name)[0], rank, tp))
-        if cut is CutBy.KEY_VALUE_HEADS:
-            return Cut(name, n=self._by_heads(name, shape[0], self._heads(name)[1], rank, copied=True))
-        if cut is CutBy.INDEX_HEADS:
-            heads = known(self.facts.index_heads, "sparse_attention_config.sparse_num_index_heads")
-            return Cut(name, n=self._by_heads(name, shape[0], heads, rank, copied=True))
-        if cut is CutBy.STATE_KEY_HEADS:
-            return Cut(name, n=self._even(name, shape[0], self._state_heads()[0][0], rank, tp))
-        if cut is CutBy.STATE_VALUE_HEADS:
-            return Cut(name, n=self._even(name, shape[0], self._state_heads()[1][0], rank, tp))
-        if cut is CutBy.STATE_INPUTS:
-            return Cut(name, k=self._even(name, shape[1], self._state_heads()[1][0], rank, tp, inputs=True))
-        if cut is CutBy.HEAD_INPUTS:
-            return Cut(name, k=self._even(name, shape[1], self._heads(name)[0], rank, tp, inputs=True))
+        if cut in _OF_INPUTS:
+            return Cut(name, k=self._even(name, shape[1], self._parts(cut, name), rank, tp, inputs=True))
+        if cut in _COPIED:
+            return Cut(name, n=self._by_heads(name, shape[0], self._parts(cut, name), rank, copied=True))
+        if cut is not None:
+            return Cut(name, n=self._even(name, shape[0], self._parts(cut, name), rank, tp))
         if tp > 1 and cut is None and self.family.members_of(last_word(name)):
             raise SplitError(
                 f"{name} is stored as one, and how ranks share it is not known for {self.facts.own_model_type}"
             )
         return Cut(name)
+
+    def _parts(self, cut: CutBy, name: str) -> int:
+        """The number of heads or groups that a linear is cut by."""
+        if cut in (CutBy.OUTPUT_GROUPS, CutBy.GROUP_INPUTS):
+            return known(self.facts.output_groups, "o_groups")
+        if cut is CutBy.INDEX_HEADS:
+            return known(self.facts.index_heads, "sparse_attention_config.sparse_num_index_heads")
+        if cut is CutBy.STATE_KEY_HEADS:
+            return self._state_heads()[0][0]
+        if cut in (CutBy.STATE_VALUE_HEADS, CutBy.STATE_INPUTS):
+            return self._state_heads()[1][0]
+        return self._heads(name)[1 if cut is CutBy.KEY_VALUE_HEADS else 0]
 
     def _vocabulary(self, name: str, size: int, rank: int, ranks: int) -> Cut:
         padded = -(-size // _VOCABULARY_STEP) * _VOCABULARY_STEP
@@ -341,7 +341,8 @@ class Splitter:
         self, name: str, size: int, heads: int, rank: int, ranks: int, *, inputs: bool = False
     ) -> tuple[int, int, int]:
         if heads % ranks or size % heads:
-            raise SplitError(f"{name}: {heads} heads cannot be shared by {ranks} ranks{self._advice()}")
+            of = "groups" if self.family.cut_of(name) in (CutBy.OUTPUT_GROUPS, CutBy.GROUP_INPUTS) else "heads"
+            raise SplitError(f"{name}: {heads} {of} cannot be shared by {ranks} ranks{self._advice()}")
         share = size // ranks
         fmt, stored = self.modules[name]
         step = step_of(fmt, stored, inputs=inputs)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from mixprec_build.families.base import Family
+from mixprec_build.families.facts import ModelFacts
 
-__all__ = ["are_in", "dequantize", "load_apart"]
+__all__ = ["are_in", "check", "dequantize", "load_apart"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,22 @@ def dequantize(family: Family) -> None:
         logger.info("mixprec: wo_a is dequantized to BF16 as it is loaded, as with %s=0", _VARIABLE)
         setattr(module, _CONSTANT, False)
     os.environ[_VARIABLE] = "0"
+
+
+def check(facts: ModelFacts) -> None:
+    """Checks that the ranks of this run can share the groups; SGLang's class would round down, and stop at a request.
+
+    Raises:
+        RuntimeError: they cannot.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    ranks, groups = get_parallel().attn_tp_size, facts.output_groups
+    if are_in(facts.family) and groups is not None and groups % ranks:
+        raise RuntimeError(
+            f"the output of attention is projected in {groups} groups (o_groups of config.json), which {ranks} ranks "
+            f"cannot share: start SGLang with a --tp that divides {groups}"
+        )
 
 
 def load_apart(family: Family, load_weights: Callable[..., Any]) -> Callable[..., Any]:

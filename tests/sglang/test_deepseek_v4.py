@@ -111,6 +111,15 @@ def test_ranks_read_their_own_files(folder: Path, tmp_path: Path, ep: int, caplo
         assert torch.equal(bits(value.data), bits(theirs[name].data)), name
 
 
+def test_ranks_that_cannot_share_the_groups_of_its_output_are_refused(folder: Path) -> None:
+    """SGLang's class would have none of its two groups on each rank, and stop at the first request."""
+    with (
+        rank_of(3, 4),
+        pytest.raises(RuntimeError, match=r"projected in 2 groups .* 4 ranks cannot share: .* divides 2"),
+    ):
+        serve(family_mix(folder, "deepseek_v4"))
+
+
 def test_mixed_experts_have_the_models_limit(folder: Path) -> None:
     """swiglu_limit of config.json, in the groups of a mixed layer and in layers of one format."""
     model = serve(family_mix(folder, NAME))

@@ -251,8 +251,8 @@ def test_added_zeros_do_not_go_with_lora(folder: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_experts_that_start_elsewhere_are_loaded_by_sglang(folder: Path, tmp_path: Path, own: bool) -> None:
-    """``--init-expert-location``."""
+def test_experts_that_start_elsewhere_are_read_from_the_merged_files(folder: Path, tmp_path: Path, own: bool) -> None:
+    """``--init-expert-location``, also beside files of the rank, which have experts in the checkpoint's order."""
     shape = QWEN3_MOE.of(hidden=256, heads=4, kv_heads=2)
     out = build(sources(folder, shape, ["bf16"]), {}, tmp_path / "out")
     if own:

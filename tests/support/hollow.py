@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from support.families import STACKED, tensors_of
 
-__all__ = ["MODELS", "VARIANTS", "Tensor", "hollow_config", "hollow_tensors", "write_hollow"]
+__all__ = ["MODELS", "VARIANTS", "Tensor", "hollow_config", "hollow_tensors", "write_hollow", "write_shard"]
 
 Shape = tuple[int, ...]
 Config = dict[str, Any]
@@ -956,7 +956,7 @@ def write_hollow(
     total = 0
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        total += _write_shard(folder / name, shard)
+        total += write_shard(folder / name, shard)
         weight_map.update((tensor.name, name) for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
@@ -990,7 +990,7 @@ def _cut(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
     return shards
 
 
-def _write_shard(path: Path, tensors: Iterable[Tensor]) -> int:
+def write_shard(path: Path, tensors: Iterable[Tensor]) -> int:
     """Write a header and a hole for its data; return the size of the hole in bytes."""
     entries = ['"__metadata__":{"format":"pt"}']
     start = 0
