@@ -18,6 +18,7 @@ import torch
 
 from mixprec_build.families.base import Family
 from mixprec_build.families.facts import ModelFacts
+from mixprec_build.families.parts import CutBy
 
 __all__ = ["are_in", "check", "dequantize", "load_apart"]
 
@@ -29,7 +30,7 @@ _UNFILLED = "Some weights are not initialized from checkpoints"
 
 def are_in(family: Family) -> bool:
     """Whether models of ``family`` have such a projection."""
-    return "deepseek_v4" in family.model_types
+    return CutBy.OUTPUT_GROUPS in family.cuts.values()
 
 
 def dequantize(family: Family) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from support.sglang.harness import change_config, change_tensors, rank_of, serve
 
 from mixprec_build.checkpoint.degree import Degree
 from mixprec_build.errors import RefusedError
+from mixprec_build.families.deepseek import DEEPSEEK
+from mixprec_build.families.deepseek_v4 import DEEPSEEK_V4
 from mixprec_build.output.build import plan_recipe, run_plan
 from mixprec_build.output.split import split
 from mixprec_build.output.verify import verify
@@ -118,6 +121,12 @@ def test_ranks_that_cannot_share_the_groups_of_its_output_are_refused(folder: Pa
         pytest.raises(RuntimeError, match=r"projected in 2 groups .* 4 ranks cannot share: .* divides 2"),
     ):
         serve(family_mix(folder, "deepseek_v4"))
+
+
+def test_groups_of_outputs_are_told_by_how_ranks_share_them() -> None:
+    from mixprec_runtime.loading.output_groups import are_in
+
+    assert are_in(replace(DEEPSEEK_V4, model_types=frozenset({"another"}))) and not are_in(DEEPSEEK)
 
 
 def test_mixed_experts_have_the_models_limit(folder: Path) -> None:
