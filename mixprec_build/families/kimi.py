@@ -71,6 +71,7 @@ KIMI_K3 = Family(
     parameters=frozenset({*_CONVOLUTIONS, *_WITHOUT_SCALES, *_PLAIN}),
     in_some_layers=frozenset({*_CONVOLUTIONS, *_WITHOUT_SCALES, *_OF_ONE_ATTENTION}),
     fused=(
+        FusedGroup("qkv_proj", ("q_proj", "k_proj", "v_proj")),  # beside g_proj, with replicas of attention
         FusedGroup("fused_qkvg_proj", ("q_proj", "k_proj", "v_proj", "g_proj")),
         FusedGroup("gate_up_proj", ("gate_proj", "up_proj")),
         *(group for group in DEEPSEEK.fused if group not in _COMMON.fused),

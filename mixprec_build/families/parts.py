@@ -85,7 +85,10 @@ class FusedGroup(NamedTuple):
 
 
 def group_finder(groups: Iterable[FusedGroup]) -> Callable[[str], FusedGroup | None]:
-    """Returns a function of a linear's name, which returns the group that it is in, or None."""
+    """Returns a function of a linear's name, which returns the group that it is in, or None.
+
+    Of several groups with one linear, of which SGLang makes one or another, the last counts: the one with most.
+    """
     anywhere = {member: group for group in groups if not group.within for member in group.members}
     within = {f"{group.within}.{member}": group for group in groups if group.within for member in group.members}
 

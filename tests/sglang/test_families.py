@@ -77,12 +77,20 @@ STEPS = ("step3p5", "step3p7")
 
 
 @pytest.mark.parametrize(
-    ("name", "ep"), [("qwen3_5_moe_auto_round", 1), ("step3p5", 1), ("step3p5", 2), ("step3p7", 2)]
-)
-def test_a_rank_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str, ep: int) -> None:
-    """The second of two: AutoRound beside FP8; and Step, whose class cannot load single experts, with an FP8 head."""
-    mix, options = family_mix(folder, name, head=name in STEPS), TINY[name].options
-    with rank_of(1, 2, ep):
+    ("name", "ep", "dp"),
+    [
+        ("qwen3_5_moe_auto_round", 1, 1), ("step3p5", 1, 1), ("step3p5", 2, 1), ("step3p7", 2, 1), ("kimi_k3", 1, 2),
+        ("kimi_k3", 2, 2),
+    ],
+)  # fmt: skip
+def test_a_rank_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str, ep: int, dp: int) -> None:
+    """The second of two: AutoRound beside FP8; Step, whose class cannot load single experts, with an FP8 head; and
+    Kimi-K3, which is not cut for ranks, with replicas of attention."""
+    skip_unless_made(name)
+    mix, options = family_mix(folder, name, head=name in STEPS), dict(TINY[name].options)
+    if dp > 1:
+        options |= {"tp_size": 2, "dp_size": dp, "enable_dp_attention": True}
+    with rank_of(1, 2, ep, dp):
         ours = dict(dense_parameters(serve(mix, **options)))
         theirs = dict(dense_parameters(serve(dequantized(mix, tmp_path / "dense"), **options)))
     ours = {key: value for key, value in ours.items() if not key.endswith(NOT_LOADED)}

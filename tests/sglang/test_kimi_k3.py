@@ -54,13 +54,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def natively(release: Path) -> Any:
+def natively(release: Path, **options: Any) -> Any:
     """SGLang's model with its own loader and config, on Marlin."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
     from sglang.srt.models.kimi_k3 import KimiK3ForConditionalGeneration
 
-    args = server_args(release, dtype="bfloat16", moe_runner_backend="marlin", **MODEL.options)
+    args = server_args(release, dtype="bfloat16", moe_runner_backend="marlin", **MODEL.options, **options)
     publish(args)
     config = ModelConfig.from_server_args(args)
     declared = json.loads((release / "config.json").read_text())["text_config"]["quantization_config"]
@@ -71,13 +71,26 @@ def natively(release: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("rank", "tp", "ep"), [(0, 1, 1), (1, 2, 1), (1, 2, 2)])
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.data.contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("rank", "tp", "ep", "dp"), [(0, 1, 1, 1), (1, 2, 1, 1), (1, 2, 2, 1), (1, 2, 1, 2), (2, 4, 4, 2), (3, 4, 2, 4)]
+)
 def test_marlin_gets_what_it_gets_natively(
-    release: Path, compiled: Path, kernels: None, rank: int, tp: int, ep: int
+    release: Path, compiled: Path, kernels: None, rank: int, tp: int, ep: int, dp: int
 ) -> None:
-    with rank_of(rank, tp, ep):
-        ours = serve(compiled, **MODEL.options)
-        native = natively(release)
+    """With replicas of attention (``dp``), too, which have all of it, or the ranks of each a part."""
+    replicas = {"tp_size": tp, "dp_size": dp, "enable_dp_attention": True} if dp > 1 else {}
+    with rank_of(rank, tp, ep, dp):
+        ours = serve(compiled, **MODEL.options, **replicas)
+        native = natively(release, **replicas)
+    rest = {key: value for key, value in native.named_parameters() if ".experts." not in key}
+    assert {key for key, _ in ours.named_parameters() if ".experts." not in key} == rest.keys()
+    for key, parameter in rest.items():
+        held = ours.get_parameter(key)
+        assert held.shape == parameter.shape and torch.equal(bits(held), bits(parameter)), key
     layers = [name for name, _ in native.named_modules() if name.endswith(".experts")]
     assert len(layers) == 2
     for name in layers:
@@ -89,8 +102,7 @@ def test_marlin_gets_what_it_gets_natively(
         due = {key: value for key, value in theirs.named_parameters() if "bias" not in key}
         assert dict(mine.named_parameters()).keys() == due.keys()
         for key, parameter in mine.named_parameters():
-            a, b = (t.data.contiguous().view(torch.uint8) for t in (parameter, due[key]))
-            assert parameter.shape == due[key].shape and torch.equal(a, b), key
+            assert parameter.shape == due[key].shape and torch.equal(bits(parameter), bits(due[key])), key
         config = mine.moe_runner_config
         assert (config.activation, config.gemm1_alpha, config.gemm1_clamp_limit) == ("situ", 4.0, 25.0)
         assert mine.quant_method.runner.runner_backend.is_marlin()
