@@ -128,29 +128,6 @@ def test_a_layer_split_in_two_of_one_format_is_the_layer(kind: str, monkeypatch:
         assert ((a.double() - b.double()).norm() / a.double().norm()).item() < limit
 
 
-def test_a_mixed_layer_in_a_cuda_graph_and_with_other_tokens() -> None:
-    """Captured with some tokens, replayed with others: groups run side by side in a graph."""
-    layer, dense = layers.make_layer(
-        [("fp8_block", 8), ("gptq_int4", 8), ("bf16", 8)], hidden=HIDDEN, intermediate=INTERMEDIATE
-    )
-    tokens = 48
-    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    ids = routings(tokens, 3)["random"].cuda()
-    weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
-    layers.run(layer, x, ids, weights)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = [layers.run(layer, x, ids, weights) for _ in range(6)]
-    for name, other in routings(tokens, 3).items():
-        ids.copy_(other)
-        x.normal_()
-        graph.replay()
-        due = layers.reference(x, ids, weights, dense)
-        for out in outs:
-            assert ((out.double() - due).norm() / due.norm()).item() < ERRORS["fp8"], name
-
-
 @pytest.mark.parametrize(
     "groups",
     [[("fp8_block", 8), ("gptq_int4", 16)], [("ct_mxfp4", 8), ("gptq_int4", 16)], [("ct_mxfp4", 24)]],
@@ -322,15 +299,28 @@ def test_experts_in_mxfp4_are_activated_as_their_models_are(
             assert error < 2 * limit, f"{tokens} tokens, {routing}: error {error:.4f} of {2 * limit}"
 
 
-@pytest.mark.parametrize("kinds", [("ct_mxfp4",), ("ct_mxfp4", "mxfp4", "fp8_block")], ids="+".join)
-def test_experts_in_mxfp4_in_a_cuda_graph(kinds: tuple[str, ...]) -> None:
-    """Activated by SiTU: captured with some tokens, replayed with others."""
-    options, activate = REAL["Kimi-K3"]
+WAYS = ("random", "one group", "all groups", "last group", "other ranks")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name", "sizes", "runs", "ways", "limit"),
+    [
+        (("fp8_block", "gptq_int4", "bf16"), "SiLU", (48,), 6, WAYS, ERRORS["fp8"]),
+        (("ct_mxfp4",), "Kimi-K3", (1, 48), 3, WAYS[:3], 2 * ERRORS["other"]),
+        (("ct_mxfp4", "mxfp4", "fp8_block"), "Kimi-K3", (1, 48), 3, WAYS[:3], 2 * ERRORS["fp8"]),
+    ],
+    ids=["fp8_block+gptq_int4+bf16", "ct_mxfp4", "ct_mxfp4+mxfp4+fp8_block"],
+)
+def test_a_layer_in_a_cuda_graph_and_with_other_tokens(
+    kinds: tuple[str, ...], name: str, sizes: tuple[int, ...], runs: int, ways: tuple[str, ...], limit: float
+) -> None:
+    """Captured with some tokens, replayed with others: groups run side by side in a graph."""
+    options, activate = REAL.get(name, ({}, layers.silu_gate))
     layer, dense = layers.make_layer(
         [(kind, EXPERTS // len(kinds)) for kind in kinds],
-        hidden=HIDDEN, intermediate=INTERMEDIATE, gate_up_interleaved=False, **options,
+        hidden=HIDDEN, intermediate=INTERMEDIATE, **({"gate_up_interleaved": False, **options} if options else {}),
     )  # fmt: skip
-    for tokens in (1, 48):
+    for tokens in sizes:
         x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
         ids = routings(tokens, len(kinds))["random"].cuda()
         weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
@@ -338,15 +328,14 @@ def test_experts_in_mxfp4_in_a_cuda_graph(kinds: tuple[str, ...]) -> None:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outs = [layers.run(layer, x, ids, weights) for _ in range(3)]
-        for name in ("random", "one group", "all groups"):
-            ids.copy_(routings(tokens, len(kinds))[name])
+            outs = [layers.run(layer, x, ids, weights) for _ in range(runs)]
+        for way in ways:
+            ids.copy_(routings(tokens, len(kinds))[way])
             x.normal_()
             graph.replay()
             due = layers.reference(x, ids, weights, dense, activate)
-            limit = 2 * ERRORS["fp8" if "fp8_block" in kinds else "other"]
             for out in outs:
-                assert ((out.double() - due).norm() / due.norm()).item() < limit, name
+                assert ((out.double() - due).norm() / due.norm()).item() < limit, way
 
 
 LIMITED = [
