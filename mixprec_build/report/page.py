@@ -94,7 +94,7 @@ def read_errors(path: Path) -> dict[str, float]:
         found = load_json(read_regular(path, _MOST_ERRORS), 8_000_000)
         errors = found["errors"] if isinstance(found, dict) else None
         return {str(entry["module"]): float(entry["relative"]) for entry in errors or [] if _is_number(entry)}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise StatsError(
             f"{path}: no errors of modules; write them with `mixprec verify OUT --against NAME --json > {path.name}`"
         ) from error

@@ -20,6 +20,8 @@ __all__ = ["Swap", "Swaps", "Together", "read_swaps"]
 
 _MAX_BYTES = 1 << 28
 _MAX_VALUES = 4_000_000
+_MOST_NATS = 1_000_000
+"""More than any loss of a token: a vocabulary of a million words has 14 nats. Sums of its powers stay numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,7 @@ def _together(entry: Any, count: int, where: str) -> Together:
 
 def _loss(entry: Mapping[str, Any], where: str) -> float:
     loss = entry.get("loss")
-    if not isinstance(loss, (int, float)) or isinstance(loss, bool) or not math.isfinite(loss) or loss < 0:
-        raise ValueError(f"{where}: `loss` is {brief(loss)}, a number of nats from 0 up was expected")
+    # Compared as it is: an integer may be too large for a float. Comparisons with NaN are false.
+    if not isinstance(loss, (int, float)) or isinstance(loss, bool) or not 0 <= loss <= _MOST_NATS:
+        raise ValueError(f"{where}: `loss` is {brief(loss)}, a number of nats from 0 to {_MOST_NATS:,} was expected")
     return float(loss)

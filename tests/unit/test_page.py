@@ -355,3 +355,13 @@ def test_a_page_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match=r"map\.html"):
         write_page(tmp_path / "none" / "map.html", "x")
+
+
+@pytest.mark.parametrize("relative", ["NaN", "-1", '"x"', "1" + "0" * 400, "[]"])
+def test_errors_that_are_no_numbers(tmp_path: Path, relative: str) -> None:
+    from mixprec_build.report.page import read_errors
+
+    path = tmp_path / "errors.json"
+    path.write_text(f'{{"errors": [{{"module": "lm_head", "relative": {relative}}}]}}')
+    with pytest.raises(StatsError, match="no errors of modules; write them with"):
+        read_errors(path)
