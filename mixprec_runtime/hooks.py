@@ -137,6 +137,15 @@ def initialize_model(
     """
     if not isinstance(quant_config, MixPrecConfig):
         return _counted(original(model_config, load_config, quant_config), model_config)
+    # What takes the reader of the manifest and the maker of layers seconds is time for the disk, too.
+    with ahead.reading(ahead.files_of(Path(model_config.model_path), *loader.place())):
+        return _initialize_mixed(original, model_config, load_config, quant_config)
+
+
+def _initialize_mixed(
+    original: Callable[..., Module], model_config: Any, load_config: Any, quant_config: MixPrecConfig
+) -> Module:
+    """:func:`initialize_model` of a checkpoint that mixprec built."""
     folder, manifest, fetch = _checkpoint(model_config)
     facts = ModelFacts.of_loaded(model_config.hf_config)
     launch.drop_chosen_runner(facts.family.architectures)
@@ -181,7 +190,6 @@ def initialize_model(
             loader.require_merged(folder, manifest, reason, on_hub=fetch is not None)
 
     if share is not None:
-        ahead.begin(share)
         quant_config.padded = share.padded
         launch.check_padded(share.padded)
     else:

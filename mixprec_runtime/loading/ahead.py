@@ -1,66 +1,68 @@
-"""Has the operating system read files ahead, while SGLang makes the model that they are for."""
+"""Reads a rank's files ahead, into the page cache, while SGLang makes the model that they are for."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
-from mixprec_build.errors import MixprecError
-from mixprec_build.ranks.pieces import Parameter
-from mixprec_build.storage.disk import opened
+from mixprec_build.checkpoint.degree import Degree
 
-from .loader import Share
+__all__ = ["MOST", "files_of", "reading"]
 
-__all__ = ["MOST", "begin", "spans"]
-
-MOST = 2 << 30
+MOST = 4 << 30
 """Bytes a rank: what a fast disk reads meanwhile, and little beside the memory of a machine with GPUs."""
-_NEAR = 1 << 20
-"""Bytes between two spans that are read along, since they cost less than another request."""
-
-Span = tuple[str, int, int]
-"""A file, and the first byte and the end of a part of it."""
+_THREADS = 4
+_BLOCK = 8 << 20
 
 
-def begin(share: Share) -> Thread:
-    """Asks for the first :data:`MOST` bytes of what a rank reads, in a thread that nothing has to wait for."""
-    thread = Thread(target=_ask_for, args=(share,), name="mixprec-read-ahead", daemon=True)
-    thread.start()
-    return thread
+def files_of(folder: Path, degree: Degree, rank: int) -> Sequence[Path]:
+    """The files that a rank reads, in the order to read them ahead: its own, else all of a checkpoint's.
+
+    All ranks need a part of each of the latter, so that each begins with another file.
+    """
+    own = folder / degree.folder(rank)
+    files = sorted((own if own.is_dir() else folder).glob("*.safetensors"))
+    first = 0 if own.is_dir() else rank * len(files) // degree.tp
+    return files[first:] + files[:first]
 
 
-def _ask_for(share: Share) -> None:
-    left = MOST
-    for file, parts in groupby(spans(share.parameters.values()), itemgetter(0)):
-        # Whoever needs these bytes meets the same error, and names it.
-        with suppress(OSError, MixprecError), opened(Path(share.path_of(file))) as fd:
-            for _, start, end in parts:
-                nbytes = min(left, end - start)
-                os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_WILLNEED)
-                left -= nbytes
-                if not left:
-                    return
+@contextmanager
+def reading(files: Sequence[Path]) -> Iterator[None]:
+    """Reads ``files`` one after the other while the context lasts, up to :data:`MOST` bytes of them."""
+    ended = Event()
+    threads = [Thread(target=_read, args=(files, number, ended), daemon=True) for number in range(_THREADS)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
 
 
-def spans(parameters: Iterable[Parameter]) -> Iterator[Span]:
-    """Yields the parts of files that parameters are in, in the order of files and of their bytes."""
-    pieces = [(piece.tensor, piece.rows) for parameter in parameters for piece in parameter.pieces]
-    rectangles: list[Span] = []
-    for tensor, (first, last) in pieces:
-        row = tensor.nbytes // (tensor.shape[0] if tensor.shape else 1)
-        rectangles.append((tensor.file, tensor.start + first * row, tensor.start + last * row))
-    rectangles.sort()
-    file, start, end = "", 0, 0
-    for part, first, last in rectangles:
-        if part != file or first > end + _NEAR:
-            if end:
-                yield file, start, end
-            file, start, end = part, first, last
-        end = max(end, last)
-    if end:
-        yield file, start, end
+def _read(files: Sequence[Path], number: int, ended: Event) -> None:
+    """Reads every fourth block, beginning with block ``number``."""
+    buffer, count = memoryview(bytearray(_BLOCK)), 0
+    try:
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                for at in range(0, os.fstat(file.fileno()).st_size, _BLOCK):
+                    count += 1
+                    if ended.is_set() or count * _BLOCK > MOST:
+                        return
+                    if count % _THREADS == number and not _is_cached(file.fileno(), at):
+                        os.preadv(file.fileno(), [buffer], at)
+    except OSError:
+        return  # whoever needs these bytes meets the same error, and names it
+
+
+def _is_cached(fd: int, at: int) -> bool:
+    """Whether the byte ``at`` is in the page cache, as far as the file system tells."""
+    try:
+        return bool(os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT))
+    except OSError:  # it is not, or the file system cannot tell
+        return False

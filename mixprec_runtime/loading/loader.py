@@ -46,16 +46,15 @@ from .ledger import DTYPES, Ledger, LoadError, casts
 from .repack import Repacking
 from .strict import draft_of, expected_on_this_rank, has_no_towers, incomplete, may_be_empty
 
-__all__ = ["Fetch", "Share", "load", "mismatch", "rank_share", "require_class", "require_merged", "this_run"]
+__all__ = ["Fetch", "Share", "load", "mismatch", "place", "rank_share", "require_class", "require_merged", "this_run"]
 
 
 logger = logging.getLogger(__name__)
 
 Fetch = Callable[[Iterable[str]], object]
 
-_THREADS = 16
-"""Network disks reach their speed only with as many reads at a time; a page cache does with fewer."""
-_BUFFER = 8 << 20
+_THREADS = 4
+_BUFFER = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ def rank_share(
     from sglang.srt.runtime_context import get_parallel
 
     parallel, args = get_parallel(), server_args()
-    degree, rank = _degree(), parallel.tp_rank
+    degree, rank = place()
     usual = (
         (parallel.attn_tp_size, parallel.attn_tp_rank) == (degree.attention_tp, rank % degree.attention_tp)
         and (parallel.moe_tp_size, parallel.moe_ep_rank) == (degree.moe_tp, rank // degree.moe_tp)
@@ -165,11 +164,12 @@ def _places() -> dict[int, list[int]]:
     return {} if all(places == [*range(len(places))] for places in layers) else dict(enumerate(layers))
 
 
-def _degree() -> Degree:
+def place() -> tuple[Degree, int]:
+    """The degree of this run, and the rank in it of this process."""
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
-    return Degree(parallel.tp_size, parallel.moe_ep_size, parallel.attn_dp_size)
+    return Degree(parallel.tp_size, parallel.moe_ep_size, parallel.attn_dp_size), parallel.tp_rank
 
 
 def _with_head(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
@@ -273,7 +273,7 @@ def require_class(facts: ModelFacts, because: str) -> None:
 
 def this_run() -> str:
     """The degree of this run, such as ``"tp4-ep1"``, and whether experts have places of their own."""
-    return f"{_degree()}{', with experts at other places' if _places() else ''}"
+    return f"{place()[0]}{', with experts at other places' if _places() else ''}"
 
 
 def mismatch(model: Module, share: Share) -> str | None:
