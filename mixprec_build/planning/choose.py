@@ -125,12 +125,14 @@ def choose(recipe: Recipe, sources: Sources) -> Chosen:
 
 def _listed_beside(default: Source, rules: Iterable[tuple[Rule, Source]], sources: Sources) -> Iterator[str]:
     """Yields modules that ``default`` lacks and that a line takes from its source by names listed in braces."""
+    beside: dict[str, list[str]] = {}  # by source, for a recipe may have thousands of lines
     for rule, source in rules:
         if rule.mtp or rule.exact or not rule.pattern.lists:
             continue
-        for name in source.checkpoint.modules.keys() - default.checkpoint.modules.keys():
-            if rule.pattern.matches(name) and left_out_of_builds(name) is None and not sources.is_draft(name):
-                yield name
+        if source.name not in beside:
+            others = source.checkpoint.modules.keys() - default.checkpoint.modules.keys()
+            beside[source.name] = [n for n in others if left_out_of_builds(n) is None and not sources.is_draft(n)]
+        yield from filter(rule.pattern.matches, beside[source.name])
 
 
 def _module_named(rule: Rule, source: Source, recipe: Recipe, sources: Sources) -> str | None:
