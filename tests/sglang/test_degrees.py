@@ -20,6 +20,8 @@ from mixprec_build.errors import SplitError
 from mixprec_build.families.facts import ModelFacts
 from mixprec_build.ranks.merged import splitter_of
 from mixprec_build.ranks.splitter import Splitter
+from mixprec_build.versions import between
+from mixprec_runtime.contact.check import installed
 from mixprec_runtime.loading.ledger import default_dtype
 
 pytestmark = pytest.mark.usefixtures("sglang", "streams")
@@ -28,6 +30,8 @@ DEGREES = (Degree(3), Degree(4), Degree(16), Degree(16, 16))
 REPLICAS = (Degree(12, 1, 4),)
 ALIKE = {"qwen3_5_moe_auto_round", "kimi_k25_packed", "deepseek_v3", "kimi_k3"}
 """Of the classes and sizes of others; and Kimi-K3, which is not cut."""
+ROWS, FILLED_UP = (" 500", "image_size 448"), "0.5.22"
+"""From this release on, classes fill up embeddings for any number of ranks; mixprec does as the releases before."""
 WHOLE_ENCODER = "--mm-enable-dp-encoder"
 
 
@@ -103,6 +107,8 @@ def test_plan_refuses_the_degrees_that_the_class_refuses(
             )
             if splitter is not None and theirs and any(WHOLE_ENCODER in remark for remark in splitter.remarks()):
                 theirs, model = class_refuses(checkpoint, degree, **TINY[name].options, mm_enable_dp_encoder=True)
+            if ours and not theirs and label.endswith(ROWS) and between(FILLED_UP, "", installed()):
+                continue
             assert bool(ours) == bool(theirs), (label, str(degree), ours, theirs)
             refused += bool(ours)
             if splitter is None or model is None:
