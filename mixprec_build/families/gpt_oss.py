@@ -50,4 +50,5 @@ GPT_OSS = Family(
     checked=True,
     can_be_cut=True,
     needs_own_loader=True,
+    attention_replicas=True,
 )

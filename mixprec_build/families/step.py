@@ -50,6 +50,8 @@ STEP35 = Family(
     degrees=DegreeLimits(ranks_up_to_experts=True),
     quantized_head=True,
     needs_own_loader=True,
+    attention_replicas=True,
+    complete_in_replicas=frozenset({"embed_tokens"}),
     draft_layout=STEP_MTP,
 )
 
@@ -65,6 +67,7 @@ STEP37 = replace(
         ("lm_head", "language_model.lm_head"),
     ),
     degrees=STEP35.degrees._replace(encoder=("heads",)),
+    attention_replicas=False,  # the encoder, shared by the ranks of a replica, adds up the outputs of all of them
 )
 
 STEP = replace(UNKNOWN, alike=("step3p",), draft_layout=STEP_MTP)

@@ -79,8 +79,8 @@ STEPS = ("step3p5", "step3p7")
 @pytest.mark.parametrize(
     ("name", "ep", "dp"),
     [
-        ("qwen3_5_moe_auto_round", 1, 1), ("step3p5", 1, 1), ("step3p5", 2, 1), ("step3p7", 2, 1), ("kimi_k3", 1, 2),
-        ("kimi_k3", 2, 2),
+        ("qwen3_5_moe_auto_round", 1, 1), ("step3p5", 1, 1), ("step3p5", 2, 1), ("step3p7", 2, 1), ("step3p5", 1, 2),
+        ("step3p5", 2, 2), ("kimi_k3", 1, 2), ("kimi_k3", 2, 2),
     ],
 )  # fmt: skip
 def test_a_rank_is_that_of_a_native_load(folder: Path, tmp_path: Path, name: str, ep: int, dp: int) -> None:

@@ -47,19 +47,22 @@ CASES = [*CUT, *REPLICAS]
 
 @pytest.mark.parametrize(("name", "degree"), CASES, ids=[f"{name}-{degree}" for name, degree in CASES])
 def test_a_ranks_files_hold_what_sglang_would_load(folder: Path, tmp_path: Path, name: str, degree: Degree) -> None:
-    """With replicas of attention, both ranks have all of it, and half of the rest."""
+    """With replicas of attention, both ranks have all of it, and half of the rest. What SGLang cannot load of merged
+    files is loaded by mixprec, and compared with SGLang's load in ``test_families.py``."""
     skip_unless_made(name)
     merged = family_mix(folder, name)
     out = Path(shutil.copytree(merged, tmp_path / "out"))
     options: dict[str, Any] = dict(TINY[name].options)
     if degree.dp > 1:
         options |= {"tp_size": degree.tp, "dp_size": degree.dp, "enable_dp_attention": True}
+    if not family_of(name).needs_own_loader:
+        options["load_format"] = "safetensors"
     left = () if any(tensor.endswith(".g_idx") for tensor in tensors_of(merged)) else ("_g_idx",)
     left_to_class = family_of(name).is_left_to_class
     files = split(out, degree)
     for rank in range(degree.tp):
         with rank_of(rank, degree.tp, degree.ep, degree.dp):
-            due = dict(serve(merged, load_format="safetensors", **options).named_parameters())
+            due = dict(serve(merged, **options).named_parameters())
         held = tensors_of(files[rank])
         for key, parameter in due.items():
             if parameter.numel() and not key.endswith((NOT_LOADED, *left)) and not left_to_class(key):

@@ -71,22 +71,22 @@ def mixed(release: Path, plain: Path) -> Path:
     return recipe.with_suffix("")
 
 
-def natively(release: Path, made: dict[str, Any] | None = None) -> Any:
+def natively(release: Path, made: dict[str, Any] | None = None, **options: Any) -> Any:
     """SGLang's model with its own config and loader, on Marlin; in this process it has no method mxfp4 by name."""
     from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 
     plain = release.with_name("plain")
     if not plain.exists():
         write(plain, made or tensors(), quantization_config=None)
-    return with_own_loader(plain, "marlin", Mxfp4Config(is_checkpoint_mxfp4_serialized=True))
+    return with_own_loader(plain, "marlin", Mxfp4Config(is_checkpoint_mxfp4_serialized=True), **options)
 
 
-def with_own_loader(plain: Path, runner: str, quantization: Any = None) -> Any:
+def with_own_loader(plain: Path, runner: str, quantization: Any = None, **options: Any) -> Any:
     """SGLang's model, filled by its own loader."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.models.gpt_oss import GptOssForCausalLM
 
-    args = server_args(plain, dtype="bfloat16", moe_runner_backend=runner)
+    args = server_args(plain, dtype="bfloat16", moe_runner_backend=runner, **options)
     publish(args)
     config = ModelConfig.from_server_args(args)
     with default_dtype(config.dtype):
@@ -110,13 +110,17 @@ def assert_as_natively(mine: Any, theirs: Any) -> None:
         assert parameter.shape == due[name].shape and torch.equal(a, b), name
 
 
-@pytest.mark.parametrize(("rank", "tp", "ep"), [(0, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("rank", "tp", "ep", "dp"), [(0, 1, 1, 1), (1, 2, 2, 1), (1, 2, 2, 2), (3, 4, 4, 2), (2, 4, 4, 4)]
+)
 def test_marlin_gets_what_it_gets_natively(
-    release: Path, compiled: Path, kernels: None, rank: int, tp: int, ep: int
+    release: Path, compiled: Path, kernels: None, rank: int, tp: int, ep: int, dp: int
 ) -> None:
-    with rank_of(rank, tp, ep):
-        ours = serve(compiled)
-        native = natively(release)
+    """Also with replicas of attention (``dp``)."""
+    options: dict[str, Any] = {"tp_size": tp, "dp_size": dp, "enable_dp_attention": True} if dp > 1 else {}
+    with rank_of(rank, tp, ep, dp):
+        ours = serve(compiled, **options)
+        native = natively(release, **options)
     rest = {name: p for name, p in native.named_parameters() if ".experts." not in name}
     assert {name for name, _ in ours.named_parameters() if ".experts." not in name} == rest.keys()
     for name, parameter in rest.items():
