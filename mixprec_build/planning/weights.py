@@ -12,12 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..patterns.compress import compress
 from ..text import some
 from .probe import ROUNDING, WeightProbe, factors
-from .problems import Problems
+from .problems import Problems, Replacement
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,6 +41,8 @@ _LARGEST_FACTOR = 64.0
 """Scales that a quantizer folds into inputs or outputs are around 1; those of activations stay below this."""
 _ONE_FACTOR = 1.25
 """Ratio of two factors, or of a factor and 1, that rounding may leave."""
+_UNRELATED = 7 / 8
+"""Fraction of a row's norm from which on a difference leaves nothing in common. A fine-tune leaves most."""
 _LOST = 1 / 1024
 """Fraction of weights that are zero for want of a scale, from which on a module counts as damaged."""
 
@@ -49,8 +52,8 @@ def check_weights(
 ) -> list[str]:
     """Returns notes on quantized modules that were not made from the weights that another source has of them.
 
-    Adds to ``problems`` those that are no numbers, zero for want of scales, or another source's times a factor.
-    Compares a sample of the modules; with ``full`` all rows of each.
+    Adds to ``problems`` those that are no numbers, zero for want of scales, or another source's times a factor, and
+    warns of those that have nothing in common. Compares a sample of the modules; with ``full`` all rows of each.
     """
     notes, probe = [], WeightProbe(sources)
     used = Counter(module.source for module in modules.values())
@@ -58,6 +61,7 @@ def check_weights(
         quantized = [m for m in modules.values() if m.source == name and m.format.quantized]
         different: dict[str, list[str]] = {}
         meaningless: dict[tuple[str, str], list[str]] = {}
+        unrelated: dict[str, list[str]] = {}
         for module in quantized if full else _sample(quantized):
             reference = _reference(module, used, sources)
             compared = None if reference is None else _Compared.read(module, reference.name, probe, full)
@@ -66,6 +70,8 @@ def check_weights(
             why = compared.no_weight(folded=folding.is_explained(module, reference.name, modules))
             if why is not None:
                 meaningless.setdefault((reference.name, why), []).append(module.name)
+            elif compared.is_unrelated:
+                unrelated.setdefault(reference.name, []).append(module.name)
             elif compared.differs():
                 different.setdefault(reference.name, []).append(module.name)
         unseen = "" if full else " (not all modules were looked at: --check full measures each)"
@@ -76,6 +82,14 @@ def check_weights(
                 f"something else than SGLang takes them for. Fetch `{name}` again, or take what the mix has from it "
                 f"from another source{unseen}",
                 code="different_weights",
+            )
+        for reference_name, names in unrelated.items():
+            problems.warn(
+                f"`{name}` has nothing of the weights that `{reference_name}` has here: its experts or rows are in "
+                f"another order, or it is another model{unseen}",
+                Replacement(None),
+                code="different_weights",
+                modules=names,
             )
         for reference_name, names in different.items():
             notes.append(
@@ -114,7 +128,7 @@ def _reference(module: PlannedModule, used: Counter[str], sources: Sources) -> S
     return next(plain, None) or next(others, None)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Compared:
     """Rows of a quantized weight and of the same weight in another source, ``[rows, K]``."""
 
@@ -178,19 +192,39 @@ class _Compared:
         """Whether ours were made from other weights than theirs."""
         import numpy as np
 
-        ours, theirs = self.ours, self.theirs
-        # Weights that differ only by scales folded into rows and columns are the same.
-        for _ in range(_FITS):
-            if _alike(ours, theirs, self.allowed / 2):
-                break
-            theirs = theirs * factors(ours, theirs, 1)
-            theirs = theirs * factors(ours, theirs, 0)
-        error = np.sqrt(((ours - theirs) ** 2).mean(1))
-        limit = np.sqrt(((self.allowed + ROUNDING * abs(theirs)) ** 2).mean(1))
+        error = self._error
+        limit = np.sqrt(((self.allowed + ROUNDING * abs(self._scaled)) ** 2).mean(1))
         if (error > limit).mean() > 1 / 16:
             return True
-        is_scaled = ((ours - self.theirs) ** 2).mean() > 1.25 * (error**2).mean()
-        return self.rounds and not is_scaled and _is_beyond_rounding(ours, self.theirs, self.steps)
+        is_scaled = ((self.ours - self.theirs) ** 2).mean() > 1.25 * (error**2).mean()
+        return self.rounds and not is_scaled and _is_beyond_rounding(self.ours, self.theirs, self.steps)
+
+    @property
+    def is_unrelated(self) -> bool:
+        """Whether ours have next to nothing of theirs, whatever scales were folded in."""
+        import numpy as np
+
+        size = np.sqrt((self.ours * self.ours).mean(1))
+        return bool((self._error > _UNRELATED * size).mean() > 1 / 2)
+
+    @cached_property
+    def _scaled(self) -> npt.NDArray[Any]:
+        """Theirs with the scales that fit ours: weights that differ only by scales of rows and columns are the same."""
+        theirs = self.theirs
+        for _ in range(_FITS):
+            if _alike(self.ours, theirs, self.allowed / 2):
+                break
+            theirs = theirs * factors(self.ours, theirs, 1)
+            theirs = theirs * factors(self.ours, theirs, 0)
+        return theirs
+
+    @cached_property
+    def _error(self) -> npt.NDArray[Any]:
+        """The root of the mean square of the differences in each row."""
+        import numpy as np
+
+        found: npt.NDArray[Any] = np.sqrt(((self.ours - self._scaled) ** 2).mean(1))
+        return found
 
 
 def _ratios(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from support.write import LLAMA, VARIANTS, Config, Tensors, tiny_tensors, write_tiny
+from support.write import LLAMA, QWEN3_MOE, VARIANTS, Config, Tensors, tiny_tensors, write_tiny
 
 from mixprec_build.cli.app import main
 from mixprec_build.errors import RefusedError
@@ -232,3 +233,33 @@ def test_inputs_of_which_no_weight_is_left_are_no_damage(tmp_path: Path) -> None
     write_tiny(tmp_path / "base", MODEL, "bf16", edit=emptied)
     write_tiny(tmp_path / "q", MODEL, "fp8_block", edit=emptied)
     assert plan_of(tmp_path, {"*.mlp.*": "q"}).notes == ()
+
+
+# Weights in another order
+
+
+def turned(tensors: Tensors, config: Config) -> None:
+    """Each expert in the place of the next."""
+    found = [(re.fullmatch(r"(.+\.experts\.)(\d+)(\..+)", name), name) for name in tensors]
+    places = {name: f"{m[1]}{(int(m[2]) + 1) % QWEN3_MOE.experts}{m[3]}" for m, name in found if m is not None}
+    moved = {place: tensors.pop(name) for name, place in places.items()}
+    tensors.update(moved)
+
+
+@pytest.mark.parametrize("variant", ["fp8_block", "gptq_int4", "awq_int4", "ct_nvfp4"])
+def test_experts_in_another_order_are_a_warning(tmp_path: Path, variant: str) -> None:
+    write_tiny(tmp_path / "base", replace(QWEN3_MOE, gain=1 / 16), "bf16")
+    write_tiny(tmp_path / "q", replace(QWEN3_MOE, gain=1 / 16), variant, edit=turned)
+    plan = plan_of(tmp_path, {"*.experts.*": "q"})
+    (warning,) = plan.warnings
+    assert warning.code == "different_weights"
+    assert "`q` has nothing of the weights that `base` has here: its experts or rows are in another order" in str(
+        warning
+    )
+    assert not [note for note in plan.notes if "by more than rounding" in note]
+
+
+def test_a_fine_tune_has_most_of_its_base(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "base", MODEL, "bf16", edit=trained_further(0.6))
+    write_tiny(tmp_path / "q", MODEL, "gptq_int4")
+    assert not plan_of(tmp_path, {"*.self_attn.*": "q"}).warnings
