@@ -6,6 +6,7 @@ compressed-tensors (``float-quantized``; its groups without ``input_activations`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import lcm
@@ -88,20 +89,30 @@ class Fp8(Scaled):
         return [] if self.block is None else super(Fp8, self)._weight_only_limits(part)
 
     def value_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
+        limits = [] if self.activations != "static" else self._input_scale_limits(parts, read, experts=experts)
         if not experts or self.granularity != "tensor":
-            return []
+            return limits
 
         # fp8.py, Fp8MoEMethod.process_weights_after_loading: w13 has one scale for each expert
         def differ(leaf: str) -> bool:
             scales = [read(part.tensors[leaf]) for part in parts if leaf in part.tensors]
             return len({float(s.reshape(-1)[0]) for s in scales if s is not None}) > 1
 
-        limits = []
         if differ(self.scale_leaf):
             limits.append("gate and up have different per-tensor scales, and SGLang would requantize them at load")
         if differ(self.input_leaf):
             limits.append("gate and up have different input scales, and SGLang would take one of them for both")
         return limits
+
+    def _input_scale_limits(self, parts: Sequence[StoredModule], read: Reader, *, experts: bool) -> list[str]:
+        """Scales that a calibration left without a value. Of experts SGLang takes the largest of all on a rank."""
+        limits = []
+        for part in parts:
+            values = read(part.tensors[self.input_leaf]) if self.input_leaf in part.tensors else None
+            scale = 1.0 if values is None else float(values.reshape(-1)[0])
+            if not 0 <= scale < math.inf or (scale == 0 and not experts):
+                limits.append(f"its {self.input_leaf} is {scale:g}, by which activations cannot be divided")
+        return list(dict.fromkeys(limits))
 
     @property
     def row_join_limit(self) -> str | None:

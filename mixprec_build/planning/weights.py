@@ -85,8 +85,8 @@ def check_weights(
             )
         for reference_name, names in unrelated.items():
             problems.warn(
-                f"`{name}` has nothing of the weights that `{reference_name}` has here: its experts or rows are in "
-                f"another order, or it is another model{unseen}",
+                f"`{name}` has nothing of the weights that `{reference_name}` has here: its experts, rows or packed "
+                f"values are in another order, or it is another model{unseen}",
                 Replacement(None),
                 code="different_weights",
                 modules=names,

@@ -253,7 +253,7 @@ def test_experts_in_another_order_are_a_warning(tmp_path: Path, variant: str) ->
     plan = plan_of(tmp_path, {"*.experts.*": "q"})
     (warning,) = plan.warnings
     assert warning.code == "different_weights"
-    assert "`q` has nothing of the weights that `base` has here: its experts or rows are in another order" in str(
+    assert "`q` has nothing of the weights that `base` has here: its experts, rows or packed values are in" in str(
         warning
     )
     assert not [note for note in plan.notes if "by more than rounding" in note]
@@ -263,3 +263,40 @@ def test_a_fine_tune_has_most_of_its_base(tmp_path: Path) -> None:
     write_tiny(tmp_path / "base", MODEL, "bf16", edit=trained_further(0.6))
     write_tiny(tmp_path / "q", MODEL, "gptq_int4")
     assert not plan_of(tmp_path, {"*.self_attn.*": "q"}).warnings
+
+
+# Scales of inputs that a calibration left without a value
+
+
+@pytest.mark.parametrize("value", [0, np.nan, np.inf, -1])
+def test_static_scales_that_nothing_can_be_divided_by_are_refused(tmp_path: Path, value: float) -> None:
+    def edit(tensors: Tensors, config: Config) -> None:
+        tensors["model.layers.1.mlp.down_proj.input_scale"] = np.array(value, np.float32)
+
+    write_tiny(tmp_path / "base", MODEL, "bf16")
+    write_tiny(tmp_path / "q", MODEL, "fp8_tensor", activations="static", edit=edit)
+    assert not plan_of(tmp_path, {"*.self_attn.*": "q", "*.{gate,up}_proj": "q"}).problems
+    with pytest.raises(RefusedError) as refused:
+        plan_of(tmp_path, {"*.mlp.*": "q"})
+    (problem,) = refused.value.problems
+    assert problem.code == "kernel_limit" and problem.modules == ("model.layers.1.mlp.down_proj",)
+    assert f"its input_scale is {value:g}, by which activations cannot be divided" in str(problem)
+
+
+def test_an_expert_that_no_token_of_the_calibration_reached_may_have_a_scale_of_zero(tmp_path: Path) -> None:
+    """SGLang takes the largest of all experts."""
+
+    def unreached(value: float) -> Callable[[Tensors, Config], None]:
+        def edit(tensors: Tensors, config: Config) -> None:
+            for name in [name for name in tensors if ".experts.1." in name and name.endswith("input_scale")]:
+                tensors[name] = np.array(value, np.float32)
+
+        return edit
+
+    write_tiny(tmp_path / "base", QWEN3_MOE, "bf16")
+    write_tiny(tmp_path / "q", QWEN3_MOE, "fp8_tensor", activations="static", edit=unreached(0))
+    assert not plan_of(tmp_path, {"*.experts.*": "q"}).problems
+    write_tiny(tmp_path / "none" / "q", QWEN3_MOE, "fp8_tensor", activations="static", edit=unreached(np.nan))
+    (tmp_path / "none" / "base").symlink_to(tmp_path / "base")
+    with pytest.raises(RefusedError, match=r"experts\.1\..*: .*its input_scale is nan"):
+        plan_of(tmp_path / "none", {"*.experts.*": "q"})
