@@ -13,6 +13,15 @@ from .parts import Restriction, StoredFormat
 
 __all__ = ["GLM4_MOE", "GLM_DSA"]
 
+
+def _of_shared_experts(ups: StoredFormat, down: StoredFormat) -> str | None:
+    """models/glm4_moe.py:489 looks at the dtype of a parameter that packed values of compressed-tensors lack there;
+    models/deepseek_v2.py gives them that name."""
+    if ups.quantized and not ups.has_weight and ups.kind != "awq_int4":  # the class asks for AWQ by its name
+        return f"SGLang looks for a weight in shared experts' gate and up, and {ups.kind} has none of that name"
+    return ups.shared_experts_limit(down)
+
+
 GLM4_MOE = Family(
     model_types=frozenset({"glm4_moe"}),
     architectures=frozenset({"Glm4MoeForCausalLM"}),
@@ -22,7 +31,7 @@ GLM4_MOE = Family(
         ("Glm4MoeForCausalLMNextN",), renamed=APPENDED_LAYER, shared=("shared_head.head", "embed_tokens")
     ),
     shared_experts=DEEPSEEK.shared_experts,
-    compared=DEEPSEEK.compared,
+    compared=tuple(replace(rule, limit=_of_shared_experts) for rule in DEEPSEEK.compared),
     checked=True,
     can_be_cut=True,
     degrees=DEEPSEEK.degrees,

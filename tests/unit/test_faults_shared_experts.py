@@ -51,3 +51,27 @@ def test_suggest_chooses_one_source_for_them_only_where_they_are_compared(model_
     names = [f"model.layers.1.mlp.shared_experts.{word}_proj" for word in ("gate", "up", "down")]
     groups = decided_groups(names, family)
     assert sorted(map(len, groups.values())) == ([3] if together else [1, 2])
+
+
+@pytest.mark.parametrize("variant", ["ct_int4", "ct_nvfp4"])
+@pytest.mark.parametrize(("model_type", "refused"), [("glm4_moe", True), ("deepseek_v3", False)])
+def test_packed_values_that_a_class_does_not_find(tmp_path: Path, variant: str, model_type: str, refused: bool) -> None:
+    """GLM-4.5's class looks at a parameter ``weight`` of gate and up; DeepSeek's gives packed values that name."""
+
+    def edit(tensors: Tensors, config: Config) -> None:
+        config["model_type"] = model_type
+
+    for name, stored in (("bf16", "bf16"), ("q", variant)):
+        write_tiny(tmp_path / name, DEEPSEEK, stored, edit=edit)
+    recipe = tmp_path / "recipe.yaml"
+
+    def plan(lines: str) -> None:
+        recipe.write_text(f"model: bf16\nsources: {{bf16: bf16, q: q}}\nweights: {{{lines}}}\n")
+        plan_recipe(recipe)
+
+    plan("'*.mlp.experts.*': q, '*.shared_experts.down_proj': q")
+    if refused:
+        with pytest.raises(RefusedError, match=rf"shared experts' gate and up, and {variant} has none of that name"):
+            plan("'*.shared_experts.*': q")
+    else:
+        plan("'*.shared_experts.*': q")
