@@ -15,7 +15,8 @@ __all__ = ["MOST", "files_of", "reading"]
 MOST = 4 << 30
 """Bytes a rank: what a fast disk reads meanwhile, and little beside the memory of a machine with GPUs."""
 _THREADS = 4
-_BLOCK = 8 << 20
+_BLOCK = 1 << 20
+"""Small, since what is read to make the model waits for blocks that are under way."""
 
 
 def files_of(folder: Path, degree: Degree, rank: int) -> Sequence[Path]:

@@ -175,7 +175,7 @@ class Servers:
         # Engines that start together must not find the same port free.
         number = next(self._started)
         engine = {**ENGINE, **MODELS[name].options, **FAMILIES[name], **more, "nccl_port": PORT + 20 * number}
-        options = {"dtype": "bfloat16", "logits": True, "prompts": 8, "new_tokens": 16, "engine": engine}
+        options = {"dtype": "bfloat16", "logits": True, "prompts": 16, "new_tokens": 16, "engine": engine}
         device = self._devices[number % len(self._devices)]
         return answer_of(path, options, HERE / "repeatable", timeout=400, variables={"CUDA_VISIBLE_DEVICES": device})
 

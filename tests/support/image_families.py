@@ -293,7 +293,7 @@ IMAGE_TINY: Mapping[str, TinyModel] = {
                 "img_token_compression_config": {"temporal_patch_size": 2, "spatial_merge_size": 2},
             },
         },
-        MINIMAX_M3_LINES, degrees=((2, 1), (2, 2)),
+        MINIMAX_M3_LINES, degrees=((2, 1), (2, 2)), norms_add_one=True,
     ),
     "kimi_k3": TinyModel(
         {
@@ -338,8 +338,11 @@ KIMI_K3_WIDE = replace(
     _K3,
     config={
         **_K3.config,
-        "text_config": {**_K3.config["text_config"], "hidden_size": 512, "routed_expert_hidden_size": 256},
+        "text_config": {
+            **_K3.config["text_config"], "hidden_size": 512, "routed_expert_hidden_size": 256, "num_experts": 16,
+        },
         "vision_config": {**_K3.config["vision_config"], "text_hidden_size": 512},
     },
 )
-"""Experts of sizes to which SGLang's own method for MXFP4 pads none; it cannot load those that it pads."""
+"""Experts of sizes to which SGLang's own method for MXFP4 pads none; it cannot load those that it pads. As many that
+what they multiply, the last columns of a row of one product, begins at a multiple of 32 bytes, which FP8's kernel wants."""

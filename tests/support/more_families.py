@@ -475,7 +475,7 @@ _MOE_LINES = {
 
 MORE_TINY: Mapping[str, TinyModel] = {
     "step3p5": TinyModel(STEP, STEP_LINES, degrees=((2, 1), (2, 2)), norms_add_one=True),
-    "minimax_m3": TinyModel(MINIMAX_M3, MINIMAX_M3_LINES, degrees=((2, 1), (2, 2))),
+    "minimax_m3": TinyModel(MINIMAX_M3, MINIMAX_M3_LINES, degrees=((2, 1), (2, 2)), norms_add_one=True),
     "llama4": TinyModel(
         {
             "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", **_OUTER,
