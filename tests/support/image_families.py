@@ -339,10 +339,13 @@ KIMI_K3_WIDE = replace(
     config={
         **_K3.config,
         "text_config": {
-            **_K3.config["text_config"], "hidden_size": 512, "routed_expert_hidden_size": 256, "num_experts": 16,
+            **_K3.config["text_config"],
+            "hidden_size": 512,
+            "routed_expert_hidden_size": 256,
+            "num_experts": 16,
         },
         "vision_config": {**_K3.config["vision_config"], "text_hidden_size": 512},
     },
 )
-"""Experts of sizes to which SGLang's own method for MXFP4 pads none; it cannot load those that it pads. As many that
-what they multiply, the last columns of a row of one product, begins at a multiple of 32 bytes, which FP8's kernel wants."""
+"""Experts of sizes to which SGLang's own method for MXFP4 pads none; it cannot load those that it pads. There are so
+many that their inputs, the last columns of a product, begin at a multiple of 32 bytes, as FP8's kernel wants."""
