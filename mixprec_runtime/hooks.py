@@ -137,7 +137,7 @@ def initialize_model(
     """
     if not isinstance(quant_config, MixPrecConfig):
         return _counted(original(model_config, load_config, quant_config), model_config)
-    # What takes the reader of the manifest and the maker of layers seconds is time for the disk, too.
+    # Reading the manifest and making layers takes seconds, in which the disk would have nothing to do.
     with ahead.reading(ahead.files_of(Path(model_config.model_path), *loader.place())):
         return _initialize_mixed(original, model_config, load_config, quant_config)
 

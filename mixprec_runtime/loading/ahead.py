@@ -9,6 +9,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 from mixprec_build.checkpoint.degree import Degree
+from mixprec_build.errors import SourceError
+from mixprec_build.storage.disk import opened
 
 __all__ = ["MOST", "files_of", "reading"]
 
@@ -50,14 +52,14 @@ def _read(files: Sequence[Path], number: int, ended: Event) -> None:
     buffer, count = memoryview(bytearray(_BLOCK)), 0
     try:
         for path in files:
-            with path.open("rb", buffering=0) as file:
-                for at in range(0, os.fstat(file.fileno()).st_size, _BLOCK):
+            with opened(path) as fd:
+                for at in range(0, os.fstat(fd).st_size, _BLOCK):
                     count += 1
                     if ended.is_set() or count * _BLOCK > MOST:
                         return
-                    if count % _THREADS == number and not _is_cached(file.fileno(), at):
-                        os.preadv(file.fileno(), [buffer], at)
-    except OSError:
+                    if count % _THREADS == number and not _is_cached(fd, at):
+                        os.preadv(fd, [buffer], at)
+    except SourceError:
         return  # whoever needs these bytes meets the same error, and names it
 
 

@@ -93,9 +93,11 @@ def test_what_is_cached_is_not_read_again(files: list[Path], monkeypatch: pytest
     assert {*asked} == {os.RWF_NOWAIT}
 
 
-def test_a_missing_file_is_left_to_the_loader(tmp_path: Path) -> None:
-    with ahead.reading([tmp_path / "none"]):
-        pass
+def test_a_missing_file_and_a_pipe_are_left_to_the_loader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("none", "pipe"):
+        with ahead.reading([tmp_path / name]):
+            pass
 
 
 def test_each_rank_begins_with_another_file_or_has_its_own(files: list[Path]) -> None:
