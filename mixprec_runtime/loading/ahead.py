@@ -53,11 +53,13 @@ def _read(files: Sequence[Path], number: int, ended: Event) -> None:
     try:
         for path in files:
             with opened(path) as fd:
-                for at in range(0, os.fstat(fd).st_size, _BLOCK):
+                size = os.fstat(fd).st_size
+                for at in range(0, size, _BLOCK):
                     count += 1
                     if ended.is_set() or count * _BLOCK > MOST:
                         return
-                    if count % _THREADS == number and not _is_cached(fd, at):
+                    # The system may have read the first bytes along with the block before.
+                    if count % _THREADS == number and not _is_cached(fd, min(at + _BLOCK, size) - 1):
                         os.preadv(fd, [buffer], at)
     except SourceError:
         return  # whoever needs these bytes meets the same error, and names it
