@@ -349,6 +349,8 @@ def _read(folder: Path, parse: Callable[[bytes], Any], convert: Callable[[Any], 
         raise VerifyError(str(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerifyError(f"{path}: damaged: {error!r:.500}; build the checkpoint again") from error
+    except MemoryError:
+        raise VerifyError(f"{path}: reading it takes more memory than this process has") from None
 
 
 @lru_cache(maxsize=4096)

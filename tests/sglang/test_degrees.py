@@ -80,6 +80,14 @@ def _rounded_down(model: torch.nn.Module, ranks: int) -> Iterator[str]:
             yield f"{type(module).__name__} has {keys // ranks} of {keys} num_k_heads"
 
 
+@pytest.fixture(autouse=True)
+def own_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps rotary embeddings on the meta device, which SGLang shares between models, from other tests."""
+    from sglang.srt.layers.rotary_embedding import factory
+
+    monkeypatch.setattr(factory, "_ROPE_DICT", {})
+
+
 @pytest.fixture
 def without_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has messages name no degrees that would do, which takes longer than all else."""
