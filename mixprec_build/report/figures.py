@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.manifest import check_outside
 from ..errors import OutputError
 from ..suggesting.activity import Activity
+from .page import check_place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,11 +32,7 @@ _Grid = npt.NDArray[np.float64]
 
 def check_picture(path: Path, *, page: bool = False) -> None:
     """Raises :class:`OutputError` where no picture can be drawn to ``path``; ``page`` allows HTML, too."""
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
-    check_outside(path)
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder; name a file")
+    check_place(path)
     if page and path.suffix == ".html":
         return
     if path.suffix != ".png":

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..suggesting.activity import Activity
     from ..suggesting.allocate import Suggestion
 
-__all__ = ["check_page", "checkpoint_rows", "map_page", "read_errors", "suggestion_rows", "write_page"]
+__all__ = ["check_page", "check_place", "checkpoint_rows", "map_page", "read_errors", "suggestion_rows", "write_page"]
 
 UNREAD = "not read"
 _COLORS = (
@@ -64,13 +64,18 @@ class Row:
     """‖W−Ŵ‖/‖W‖"""
 
 
-def check_page(path: Path) -> None:
-    """Raises :class:`OutputError` where no page can be written to ``path``."""
+def check_place(path: Path) -> None:
+    """Raises :class:`OutputError` where no new file can be."""
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
     check_outside(path)
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file")
+
+
+def check_page(path: Path) -> None:
+    """Raises :class:`OutputError` where no page can be written to ``path``."""
+    check_place(path)
     if path.suffix != ".html":
         raise OutputError(f"{path}: pages are written as .html")
 

@@ -107,9 +107,9 @@ def parse_header(data: bytes, *, path: Path | str, file: str, file_size: int) ->
         short = message if len(message) <= 1000 else f"{message[:1000]}..."
         raise SourceError(f"damaged safetensors file: {short}", path=path)
 
-    start, tensors = len(data), []
+    start, text, tensors = len(data), data[8:], []
     try:
-        metadata, entries = _as_written(data[8:]) or _as_json(data[8:])
+        metadata, entries = _as_written(text) or _as_json(text)
         # One dtype, shape and size for all tensors that have the same ones, not for each of 100,000.
         known: dict[tuple[str, object], tuple[str, tuple[int, ...], int | None]] = {}
         for name, dtype, shape, begin, end in entries:

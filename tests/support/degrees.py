@@ -107,11 +107,8 @@ def _sizes(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
 def write_variant(folder: Path, name: str, config: Config) -> Path:
     """Writes an unquantized checkpoint of ``config``, that of the tiny model ``name`` with other sizes."""
     folder.mkdir(parents=True)
-    renamed = TINY[name].renamed
-    tensors = []
-    for tensor in tensors_of(config):
-        new = next((new + tensor.name[len(old) :] for old, new in renamed if tensor.name.startswith(old)), tensor.name)
-        tensors.append(Tensor(new, tensor.dtype, tensor.shape))
+    named = TINY[name].released_name
+    tensors = [Tensor(named(tensor.name), tensor.dtype, tensor.shape) for tensor in tensors_of(config)]
     write_shard(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -176,6 +176,10 @@ class TinyModel:
     """Whether norms scale by 1 and their weights. Weights around 1 would double what attention compares, and a
     hundredth more or less anywhere then changes all answers."""
 
+    def released_name(self, name: str) -> str:
+        """The name of a tensor in releases, by :attr:`renamed`."""
+        return next((new + name[len(old) :] for old, new in self.renamed if name.startswith(old)), name)
+
 
 HIDDEN, EXPERTS = 256, 8
 _DECODER: Config = {

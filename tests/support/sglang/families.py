@@ -78,7 +78,7 @@ def write_family(
     of each tensor.
     """
     quantized = sorted({*model.lines.values(), *(["fp8"] if head else [])} - {"bf16"})
-    whole = [tensor._replace(name=_renamed(tensor.name, model)) for tensor in tensors_of(model.config)]
+    whole = [tensor._replace(name=model.released_name(tensor.name)) for tensor in tensors_of(model.config)]
     values = {tensor.name: values_of(tensor) for tensor in whole}
     if model.norms_add_one:
         values |= {name: value - 1 for name, value in values.items() if "norm" in name and value.ndim == 1}
@@ -105,10 +105,6 @@ def write_family(
             tensors = _stacked_each(tensors)
         _write(folder / variant, tensors, _declared(model.config, {**(quantization or {}), **skipped}, variant))
     return {variant: folder / variant for variant in ("bf16", *quantized)}
-
-
-def _renamed(name: str, model: TinyModel) -> str:
-    return next((new + name[len(old) :] for old, new in model.renamed if name.startswith(old)), name)
 
 
 def _declared(config: dict[str, Any], quantization: dict[str, Any], variant: str) -> dict[str, Any]:
