@@ -29,8 +29,7 @@ class Repacking:
     """
 
     def __init__(self, model: Module, read: Container[str]):
-        self._layers: list[Any] = []
-        self._waits_for: list[set[str]] = []
+        self._layers: list[tuple[Any, set[str]]] = []  # and the parameters that each waits for
         self._place: dict[str, int] = {}
         empty = may_be_empty(model)
         for prefix, module in model.named_modules():
@@ -41,8 +40,7 @@ class Repacking:
             own = {name for name in names if name in read or not empty(name)}
             if all(name in read for name in own):
                 self._place |= dict.fromkeys(own, len(self._layers))
-                self._layers.append(module)
-                self._waits_for.append(own)
+                self._layers.append((module, own))
 
     def place(self, name: str) -> int:
         """When to read a parameter: layers to process come last, one after the other."""
@@ -53,9 +51,9 @@ class Repacking:
         place = self._place.get(name)
         if place is None:
             return
-        self._waits_for[place].discard(name)
-        if not self._waits_for[place]:
-            layer = self._layers[place]
+        layer, waits_for = self._layers[place]
+        waits_for.discard(name)
+        if not waits_for:
             layer.quant_method.process_weights_after_loading(layer)
             # SGLang calls it for all modules, and repacked weights would be repacked again.
             layer.quant_method.process_weights_after_loading = _processed
